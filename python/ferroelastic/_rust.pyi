@@ -1,0 +1,248 @@
+"""The supervision engine: one native thread that spawns workers, sees them exit, stops them and tails their logs.
+
+This page is the manual of the native module. Nothing here decides policy; it starts what it is given,
+reports what the kernel said, and stops what it is told to stop. The engine thread never takes the GIL, so an
+exit is noticed, a deadline kills and logs flow while Python is busy. Every blocking call detaches from the interpreter.
+
+Conventions: ``index`` is the position of a process in its group (the agent's local rank). Times ending in
+``_ns`` are nanoseconds; ``_s`` are seconds as ``float``; ``inf`` means no limit. All objects belong to the process that made
+them: in a forked child every method raises :class:`ForkedError`, and dropping them only closes.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, final
+
+__version__: str
+
+class ForkedError(RuntimeError):
+    """A native object was used in a process other than the one that created it (after ``os.fork``)."""
+
+class SpawnError(OSError):
+    """A process could not be started. ``errno`` and ``strerror`` are the kernel's; ``str()`` names stage, index and path.
+
+    When one command of a group fails to start, the ones already started are killed and reaped before this is raised.
+    """
+
+    index: int
+    """Position of the failing command in the list given to :meth:`Engine.spawn`."""
+    stage: str
+    """What failed: ``"execve"``, ``"open stdout"``, ``"open stderr"``, ``"chdir"``, ``"sched_setaffinity"``, ``"clone"`` …"""
+
+@final
+class Command:
+    """How to start one process. Immutable; mirrors the arguments of ``subprocess.Popen`` that an agent needs.
+
+    Args:
+        argv: program and arguments. A program without ``/`` is looked up in ``PATH`` of ``env``.
+        env: the whole environment of the process (nothing is inherited).
+        stdout: path of a file that is created or truncated and becomes standard output; ``None`` inherits the agent's.
+        stderr: likewise for standard error.
+        cwd: working directory; ``None`` inherits.
+        cpus: logical CPUs the process may run on (``sched_setaffinity(2)``, set before exec); ``None`` inherits.
+    Raises:
+        ValueError: ``argv`` is empty, a string holds a NUL byte, or ``cpus`` is empty.
+    """
+
+    def __new__(
+        cls,
+        argv: Sequence[str],
+        env: Mapping[str, str],
+        *,
+        stdout: str | None = None,
+        stderr: str | None = None,
+        cwd: str | None = None,
+        cpus: Sequence[int] | None = None,
+    ) -> Command: ...
+
+@final
+class Exit:
+    """How one process ended, as the kernel's own accounting tells it (``waitid(2)`` with ``rusage``)."""
+
+    index: int
+    pid: int
+    order: int
+    """Rank of this exit among the exits of the group: 0 is the first that the kernel reported."""
+    code: int | None
+    """Exit code 0 to 255, or ``None`` if a signal ended the process or the status is not known to this process."""
+    signal: int | None
+    """Number of the signal that ended the process, else ``None``."""
+    core_dumped: bool
+    returncode: int | None
+    """As ``subprocess.Popen.returncode``: the code, or minus the signal. ``None`` when somebody else reaped the process."""
+    stopped: bool
+    """The exit was noticed after :meth:`Group.stop` had signalled this process: stopped by the agent, no failure of its own."""
+    monotonic_ns: int
+    """``CLOCK_MONOTONIC`` when the exit was noticed."""
+    realtime_ns: int
+    """``CLOCK_REALTIME`` when the exit was noticed (nanoseconds since the epoch)."""
+    user_time_s: float
+    system_time_s: float
+    max_rss_bytes: int
+    """Peak resident memory of the process and those of its children that it waited for. Never below the agent's own at
+    the time of the spawn: until the exec the worker shares the agent's memory, and the kernel counts that."""
+
+@final
+class Survivor:
+    """A process that was still there when a stop ran out of time."""
+
+    index: int
+    """The worker whose process group it belongs to."""
+    pid: int
+    state: str
+    """State letter of ``/proc/PID/stat``, e.g. ``"D"``."""
+    wait_channel: str
+    """``/proc/PID/wchan``, or ``""`` where it cannot be read."""
+
+@final
+class StopReport:
+    """What a finished stop found."""
+
+    signalled_ns: int
+    """``CLOCK_MONOTONIC`` just before the first signal was sent."""
+    elapsed_s: float
+    """From the first signal until every process group was verified empty, or the last deadline passed."""
+    killed: list[int]
+    """Indexes whose process group did not go within the grace and got SIGKILL."""
+    survivors: list[Survivor]
+    """Empty when every process group was verified empty."""
+
+@final
+class Group:
+    """Processes that were started together, each the leader of its own session and process group.
+
+    Dropping the object lets go of the group: processes that still run are left to run, and are reaped when they end.
+    """
+
+    pids: list[int]
+    """Process ids by index."""
+    generation: int
+    """Counts what has happened to the group: it grows with every exit and when a stop finishes."""
+    def exits(self) -> list[Exit]:
+        """The exits noticed so far, in the order the kernel reported them."""
+
+    def wait(
+        self, generation: int, timeout_s: float | None = None, wake_fd: int | None = None
+    ) -> Literal["event", "timeout", "wake"]:
+        """Block, detached from the interpreter, until ``self.generation > generation``.
+
+        Args:
+            generation: the last value of :attr:`generation` the caller has acted on. Returns at once if it is behind.
+            timeout_s: give up after this long; ``None`` or ``inf`` never; 0 only looks.
+            wake_fd: also return when this descriptor is readable (it is not read): the read end of a
+                ``signal.set_wakeup_fd`` pipe, so that Python signal handlers run at once.
+        Returns:
+            ``"event"``, ``"timeout"`` or ``"wake"``.
+        Raises:
+            RuntimeError: the engine has failed or was closed.
+        """
+
+    def signal(self, index: int, signal: int, *, leader_only: bool = False) -> bool:
+        """Send ``signal`` to the process group of one worker (or to its leader alone). ``False`` if nothing was there."""
+
+    def stop(self, signal: int, grace_s: float, kill_wait_s: float) -> None:
+        """Begin to stop the whole group, in parallel, under one deadline; returns at once.
+
+        Each process group gets SIGCONT if stopped, then ``signal``, after ``grace_s`` SIGKILL, also where its leader is
+        already dead. Finished when every group is verified empty, or ``kill_wait_s`` after the SIGKILL. Wait with
+        :meth:`wait`; the outcome is :meth:`stop_report`. Calling it again while it runs changes nothing; after it finished
+        it is a no-op.
+        """
+
+    def stop_on_failure(self, signal: int, grace_s: float, kill_wait_s: float) -> None:
+        """From now on the engine itself begins ``stop(signal, grace_s, kill_wait_s)`` at the first exit that is not code 0.
+
+        The peers are signalled from the engine thread, whatever Python is doing. If a failure was already noticed, the stop
+        begins at once. An exit whose status is not known to this process does not count as a failure.
+        """
+
+    def hurry(self) -> None:
+        """End the grace of a running :meth:`stop` now: SIGKILL at once."""
+
+    def stop_report(self) -> StopReport | None:
+        """The outcome of the stop, or ``None`` while it runs or if there was none."""
+
+@final
+class TailReport:
+    """What a finished tail did."""
+
+    lines: int
+    """Lines written to the console."""
+    bytes: int
+    """Bytes written to the console, prefixes included."""
+    broken_lines: int
+    """Lines longer than 1 MiB that had to be broken up."""
+    dropped_bytes: int
+    """Bytes of the files that never reached the console because it took nothing for the whole of the timeout (they are in the files)."""
+
+@final
+class Tail:
+    """Follows growing log files and copies their lines, whole and prefixed, to a console. Mirrors ``TailLog``.
+
+    Woken by inotify, never polling (where no inotify instance is to be had, by a 20 ms timer). The
+    files are the buffer: a console that takes nothing costs no memory and loses no line. ``\\n``, ``\\r\\n`` and ``\\r`` end a
+    line, as Python's universal newlines.
+    """
+
+    def finish(self, timeout_s: float) -> TailReport:
+        """Copy what the files still hold, a last line without newline included, and close.
+
+        Args:
+            timeout_s: give up when the console has taken nothing for this long.
+        """
+
+@final
+class Engine:
+    """Owner of the supervision thread (named ``ferro-sup``), which lives until :meth:`close`.
+
+    Workers are spawned from that thread with ``PR_SET_PDEATHSIG`` = SIGKILL: they end when the agent ends, however it ends.
+
+    Args:
+        pidfd: use pidfds where the kernel has them (probed once, in a throw-away child). ``False`` forces the fallback:
+            one blocking ``waitid`` thread per worker.
+    Raises:
+        OSError: the thread, the epoll instance or a descriptor could not be made.
+    """
+
+    def __new__(cls, *, pidfd: bool = True) -> Engine: ...
+    backend: Literal["pidfd", "thread"]
+    """How exits are noticed on this system."""
+    def spawn(self, commands: Sequence[Command]) -> Group:
+        """Start all commands, in order, with ``vfork`` semantics.
+
+        Raises:
+            SpawnError: one could not be started; none is left.
+        """
+
+    def observe(self, pids: Sequence[int], sentinels: Sequence[int] | None = None) -> Group:
+        """Supervise processes that Python started and reaps itself (``multiprocessing``): exits are seen, never collected.
+
+        Args:
+            pids: the processes, by index.
+            sentinels: a descriptor of each that becomes readable when it ends (``multiprocessing.Process.sentinel``); they are
+                duplicated, and used where there are no pidfds and the process is no child of this one (``forkserver``).
+        Raises:
+            OSError: a pid does not exist.
+        """
+
+    def tail(
+        self,
+        files: Sequence[tuple[str, str]],
+        *,
+        console_fd: int,
+        only_lines_with: Sequence[str] = (),
+    ) -> Tail:
+        """Follow ``files`` (path, line prefix) from their beginning; a file that does not exist is created.
+
+        Args:
+            files: paths and the prefix of each.
+            console_fd: descriptor that the lines are written to; it is duplicated.
+            only_lines_with: if not empty, copy only lines that contain one of these strings.
+        Raises:
+            OSError: a file cannot be opened or created.
+        """
+
+    def close(self, timeout_s: float = 5.0) -> bool:
+        """End the thread; workers that still run get SIGKILL. ``False`` if it did not end within ``timeout_s``."""
+
+def arm_parent_death_signal(signal: int) -> None:
+    """``prctl(PR_SET_PDEATHSIG)`` for the calling process: it gets ``signal`` when the *thread* that created it ends."""

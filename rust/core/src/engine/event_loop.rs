@@ -1,0 +1,375 @@
+//! The loop of the supervision thread.
+
+use std::collections::{BTreeMap, HashMap};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender};
+use std::time::{Duration, Instant};
+
+use super::processes::{GroupEntry, Process, Reaper};
+use super::request::{Observed, Reply, Request, Started};
+use crate::error::{Error, Result};
+use crate::logs::{TailReport, Tails};
+use crate::supervise::{Ended, Event, Moment, StopPlan};
+use crate::sys::poller::{Interest, Poller};
+use crate::sys::probe::Support;
+use crate::sys::process::Leader;
+use crate::sys::sigmask;
+use crate::sys::spawn::{Command, SpawnStack, spawn};
+use crate::sys::timer::Timer;
+use crate::sys::wait::{Block, Collect, Status, Usage, wait};
+use crate::sys::wake::WakeFd;
+
+/// What a registration in the poller belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Token {
+    Wake,
+    Timer,
+    Notifier,
+    Process(u64),
+    Console(u64),
+}
+
+impl Token {
+    const KIND_SHIFT: u32 = 56;
+
+    fn pack(self) -> u64 {
+        let (kind, id) = match self {
+            Self::Wake => (0, 0),
+            Self::Timer => (1, 0),
+            Self::Notifier => (2, 0),
+            Self::Process(id) => (3, id),
+            Self::Console(id) => (4, id),
+        };
+        kind << Self::KIND_SHIFT | id
+    }
+
+    fn unpack(packed: u64) -> Self {
+        let id = packed & ((1 << Self::KIND_SHIFT) - 1);
+        match packed >> Self::KIND_SHIFT {
+            0 => Self::Wake,
+            1 => Self::Timer,
+            2 => Self::Notifier,
+            3 => Self::Process(id),
+            _ => Self::Console(id),
+        }
+    }
+}
+
+/// Everything the supervision thread owns.
+pub(super) struct EventLoop {
+    inbox: Receiver<Request>,
+    to_self: Sender<Request>,
+    wake: Arc<WakeFd>,
+    poller: Poller,
+    timer: Timer,
+    support: Support,
+    stack: SpawnStack,
+    groups: BTreeMap<u64, GroupEntry>,
+    /// Which group and index a process id (ours, not the kernel's) belongs to.
+    processes: HashMap<u64, (u64, usize)>,
+    tails: Tails,
+    finishing_tails: HashMap<u64, Reply<TailReport>>,
+    last_id: u64,
+    closing: bool,
+}
+
+impl EventLoop {
+    pub(super) fn new(
+        inbox: Receiver<Request>,
+        to_self: Sender<Request>,
+        wake: Arc<WakeFd>,
+        support: Support,
+    ) -> Result<Self> {
+        let poller = Poller::new().map_err(|source| Error::os("create", "an epoll instance", source))?;
+        let timer = Timer::new().map_err(|source| Error::os("create", "a timerfd", source))?;
+        let watched = poller
+            .add(&*wake, Token::Wake.pack(), Interest::Readable)
+            .and_then(|()| poller.add(&timer, Token::Timer.pack(), Interest::Readable));
+        watched.map_err(|source| Error::os("watch", "the engine's own descriptors", source))?;
+        Ok(Self {
+            inbox,
+            to_self,
+            wake,
+            poller,
+            timer,
+            support,
+            stack: SpawnStack::new(),
+            groups: BTreeMap::new(),
+            processes: HashMap::new(),
+            tails: Tails::new(Token::Notifier.pack()),
+            finishing_tails: HashMap::new(),
+            last_id: 0,
+            closing: false,
+        })
+    }
+
+    /// Runs until closed. A panic stops the workers and is reported to whoever waits.
+    pub(super) fn run(mut self) {
+        // Signals are for the interpreter's main thread.
+        sigmask::block_all().forever();
+        let outcome = catch_unwind(AssertUnwindSafe(|| self.serve()));
+        let failure = match outcome {
+            Ok(Ok(())) => None,
+            Ok(Err(error)) => Some(error.to_string()),
+            Err(panic) => Some(describe(&*panic)),
+        };
+        for group in self.groups.values() {
+            if failure.is_some() {
+                for process in &group.processes {
+                    let _ = process.leader.signal_group(libc::SIGKILL);
+                }
+            }
+            group.reap_held();
+            group.view.publish_closed(failure.clone());
+        }
+    }
+
+    fn serve(&mut self) -> Result<()> {
+        let mut ready = Vec::new();
+        while !(self.closing && self.groups.values().all(|group| group.is_over() || group.processes.is_empty())) {
+            let poll_failed = |source| Error::os("wait for", "events", source);
+            let next =
+                self.groups.values().filter_map(|group| group.state.next_tick()).chain(self.tails.next_tick()).min();
+            self.timer.set(next).map_err(poll_failed)?;
+            ready.clear();
+            self.poller.wait(!self.tails.is_busy(), &mut ready).map_err(poll_failed)?;
+            self.notice_exits(&mut ready)?;
+            for token in ready.drain(..) {
+                match Token::unpack(token) {
+                    Token::Wake => self.serve_requests(),
+                    Token::Timer => self.timer.drain(),
+                    Token::Notifier => self.tails.notified(),
+                    Token::Console(tail) => self.tails.console_ready(tail, &self.poller),
+                    Token::Process(_) => {}
+                }
+            }
+            let now = Instant::now();
+            for group in self.groups.values_mut() {
+                if group.state.next_tick().is_some_and(|at| at <= now) {
+                    group.step(now, Event::Tick);
+                }
+            }
+            for (tail, report) in self.tails.pump(now, &self.poller, |tail| Token::Console(tail).pack()) {
+                if let Some(reply) = self.finishing_tails.remove(&tail) {
+                    let _ = reply.send(report);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes the exits out of `ready`. Before the first consequence it looks once more, until there is no further exit: workers
+    /// that died together are all known as dead before any of them is signalled.
+    fn notice_exits(&mut self, ready: &mut Vec<u64>) -> Result<()> {
+        let mut batches: BTreeMap<u64, Vec<Ended>> = BTreeMap::new();
+        let mut seen = 0;
+        loop {
+            let before = self.processes.len();
+            for token in &ready[seen..] {
+                if let Token::Process(process) = Token::unpack(*token)
+                    && let Some((group, index)) = self.processes.get(&process).copied()
+                    && let Some(entry) = self.groups.get(&group)
+                    && let Some(ended) = entry.collect(index, Moment::now())
+                {
+                    if let Some(fd) = entry.processes[index].exit_fd() {
+                        // A pidfd stays readable for ever.
+                        let _ = self.poller.remove(fd);
+                    }
+                    self.processes.remove(&process);
+                    batches.entry(group).or_default().push(ended);
+                }
+            }
+            if self.processes.len() == before {
+                break;
+            }
+            seen = ready.len();
+            self.poller.wait(false, ready).map_err(|source| Error::os("wait for", "events", source))?;
+        }
+        for (group, ended) in batches {
+            self.note_ended(group, ended);
+        }
+        Ok(())
+    }
+
+    fn note_ended(&mut self, id: u64, ended: Vec<Ended>) {
+        if let Some(group) = self.groups.get_mut(&id) {
+            group.step(Instant::now(), Event::Ended(ended));
+        }
+        self.forget_released(id);
+    }
+
+    fn serve_requests(&mut self) {
+        self.wake.drain();
+        while let Ok(request) = self.inbox.try_recv() {
+            self.serve_request(request);
+        }
+    }
+
+    fn serve_request(&mut self, request: Request) {
+        match request {
+            Request::Spawn { commands, reply } => {
+                let _ = reply.send(self.spawn_group(&commands));
+            }
+            Request::Observe { processes, reply } => {
+                let _ = reply.send(self.observe_group(processes));
+            }
+            Request::Decide { group, event } => {
+                if let Some(group) = self.groups.get_mut(&group) {
+                    group.step(Instant::now(), event);
+                }
+            }
+            Request::Signal { group, index, signal, leader_only, reply } => {
+                let leader = self.groups.get(&group).and_then(|group| group.processes.get(index));
+                let delivered = leader.map_or(Ok(false), |process| {
+                    if leader_only { process.leader.signal(signal) } else { process.leader.signal_group(signal) }
+                });
+                let _ = reply.send(delivered);
+            }
+            Request::Release { group } => {
+                if let Some(entry) = self.groups.get_mut(&group) {
+                    entry.released = true;
+                }
+                self.forget_released(group);
+            }
+            Request::Ended { process, status, usage, at } => {
+                if let Some((group, index)) = self.processes.remove(&process)
+                    && let Some(entry) = self.groups.get(&group)
+                {
+                    let pid = entry.processes[index].leader.pid();
+                    let ended = Ended { index, pid, status, usage, at };
+                    self.note_ended(group, vec![ended]);
+                }
+            }
+            Request::Tail { spec, reply } => {
+                let id = self.next_id();
+                let _ = reply.send(self.tails.add(id, &spec, &self.poller).map(|()| id));
+            }
+            Request::FinishTail { tail, patience, reply } => {
+                self.tails.finish(tail, patience, Instant::now());
+                self.finishing_tails.insert(tail, reply);
+            }
+            Request::DropTail { tail } => self.tails.drop_tail(tail, &self.poller),
+            Request::Close { kill_wait } => {
+                self.closing = true;
+                self.kill_everybody(kill_wait);
+            }
+        }
+    }
+
+    fn kill_everybody(&mut self, kill_wait: Duration) {
+        let now = Instant::now();
+        let plan = StopPlan { signal: libc::SIGKILL, grace: Duration::ZERO, kill_wait };
+        for group in self.groups.values_mut() {
+            group.step(now, Event::Stop(plan));
+            group.step(now, Event::Hurry);
+        }
+    }
+
+    fn spawn_group(&mut self, commands: &[Command]) -> Result<Started> {
+        let mut processes = Vec::with_capacity(commands.len());
+        for (index, command) in commands.iter().enumerate() {
+            match spawn(command, index, self.support.pidfd, &mut self.stack) {
+                Ok(spawned) => processes.push(Process {
+                    id: self.next_id(),
+                    leader: Leader::spawned(spawned.pid, spawned.pidfd, self.support),
+                    sentinel: None,
+                }),
+                Err(error) => {
+                    for Process { leader, .. } in &processes {
+                        let _ = leader.signal_group(libc::SIGKILL);
+                        let _ = wait(leader.pid(), Collect::Reap, Block::Yes);
+                    }
+                    return Err(error.into());
+                }
+            }
+        }
+        self.adopt(GroupEntry::new(processes, Reaper::Engine))
+    }
+
+    fn observe_group(&mut self, observed: Vec<Observed>) -> Result<Started> {
+        let mut processes = Vec::with_capacity(observed.len());
+        for Observed { pid, sentinel } in observed {
+            let opened = Leader::open(pid, self.support);
+            let leader = opened.map_err(|source| Error::os("observe", format!("process {pid}"), source))?;
+            let is_child = !matches!(wait(pid, Collect::Observe, Block::No), Ok(Some((Status::Unknown, _))));
+            processes.push(Process {
+                id: self.next_id(),
+                leader,
+                // A child is better noticed by its exit than by the end of its pipe, which its own children may hold open.
+                sentinel: sentinel.filter(|_| !is_child),
+            });
+        }
+        self.adopt(GroupEntry::new(processes, Reaper::Other))
+    }
+
+    /// Watches the processes of a new group.
+    fn adopt(&mut self, entry: GroupEntry) -> Result<Started> {
+        let id = self.next_id();
+        let started = Started {
+            id,
+            pids: entry.processes.iter().map(|process| process.leader.pid()).collect(),
+            view: Arc::clone(&entry.view),
+        };
+        for (index, process) in entry.processes.iter().enumerate() {
+            self.processes.insert(process.id, (id, index));
+            let watched = match process.exit_fd() {
+                Some(fd) => self.poller.add(fd, Token::Process(process.id).pack(), Interest::Readable),
+                None => self.wait_in_a_thread(process),
+            };
+            if let Err(source) = watched {
+                for Process { leader, id, .. } in &entry.processes {
+                    self.processes.remove(id);
+                    if entry.reaper == Reaper::Engine {
+                        let _ = leader.signal_group(libc::SIGKILL);
+                        let _ = wait(leader.pid(), Collect::Reap, Block::Yes);
+                    }
+                }
+                let object = format!("worker {index} (pid {})", process.leader.pid());
+                return Err(Error::os("watch", object, source));
+            }
+        }
+        self.groups.insert(id, entry);
+        Ok(started)
+    }
+
+    /// Without pidfds: one thread that blocks in `waitid` until the process has ended, and leaves the zombie.
+    fn wait_in_a_thread(&self, process: &Process) -> std::io::Result<()> {
+        let (id, pid) = (process.id, process.leader.pid());
+        let (to_engine, wake) = (self.to_self.clone(), Arc::clone(&self.wake));
+        let waiting = move || {
+            let (status, usage) = loop {
+                match wait(pid, Collect::Observe, Block::Yes) {
+                    Ok(Some(ended)) => break ended,
+                    Ok(None) => {}
+                    Err(_) => break (Status::Unknown, Usage::default()),
+                }
+            };
+            let at = Moment::now();
+            let _ = to_engine.send(Request::Ended { process: id, status, usage, at });
+            wake.wake();
+        };
+        let builder = std::thread::Builder::new().name("ferro-wait".into()).stack_size(64 * 1024);
+        builder.spawn(waiting).map(drop)
+    }
+
+    /// Lets go of a group that nobody holds any more, once all its processes have ended.
+    fn forget_released(&mut self, id: u64) {
+        if self.groups.get(&id).is_some_and(|group| group.released && group.all_ended())
+            && let Some(group) = self.groups.remove(&id)
+        {
+            group.reap_held();
+        }
+    }
+
+    fn next_id(&mut self) -> u64 {
+        self.last_id += 1;
+        self.last_id
+    }
+}
+
+fn describe(panic: &(dyn std::any::Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().copied();
+    let text = text.or_else(|| panic.downcast_ref::<String>().map(String::as_str));
+    text.unwrap_or("unknown panic").to_owned()
+}

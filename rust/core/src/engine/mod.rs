@@ -1,0 +1,14 @@
+//! The one thread that owns the descriptors, and the handles through which others speak to it.
+//!
+//! The thread (`ferro-sup`) waits in a poller and is woken, never polling. It feeds what happened to the decisions in
+//! [`crate::supervise`] and carries out their actions. Handles send requests and read what the thread publishes; no lock is ever
+//! held across a wait.
+
+mod event_loop;
+mod handle;
+mod processes;
+mod request;
+mod view;
+
+pub use handle::{Engine, Group, Tail};
+pub use view::{StopReport, Survivor, Wake};

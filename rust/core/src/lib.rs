@@ -1,0 +1,19 @@
+//! The supervision engine of ferroelastic: start workers, know at once when one is gone, leave nothing behind.
+//!
+//! Bird's eye view:
+//!
+//! - [`sys`] is the only place for `unsafe` and raw system calls: small safe wrappers over the kernel.
+//! - [`supervise`] decides. Its state machines take time and events as arguments and return actions.
+//! - [`logs`] turns growing files into whole, prefixed console lines.
+//! - [`engine`] is the one thread that owns the descriptors, feeds the decisions and carries out their actions.
+//!
+//! The crate knows no Python, reads no environment variable, installs no signal handler and has no global state.
+
+pub mod engine;
+pub mod error;
+pub mod logs;
+pub mod supervise;
+pub mod sys;
+
+pub use engine::{Engine, Group, Tail};
+pub use error::{Error, Result, SpawnError};

@@ -1,0 +1,9 @@
+//! The decisions: how a group of workers is stopped and what its exits mean. No clock, no process, no descriptor in here.
+
+mod exit;
+mod group;
+mod teardown;
+
+pub use exit::{Exit, Moment};
+pub use group::{Ended, Event, GroupState};
+pub use teardown::{Action, StopPlan, Stopped};

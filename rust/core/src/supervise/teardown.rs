@@ -1,0 +1,197 @@
+//! Stopping a group: one deadline for all, in parallel, until every process group is verified empty.
+
+use std::time::{Duration, Instant};
+
+/// How to stop a group.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StopPlan {
+    /// The signal that asks to end.
+    pub signal: i32,
+    /// From that signal to SIGKILL. `Duration::MAX` never kills.
+    pub grace: Duration,
+    /// From SIGKILL to giving up on processes that the kernel does not let go.
+    pub kill_wait: Duration,
+}
+
+/// What a finished stop has to say.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Stopped {
+    /// Just before the first signal.
+    pub began: Instant,
+    /// From there to the end.
+    pub elapsed: Duration,
+    /// Workers whose group outlived the grace and got SIGKILL.
+    pub killed: Vec<usize>,
+    /// Workers whose group was not empty at the last deadline.
+    pub unfinished: Vec<usize>,
+}
+
+/// What the shell must do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Send `signal` to the process group of a worker, and SIGCONT if it is stopped.
+    Terminate {
+        /// Whose group.
+        index: usize,
+        /// Which signal.
+        signal: i32,
+    },
+    /// Send SIGKILL to the process group of a worker.
+    Kill {
+        /// Whose group.
+        index: usize,
+    },
+    /// See whether anybody lives in the group of this worker, whose leader has ended; answer with [`super::Event::Looked`].
+    Look {
+        /// Whose group.
+        index: usize,
+    },
+    /// The stop is over.
+    Finished(Stopped),
+}
+
+/// The kernel has no event for a process group that became empty (only a cgroup has one). Where members outlive their leader, the
+/// group is looked at again after a pause that grows from the first value to the second.
+const FIRST_PAUSE: Duration = Duration::from_millis(1);
+const LONGEST_PAUSE: Duration = Duration::from_millis(32);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    Grace,
+    Killing,
+    Over,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Member {
+    /// The leader has not ended.
+    Led,
+    /// The leader has ended, others may live in its group.
+    Orphaned { look_at: Option<Instant>, pause: Duration },
+    /// Nobody is left.
+    Empty,
+}
+
+/// The state of one stop.
+#[derive(Debug)]
+pub(super) struct Teardown {
+    plan: StopPlan,
+    phase: Phase,
+    began: Instant,
+    deadline: Option<Instant>,
+    members: Vec<Member>,
+    killed: Vec<usize>,
+}
+
+impl Teardown {
+    /// Begins: everybody is asked to end, also the group of a leader that is already dead.
+    pub(super) fn begin(now: Instant, plan: StopPlan, leader_ended: &[bool]) -> (Self, Vec<Action>) {
+        let signal = plan.signal;
+        let all = 0..leader_ended.len();
+        let mut actions: Vec<Action> = all.clone().map(|index| Action::Terminate { index, signal }).collect();
+        let members = leader_ended.iter().map(|ended| if *ended { Self::orphaned() } else { Member::Led }).collect();
+        actions.extend(all.filter(|index| leader_ended[*index]).map(|index| Action::Look { index }));
+        let teardown = Self {
+            plan,
+            phase: Phase::Grace,
+            began: now,
+            deadline: now.checked_add(plan.grace),
+            members,
+            killed: Vec::new(),
+        };
+        (teardown, actions)
+    }
+
+    /// The leader of a group has ended.
+    pub(super) fn leader_ended(&mut self, index: usize) -> Vec<Action> {
+        if self.members[index] != Member::Led {
+            return Vec::new();
+        }
+        self.members[index] = Self::orphaned();
+        vec![Action::Look { index }]
+    }
+
+    /// The answer to [`Action::Look`].
+    pub(super) fn looked(&mut self, now: Instant, index: usize, anybody: bool) -> Vec<Action> {
+        let Member::Orphaned { pause, .. } = self.members[index] else {
+            return Vec::new();
+        };
+        if !anybody {
+            self.members[index] = Member::Empty;
+            return Vec::new();
+        }
+        self.members[index] =
+            Member::Orphaned { look_at: now.checked_add(pause), pause: (pause * 2).min(LONGEST_PAUSE) };
+        // Somebody may have joined the group since it was killed.
+        match self.phase {
+            Phase::Killing => vec![Action::Kill { index }],
+            Phase::Grace | Phase::Over => Vec::new(),
+        }
+    }
+
+    /// Ends the grace now.
+    pub(super) fn hurry(&mut self, now: Instant) -> Vec<Action> {
+        if self.phase != Phase::Grace {
+            return Vec::new();
+        }
+        self.deadline = Some(now);
+        self.tick(now)
+    }
+
+    /// Time has passed.
+    pub(super) fn tick(&mut self, now: Instant) -> Vec<Action> {
+        let mut actions = Vec::new();
+        if self.phase == Phase::Grace && self.deadline.is_some_and(|deadline| deadline <= now) {
+            self.phase = Phase::Killing;
+            self.deadline = now.checked_add(self.plan.kill_wait);
+            self.killed = self.unfinished();
+            actions.extend(self.killed.iter().map(|index| Action::Kill { index: *index }));
+        }
+        for (index, member) in self.members.iter_mut().enumerate() {
+            if let Member::Orphaned { look_at, .. } = member
+                && look_at.is_some_and(|at| at <= now)
+            {
+                *look_at = None;
+                actions.push(Action::Look { index });
+            }
+        }
+        actions
+    }
+
+    /// The outcome, once: when all groups are empty or the last deadline has passed.
+    pub(super) fn finished(&mut self, now: Instant) -> Option<Stopped> {
+        let unfinished = self.unfinished();
+        let out_of_time = self.phase == Phase::Killing && self.deadline.is_some_and(|deadline| deadline <= now);
+        if self.phase == Phase::Over || !(unfinished.is_empty() || out_of_time) {
+            return None;
+        }
+        self.phase = Phase::Over;
+        Some(Stopped {
+            began: self.began,
+            elapsed: now.saturating_duration_since(self.began),
+            killed: std::mem::take(&mut self.killed),
+            unfinished,
+        })
+    }
+
+    /// When [`Teardown::tick`] has something to do.
+    pub(super) fn next_tick(&self) -> Option<Instant> {
+        if self.phase == Phase::Over {
+            return None;
+        }
+        let looks = self.members.iter().filter_map(|member| match member {
+            Member::Orphaned { look_at, .. } => *look_at,
+            Member::Led | Member::Empty => None,
+        });
+        looks.chain(self.deadline).min()
+    }
+
+    fn unfinished(&self) -> Vec<usize> {
+        let members = self.members.iter().enumerate();
+        members.filter(|(_, member)| **member != Member::Empty).map(|(index, _)| index).collect()
+    }
+
+    fn orphaned() -> Member {
+        Member::Orphaned { look_at: None, pause: FIRST_PAUSE }
+    }
+}

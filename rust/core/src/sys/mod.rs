@@ -1,0 +1,14 @@
+//! Safe wrappers over the kernel: the only place for `unsafe` and raw system calls.
+
+pub mod console;
+pub mod fd;
+pub mod notify;
+pub mod poller;
+pub mod probe;
+pub mod process;
+pub mod procfs;
+pub mod sigmask;
+pub mod spawn;
+pub mod timer;
+pub mod wait;
+pub mod wake;

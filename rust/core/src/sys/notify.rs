@@ -1,0 +1,51 @@
+//! Knowing when a file grows: `inotify(7)`.
+
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+
+use rustix::fs::inotify;
+
+/// An inotify instance that reports modified files.
+#[derive(Debug)]
+pub struct Notifier(OwnedFd);
+
+impl Notifier {
+    /// A new instance; fails with `EMFILE` where the user's `max_user_instances` are used up.
+    pub fn new() -> io::Result<Self> {
+        Ok(Self(inotify::init(inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK)?))
+    }
+
+    /// Watches a file. Watching one twice gives the same number.
+    pub fn watch(&self, path: &Path) -> io::Result<i32> {
+        Ok(inotify::add_watch(&self.0, path, inotify::WatchFlags::MODIFY)?)
+    }
+
+    /// Ends a watch.
+    pub fn unwatch(&self, watch: i32) {
+        // Fails only for a watch that ended by itself with its file.
+        let _ = inotify::remove_watch(&self.0, watch);
+    }
+
+    /// Calls `modified` for the watches reported since the last time. `false` means that reports were lost: look at every file.
+    pub fn drain(&self, mut modified: impl FnMut(i32)) -> bool {
+        let mut buffer = [MaybeUninit::<u8>::uninit(); 8192];
+        let mut reader = inotify::Reader::new(&self.0, &mut buffer);
+        let mut complete = true;
+        while let Ok(event) = reader.next() {
+            if event.events().contains(inotify::ReadFlags::QUEUE_OVERFLOW) {
+                complete = false;
+            } else {
+                modified(event.wd());
+            }
+        }
+        complete
+    }
+}
+
+impl AsFd for Notifier {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}

@@ -1,0 +1,73 @@
+//! Waiting for many descriptors: `epoll(7)`, level-triggered.
+
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::Duration;
+
+use rustix::event::epoll;
+use rustix::event::{PollFd, PollFlags, Timespec};
+
+/// What a registration waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Interest {
+    /// Bytes to read, a signalled eventfd, an expired timer, a process that ended.
+    Readable,
+    /// Room to write.
+    Writable,
+}
+
+/// An epoll instance. A registration carries a `u64` of the caller's choice.
+#[derive(Debug)]
+pub struct Poller {
+    epoll: OwnedFd,
+}
+
+impl Poller {
+    /// A new instance, closed on exec.
+    pub fn new() -> io::Result<Self> {
+        Ok(Self { epoll: epoll::create(epoll::CreateFlags::CLOEXEC)? })
+    }
+
+    /// Starts watching `fd`; its readiness is reported as `token` until [`Poller::remove`].
+    pub fn add(&self, fd: impl AsFd, token: u64, interest: Interest) -> io::Result<()> {
+        let flags = match interest {
+            Interest::Readable => epoll::EventFlags::IN,
+            Interest::Writable => epoll::EventFlags::OUT,
+        };
+        Ok(epoll::add(&self.epoll, fd, epoll::EventData::new_u64(token), flags)?)
+    }
+
+    /// Stops watching `fd`.
+    pub fn remove(&self, fd: impl AsFd) -> io::Result<()> {
+        Ok(epoll::delete(&self.epoll, fd)?)
+    }
+
+    /// Appends the tokens that are ready, in the order they became ready. `block` says whether to wait for one.
+    pub fn wait(&self, block: bool, ready: &mut Vec<u64>) -> io::Result<()> {
+        const NOW: Timespec = Timespec { tv_sec: 0, tv_nsec: 0 };
+        let mut buffer = [MaybeUninit::<epoll::Event>::uninit(); 128];
+        let timeout = if block { None } else { Some(&NOW) };
+        match epoll::wait(&self.epoll, &mut buffer, timeout) {
+            Ok((events, _)) => ready.extend(events.iter().map(|event| event.data.u64())),
+            Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+        Ok(())
+    }
+}
+
+/// Blocks the calling thread until one of `fds` is readable, `poll(2)`. Returns which are; none means the timeout passed.
+///
+/// `timeout` of `None` waits for ever. An interrupted wait returns as if the timeout had passed.
+pub fn wait_readable<const N: usize>(fds: [Option<&dyn AsFd>; N], timeout: Option<Duration>) -> io::Result<[bool; N]> {
+    let mut polled: Vec<PollFd<'_>> =
+        fds.iter().flatten().map(|fd| PollFd::from_borrowed_fd(fd.as_fd(), PollFlags::IN)).collect();
+    let timeout = timeout.and_then(|timeout| Timespec::try_from(timeout).ok());
+    match rustix::event::poll(&mut polled, timeout.as_ref()) {
+        Ok(_) | Err(rustix::io::Errno::INTR) => {}
+        Err(error) => return Err(error.into()),
+    }
+    let mut answers = polled.iter().map(|fd| !fd.revents().is_empty());
+    Ok(fds.map(|fd| fd.is_some() && answers.next().unwrap_or(false)))
+}

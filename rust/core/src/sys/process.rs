@@ -1,0 +1,127 @@
+//! Signalling a process and its group without ever hitting a stranger.
+//!
+//! A pid is a number that the kernel gives to somebody else once its owner was reaped. Two holds keep that from mattering:
+//!
+//! - a *pidfd* names the process itself. From Linux 6.9 on it also signals the whole group the process leads, even when the leader
+//!   was reaped, and answers ESRCH when nobody is left in it.
+//! - on older kernels the leader is left a zombie until its group is empty: a zombie keeps its number.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+
+use super::probe::Support;
+use super::procfs::{self, Stat};
+
+/// `PIDFD_SIGNAL_PROCESS_GROUP`, Linux 6.9.
+pub(super) const PIDFD_SIGNAL_PROCESS_GROUP: libc::c_uint = 4;
+
+/// A process that leads (or is about to lead) a process group.
+#[derive(Debug)]
+pub struct Leader {
+    pid: i32,
+    pidfd: Option<OwnedFd>,
+    group_signals: bool,
+}
+
+impl Leader {
+    /// Takes hold of a process that was just spawned.
+    #[must_use]
+    pub fn spawned(pid: i32, pidfd: Option<OwnedFd>, support: Support) -> Self {
+        let group_signals = support.group_signals && pidfd.is_some();
+        Self { pid, pidfd, group_signals }
+    }
+
+    /// Takes hold of a running process.
+    pub fn open(pid: i32, support: Support) -> io::Result<Self> {
+        let raw = Pid::from_raw(pid).filter(|_| pid > 0).ok_or(io::ErrorKind::InvalidInput)?;
+        let pidfd = if support.pidfd {
+            Some(pidfd_open(raw, PidfdFlags::empty())?)
+        } else {
+            rustix::process::test_kill_process(raw)?;
+            None
+        };
+        Ok(Self::spawned(pid, pidfd, support))
+    }
+
+    /// Process id.
+    #[must_use]
+    pub fn pid(&self) -> i32 {
+        self.pid
+    }
+
+    /// The pidfd, readable once the process has ended.
+    #[must_use]
+    pub fn pidfd(&self) -> Option<BorrowedFd<'_>> {
+        self.pidfd.as_ref().map(AsFd::as_fd)
+    }
+
+    /// Whether the leader may be reaped as soon as it has ended: its group can be reached without its pid.
+    #[must_use]
+    pub fn may_be_reaped(&self) -> bool {
+        self.group_signals
+    }
+
+    /// Signals the leader alone. `false` if it is gone.
+    pub fn signal(&self, signal: i32) -> io::Result<bool> {
+        match &self.pidfd {
+            Some(pidfd) => pidfd_send_signal(pidfd.as_fd(), signal, 0),
+            // SAFETY: takes integers. The number is still the leader's: it is alive, or a zombie that we have not collected.
+            None => found(unsafe { libc::kill(self.pid, signal) }),
+        }
+    }
+
+    /// Signals the group, or the leader alone while it has no group of its own yet. `false` if nobody is there.
+    pub fn signal_group(&self, signal: i32) -> io::Result<bool> {
+        let delivered = match &self.pidfd {
+            Some(pidfd) if self.group_signals => pidfd_send_signal(pidfd.as_fd(), signal, PIDFD_SIGNAL_PROCESS_GROUP)?,
+            // SAFETY: takes integers. The number still names our group: its leader is alive or an uncollected zombie.
+            _ => found(unsafe { libc::killpg(self.pid, signal) })?,
+        };
+        Ok(delivered || self.signal(signal)?)
+    }
+
+    /// Whether the leader is stopped (SIGSTOP, SIGTSTP, a debugger).
+    #[must_use]
+    pub fn is_stopped(&self) -> bool {
+        procfs::stat(self.pid).is_some_and(|stat| matches!(stat.state, 'T' | 't'))
+    }
+
+    /// The living members of the group, the leader included. Zombies whose parent has yet to collect them do not count.
+    #[must_use]
+    pub fn living_members(&self) -> Vec<Stat> {
+        if self.group_signals
+            && let Some(pidfd) = &self.pidfd
+            && matches!(pidfd_send_signal(pidfd.as_fd(), 0, PIDFD_SIGNAL_PROCESS_GROUP), Ok(false))
+        {
+            return Vec::new();
+        }
+        procfs::living_members(self.pid)
+    }
+}
+
+/// `pidfd_send_signal(2)`; libc has no wrapper. `false` for ESRCH.
+pub(super) fn pidfd_send_signal(pidfd: BorrowedFd<'_>, signal: i32, flags: libc::c_uint) -> io::Result<bool> {
+    // SAFETY: the descriptor is open, the siginfo pointer may be null.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_pidfd_send_signal,
+            pidfd.as_raw_fd(),
+            signal,
+            std::ptr::null::<libc::siginfo_t>(),
+            flags,
+        )
+    };
+    found(if result < 0 { -1 } else { 0 })
+}
+
+fn found(result: i32) -> io::Result<bool> {
+    if result == 0 {
+        return Ok(true);
+    }
+    match io::Error::last_os_error() {
+        error if error.raw_os_error() == Some(libc::ESRCH) => Ok(false),
+        error => Err(error),
+    }
+}

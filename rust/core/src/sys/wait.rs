@@ -1,0 +1,108 @@
+//! Collecting exit statuses: `waitid(2)` with the kernel's resource accounting.
+
+use std::io;
+use std::mem::MaybeUninit;
+use std::time::Duration;
+
+/// How a process ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Status {
+    /// It called `exit` with this code.
+    Exited(u8),
+    /// A signal ended it.
+    Signalled {
+        /// The signal's number.
+        signal: i32,
+        /// Whether a core was dumped.
+        core_dumped: bool,
+    },
+    /// Somebody else collected the status, or `SIGCHLD` is ignored in this process.
+    Unknown,
+}
+
+impl Status {
+    /// Exit code 0.
+    #[must_use]
+    pub fn is_success(self) -> bool {
+        self == Self::Exited(0)
+    }
+}
+
+/// What the kernel accounted to a process over its life.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Time on a CPU in user mode.
+    pub user_time: Duration,
+    /// Time on a CPU in the kernel.
+    pub system_time: Duration,
+    /// Peak resident memory in bytes.
+    pub max_rss_bytes: u64,
+}
+
+/// Whether looking at a status also collects the zombie.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Collect {
+    /// Leave the zombie, `WNOWAIT`: its pid cannot be reused, and somebody else may still collect it.
+    Observe,
+    /// Collect it.
+    Reap,
+}
+
+/// Whether to wait for the exit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Block {
+    /// Wait until the process ends.
+    Yes,
+    /// Only look.
+    No,
+}
+
+/// Status of a child, or `None` while it runs. A process that is not (or no longer) a child gives [`Status::Unknown`].
+pub fn wait(pid: i32, collect: Collect, block: Block) -> io::Result<Option<(Status, Usage)>> {
+    let mut options = libc::WEXITED;
+    if collect == Collect::Observe {
+        options |= libc::WNOWAIT;
+    }
+    if block == Block::No {
+        options |= libc::WNOHANG;
+    }
+    let mut info = MaybeUninit::<libc::siginfo_t>::zeroed();
+    let mut usage = MaybeUninit::<libc::rusage>::zeroed();
+    // The system call itself, not libc's waitid(3): only it hands out the rusage.
+    // SAFETY: both pointers are valid for writes for the duration of the call.
+    let result =
+        unsafe { libc::syscall(libc::SYS_waitid, libc::P_PID, pid, info.as_mut_ptr(), options, usage.as_mut_ptr()) };
+    if result != 0 {
+        let error = io::Error::last_os_error();
+        return match error.raw_os_error() {
+            Some(libc::ECHILD) => Ok(Some((Status::Unknown, Usage::default()))),
+            Some(libc::EINTR) => Ok(None),
+            _ => Err(error),
+        };
+    }
+    // SAFETY: zeroed values are valid for both plain C structures, and the kernel has filled them in since.
+    let (info, usage) = unsafe { (info.assume_init(), usage.assume_init()) };
+    // SAFETY: waitid fills in the child's fields of the union, or leaves the zeros that mean "not yet".
+    let (si_pid, si_status) = unsafe { (info.si_pid(), info.si_status()) };
+    if si_pid == 0 {
+        return Ok(None);
+    }
+    let status = match info.si_code {
+        libc::CLD_EXITED => Status::Exited(u8::try_from(si_status & 0xff).unwrap_or(u8::MAX)),
+        code => Status::Signalled { signal: si_status, core_dumped: code == libc::CLD_DUMPED },
+    };
+    Ok(Some((status, usage_from(&usage))))
+}
+
+fn usage_from(usage: &libc::rusage) -> Usage {
+    let duration = |time: libc::timeval| {
+        Duration::from_secs(u64::try_from(time.tv_sec).unwrap_or(0))
+            + Duration::from_micros(u64::try_from(time.tv_usec).unwrap_or(0))
+    };
+    Usage {
+        user_time: duration(usage.ru_utime),
+        system_time: duration(usage.ru_stime),
+        // The kernel counts kibibytes.
+        max_rss_bytes: u64::try_from(usage.ru_maxrss).unwrap_or(0) * 1024,
+    }
+}

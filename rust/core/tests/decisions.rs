@@ -1,0 +1,196 @@
+//! The decisions of a group under a manual clock: no process, no waiting.
+
+use std::time::{Duration, Instant};
+
+use ferroelastic_core::supervise::{Action, Ended, Event, GroupState, Moment, StopPlan};
+use ferroelastic_core::sys::wait::{Status, Usage};
+use proptest::prelude::*;
+
+const PLAN: StopPlan = StopPlan { signal: 15, grace: Duration::from_secs(30), kill_wait: Duration::from_secs(5) };
+
+fn ended(index: usize, status: Status) -> Ended {
+    let at = Moment { instant: Instant::now(), monotonic_ns: 0, realtime_ns: 0 };
+    Ended { index, pid: 100 + i32::try_from(index).expect("small"), status, usage: Usage::default(), at }
+}
+
+fn is_finished(actions: &[Action]) -> bool {
+    actions.iter().any(|action| matches!(action, Action::Finished(_)))
+}
+
+#[test]
+fn a_failure_without_orders_changes_nothing() {
+    let mut group = GroupState::new(2);
+    let now = Instant::now();
+    assert_eq!(group.step(now, Event::Ended(vec![ended(0, Status::Exited(1))])), []);
+    assert_eq!(group.next_tick(), None);
+}
+
+#[test]
+fn those_who_died_together_are_not_stopped_by_us() {
+    let mut group = GroupState::new(3);
+    let now = Instant::now();
+    group.step(now, Event::StopOnFailure(PLAN));
+    let actions = group.step(now, Event::Ended(vec![ended(2, Status::Exited(1)), ended(0, Status::Exited(1))]));
+    assert!(actions.contains(&Action::Terminate { index: 1, signal: 15 }));
+    group.step(now, Event::Ended(vec![ended(1, Status::Signalled { signal: 15, core_dumped: false })]));
+    let stopped: Vec<(usize, bool)> = group.exits().iter().map(|exit| (exit.index, exit.stopped)).collect();
+    assert_eq!(stopped, [(2, false), (0, false), (1, true)]);
+}
+
+#[test]
+fn success_and_a_lost_status_are_no_failures() {
+    let mut group = GroupState::new(3);
+    let now = Instant::now();
+    group.step(now, Event::StopOnFailure(PLAN));
+    let both = vec![ended(0, Status::Exited(0)), ended(1, Status::Unknown)];
+    assert_eq!(group.step(now, Event::Ended(both)), []);
+}
+
+#[test]
+fn an_exit_reported_twice_counts_once() {
+    let mut group = GroupState::new(1);
+    let now = Instant::now();
+    group.step(now, Event::Ended(vec![ended(0, Status::Exited(0)), ended(0, Status::Exited(1))]));
+    assert_eq!(group.exits().len(), 1);
+}
+
+#[test]
+fn stopping_a_group_that_is_gone_ends_at_once() {
+    let mut group = GroupState::new(1);
+    let now = Instant::now();
+    group.step(now, Event::Ended(vec![ended(0, Status::Exited(0))]));
+    assert!(group.step(now, Event::Stop(PLAN)).contains(&Action::Look { index: 0 }));
+    assert!(is_finished(&group.step(now, Event::Looked { index: 0, anybody: false })));
+    assert_eq!(group.step(now, Event::Stop(PLAN)), [], "a stop that is over stays over");
+}
+
+#[test]
+fn without_grace_sigkill_follows_at_the_first_tick() {
+    let mut group = GroupState::new(1);
+    let now = Instant::now();
+    group.step(now, Event::Stop(StopPlan { grace: Duration::ZERO, ..PLAN }));
+    assert_eq!(group.step(now, Event::Tick), [Action::Kill { index: 0 }]);
+}
+
+#[test]
+fn an_endless_grace_has_no_deadline() {
+    let mut group = GroupState::new(1);
+    let now = Instant::now();
+    group.step(now, Event::Stop(StopPlan { grace: Duration::MAX, ..PLAN }));
+    assert_eq!(group.next_tick(), None);
+    assert_eq!(group.step(now, Event::Hurry), [Action::Kill { index: 0 }]);
+}
+
+#[test]
+fn who_is_there_at_the_last_deadline_is_named() {
+    let mut group = GroupState::new(2);
+    let start = Instant::now();
+    group.step(start, Event::Stop(PLAN));
+    group.step(start, Event::Ended(vec![ended(0, Status::Exited(0))]));
+    group.step(start, Event::Looked { index: 0, anybody: false });
+    assert_eq!(group.step(start + PLAN.grace, Event::Tick), [Action::Kill { index: 1 }]);
+    let actions = group.step(start + PLAN.grace + PLAN.kill_wait, Event::Tick);
+    let [Action::Finished(stopped)] = actions.as_slice() else { panic!("{actions:?}") };
+    assert_eq!((stopped.killed.as_slice(), stopped.unfinished.as_slice()), ([1].as_slice(), [1].as_slice()));
+    assert_eq!(stopped.elapsed, PLAN.grace + PLAN.kill_wait);
+}
+
+/// A worker as the simulation plays it: when it obeys, when its orphans go, whether SIGKILL helps. Milliseconds.
+#[derive(Clone, Debug)]
+struct Actor {
+    obeys_after: Option<u64>,
+    orphans_for: u64,
+    dead_already: bool,
+    unkillable: bool,
+}
+
+fn actor() -> impl Strategy<Value = Actor> {
+    (prop::option::of(0u64..40_000), 0u64..200, any::<bool>(), prop::bool::weighted(0.1)).prop_map(
+        |(obeys_after, orphans_for, dead_already, unkillable)| Actor {
+            obeys_after,
+            orphans_for,
+            dead_already,
+            unkillable,
+        },
+    )
+}
+
+proptest! {
+    /// Whatever the workers do: all are asked, none is killed before the grace is over, and the stop ends exactly when the last group is
+    /// empty or at its last deadline.
+    #[test]
+    fn a_stop_always_ends_and_never_kills_early(actors in prop::collection::vec(actor(), 1..6)) {
+        let start = Instant::now();
+        let at = |ms: u64| start + Duration::from_millis(ms);
+        let mut group = GroupState::new(actors.len());
+        let dead: Vec<Ended> = (0..actors.len()).filter(|index| actors[*index].dead_already).map(|index| ended(index, Status::Exited(0))).collect();
+        group.step(start, Event::Ended(dead));
+        let mut leader_gone: Vec<Option<u64>> = actors.iter().map(|actor| actor.dead_already.then_some(0)).collect();
+        let mut killed_at: Vec<Option<u64>> = vec![None; actors.len()];
+        let mut queue = group.step(start, Event::Stop(PLAN));
+        let mut asked = vec![0; actors.len()];
+        let mut finished = None;
+        for now in 0u64..=40_000 {
+            loop {
+                while let Some(action) = queue.pop() {
+                    match action {
+                        Action::Terminate { index, signal } => {
+                            prop_assert_eq!(signal, 15);
+                            asked[index] += 1;
+                        }
+                        Action::Kill { index } => {
+                            prop_assert!(now >= 30_000, "killed at {} ms", now);
+                            killed_at[index].get_or_insert(now);
+                        }
+                        Action::Look { index } => {
+                            let gone = leader_gone[index].expect("only orphaned groups are looked at");
+                            let killed = killed_at[index].is_some() && !actors[index].unkillable;
+                            let anybody = now < gone + actors[index].orphans_for && !killed;
+                            queue.extend(group.step(at(now), Event::Looked { index, anybody }));
+                        }
+                        Action::Finished(stopped) => finished = Some((now, stopped)),
+                    }
+                }
+                let mut news = Vec::new();
+                for (index, actor) in actors.iter().enumerate() {
+                    let obeyed = actor.obeys_after.is_some_and(|ms| ms <= now);
+                    let killed = killed_at[index].is_some() && !actor.unkillable;
+                    if leader_gone[index].is_none() && (obeyed || killed) {
+                        leader_gone[index] = Some(now);
+                        news.push(ended(index, Status::Exited(0)));
+                    }
+                }
+                if !news.is_empty() {
+                    queue.extend(group.step(at(now), Event::Ended(news)));
+                }
+                if group.next_tick().is_some_and(|due| due <= at(now)) {
+                    queue.extend(group.step(at(now), Event::Tick));
+                }
+                if queue.is_empty() {
+                    break;
+                }
+            }
+            if finished.is_some() {
+                break;
+            }
+        }
+        prop_assert_eq!(asked, vec![1; actors.len()]);
+        let (now, stopped) = finished.expect("every stop ends");
+        prop_assert!(now <= 35_000);
+        let expected: Vec<usize> = (0..actors.len())
+            .filter(|index| {
+                let actor = &actors[*index];
+                let gone = leader_gone[*index].map(|gone| if actor.unkillable || killed_at[*index].is_none() { gone + actor.orphans_for } else { gone });
+                // The last look may lie up to the longest pause before the deadline.
+                gone.is_none_or(|gone| gone > 35_000)
+            })
+            .collect();
+        for index in expected {
+            prop_assert!(stopped.unfinished.contains(&index));
+        }
+        if now < 35_000 {
+            prop_assert!(stopped.unfinished.is_empty());
+        }
+        prop_assert_eq!(group.next_tick(), None);
+    }
+}

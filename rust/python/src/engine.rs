@@ -1,0 +1,123 @@
+//! `Engine` and `Command`.
+
+use std::collections::HashMap;
+use std::os::fd::{OwnedFd, RawFd};
+use std::path::PathBuf;
+
+use ferroelastic_core::logs::TailSpec;
+use ferroelastic_core::sys::fd;
+use ferroelastic_core::sys::probe::Support;
+use ferroelastic_core::sys::spawn::{self, Stdio};
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+
+use crate::convert::{c_string, span};
+use crate::errors::{detached, os, to_python};
+use crate::group::Group;
+use crate::tail::Tail;
+
+/// How to start one process.
+#[pyclass(frozen, module = "ferroelastic._rust")]
+pub(crate) struct Command(spawn::Command);
+
+#[pymethods]
+impl Command {
+    #[new]
+    #[pyo3(signature = (argv, env, *, stdout=None, stderr=None, cwd=None, cpus=None))]
+    fn new(
+        argv: Vec<PathBuf>,
+        env: HashMap<PathBuf, PathBuf>,
+        stdout: Option<PathBuf>,
+        stderr: Option<PathBuf>,
+        cwd: Option<PathBuf>,
+        cpus: Option<Vec<usize>>,
+    ) -> PyResult<Self> {
+        if argv.is_empty() {
+            return Err(PyValueError::new_err("argv must name a program, got an empty sequence"));
+        }
+        if cpus.as_ref().is_some_and(Vec::is_empty) {
+            return Err(PyValueError::new_err("cpus must name a CPU or be None, got an empty sequence"));
+        }
+        let entry = |(name, value): (PathBuf, PathBuf)| {
+            let mut entry = name.into_os_string();
+            entry.push("=");
+            entry.push(value);
+            c_string("env", entry.into())
+        };
+        let stdio = |path: Option<PathBuf>| path.map_or(Stdio::Inherit, Stdio::File);
+        Ok(Self(spawn::Command {
+            argv: argv.into_iter().map(|word| c_string("argv", word)).collect::<PyResult<_>>()?,
+            env: env.into_iter().map(entry).collect::<PyResult<_>>()?,
+            stdout: stdio(stdout),
+            stderr: stdio(stderr),
+            cwd: cwd.map(|cwd| c_string("cwd", cwd)).transpose()?,
+            cpus,
+        }))
+    }
+}
+
+/// Owner of the supervision thread.
+#[pyclass(frozen, module = "ferroelastic._rust")]
+pub(crate) struct Engine(ferroelastic_core::Engine);
+
+#[pymethods]
+impl Engine {
+    #[new]
+    #[pyo3(signature = (*, pidfd=true))]
+    fn new(py: Python<'_>, pidfd: bool) -> PyResult<Self> {
+        let started = detached(py, || {
+            if pidfd {
+                ferroelastic_core::Engine::start()
+            } else {
+                ferroelastic_core::Engine::start_with(Support::NONE)
+            }
+        });
+        started.map(Self)
+    }
+
+    #[getter]
+    fn backend(&self) -> &'static str {
+        if self.0.support().pidfd { "pidfd" } else { "thread" }
+    }
+
+    fn spawn(&self, py: Python<'_>, commands: Vec<Py<Command>>) -> PyResult<Group> {
+        let commands = commands.into_iter().map(|command| command.get().0.clone()).collect();
+        detached(py, || self.0.spawn(commands)).map(Group::new)
+    }
+
+    #[pyo3(signature = (pids, sentinels=None))]
+    fn observe(&self, py: Python<'_>, pids: Vec<i32>, sentinels: Option<Vec<RawFd>>) -> PyResult<Group> {
+        let mut processes: Vec<(i32, Option<OwnedFd>)> = pids.into_iter().map(|pid| (pid, None)).collect();
+        for (process, sentinel) in processes.iter_mut().zip(sentinels.into_iter().flatten()) {
+            process.1 = Some(duplicate(py, "sentinel", sentinel)?);
+        }
+        detached(py, || self.0.observe(processes)).map(Group::new)
+    }
+
+    #[pyo3(signature = (files, *, console_fd, only_lines_with=vec![]))]
+    fn tail(
+        &self,
+        py: Python<'_>,
+        files: Vec<(PathBuf, String)>,
+        console_fd: RawFd,
+        only_lines_with: Vec<String>,
+    ) -> PyResult<Tail> {
+        let spec = TailSpec {
+            files: files.into_iter().map(|(path, prefix)| (path, prefix.into_bytes())).collect(),
+            console: duplicate(py, "console_fd", console_fd)?,
+            only_lines_with: only_lines_with.into_iter().map(String::into_bytes).collect(),
+        };
+        detached(py, || self.0.tail(spec)).map(Tail::new)
+    }
+
+    #[pyo3(signature = (timeout_s=5.0))]
+    fn close(&self, py: Python<'_>, timeout_s: f64) -> PyResult<bool> {
+        let timeout = span("timeout_s", timeout_s)?;
+        detached(py, || self.0.close(timeout))
+    }
+}
+
+/// Our own copy of a descriptor that Python owns.
+fn duplicate(py: Python<'_>, what: &str, fd: RawFd) -> PyResult<OwnedFd> {
+    fd::duplicate(fd).map_err(|source| to_python(py, os("duplicate", format!("{what} {fd}"), source)))
+}

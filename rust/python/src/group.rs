@@ -1,0 +1,180 @@
+//! `Group` and what it reports.
+
+use std::os::fd::{AsFd, RawFd};
+
+use ferroelastic_core::engine::{self, Wake};
+use ferroelastic_core::supervise::{self, StopPlan};
+use ferroelastic_core::sys::fd::duplicate;
+use ferroelastic_core::sys::wait::Status;
+use pyo3::exceptions::PyIndexError;
+use pyo3::prelude::*;
+
+use crate::convert::{duration, span};
+use crate::errors::{detached, os, to_python};
+
+/// How one process ended.
+#[pyclass(frozen, get_all, module = "ferroelastic._rust")]
+pub(crate) struct Exit {
+    index: usize,
+    pid: i32,
+    order: usize,
+    code: Option<i32>,
+    signal: Option<i32>,
+    core_dumped: bool,
+    returncode: Option<i32>,
+    stopped: bool,
+    monotonic_ns: u64,
+    realtime_ns: u64,
+    user_time_s: f64,
+    system_time_s: f64,
+    max_rss_bytes: u64,
+}
+
+impl From<supervise::Exit> for Exit {
+    fn from(exit: supervise::Exit) -> Self {
+        let (code, signal, core_dumped) = match exit.status {
+            Status::Exited(code) => (Some(i32::from(code)), None, false),
+            Status::Signalled { signal, core_dumped } => (None, Some(signal), core_dumped),
+            Status::Unknown => (None, None, false),
+        };
+        Self {
+            index: exit.index,
+            pid: exit.pid,
+            order: exit.order,
+            code,
+            signal,
+            core_dumped,
+            returncode: code.or(signal.map(|signal| -signal)),
+            stopped: exit.stopped,
+            monotonic_ns: exit.at.monotonic_ns,
+            realtime_ns: exit.at.realtime_ns,
+            user_time_s: exit.usage.user_time.as_secs_f64(),
+            system_time_s: exit.usage.system_time.as_secs_f64(),
+            max_rss_bytes: exit.usage.max_rss_bytes,
+        }
+    }
+}
+
+#[pymethods]
+impl Exit {
+    fn __repr__(&self) -> String {
+        format!(
+            "Exit(index={}, pid={}, order={}, returncode={:?}, stopped={})",
+            self.index, self.pid, self.order, self.returncode, self.stopped
+        )
+    }
+}
+
+/// A process that was still there when a stop ran out of time.
+#[pyclass(frozen, get_all, module = "ferroelastic._rust")]
+#[derive(Clone)]
+pub(crate) struct Survivor {
+    index: usize,
+    pid: i32,
+    state: String,
+    wait_channel: String,
+}
+
+/// What a finished stop found.
+#[pyclass(frozen, get_all, module = "ferroelastic._rust")]
+pub(crate) struct StopReport {
+    signalled_ns: u64,
+    elapsed_s: f64,
+    killed: Vec<usize>,
+    survivors: Vec<Survivor>,
+}
+
+impl From<engine::StopReport> for StopReport {
+    fn from(report: engine::StopReport) -> Self {
+        let survivor = |survivor: engine::Survivor| Survivor {
+            index: survivor.index,
+            pid: survivor.pid,
+            state: survivor.state.to_string(),
+            wait_channel: survivor.wait_channel,
+        };
+        Self {
+            signalled_ns: report.signalled_ns,
+            elapsed_s: report.elapsed.as_secs_f64(),
+            killed: report.killed,
+            survivors: report.survivors.into_iter().map(survivor).collect(),
+        }
+    }
+}
+
+/// Processes that were started together.
+#[pyclass(frozen, module = "ferroelastic._rust")]
+pub(crate) struct Group(engine::Group);
+
+impl Group {
+    pub(crate) fn new(group: engine::Group) -> Self {
+        Self(group)
+    }
+}
+
+fn plan(signal: i32, grace_s: f64, kill_wait_s: f64) -> PyResult<StopPlan> {
+    Ok(StopPlan { signal, grace: span("grace_s", grace_s)?, kill_wait: span("kill_wait_s", kill_wait_s)? })
+}
+
+#[pymethods]
+impl Group {
+    #[getter]
+    fn pids(&self) -> Vec<i32> {
+        self.0.pids().to_vec()
+    }
+
+    #[getter]
+    fn generation(&self, py: Python<'_>) -> PyResult<u64> {
+        self.0.generation().map_err(|error| to_python(py, error))
+    }
+
+    fn exits(&self, py: Python<'_>) -> PyResult<Vec<Exit>> {
+        let exits = self.0.exits().map_err(|error| to_python(py, error))?;
+        Ok(exits.into_iter().map(Exit::from).collect())
+    }
+
+    #[pyo3(signature = (generation, timeout_s=None, wake_fd=None))]
+    fn wait(
+        &self,
+        py: Python<'_>,
+        generation: u64,
+        timeout_s: Option<f64>,
+        wake_fd: Option<RawFd>,
+    ) -> PyResult<&'static str> {
+        let timeout = duration("timeout_s", timeout_s)?;
+        let other = wake_fd.map(duplicate).transpose();
+        let other = other.map_err(|source| to_python(py, os("duplicate", format!("wake_fd {wake_fd:?}"), source)))?;
+        let woken = detached(py, || self.0.wait(generation, timeout, other.as_ref().map(AsFd::as_fd)))?;
+        Ok(match woken {
+            Wake::Event => "event",
+            Wake::Timeout => "timeout",
+            Wake::Other => "wake",
+        })
+    }
+
+    #[pyo3(signature = (index, signal, *, leader_only=false))]
+    fn signal(&self, py: Python<'_>, index: usize, signal: i32, leader_only: bool) -> PyResult<bool> {
+        if index >= self.0.pids().len() {
+            return Err(PyIndexError::new_err(format!("no worker {index} in a group of {}", self.0.pids().len())));
+        }
+        detached(py, || self.0.signal(index, signal, leader_only))
+    }
+
+    fn stop(&self, py: Python<'_>, signal: i32, grace_s: f64, kill_wait_s: f64) -> PyResult<()> {
+        let plan = plan(signal, grace_s, kill_wait_s)?;
+        detached(py, || self.0.stop(plan))
+    }
+
+    fn stop_on_failure(&self, py: Python<'_>, signal: i32, grace_s: f64, kill_wait_s: f64) -> PyResult<()> {
+        let plan = plan(signal, grace_s, kill_wait_s)?;
+        detached(py, || self.0.stop_on_failure(plan))
+    }
+
+    fn hurry(&self, py: Python<'_>) -> PyResult<()> {
+        detached(py, || self.0.hurry())
+    }
+
+    fn stop_report(&self, py: Python<'_>) -> PyResult<Option<StopReport>> {
+        let report = self.0.stop_report().map_err(|error| to_python(py, error))?;
+        Ok(report.map(StopReport::from))
+    }
+}

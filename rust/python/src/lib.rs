@@ -1,0 +1,35 @@
+//! The native module `ferroelastic._rust`. Its manual is `python/ferroelastic/_rust.pyi`.
+//!
+//! Takes arguments, calls ferroelastic-core, maps errors. Decides nothing.
+
+mod convert;
+mod engine;
+mod errors;
+mod group;
+mod tail;
+
+use pyo3::prelude::*;
+
+/// `prctl(PR_SET_PDEATHSIG)` for the calling process.
+#[pyfunction]
+fn arm_parent_death_signal(signal: i32) -> PyResult<()> {
+    Ok(ferroelastic_core::sys::spawn::arm_parent_death_signal(signal)?)
+}
+
+#[pymodule]
+mod _rust {
+    #[pymodule_export]
+    use super::arm_parent_death_signal;
+    #[pymodule_export]
+    use super::engine::{Command, Engine};
+    #[pymodule_export]
+    use super::errors::{ForkedError, SpawnError};
+    #[pymodule_export]
+    use super::group::{Exit, Group, StopReport, Survivor};
+    #[pymodule_export]
+    use super::tail::{Tail, TailReport};
+
+    #[pymodule_export]
+    #[allow(non_upper_case_globals, reason = "the name is Python's")]
+    const __version__: &str = env!("CARGO_PKG_VERSION");
+}

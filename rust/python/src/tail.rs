@@ -1,0 +1,45 @@
+//! `Tail`.
+
+use ferroelastic_core::{engine, logs};
+use pyo3::prelude::*;
+
+use crate::convert::span;
+use crate::errors::detached;
+
+/// What a finished tail did.
+#[pyclass(frozen, get_all, module = "ferroelastic._rust")]
+pub(crate) struct TailReport {
+    lines: u64,
+    bytes: u64,
+    broken_lines: u64,
+    dropped_bytes: u64,
+}
+
+impl From<logs::TailReport> for TailReport {
+    fn from(report: logs::TailReport) -> Self {
+        Self {
+            lines: report.lines,
+            bytes: report.bytes,
+            broken_lines: report.broken_lines,
+            dropped_bytes: report.dropped_bytes,
+        }
+    }
+}
+
+/// Follows growing log files.
+#[pyclass(frozen, module = "ferroelastic._rust")]
+pub(crate) struct Tail(engine::Tail);
+
+impl Tail {
+    pub(crate) fn new(tail: engine::Tail) -> Self {
+        Self(tail)
+    }
+}
+
+#[pymethods]
+impl Tail {
+    fn finish(&self, py: Python<'_>, timeout_s: f64) -> PyResult<TailReport> {
+        let patience = span("timeout_s", timeout_s)?;
+        detached(py, || self.0.finish(patience)).map(TailReport::from)
+    }
+}

@@ -1,0 +1,145 @@
+//! A stop ends when every process group is verified empty.
+
+mod support;
+
+use std::time::Duration;
+
+use ferroelastic_core::sys::wait::Status;
+use support::{Lines, PATIENCE, all_exits, engines, is_alive, plan, stopped, zoo};
+
+const KILLED: Status = Status::Signalled { signal: 9, core_dumped: false };
+const TERMINATED: Status = Status::Signalled { signal: 15, core_dumped: false };
+
+#[test]
+fn the_first_failure_stops_the_peers_with_nobody_waiting() {
+    for engine in engines() {
+        let folder = tempfile::tempdir().expect("tempdir");
+        let lines = Lines::new(folder.path(), "ready");
+        let peer = lines.of(zoo(&["sleep"]));
+        let group = engine.spawn(vec![peer.clone(), zoo(&["orphan", "9"]), peer]).expect("spawn");
+        group.stop_on_failure(plan(PATIENCE)).expect("arm");
+        let exits = all_exits(&group);
+        let of = |index| exits.iter().find(|exit| exit.index == index).expect("ended");
+        assert_eq!((of(1).status, of(1).stopped, of(1).order), (Status::Exited(9), false, 0));
+        assert_eq!((of(0).status, of(0).stopped), (TERMINATED, true));
+        assert_eq!((of(2).status, of(2).stopped), (TERMINATED, true));
+        let report = stopped(&group);
+        assert!(report.killed.is_empty() && report.survivors.is_empty(), "{report:?}");
+    }
+}
+
+#[test]
+fn a_failure_before_arming_counts_too() {
+    for engine in engines() {
+        let group = engine.spawn(vec![zoo(&["exit", "1"]), zoo(&["sleep"])]).expect("spawn");
+        support::wait_for(&group, |group| (group.exits().ok()?.len() == 1).then_some(()));
+        group.stop_on_failure(plan(PATIENCE)).expect("arm");
+        assert_eq!(all_exits(&group)[1].status, TERMINATED);
+    }
+}
+
+#[test]
+fn the_deaf_are_killed_after_the_grace_and_not_before() {
+    for engine in engines() {
+        let folder = tempfile::tempdir().expect("tempdir");
+        let mut lines = Lines::new(folder.path(), "ready");
+        let group = engine.spawn(vec![lines.of(zoo(&["deaf"])); 8]).expect("spawn");
+        for _ in 0..8 {
+            assert_eq!(lines.next(), "ready");
+        }
+        let grace = Duration::from_millis(200);
+        group.stop(plan(grace)).expect("stop");
+        let report = stopped(&group);
+        assert_eq!(report.killed, (0..8).collect::<Vec<_>>());
+        assert!(report.survivors.is_empty());
+        assert!(report.elapsed >= grace);
+        for exit in all_exits(&group) {
+            assert_eq!((exit.status, exit.stopped), (KILLED, true));
+        }
+    }
+}
+
+#[test]
+fn hurry_ends_the_grace() {
+    for engine in engines() {
+        let folder = tempfile::tempdir().expect("tempdir");
+        let mut lines = Lines::new(folder.path(), "ready");
+        let group = engine.spawn(vec![lines.of(zoo(&["deaf"]))]).expect("spawn");
+        assert_eq!(lines.next(), "ready");
+        group.stop(plan(Duration::MAX)).expect("stop");
+        group.hurry().expect("hurry");
+        assert_eq!(stopped(&group).killed, [0]);
+        assert_eq!(all_exits(&group)[0].status, KILLED);
+    }
+}
+
+#[test]
+fn the_group_of_a_leader_that_is_already_dead_is_stopped() {
+    for engine in engines() {
+        for (kind, killed) in [("orphan", vec![]), ("deaf-orphan", vec![0])] {
+            let folder = tempfile::tempdir().expect("tempdir");
+            let mut lines = Lines::new(folder.path(), "pid");
+            let group = engine.spawn(vec![lines.of(zoo(&[kind, "0"]))]).expect("spawn");
+            let orphan: i32 = lines.next().parse().expect("a pid");
+            assert_eq!(all_exits(&group)[0].status, Status::Exited(0));
+            assert!(is_alive(orphan));
+            group.stop(plan(Duration::from_millis(200))).expect("stop");
+            let report = stopped(&group);
+            assert_eq!(report.killed, killed, "{kind}");
+            assert!(report.survivors.is_empty());
+            assert!(!is_alive(orphan));
+        }
+    }
+}
+
+#[test]
+fn a_stopped_worker_takes_the_signal() {
+    for engine in engines() {
+        let folder = tempfile::tempdir().expect("tempdir");
+        let mut lines = Lines::new(folder.path(), "ready");
+        let group = engine.spawn(vec![lines.of(zoo(&["stop"]))]).expect("spawn");
+        assert_eq!(lines.next(), "ready");
+        let pid = group.pids()[0];
+        while ferroelastic_core::sys::procfs::stat(pid).expect("alive").state != 'T' {
+            std::thread::yield_now();
+        }
+        group.stop(plan(PATIENCE)).expect("stop");
+        assert!(stopped(&group).killed.is_empty());
+        assert_eq!(all_exits(&group)[0].status, TERMINATED);
+    }
+}
+
+#[test]
+fn what_the_kernel_does_not_let_go_is_named() {
+    // A helper that escaped into a session of its own keeps nothing of its former group: the group is empty.
+    for engine in engines() {
+        let folder = tempfile::tempdir().expect("tempdir");
+        let mut lines = Lines::new(folder.path(), "pid");
+        let group = engine.spawn(vec![lines.of(zoo(&["escape", "0"]))]).expect("spawn");
+        let escaped: i32 = lines.next().parse().expect("a pid");
+        all_exits(&group);
+        group.stop(plan(PATIENCE)).expect("stop");
+        assert!(stopped(&group).survivors.is_empty());
+        assert!(is_alive(escaped));
+        let pid = rustix::process::Pid::from_raw(escaped).expect("a pid");
+        rustix::process::kill_process(pid, rustix::process::Signal::KILL).expect("kill");
+    }
+}
+
+#[test]
+fn closing_the_engine_leaves_nobody() {
+    for engine in engines() {
+        let folder = tempfile::tempdir().expect("tempdir");
+        let mut lines = Lines::new(folder.path(), "ready");
+        let group = engine.spawn(vec![lines.of(zoo(&["deaf"])); 3]).expect("spawn");
+        for _ in 0..3 {
+            lines.next();
+        }
+        assert!(engine.close(PATIENCE).expect("own process"));
+        for pid in group.pids() {
+            assert!(!is_alive(*pid));
+        }
+        assert!(group.wait(u64::MAX, Some(PATIENCE), None).is_err(), "the engine is closed");
+        assert!(engine.spawn(vec![zoo(&["exit", "0"])]).is_err());
+    }
+}

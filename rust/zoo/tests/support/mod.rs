@@ -1,0 +1,90 @@
+//! What the engine's tests share.
+#![allow(dead_code, reason = "each test program uses some of it")]
+
+use std::ffi::CString;
+use std::fs::File;
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use ferroelastic_core::Engine;
+use ferroelastic_core::engine::{Group, StopReport, Wake};
+use ferroelastic_core::supervise::{Exit, StopPlan};
+use ferroelastic_core::sys::probe::{self, Support};
+use ferroelastic_core::sys::procfs;
+use ferroelastic_core::sys::spawn::{Command, Stdio};
+
+/// No test waits longer for a fact that must come.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
+
+/// One engine on each way to notice exits that this system has.
+pub(crate) fn engines() -> Vec<Engine> {
+    let best = probe::probe();
+    let mut supports = vec![best, Support::NONE];
+    if best.group_signals {
+        supports.push(Support { group_signals: false, ..best });
+    }
+    supports.into_iter().map(|support| Engine::start_with(support).expect("engine")).collect()
+}
+
+pub(crate) fn zoo(words: &[&str]) -> Command {
+    let argv = [env!("CARGO_BIN_EXE_zoo")].iter().chain(words);
+    Command { argv: argv.map(|word| CString::new(*word).expect("no NUL")).collect(), ..Command::default() }
+}
+
+/// Standard output of a worker as a FIFO: reading a line waits for the fact that it tells.
+pub(crate) struct Lines {
+    path: PathBuf,
+    reader: BufReader<File>,
+}
+
+impl Lines {
+    pub(crate) fn new(folder: &Path, name: &str) -> Self {
+        let path = folder.join(name);
+        let mode = rustix::fs::Mode::from_raw_mode(0o600);
+        rustix::fs::mknodat(rustix::fs::CWD, &path, rustix::fs::FileType::Fifo, mode, 0).expect("mkfifo");
+        // Also open for writing: then neither end waits for the other to open.
+        let file = File::options().read(true).write(true).open(&path).expect("open fifo");
+        Self { path, reader: BufReader::new(file) }
+    }
+
+    pub(crate) fn of(&self, mut command: Command) -> Command {
+        command.stdout = Stdio::File(self.path.clone());
+        command
+    }
+
+    pub(crate) fn next(&mut self) -> String {
+        let mut line = String::new();
+        self.reader.read_line(&mut line).expect("a line");
+        line.trim_end().to_owned()
+    }
+}
+
+pub(crate) fn plan(grace: Duration) -> StopPlan {
+    StopPlan { signal: 15, grace, kill_wait: PATIENCE }
+}
+
+/// Waits until `fact` holds of the group.
+pub(crate) fn wait_for<T>(group: &Group, fact: impl Fn(&Group) -> Option<T>) -> T {
+    loop {
+        let generation = group.generation().expect("own process");
+        if let Some(value) = fact(group) {
+            return value;
+        }
+        let woken = group.wait(generation, Some(PATIENCE), None).expect("wait");
+        assert_eq!(woken, Wake::Event, "nothing happened for {PATIENCE:?}");
+    }
+}
+
+pub(crate) fn all_exits(group: &Group) -> Vec<Exit> {
+    let size = group.pids().len();
+    wait_for(group, |group| group.exits().ok().filter(|exits| exits.len() == size))
+}
+
+pub(crate) fn stopped(group: &Group) -> StopReport {
+    wait_for(group, |group| group.stop_report().expect("own process"))
+}
+
+pub(crate) fn is_alive(pid: i32) -> bool {
+    procfs::stat(pid).is_some_and(|stat| !stat.is_dead())
+}

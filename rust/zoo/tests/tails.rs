@@ -1,0 +1,117 @@
+//! No line is lost and none is torn.
+
+mod support;
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use ferroelastic_core::logs::TailSpec;
+use ferroelastic_core::sys::spawn::Stdio;
+use support::{PATIENCE, all_exits, engines, zoo};
+
+#[test]
+fn every_line_of_four_floods_comes_out_whole_and_in_order() {
+    const LINES: usize = 20_000;
+    for engine in engines() {
+        let folder = tempfile::tempdir().expect("tempdir");
+        let files: Vec<PathBuf> = (0..4).map(|rank| folder.path().join(format!("{rank}.log"))).collect();
+        let (reader, writer) = rustix::pipe::pipe().expect("pipe");
+        let tail = engine
+            .tail(TailSpec {
+                files: files
+                    .iter()
+                    .enumerate()
+                    .map(|(rank, path)| (path.clone(), format!("[{rank}]:").into_bytes()))
+                    .collect(),
+                console: writer,
+                only_lines_with: Vec::new(),
+            })
+            .expect("tail");
+        let console = std::thread::spawn(move || {
+            let mut next = [0usize; 4];
+            for line in BufReader::new(File::from(reader)).lines() {
+                let line = line.expect("text");
+                let (rank, number) = line.split_once("]:").expect("a prefix");
+                let rank: usize = rank.trim_start_matches('[').parse().expect("a rank");
+                assert_eq!(number, format!("{:060}", next[rank]));
+                next[rank] += 1;
+            }
+            next
+        });
+        let commands = files
+            .iter()
+            .map(|path| {
+                let mut command = zoo(&["flood", &LINES.to_string(), "60"]);
+                command.stdout = Stdio::File(path.clone());
+                command
+            })
+            .collect();
+        let group = engine.spawn(commands).expect("spawn");
+        all_exits(&group);
+        let report = tail.finish(PATIENCE).expect("finish");
+        assert_eq!((report.lines, report.dropped_bytes, report.broken_lines), (4 * LINES as u64, 0, 0));
+        assert_eq!(console.join().expect("no panic"), [LINES; 4]);
+    }
+}
+
+#[test]
+fn a_console_that_nobody_reads_costs_no_line_and_delays_no_exit() {
+    for engine in engines() {
+        let folder = tempfile::tempdir().expect("tempdir");
+        let path = folder.path().join("log");
+        let (reader, writer) = rustix::pipe::pipe().expect("pipe");
+        let spec =
+            TailSpec { files: vec![(path.clone(), b">".to_vec())], console: writer, only_lines_with: Vec::new() };
+        let tail = engine.tail(spec).expect("tail");
+        let mut command = zoo(&["flood", "100000", "60"]);
+        command.stdout = Stdio::File(path);
+        let group = engine.spawn(vec![command]).expect("spawn");
+        // Far more than the pipe holds, and nobody reads it: the worker ends all the same.
+        all_exits(&group);
+        let reading = std::thread::spawn(move || BufReader::new(File::from(reader)).lines().count());
+        let report = tail.finish(PATIENCE).expect("finish");
+        assert_eq!((report.lines, report.dropped_bytes), (100_000, 0));
+        assert_eq!(reading.join().expect("no panic"), 100_000);
+    }
+}
+
+#[test]
+fn a_console_that_never_reads_is_given_up_and_the_rest_is_counted() {
+    for engine in engines() {
+        let folder = tempfile::tempdir().expect("tempdir");
+        let path = folder.path().join("log");
+        std::fs::write(&path, "x".repeat(99).as_str().to_owned() + "\n").expect("write");
+        let mut file = File::options().append(true).open(&path).expect("open");
+        for _ in 0..20_000 {
+            file.write_all(&[b'y'; 99]).and_then(|()| file.write_all(b"\n")).expect("write");
+        }
+        let (reader, writer) = rustix::pipe::pipe().expect("pipe");
+        let spec = TailSpec { files: vec![(path, Vec::new())], console: writer, only_lines_with: Vec::new() };
+        let tail = engine.tail(spec).expect("tail");
+        let report = tail.finish(Duration::from_millis(50)).expect("finish");
+        assert_eq!(report.bytes + report.dropped_bytes, 20_001 * 100);
+        let mut taken = Vec::new();
+        File::from(reader).read_to_end(&mut taken).expect("read");
+        assert_eq!(taken.len() as u64, report.bytes);
+    }
+}
+
+#[test]
+fn a_line_without_end_comes_out_when_the_tail_finishes_and_filters_hold() {
+    for engine in engines() {
+        let folder = tempfile::tempdir().expect("tempdir");
+        let (path, out) = (folder.path().join("log"), folder.path().join("out"));
+        let console = File::create(&out).expect("create");
+        let spec = TailSpec {
+            files: vec![(path.clone(), b"[a]:".to_vec())],
+            console: console.into(),
+            only_lines_with: vec![b"keep".to_vec()],
+        };
+        let tail = engine.tail(spec).expect("tail");
+        std::fs::write(&path, "keep 1\nthrow away\nkeep 2").expect("write");
+        tail.finish(PATIENCE).expect("finish");
+        assert_eq!(std::fs::read_to_string(out).expect("read"), "[a]:keep 1\n[a]:keep 2\n");
+    }
+}
