@@ -244,5 +244,25 @@ class Engine:
     def close(self, timeout_s: float = 5.0) -> bool:
         """End the thread; workers that still run get SIGKILL. ``False`` if it did not end within ``timeout_s``."""
 
+@final
+class Guard:
+    """A small forked process that ends what the kernel does not end with a killed agent: the workers' own children.
+
+    When this process ends without :meth:`dismiss`, the guard kills every process whose environment holds ``name=value``, then
+    goes. A helper that wants to outlive the run removes the variable from its environment.
+
+    Args:
+        name: environment variable that marks the run.
+        value: its value, unique to this run.
+    Raises:
+        OSError: this process has more than one thread, whose locks the child would inherit; or ``fork(2)`` failed.
+    """
+
+    pid: int
+    """Process id of the guard."""
+    def __new__(cls, name: str, value: str) -> Guard: ...
+    def dismiss(self) -> None:
+        """This process ends as it should: the guard goes and touches nobody. Once is enough, twice does nothing."""
+
 def arm_parent_death_signal(signal: int) -> None:
     """``prctl(PR_SET_PDEATHSIG)`` for the calling process: it gets ``signal`` when the *thread* that created it ends."""

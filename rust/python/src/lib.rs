@@ -6,6 +6,7 @@ mod convert;
 mod engine;
 mod errors;
 mod group;
+mod guard;
 mod tail;
 
 use pyo3::prelude::*;
@@ -26,6 +27,8 @@ mod _rust {
     use super::errors::{ForkedError, SpawnError};
     #[pymodule_export]
     use super::group::{Exit, Group, StopReport, Survivor};
+    #[pymodule_export]
+    use super::guard::Guard;
     #[pymodule_export]
     use super::tail::{Tail, TailReport};
 

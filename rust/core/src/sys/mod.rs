@@ -2,6 +2,7 @@
 
 pub mod console;
 pub mod fd;
+pub mod guard;
 pub mod notify;
 pub mod poller;
 pub mod probe;
