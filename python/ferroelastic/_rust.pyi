@@ -39,6 +39,7 @@ class Command:
         stderr: likewise for standard error.
         cwd: working directory; ``None`` inherits.
         cpus: logical CPUs the process may run on (``sched_setaffinity(2)``, set before exec); ``None`` inherits.
+
     Raises:
         ValueError: ``argv`` is empty, a string holds a NUL byte, or ``cpus`` is empty.
     """
@@ -130,8 +131,10 @@ class Group:
             timeout_s: give up after this long; ``None`` or ``inf`` never; 0 only looks.
             wake_fd: also return when this descriptor is readable (it is not read): the read end of a
                 ``signal.set_wakeup_fd`` pipe, so that Python signal handlers run at once.
+
         Returns:
             ``"event"``, ``"timeout"`` or ``"wake"``.
+
         Raises:
             RuntimeError: the engine has failed or was closed.
         """
@@ -176,10 +179,10 @@ class TailReport:
 
 @final
 class Tail:
-    """Follows growing log files and copies their lines, whole and prefixed, to a console. Mirrors ``TailLog``.
+    r"""Follows growing log files and copies their lines, whole and prefixed, to a console. Mirrors ``TailLog``.
 
     Woken by inotify, never polling (where no inotify instance is to be had, by a 20 ms timer). The
-    files are the buffer: a console that takes nothing costs no memory and loses no line. ``\\n``, ``\\r\\n`` and ``\\r`` end a
+    files are the buffer: a console that takes nothing costs no memory and loses no line. ``\n``, ``\r\n`` and ``\r`` end a
     line, as Python's universal newlines.
     """
 
@@ -199,6 +202,7 @@ class Engine:
     Args:
         pidfd: use pidfds where the kernel has them (probed once, in a throw-away child). ``False`` forces the fallback:
             one blocking ``waitid`` thread per worker.
+
     Raises:
         OSError: the thread, the epoll instance or a descriptor could not be made.
     """
@@ -220,6 +224,7 @@ class Engine:
             pids: the processes, by index.
             sentinels: a descriptor of each that becomes readable when it ends (``multiprocessing.Process.sentinel``); they are
                 duplicated, and used where there are no pidfds and the process is no child of this one (``forkserver``).
+
         Raises:
             OSError: a pid does not exist.
         """
@@ -237,6 +242,7 @@ class Engine:
             files: paths and the prefix of each.
             console_fd: descriptor that the lines are written to; it is duplicated.
             only_lines_with: if not empty, copy only lines that contain one of these strings.
+
         Raises:
             OSError: a file cannot be opened or created.
         """
@@ -254,6 +260,7 @@ class Guard:
     Args:
         name: environment variable that marks the run.
         value: its value, unique to this run.
+
     Raises:
         OSError: this process has more than one thread, whose locks the child would inherit; or ``fork(2)`` failed.
     """

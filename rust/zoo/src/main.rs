@@ -1,35 +1,36 @@
 //! Misbehaving children for tests. Each says what it needs to say on one line of standard output, then does its worst.
 
-use std::ffi::c_int;
+mod sys;
+
 use std::io::Write;
 use std::process::exit;
 
 const USAGE: &str = "usage: zoo exit N | signal N | sleep | deaf | stop | exit-at MONOTONIC_NS N \
-    | orphan N | deaf-orphan N | escape N | flood LINES WIDTH | facts";
+    | orphan N | deaf-orphan N | escape N | flood LINES WIDTH | facts | worker FOLDER FAILURES";
 
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match words.as_slice() {
         ["exit", code] => exit(number(code)),
-        ["signal", signal] => die_by(number(signal)),
+        ["signal", signal] => sys::die_by(number(signal)),
         ["sleep"] => {
             say("ready");
             pause()
         }
         ["deaf"] => {
-            ignore(libc::SIGTERM);
+            sys::ignore(libc::SIGTERM);
             say("ready");
             pause()
         }
         ["stop"] => {
             say("ready");
-            raise(libc::SIGSTOP);
+            sys::raise(libc::SIGSTOP);
             pause()
         }
         ["exit-at", at, code] => {
             say("ready");
-            wait_until(at.parse().unwrap_or_else(|_| usage()));
+            sys::wait_until(at.parse().unwrap_or_else(|_| usage()));
             exit(number(code))
         }
         ["orphan", code] => leave_behind(number(code), Orphan::Obedient),
@@ -37,6 +38,7 @@ fn main() {
         ["escape", code] => leave_behind(number(code), Orphan::OwnSession),
         ["flood", lines, width] => flood(number(lines), number(width)),
         ["facts"] => facts(),
+        ["worker", folder, failures] => worker(folder, number(failures)),
         _ => usage(),
     }
 }
@@ -63,35 +65,7 @@ fn pause() -> ! {
     }
 }
 
-fn raise(signal: c_int) {
-    // SAFETY: takes an integer.
-    unsafe { libc::raise(signal) };
-}
-
-fn ignore(signal: c_int) {
-    // SAFETY: SIG_IGN runs no code of ours.
-    unsafe { libc::signal(signal, libc::SIG_IGN) };
-}
-
-/// Dies by `signal`, without leaving a core.
-fn die_by(signal: c_int) -> ! {
-    let none = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-    // SAFETY: the limit is valid for reads; SIG_DFL runs no code of ours (Rust installs handlers for SIGSEGV and SIGBUS).
-    unsafe {
-        libc::setrlimit(libc::RLIMIT_CORE, &raw const none);
-        libc::signal(signal, libc::SIG_DFL);
-        libc::kill(libc::getpid(), signal);
-    }
-    pause()
-}
-
-fn wait_until(monotonic_ns: i64) {
-    let at = libc::timespec { tv_sec: monotonic_ns / 1_000_000_000, tv_nsec: monotonic_ns % 1_000_000_000 };
-    // SAFETY: the time is valid for reads, the remainder may be null.
-    unsafe { libc::clock_nanosleep(libc::CLOCK_MONOTONIC, libc::TIMER_ABSTIME, &raw const at, std::ptr::null_mut()) };
-}
-
-#[derive(Clone, Copy, PartialEq)]
+#[derive(Clone, Copy)]
 enum Orphan {
     Obedient,
     Deaf,
@@ -100,29 +74,11 @@ enum Orphan {
 
 /// Forks a child that stays, says its pid once it is settled, and exits.
 fn leave_behind(code: i32, kind: Orphan) -> ! {
-    let mut pipe = [0; 2];
-    // SAFETY: the array has room for two descriptors; this process has one thread, so the child may do anything.
-    let child = unsafe {
-        libc::pipe(pipe.as_mut_ptr());
-        libc::fork()
-    };
-    let [read, write] = pipe;
-    if child == 0 {
-        if kind == Orphan::Deaf {
-            ignore(libc::SIGTERM);
-        }
-        // SAFETY: integers, and one byte that is valid for reads.
-        unsafe {
-            if kind == Orphan::OwnSession {
-                libc::setsid();
-            }
-            libc::write(write, c"x".as_ptr().cast(), 1);
-        }
-        pause()
-    }
-    let mut byte = 0u8;
-    // SAFETY: one byte that is valid for writes.
-    unsafe { libc::read(read, (&raw mut byte).cast(), 1) };
+    let child = sys::fork_settled(|| match kind {
+        Orphan::Obedient => {}
+        Orphan::Deaf => sys::ignore(libc::SIGTERM),
+        Orphan::OwnSession => sys::new_session(),
+    });
     say(&child.to_string());
     exit(code)
 }
@@ -140,14 +96,47 @@ fn flood(lines: usize, width: usize) {
     }
 }
 
+/// A worker of an elastic job that trains nothing: in `folder` it leaves when it started, when it was signalled and when it failed.
+///
+/// In each of the first `failures` attempts the last rank waits until all ranks have started, notes the time and exits with code 1. The others
+/// note when SIGTERM reaches them. In the attempt after that everybody exits with code 0 once all have started.
+fn worker(folder: &str, failures: u32) {
+    let started = sys::monotonic_ns();
+    let variable = |name: &str| {
+        let value = std::env::var(name).ok().and_then(|value| value.parse::<u32>().ok());
+        value.unwrap_or_else(|| usage())
+    };
+    let (rank, world_size) = (variable("RANK"), variable("WORLD_SIZE"));
+    let attempt = variable("TORCHELASTIC_RESTART_COUNT");
+    let name = |what: &str, rank: u32| std::path::Path::new(folder).join(format!("{what}.{attempt}.{rank}"));
+    let open = |what: &str| std::fs::File::create(name(what, rank)).unwrap_or_else(|_| exit(65));
+    // Opened before it counts: to create a file takes longer than what is measured.
+    let note =
+        |mut file: std::fs::File, at: u64| file.write_all(at.to_string().as_bytes()).unwrap_or_else(|_| exit(65));
+    sys::block(libc::SIGTERM);
+    if attempt < failures && rank + 1 < world_size {
+        let signalled = open("signalled");
+        note(open("started"), started);
+        sys::wait_for_signal(libc::SIGTERM);
+        note(signalled, sys::monotonic_ns());
+        exit(0)
+    }
+    let failed = open("failed");
+    note(open("started"), started);
+    let is_there = |rank| std::fs::metadata(name("started", rank)).is_ok_and(|file| file.len() > 0);
+    while !(0..world_size).all(is_there) {
+        sys::wait_until(i64::try_from(sys::monotonic_ns()).unwrap_or(0) + 1_000_000);
+    }
+    if attempt < failures {
+        note(failed, sys::monotonic_ns());
+        exit(1)
+    }
+}
+
 /// What this process was given: session, signal mask, dispositions, descriptors, CPUs.
 fn facts() {
-    // SAFETY: take and return integers.
-    let (pid, group, session, parent) = unsafe { (libc::getpid(), libc::getpgrp(), libc::getsid(0), libc::getppid()) };
+    let ([pid, group, session, parent], death_signal) = sys::identity();
     say(&format!("pid={pid} group={group} session={session} parent={parent}"));
-    let mut death_signal: c_int = -1;
-    // SAFETY: the kernel stores one integer there.
-    unsafe { libc::prctl(libc::PR_GET_PDEATHSIG, &raw mut death_signal) };
     say(&format!("death_signal={death_signal}"));
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     for line in status

@@ -6,6 +6,9 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fs::{FileType, Mode, OFlags};
 
+/// What a pipe is asked to hold: the most that an unprivileged process may ask for.
+const PIPE_SIZE: usize = 1 << 20;
+
 /// How a descriptor is kept from blocking the writer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Mood {
@@ -34,7 +37,11 @@ impl Console {
         Ok(match FileType::from_raw_mode(rustix::fs::fstat(&shared)?.st_mode) {
             FileType::RegularFile => Self { fd: shared, mood: Mood::File },
             FileType::Socket => Self { fd: shared, mood: Mood::Socket },
-            _ => {
+            kind => {
+                if kind == FileType::Fifo {
+                    // With 64 KiB, reader and writer wait for each other half of the time. Refused where the user's limit is reached.
+                    let _ = rustix::pipe::fcntl_setpipe_size(&shared, PIPE_SIZE);
+                }
                 let path = format!("/proc/self/fd/{}", shared.as_raw_fd());
                 let flags = OFlags::WRONLY | OFlags::NONBLOCK | OFlags::CLOEXEC | OFlags::NOCTTY;
                 match rustix::fs::open(path, flags, Mode::empty()) {

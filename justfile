@@ -1,0 +1,50 @@
+# One word per command. `just` lists them.
+
+set shell := ["bash", "-euo", "pipefail", "-c"]
+
+venv := ".venv"
+python := env("PYTHON", "python3")
+bin := justfile_directory() / venv / "bin"
+
+_list:
+    @just --list --unsorted
+
+# the virtual environment with the package (editable) and every tool
+setup:
+    test -x {{ bin }}/python || {{ python }} -m venv {{ venv }}
+    {{ bin }}/pip install --quiet --editable '.[dev]'
+
+# format Rust and Python
+fmt: setup
+    cargo fmt --all
+    {{ bin }}/ruff format .
+    {{ bin }}/ruff check --quiet --fix .
+
+# formatting, clippy, ruff, mypy, and the stub against the native module
+lint: setup
+    cargo fmt --all --check
+    cargo clippy --workspace --all-targets --locked -- --deny warnings
+    {{ bin }}/ruff format --check .
+    {{ bin }}/ruff check .
+    {{ bin }}/mypy
+    {{ bin }}/python -m mypy.stubtest ferroelastic._rust --allowlist tests/stubtest-allowlist.txt
+
+# every test: the engine without Python, then the package, then what depends on pidfds once more without them
+test: setup
+    cargo test --locked --quiet
+    {{ bin }}/python -m pytest
+    FERROELASTIC_PIDFD=0 {{ bin }}/python -m pytest -m engine
+
+# the one abi3 wheel on every CPython found here: the tests that need no torch
+test-wheel: setup
+    rm -rf target/wheels
+    {{ bin }}/pip wheel --quiet --no-deps --wheel-dir target/wheels .
+    {{ bin }}/python tests/wheel_matrix.py target/wheels/*.whl
+
+# latencies of the engine
+bench:
+    cargo bench
+
+# side by side with torchrun, in one run
+bench-torchrun: setup
+    {{ bin }}/python benches/against_torchrun.py

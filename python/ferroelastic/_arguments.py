@@ -1,0 +1,199 @@
+"""The command line of ``ferrorun``."""
+
+import os
+from argparse import REMAINDER, Action, ArgumentError, ArgumentParser
+from typing import Any, NoReturn
+
+from ferroelastic.argparse_util import check_env, env
+
+
+class _Parser(ArgumentParser):
+    """Reports an error in one line, and a bad ``PET_*`` value under the variable's name."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}; see {self.prog} --help\n")
+
+    def _get_value(self, action: Action, arg_string: str) -> Any:
+        variable = f"PET_{action.dest.upper()}"
+        from_variable = isinstance(action, env) and arg_string is action.default and variable in os.environ
+        try:
+            value = super()._get_value(action, arg_string)
+        except ArgumentError as error:
+            if not from_variable:
+                raise
+            raise ArgumentError(None, f"{variable}: {error.message}") from None
+        # argparse checks the choices of what stands on the command line only.
+        if from_variable and action.choices is not None and value not in action.choices:
+            choices = ", ".join(map(str, action.choices))
+            raise ArgumentError(None, f"{variable}={value!r} is not one of {choices}")
+        return value
+
+
+def get_args_parser() -> ArgumentParser:
+    """Return the parser of the command line, whose defaults are taken from the ``PET_*`` variables as of now.
+
+    Raises:
+        ValueError: the variable of a flag holds no integer.
+    """
+    parser = _Parser(
+        prog="ferrorun",
+        description="Start a distributed PyTorch job on this node: its workers, and an agent that restarts them.",
+    )
+
+    def comma_separated_list(value: str) -> list[str]:
+        placeholder = "\0"
+        return [item.replace(placeholder, ",") for item in value.replace(",,", placeholder).split(",")]
+
+    def option(*flags: str, **kwargs: Any) -> None:
+        """Add an option in both spellings, with dashes and with underscores."""
+        long = flags[-1]
+        both = (long, "--" + long[2:].replace("-", "_")) if "-" in long[2:] else (long,)
+        parser.add_argument(*flags[:-1], *both, **{"action": env, **kwargs})
+
+    def flag(*flags: str, **kwargs: Any) -> None:
+        option(*flags, action=check_env, **kwargs)
+
+    # Size of the job.
+    option("--nnodes", type=str, default="1:1", help="Number of nodes, or a range as MIN:MAX.")
+    option(
+        "--nproc-per-node",
+        type=str,
+        default="1",
+        help="Number of workers on this node: a number, or auto, gpu, xpu or cpu for as many as there are.",
+    )
+
+    # How the nodes find each other.
+    option(
+        "--rdzv-backend",
+        type=str,
+        default="static",
+        help="Rendezvous backend: static, c10d, etcd-v2 or a registered one.",
+    )
+    option("--rdzv-endpoint", type=str, default="", help="Where the rendezvous is, usually HOST:PORT.")
+    option("--rdzv-id", type=str, default="none", help="Id of the job, the same on all its nodes.")
+    option("--rdzv-conf", type=str, default="", help="Further settings of the rendezvous: KEY=VALUE,KEY=VALUE,...")
+    flag(
+        "--standalone",
+        help="Run on this node alone, with a rendezvous on a free port of its own. "
+        "Backend, endpoint and id of the rendezvous are set accordingly, whatever they were set to.",
+    )
+
+    # What the agent does.
+    option("--max-restarts", type=int, default=0, help="How often failed workers are restarted before the job fails.")
+    option(
+        "--monitor-interval", type=float, default=0.1, help="Longest time between two looks at the workers, in seconds."
+    )
+    option(
+        "--start-method",
+        type=str,
+        default="spawn",
+        choices=["spawn", "fork", "forkserver"],
+        help="How Python starts workers that run in an interpreter of the agent's (--run-path).",
+    )
+    option(
+        "--event-log-handler",
+        type=str,
+        default="null",
+        help="Handler for the agent's events: null, console or a registered one.",
+    )
+    option("--role", type=str, default="default", help="Role of the workers, for logs and events.")
+
+    # What the workers run.
+    flag("-m", "--module", help="The script is the name of a module, run as by 'python -m'.")
+    flag("--no-python", help="The script is a program of its own, run without Python.")
+    flag(
+        "--run-path",
+        help="Run the script with runpy.run_path in the worker that multiprocessing starts. "
+        "Takes precedence over --no-python.",
+    )
+
+    # Their output.
+    option(
+        "--log-dir",
+        type=str,
+        default=None,
+        help="Folder for log files; each run makes a folder of its own in it, named after the job's id.",
+    )
+    option(
+        "-r",
+        "--redirects",
+        type=str,
+        default="0",
+        help="Write output of the workers to log files: 1 is stdout, 2 stderr, 3 both; "
+        "0:3,1:2 is both for local rank 0 and stderr for local rank 1.",
+    )
+    option("-t", "--tee", type=str, default="0", help="As --redirects, but to log files and to the console.")
+    option(
+        "--local-ranks-filter",
+        type=str,
+        default="",
+        help="Show the output of these local ranks only, e.g. 0,1. Log files have all.",
+    )
+    option(
+        "--duplicate-stdout-filters",
+        type=comma_separated_list,
+        default=[],
+        help="Also write the lines of stdout with one of these strings to one file, e.g. loss,epoch. "
+        "A double comma is a comma.",
+    )
+    option(
+        "--duplicate-stderr-filters",
+        type=comma_separated_list,
+        default=[],
+        help="Likewise for stderr.",
+    )
+
+    # The static rendezvous.
+    option("--node-rank", type=int, default=0, help="Rank of this node; static rendezvous only.")
+    option(
+        "--master-addr",
+        type=str,
+        default="127.0.0.1",
+        help="Address of the node with rank 0; static rendezvous only. IPv6 is written in brackets: [::1].",
+    )
+    option(
+        "--master-port",
+        type=int,
+        default=None,
+        help="Port on the node with rank 0; static rendezvous only. Default 29500.",
+    )
+    option("--local-addr", type=str, default=None, help="Address of this node for the others; found out if not given.")
+
+    # The rest.
+    parser.add_argument(
+        "--logs-specs",
+        "--logs_specs",
+        type=str,
+        default=None,
+        help="Name of an installed plugin (entry point of group torchrun.logs_specs) that decides on log files.",
+    )
+    parser.add_argument(
+        "--numa-binding",
+        "--numa_binding",
+        type=str,
+        choices=["node", "socket", "exclusive", "core-complex"],
+        default=None,
+        help="Bind each worker to CPUs near its GPU: those of the NUMA node, of the socket, "
+        "a share of the node's cores for itself, or the cores of one cache.",
+    )
+    option(
+        "--signals-to-handle",
+        type=str,
+        default="SIGTERM,SIGINT,SIGHUP,SIGQUIT",
+        help="Signals to ferrorun that end the job; they are passed on to the workers. "
+        "SIGUSR1 and SIGUSR2 are usual additions under Slurm.",
+    )
+    option(
+        "--shutdown-timeout",
+        type=int,
+        default=None,
+        help="Seconds that workers have between the signal to end and SIGKILL. "
+        "Default $TORCH_ELASTIC_SHUTDOWN_TIMEOUT, else 30.",
+    )
+    flag(
+        "--virtual-local-rank",
+        help="Give every worker LOCAL_RANK=0 and, in CUDA_VISIBLE_DEVICES, only its own GPU.",
+    )
+    parser.add_argument("training_script", type=str, help="Script, module or command to run in each worker.")
+    parser.add_argument("training_script_args", nargs=REMAINDER, help="Its arguments.")
+    return parser

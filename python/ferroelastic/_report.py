@@ -1,0 +1,201 @@
+"""What ``ferrorun`` says when a job did not succeed, and the exit code that tells it."""
+
+import contextlib
+import errno
+import os
+import re
+import sys
+from argparse import Namespace
+from collections.abc import Iterator
+from typing import Any
+
+from ferroelastic._usage import named
+
+_USAGE = 2
+_FAILURE = 1
+_SIGNAL_BASE = 128  # the shells' convention for a process that a signal ended
+
+
+def report(error: BaseException, args: Namespace | None) -> int:
+    """Say on standard error what ended the job, once, and return the exit code.
+
+    Args:
+        error: what was raised.
+        args: the parsed command line, or ``None`` if it could not be parsed.
+
+    Returns:
+        The code of the worker that failed first, 128+n for signal n to it or to this process, 2 for a usage error,
+        else 1.
+    """
+    if isinstance(error, KeyboardInterrupt):
+        return _SIGNAL_BASE + 2
+    signal = getattr(error, "sigval", None)
+    if signal is not None:  # SignalException: the agent has said so in its log
+        return _SIGNAL_BASE + int(signal)
+    first_failure = getattr(error, "get_first_failure", None)
+    if first_failure is not None:  # ChildFailedError
+        _, failure = first_failure()
+        _print(str(error).strip("\n"))
+        return exit_code(failure.exitcode)
+    if os.environ.get("LOGLEVEL", "").upper() == "DEBUG":
+        import traceback
+
+        traceback.print_exception(error)
+    _print(f"ferrorun: error: {' '.join(_describe(error, args).split())}")
+    return _USAGE if isinstance(error, ValueError) else _FAILURE
+
+
+def exit_code(returncode: int | None) -> int:
+    """Return the exit code that stands for a worker's, which is minus the signal where one ended it. Never 0."""
+    if not returncode:
+        return _FAILURE
+    return _SIGNAL_BASE - returncode if returncode < 0 else returncode
+
+
+def _print(text: str) -> None:
+    with contextlib.suppress(OSError):  # nobody reads standard error any more
+        print(text, file=sys.stderr, flush=True)  # noqa: T201 - this is the command's output
+
+
+def _describe(error: BaseException, args: Namespace | None) -> str:
+    if isinstance(error, ValueError):
+        return str(error)
+    if isinstance(error, ImportError) and "_rust" in str(error):
+        return (
+            f"{error}; the native engine is missing, install a wheel of ferroelastic for this system, or use torchrun"
+        )
+    chain = list(_chain(error))
+    if args is not None:
+        text = _describe_spawn(chain, args) or _describe_port(error, chain, args) or _describe_log_dir(chain, args)
+        if text:
+            return text
+    text = _text_of(chain) or type(error).__name__
+    if _is_expected(error):
+        return text
+    return f"{type(error).__name__}: {text}; LOGLEVEL=DEBUG shows the traceback"
+
+
+def _is_expected(error: BaseException) -> bool:
+    """Tell failures of the surroundings, which a text explains, from those that only a traceback does."""
+    if isinstance(error, ModuleNotFoundError) and error.name == "torch":
+        return True
+    return isinstance(error, OSError) or "Rendezvous" in type(error).__name__ or type(error) is RuntimeError
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+def _text_of(chain: list[BaseException]) -> str:
+    """Return what all of a chain says: the outer text often only points to the inner one."""
+    texts = (re.sub(r"\[Errno \d+\] ", "", str(one)) for one in chain)
+    return ": ".join(dict.fromkeys(filter(None, texts)))
+
+
+def _describe_spawn(chain: list[BaseException], args: Namespace) -> str:
+    """Describe an entrypoint that could not be started (``SpawnError``)."""
+    error = next((one for one in chain if getattr(one, "stage", None) is not None), None)
+    if not isinstance(error, OSError):
+        return ""
+    remedies = {
+        errno.EACCES: "allow it with chmod +x" if args.no_python else "check PYTHON_EXEC",
+        errno.ENOENT: "check the path" if args.no_python else "check PYTHON_EXEC",
+        errno.ENOEXEC: "give it a first line such as #!/bin/sh, or drop --no-python for a Python script",
+    }
+    text = _text_of([error])
+    remedy = remedies.get(error.errno or 0)
+    return f"{text}; {remedy}" if remedy else text
+
+
+def _describe_log_dir(chain: list[BaseException], args: Namespace) -> str:
+    if not args.log_dir:
+        return ""
+    for error in chain:
+        if isinstance(error, OSError) and (
+            str(error.filename or "").startswith(args.log_dir) or args.log_dir in str(error)
+        ):
+            reason = (error.strerror or "it is a file").lower()
+            return (
+                f"log folder {named('log_dir', args.log_dir)} cannot be written: {reason}; give another with --log-dir"
+            )
+    return ""
+
+
+def _describe_port(error: BaseException, chain: list[BaseException], args: Namespace) -> str:
+    """Describe a failure to get at the rendezvous' port, by the process that has it."""
+    in_use = any(
+        getattr(one, "errno", None) == errno.EADDRINUSE or "address already in use" in str(one).lower() for one in chain
+    )
+    if not in_use and not ("Rendezvous" in type(error).__name__ or isinstance(error, (ConnectionError, TimeoutError))):
+        return ""
+    host, port, flag = _endpoint(args)
+    if not port:
+        return ""
+    owner = port_owner(port) if in_use or _is_here(host) else ""
+    if not owner:
+        return f"port {port} is in use by a process of another user; choose another with {flag}" if in_use else ""
+    if in_use:
+        return f"port {port} is in use by {owner}; end that process or choose another port with {flag}"
+    text = ": ".join(dict.fromkeys(str(one) for one in chain if str(one)))
+    return (
+        f"{text}; port {port} of this host belongs to {owner}, choose another with {flag} if that is not the rendezvous"
+    )
+
+
+def _endpoint(args: Namespace) -> tuple[str, int | None, str]:
+    """Return host and port of the rendezvous, and the option that changes the port."""
+    if args.rdzv_backend == "static" and not args.rdzv_endpoint:
+        return args.master_addr, args.master_port, "--master-port"
+    from ferroelastic.rendezvous.utils import parse_rendezvous_endpoint
+
+    try:
+        host, port = parse_rendezvous_endpoint(args.rdzv_endpoint, default_port=29400)
+    except ValueError:
+        return "", None, ""
+    return host, port, "--rdzv-endpoint"
+
+
+def _is_here(host: str) -> bool:
+    from ferroelastic.rendezvous.utils import _matches_machine_hostname
+
+    try:
+        return _matches_machine_hostname(host)
+    except OSError:
+        return False
+
+
+def port_owner(port: int) -> str:
+    """Return the process that listens on a TCP port of this host, as ``pid 123 (python train.py)``.
+
+    Args:
+        port: the port.
+
+    Returns:
+        The process, or ``""`` if none listens, this process does, or it is hidden from this user.
+    """
+    import psutil
+
+    pids: set[int | None] = set()
+    with contextlib.suppress(psutil.Error, OSError):
+        for connection in psutil.net_connections(kind="tcp"):
+            local: Any = connection.laddr
+            if connection.status == psutil.CONN_LISTEN and local and local.port == port:
+                pids.add(connection.pid)
+    owners = sorted(pid for pid in pids if pid is not None and pid != os.getpid())
+    if not owners:
+        return ""
+    return ", ".join(f"pid {pid} ({_command_of(pid)})" for pid in owners)
+
+
+def _command_of(pid: int, length: int = 60) -> str:
+    import psutil
+
+    try:
+        process = psutil.Process(pid)
+        program, *arguments = process.cmdline() or [process.name()]
+    except psutil.Error:
+        return "?"
+    line = " ".join([program.rpartition("/")[2], *arguments])
+    return line if len(line) <= length else line[: length - 1] + "…"

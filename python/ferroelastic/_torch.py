@@ -1,0 +1,157 @@
+"""Everything this package takes from torch. The only module that imports it, function by function, when there is no way around.
+
+What torch's objects look like to the rest of the package is settled by duck typing and by :mod:`ferroelastic._compat`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ferroelastic.rendezvous.api import RendezvousHandler, RendezvousInfo, RendezvousParameters
+
+__all__ = [
+    "accelerator_count",
+    "create_rendezvous_handler",
+    "cuda_device_count",
+    "custom_device_count",
+    "file_timer_server",
+    "next_rendezvous",
+    "start_worker_server",
+    "start_worker_store",
+    "xpu_device_count",
+]
+
+
+def _import(name: str, purpose: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise ModuleNotFoundError(
+            f"{purpose} takes torch, which is not installed: pip install torch", name="torch"
+        ) from None
+
+
+def create_rendezvous_handler(params: RendezvousParameters) -> RendezvousHandler:
+    """Make one of torch's rendezvous handlers, or one of a plug-in (entry point group ``torchrun.handlers``).
+
+    Args:
+        params: parameters of this package's or of torch's class.
+
+    Raises:
+        ValueError: torch knows no such backend, or a parameter is wrong.
+        ModuleNotFoundError: torch is not installed.
+        RendezvousConnectionError: the backend cannot be reached (torch's class).
+    """
+    purpose = f"rendezvous backend {params.backend!r}"
+    rendezvous = _import("torch.distributed.elastic.rendezvous", purpose)
+    registry = _import("torch.distributed.elastic.rendezvous.registry", purpose)
+    theirs = rendezvous.RendezvousParameters(
+        backend=params.backend,
+        endpoint=params.endpoint,
+        run_id=params.run_id,
+        min_nodes=params.min_nodes,
+        max_nodes=params.max_nodes,
+        local_addr=params.local_addr,
+        **params.config,
+    )
+    handler: RendezvousHandler = registry.get_rendezvous_handler(theirs)
+    return handler
+
+
+def next_rendezvous(
+    handler: RendezvousHandler, previous: RendezvousInfo | None, *, local_addr: str | None = None
+) -> RendezvousInfo:
+    """Join the next round, and see to it that the workers' store starts empty.
+
+    torch's handlers, and plug-ins written after them, give the workers of a restart the store of the attempt that died, with its keys.
+    See :mod:`ferroelastic.rendezvous._worker_store` for what is done about that.
+
+    Args:
+        handler: the handler.
+        previous: what the former round returned here, which also keeps that round's store alive; ``None`` in the first.
+        local_addr: address of this node, for a store that it may have to host.
+
+    Raises:
+        RendezvousTimeoutError: not all nodes of the round came to empty the store within its timeout.
+        RendezvousError: as the handler's ``next_rendezvous()``.
+    """
+    from ferroelastic.rendezvous import _worker_store
+
+    # Where torch's module is not loaded, the handler cannot be of its class.
+    static: Any = sys.modules.get("torch.distributed.elastic.rendezvous.static_tcp_rendezvous")
+    return _worker_store.next_rendezvous(
+        handler,
+        previous,
+        local_addr=local_addr,
+        has_fixed_port=static is not None and isinstance(handler, static.StaticTCPRendezvous),
+        start_server=start_worker_store,
+    )
+
+
+def start_worker_store() -> Any:
+    """Start an empty store for workers on a free port; its ``port`` is where it listens, and it lives as long as the object."""
+    distributed = _import("torch.distributed", "the workers' store")
+    # It listens on all interfaces; the name is only what its own client connects to.
+    return distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+
+
+def start_worker_server(socket_path: str) -> Any:
+    """Serve torch's debug handlers on a unix socket, until ``shutdown()`` of what is returned.
+
+    Args:
+        socket_path: path of the socket.
+    """
+    return _import("torch._C._distributed_c10d", "the worker server")._WorkerServer(socket_path)  # noqa: SLF001 - no public name
+
+
+def cuda_device_count() -> int:
+    """Return how many CUDA (or ROCm) devices torch sees; 0 if it cannot use them."""
+    torch = _import("torch", "counting GPUs")
+    return int(torch.cuda.device_count()) if torch.cuda.is_available() else 0
+
+
+def xpu_device_count() -> int:
+    """Return how many XPU devices torch sees; 0 if it cannot use them."""
+    torch = _import("torch", "counting XPUs")
+    return int(torch.xpu.device_count()) if torch.xpu.is_available() else 0
+
+
+def custom_device_count(name: str) -> int | None:
+    """Return how many devices a private backend of torch sees; 0 if it cannot use them.
+
+    Args:
+        name: name of the backend.
+
+    Returns:
+        ``None`` if torch's private backend has another name.
+    """
+    torch = _import("torch", f"counting devices of {name!r}")
+    if name != torch._C._get_privateuse1_backend_name():  # noqa: SLF001 - no public name
+        return None
+    module = getattr(torch, name, None)
+    return int(module.device_count()) if module is not None and module.is_available() else 0
+
+
+def accelerator_count() -> tuple[str, int]:
+    """Return type and number of the accelerator devices that torch sees; ``("cpu", 0)`` if there are none."""
+    torch = _import("torch", "counting accelerators")
+    if hasattr(torch, "accelerator"):
+        if torch.accelerator.is_available():
+            return str(torch.accelerator.current_accelerator().type), int(torch.accelerator.device_count())
+        return "cpu", 0
+    count = cuda_device_count()  # torch < 2.7
+    return ("cuda", count) if count else ("cpu", 0)
+
+
+def file_timer_server(**arguments: Any) -> Any:
+    """Make torch's watchdog server, ``torch.distributed.elastic.timer.FileTimerServer``.
+
+    Args:
+        **arguments: of its constructor.
+    """
+    return _import("torch.distributed.elastic.timer", "the watchdog of workers").FileTimerServer(**arguments)

@@ -1,0 +1,266 @@
+"""What ``ferrorun`` checks before it starts anything."""
+
+import os
+import sys
+from argparse import Namespace
+from typing import Any
+
+
+class UsageError(ValueError, AssertionError, RuntimeError):
+    """An option has a value that cannot work; the text names both and the remedy.
+
+    It is all three of the types that torch's launcher raises for such a value: code written for torch catches it.
+    """
+
+
+def named(dest: str, value: object) -> str:
+    """Return an option and its value as the user wrote them: ``--nnodes='x'``, or ``PET_NNODES='x'``.
+
+    Args:
+        dest: the option's attribute in the namespace.
+        value: what it was set to.
+    """
+    variable = f"PET_{dest.upper()}"
+    text = repr(value) if isinstance(value, str) else str(value)
+    if os.environ.get(variable) == str(value):
+        return f"{variable}={text}"
+    return f"--{dest.replace('_', '-')}={text}"
+
+
+def check_numbers(args: Namespace) -> None:
+    """Check the options that are numbers with a range.
+
+    Raises:
+        UsageError: one is outside its range.
+    """
+    if args.max_restarts < 0:
+        raise UsageError(f"{named('max_restarts', args.max_restarts)} must be >= 0; give 0 for no restart")
+    if not args.monitor_interval > 0:
+        raise UsageError(f"{named('monitor_interval', args.monitor_interval)} must be > 0; give seconds, e.g. 0.1")
+    if args.shutdown_timeout is not None and args.shutdown_timeout < 0:
+        raise UsageError(
+            f"{named('shutdown_timeout', args.shutdown_timeout)} must be non-negative; "
+            "give whole seconds, 0 to kill the workers at once"
+        )
+
+
+def check_signals(names: str) -> None:
+    """Check ``--signals-to-handle``.
+
+    Args:
+        names: names of signals, separated by commas. An empty one is none.
+
+    Raises:
+        UsageError: one is no signal, or one that no process can handle.
+    """
+    import signal
+
+    known = signal.Signals.__members__
+    for name in filter(None, map(str.strip, names.split(","))):
+        if name in ("SIGKILL", "SIGSTOP"):
+            raise UsageError(
+                f"{named('signals_to_handle', names)}: {name} cannot be handled by a process; leave it out"
+            )
+        if name not in known:
+            guess = f"SIG{name.upper().removeprefix('SIG')}"
+            remedy = f"write {guess}" if guess in known else "give names such as SIGTERM,SIGUSR1"
+            raise UsageError(f"{named('signals_to_handle', names)}: {name!r} is not a signal of this system; {remedy}")
+
+
+def parse_ranks(text: str) -> set[int] | None:
+    """Parse ``--local-ranks-filter``: ``"0,2"`` is ``{0, 2}``, an empty text is ``None``.
+
+    Raises:
+        UsageError: it is not a list of integers.
+    """
+    if not text:
+        return None
+    try:
+        return set(map(int, text.split(",")))
+    except ValueError:
+        raise UsageError(
+            f"{named('local_ranks_filter', text)} must be a comma-separated list of integers, "
+            "e.g. --local_ranks_filter=0,1,2"
+        ) from None
+
+
+def parse_std(dest: str, text: str, std: Any) -> Any:
+    """Parse ``--redirects`` or ``--tee``.
+
+    Args:
+        dest: which of the two.
+        text: its value.
+        std: the ``Std`` class to build from; a torch plugin needs torch's own.
+
+    Raises:
+        UsageError: it is neither a stream nor a mapping of local ranks to streams.
+    """
+    try:
+        return std.from_str(text)
+    except ValueError:
+        raise UsageError(
+            f"{named(dest, text)} is neither one of 0 (none), 1 (stdout), 2 (stderr), 3 (both) nor a list of "
+            "RANK:ONE_OF_THEM; write e.g. 3 or 0:3,1:2"
+        ) from None
+
+
+def parse_rendezvous_conf(text: str) -> dict[str, Any]:
+    """Parse ``--rdzv-conf``: ``"timeout=60,is_host=1"``.
+
+    Raises:
+        UsageError: it is not a list of assignments, or assigns what has a flag of its own.
+    """
+    from ferroelastic.rendezvous.utils import _parse_rendezvous_config
+
+    try:
+        config: dict[str, Any] = dict(_parse_rendezvous_config(text))
+    except ValueError as error:
+        raise UsageError(f"{named('rdzv_conf', text)}: {error}") from None
+    flags = {
+        "backend": "--rdzv-backend",
+        "endpoint": "--rdzv-endpoint",
+        "run_id": "--rdzv-id",
+        "min_nodes": "--nnodes",
+        "max_nodes": "--nnodes",
+        "local_addr": "--local-addr",
+    }
+    for key in config.keys() & flags.keys():
+        raise UsageError(f"{named('rdzv_conf', text)}: {key!r} is not set here; use {flags[key]}")
+    timeout: str = config.get("timeout", "0")
+    if not timeout.isdecimal():
+        raise UsageError(f"{named('rdzv_conf', text)}: timeout={timeout!r} is not a time; give whole seconds")
+    return config
+
+
+def check_endpoint(args: Namespace, endpoint: str, rdzv_configs: dict[str, Any]) -> None:
+    """Check the endpoint of the backends that are known to have a host and a port.
+
+    Args:
+        args: the parsed command line.
+        endpoint: the endpoint that it stands for.
+        rdzv_configs: settings of the rendezvous; those of c10d may make the endpoint a file.
+
+    Raises:
+        UsageError: the host or the port is not one.
+    """
+    if args.rdzv_backend not in ("static", "c10d") or rdzv_configs.get("store_type") == "file":
+        return
+    if not args.rdzv_endpoint and args.master_port is None:
+        return  # run() has not filled in the default
+    from ferroelastic.rendezvous.utils import parse_rendezvous_endpoint
+
+    try:
+        _, port = parse_rendezvous_endpoint(endpoint, default_port=-1)
+    except ValueError as error:
+        option = named("rdzv_endpoint", endpoint) if args.rdzv_endpoint else named("master_port", args.master_port)
+        raise UsageError(f"{option}: {error}") from None
+    if port == -1 and args.rdzv_backend == "static":
+        raise UsageError(
+            f"{named('rdzv_endpoint', endpoint)} has no port, which a static rendezvous needs; give HOST:PORT"
+        )
+
+
+def check_event_log_handler(name: str) -> None:
+    """Check ``--event-log-handler``.
+
+    Raises:
+        UsageError: no handler of that name is registered.
+    """
+    from ferroelastic.events import handlers
+
+    try:
+        handlers.get_logging_handler(name)
+    except (KeyError, ValueError):
+        known = ", ".join(sorted(handlers._log_handlers))  # noqa: SLF001 - torch's name for the registry
+        raise UsageError(
+            f"{named('event_log_handler', name)} is not a registered event handler; use one of {known}"
+        ) from None
+
+
+def check_rendezvous_backend(name: str) -> None:
+    """Check ``--rdzv-backend`` without loading the backend, which may be torch's or a plugin.
+
+    Raises:
+        UsageError: no backend of that name is registered here, with torch, or by an installed plugin.
+    """
+    from ferroelastic.rendezvous.api import rendezvous_handler_registry
+
+    theirs = getattr(sys.modules.get("torch.distributed.elastic.rendezvous.api"), "rendezvous_handler_registry", None)
+    known = {*rendezvous_handler_registry._registry, *getattr(theirs, "_registry", {})}  # noqa: SLF001 - no public way
+    if name in known:
+        return
+    from importlib.metadata import entry_points
+
+    known |= entry_points(group="torchrun.handlers").names
+    if name not in known:
+        raise UsageError(
+            f"{named('rdzv_backend', name)} is not a rendezvous backend; use one of {', '.join(sorted(known))}"
+        )
+
+
+def check_target(args: Namespace) -> None:
+    """Check that there is something to run, before anything is started.
+
+    Raises:
+        UsageError: the script, the module or the command does not exist.
+    """
+    target: str = args.training_script
+    if args.no_python and args.module and not args.run_path:
+        return  # reported as torch does, with the rest of the configuration
+    if args.no_python and not args.run_path:
+        _check_command(target)
+    elif args.module and not args.run_path:
+        if os.environ.get("PYTHON_EXEC", sys.executable) == sys.executable:
+            _check_module(target)
+    elif target.startswith("-"):
+        return  # "-" is standard input, and Python knows its own options
+    elif not os.path.exists(target):
+        raise UsageError(f"script {target!r} does not exist in {os.getcwd()!r}; check the path{_hint(target)}")
+    elif not os.access(target, os.R_OK):
+        raise UsageError(f"script {target!r} cannot be read; allow it with chmod +r")
+
+
+def _check_command(command: str) -> None:
+    import shutil
+
+    if "/" in command:
+        if not os.path.exists(command):
+            raise UsageError(f"command {command!r} does not exist; check the path")
+    elif shutil.which(command) is None:
+        remedy = f"write './{command}'" if os.path.exists(command) else "check its name or write its path"
+        raise UsageError(f"command {command!r} is not in PATH; {remedy}")
+
+
+def _check_module(module: str) -> None:
+    from importlib.machinery import PathFinder
+    from importlib.util import find_spec
+
+    top = module.partition(".")[0]
+    try:
+        # The worker looks in the working directory first, ferrorun need not have it in its path.
+        found = bool(top) and (find_spec(top) or PathFinder.find_spec(top, [os.getcwd()])) is not None
+    except ValueError:  # it is loaded and does not say where from
+        found = True
+    if not found:
+        raise UsageError(
+            f"module {module!r} is not found in {os.getcwd()!r} nor installed; check its name or PYTHONPATH"
+        )
+
+
+def _hint(target: str) -> str:
+    """Guess what was meant by a script that does not exist."""
+    import shutil
+
+    return " or use --no-python" if "/" not in target and shutil.which(target) else ""
+
+
+def check_log_dir(log_dir: str | None) -> None:
+    """Check that logs can be written, as far as that can be told without writing.
+
+    Raises:
+        OSError: they cannot.
+    """
+    if log_dir and os.path.isdir(log_dir) and not os.access(log_dir, os.W_OK | os.X_OK):
+        import errno
+
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES), log_dir)

@@ -1,0 +1,39 @@
+"""Mirror of ``torch.distributed.elastic.agent.server``: the process on each node that starts and supervises workers.
+
+Intended difference: everything public of the modules below is here, not only a part.
+"""
+
+from ferroelastic.agent.server.api import (
+    ElasticAgent,
+    RunResult,
+    SimpleElasticAgent,
+    Worker,
+    WorkerGroup,
+    WorkerSpec,
+    WorkerState,
+)
+from ferroelastic.agent.server.health_check_server import HealthCheckServer, create_healthcheck_server
+from ferroelastic.agent.server.local_elastic_agent import (
+    TORCHELASTIC_ENABLE_FILE_TIMER,
+    TORCHELASTIC_HEALTH_CHECK_PORT,
+    TORCHELASTIC_TIMER_FILE,
+    TORCHELASTIC_UNINTERRUPTIBLE_STATE_TIMEOUT,
+    LocalElasticAgent,
+)
+
+__all__ = [
+    "TORCHELASTIC_ENABLE_FILE_TIMER",
+    "TORCHELASTIC_HEALTH_CHECK_PORT",
+    "TORCHELASTIC_TIMER_FILE",
+    "TORCHELASTIC_UNINTERRUPTIBLE_STATE_TIMEOUT",
+    "ElasticAgent",
+    "HealthCheckServer",
+    "LocalElasticAgent",
+    "RunResult",
+    "SimpleElasticAgent",
+    "Worker",
+    "WorkerGroup",
+    "WorkerSpec",
+    "WorkerState",
+    "create_healthcheck_server",
+]

@@ -1,0 +1,237 @@
+"""What an agent runs: the specification of workers, the workers, and how a run ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+from ferroelastic._compat import TorchCompatible
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from ferroelastic.multiprocessing.errors import ProcessFailure
+    from ferroelastic.numa.binding import NumaOptions
+    from ferroelastic.rendezvous import RendezvousHandler
+    from ferroelastic.utils._store_types import Store
+
+
+@dataclass
+class WorkerSpec(TorchCompatible):
+    """What the workers of a role are. Mirrors ``torch.distributed.elastic.agent.server.WorkerSpec``.
+
+    Every node runs the same number of workers of a role.
+
+    Args:
+        role: name of the role.
+        local_world_size: number of workers on this node.
+        rdzv_handler: finds the other nodes.
+        fn: deprecated, use ``entrypoint``.
+        entrypoint: function, or path of a program, that a worker runs.
+        args: its arguments.
+        max_restarts: how often workers that failed are started again.
+        monitor_interval: seconds between two looks at the workers.
+        master_port: port of the workers' store; by default what the rendezvous says.
+        master_addr: host of the workers' store; by default what the rendezvous says.
+        local_addr: address of this node.
+        event_log_handler: destination of events, see :mod:`ferroelastic.events`.
+        numa_options: how workers are bound to NUMA nodes.
+        duplicate_stdout_filters: lines of standard output with one of these go to a file of their own as well.
+        duplicate_stderr_filters: likewise for standard error.
+        virtual_local_rank: every worker has ``LOCAL_RANK`` 0 and sees its own GPU only.
+
+    Raises:
+        AssertionError: a number is out of range, or there is no entrypoint.
+    """
+
+    role: str
+    local_world_size: int
+    rdzv_handler: RendezvousHandler
+    fn: Callable[..., Any] | None = None
+    entrypoint: Callable[..., Any] | str | None = None
+    args: tuple[Any, ...] = ()
+    max_restarts: int = 3
+    monitor_interval: float = 0.1
+    master_port: int | None = None
+    master_addr: str | None = None
+    local_addr: str | None = None
+    event_log_handler: str = "null"
+    numa_options: NumaOptions | None = None
+    duplicate_stdout_filters: list[str] | None = None
+    duplicate_stderr_filters: list[str] | None = None
+    virtual_local_rank: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        if not self.local_world_size > 0:
+            raise AssertionError(
+                f"local_world_size of role {self.role!r} must be positive, got {self.local_world_size}"
+            )
+        if not self.monitor_interval > 0:
+            raise AssertionError(
+                f"monitor_interval of role {self.role!r} must be positive (seconds), got {self.monitor_interval}"
+            )
+        if not self.max_restarts >= 0:
+            raise AssertionError(
+                f"max_restarts of role {self.role!r} must not be negative, got {self.max_restarts}: use 0 for no restarts"
+            )
+        if self.fn:
+            warnings.warn(
+                "WorkerSpec.fn will be deprecated, please use WorkerSpec.entrypoint instead",
+                category=DeprecationWarning,
+                stacklevel=3,
+            )
+            self.entrypoint = self.fn
+        if not self.entrypoint:
+            raise AssertionError(f"role {self.role!r} has no entrypoint: pass a function or the path of a program")
+
+    def get_entrypoint_name(self) -> str:
+        """Return the name of the function, or the file name of the program."""
+        if isinstance(self.entrypoint, str):
+            return os.path.basename(self.entrypoint)
+        if self.entrypoint is None:
+            raise AssertionError(f"role {self.role!r} has no entrypoint")
+        name: str = self.entrypoint.__qualname__
+        return name
+
+
+class Worker(TorchCompatible):
+    """One worker. Mirrors ``torch.distributed.elastic.agent.server.Worker``.
+
+    Args:
+        local_rank: rank on this node.
+        global_rank: rank among all workers of the job; changes from round to round, as do the rest.
+        role_rank: rank among all workers of its role.
+        world_size: number of workers of the job.
+        role_world_size: number of workers of its role.
+
+    Attributes:
+        id: what the agent knows it by; a process id with a local agent.
+    """
+
+    def __init__(
+        self,
+        local_rank: int,
+        global_rank: int = -1,
+        role_rank: int = -1,
+        world_size: int = -1,
+        role_world_size: int = -1,
+    ) -> None:
+        self.id: Any = None
+        self.local_rank = local_rank
+        self.global_rank = global_rank
+        self.role_rank = role_rank
+        self.world_size = world_size
+        self.role_world_size = role_world_size
+
+    def __str__(self) -> str:
+        return (
+            f"local_rank={self.local_rank},global_rank={self.global_rank},role_rank={self.role_rank},"
+            f"world_size={self.world_size},role_world_size={self.role_world_size}"
+        )
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+class WorkerState(str, Enum):
+    """State of a group of workers, which changes as a whole. Mirrors ``torch.distributed.elastic.agent.server.WorkerState``."""
+
+    UNKNOWN = "UNKNOWN"
+    """The agent has lost track of the workers."""
+    INIT = "INIT"
+    """Not started yet."""
+    HEALTHY = "HEALTHY"
+    """Running."""
+    UNHEALTHY = "UNHEALTHY"
+    """Running, but stuck."""
+    STOPPED = "STOPPED"
+    """Stopped by the agent, to be started again."""
+    SUCCEEDED = "SUCCEEDED"
+    """All ended with exit code 0."""
+    FAILED = "FAILED"
+    """One ended otherwise."""
+
+    @staticmethod
+    def is_running(state: WorkerState) -> bool:
+        """Tell whether workers in this state have processes."""
+        return state in (WorkerState.HEALTHY, WorkerState.UNHEALTHY)
+
+
+class WorkerGroup(TorchCompatible):
+    """The workers of a role on this node. Mirrors ``torch.distributed.elastic.agent.server.WorkerGroup``.
+
+    Args:
+        spec: what they are.
+
+    Attributes:
+        workers: the workers, by local rank.
+        state: their state.
+        store: store of the agents; this and the rest are known after a rendezvous.
+        group_rank: rank of this node.
+        group_world_size: number of nodes.
+        master_addr: host of the workers' store.
+        master_port: port of the workers' store.
+    """
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        self.spec = spec
+        self.workers = [Worker(local_rank=local_rank) for local_rank in range(spec.local_world_size)]
+        self.store: Store | None = None
+        self.group_rank: int | None = None
+        self.group_world_size: int | None = None
+        self.master_addr: str | None = None
+        self.master_port: int | None = None
+        self.state = WorkerState.INIT
+
+
+class _RoleInstanceInfo:
+    """What an agent tells the others of its workers, so that ranks can be assigned."""
+
+    def __init__(self, role: str, rank: int, local_world_size: int) -> None:
+        self.role = role
+        self.rank = rank
+        self.local_world_size = local_world_size
+
+    def serialize(self) -> bytes:
+        return json.dumps({"role": self.role, "rank": self.rank, "local_world_size": self.local_world_size}).encode()
+
+    @staticmethod
+    def deserialize(data: bytes) -> _RoleInstanceInfo:
+        fields = json.loads(data)
+        return _RoleInstanceInfo(fields["role"], fields["rank"], fields["local_world_size"])
+
+    @staticmethod
+    def compare(obj1: _RoleInstanceInfo, obj2: _RoleInstanceInfo) -> int:
+        if obj1.role == obj2.role:
+            return obj1.rank - obj2.rank
+        return 1 if obj1.role > obj2.role else -1
+
+    @staticmethod
+    def find_role_boundaries(roles_infos: Sequence[_RoleInstanceInfo], role: str) -> tuple[int, int]:
+        """Return the first and the last index of a role, or -1 twice."""
+        indexes = [index for index, info in enumerate(roles_infos) if info.role == role]
+        return (indexes[0], indexes[-1]) if indexes else (-1, -1)
+
+
+@dataclass
+class RunResult(TorchCompatible):
+    """How a run ended, for the workers of this node. Mirrors ``torch.distributed.elastic.agent.server.RunResult``.
+
+    Args:
+        state: the final state.
+        return_values: by global rank, what function entrypoints returned; when all workers succeeded.
+        failures: by global rank, the workers that failed. Workers that the agent stopped are in neither.
+    """
+
+    state: WorkerState
+    return_values: dict[int, Any] = field(default_factory=dict)
+    failures: dict[int, ProcessFailure] = field(default_factory=dict)
+
+    def is_failed(self) -> bool:
+        """Tell whether the run failed; a worker that was stuck is a failure too (not in torch)."""
+        return self.state == WorkerState.FAILED or self.state == WorkerState.UNHEALTHY  # noqa: PLR1714 - the state may be unhashable

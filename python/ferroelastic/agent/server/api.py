@@ -1,0 +1,557 @@
+"""Mirror of ``torch.distributed.elastic.agent.server.api``.
+
+Intended differences:
+
+* The agent waits in one method, ``SimpleElasticAgent._wait_for_event``, which subclasses may override.
+* Workers of a restart find an empty store (see ``ferroelastic.rendezvous._worker_store``).
+* However ``run()`` ends, the workers are shut down once, with the agent's shutdown timeout; a signal meanwhile makes it quicker
+  and does not skip it.
+* A node that the rendezvous does not need ends with a result that succeeded (torch returns ``None``), and a worker that was stuck
+  is a failure (torch's launcher exits with 0).
+* A signal is seen at once also while the agent waits for others in the store.
+* Out-of-range values of a specification are named.
+"""
+
+from __future__ import annotations
+
+import abc
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from collections import defaultdict
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import ferroelastic.utils.store as store_util
+from ferroelastic._compat import TorchVirtual, family
+from ferroelastic.agent.server._workers import (
+    RunResult,
+    Worker,
+    WorkerGroup,
+    WorkerSpec,
+    WorkerState,
+    _RoleInstanceInfo,
+)
+from ferroelastic.events import Event, EventSource, record
+from ferroelastic.events._record import has_listener
+from ferroelastic.metrics import prof, put_metric
+from ferroelastic.multiprocessing._signals import SignalException
+from ferroelastic.rendezvous import RendezvousGracefulExitError
+from ferroelastic.rendezvous._worker_store import RenewedRendezvousInfo
+from ferroelastic.utils import interruptible
+from ferroelastic.utils.hostname import fq_hostname as _get_fq_hostname
+from ferroelastic.utils.logging import get_logger
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from ferroelastic.rendezvous import RendezvousInfo
+    from ferroelastic.utils._store_types import Store
+
+__all__ = [
+    "ElasticAgent",
+    "RunResult",
+    "SimpleElasticAgent",
+    "Worker",
+    "WorkerGroup",
+    "WorkerSpec",
+    "WorkerState",
+]
+
+DEFAULT_ROLE = "default"
+_TERMINAL_STATE_SYNC_ID = "torchelastic/agent/terminal_state"
+_ROLE_INFO_PREFIX = "torchelastic/role_info/"
+_ASSIGNED_RANKS_PREFIX = "torchelastic/assigned_ranks/"
+
+logger = get_logger(__name__)
+
+
+class ElasticAgent(TorchVirtual, abc.ABC):
+    """Starts and supervises workers. Mirrors ``torch.distributed.elastic.agent.server.ElasticAgent``."""
+
+    @abc.abstractmethod
+    def run(self, role: str = DEFAULT_ROLE) -> RunResult:
+        """Run the workers until they end, starting them again when they fail.
+
+        Args:
+            role: role of the workers.
+
+        Returns:
+            How the workers of this node ended.
+
+        Raises:
+            SignalException: this process got a signal that ends it; the workers are gone.
+            RendezvousError: the nodes could not come together.
+        """
+
+    @abc.abstractmethod
+    def get_worker_group(self, role: str = DEFAULT_ROLE) -> WorkerGroup:
+        """Return the workers of a role. It may change while the agent runs."""
+
+
+class SimpleElasticAgent(ElasticAgent):
+    """An agent for the workers of one role. Mirrors ``torch.distributed.elastic.agent.server.SimpleElasticAgent``.
+
+    Args:
+        spec: what the workers are.
+        exit_barrier_timeout: seconds to wait for the other agents when the own workers have succeeded.
+        shutdown_timeout: seconds that workers have to end before they are killed.
+    """
+
+    def __init__(self, spec: WorkerSpec, exit_barrier_timeout: float = 300, shutdown_timeout: int = 30) -> None:
+        self._worker_group = WorkerGroup(spec)
+        self._remaining_restarts = spec.max_restarts
+        self._store: Store | None = None
+        self._exit_barrier_timeout = exit_barrier_timeout
+        self._shutdown_timeout = shutdown_timeout
+        self._total_execution_time = 0
+        self._in_exit_barrier = False
+        # Also keeps alive the workers' store, where this node hosts one that the handler does not know of.
+        self._rdzv_info: RendezvousInfo | None = None
+
+    def get_worker_group(self, role: str = DEFAULT_ROLE) -> WorkerGroup:  # noqa: ARG002 - there is one role
+        """Return the workers."""
+        return self._worker_group
+
+    @abc.abstractmethod
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        """Start the workers; return the id of each by local rank."""
+
+    @abc.abstractmethod
+    def _stop_workers(self, worker_group: WorkerGroup) -> None:
+        """Stop the workers, whatever state they are in; there may be none."""
+
+    @abc.abstractmethod
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        """Look at the workers once and return their state."""
+
+    @abc.abstractmethod
+    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
+        """Stop the workers and release everything, at the end of the run.
+
+        Args:
+            death_sig: what to send them first.
+            timeout: seconds until they are killed.
+        """
+
+    def _wait_for_event(self, timeout_s: float) -> None:
+        """Wait until it may be worth to look at the workers, for at most ``timeout_s`` seconds.
+
+        Sleeps all the time. An agent that can be told of exits returns earlier.
+        """
+        time.sleep(timeout_s)
+
+    @prof
+    def _rendezvous(self, worker_group: WorkerGroup) -> None:
+        """Meet the other nodes, and fill in what follows from it: ranks, stores, the master's address."""
+        spec = worker_group.spec
+        with self.record_duration("RENDEZVOUS"):
+            info = self._next_rendezvous(spec)
+        master = info.bootstrap_store_info
+        # An address given in the specification is the handler's own. It does not hold where the workers' store had to move.
+        moved = isinstance(info, RenewedRendezvousInfo)
+        master_addr = (not moved and spec.master_addr) or master.master_addr
+        master_port = (not moved and spec.master_port) or master.master_port
+        self._store = info.store
+
+        with self.record_duration("ASSIGN_WORKER_RANKS"):
+            workers = self._assign_worker_ranks(info.store, info.rank, info.world_size, spec)
+        worker_group.workers = workers
+        worker_group.store = info.store
+        worker_group.group_rank = info.rank
+        worker_group.group_world_size = info.world_size
+        worker_group.master_addr = master_addr
+        worker_group.master_port = master_port
+
+        logger.info(
+            "[%s] Rendezvous complete for workers. Result:\n"
+            "  restart_count=%s\n  master_addr=%s\n  master_port=%s\n  group_rank=%s\n  group_world_size=%s\n"
+            "  local_ranks=%s\n  role_ranks=%s\n  global_ranks=%s\n  role_world_sizes=%s\n  global_world_sizes=%s\n"
+            "  event_log_handler=%s\n",
+            spec.role,
+            spec.max_restarts - self._remaining_restarts,
+            master_addr,
+            master_port,
+            info.rank,
+            info.world_size,
+            [worker.local_rank for worker in workers],
+            [worker.role_rank for worker in workers],
+            [worker.global_rank for worker in workers],
+            [worker.role_world_size for worker in workers],
+            [worker.world_size for worker in workers],
+            spec.event_log_handler,
+        )
+
+    def _next_rendezvous(self, spec: WorkerSpec) -> RendezvousInfo:
+        if "torch.distributed" in sys.modules:
+            from ferroelastic import _torch
+
+            self._rdzv_info = _torch.next_rendezvous(spec.rdzv_handler, self._rdzv_info, local_addr=spec.local_addr)
+        else:
+            self._rdzv_info = spec.rdzv_handler.next_rendezvous()
+        return self._rdzv_info
+
+    @prof
+    def _assign_worker_ranks(
+        self, store: Any, group_rank: int, group_world_size: int, spec: WorkerSpec
+    ) -> list[Worker]:
+        """Find out the ranks of the workers of this node.
+
+        Every agent says in the store how many workers of which role it has; rank 0 reads them all and writes each agent's first
+        ranks. With ``TORCH_ELASTIC_WORKER_IDENTICAL=1`` all agents are alike, and the ranks follow without the store.
+        """
+        size = spec.local_world_size
+        if os.environ.get("TORCH_ELASTIC_WORKER_IDENTICAL", "0") == "1":
+            world_size = role_world_size = group_world_size * size
+            first_rank = first_role_rank = group_rank * size
+        else:
+            own = _RoleInstanceInfo(spec.role, group_rank, size)
+            store.set(f"{_ROLE_INFO_PREFIX}{group_rank}", own.serialize())
+            if group_rank == 0:
+                keys = [f"{_ROLE_INFO_PREFIX}{rank}" for rank in range(group_world_size)]
+                self._publish_ranks(
+                    store, [_RoleInstanceInfo.deserialize(info) for info in _wait_in(store.multi_get, keys)]
+                )
+            first_rank, world_size, first_role_rank, role_world_size = json.loads(
+                _wait_in(store.get, f"{_ASSIGNED_RANKS_PREFIX}{group_rank}")
+            )
+        return [
+            Worker(
+                local_rank=local_rank,
+                global_rank=first_rank + local_rank,
+                role_rank=first_role_rank + local_rank,
+                world_size=world_size,
+                role_world_size=role_world_size,
+            )
+            for local_rank in range(size)
+        ]
+
+    @staticmethod
+    def _publish_ranks(store: Any, agents: list[_RoleInstanceInfo]) -> None:
+        """Write, for each agent: its first global rank, the world size, its first rank within the role, the size of the role."""
+        role_sizes: defaultdict[str, int] = defaultdict(int)
+        for agent in agents:
+            role_sizes[agent.role] += agent.local_world_size
+        world_size = sum(role_sizes.values())
+        next_rank = 0
+        next_role_rank: defaultdict[str, int] = defaultdict(int)
+        values = []
+        for agent in agents:
+            values.append(json.dumps([next_rank, world_size, next_role_rank[agent.role], role_sizes[agent.role]]))
+            next_rank += agent.local_world_size
+            next_role_rank[agent.role] += agent.local_world_size
+        store.multi_set([f"{_ASSIGNED_RANKS_PREFIX}{rank}" for rank in range(len(agents))], values)
+
+    @prof
+    def _initialize_workers(self, worker_group: WorkerGroup) -> None:
+        """Meet the other nodes and start workers; there must be none."""
+        spec = worker_group.spec
+        logger.info("[%s] Rendezvous'ing worker group", spec.role)
+        self._rendezvous(worker_group)
+        logger.info("[%s] Starting worker group", spec.role)
+        for local_rank, worker_id in self._start_workers(worker_group).items():
+            worker = worker_group.workers[local_rank]
+            worker.id = worker_id
+            record(self._construct_event("START", EventSource.WORKER, worker), spec.event_log_handler)
+        worker_group.state = WorkerState.HEALTHY
+
+    @prof
+    def _restart_workers(self, worker_group: WorkerGroup) -> None:
+        """Stop the workers, meet the other nodes and start workers."""
+        logger.info("[%s] Stopping worker group", worker_group.spec.role)
+        self._stop_workers(worker_group)
+        worker_group.state = WorkerState.STOPPED
+        self._initialize_workers(worker_group)
+
+    @prof
+    def run(self, role: str = DEFAULT_ROLE) -> RunResult:
+        """Run the workers until they end. See :meth:`ElasticAgent.run`."""
+        start = time.monotonic()
+        death_sig: signal.Signals | None = None
+        is_unwinding = True
+        try:
+            result = self._invoke_run(role)
+            self._total_execution_time = int(time.monotonic() - start)
+            self._record_metrics(result)
+            self._record_worker_events(result)
+            is_unwinding = False
+        except family(RendezvousGracefulExitError) as error:
+            logger.info("Rendezvous gracefully exited: %s", error)
+            result = RunResult(state=WorkerState.SUCCEEDED)
+            is_unwinding = False
+        except family(SignalException) as error:
+            death_sig = error.sigval
+            logger.warning("Received %s death signal, shutting down workers", death_sig)
+            raise
+        finally:
+            interruption = self._shut_down(death_sig)
+            # Also where an exception left: its event tells the time.
+            self._total_execution_time = int(time.monotonic() - start)
+            if interruption is not None and not is_unwinding:
+                raise interruption
+        return result
+
+    def _shut_down(self, death_sig: signal.Signals | None) -> BaseException | None:
+        """Call :meth:`_shutdown` until it comes to its end.
+
+        Returns:
+            The last :class:`SignalException` that interrupted it, if one did: from then on the workers get SIGKILL at once.
+        """
+        timeout = self._shutdown_timeout
+        interruption: BaseException | None = None
+        while True:
+            try:
+                self._call_shutdown(death_sig, timeout)
+            except family(SignalException) as error:  # noqa: PERF203 - a loop over interruptions
+                logger.warning("Received %s death signal while shutting down, killing workers", error.sigval)
+                interruption = error
+                death_sig, timeout = signal.SIGKILL, 0
+            else:
+                return interruption
+
+    def _call_shutdown(self, death_sig: signal.Signals | None, timeout: int) -> None:
+        """Call :meth:`_shutdown` with as many arguments as it takes: before torch 2.9 subclasses had none for the timeout."""
+        import inspect
+
+        signature = inspect.signature(self._shutdown)
+        positional: tuple[Any, ...] = () if death_sig is None else (death_sig,)
+        forms: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
+            (positional, {"timeout": timeout}),
+            (positional, {}),
+            ((), {}),
+        ]
+        for args, kwargs in forms:
+            try:
+                signature.bind(*args, **kwargs)
+            except TypeError:
+                continue
+            break
+        self._shutdown(*args, **kwargs)
+
+    def get_event_failed(self) -> Event:
+        """Return the event that tells of the exception being handled."""
+        import traceback
+
+        return self._construct_event(state="FAILED", source=EventSource.AGENT, raw_error=traceback.format_exc())
+
+    def get_event_succeeded(self) -> Event:
+        """Return the event that tells that the agent came to its end."""
+        return self._construct_event(state="SUCCEEDED", source=EventSource.AGENT)
+
+    def _record_worker_events(self, result: RunResult) -> None:
+        for worker in self._worker_group.workers:
+            failure = result.failures.get(worker.global_rank)
+            event = self._construct_event(
+                state=self._get_worker_state(worker, result),
+                source=EventSource.WORKER,
+                worker=worker,
+                raw_error=json.dumps(failure.error_file_data) if failure else None,
+                exit_code=failure.exitcode if failure else None,
+                worker_pid=failure.pid if failure else None,
+            )
+            record(event, self._worker_group.spec.event_log_handler)
+
+    def _get_worker_state(self, worker: Worker, result: RunResult) -> str:
+        if worker.global_rank in result.failures or worker.global_rank in result.return_values:
+            return result.state.value
+        if result.state in (WorkerState.UNHEALTHY, WorkerState.FAILED):
+            return "TERMINATED"  # by the agent, because another worker failed
+        raise ValueError(f"Unknown worker: {worker.global_rank}")
+
+    @contextmanager
+    def record_duration(self, state: str) -> Iterator[None]:
+        """Send an event with the duration of a ``with`` block.
+
+        Args:
+            state: what the block does.
+        """
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            duration_ms = (time.perf_counter() - start) * 1000
+            event = self._construct_event(state=state, source=EventSource.AGENT, duration_ms=duration_ms)
+            record(event, self._worker_group.spec.event_log_handler)
+
+    def _construct_event(
+        self,
+        state: str,
+        source: EventSource,
+        worker: Worker | None = None,
+        raw_error: str | None = None,
+        duration_ms: float | None = None,
+        exit_code: int | None = None,
+        worker_pid: int | None = None,
+    ) -> Event:
+        group = self._worker_group
+        spec = group.spec
+        details: dict[str, Any] = {
+            "group_world_size": group.group_world_size,
+            "entry_point": spec.get_entrypoint_name(),
+        }
+        if worker:
+            # Lists of one, as readers of torch's events know them.
+            details["local_rank"] = (worker.local_rank,)
+            details["role_rank"] = (worker.role_rank,)
+            details["role_world_size"] = (worker.role_world_size,)
+            details["exit_code"] = (exit_code,)
+            details["worker_pid"] = (worker_pid,)
+        return Event(
+            name=f"torchelastic.worker.status.{state}",
+            source=source,
+            metadata={
+                "run_id": spec.rdzv_handler.get_run_id(),
+                "global_rank": worker.global_rank if worker else None,
+                "group_rank": group.group_rank,
+                "worker_id": str(worker.id) if worker else None,
+                "role": spec.role,
+                "hostname": _hostname_for(spec.event_log_handler),
+                "state": state,
+                "total_run_time": self._total_execution_time,
+                "rdzv_backend": spec.rdzv_handler.get_backend(),
+                "raw_error": raw_error,
+                "metadata": json.dumps(details),
+                "agent_restarts": spec.max_restarts - self._remaining_restarts,
+                "duration_ms": duration_ms,
+            },
+        )
+
+    def _record_metrics(self, group_results: RunResult) -> None:
+        is_failed = group_results.is_failed()
+        self._record_flakiness_metric(is_failed)
+        spec = self._worker_group.spec
+        has_restarted = self._remaining_restarts != spec.max_restarts
+        put_metric(f"workers.{spec.role}.run_total", 1)
+        self._record_metric_with_condition("run_success_with_retries", not is_failed and has_restarted)
+        self._record_metric_with_condition("run_success_no_retries", not is_failed and not has_restarted)
+        self._record_metric_with_condition("run_failed_with_retries", is_failed and has_restarted)
+        self._record_metric_with_condition("run_failed_no_retries", is_failed and not has_restarted)
+
+    def _record_metric_with_condition(self, metric_name: str, condition: bool) -> None:
+        put_metric(f"workers.{self._worker_group.spec.role}.{metric_name}", 1 if condition else 0)
+
+    def _record_flakiness_metric(self, is_failed: bool = False) -> None:
+        """Publish the percentage of restarts that were used up."""
+        spec = self._worker_group.spec
+        unused = 0.0 if is_failed else 100.0 * (self._remaining_restarts + 1) / (spec.max_restarts + 1)
+        put_metric(f"workers.{spec.role}.flakiness", int(100.0 - unused))
+
+    def _invoke_run(self, role: str = DEFAULT_ROLE) -> RunResult:
+        group = self._worker_group
+        spec = group.spec
+        role = spec.role
+        logger.info("[%s] starting workers for entrypoint: %s", role, spec.get_entrypoint_name())
+        self._initialize_workers(group)
+
+        while True:
+            if group.state == WorkerState.INIT:
+                raise AssertionError(
+                    f"workers of role {role!r} were not started: _initialize_workers left them in INIT"
+                )
+            self._wait_for_event(spec.monitor_interval)
+            result = self._monitor_workers(group)
+            state = result.state
+            group.state = state
+            put_metric(f"workers.{role}.remaining_restarts", self._remaining_restarts)
+            put_metric(f"workers.{role}.{state.name.lower()}", 1)
+
+            if state == WorkerState.SUCCEEDED:
+                logger.info(
+                    "[%s] worker group successfully finished. Waiting %s seconds for other agents to finish.",
+                    role,
+                    self._exit_barrier_timeout,
+                )
+                self._exit_barrier()
+                return result
+            if state in (WorkerState.UNHEALTHY, WorkerState.FAILED):
+                if self._remaining_restarts <= 0:
+                    self._stop_workers(group)
+                    group.state = WorkerState.FAILED
+                    return result
+                logger.info(
+                    "[%s] Worker group %s. %s/%s attempts left; will restart worker group",
+                    role,
+                    state.name,
+                    self._remaining_restarts,
+                    spec.max_restarts,
+                )
+                self._remaining_restarts -= 1
+                self._restart_workers(group)
+            elif state == WorkerState.HEALTHY:
+                waiting = spec.rdzv_handler.num_nodes_waiting()
+                if waiting > 0:  # does not use up a restart
+                    logger.info(
+                        "[%s] Detected %s new nodes from group_rank=%s; will restart worker group",
+                        role,
+                        waiting,
+                        group.group_rank,
+                    )
+                    self._restart_workers(group)
+            else:
+                raise RuntimeError(f"[{role}] Worker group in {state.name} state")
+
+    def _exit_barrier(self) -> None:
+        """Wait until the agents of all nodes have come here, or the timeout has passed.
+
+        An agent that left early would look like a node that is gone, and take its store along.
+        """
+        logger.info(
+            "Local worker group finished (%s). Waiting %s seconds for other agents to finish",
+            self._worker_group.state,
+            self._exit_barrier_timeout,
+        )
+        start = time.monotonic()
+        world_size: Any = self._worker_group.group_world_size
+
+        def barrier(store: Any) -> None:
+            store_util.barrier(
+                store=store,
+                world_size=world_size,
+                key_prefix=_TERMINAL_STATE_SYNC_ID,
+                barrier_timeout=self._exit_barrier_timeout,
+            )
+
+        self._in_exit_barrier = True
+        try:
+            if world_size == 1:  # no one to wait for
+                barrier(self._store)
+            else:
+                interruptible.call(barrier, _own_connection(self._store))
+            logger.info("Done waiting for other agents. Elapsed: %s seconds", time.monotonic() - start)
+        except family(SignalException) as error:
+            logger.warning("Got termination signal: %s", error.sigval)
+            raise
+        except Exception:
+            # The workers have succeeded; that others have not come does not change it.
+            logger.exception("Error waiting on exit barrier. Elapsed: %s seconds", time.monotonic() - start)
+        finally:
+            self._in_exit_barrier = False
+
+
+def _wait_in(method: Any, argument: Any) -> Any:
+    """Call a method of a store that waits for other agents."""
+    return interruptible.call(method, argument)
+
+
+def _own_connection(store: Any) -> Any:
+    """Return a store like ``store`` with a connection of its own, where that can be had.
+
+    A connection does one thing at a time. While it waits, the heartbeats that the rendezvous sends through the same store would
+    wait as well, and the others would take this node for dead.
+    """
+    try:
+        return store.clone()
+    except (AttributeError, NotImplementedError, RuntimeError):
+        return store
+
+
+def _hostname_for(destination: str) -> str:
+    """Return the name of this host for an event. To look it up may take DNS seconds: not for an event that nobody reads."""
+    try:
+        is_read = has_listener(destination)
+    except KeyError:
+        is_read = True  # recording the event will say what is wrong
+    return _get_fq_hostname() if is_read else socket.gethostname()

@@ -1,0 +1,442 @@
+"""The agent of one host; mirrors ``torch.distributed.elastic.agent.server.local_elastic_agent``.
+
+Differences:
+
+* Between looks at the workers the agent waits for an exit: ``monitor_interval`` is the longest time between two looks, not the
+  time it takes to notice one.
+* The shutdown timeout is the grace on every path: a failed worker's peers, a restart, a signal.
+* The health server runs from the agent's start to its end, also through restarts, and answers from the start.
+* A worker that is stuck in the kernel is a failure with a name, and the job ends with an error; torch ends it with exit code 0.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from string import Template
+from typing import TYPE_CHECKING, Any
+
+from ferroelastic._wait import wait_for_event
+from ferroelastic.agent.server.api import (
+    DEFAULT_ROLE,
+    RunResult,
+    SimpleElasticAgent,
+    WorkerGroup,
+    WorkerSpec,
+    WorkerState,
+)
+from ferroelastic.agent.server.health_check_server import HealthCheckServer, create_healthcheck_server
+from ferroelastic.events import Event, EventSource, record
+from ferroelastic.metrics.api import prof
+from ferroelastic.multiprocessing import LogsSpecs, PContext, ProcessFailure, start_processes
+from ferroelastic.utils import macros
+from ferroelastic.utils.hostname import fq_hostname
+from ferroelastic.utils.logging import get_logger
+from ferroelastic.utils.process_state import is_uninterruptible_state, read_proc_state
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ferroelastic.events import EventMetadataValue
+
+__all__ = [
+    "TORCHELASTIC_ENABLE_FILE_TIMER",
+    "TORCHELASTIC_HEALTH_CHECK_PORT",
+    "TORCHELASTIC_TIMER_FILE",
+    "TORCHELASTIC_UNINTERRUPTIBLE_STATE_TIMEOUT",
+    "LocalElasticAgent",
+]
+
+logger = get_logger(__name__)
+
+TORCHELASTIC_ENABLE_FILE_TIMER = "TORCHELASTIC_ENABLE_FILE_TIMER"
+"""Environment variable: ``1`` starts the watchdog of workers."""
+TORCHELASTIC_HEALTH_CHECK_PORT = "TORCHELASTIC_HEALTH_CHECK_PORT"
+"""Environment variable: port of the health server; unset starts none."""
+TORCHELASTIC_TIMER_FILE = "TORCHELASTIC_TIMER_FILE"
+"""Environment variable: path of the watchdog's named pipe; unset makes one up."""
+TORCHELASTIC_UNINTERRUPTIBLE_STATE_TIMEOUT = "TORCHELASTIC_UNINTERRUPTIBLE_STATE_TIMEOUT"
+"""Environment variable: seconds that a worker may sleep uninterruptibly; unset, unreadable or not positive means without limit."""
+
+_HEALTH_TIMEOUT_S = 60
+_STUCK_EXIT_CODE = 1  # it has none of its own, and the job must not end with 0
+
+
+def _resolve_uninterruptible_state_timeout(explicit: float | None) -> float:
+    """Seconds from the argument, else from the environment, else 0, which means no limit."""
+    raw = os.environ.get(TORCHELASTIC_UNINTERRUPTIBLE_STATE_TIMEOUT, "") if explicit is None else explicit
+    try:
+        return max(0.0, float(raw))
+    except ValueError:
+        return 0.0
+
+
+class _AliveCallbackProxy:
+    """An alive callback that can be made before the agent that answers it. Mirrors torch's ``_AliveCallbackProxy``."""
+
+    def __init__(self) -> None:
+        self._delegate: Callable[[], int] | None = None
+
+    def __call__(self) -> int:
+        return int(time.time()) if self._delegate is None else self._delegate()
+
+    def set_delegate(self, delegate: Callable[[], int]) -> None:
+        """Ask ``delegate`` from now on."""
+        self._delegate = delegate
+
+
+class LocalElasticAgent(SimpleElasticAgent):
+    """Runs the workers of one host. Mirrors torch's ``LocalElasticAgent``.
+
+    With ``TORCHELASTIC_ENABLE_FILE_TIMER=1`` in the environment, workers can set themselves deadlines through a named pipe
+    (``TORCHELASTIC_TIMER_FILE``, made up if not set and handed to the workers).
+
+    Args:
+        spec: what to run.
+        logs_specs: where the workers' output goes.
+        start_method: ``spawn``, ``fork`` or ``forkserver``, for function entrypoints.
+        exit_barrier_timeout: seconds to wait at the end for the agents of other hosts.
+        log_line_prefix_template: header of teed lines, with ``${role_name}``, ``${rank}`` and ``${local_rank}``.
+        shutdown_timeout: seconds that workers have between the stop signal and SIGKILL.
+        health_check_server: a started server to stop at the end, instead of one on ``TORCHELASTIC_HEALTH_CHECK_PORT``.
+        uninterruptible_state_timeout: seconds a worker may sleep uninterruptibly in the kernel before the job is ended;
+            0 means no limit, ``None`` takes ``TORCHELASTIC_UNINTERRUPTIBLE_STATE_TIMEOUT``.
+    """
+
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        logs_specs: LogsSpecs,
+        start_method: str = "spawn",
+        exit_barrier_timeout: float = 300,
+        log_line_prefix_template: str | None = None,
+        shutdown_timeout: int = 30,
+        health_check_server: HealthCheckServer | None = None,
+        uninterruptible_state_timeout: float | None = None,
+    ) -> None:
+        super().__init__(spec, exit_barrier_timeout, shutdown_timeout)
+        self._start_method = start_method
+        self._pcontext: PContext | None = None
+        self._seen_generation = 0
+        self._rdzv_handler = spec.rdzv_handler
+        self._log_line_prefix_template = log_line_prefix_template
+        self._worker_watchdog: Any = None
+        self._logs_specs = logs_specs
+        self._health_check_server = health_check_server
+        self._stopping_workers_only = False
+        self._uninterruptible_state_timeout = _resolve_uninterruptible_state_timeout(uninterruptible_state_timeout)
+        # By pid, the monotonic time at which it was first seen in uninterruptible sleep.
+        self._uninterruptible_state_first_seen: dict[int, float] = {}
+
+    def run(self, role: str = DEFAULT_ROLE) -> RunResult:
+        """Run the workers to their end; see :meth:`ElasticAgent.run`."""
+        # Before rendezvous, which can take longer than a prober's patience.
+        self._setup_healthcheck()
+        return super().run(role)
+
+    def _setup_local_watchdog(self, envs: dict[int, dict[str, str]]) -> None:
+        """Start the watchdog if it is asked for, and tell the workers its pipe."""
+        watchdog_file = os.environ.get(TORCHELASTIC_TIMER_FILE)
+        if os.environ.get(TORCHELASTIC_ENABLE_FILE_TIMER) == "1":
+            if watchdog_file is None:
+                import tempfile
+                import uuid
+
+                watchdog_file = os.path.join(tempfile.gettempdir(), f"watchdog_timer_{uuid.uuid4()}")
+            logger.info("Starting a FileTimerServer with %s ...", watchdog_file)
+            if not envs:
+                logger.warning("Empty envs variables, using empty run_id for FileTimerServer")
+            from ferroelastic import _torch
+
+            self._worker_watchdog = _torch.file_timer_server(
+                file_path=watchdog_file,
+                run_id=envs[0]["TORCHELASTIC_RUN_ID"] if envs else "",
+                max_interval=0.1,
+                daemon=True,
+                log_event=self._log_watchdog_event,
+            )
+            self._worker_watchdog.start()
+            logger.info("FileTimerServer started")
+        else:
+            logger.info(
+                "Environment variable '%s' not found. Do not start FileTimerServer.", TORCHELASTIC_ENABLE_FILE_TIMER
+            )
+        if watchdog_file is not None:
+            for worker_env in envs.values():
+                worker_env[TORCHELASTIC_TIMER_FILE] = watchdog_file
+
+    @staticmethod
+    def _get_current_time_secs() -> int:
+        return int(time.time())
+
+    def _get_alive_time(self) -> int:
+        """Second of the epoch at which the agent was last alive, for the health server.
+
+        While a watchdog runs, that is its last progress; in the exit barrier, where the workers are gone, it is now.
+        """
+        if self._worker_watchdog is None or self._in_exit_barrier:
+            return self._get_current_time_secs()
+        return int(self._worker_watchdog.get_last_progress_time())
+
+    def _setup_healthcheck(self) -> None:
+        """Start the health server if a port is set and none runs."""
+        port = os.environ.get(TORCHELASTIC_HEALTH_CHECK_PORT)
+        if port is None:
+            logger.info(
+                "Environment variable '%s' not found. Do not start health check.", TORCHELASTIC_HEALTH_CHECK_PORT
+            )
+            return
+        if self._health_check_server is not None:
+            return
+        logger.info("Found healthcheck port %s: %s", TORCHELASTIC_HEALTH_CHECK_PORT, port)
+        try:
+            self._health_check_server = create_healthcheck_server(
+                alive_callback=self._get_alive_time, port=int(port), timeout=_HEALTH_TIMEOUT_S
+            )
+            self._health_check_server.start()
+        except ValueError:
+            logger.info(
+                "Invalid healthcheck port value: '%s', expecting integer. Not starting healthcheck server.", port
+            )
+
+    def _get_fq_hostname(self) -> str:
+        return fq_hostname()
+
+    def _log_watchdog_event(self, name: str, request: Any | None) -> None:
+        """Record what the watchdog did (``name``) about a worker's request."""
+        wg = self._worker_group
+        spec = wg.spec
+        details = {"watchdog_event": name}
+        if request is not None:
+            details["worker_pid"] = str(request.worker_pid)
+            details["scope_id"] = request.scope_id
+            details["expiration_time"] = str(request.expiration_time)
+            details["signal"] = str(request.signal)
+        metadata: dict[str, EventMetadataValue] = {
+            "run_id": spec.rdzv_handler.get_run_id(),
+            "global_rank": None,
+            "group_rank": wg.group_rank,
+            "worker_id": None,
+            "role": spec.role,
+            "hostname": self._get_fq_hostname(),
+            "state": "RUNNING",
+            "total_run_time": self._total_execution_time,
+            "rdzv_backend": spec.rdzv_handler.get_backend(),
+            "raw_error": None,
+            "metadata": json.dumps(details),
+            "agent_restarts": spec.max_restarts - self._remaining_restarts,
+        }
+        record(Event(name=name, source=EventSource.AGENT, metadata=metadata), spec.event_log_handler)
+
+    @prof
+    def _stop_workers(self, worker_group: WorkerGroup) -> None:  # noqa: ARG002 - torch's signature
+        # Through `_shutdown`, which subclasses override; but the health server is to answer during a restart.
+        self._stopping_workers_only = True
+        try:
+            self._shutdown(timeout=self._shutdown_timeout)
+        finally:
+            self._stopping_workers_only = False
+
+    @prof
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        spec = worker_group.spec
+        if worker_group.store is None:
+            raise AssertionError("the workers need a store; run rendezvous first")
+        if spec.entrypoint is None:
+            raise AssertionError("the worker spec has no entrypoint")
+        if self._logs_specs is None:
+            raise AssertionError("the agent was made without logs_specs")
+        logger.info("use_agent_store: %s", spec.rdzv_handler.use_agent_store)
+
+        args: dict[int, tuple[Any, ...]] = {}
+        envs: dict[int, dict[str, str]] = {}
+        log_line_prefixes: dict[int, str] | None = {} if self._log_line_prefix_template else None
+        for worker in worker_group.workers:
+            local_rank = worker.local_rank
+            envs[local_rank] = self._worker_env(worker_group, worker)
+            args[local_rank] = tuple(macros.substitute(list(spec.args), str(local_rank)))
+            if self._log_line_prefix_template and log_line_prefixes is not None:
+                log_line_prefixes[local_rank] = Template(self._log_line_prefix_template).safe_substitute(
+                    role_name=spec.role, rank=worker.global_rank, local_rank=local_rank
+                )
+
+        self._setup_local_watchdog(envs=envs)
+        self._setup_healthcheck()
+        self._seen_generation = 0
+        self._pcontext = start_processes(
+            name=spec.role,
+            entrypoint=spec.entrypoint,
+            args=args,
+            envs=envs,
+            logs_specs=self._logs_specs,
+            log_line_prefixes=log_line_prefixes,
+            start_method=self._start_method,
+            numa_options=spec.numa_options,
+            duplicate_stdout_filters=spec.duplicate_stdout_filters,
+            duplicate_stderr_filters=spec.duplicate_stderr_filters,
+            shutdown_timeout=self._shutdown_timeout,
+        )
+        return self._pcontext.pids()
+
+    def _worker_env(self, worker_group: WorkerGroup, worker: Any) -> dict[str, str]:
+        """Environment variables of one worker."""
+        spec = worker_group.spec
+        env = {
+            "RANK": str(worker.global_rank),
+            "GROUP_RANK": str(worker_group.group_rank),
+            "ROLE_RANK": str(worker.role_rank),
+            "ROLE_NAME": spec.role,
+            "LOCAL_WORLD_SIZE": str(spec.local_world_size),
+            "WORLD_SIZE": str(worker.world_size),
+            "GROUP_WORLD_SIZE": str(worker_group.group_world_size),
+            "ROLE_WORLD_SIZE": str(worker.role_world_size),
+            "MASTER_ADDR": str(worker_group.master_addr),
+            "MASTER_PORT": str(worker_group.master_port),
+            "TORCHELASTIC_RESTART_COUNT": str(spec.max_restarts - self._remaining_restarts),
+            "TORCHELASTIC_MAX_RESTARTS": str(spec.max_restarts),
+            "TORCHELASTIC_RUN_ID": spec.rdzv_handler.get_run_id(),
+            "TORCHELASTIC_USE_AGENT_STORE": str(spec.rdzv_handler.use_agent_store),
+            "TORCH_NCCL_ASYNC_ERROR_HANDLING": os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1"),
+        }
+        self._set_local_rank_env(env, worker.local_rank, spec)
+        if "OMP_NUM_THREADS" in os.environ:
+            env["OMP_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"]
+        return env
+
+    def _set_local_rank_env(self, worker_env: dict[str, str], local_rank: int, spec: WorkerSpec) -> None:
+        """Set ``LOCAL_RANK`` and ``CUDA_VISIBLE_DEVICES``.
+
+        With ``spec.virtual_local_rank`` a worker sees its own device alone, as device 0, and has ``LOCAL_RANK`` 0.
+
+        Raises:
+            ValueError: the agent's own ``CUDA_VISIBLE_DEVICES`` has no device for this rank.
+        """
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        if not spec.virtual_local_rank:
+            worker_env["LOCAL_RANK"] = str(local_rank)
+            if visible is not None:
+                worker_env["CUDA_VISIBLE_DEVICES"] = visible
+            return
+        worker_env["LOCAL_RANK"] = "0"
+        devices = [str(local_rank)] if visible is None else visible.split(",")
+        position = 0 if visible is None else local_rank
+        if position >= len(devices):
+            raise ValueError(f"local_rank {local_rank} exceeds available GPUs in CUDA_VISIBLE_DEVICES={visible}")
+        worker_env["CUDA_VISIBLE_DEVICES"] = devices[position].strip()
+
+    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
+        """Stop the watchdog, the workers and, unless only the workers are to be stopped, the health server."""
+        if self._worker_watchdog is not None:
+            self._worker_watchdog.stop()
+            self._worker_watchdog = None
+        if self._pcontext:
+            self._pcontext.close(death_sig, timeout)
+        if self._health_check_server is not None and not self._stopping_workers_only:
+            self._health_check_server.stop()
+            self._health_check_server = None
+
+    def _check_uninterruptible_state_timeout(self, worker_group: WorkerGroup, timeout: float) -> RunResult | None:
+        """Result with the workers that have slept uninterruptibly for at least ``timeout`` seconds, or ``None``."""
+        if self._pcontext is None:
+            return None
+        role = worker_group.spec.role
+        pids = self._pcontext.pids()
+        live_pids = set(pids.values())
+        for pid in [pid for pid in self._uninterruptible_state_first_seen if pid not in live_pids]:
+            del self._uninterruptible_state_first_seen[pid]
+
+        failures: dict[int, ProcessFailure] = {}
+        for local_rank, pid in pids.items():
+            dwell = self._update_uninterruptible_dwell(pid, role, timeout)
+            if dwell is not None and dwell >= timeout:
+                failure = ProcessFailure(local_rank, pid, _STUCK_EXIT_CODE, error_file="")
+                failure.message = (
+                    f"Worker pid={pid} stuck in uninterruptible sleep (D-state) for {dwell:.1f}s (>= {timeout:.1f}s),"
+                    f" waiting in {_read_wait_channel(pid)}"
+                )
+                logger.error("[%s] %s; marking worker group UNHEALTHY and disabling restarts.", role, failure.message)
+                failures[worker_group.workers[local_rank].global_rank] = failure
+        if not failures:
+            return None
+        # It holds a device or a mount of this host; a restarted worker would run into the same.
+        self._remaining_restarts = 0
+        return RunResult(state=WorkerState.UNHEALTHY, failures=failures)
+
+    def _update_uninterruptible_dwell(self, pid: int, role: str, timeout: float) -> float | None:
+        """Seconds for which ``pid`` has been seen in uninterruptible sleep without a break; ``None`` if it is not."""
+        state = read_proc_state(pid)
+        if state is None:
+            return None
+        if not is_uninterruptible_state(state):
+            self._uninterruptible_state_first_seen.pop(pid, None)
+            return None
+        now = time.monotonic()
+        first = self._uninterruptible_state_first_seen.setdefault(pid, now)
+        if first == now:
+            logger.warning(
+                "[%s] Worker pid=%s entered uninterruptible sleep (D-state); will mark UNHEALTHY if it remains for %.1fs.",
+                role,
+                pid,
+                timeout,
+            )
+        return now - first
+
+    @prof
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        role = worker_group.spec.role
+        context = self._pcontext
+        if context is None:
+            raise AssertionError("the workers were not started")
+        worker_pids = {worker.id for worker in worker_group.workers}
+        context_pids = set(context.pids().values())
+        if worker_pids != context_pids:
+            logger.error(
+                "[%s] worker pids do not match process_context pids. Expected: %s, actual: %s",
+                role,
+                worker_pids,
+                context_pids,
+            )
+            return RunResult(state=WorkerState.UNKNOWN)
+
+        # Before the look: an exit after it must not be taken for one that was seen.
+        group = getattr(context, "_group", None)
+        if group is not None:
+            self._seen_generation = group.generation
+        result = context.wait(0)
+        if result is None:
+            if self._uninterruptible_state_timeout > 0:
+                stuck = self._check_uninterruptible_state_timeout(worker_group, self._uninterruptible_state_timeout)
+                if stuck is not None:
+                    return stuck
+            return RunResult(state=WorkerState.HEALTHY)
+        ranks = {worker.local_rank: worker.global_rank for worker in worker_group.workers}
+        if result.is_failed():
+            failures = {ranks[local_rank]: failure for local_rank, failure in result.failures.items()}
+            return RunResult(state=WorkerState.FAILED, failures=failures)
+        return_values = {ranks[local_rank]: value for local_rank, value in result.return_values.items()}
+        return RunResult(state=WorkerState.SUCCEEDED, return_values=return_values)
+
+    def _wait_for_event(self, timeout_s: float) -> None:
+        """Wait until a worker has ended since the last look.
+
+        For ``timeout_s`` seconds at most, unless there is nothing that only a look can tell: no stuck worker to be found, and
+        a rendezvous that nobody can join.
+        """
+        group = getattr(self._pcontext, "_group", None)
+        if group is None:
+            super()._wait_for_event(timeout_s)
+        elif self._uninterruptible_state_timeout > 0 or getattr(self._rdzv_handler, "may_grow", True):
+            wait_for_event(group, self._seen_generation, timeout_s)
+        else:
+            wait_for_event(group, self._seen_generation)
+
+
+def _read_wait_channel(pid: int) -> str:
+    """The kernel function that a process sleeps in, as far as it can be read."""
+    try:
+        with open(f"/proc/{pid}/wchan") as file:
+            return file.read() or "an unknown place"
+    except OSError:
+        return "an unknown place"

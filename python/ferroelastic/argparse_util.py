@@ -1,0 +1,66 @@
+"""argparse actions that take their default from a ``PET_*`` environment variable.
+
+Mirrors ``torch.distributed.argparse_util``. Intended difference: a flag variable that is no integer
+(``PET_STANDALONE=yes``) is reported with its name, its value and the remedy.
+"""
+
+import os
+from argparse import Action, ArgumentParser, Namespace
+from typing import Any
+
+__all__ = ["check_env", "env"]
+
+
+class env(Action):  # noqa: N801 - torch's name
+    """Option with a value whose default is ``$PET_<DEST>`` where that is set, else ``default``.
+
+    The command line wins over the variable. Mirrors ``torch.distributed.argparse_util.env``.
+
+    Args:
+        dest: attribute of the namespace; its upper case follows ``PET_`` in the variable's name.
+        default: value without variable and without option.
+        required: the option must be given, unless the variable gives a value.
+        kwargs: passed on to ``argparse.Action``.
+    """
+
+    def __init__(self, dest: str, default: Any = None, required: bool = False, **kwargs: Any) -> None:
+        default = os.environ.get(f"PET_{dest.upper()}", default)
+        super().__init__(dest=dest, default=default, required=required and not default, **kwargs)
+
+    def __call__(
+        self, parser: ArgumentParser, namespace: Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        """Store the value."""
+        del parser, option_string
+        setattr(namespace, self.dest, values)
+
+
+class check_env(Action):  # noqa: N801 - torch's name
+    """Flag that is also set by a non-zero ``$PET_<DEST>``; ``0`` clears a default of ``True``.
+
+    Mirrors ``torch.distributed.argparse_util.check_env``.
+
+    Args:
+        dest: attribute of the namespace; its upper case follows ``PET_`` in the variable's name.
+        default: value without variable and without flag.
+        kwargs: passed on to ``argparse.Action``.
+
+    Raises:
+        ValueError: the variable holds no integer.
+    """
+
+    def __init__(self, dest: str, default: bool = False, **kwargs: Any) -> None:
+        name = f"PET_{dest.upper()}"
+        text = os.environ.get(name, "1" if default else "0")
+        try:
+            value = bool(int(text))
+        except ValueError:
+            raise ValueError(f"{name}={text!r} is not an integer; set it to 1 or 0, or unset it") from None
+        super().__init__(dest=dest, const=True, default=value, nargs=0, **kwargs)
+
+    def __call__(
+        self, parser: ArgumentParser, namespace: Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        """Set the flag."""
+        del parser, values, option_string
+        setattr(namespace, self.dest, self.const)

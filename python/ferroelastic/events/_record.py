@@ -1,0 +1,117 @@
+"""Sends events to their destinations."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from typing import TYPE_CHECKING
+
+from ferroelastic._compat import torch_module
+from ferroelastic.events.api import NodeState, RdzvEvent
+from ferroelastic.utils.hostname import fq_hostname
+
+if TYPE_CHECKING:
+    from ferroelastic.events.api import Event
+
+_events_loggers: dict[str, logging.Logger] = {}
+
+
+def _get_or_create_logger(destination: str = "null") -> logging.Logger:
+    """Return the logger of a destination, with its handler attached; it does not propagate.
+
+    Raises:
+        KeyError: nothing is registered under that name.
+    """
+    logger = _events_loggers.get(destination)
+    if logger is None:
+        # Looked up on the package, because that is where programs replace it.
+        from ferroelastic import events
+
+        handler = events.get_logging_handler(destination)
+        logger = logging.getLogger(f"torchelastic-events-{destination}")
+        logger.setLevel(os.environ.get("LOGLEVEL", "INFO"))
+        logger.propagate = False
+        # torch's events module uses loggers of the same names: one handler means one line per event.
+        if destination not in getattr(torch_module(events.__name__), "_events_loggers", {}):
+            logger.addHandler(handler)
+        _events_loggers[destination] = logger
+    return logger
+
+
+def has_listener(destination: str) -> bool:
+    """Tell whether an event sent there goes anywhere, so that its costly parts need to be found out.
+
+    Raises:
+        KeyError: nothing is registered under that name.
+    """
+    return not all(isinstance(handler, logging.NullHandler) for handler in _get_or_create_logger(destination).handlers)
+
+
+def record(event: Event, destination: str = "null") -> None:
+    """Send an event to a destination.
+
+    Args:
+        event: what happened.
+        destination: name of a handler, see :func:`ferroelastic.events.handlers.get_logging_handler`.
+
+    Raises:
+        KeyError: nothing is registered under that name.
+    """
+    if has_listener(destination):
+        _get_or_create_logger(destination).info(event.serialize())
+
+
+def record_rdzv_event(event: RdzvEvent) -> None:
+    """Send an event to the destination ``"dynamic_rendezvous"``."""
+    _get_or_create_logger("dynamic_rendezvous").info(event.serialize())
+
+
+def construct_and_record_rdzv_event(
+    run_id: str,
+    message: str,
+    node_state: NodeState,
+    name: str = "",
+    hostname: str = "",
+    pid: int | None = None,
+    master_endpoint: str = "",
+    local_id: int | None = None,
+    rank: int | None = None,
+) -> None:
+    """Make an event of a rendezvous and send it, unless nobody listens.
+
+    Args:
+        run_id: id of the run.
+        message: what happened, for people.
+        node_state: state of the node; with ``FAILED`` the current traceback goes along.
+        name: name of the event; by default that of the calling function.
+        hostname: name of the node's host; by default this one.
+        pid: process id of the node; by default this process.
+        master_endpoint: endpoint of the rendezvous store, if known.
+        local_id: id of the node within its process, if it has one.
+        rank: rank of the node, if known.
+    """
+    from ferroelastic import events
+
+    if isinstance(events.get_logging_handler("dynamic_rendezvous"), logging.NullHandler):
+        return
+
+    caller = sys._getframe(1).f_code  # noqa: SLF001 - inspect.stack() would read every source file on the stack
+    trace = ""
+    if node_state == NodeState.FAILED:
+        import traceback
+
+        trace = traceback.format_exc()
+    event = RdzvEvent(
+        name=f"{os.path.basename(caller.co_filename)}:{name or caller.co_name}",
+        run_id=run_id,
+        message=message,
+        hostname=hostname or fq_hostname(),
+        pid=pid or os.getpid(),
+        node_state=node_state,
+        master_endpoint=master_endpoint,
+        rank=rank,
+        local_id=local_id,
+        error_trace=trace,
+    )
+    events.record_rdzv_event(event)

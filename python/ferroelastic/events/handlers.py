@@ -1,0 +1,40 @@
+"""Mirror of ``torch.distributed.elastic.events.handlers``.
+
+Intended difference: a handler that was put into torch's own table is found too, where torch's module is loaded.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from ferroelastic._compat import torch_module
+
+__all__ = ["get_logging_handler"]
+
+_log_handlers: dict[str, logging.Handler] = {
+    "console": logging.StreamHandler(),
+    "dynamic_rendezvous": logging.NullHandler(),
+    "null": logging.NullHandler(),
+}
+_defaults = dict(_log_handlers)
+
+
+def get_logging_handler(destination: str = "null") -> logging.Handler:
+    """Return the logging handler of a destination.
+
+    One that was registered here wins, then what torch's table has, then the default.
+
+    Args:
+        destination: ``"null"``, ``"console"``, ``"dynamic_rendezvous"`` or a name that was registered.
+
+    Raises:
+        KeyError: nothing is registered under that name.
+    """
+    ours = _log_handlers.get(destination)
+    if ours is not None and ours is not _defaults.get(destination):
+        return ours
+    theirs: dict[str, logging.Handler] = getattr(torch_module(__name__), "_log_handlers", {})
+    handler = theirs.get(destination, ours)
+    if handler is None:
+        raise KeyError(f"no event handler {destination!r}: known are {sorted({*_log_handlers, *theirs})}")
+    return handler

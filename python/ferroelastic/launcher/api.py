@@ -1,0 +1,328 @@
+"""Launch a local agent for a function or a program, and wait for its workers.
+
+Mirrors ``torch.distributed.launcher.api``. Intended differences: neither torch nor CUDA is touched; an agent that gives
+up on stuck workers without a failure of their own raises, where torch returns ``{}``;
+``TORCH_ELASTIC_SHUTDOWN_TIMEOUT`` is checked; a configuration of torch 2.6 or later will do in place of
+:class:`LaunchConfig`.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import ferroelastic.rendezvous.registry as rdzv_registry
+from ferroelastic import events, metrics
+from ferroelastic._compat import family
+from ferroelastic.agent.server.api import RunResult, WorkerSpec
+from ferroelastic.agent.server.health_check_server import HealthCheckServer
+from ferroelastic.agent.server.local_elastic_agent import LocalElasticAgent
+from ferroelastic.multiprocessing import DefaultLogsSpecs, LogsSpecs, SignalException
+from ferroelastic.multiprocessing.errors import ChildFailedError
+from ferroelastic.numa.binding import NumaOptions
+from ferroelastic.rendezvous import RendezvousParameters
+from ferroelastic.rendezvous.utils import parse_rendezvous_endpoint
+from ferroelastic.utils.logging import get_logger
+
+__all__ = ["LaunchConfig", "elastic_launch", "launch_agent"]
+
+logger = get_logger(__name__)
+
+_SHUTDOWN_TIMEOUT_VARIABLE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+_DEFAULT_SHUTDOWN_TIMEOUT_S = 30
+_DEFAULT_RENDEZVOUS_TIMEOUT_S = 900
+_DEFAULT_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT"
+
+
+@dataclass
+class LaunchConfig:
+    """What to launch, and how. Mirrors ``torch.distributed.launcher.api.LaunchConfig``.
+
+    Args:
+        min_nodes: fewest nodes that the job starts with.
+        max_nodes: most nodes that take part.
+        nproc_per_node: workers on this node.
+        logs_specs: where the workers' output goes; default ``DefaultLogsSpecs()``.
+        run_id: the job's id, the same on all nodes; generated if empty.
+        role: name of the workers' role, for logs and events.
+        rdzv_endpoint: ``host[:port]`` of the rendezvous.
+        rdzv_backend: ``"static"``, ``"c10d"`` or a registered one.
+        rdzv_configs: further settings of the rendezvous; ``"timeout"`` in seconds, default 900.
+        rdzv_timeout: legacy way to give ``rdzv_configs["timeout"]``, in seconds; -1 leaves it.
+        max_restarts: how often the workers are restarted after a failure.
+        monitor_interval: longest time between two looks at the workers, in seconds.
+        start_method: of ``multiprocessing``, for workers that are functions.
+        log_line_prefix_template: prefix of the workers' lines on the console, with ``${role_name}``, ``${rank}`` and
+            ``${local_rank}``.
+        metrics_cfg: settings of the metrics.
+        local_addr: address of this node for the others; found out if ``None``.
+        event_log_handler: name of the handler that gets the agent's events.
+        numa_options: binding of the workers to CPUs; ``None`` not at all.
+        signals_to_handle: names of the signals that end the job, separated by commas.
+        duplicate_stdout_filters: strings; lines of the workers' output with one of them are also written to one file.
+        duplicate_stderr_filters: likewise for standard error.
+        virtual_local_rank: give each worker ``LOCAL_RANK=0`` and one visible device.
+        shutdown_timeout: grace in seconds between the stop signal and SIGKILL. Default
+            ``$TORCH_ELASTIC_SHUTDOWN_TIMEOUT``, else 30.
+
+    Raises:
+        ValueError: the shutdown timeout, given or from the environment, is no whole number of seconds from 0.
+    """
+
+    min_nodes: int
+    max_nodes: int
+    nproc_per_node: int
+    logs_specs: LogsSpecs | None = None
+    run_id: str = ""
+    role: str = "default_role"
+    rdzv_endpoint: str = ""
+    rdzv_backend: str = "etcd"
+    rdzv_configs: dict[str, Any] = field(default_factory=dict)
+    rdzv_timeout: int = -1
+    max_restarts: int = 3
+    monitor_interval: float = 0.1
+    start_method: str = "spawn"
+    log_line_prefix_template: str | None = None
+    metrics_cfg: dict[str, str] = field(default_factory=dict)
+    local_addr: str | None = None
+    event_log_handler: str = "null"
+    numa_options: NumaOptions | None = None
+    signals_to_handle: str = _DEFAULT_SIGNALS
+    duplicate_stdout_filters: list[str] | None = None
+    duplicate_stderr_filters: list[str] | None = None
+    virtual_local_rank: bool = False
+    shutdown_timeout: int | None = None
+
+    def __post_init__(self) -> None:
+        """Fill in what depends on other fields and on the environment."""
+        if self.rdzv_timeout != -1:
+            self.rdzv_configs["timeout"] = self.rdzv_timeout
+        else:
+            self.rdzv_configs.setdefault("timeout", _DEFAULT_RENDEZVOUS_TIMEOUT_S)
+        if self.logs_specs is None:
+            self.logs_specs = DefaultLogsSpecs()
+        self.shutdown_timeout = _resolve_shutdown_timeout(self.shutdown_timeout)
+
+
+def _resolve_shutdown_timeout(given_s: int | None) -> int:
+    if given_s is not None:
+        if given_s < 0:
+            raise ValueError(f"shutdown_timeout must be non-negative, got {given_s}; give whole seconds from 0")
+        return given_s
+    text = os.environ.get(_SHUTDOWN_TIMEOUT_VARIABLE, str(_DEFAULT_SHUTDOWN_TIMEOUT_S))
+    try:
+        timeout_s = int(text)
+    except ValueError:
+        timeout_s = -1
+    if timeout_s < 0:
+        raise ValueError(f"{_SHUTDOWN_TIMEOUT_VARIABLE}={text!r} is not a time; give whole seconds from 0, or unset it")
+    return timeout_s
+
+
+class elastic_launch:  # noqa: N801 - torch's name
+    """Callable that launches an agent. Mirrors ``torch.distributed.launcher.api.elastic_launch``.
+
+    ``elastic_launch(config, trainer)(1, "two")`` runs ``trainer(1, "two")`` in each worker and returns what they
+    returned, by global rank; ``elastic_launch(config, "python")("train.py")`` runs a program.
+
+    Args:
+        config: what to launch, and how.
+        entrypoint: a function, or a program.
+        health_check_server: a started server to report the agent's health.
+    """
+
+    def __init__(
+        self,
+        config: LaunchConfig,
+        entrypoint: Callable[..., Any] | str | None,
+        health_check_server: HealthCheckServer | None = None,
+    ) -> None:
+        self._config = config
+        self._entrypoint = entrypoint
+        self._health_check_server = health_check_server
+
+    def __call__(self, *args: Any) -> dict[int, Any]:
+        """Launch with these arguments of the entrypoint; see :func:`launch_agent`."""
+        return launch_agent(
+            self._config,
+            self._entrypoint,
+            list(args),
+            health_check_server=self._health_check_server,
+        )
+
+
+def _get_entrypoint_name(entrypoint: Callable[..., Any] | str | None, args: list[Any]) -> str:
+    """Return the name for reports: the function's, for this interpreter the script's, else the program's."""
+    if callable(entrypoint):
+        return str(getattr(entrypoint, "__name__", None) or type(entrypoint).__name__)
+    if entrypoint == sys.executable:
+        return next((str(arg) for arg in args if str(arg)[:1] not in ("", "-")), "")
+    return entrypoint or ""
+
+
+def _get_addr_and_port(rdzv_parameters: RendezvousParameters) -> tuple[str | None, int | None]:
+    """Return the master's address and port, which only a static rendezvous knows beforehand.
+
+    Raises:
+        ValueError: a static rendezvous has no endpoint, or one without port.
+    """
+    if rdzv_parameters.backend != "static":
+        return None, None
+    endpoint = rdzv_parameters.endpoint.strip()
+    if not endpoint:
+        raise ValueError("the static rendezvous has no endpoint; give --master-addr and --master-port")
+    address, port = parse_rendezvous_endpoint(endpoint, default_port=-1)
+    if port == -1:
+        raise ValueError(f"the endpoint {endpoint!r} has no port; give --master-port")
+    return address, port
+
+
+def launch_agent(
+    config: LaunchConfig,
+    entrypoint: Callable[..., Any] | str | None,
+    args: list[Any],
+    health_check_server: HealthCheckServer | None = None,
+) -> dict[int, Any]:
+    """Run an agent in this process until its workers are done.
+
+    Mirrors ``torch.distributed.launcher.api.launch_agent``.
+
+    Args:
+        config: what to launch, and how.
+        entrypoint: a function, or a program.
+        args: its arguments.
+        health_check_server: a started server to report the agent's health.
+
+    Returns:
+        What the workers of this node returned, by global rank; empty for a program.
+
+    Raises:
+        ChildFailedError: workers failed, and no restart was left.
+        SignalException: this process was told to end; the workers were stopped.
+        RuntimeError: the agent gave up on stuck workers, none of which had failed by itself.
+        ValueError: the configuration is not usable.
+    """
+    if not config.run_id:
+        import uuid
+
+        config.run_id = str(uuid.uuid4().int)
+        logger.warning("config has no run_id, generated a random run_id: %s", config.run_id)
+
+    entrypoint_name = _get_entrypoint_name(entrypoint, args)
+    _log_config(config, entrypoint_name)
+
+    rdzv_parameters = RendezvousParameters(
+        backend=config.rdzv_backend,
+        endpoint=config.rdzv_endpoint,
+        run_id=config.run_id,
+        min_nodes=config.min_nodes,
+        max_nodes=config.max_nodes,
+        local_addr=config.local_addr,
+        **config.rdzv_configs,
+    )
+    master_addr, master_port = _get_addr_and_port(rdzv_parameters)
+
+    # The handlers are installed where the workers are started, which is told this way.
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = _newer(config, "signals_to_handle", _DEFAULT_SIGNALS)
+
+    spec = WorkerSpec(
+        role=config.role,
+        local_world_size=config.nproc_per_node,
+        entrypoint=entrypoint,
+        args=tuple(args),
+        rdzv_handler=rdzv_registry.get_rendezvous_handler(rdzv_parameters),
+        max_restarts=config.max_restarts,
+        monitor_interval=config.monitor_interval,
+        master_addr=master_addr,
+        master_port=master_port,
+        local_addr=config.local_addr,
+        event_log_handler=config.event_log_handler,
+        numa_options=_newer(config, "numa_options", None),
+        duplicate_stdout_filters=_newer(config, "duplicate_stdout_filters", None),
+        duplicate_stderr_filters=_newer(config, "duplicate_stderr_filters", None),
+        virtual_local_rank=_newer(config, "virtual_local_rank", False),
+    )
+    agent = LocalElasticAgent(
+        spec=spec,
+        logs_specs=config.logs_specs,  # type: ignore[arg-type]  # __post_init__ has set it
+        start_method=config.start_method,
+        log_line_prefix_template=config.log_line_prefix_template,
+        shutdown_timeout=_resolve_shutdown_timeout(_newer(config, "shutdown_timeout", None)),
+        health_check_server=health_check_server,
+    )
+    if health_check_server is not None:
+        # A server that was started before there was an agent has a proxy for the callback.
+        set_delegate = getattr(health_check_server.alive_callback, "set_delegate", None)
+        if set_delegate is not None:
+            set_delegate(agent._get_alive_time)  # noqa: SLF001 - as torch's proxy is wired
+    return _run_agent(agent, spec, config, entrypoint_name)
+
+
+def _run_agent(
+    agent: LocalElasticAgent, spec: WorkerSpec, config: LaunchConfig, entrypoint_name: str
+) -> dict[int, Any]:
+    shutdown_rdzv = True
+    try:
+        return _outputs(agent, config, entrypoint_name)
+    except family(ChildFailedError):
+        raise
+    except family(SignalException):
+        # Shutting the rendezvous down would close it for the other nodes too, who may go on without this one.
+        shutdown_rdzv = False
+        events.record(agent.get_event_failed(), config.event_log_handler)
+        raise
+    except Exception:
+        events.record(agent.get_event_failed(), config.event_log_handler)
+        raise
+    finally:
+        if shutdown_rdzv:
+            spec.rdzv_handler.shutdown()
+
+
+def _outputs(agent: LocalElasticAgent, config: LaunchConfig, entrypoint_name: str) -> dict[int, Any]:
+    metrics.initialize_metrics(metrics.MetricsConfig(config.metrics_cfg))
+    result = agent.run()
+    # The agent succeeded in running; whether the workers did is another matter.
+    events.record(agent.get_event_succeeded(), config.event_log_handler)
+    if result.is_failed():
+        raise _failure_of(result, entrypoint_name)
+    return result.return_values
+
+
+def _failure_of(result: RunResult, entrypoint_name: str) -> Exception:
+    if result.failures:
+        return ChildFailedError(name=entrypoint_name, failures=result.failures)
+    return RuntimeError(
+        f"the workers of {entrypoint_name!r} ended in state {result.state.value} and none failed by itself; "
+        "LOGLEVEL=INFO shows which ones were stuck"
+    )
+
+
+def _newer(config: Any, name: str, default: Any) -> Any:
+    """Return a field that configurations of older torch versions lack."""
+    return getattr(config, name, default)
+
+
+def _log_config(config: LaunchConfig, entrypoint_name: str) -> None:
+    values = {
+        "entrypoint": entrypoint_name,
+        "min_nodes": config.min_nodes,
+        "max_nodes": config.max_nodes,
+        "nproc_per_node": config.nproc_per_node,
+        "run_id": config.run_id,
+        "rdzv_backend": config.rdzv_backend,
+        "rdzv_endpoint": config.rdzv_endpoint,
+        "rdzv_configs": config.rdzv_configs,
+        "max_restarts": config.max_restarts,
+        "monitor_interval": config.monitor_interval,
+        "log_dir": getattr(config.logs_specs, "root_log_dir", None),
+        "metrics_cfg": config.metrics_cfg,
+        "event_log_handler": config.event_log_handler,
+        "numa_options": _newer(config, "numa_options", None),
+        "signals_to_handle": _newer(config, "signals_to_handle", _DEFAULT_SIGNALS),
+        "duplicate_stdout_filters": _newer(config, "duplicate_stdout_filters", None),
+        "duplicate_stderr_filters": _newer(config, "duplicate_stderr_filters", None),
+    }
+    lines = "\n".join(f"  {name:<24} : {value}" for name, value in values.items())
+    logger.info("starting the agent with this configuration:\n%s", lines)

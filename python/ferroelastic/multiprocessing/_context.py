@@ -1,0 +1,313 @@
+"""What the contexts of subprocesses and of function workers have in common."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from abc import ABC, abstractmethod
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TextIO
+
+from ferroelastic import _compat
+from ferroelastic._wait import wait_for_event
+from ferroelastic.multiprocessing._signals import SignalException, install_signal_handlers
+from ferroelastic.multiprocessing._std import _validate_full_rank
+from ferroelastic.multiprocessing.errors import ProcessFailure
+from ferroelastic.multiprocessing.errors._failures import failed_at_ns
+from ferroelastic.multiprocessing.tail_log import TailLog
+from ferroelastic.utils.logging import get_logger
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from ferroelastic import _rust
+    from ferroelastic.multiprocessing._logs import LogsSpecs
+
+__all__ = ["PContext", "RunProcsResult"]
+
+logger = get_logger(__name__)
+
+_SIGNALS_ENV = "TORCHELASTIC_SIGNALS_TO_HANDLE"
+_DEFAULT_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT"
+_LEAST_KILL_WAIT_S = 5.0
+
+
+@dataclass
+class RunProcsResult(_compat.TorchCompatible):
+    """Outcome of a group of workers, by local rank. Mirrors torch's ``RunProcsResult``.
+
+    Attributes:
+        return_values: what function workers returned; ``None`` each for commands.
+        failures: workers that failed. Unlike torch's, those that only the agent's stop ended are not among them.
+        stdouts: file of each worker's standard output, ``""`` if it was not redirected.
+        stderrs: likewise for standard error.
+        stopped: workers that ended after the agent had told them to, and how.
+    """
+
+    return_values: dict[int, Any] = field(default_factory=dict)
+    failures: dict[int, ProcessFailure] = field(default_factory=dict)
+    stdouts: dict[int, str] = field(default_factory=dict)
+    stderrs: dict[int, str] = field(default_factory=dict)
+    stopped: dict[int, ProcessFailure] = field(default_factory=dict)
+
+    def is_failed(self) -> bool:
+        """Whether any worker has failed."""
+        return bool(self.failures)
+
+
+class PContext(_compat.TorchVirtual, ABC):
+    """Workers that were started together. Mirrors torch's ``PContext``.
+
+    Args:
+        name: header of teed lines.
+        entrypoint: function or program.
+        args: arguments by local rank.
+        envs: environment variables by local rank, added to this process's.
+        logs_specs: decides where the output goes.
+        log_line_prefixes: headers of teed lines by local rank, instead of ``[<name><local rank>]:``.
+        duplicate_stdout_filters: if not empty, teed lines of standard output with one of these strings also go to the
+            file ``filtered_stdout`` of the logs.
+        duplicate_stderr_filters: likewise for standard error.
+
+    Raises:
+        RuntimeError: the logs do not cover all local ranks.
+        OSError: a log file or folder cannot be made.
+
+    Attributes:
+        shutdown_timeout: seconds between the stop signal and SIGKILL where workers are stopped because one has failed.
+            Set it before :meth:`start`.
+    """
+
+    shutdown_timeout: float = 30
+
+    def __init__(
+        self,
+        name: str,
+        entrypoint: Callable[..., Any] | str,
+        args: dict[int, tuple[Any, ...]],
+        envs: dict[int, dict[str, str]],
+        logs_specs: LogsSpecs,
+        log_line_prefixes: dict[int, str] | None = None,
+        duplicate_stdout_filters: list[str] | None = None,
+        duplicate_stderr_filters: list[str] | None = None,
+    ) -> None:
+        self.name = name
+        nprocs = len(args)
+        logs_dest = logs_specs.reify(envs)
+        _validate_full_rank(logs_dest.stdouts, nprocs, "stdouts")
+        _validate_full_rank(logs_dest.stderrs, nprocs, "stderrs")
+        self.entrypoint = entrypoint
+        self.args = args
+        self.envs = envs
+        self.stdouts = logs_dest.stdouts
+        self.stderrs = logs_dest.stderrs
+        self.error_files = logs_dest.error_files
+        self.nprocs = nprocs
+        self.filtered_stdout: TextIO | None = None
+        self.filtered_stderr: TextIO | None = None
+        # At most one: a list can be filled by the very call that starts the processes, see `_processes.spawn`.
+        self._groups: list[_rust.Group] = []
+        self._running_local_ranks: set[int] = set(range(nprocs))
+        self._failures: dict[int, ProcessFailure] = {}
+        self._stopped: dict[int, ProcessFailure] = {}
+        self._survivors_reported = False
+        self._tail_logs = [
+            TailLog(name, logs_dest.tee_stdouts, sys.stdout, log_line_prefixes),
+            TailLog(name, logs_dest.tee_stderrs, sys.stderr, log_line_prefixes),
+        ]
+
+        def duplicate(path: str, tees: Mapping[int, str], filters: list[str]) -> TextIO:
+            # Line by line, as a tail of the filtered file expects.
+            filtered = open(path, "w", errors="replace", buffering=1)  # noqa: SIM115 - closed by close()
+            self._tail_logs.append(TailLog(name, tees, filtered, log_line_prefixes, only_lines_with=filters))
+            return filtered
+
+        try:
+            if duplicate_stdout_filters:
+                self.filtered_stdout = duplicate(
+                    logs_dest.filtered_stdout, logs_dest.tee_stdouts, duplicate_stdout_filters
+                )
+            if duplicate_stderr_filters:
+                self.filtered_stderr = duplicate(
+                    logs_dest.filtered_stderr, logs_dest.tee_stderrs, duplicate_stderr_filters
+                )
+        except OSError:
+            self._close_files()
+            raise
+
+    @property
+    def _group(self) -> _rust.Group | None:
+        return self._groups[0] if self._groups else None
+
+    def start(self) -> None:
+        """Start the workers, and on the main thread make the agent's signals raise :class:`SignalException`.
+
+        Which signals these are is told by the variable ``TORCHELASTIC_SIGNALS_TO_HANDLE``.
+
+        Raises:
+            OSError: a worker cannot be started.
+        """
+        install_signal_handlers(os.environ.get(_SIGNALS_ENV, _DEFAULT_SIGNALS))
+        self._start()
+        for tail_log in self._tail_logs:
+            tail_log.start()
+
+    @abstractmethod
+    def _start(self) -> None:
+        """Start the workers."""
+
+    @abstractmethod
+    def _poll(self) -> RunProcsResult | None:
+        """Look at the workers: a result when all have succeeded or any has failed, else ``None``."""
+
+    @abstractmethod
+    def pids(self) -> dict[int, int]:
+        """Process ids by local rank."""
+
+    @abstractmethod
+    def _close(self, death_sig: signal.Signals, timeout: float = 30) -> None:
+        """End the workers that still run."""
+
+    def wait(self, timeout: float = -1, period: float = 1) -> RunProcsResult | None:
+        """Wait until all workers have succeeded or one has failed; the others are stopped then.
+
+        An exit ends the wait at once. On the main thread a signal's handler runs at once, too, and what it raises
+        (:class:`SignalException`) leaves this call; answer it with :meth:`close`.
+
+        Args:
+            timeout: seconds; negative without limit, 0 only looks.
+            period: not used, except by subclasses that know nothing of the engine: seconds between looks.
+
+        Returns:
+            The outcome, or ``None`` if the workers still run after ``timeout``.
+        """
+        if timeout == 0:
+            return self._poll()
+        deadline = math.inf if timeout < 0 else time.monotonic() + timeout
+        while True:
+            group = self._group
+            generation = 0 if group is None else group.generation
+            result = self._poll()
+            if result is not None:
+                return result
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                return None
+            if group is not None:
+                wait_for_event(group, generation, remaining)
+            else:  # a subclass written for torch: it can only be asked
+                threading.Event().wait(min(period, remaining))
+
+    def close(self, death_sig: signal.Signals | None = None, timeout: float = 30) -> None:
+        """Stop the workers, finish their logs and let go of all files. Safe to call again, and after a failed start.
+
+        Stopping covers the whole process group of each worker, also of one that has ended. A signal that arrives meanwhile
+        ends the grace: SIGKILL follows at once. Its exception is raised when all is closed, unless this call is itself
+        the answer to such a signal.
+
+        Args:
+            death_sig: what to send first; SIGTERM if not given.
+            timeout: seconds until SIGKILL; the processes have as long again (at least 5) to go after that.
+        """
+        with ExitStack() as stack:
+            stack.callback(self._close_files)
+            for tail_log in self._tail_logs:
+                stack.callback(tail_log.stop)
+            self._close(death_sig or signal.SIGTERM, timeout)
+
+    def _close_files(self) -> None:
+        for filtered in (self.filtered_stdout, self.filtered_stderr):
+            if filtered is not None:
+                filtered.close()
+
+    def _arm(self, group: _rust.Group) -> None:
+        """Have the engine stop the peers of the first worker that fails, whatever Python is doing then."""
+        group.stop_on_failure(signal.SIGTERM, self.shutdown_timeout, _kill_wait_s(self.shutdown_timeout))
+
+    def _stop_group(self, group: _rust.Group, death_sig: signal.Signals, timeout: float) -> None:
+        """Stop all process groups and wait until they are empty or the last deadline has passed."""
+        interrupting: tuple[type[BaseException], ...] = (*_compat.family(SignalException), KeyboardInterrupt)
+        answering_signal = isinstance(sys.exc_info()[1], interrupting)
+        first_signal: BaseException | None = None
+        report: _rust.StopReport | None = None
+        begun = False
+        while report is None:
+            try:
+                if not begun:
+                    self._announce_stop(group, death_sig)
+                    group.stop(death_sig, timeout, _kill_wait_s(timeout))
+                    begun = True
+                if first_signal is not None:
+                    group.hurry()
+                generation = group.generation
+                report = group.stop_report()
+                if report is None:
+                    wait_for_event(group, generation)
+            except interrupting as error:  # noqa: PERF203 - this is what the loop is for
+                first_signal = first_signal or error
+                # A second signal that came with the first (SIGTERM and SIGHUP often do) raises at the next call: this one,
+                # rather than one outside of the loop.
+                try:  # noqa: SIM105 - `suppress` is itself called, and its call is not covered
+                    group.hurry()
+                except interrupting:
+                    pass
+        self._report_stop(report)
+        if first_signal is not None and not answering_signal:
+            raise first_signal
+
+    def _announce_stop(self, group: _rust.Group, death_sig: signal.Signals) -> None:
+        if group.stop_report() is None:
+            ended = {ended.index for ended in group.exits()}
+            for index, pid in enumerate(group.pids):
+                if index not in ended:
+                    logger.warning("Sending process %s closing signal %s", pid, signal.Signals(death_sig).name)
+
+    def _report_stop(self, report: _rust.StopReport) -> None:
+        if self._survivors_reported:
+            return
+        self._survivors_reported = True
+        if report.killed:
+            logger.warning("Workers %s did not end in time and were killed", report.killed)
+        for survivor in report.survivors:
+            logger.error(
+                "process %s of worker %s outlived SIGKILL (state %s%s) and is left behind: it holds on to what it has"
+                " of this host; look at its device or file system, or restart the host",
+                survivor.pid,
+                survivor.index,
+                survivor.state,
+                f", waiting in {survivor.wait_channel}" if survivor.wait_channel else "",
+            )
+
+    def _note_end(self, local_rank: int, pid: int, exitcode: int, ended: _rust.Exit | None) -> None:
+        """Enter the end of one worker among the failures or the stopped."""
+        self._running_local_ranks.discard(local_rank)
+        was_stopped = ended is not None and ended.stopped
+        if exitcode != 0 or was_stopped:
+            (self._stopped if was_stopped else self._failures)[local_rank] = ProcessFailure(
+                local_rank=local_rank,
+                pid=pid,
+                exitcode=exitcode,
+                error_file=self.error_files[local_rank],
+                exit=ended,
+            )
+
+    def _result(self, return_values: dict[int, Any]) -> RunProcsResult:
+        return RunProcsResult(
+            return_values=return_values,
+            failures=self._failures,
+            stdouts=self.stdouts,
+            stderrs=self.stderrs,
+            stopped=self._stopped,
+        )
+
+    def _first_failure(self) -> ProcessFailure:
+        return min(self._failures.values(), key=failed_at_ns)
+
+
+def _kill_wait_s(grace_s: float) -> float:
+    return max(_LEAST_KILL_WAIT_S, grace_s)

@@ -1,0 +1,154 @@
+"""What a function worker does before and after the function. Runs in the worker."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import sys
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ferroelastic.multiprocessing._std import get_std_cm
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+__all__ = ["Task", "load_return_value"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One function worker, as it travels to its process."""
+
+    fn: Callable[..., Any]
+    args: tuple[Any, ...]
+    env: Mapping[str, str]
+    stdout: str
+    stderr: str
+    return_file: str
+    parent_pid: int | None
+    """Process that the worker must be a child of; ``None`` if another one (a fork server) creates it."""
+    cpus: Sequence[int] | None
+    forked: bool
+
+
+def _wrap(task: Task) -> None:
+    """Run the task; the process's exit code tells the outcome.
+
+    The return value goes to a file: a queue would need a reader, and would block the agent when this process is killed in
+    the middle of sending.
+    """
+    _become_worker(task)
+    from ferroelastic.multiprocessing.errors import record
+    from ferroelastic.multiprocessing.redirects import redirect_stderr, redirect_stdout
+
+    os.environ.update(task.env)
+
+    @functools.wraps(task.fn)
+    def run(*args: Any) -> None:
+        # Within `record`: a value that cannot be pickled is an error of the function.
+        _store_return_value(task.fn(*args), task.return_file)
+
+    with get_std_cm(task.stdout, redirect_stdout), get_std_cm(task.stderr, redirect_stderr):
+        try:
+            record(run)(*task.args)
+        except KeyboardInterrupt:
+            _print_traceback()
+            # To end by the signal, as every Python program does: exit code 0 would hide it.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            _flush()
+            os.kill(os.getpid(), signal.SIGINT)
+        except SystemExit as exit_request:
+            if exit_request.code is None or isinstance(exit_request.code, int):
+                raise
+            print(exit_request.code, file=sys.stderr)  # noqa: T201 - what the interpreter does with it
+            sys.exit(1)
+        except Exception:  # noqa: BLE001 - the end of this process: all that is left is to tell
+            # Here and not by multiprocessing, whose traceback would miss the redirected stream.
+            _print_traceback()
+            sys.exit(1)
+        finally:
+            _flush()
+
+
+def _become_worker(task: Task) -> None:
+    """Take the place of a natively spawned worker: own session, bound to the agent's life, clean of its handlers."""
+    import multiprocessing
+
+    from ferroelastic._rust import arm_parent_death_signal
+
+    os.setsid()
+    agent = multiprocessing.parent_process()
+    if task.parent_pid is not None:
+        arm_parent_death_signal(signal.SIGKILL)
+    elif agent is not None:
+        _die_at_hangup(agent.sentinel)
+    # The agent may have died before that.
+    if (agent is not None and not agent.is_alive()) or task.parent_pid not in {None, os.getppid()}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if task.forked:
+        signal.set_wakeup_fd(-1)
+        for signum in signal.valid_signals():
+            # By name, which catches torch's own as well.
+            if getattr(signal.getsignal(signum), "__name__", None) == "_terminate_process_handler":
+                default = signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL
+                signal.signal(signum, default)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    if task.cpus is not None:
+        os.sched_setaffinity(0, task.cpus)
+        for thread in os.listdir("/proc/self/task"):  # libraries that were imported on the way here have threads
+            with suppress(OSError):  # it has ended
+                os.sched_setaffinity(int(thread), task.cpus)
+
+
+def _die_at_hangup(sentinel: int) -> None:
+    """Have the kernel send SIGKILL to this process when the agent's end of the pipe ``sentinel`` is closed.
+
+    For workers of a fork server, which are not the agent's children. The server itself lives as long as its workers.
+    """
+    import fcntl
+
+    fcntl.fcntl(sentinel, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(sentinel, fcntl.F_SETSIG, signal.SIGKILL)
+    fcntl.fcntl(sentinel, fcntl.F_SETFL, fcntl.fcntl(sentinel, fcntl.F_GETFL) | fcntl.FASYNC)
+
+
+def _store_return_value(value: Any, path: str) -> None:
+    """Write the value so that a file is either whole or not there."""
+    if value is not None:
+        import pickle
+
+        unfinished = f"{path}.part"
+        with open(unfinished, "wb") as file:
+            pickle.dump(value, file, protocol=pickle.HIGHEST_PROTOCOL)
+        os.replace(unfinished, path)
+
+
+def load_return_value(path: str) -> Any:
+    """The value that a worker has left; ``None`` also for one that ended with code 0 in some other way than returning.
+
+    Raises:
+        Exception: whatever unpickling raises, e.g. because the value's class cannot be imported here.
+    """
+    import pickle
+
+    try:
+        with open(path, "rb") as file:
+            return pickle.load(file)  # noqa: S301 - written by our own worker in a folder that only this user can write
+    except FileNotFoundError:
+        return None
+
+
+def _print_traceback() -> None:
+    import traceback
+
+    traceback.print_exc()
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            with suppress(OSError, ValueError):  # closed by the function
+                stream.flush()

@@ -1,0 +1,95 @@
+"""Starting a group of workers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ferroelastic.multiprocessing._std import _validate_full_rank
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ferroelastic.multiprocessing._context import PContext
+    from ferroelastic.multiprocessing._logs import LogsSpecs
+    from ferroelastic.numa.binding import NumaOptions
+
+__all__ = ["start_processes"]
+
+
+def start_processes(
+    name: str,
+    entrypoint: Callable[..., Any] | str,
+    args: dict[int, tuple[Any, ...]],
+    envs: dict[int, dict[str, str]],
+    logs_specs: LogsSpecs,
+    log_line_prefixes: dict[int, str] | None = None,
+    start_method: str = "spawn",
+    numa_options: NumaOptions | None = None,
+    duplicate_stdout_filters: list[str] | None = None,
+    duplicate_stderr_filters: list[str] | None = None,
+    *,
+    shutdown_timeout: float = 30,
+) -> PContext:
+    """Start one worker for each entry of ``args`` and ``envs``. Mirrors torch's ``start_processes``.
+
+    Args:
+        name: with the local rank, the header of teed lines: ``[name0]:``.
+        entrypoint: a function, run in processes of ``multiprocessing``, or a program.
+        args: arguments by local rank, without a gap from 0; a program gets them as strings.
+        envs: environment variables by local rank, added to this process's.
+        logs_specs: decides where the output goes.
+        log_line_prefixes: headers of teed lines by local rank.
+        start_method: ``spawn``, ``fork`` or ``forkserver``; for functions only.
+        numa_options: CPUs to bind the workers to; ``None`` binds to none.
+        duplicate_stdout_filters: if not empty, teed lines of standard output with one of these strings also go to
+            ``filtered_stdout.log``.
+        duplicate_stderr_filters: likewise for standard error.
+        shutdown_timeout: when one worker fails, seconds that the others have after SIGTERM before SIGKILL.
+
+    Returns:
+        The running workers: a ``SubprocessContext`` or a ``MultiprocessContext``.
+
+    Raises:
+        RuntimeError: ``args`` and ``envs`` do not have the same local ranks, without a gap.
+        OSError: a worker or a log file cannot be started or made; nothing is left behind.
+    """
+    nprocs = len(args)
+    _validate_full_rank(args, nprocs, "args")
+    _validate_full_rank(envs, nprocs, "envs")
+    context: PContext
+    if isinstance(entrypoint, str):
+        from ferroelastic.multiprocessing._subprocess_context import SubprocessContext
+
+        context = SubprocessContext(
+            name=name,
+            entrypoint=entrypoint,
+            args=args,
+            envs=envs,
+            logs_specs=logs_specs,
+            log_line_prefixes=log_line_prefixes,
+            numa_options=numa_options,
+            duplicate_stdout_filters=duplicate_stdout_filters,
+            duplicate_stderr_filters=duplicate_stderr_filters,
+        )
+    else:
+        from ferroelastic.multiprocessing._multiprocess_context import MultiprocessContext
+
+        context = MultiprocessContext(
+            name=name,
+            entrypoint=entrypoint,
+            args=args,
+            envs=envs,
+            start_method=start_method,
+            logs_specs=logs_specs,
+            log_line_prefixes=log_line_prefixes,
+            numa_options=numa_options,
+            duplicate_stdout_filters=duplicate_stdout_filters,
+            duplicate_stderr_filters=duplicate_stderr_filters,
+        )
+    context.shutdown_timeout = shutdown_timeout
+    try:
+        context.start()
+    except BaseException:
+        context.close()
+        raise
+    return context

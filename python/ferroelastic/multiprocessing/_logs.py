@@ -1,0 +1,258 @@
+"""Where the output of workers goes."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from ferroelastic import _compat
+from ferroelastic.multiprocessing._std import Std, to_map
+from ferroelastic.utils.logging import get_logger
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+__all__ = ["DefaultLogsSpecs", "LogsDest", "LogsSpecs"]
+
+logger = get_logger(__name__)
+
+_CONSOLE = ""  # a stream with this path is not redirected
+
+
+@dataclass
+class LogsDest(_compat.TorchCompatible):
+    """Paths by local rank. Mirrors torch's ``LogsDest``.
+
+    Attributes:
+        stdouts: file of each worker's standard output; ``""`` leaves it on the agent's.
+        stderrs: likewise for standard error.
+        tee_stdouts: those of ``stdouts`` that are also copied to the agent's standard output.
+        tee_stderrs: likewise for standard error.
+        error_files: where each worker leaves its error.
+        filtered_stdout: file for the lines that pass ``duplicate_stdout_filters``.
+        filtered_stderr: likewise for standard error.
+    """
+
+    stdouts: dict[int, str] = field(default_factory=dict)
+    stderrs: dict[int, str] = field(default_factory=dict)
+    tee_stdouts: dict[int, str] = field(default_factory=dict)
+    tee_stderrs: dict[int, str] = field(default_factory=dict)
+    error_files: dict[int, str] = field(default_factory=dict)
+    filtered_stdout: str = ""
+    filtered_stderr: str = ""
+
+
+class LogsSpecs(_compat.TorchVirtual, ABC):
+    """Decides where each worker's output goes. Mirrors torch's ``LogsSpecs``.
+
+    Args:
+        log_dir: folder under which logs are written.
+        redirects: streams that go to a file instead of the console, for all workers or by local rank.
+        tee: streams that go to a file and to the console.
+        local_ranks_filter: if not empty, only these local ranks show on the console.
+    """
+
+    def __init__(
+        self,
+        log_dir: str | None = None,
+        redirects: Std | dict[int, Std] = Std.NONE,
+        tee: Std | dict[int, Std] = Std.NONE,
+        local_ranks_filter: set[int] | None = None,
+    ) -> None:
+        self._root_log_dir = log_dir
+        self._redirects = redirects
+        self._tee = tee
+        self._local_ranks_filter = local_ranks_filter
+
+    @abstractmethod
+    def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
+        """Give the paths for workers that are about to start with the environments ``envs`` (by local rank).
+
+        May add to the environments, for instance ``TORCHELASTIC_ERROR_FILE``.
+        """
+
+    @property
+    @abstractmethod
+    def root_log_dir(self) -> str:
+        """The folder under which logs are written."""
+
+
+class DefaultLogsSpecs(LogsSpecs):
+    """One folder per attempt and rank. Mirrors torch's ``DefaultLogsSpecs``.
+
+    ``<log_dir>/<run id>_<random>/attempt_<n>/<local rank>/{stdout.log,stderr.log,error.json}`` and
+    ``.../attempt_<n>/filtered_{stdout,stderr}.log``. A further start with the same restart count (after a membership
+    change, say) writes to ``attempt_<n>.1``, ``attempt_<n>.2`` …: where torch deletes the earlier attempt's logs, these
+    stay.
+
+    Args:
+        log_dir: folder for the logs, made if it does not exist; ``None`` makes a temporary one, ``os.devnull`` writes none.
+        redirects: see :class:`LogsSpecs`.
+        tee: see :class:`LogsSpecs`.
+        local_ranks_filter: see :class:`LogsSpecs`.
+
+    Raises:
+        NotADirectoryError: ``log_dir`` is a file.
+        OSError: the folder cannot be made.
+    """
+
+    def __init__(
+        self,
+        log_dir: str | None = None,
+        redirects: Std | dict[int, Std] = Std.NONE,
+        tee: Std | dict[int, Std] = Std.NONE,
+        local_ranks_filter: set[int] | None = None,
+    ) -> None:
+        if log_dir != os.devnull:
+            if not log_dir:
+                log_dir = _make_temporary("torchelastic_", None)
+            elif os.path.isfile(log_dir):
+                raise NotADirectoryError(f"log_dir: {log_dir} is a file")
+            else:
+                _make(log_dir, exist_ok=True)
+        super().__init__(log_dir, redirects, tee, local_ranks_filter)
+        self._run_log_dir: str | None = None
+
+    @property
+    def root_log_dir(self) -> str:
+        """The folder under which logs are written."""
+        return str(self._root_log_dir)
+
+    def _make_log_dir(self, log_dir: str | None, rdzv_run_id: str) -> str:
+        base_log_dir = log_dir or _make_temporary("torchelastic_", None)
+        _make(base_log_dir, exist_ok=True)
+        # A run id is free text.
+        run_log_dir = _make_temporary(f"{rdzv_run_id.replace(os.sep, '_')}_", base_log_dir)
+        logger.info("log directory set to: %s", run_log_dir)
+        return run_log_dir
+
+    def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
+        """Make the folders of one attempt and set ``TORCHELASTIC_ERROR_FILE`` in ``envs``.
+
+        Args:
+            envs: environments of the workers by local rank, without a gap.
+
+        Returns:
+            The paths of this attempt.
+
+        Raises:
+            OSError: a folder cannot be made.
+        """
+        nprocs = len(envs)
+        if not envs:
+            logger.warning("Empty envs map provided when defining logging destinations.")
+        if self._root_log_dir == os.devnull:
+            return self._discard(envs)
+        # The run id and the restart count are the same for all ranks.
+        common_env = envs.get(0, {})
+        if not self._run_log_dir:
+            run_id = common_env.get("TORCHELASTIC_RUN_ID", "test_run_id")
+            self._run_log_dir = self._make_log_dir(self._root_log_dir, run_id)
+        restart_count = common_env.get("TORCHELASTIC_RESTART_COUNT", "0")
+        attempt_log_dir = _make_first_free(_attempt_names(os.path.join(self._run_log_dir, f"attempt_{restart_count}")))
+
+        tees = to_map(self._tee, nprocs)
+        redirects = {rank: mask | tees[rank] for rank, mask in to_map(self._redirects, nprocs).items()}
+        dest = LogsDest(
+            filtered_stdout=os.path.join(attempt_log_dir, "filtered_stdout.log"),
+            filtered_stderr=os.path.join(attempt_log_dir, "filtered_stderr.log"),
+        )
+        for local_rank in range(nprocs):
+            folder = os.path.join(attempt_log_dir, str(local_rank))
+            _make(folder)
+            for stream, paths, tee_paths, name in (
+                (Std.OUT, dest.stdouts, dest.tee_stdouts, "stdout.log"),
+                (Std.ERR, dest.stderrs, dest.tee_stderrs, "stderr.log"),
+            ):
+                shown = not self._local_ranks_filter or local_rank in self._local_ranks_filter
+                if redirects[local_rank] & stream:
+                    paths[local_rank] = os.path.join(folder, name)
+                    if tees[local_rank] & stream and shown:
+                        tee_paths[local_rank] = paths[local_rank]
+                else:
+                    paths[local_rank] = _CONSOLE if shown else os.devnull
+            error_file = os.path.join(folder, "error.json")
+            dest.error_files[local_rank] = error_file
+            envs[local_rank]["TORCHELASTIC_ERROR_FILE"] = error_file
+            logger.info("Setting worker%s reply file to: %s", local_rank, error_file)
+        return dest
+
+    @staticmethod
+    def _discard(envs: Mapping[int, dict[str, str]]) -> LogsDest:
+        ranks = range(len(envs))
+        for env in envs.values():
+            env["TORCHELASTIC_ERROR_FILE"] = ""
+        return LogsDest(
+            stdouts=dict.fromkeys(ranks, _CONSOLE),
+            stderrs=dict.fromkeys(ranks, _CONSOLE),
+            tee_stdouts=dict.fromkeys(ranks, os.devnull),
+            tee_stderrs=dict.fromkeys(ranks, os.devnull),
+            error_files=dict.fromkeys(ranks, os.devnull),
+            filtered_stdout=os.devnull,
+            filtered_stderr=os.devnull,
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"DefaultLogsSpecs(root_log_dir={self._root_log_dir}, redirects={self._redirects}, "
+            f"tee={self._tee}, local_ranks_filter={self._local_ranks_filter})"
+        )
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, DefaultLogsSpecs):
+            return False
+        return (
+            self._root_log_dir == other._root_log_dir
+            and self._redirects == other._redirects
+            and self._tee == other._tee
+            and self._local_ranks_filter == other._local_ranks_filter
+        )
+
+    __hash__ = None  # type: ignore[assignment]  # compared by value and not frozen, as torch's
+
+
+def _attempt_names(name: str) -> Iterator[str]:
+    yield name
+    suffix = 1
+    while True:
+        yield f"{name}.{suffix}"
+        suffix += 1
+
+
+def _make_first_free(names: Iterator[str]) -> str:
+    """Make the first folder that does not exist yet; making it is the test, so no two callers get the same."""
+    for name in names:
+        try:
+            _make(name)
+        except FileExistsError:
+            continue
+        return name
+    raise AssertionError("the names do not end")
+
+
+def _make(path: str, *, exist_ok: bool = False) -> None:
+    try:
+        os.makedirs(path, exist_ok=exist_ok)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        raise _explained(error, path) from error
+
+
+def _make_temporary(prefix: str, folder: str | None) -> str:
+    import tempfile
+
+    try:
+        return tempfile.mkdtemp(prefix=prefix, dir=folder)
+    except OSError as error:
+        raise _explained(error, folder or tempfile.gettempdir()) from error
+
+
+def _explained(error: OSError, path: str) -> OSError:
+    # Called with an errno, OSError makes the subclass that goes with it.
+    return OSError(
+        error.errno,
+        f"failed to create log folder {path!r}: {error.strerror}; choose one that can be written as log_dir",
+    )

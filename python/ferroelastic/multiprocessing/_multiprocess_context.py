@@ -1,0 +1,247 @@
+"""Workers that run a function."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from ferroelastic._engine import get_engine
+from ferroelastic.multiprocessing._context import PContext, RunProcsResult
+from ferroelastic.multiprocessing._entry import Task, _wrap, load_return_value
+from ferroelastic.multiprocessing._processes import cpus_for
+from ferroelastic.utils.logging import get_logger
+
+if TYPE_CHECKING:
+    import signal
+    from collections.abc import Callable
+    from multiprocessing.context import BaseContext
+    from multiprocessing.process import BaseProcess
+
+    from ferroelastic.multiprocessing._logs import LogsSpecs
+    from ferroelastic.numa.binding import NumaOptions
+
+__all__ = ["MultiprocessContext"]
+
+logger = get_logger(__name__)
+
+_PARALLEL_START_ENV = "TORCH_MP_PARALLEL_START"
+_REAP_TIMEOUT_S = 5.0
+_UNKNOWN_STATUS = 255
+
+
+class _ProcessSet:
+    """The processes, as torch's ``ProcessContext`` holds them."""
+
+    def __init__(self, processes: list[BaseProcess]) -> None:
+        self.processes = processes
+
+    def pids(self) -> list[int]:
+        return [int(process.pid or 0) for process in self.processes]
+
+
+class MultiprocessContext(PContext):
+    """Workers that run a function in processes of ``multiprocessing``. Mirrors torch's ``MultiprocessContext``.
+
+    Python starts and reaps the processes, the engine observes and stops them. Each worker leaves its return value in a file
+    and ends; where torch reports one failed rank, all that failed are reported.
+
+    Args:
+        name: see :class:`PContext`.
+        entrypoint: function; importable by name unless the start method is ``fork``.
+        args: see :class:`PContext`.
+        envs: see :class:`PContext`.
+        start_method: ``spawn``, ``fork`` or ``forkserver``.
+        logs_specs: see :class:`PContext`.
+        log_line_prefixes: see :class:`PContext`.
+        numa_options: CPUs to bind the workers to; ``None`` binds to none.
+        duplicate_stdout_filters: see :class:`PContext`.
+        duplicate_stderr_filters: see :class:`PContext`.
+    """
+
+    entrypoint: Callable[..., Any]
+
+    def __init__(
+        self,
+        name: str,
+        entrypoint: Callable[..., Any],
+        args: dict[int, tuple[Any, ...]],
+        envs: dict[int, dict[str, str]],
+        start_method: str,
+        logs_specs: LogsSpecs,
+        log_line_prefixes: dict[int, str] | None = None,
+        numa_options: NumaOptions | None = None,
+        duplicate_stdout_filters: list[str] | None = None,
+        duplicate_stderr_filters: list[str] | None = None,
+    ) -> None:
+        super().__init__(
+            name,
+            entrypoint,
+            args,
+            envs,
+            logs_specs,
+            log_line_prefixes,
+            duplicate_stdout_filters,
+            duplicate_stderr_filters,
+        )
+        self.start_method = start_method
+        self._numa_options = numa_options
+        self._return_values: dict[int, Any] = {}
+        self._pc: _ProcessSet | None = None
+        self._return_folder: str | None = None
+        self._observed_ranks: list[int] = []
+
+    def _start(self) -> None:
+        if self._pc:
+            raise ValueError("The process context already initialized. Most likely the start method got called twice.")
+        import multiprocessing
+        import tempfile
+
+        context = multiprocessing.get_context(self.start_method)
+        self._return_folder = tempfile.mkdtemp(prefix="ferroelastic_")
+        self._pc = _ProcessSet([self._make_process(context, rank) for rank in range(self.nprocs)])
+        try:
+            self._start_processes(self._pc.processes)
+            self._observe(self._pc.processes)
+        except BaseException:
+            if not self._groups:
+                _kill(self._pc.processes)
+                self._pc = None
+            raise
+
+    def _make_process(self, context: BaseContext, rank: int) -> BaseProcess:
+        task = Task(
+            fn=self.entrypoint,
+            args=self.args[rank],
+            env=self.envs[rank],
+            stdout=self.stdouts[rank],
+            stderr=self.stderrs[rank],
+            return_file=os.path.join(str(self._return_folder), f"{rank}.pickle"),
+            parent_pid=None if self.start_method == "forkserver" else os.getpid(),
+            cpus=cpus_for(rank, self._numa_options),
+            forked=self.start_method == "fork",
+        )
+        process: BaseProcess = context.Process(target=_wrap, args=(task,), daemon=False)  # type: ignore[attr-defined]
+        return process
+
+    def _start_processes(self, processes: list[BaseProcess]) -> None:
+        if self.start_method == "forkserver" and os.environ.get(_PARALLEL_START_ENV, "0") == "1" and processes:
+            from concurrent.futures import ThreadPoolExecutor
+
+            logger.info("Starting processes in parallel.")
+            with ThreadPoolExecutor(len(processes)) as executor:
+                list(executor.map(lambda process: process.start(), processes))
+            return
+        with warnings.catch_warnings():
+            # Python 3.12+ warns that a fork of a process with threads may deadlock in the child. The thread meant here is the
+            # engine's: it never holds a lock of Python's, and a forked child never uses it.
+            warnings.filterwarnings(
+                "ignore", r"This process \(pid=\d+\) is multi-threaded, use of fork\(\)", DeprecationWarning
+            )
+            for process in processes:
+                process.start()
+
+    def _observe(self, processes: list[BaseProcess]) -> None:
+        """Hand the processes to the engine.
+
+        A process that ended while its peers were still being started may have been reaped by ``multiprocessing`` (each start
+        does so): it is left out, and its exit code is known to Python.
+        """
+        while True:
+            self._observed_ranks = [rank for rank, process in enumerate(processes) if process.exitcode is None]
+            if not self._observed_ranks:
+                return
+            observed = [processes[rank] for rank in self._observed_ranks]
+            pids = [int(process.pid or 0) for process in observed]
+            sentinels = [process.sentinel for process in observed]
+            try:
+                # In one call into C, see `_processes.spawn`.
+                self._groups.extend(map(get_engine().observe, (pids,), (sentinels,)))
+            except OSError:
+                if all(processes[rank].exitcode is None for rank in self._observed_ranks):
+                    raise
+                continue
+            self._arm(self._groups[0])
+            return
+
+    def _is_done(self) -> bool:
+        return len(self._return_values) == self.nprocs
+
+    def _capture_exits(self) -> None:
+        if self._pc is None:
+            return
+        exits = (
+            {} if self._group is None else {self._observed_ranks[ended.index]: ended for ended in self._group.exits()}
+        )
+        for rank in sorted(self._running_local_ranks):
+            process = self._pc.processes[rank]
+            if rank in exits or rank not in self._observed_ranks:
+                self._note_end(rank, int(process.pid or 0), self._reap(process), exits.get(rank))
+
+    def _reap(self, process: BaseProcess) -> int:
+        # It has ended, so this does not wait; but a fork server may still have to pass the exit code on. With a timeout,
+        # `join` of an own child would wait for the end of a pipe, which the child's children may hold.
+        process.join(_REAP_TIMEOUT_S if self.start_method == "forkserver" else None)
+        return _UNKNOWN_STATUS if process.exitcode is None else process.exitcode
+
+    def _poll(self) -> RunProcsResult | None:
+        if self._pc is None:
+            raise AssertionError("the workers were not started; call start() first")
+        self._capture_exits()
+        if self._running_local_ranks and not self._failures:
+            return None
+        if not self._failures:
+            self._load_return_values()
+        self.close(timeout=self.shutdown_timeout)
+        self._capture_exits()
+        if self._failures:
+            first = self._first_failure()
+            logger.error(
+                "failed (exitcode: %s) local_rank: %s (pid: %s) of fn: %s (start_method: %s)",
+                first.exitcode,
+                first.local_rank,
+                first.pid,
+                getattr(self.entrypoint, "__qualname__", self.entrypoint),
+                self.start_method,
+            )
+            return self._result({})
+        return self._result(self._return_values)
+
+    def _load_return_values(self) -> None:
+        for rank in range(self.nprocs):
+            if rank in self._return_values or rank in self._stopped:
+                continue
+            try:
+                self._return_values[rank] = load_return_value(os.path.join(str(self._return_folder), f"{rank}.pickle"))
+            except Exception as error:
+                self.close(timeout=self.shutdown_timeout)
+                raise RuntimeError(
+                    f"failed to read the return value of worker {rank}: {type(error).__name__}: {error};"
+                    " return something that this process can unpickle"
+                ) from error
+
+    def pids(self) -> dict[int, int]:
+        """Process ids by local rank."""
+        if self._pc is None:
+            raise AssertionError("the workers were not started; call start() first")
+        return dict(enumerate(self._pc.pids()))
+
+    def _close(self, death_sig: signal.Signals, timeout: float = 30) -> None:
+        try:
+            if self._group is not None:
+                self._stop_group(self._group, death_sig, timeout)
+        finally:
+            self._capture_exits()
+            if self._return_folder is not None:
+                import shutil
+
+                shutil.rmtree(self._return_folder, ignore_errors=True)
+
+
+def _kill(processes: list[BaseProcess]) -> None:
+    for process in processes:
+        if process.pid is not None:
+            process.kill()
+    for process in processes:
+        if process.pid is not None:
+            process.join(_REAP_TIMEOUT_S)

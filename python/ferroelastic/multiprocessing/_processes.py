@@ -1,0 +1,163 @@
+"""Natively spawned processes, in the terms of ``subprocess``."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from typing import TYPE_CHECKING, Any
+
+from ferroelastic._engine import get_engine
+from ferroelastic._wait import wait_for_event
+from ferroelastic.utils.logging import get_logger
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from ferroelastic import _rust
+    from ferroelastic.numa.binding import NumaOptions
+
+__all__ = ["NativeProcess", "cpus_for", "exit_code", "make_command", "spawn"]
+
+logger = get_logger(__name__)
+
+_UNKNOWN_STATUS = 255
+
+
+def cpus_for(local_rank: int, numa_options: NumaOptions | None) -> list[int] | None:
+    """Logical CPUs for a worker, or ``None`` if it is not bound."""
+    if numa_options is None:
+        return None
+    from ferroelastic.numa.binding import cpus_for_worker
+
+    cpus = cpus_for_worker(local_rank, numa_options)
+    return None if cpus is None else sorted(cpus)
+
+
+def make_command(
+    entrypoint: str,
+    args: Sequence[Any],
+    env: Mapping[str, str],
+    stdout: str | None,
+    stderr: str | None,
+    local_rank: int,
+    numa_options: NumaOptions | None,
+) -> tuple[tuple[str, ...], _rust.Command]:
+    """Argument vector and native command of one worker.
+
+    Args:
+        entrypoint: program.
+        args: arguments, turned into strings.
+        env: added to this process's environment.
+        stdout: file for standard output; empty or ``None`` inherits.
+        stderr: likewise for standard error.
+        local_rank: position of the worker on this host.
+        numa_options: which CPUs it is bound to.
+    """
+    from ferroelastic import _rust
+
+    argv = (entrypoint, *map(str, args))
+    command = _rust.Command(
+        argv,
+        {**os.environ, **env},
+        stdout=stdout or None,
+        stderr=stderr or None,
+        cpus=cpus_for(local_rank, numa_options),
+    )
+    return argv, command
+
+
+def spawn(commands: Sequence[_rust.Command], groups: list[_rust.Group]) -> None:
+    """Start all commands as one group, which is appended to ``groups``.
+
+    Raises:
+        OSError: one cannot be started, and none is left; the subclass that goes with its errno, as from ``subprocess``.
+    """
+    from ferroelastic import _rust
+
+    try:
+        # One call into C both starts the processes and keeps their group: a signal handler that raises between two
+        # steps would leave processes that nobody owns.
+        groups.extend(map(get_engine().spawn, (commands,)))
+    except _rust.SpawnError as error:
+        raise OSError(error.errno, str(error)) from error
+
+
+def exit_code(ended: _rust.Exit) -> int:
+    """The exit code, or minus the signal, of a process that this one has started."""
+    if ended.returncode is not None:
+        return ended.returncode
+    # Popen says 0 here, which makes a success of a failed job.
+    logger.error(
+        "the exit status of process %s is lost, because this process ignores SIGCHLD or waits for all of its children;"
+        " taken as a failure with code %s",
+        ended.pid,
+        _UNKNOWN_STATUS,
+    )
+    return _UNKNOWN_STATUS
+
+
+class NativeProcess:
+    """One process of a native group with the face of ``subprocess.Popen``.
+
+    Attributes:
+        args: argument vector.
+        pid: process id.
+        returncode: exit code or minus the signal, set by :meth:`poll` and :meth:`wait`; ``None`` before.
+    """
+
+    def __init__(self, group: _rust.Group, index: int, args: Sequence[str]) -> None:
+        self._group = group
+        self._index = index
+        self.args = args
+        self.pid = group.pids[index]
+        self.returncode: int | None = None
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: returncode: {self.returncode} pid: {self.pid} args: {self.args!r}>"
+
+    def poll(self) -> int | None:
+        """The return code if the process has ended, else ``None``."""
+        if self.returncode is None:
+            ended = next((ended for ended in self._group.exits() if ended.index == self._index), None)
+            if ended is not None:
+                self.returncode = exit_code(ended)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for the process to end.
+
+        Args:
+            timeout: at most so many seconds; ``None`` without limit.
+
+        Returns:
+            The return code.
+
+        Raises:
+            subprocess.TimeoutExpired: it still runs after ``timeout`` seconds.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            generation = self._group.generation
+            returncode = self.poll()
+            if returncode is not None:
+                return returncode
+            remaining = None if deadline is None else deadline - time.monotonic()
+            if timeout is not None and remaining is not None and remaining <= 0:
+                from subprocess import TimeoutExpired
+
+                raise TimeoutExpired(self.args, timeout)
+            wait_for_event(self._group, generation, remaining)
+
+    def send_signal(self, sig: int) -> None:
+        """Send a signal to the process alone; nothing happens if it has ended."""
+        if self.poll() is None:
+            self._group.signal(self._index, sig, leader_only=True)
+
+    def terminate(self) -> None:
+        """Send SIGTERM to the process alone."""
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """Send SIGKILL to the process alone."""
+        self.send_signal(signal.SIGKILL)

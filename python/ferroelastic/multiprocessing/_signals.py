@@ -1,0 +1,73 @@
+"""Signals that end an agent, as exceptions.
+
+Mirrors the part of ``torch.distributed.elastic.multiprocessing.api`` that has ``SignalException``. Intended differences: a SIGHUP that
+was ignored when the agent started stays ignored, so that ``nohup`` works, and a name that is no signal is a warning whatever it is.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from typing import TYPE_CHECKING
+
+from ferroelastic._compat import TorchCompatible
+from ferroelastic.utils.logging import get_logger
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+__all__ = ["SignalException", "install_signal_handlers"]
+
+logger = get_logger(__name__)
+
+
+class SignalException(TorchCompatible, Exception):  # noqa: N818 - torch's name
+    """The agent's process got a signal that ends it.
+
+    Mirrors ``torch.distributed.elastic.multiprocessing.SignalException``. It is raised on the main thread by the handlers of
+    :func:`install_signal_handlers`, anywhere; who swallows it makes the process deaf to the signal.
+
+    Args:
+        msg: what happened.
+        sigval: the signal.
+    """
+
+    def __init__(self, msg: str, sigval: signal.Signals) -> None:
+        super().__init__(msg)
+        self.sigval = sigval
+
+
+def _terminate_process_handler(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001 - a signal handler's arguments
+    """Raise :class:`SignalException` for ``signum``."""
+    sigval = signal.Signals(signum)
+    raise SignalException(f"Process {os.getpid()} got signal: {sigval}", sigval=sigval)
+
+
+def install_signal_handlers(names: str) -> None:
+    """Let the named signals raise :class:`SignalException` on the main thread.
+
+    Only the main thread can do that; on another one this warns and changes nothing.
+
+    Args:
+        names: comma-separated names of signals, ``"SIGTERM,SIGINT"``.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        logger.warning(
+            "Failed to register signal handlers since torchelastic is running on a child thread. "
+            "This could lead to orphaned worker processes if the torchrun is terminated."
+        )
+        return
+    for name in filter(None, (part.strip() for part in names.split(","))):
+        try:
+            number = signal.Signals[name]
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                logger.info("Left SIGHUP ignored, as this process was started with it (nohup)")
+                continue
+            signal.signal(number, _terminate_process_handler)
+        except KeyError:
+            logger.warning("Failed to register signal handler for %s: no such signal", name)
+        except (OSError, RuntimeError, ValueError) as error:
+            logger.warning("Failed to register signal handler for %s: %s", name, error)
+        else:
+            logger.info("Registered signal handler for %s", name)

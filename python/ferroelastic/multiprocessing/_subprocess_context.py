@@ -1,0 +1,126 @@
+"""Workers started from a command."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ferroelastic.multiprocessing._context import PContext, RunProcsResult
+from ferroelastic.multiprocessing._processes import exit_code, make_command, spawn
+from ferroelastic.multiprocessing.subprocess_handler import SubprocessHandler
+from ferroelastic.utils.logging import get_logger
+
+if TYPE_CHECKING:
+    import signal
+
+    from ferroelastic.multiprocessing._logs import LogsSpecs
+    from ferroelastic.numa.binding import NumaOptions
+
+__all__ = ["SubprocessContext"]
+
+logger = get_logger(__name__)
+
+
+class SubprocessContext(PContext):
+    """Workers started from a command, as one native group. Mirrors torch's ``SubprocessContext``.
+
+    Args:
+        name: see :class:`PContext`.
+        entrypoint: program.
+        args: arguments by local rank, turned into strings.
+        envs: see :class:`PContext`.
+        logs_specs: see :class:`PContext`.
+        log_line_prefixes: see :class:`PContext`.
+        numa_options: CPUs to bind the workers to; ``None`` binds to none.
+        duplicate_stdout_filters: see :class:`PContext`.
+        duplicate_stderr_filters: see :class:`PContext`.
+    """
+
+    entrypoint: str
+
+    def __init__(
+        self,
+        name: str,
+        entrypoint: str,
+        args: dict[int, tuple[Any, ...]],
+        envs: dict[int, dict[str, str]],
+        logs_specs: LogsSpecs,
+        log_line_prefixes: dict[int, str] | None = None,
+        numa_options: NumaOptions | None = None,
+        duplicate_stdout_filters: list[str] | None = None,
+        duplicate_stderr_filters: list[str] | None = None,
+    ) -> None:
+        super().__init__(
+            name,
+            entrypoint,
+            args,
+            envs,
+            logs_specs,
+            log_line_prefixes,
+            duplicate_stdout_filters,
+            duplicate_stderr_filters,
+        )
+        self.subprocess_handlers: dict[int, SubprocessHandler] = {}
+        self._numa_options = numa_options
+
+    def _start(self) -> None:
+        if self._groups:
+            raise ValueError(
+                "The subprocess handlers already initialized. Most likely the start method got called twice."
+            )
+        if not self.nprocs:
+            return
+        ranks = range(self.nprocs)
+        argvs, commands = zip(
+            *(
+                make_command(
+                    self.entrypoint,
+                    self.args[rank],
+                    self.envs[rank],
+                    self.stdouts[rank],
+                    self.stderrs[rank],
+                    rank,
+                    self._numa_options,
+                )
+                for rank in ranks
+            ),
+            strict=True,
+        )
+        spawn(commands, self._groups)
+        group = self._groups[0]
+        self._arm(group)
+        self.subprocess_handlers = {rank: SubprocessHandler.of_group(group, rank, argvs[rank]) for rank in ranks}
+
+    def _capture_process_failures(self, done_local_ranks: set[int]) -> None:
+        if self._group is not None:
+            for ended in self._group.exits():
+                if ended.index in self._running_local_ranks:
+                    done_local_ranks.add(ended.index)
+                    self._note_end(ended.index, ended.pid, exit_code(ended), ended)
+
+    def _poll(self) -> RunProcsResult | None:
+        done: set[int] = set()
+        self._capture_process_failures(done)
+        if self._running_local_ranks and not self._failures:
+            return None
+        self.close(timeout=self.shutdown_timeout)
+        self._capture_process_failures(done)
+        if self._failures:
+            first = self._first_failure()
+            logger.error(
+                "failed (exitcode: %s) local_rank: %s (pid: %s) of binary: %s",
+                first.exitcode,
+                first.local_rank,
+                first.pid,
+                self.entrypoint,
+            )
+            return self._result({})
+        # A command returns nothing; the keys are there as for a function.
+        return self._result({rank: None for rank in range(self.nprocs) if rank not in self._stopped})
+
+    def pids(self) -> dict[int, int]:
+        """Process ids by local rank."""
+        return {} if self._group is None else dict(enumerate(self._group.pids))
+
+    def _close(self, death_sig: signal.Signals, timeout: float = 30) -> None:
+        if self._group is not None:
+            self._stop_group(self._group, death_sig, timeout)

@@ -1,0 +1,239 @@
+"""A worker that failed, and the error that tells of all of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from ferroelastic._compat import TorchCompatible
+from ferroelastic.utils.hostname import fq_hostname
+from ferroelastic.utils.logging import get_logger
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from ferroelastic._rust import Exit
+
+JSON: TypeAlias = dict[str, Any]
+GlobalRank: TypeAlias = int
+
+NOT_AVAILABLE = "<N/A>"
+_NO_MESSAGE = "<NONE>"
+_HOW_TO_GET_A_TRACEBACK = "To enable traceback see: https://pytorch.org/docs/stable/elastic/errors.html"
+_NS_PER_S = 1_000_000_000
+_MAX_BORDER = 60
+
+logger = get_logger(__name__)
+
+
+@dataclass
+class ProcessFailure(TorchCompatible):
+    """A process that failed, with what it wrote about it.
+
+    Mirrors ``torch.distributed.elastic.multiprocessing.errors.ProcessFailure``. Never raises: of an error file that cannot be used
+    the message says so.
+
+    Args:
+        local_rank: rank of the process on this host.
+        pid: its process id.
+        exitcode: its exit code, or minus the signal that ended it.
+        error_file: path of the error file it may have written; becomes ``"<N/A>"`` where there is none.
+        exit: how the kernel accounts for the end of the process, where the engine saw it. It tells the order of failures.
+
+    Attributes:
+        error_file_data: content of the error file.
+        message: text for people, or the ``message`` object of the error file.
+        timestamp: when it failed, in seconds since the epoch.
+    """
+
+    local_rank: int
+    pid: int
+    exitcode: int
+    error_file: str
+    error_file_data: JSON = field(init=False)
+    message: str | JSON = field(init=False)
+    timestamp: int = field(init=False)
+    exit: Exit | None = field(default=None, compare=False, repr=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        """Read the error file, or describe the exit."""
+        self.error_file_data = {"message": _NO_MESSAGE}
+        self.message = ""
+        self.timestamp = int(time.time()) if self.exit is None else self.exit.realtime_ns // _NS_PER_S
+        if os.path.isfile(self.error_file):
+            self._read_error_file()
+        else:
+            self.error_file = NOT_AVAILABLE
+        if not self.message:
+            self.message = self._describe_exit()
+            if self.exitcode >= 0:
+                self.error_file_data["errorTraits"] = {
+                    "category": "system_terminated_error",
+                    "retryability": "False",
+                }
+
+    def _read_error_file(self) -> None:
+        try:
+            with open(self.error_file, "rb") as file:
+                data = json.loads(file.read())
+            message: Any = data.get("message") if isinstance(data, dict) else None
+            reason = "" if isinstance(message, str | dict) else "it has no message"
+        except (OSError, ValueError, RecursionError) as error:  # it comes from a process that was dying
+            reason = str(error)
+        if reason:
+            logger.warning("error file %s of pid %d is not usable: %s", self.error_file, self.pid, reason)
+            self.message = (
+                f"{self._describe_exit()}\nIts error file {self.error_file} is not usable ({reason}): "
+                "the process may have ended while it wrote it"
+            )
+            return
+        logger.debug("User process failed with error data: %s", data)
+        self.error_file_data = data
+        self.message = message
+        stamp = data.get("timestamp") if isinstance(message, str) else _extra_info(message).get("timestamp")
+        if stamp is None:
+            return
+        try:
+            self.timestamp = int(stamp)
+        except (TypeError, ValueError):
+            logger.warning("error file %s of pid %d has no usable timestamp: %r", self.error_file, self.pid, stamp)
+
+    def _describe_exit(self) -> str:
+        if self.exitcode < 0:
+            return f"Signal {-self.exitcode} ({self.signal_name()}) received by PID {self.pid}"
+        return _HOW_TO_GET_A_TRACEBACK
+
+    def signal_name(self) -> str:
+        """Return the name of the signal that ended the process, or ``"<N/A>"``."""
+        if self.exitcode < 0:
+            import signal
+
+            try:
+                return signal.Signals(-self.exitcode).name
+            except ValueError:
+                pass
+        return NOT_AVAILABLE
+
+    def timestamp_isoformat(self) -> str:
+        """Return the time of the failure as ``YYYY-MM-DD_HH:MM:SS``, local time."""
+        from datetime import datetime
+
+        return datetime.fromtimestamp(self.timestamp).isoformat(sep="_")  # noqa: DTZ006 - local time, as torch prints it
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state to pickle: native accounting stays in its process, the order it gives goes along."""
+        state = dict(self.__dict__)
+        if state.pop("exit", None) is not None:
+            state["_failed_at_ns"] = failed_at_ns(self)
+        return state
+
+
+def failed_at_ns(failure: ProcessFailure) -> int:
+    """Return when a process had failed at the latest, in nanoseconds since the epoch.
+
+    That is when the kernel reported the exit, or earlier if the process had written its error earlier (a process may take long to
+    end). torch's error files give whole seconds: the end of that second counts.
+
+    Args:
+        failure: a failure, of torch's class as well.
+    """
+    kept: int | None = failure.__dict__.get("_failed_at_ns")
+    if kept is not None:
+        return kept
+    written = _extra_info(failure.message).get("timestamp_ns")
+    try:
+        limit = int(written)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        limit = failure.timestamp * _NS_PER_S + _NS_PER_S - 1
+    accounting = getattr(failure, "exit", None)
+    return limit if accounting is None else min(limit, accounting.realtime_ns)
+
+
+def _extra_info(message: object) -> Mapping[str, Any]:
+    info = message.get("extraInfo") if isinstance(message, dict) else None
+    return info if isinstance(info, dict) else {}
+
+
+class ChildFailedError(TorchCompatible, Exception):
+    """Workers failed; the one that failed first is the root cause.
+
+    Mirrors ``torch.distributed.elastic.multiprocessing.errors.ChildFailedError``. Raised through a function that is decorated with
+    ``record``, the error of that worker becomes the error of this process.
+
+    Args:
+        name: name of what the workers ran.
+        failures: what failed, by global rank; at least one.
+
+    Raises:
+        AssertionError: ``failures`` is empty.
+    """
+
+    def __init__(self, name: str, failures: dict[GlobalRank, ProcessFailure]) -> None:
+        self.name = name
+        self.failures = failures
+        if not failures:
+            raise AssertionError(f"cannot report that {name!r} failed without a failure: failures is empty")
+        super().__init__(self.format_msg())
+
+    def get_first_failure(self) -> tuple[GlobalRank, ProcessFailure]:
+        """Return the failure that came first, with its global rank."""
+        return min(self.failures.items(), key=lambda item: failed_at_ns(item[1]))
+
+    def format_msg(self, boarder_delim: str = "=", section_delim: str = "-") -> str:
+        """Return the report of all failures.
+
+        Args:
+            boarder_delim: what the outer lines are made of.
+            section_delim: what the inner lines are made of.
+        """
+        title = f"{self.name} FAILED"
+        root_rank, _ = self.get_first_failure()
+        root = ""
+        others: list[str] = []
+        width = len(title)
+        for index, (rank, failure) in enumerate(self.failures.items()):
+            text, text_width = self._format_failure(index, rank, failure)
+            width = max(width, text_width)
+            if rank == root_rank:
+                root = text
+            else:
+                others.append(text)
+        width = min(width, _MAX_BORDER)
+        border, section = boarder_delim * width, section_delim * width
+        # It follows "...ChildFailedError: " of a traceback, hence the line break before it.
+        return "\n".join(
+            (
+                "",
+                border,
+                title,
+                section,
+                "Failures:",
+                *(others or ["  <NO_OTHER_FAILURES>"]),
+                section,
+                "Root Cause (first observed failure):",
+                root,
+                border,
+            )
+        )
+
+    def _format_failure(self, idx: int, rank: int, failure: ProcessFailure) -> tuple[str, int]:
+        """Return the text of one failure, and the length of its longest line."""
+        message: object = failure.message
+        if isinstance(message, dict):
+            message = _extra_info(message).get("py_callstack") or message.get("message", NOT_AVAILABLE)
+        ended_by = failure.signal_name()
+        lines = [
+            f"[{idx}]:",
+            f"  time      : {failure.timestamp_isoformat()}",
+            f"  host      : {fq_hostname()}",
+            f"  rank      : {rank} (local_rank: {failure.local_rank})",
+            f"  exitcode  : {failure.exitcode} (pid: {failure.pid})"
+            + (f" ({ended_by})" if ended_by != NOT_AVAILABLE else ""),
+            f"  error_file: {failure.error_file}",
+            "  traceback : " + str(message).replace("\n", "\n  "),
+        ]
+        text = "\n".join(lines)
+        return text, max(map(len, text.split("\n")))

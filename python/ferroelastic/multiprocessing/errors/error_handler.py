@@ -1,0 +1,168 @@
+"""Mirror of ``torch.distributed.elastic.multiprocessing.errors.error_handler``.
+
+Intended differences: an error file is written to a temporary name and renamed, so that nobody reads half of one; failing to write it
+is a warning, never an exception in place of the one being recorded; the traceback is the recorded exception's own; the time is
+also given in nanoseconds (``timestamp_ns``).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import warnings
+from contextlib import suppress
+from typing import Any
+
+from ferroelastic.utils.logging import get_logger
+
+__all__ = ["ErrorHandler"]
+
+logger = get_logger(__name__)
+
+
+class ErrorHandler:
+    """Writes exceptions, as JSON, to the file that the environment variable ``TORCHELASTIC_ERROR_FILE`` names.
+
+    Mirrors ``torch.distributed.elastic.multiprocessing.errors.error_handler.ErrorHandler``. Without the variable nothing is written.
+    Subclasses may override :meth:`initialize` and :meth:`record_exception`.
+    """
+
+    def _get_error_file_path(self) -> str | None:
+        """Return the path of the file, or ``None`` if there shall be none."""
+        return os.environ.get("TORCHELASTIC_ERROR_FILE")
+
+    def initialize(self) -> None:
+        """Prepare the process: fatal signals print a traceback. To be called before the code that may fail."""
+        import faulthandler
+
+        try:
+            faulthandler.enable(all_threads=True)
+        except Exception as error:  # noqa: BLE001 - a program runs without it too
+            warnings.warn(f"Unable to enable fault handler. {type(error).__name__}: {error}", stacklevel=2)
+
+    def _write_error_file(self, file_path: str, error_msg: str) -> None:
+        """Write ``error_msg`` to the file, whole or not at all; a failure is a warning."""
+        try:
+            if not _replace_file(file_path, error_msg):
+                with open(file_path, "w") as file:
+                    file.write(error_msg)
+        except OSError as error:
+            warnings.warn(f"Unable to write error to file. {type(error).__name__}: {error}", stacklevel=2)
+
+    def record_exception(self, e: BaseException) -> None:
+        """Write an exception with its traceback to the error file.
+
+        Args:
+            e: the exception.
+        """
+        file_path = self._get_error_file_path()
+        if not file_path:
+            return
+        import traceback
+
+        now_ns = time.time_ns()
+        data = {
+            "message": {
+                "message": _describe(e),
+                "extraInfo": {
+                    "py_callstack": "".join(traceback.format_exception(e)),
+                    "timestamp": str(now_ns // 1_000_000_000),
+                    "timestamp_ns": str(now_ns),
+                },
+            }
+        }
+        self._write_error_file(file_path, json.dumps(data))
+
+    def override_error_code_in_rootcause_data(
+        self,
+        rootcause_error_file: str,
+        rootcause_error: dict[str, Any],
+        error_code: int = 0,
+    ) -> None:
+        """Put the exit code, which the process that wrote the error could not know, into the error.
+
+        Args:
+            rootcause_error_file: where the error was read from, for messages.
+            rootcause_error: the error, which is changed.
+            error_code: the exit code.
+        """
+        message = rootcause_error.get("message")
+        if message is None:
+            logger.warning(
+                "child error file (%s) does not have field `message`. \ncannot override error code: %s",
+                rootcause_error_file,
+                error_code,
+            )
+        elif isinstance(message, dict):
+            message["errorCode"] = error_code
+        else:
+            logger.warning(
+                "child error file (%s) has a new message format. \nskipping error code override", rootcause_error_file
+            )
+
+    def dump_error_file(self, rootcause_error_file: str, error_code: int = 0) -> None:
+        """Hand the error of a child on: copy it to the error file of this process.
+
+        A file that cannot be read is logged and not copied.
+
+        Args:
+            rootcause_error_file: error file of the child.
+            error_code: exit code of the child; 0 if not known.
+        """
+        try:
+            with open(rootcause_error_file) as file:
+                rootcause_error = json.load(file)
+        except (OSError, ValueError) as error:
+            logger.warning("cannot hand on child error file (%s): %s", rootcause_error_file, error)
+            return
+        if error_code and isinstance(rootcause_error, dict):
+            self.override_error_code_in_rootcause_data(rootcause_error_file, rootcause_error, error_code)
+
+        my_error_file = self._get_error_file_path()
+        if not my_error_file:
+            logger.error("no error file defined for parent, to copy child error file (%s)", rootcause_error_file)
+            return
+        self._rm(my_error_file)
+        self._write_error_file(my_error_file, json.dumps(rootcause_error))
+        logger.info("dumped error file to parent's %s", my_error_file)
+
+    def _rm(self, my_error_file: str) -> None:
+        """Log what an error file holds that is about to be overwritten.
+
+        There is one where a child, before it knew its own file, wrote to that of the parent.
+        """
+        try:
+            with open(my_error_file) as file:
+                original = file.read()
+        except (OSError, ValueError):
+            return
+        if original:
+            logger.warning("%s already exists and will be overwritten. Original contents:\n%s", my_error_file, original)
+
+
+def _describe(error: BaseException) -> str:
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:  # noqa: BLE001 - a user's __str__ may do anything
+        return f"{type(error).__name__}: <no text: its __str__ raised>"
+
+
+def _replace_file(path: str, text: str) -> bool:
+    """Write a file under a temporary name and rename it. ``False`` where ``path`` does not let itself be replaced.
+
+    That is a device, a pipe, or a file that is mounted on its own: Kubernetes' ``/dev/termination-log`` is one.
+    """
+    target = os.path.realpath(path)
+    if os.path.exists(target) and not os.path.isfile(target):
+        return False
+    temporary = f"{target}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "w") as file:
+            file.write(text)
+        os.replace(temporary, target)
+    except OSError:
+        with suppress(OSError):
+            os.unlink(temporary)
+        return False
+    return True

@@ -1,0 +1,257 @@
+"""Gives the workers of every round an empty store.
+
+A worker finds its peers through keys it leaves in a store, and a worker of a restart must not find those of the attempt that died.
+With torch's handlers it does:
+
+* ``DynamicRendezvousHandler`` (c10d, etcd-v2) keeps its first store for life. Made to forget it, it starts another one for each round,
+  and publishes the address under the round's own prefix, so that a node which joins late finds it as well.
+* ``StaticTCPRendezvous`` has one store at a port that the user chose, and has to keep it. Rank 0 deletes what the workers left in it
+  when all agents have come, and their workers are gone. Before torch 2.10 a store cannot list its keys; then it is as with others:
+* Other handlers that return the same address as before: rank 0 starts a store and publishes its address through the returned one.
+
+The last two need the nodes to agree. They count rounds in the store itself, not each for itself, because an agent may have been
+replaced by a new one.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ferroelastic._compat import family
+from ferroelastic.rendezvous.api import (
+    RendezvousConnectionError,
+    RendezvousInfo,
+    RendezvousStoreInfo,
+    RendezvousTimeoutError,
+)
+from ferroelastic.rendezvous.utils import _matches_machine_hostname
+from ferroelastic.utils import interruptible
+from ferroelastic.utils.hostname import fq_hostname
+from ferroelastic.utils.logging import get_logger
+from ferroelastic.utils.store import DistStoreError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ferroelastic.rendezvous.api import RendezvousHandler
+
+__all__ = ["RenewedRendezvousInfo", "next_rendezvous"]
+
+logger = get_logger(__name__)
+
+_KEYS = "ferroelastic/worker_store"
+_AGENT_KEYS = "torchelastic/"
+_ROUND = f"{_KEYS}/round"
+
+
+class RenewedRendezvousInfo(RendezvousInfo):
+    """Outcome of a round whose workers get another store than the handler said.
+
+    Args:
+        info: what the handler returned.
+        bootstrap_store_info: where the workers find their store.
+        server: the store, if this node hosts it; it lives as long as this object.
+    """
+
+    def __init__(self, info: RendezvousInfo, bootstrap_store_info: RendezvousStoreInfo, server: object) -> None:
+        super().__init__(info.store, info.rank, info.world_size, bootstrap_store_info)
+        self.handler_address = _address(info)
+        self.server = server
+
+
+def next_rendezvous(
+    handler: RendezvousHandler,
+    previous: RendezvousInfo | None,
+    *,
+    local_addr: str | None,
+    has_fixed_port: bool,
+    start_server: Callable[[], Any],
+) -> RendezvousInfo:
+    """Join the next round with an empty store for the workers.
+
+    Args:
+        handler: the handler.
+        previous: what the former round returned here; ``None`` in the first.
+        local_addr: address of this node; by default its host name.
+        has_fixed_port: the workers' store has to stay at the port that the handler says (torch's static rendezvous).
+        start_server: starts a store and returns it; its ``port`` is where it listens.
+
+    Raises:
+        RendezvousTimeoutError: not all nodes of the round came within the store's timeout.
+        RendezvousConnectionError: the store was lost meanwhile.
+    """
+    if not handler.use_agent_store or getattr(handler, "renews_store", False) is True:
+        return handler.next_rendezvous()
+    if hasattr(handler, "_bootstrap_store_info") and hasattr(handler, "_shared_tcp_store_server"):
+        return _forget_store(handler)
+
+    info = handler.next_rendezvous()
+    if info.bootstrap_store_info is None:
+        return info
+    if has_fixed_port:
+        store = _listing_store(info.store)
+        if store is not None:
+            _empty_store(store, handler.get_run_id(), info)
+            return info
+    return _move_store(info, previous, local_addr=local_addr, has_fixed_port=has_fixed_port, start_server=start_server)
+
+
+def _forget_store(handler: Any) -> RendezvousInfo:
+    """Join with a handler that starts a store where it remembers none."""
+    # Kept until the round is complete: workers on other nodes use it until their agents have stopped them.
+    former = handler._shared_tcp_store_server  # noqa: SLF001 - torch has no public way
+    handler._bootstrap_store_info = None  # noqa: SLF001 - as above
+    handler._shared_tcp_store_server = None  # noqa: SLF001 - as above
+    info: RendezvousInfo = handler.next_rendezvous()
+    del former
+    return info
+
+
+def _listing_store(store: Any) -> Any:
+    """Return the store below all prefixes, or ``None`` if it cannot list its keys."""
+    while hasattr(store, "underlying_store"):
+        store = store.underlying_store
+    return store if hasattr(store, "list_keys") else None
+
+
+def _empty_store(store: Any, run_id: str, info: RendezvousInfo) -> None:
+    """Delete what the workers of the former round left, and what the agents did to assign ranks and to end."""
+    arrival = _arrive(info, is_stale=False)
+    if arrival.round == 0:
+        # A new store. Nobody waits here, the agents wait for each other when they assign ranks.
+        if arrival.is_last:
+            info.store.add(_ROUND, 1)
+        return
+
+    prefix = f"{run_id}/"
+    spared = f"{_KEYS}/{arrival.round}/"
+
+    def delete_keys() -> str:
+        deleted = 0
+        for key in store.list_keys():
+            own = key.removeprefix(prefix)
+            is_agents = own != key
+            is_former = own.startswith((_AGENT_KEYS, f"{_KEYS}/")) and own != _ROUND and not own.startswith(spared)
+            if not is_agents or is_former:
+                deleted += store.delete_key(key)
+        logger.info("emptied the workers' store of run %s for its round %d: %d keys", run_id, arrival.round, deleted)
+        return "emptied"
+
+    _settle(info, arrival, delete_keys)
+
+
+def _move_store(
+    info: RendezvousInfo,
+    previous: RendezvousInfo | None,
+    *,
+    local_addr: str | None,
+    has_fixed_port: bool,
+    start_server: Callable[[], Any],
+) -> RendezvousInfo:
+    """Let rank 0 start a store if any node was given the address of the former round."""
+    given = _address(info)
+    is_stale = previous is not None and given == getattr(previous, "handler_address", _address(previous))
+    servers: list[Any] = []
+
+    def start() -> str:
+        if has_fixed_port or (local_addr is None and _matches_machine_hostname(given[0])):
+            host = given[0]
+        else:
+            host = local_addr or fq_hostname()
+        _forget_ranks(info)
+        servers.append(start_server())
+        return f"{host}:{servers[0].port}"
+
+    def start_if_stale() -> str:
+        return start() if info.store.add(_stale_key(arrival.round), 0) else f"{given[0]}:{given[1]}"
+
+    if info.world_size == 1:
+        answer = start() if is_stale else ""
+    else:
+        arrival = _arrive(info, is_stale=is_stale)
+        answer = _settle(info, arrival, start_if_stale)
+    host, _, port = answer.rpartition(":")
+    if not answer or (host, int(port)) == given:
+        return info
+    return RenewedRendezvousInfo(info, RendezvousStoreInfo(host, int(port)), servers[0] if servers else None)
+
+
+def _address(info: RendezvousInfo) -> tuple[str, int]:
+    bootstrap = info.bootstrap_store_info
+    return bootstrap.master_addr, int(bootstrap.master_port)
+
+
+def _forget_ranks(info: RendezvousInfo) -> None:
+    """Delete the agents' own keys of the former round, where the store can do that: the names are the same in every round."""
+    names = [f"{_AGENT_KEYS}agent/terminal_state/{name}" for name in ("num_members", "last_member")]
+    for kind in ("role_info", "assigned_ranks"):
+        names += [f"{_AGENT_KEYS}{kind}/{rank}" for rank in range(info.world_size)]
+    store: Any = info.store
+    with suppress(AttributeError, NotImplementedError, RuntimeError):
+        for name in names:
+            store.delete_key(name)
+
+
+class _Arrival(NamedTuple):
+    """This node has come to a round."""
+
+    round: int
+    is_last: bool
+
+
+def _stale_key(number: int) -> str:
+    return f"{_KEYS}/{number}/stale"
+
+
+def _arrived_key(number: int, rank: int) -> str:
+    return f"{_KEYS}/{number}/arrived/{rank}"
+
+
+def _complete_key(number: int) -> str:
+    return f"{_KEYS}/{number}/complete"
+
+
+def _arrive(info: RendezvousInfo, *, is_stale: bool) -> _Arrival:
+    """Say that this node has come. A rank counts once, also if its agent was replaced while the others came."""
+    store = info.store
+    number = store.add(_ROUND, 0)
+    if is_stale:
+        store.add(_stale_key(number), 1)
+    is_last = False
+    if store.add(_arrived_key(number, info.rank), 1) == 1:
+        is_last = store.add(f"{_KEYS}/{number}/arrivals", 1) == info.world_size
+        if is_last:
+            store.set(_complete_key(number), "1")
+    return _Arrival(number, is_last)
+
+
+def _settle(info: RendezvousInfo, arrival: _Arrival, prepare: Callable[[], str]) -> str:
+    """Let rank 0 prepare the workers' store when all have come, and return on all nodes what it returned.
+
+    Raises:
+        RendezvousTimeoutError: not all nodes came within the store's timeout.
+        RendezvousConnectionError: the store was lost meanwhile.
+    """
+    store = info.store
+    done = f"{_KEYS}/{arrival.round}/done"
+    try:
+        if info.rank == 0:
+            interruptible.call(store.wait, [_complete_key(arrival.round)])
+            answer = prepare()
+            # First the number: whoever gets the answer may come back for the next round at once.
+            store.add(_ROUND, 1)
+            store.set(done, answer)
+            return answer
+        interruptible.call(store.wait, [done])
+        return store.get(done).decode()
+    except RuntimeError as error:
+        if not isinstance(error, family(DistStoreError)):
+            raise RendezvousConnectionError(
+                f"the store of the rendezvous failed while nodes came together to empty the workers' store: {error}"
+            ) from error
+        missing = [rank for rank in range(info.world_size) if not store.add(_arrived_key(arrival.round, rank), 0)]
+        raise RendezvousTimeoutError(
+            f"nodes {missing or [0]} of {info.world_size} did not come to empty the workers' store within "
+            f"{store.timeout.total_seconds():g} s: check that their agents run and restart too"
+        ) from error

@@ -1,0 +1,51 @@
+"""Mirror of ``torch.distributed.elastic.rendezvous.registry``.
+
+Intended difference: a backend that is not registered here is looked for in torch's registry, which loads the plug-ins of the entry
+point group ``torchrun.handlers``. torch does that at import. A job that only this node can take part in (``--standalone``) has a handler of its own.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ferroelastic.rendezvous.api import rendezvous_handler_registry as handler_registry
+
+if TYPE_CHECKING:
+    from ferroelastic.rendezvous.api import RendezvousHandler, RendezvousParameters
+
+__all__ = ["get_rendezvous_handler"]
+
+
+def _create_torch_handler(params: RendezvousParameters) -> RendezvousHandler:
+    # torch is imported here, and only when one of its handlers is wanted.
+    from ferroelastic import _torch
+
+    return _torch.create_rendezvous_handler(params)
+
+
+def _create_c10d_handler(params: RendezvousParameters) -> RendezvousHandler:
+    from ferroelastic.rendezvous._single_node import SingleNodeRendezvous, is_private
+
+    return SingleNodeRendezvous(params) if is_private(params) else _create_torch_handler(params)
+
+
+def _register_default_handlers() -> None:
+    for backend in ("etcd", "etcd-v2", "static"):
+        handler_registry.register(backend, _create_torch_handler)
+    handler_registry.register("c10d", _create_c10d_handler)
+
+
+_register_default_handlers()
+
+
+def get_rendezvous_handler(params: RendezvousParameters) -> RendezvousHandler:
+    """Make the handler that the parameters ask for.
+
+    Raises:
+        ValueError: neither this package nor torch knows the backend, or a parameter is wrong.
+        ModuleNotFoundError: it takes torch, which is not installed.
+        RendezvousConnectionError: the backend cannot be reached.
+    """
+    if params.backend in handler_registry._registry:  # noqa: SLF001 - of this package
+        return handler_registry.create_handler(params)
+    return _create_torch_handler(params)

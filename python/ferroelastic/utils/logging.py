@@ -1,0 +1,38 @@
+"""Mirror of ``torch.distributed.elastic.utils.logging``.
+
+Intended difference: the caller's name comes from its frame directly; torch builds the whole stack with source lines for it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+from ferroelastic.utils.log_level import get_log_level
+
+__all__ = ["get_logger"]
+
+
+def get_logger(name: str | None = None) -> logging.Logger:
+    """Return a logger whose level is that of the environment variable ``LOGLEVEL``, or WARNING.
+
+    Args:
+        name: name of the logger; by default that of the calling module.
+    """
+    return _setup_logger(name or _derive_module_name(depth=2))
+
+
+def _setup_logger(name: str | None = None) -> logging.Logger:
+    logger = logging.getLogger(name)
+    logger.setLevel(os.environ.get("LOGLEVEL", get_log_level()))
+    return logger
+
+
+def _derive_module_name(depth: int = 1) -> str | None:
+    try:
+        frame = sys._getframe(depth)  # noqa: SLF001 - the only way that does not read source files
+    except ValueError:
+        return None
+    name = frame.f_globals.get("__name__")
+    return name if isinstance(name, str) else None

@@ -1,0 +1,177 @@
+"""Mirror of ``torch.distributed.elastic.utils.store``, over any object with the methods of a store.
+
+Intended differences: the former timeout comes back also when the body of :func:`store_timeout` raises, and
+:class:`DistStoreError` is a class of this package that torch's own error is recognised beside.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, ClassVar
+
+from ferroelastic._compat import TorchCompatible, family
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from ferroelastic.utils._store_types import Store
+
+__all__ = ["DistStoreError", "barrier", "get_all", "store_timeout", "synchronize"]
+
+_NUM_MEMBERS = "/num_members"
+_LAST_MEMBER_CHECKIN = "/last_member"
+_TRACE = "/TRACE"
+_TRACING_GATE = "/TRACING_GATE"
+_IGNORED = "<val_ignored>"
+_MAX_TRACE_MISSING_RANKS = 16
+
+
+class DistStoreError(TorchCompatible, RuntimeError):
+    """A store did not answer in time. Mirrors ``torch.distributed.DistStoreError``."""
+
+    __torch_class__: ClassVar[tuple[str, str]] = ("torch._C", "_DistStoreError")
+
+
+@contextmanager
+def store_timeout(store: Store, timeout: float) -> Iterator[None]:
+    """Give ``store`` another timeout for the length of a ``with`` block.
+
+    Args:
+        store: the store to change.
+        timeout: in seconds.
+    """
+    former = store.timeout
+    store.set_timeout(timedelta(seconds=timeout))
+    try:
+        yield
+    finally:
+        store.set_timeout(former)
+
+
+def get_all(store: Store, rank: int, prefix: str, world_size: int) -> Sequence[bytes]:
+    """Return the values of ``{prefix}0`` to ``{prefix}{world_size - 1}``, waiting for each.
+
+    Rank 0 returns last, because it often hosts the store.
+
+    Args:
+        store: the shared store.
+        rank: rank of the caller.
+        prefix: what the keys begin with; to be used once.
+        world_size: number of keys and of callers.
+
+    Raises:
+        DistStoreError: not all values came within the store's timeout.
+    """
+    values = store.multi_get([f"{prefix}{index}" for index in range(world_size)])
+    finished = _barrier_nonblocking(store=store, world_size=world_size, key_prefix=f"{prefix}/finished")
+    if rank == 0:
+        store.wait([finished])
+    return values
+
+
+def synchronize(
+    store: Store,
+    data: bytes,
+    rank: int,
+    world_size: int,
+    key_prefix: str,
+    timeout: float = 300,
+) -> Sequence[bytes]:
+    """Exchange ``data`` between ``world_size`` callers and return everybody's, by rank.
+
+    Nothing is deleted: a prefix can be used once.
+
+    Args:
+        store: the shared store.
+        data: what the others shall get.
+        rank: rank of the caller.
+        world_size: number of callers.
+        key_prefix: what the keys begin with.
+        timeout: seconds to wait for the others.
+
+    Raises:
+        DistStoreError: not all came within ``timeout``.
+    """
+    with store_timeout(store, timeout):
+        store.set(f"{key_prefix}{rank}", data)
+        return get_all(store, rank, key_prefix, world_size)
+
+
+def barrier(
+    store: Store,
+    world_size: int,
+    key_prefix: str,
+    barrier_timeout: float = 300,
+    rank: int | None = None,
+    rank_tracing_decoder: Callable[[int], str] | None = None,
+    trace_timeout: float = 10,
+) -> None:
+    """Wait until ``world_size`` callers have come.
+
+    Nothing is deleted: a prefix can be used once.
+
+    Args:
+        store: the shared store.
+        world_size: number of callers.
+        key_prefix: what the keys begin with.
+        barrier_timeout: seconds to wait for the others.
+        rank: rank of the caller; with it, a timeout tells which ranks are missing.
+        rank_tracing_decoder: turns a rank into something to read, a host name for example.
+        trace_timeout: seconds that rank 0 waits for the first missing rank when it looks for them.
+
+    Raises:
+        AssertionError: a decoder was given without a rank.
+        DistStoreError: not all came within ``barrier_timeout``.
+    """
+    if rank is None and rank_tracing_decoder is not None:
+        raise AssertionError("Tracing requires rank information")
+
+    with store_timeout(store, barrier_timeout):
+        last_member = _barrier_nonblocking(store=store, world_size=world_size, key_prefix=key_prefix)
+        try:
+            store.wait([last_member])
+        except family(DistStoreError) as error:
+            if rank is None:
+                raise
+            missing = _find_missing(
+                store, world_size, key_prefix, rank, rank_tracing_decoder or str, timedelta(seconds=trace_timeout)
+            )
+            if missing is None:
+                raise
+            raise type(error)(
+                f"Timed out waiting on barrier on rank {rank}, for key prefix: {key_prefix} "
+                f"(world_size={world_size}, missing_ranks=[{', '.join(missing)}], timeout={barrier_timeout})"
+            ) from None
+
+
+def _barrier_nonblocking(store: Store, world_size: int, key_prefix: str) -> str:
+    last_member = key_prefix + _LAST_MEMBER_CHECKIN
+    if store.add(key_prefix + _NUM_MEMBERS, 1) == world_size:
+        store.set(last_member, _IGNORED)
+    return last_member
+
+
+def _find_missing(
+    store: Store, world_size: int, key_prefix: str, rank: int, name_of: Callable[[int], str], patience: timedelta
+) -> Iterable[str] | None:
+    store.set(f"{key_prefix}{rank}{_TRACE}", _IGNORED)
+    gate = key_prefix + _TRACING_GATE
+    if rank != 0:
+        try:
+            store.wait([gate])
+        except family(DistStoreError):
+            return None  # rank 0 may be the missing one: the caller's own error says more
+        return [f"[<check rank 0 ({name_of(0)}) for missing rank info>]"]
+
+    missing: list[str] = []
+    for other in range(1, world_size):
+        if len(missing) >= _MAX_TRACE_MISSING_RANKS:
+            break
+        try:
+            # Whoever timed out as well has said so by the time the first missing rank was waited for.
+            store.wait([f"{key_prefix}{other}{_TRACE}"], timedelta(milliseconds=1) if missing else patience)
+        except family(DistStoreError):
+            missing.append(name_of(other))
+    store.set(gate, _IGNORED)
+    return missing

@@ -1,0 +1,685 @@
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import warnings
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+import pytest
+from tests.memory_store import MemoryStore
+
+from ferroelastic import agent as agent_package
+from ferroelastic import events
+from ferroelastic.agent import server
+from ferroelastic.agent.server import (
+    HealthCheckServer,
+    RunResult,
+    SimpleElasticAgent,
+    Worker,
+    WorkerGroup,
+    WorkerSpec,
+    WorkerState,
+    api,
+    create_healthcheck_server,
+)
+from ferroelastic.agent.server.api import _get_fq_hostname, _RoleInstanceInfo
+from ferroelastic.multiprocessing import SignalException
+from ferroelastic.multiprocessing._signals import install_signal_handlers
+from ferroelastic.multiprocessing.errors import ProcessFailure
+from ferroelastic.rendezvous import (
+    RendezvousGracefulExitError,
+    RendezvousHandler,
+    RendezvousInfo,
+    RendezvousStoreInfo,
+)
+from ferroelastic.utils.store import DistStoreError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+class Handler(RendezvousHandler):
+    """One round after the other, each with a store of its own."""
+
+    renews_store = True
+
+    def __init__(self, rank: int = 0, world_size: int = 1) -> None:
+        self.rank, self.world_size, self.rounds, self.waiting = rank, world_size, 0, deque[int]()
+        self.store = MemoryStore()
+
+    def get_backend(self) -> str:
+        return "memory"
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        self.rounds += 1
+        store = self.store.below(str(self.rounds))
+        return RendezvousInfo(store, self.rank, self.world_size, RendezvousStoreInfo("host", 29000 + self.rounds))
+
+    def is_closed(self) -> bool:
+        return False
+
+    def set_closed(self) -> None: ...
+
+    def num_nodes_waiting(self) -> int:
+        return self.waiting.popleft() if self.waiting else 0
+
+    def get_run_id(self) -> str:
+        return "run"
+
+    def shutdown(self) -> bool:
+        return True
+
+
+class Agent(SimpleElasticAgent):
+    """Pretends to have workers whose states are given."""
+
+    def __init__(self, spec: WorkerSpec, *states: WorkerState | RunResult, **more: Any) -> None:
+        super().__init__(spec, **more)
+        self.results = deque(states)
+        self.waits: list[float] = []
+        self.started = self.stopped = 0
+        self.shutdowns: list[tuple[Any, Any]] = []
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        self.started += 1
+        return {worker.local_rank: 1000 + worker.global_rank for worker in worker_group.workers}
+
+    def _stop_workers(self, worker_group: WorkerGroup) -> None:
+        self.stopped += 1
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        result = self.results.popleft()
+        return result if isinstance(result, RunResult) else result_of(result, worker_group)
+
+    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
+        self.shutdowns.append((death_sig, timeout))
+
+    def _wait_for_event(self, timeout_s: float) -> None:
+        self.waits.append(timeout_s)
+
+
+def result_of(state: WorkerState, group: WorkerGroup) -> RunResult:
+    ranks = [worker.global_rank for worker in group.workers]
+    if state == WorkerState.SUCCEEDED:
+        return RunResult(state, return_values=dict.fromkeys(ranks))
+    if state in (WorkerState.FAILED, WorkerState.UNHEALTHY):
+        return RunResult(state, failures={ranks[0]: ProcessFailure(0, 999, 1, "none")})
+    return RunResult(state)
+
+
+def spec(**more: Any) -> WorkerSpec:
+    return WorkerSpec(
+        **{"role": "trainer", "local_world_size": 2, "rdzv_handler": Handler(), "entrypoint": "/bin/true", **more}
+    )
+
+
+S = WorkerState
+
+
+class TestSpec:
+    def test_defaults_are_torchs(self) -> None:
+        made = spec()
+        assert (made.max_restarts, made.monitor_interval, made.event_log_handler) == (3, 0.1, "null")
+        assert (made.args, made.master_addr, made.master_port, made.virtual_local_rank) == ((), None, None, False)
+
+    def test_the_fields_are_torchs(self) -> None:
+        pytest.importorskip("torch")
+        import torch.distributed.elastic.agent.server as theirs
+
+        for name in ("WorkerSpec", "RunResult"):
+            expected = [field.name for field in fields(getattr(theirs, name))]
+            assert [field.name for field in fields(getattr(server, name))] == expected
+        assert isinstance(spec(), theirs.WorkerSpec)
+        assert isinstance(WorkerGroup(spec()), theirs.WorkerGroup)
+        assert isinstance(Agent(spec()), theirs.SimpleElasticAgent)
+        assert isinstance(Handler(), importlib_rendezvous().RendezvousHandler)
+
+    @pytest.mark.parametrize(
+        ("values", "message"),
+        [
+            ({"local_world_size": 0}, "local_world_size of role 'trainer' must be positive, got 0"),
+            ({"local_world_size": -1}, "local_world_size .* got -1"),
+            ({"monitor_interval": 0}, r"monitor_interval .* must be positive \(seconds\), got 0"),
+            ({"monitor_interval": float("nan")}, "monitor_interval .* got nan"),
+            ({"max_restarts": -1}, "max_restarts .* must not be negative, got -1: use 0 for no restarts"),
+            ({"entrypoint": None}, "role 'trainer' has no entrypoint: pass a function or the path of a program"),
+        ],
+    )
+    def test_bad_values_are_named(self, values: dict[str, Any], message: str) -> None:
+        with pytest.raises(AssertionError, match=message):
+            spec(**values)
+
+    def test_fn_is_deprecated(self) -> None:
+        with pytest.warns(DeprecationWarning, match="please use WorkerSpec.entrypoint") as caught:
+            made = WorkerSpec(role="trainer", local_world_size=1, rdzv_handler=Handler(), fn=len)
+        assert made.entrypoint is len
+        assert caught[0].filename == __file__
+
+    def test_an_entrypoint_has_a_name(self) -> None:
+        assert spec(entrypoint="/some/where/train.sh").get_entrypoint_name() == "train.sh"
+        assert spec(entrypoint=TestSpec.test_fn_is_deprecated).get_entrypoint_name() == "TestSpec.test_fn_is_deprecated"
+
+
+def importlib_rendezvous() -> Any:
+    import torch.distributed.elastic.rendezvous as theirs
+
+    return theirs
+
+
+class TestData:
+    def test_states(self) -> None:
+        assert {state for state in WorkerState if WorkerState.is_running(state)} == {S.HEALTHY, S.UNHEALTHY}
+        assert WorkerState.HEALTHY == "HEALTHY"
+
+    def test_a_new_group(self) -> None:
+        group = WorkerGroup(spec(local_world_size=4))
+        assert group.state == S.INIT
+        assert [worker.local_rank for worker in group.workers] == [0, 1, 2, 3]
+        assert {(worker.id, worker.global_rank, worker.world_size) for worker in group.workers} == {(None, -1, -1)}
+        assert (group.store, group.group_rank, group.group_world_size) == (None, None, None)
+        assert (group.master_addr, group.master_port) == (None, None)
+
+    def test_a_worker_tells_its_ranks(self) -> None:
+        text = "local_rank=1,global_rank=2,role_rank=3,world_size=4,role_world_size=5"
+        assert str(Worker(1, 2, 3, 4, 5)) == repr(Worker(1, 2, 3, 4, 5)) == text
+
+    @pytest.mark.parametrize("state", list(WorkerState))
+    def test_failed_and_stuck_are_failures(self, state: WorkerState) -> None:
+        assert RunResult(state).is_failed() == (state in (S.FAILED, S.UNHEALTHY))
+
+    def test_any_state_can_be_asked(self) -> None:
+        assert not RunResult({}, {}).is_failed()  # type: ignore[arg-type]
+
+    def test_role_infos(self) -> None:
+        info = _RoleInstanceInfo("role", 1, 10)
+        again = _RoleInstanceInfo.deserialize(info.serialize())
+        assert (again.role, again.rank, again.local_world_size) == ("role", 1, 10)
+        assert json.loads(info.serialize()) == {"role": "role", "rank": 1, "local_world_size": 10}
+        assert _RoleInstanceInfo.compare(_RoleInstanceInfo("role", 2, 10), info) == 1
+        assert _RoleInstanceInfo.compare(info, _RoleInstanceInfo("role1", 0, 10)) == -1
+        assert _RoleInstanceInfo.compare(_RoleInstanceInfo("role1", 0, 10), info) == 1
+        infos = [_RoleInstanceInfo(role, rank, 1) for rank, role in enumerate(("a", "b", "b", "b", "c"))]
+        assert _RoleInstanceInfo.find_role_boundaries(infos, "b") == (1, 3)
+        assert _RoleInstanceInfo.find_role_boundaries(infos, "d") == (-1, -1)
+
+    def test_the_package_has_all_names(self) -> None:
+        assert {*server.__all__} >= {"LocalElasticAgent", "WorkerSpec", "TORCHELASTIC_ENABLE_FILE_TIMER"}
+        assert all(hasattr(server, name) for name in server.__all__)
+        assert agent_package.server is server
+
+
+class TestRanks:
+    ROLES = (("server", 4), ("trainer", 1), ("trainer", 2), ("trainer", 3), ("server", 5))
+
+    def test_ranks_follow_from_what_all_agents_have(self) -> None:
+        store = MemoryStore()
+
+        def assign(group_rank: int) -> list[tuple[int, ...]]:
+            role, size = self.ROLES[group_rank]
+            made = spec(role=role, local_world_size=size)
+            workers = Agent(made)._assign_worker_ranks(store.clone(), group_rank, len(self.ROLES), made)
+            return [(w.local_rank, w.role_rank, w.global_rank, w.world_size, w.role_world_size) for w in workers]
+
+        with ThreadPoolExecutor(len(self.ROLES)) as pool:
+            assigned = list(pool.map(assign, range(len(self.ROLES))))
+        assert assigned == [
+            [(0, 0, 0, 15, 9), (1, 1, 1, 15, 9), (2, 2, 2, 15, 9), (3, 3, 3, 15, 9)],
+            [(0, 0, 4, 15, 6)],
+            [(0, 1, 5, 15, 6), (1, 2, 6, 15, 6)],
+            [(0, 3, 7, 15, 6), (1, 4, 8, 15, 6), (2, 5, 9, 15, 6)],
+            [(0, 4, 10, 15, 9), (1, 5, 11, 15, 9), (2, 6, 12, 15, 9), (3, 7, 13, 15, 9), (4, 8, 14, 15, 9)],
+        ]
+
+    def test_identical_agents_need_no_store(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("TORCH_ELASTIC_WORKER_IDENTICAL", "1")
+        made = spec(local_world_size=2)
+        workers = Agent(made)._assign_worker_ranks(None, 3, 5, made)
+        assert [(w.global_rank, w.role_rank, w.world_size, w.role_world_size) for w in workers] == [
+            (6, 6, 10, 10),
+            (7, 7, 10, 10),
+        ]
+
+    def test_a_signal_is_seen_while_others_are_awaited(self) -> None:
+        install_signal_handlers("SIGUSR1")
+        waiting = threading.Event()
+        store = MemoryStore()
+
+        class Store(MemoryStore):
+            def get(self, key: str) -> bytes:
+                signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+                waiting.set()
+                return super().get(key)
+
+        made = spec()
+        with interrupting(waiting), pytest.raises(SignalException):
+            Agent(made)._assign_worker_ranks(Store(shared=store), 1, 2, made)
+        store.set("torchelastic/assigned_ranks/1", "[0, 0, 0, 0]")  # lets the helper thread go
+
+
+class interrupting:  # noqa: N801 - used as a statement
+    """Sends the main thread SIGUSR1 as soon as an event is set."""
+
+    def __init__(self, ready: threading.Event) -> None:
+        def interrupt() -> None:
+            ready.wait()
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+
+        self.thread = threading.Thread(target=interrupt)
+
+    def __enter__(self) -> None:
+        self.thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.thread.join()
+
+
+class TestRendezvous:
+    def test_the_group_learns_what_was_agreed(self) -> None:
+        agent = Agent(spec())
+        group = agent.get_worker_group()
+        agent._rendezvous(group)
+        assert (group.group_rank, group.group_world_size) == (0, 1)
+        assert (group.master_addr, group.master_port) == ("host", 29001)
+        assert group.store is agent._store is not None
+        assert [worker.global_rank for worker in group.workers] == [0, 1]
+
+    def test_an_address_in_the_spec_wins(self) -> None:
+        agent = Agent(spec(master_addr="other", master_port=1234))
+        agent._rendezvous(agent.get_worker_group())
+        assert (agent.get_worker_group().master_addr, agent.get_worker_group().master_port) == ("other", 1234)
+
+    def test_it_goes_through_torchs_module_only_where_torch_is_loaded(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        agent = Agent(spec(local_addr="this.node"))
+        handler = agent._worker_group.spec.rdzv_handler
+        with mock.patch(
+            "ferroelastic._torch.next_rendezvous", side_effect=lambda h, *_, **__: h.next_rendezvous()
+        ) as join:
+            monkeypatch.delitem(sys.modules, "torch.distributed", raising=False)
+            agent._rendezvous(agent.get_worker_group())
+            join.assert_not_called()
+            first = agent._rdzv_info
+            monkeypatch.setitem(sys.modules, "torch.distributed", mock.Mock())
+            agent._rendezvous(agent.get_worker_group())
+        join.assert_called_once_with(handler, first, local_addr="this.node")
+        assert agent._rdzv_info is not first
+
+    def test_workers_start_after_it(self) -> None:
+        agent = Agent(spec())
+        agent._initialize_workers(agent.get_worker_group())
+        group = agent.get_worker_group()
+        assert group.state == S.HEALTHY
+        assert [worker.id for worker in group.workers] == [1000, 1001]
+
+    def test_a_restart_stops_meets_and_starts(self) -> None:
+        agent = Agent(spec())
+        for number in range(1, 4):
+            agent._restart_workers(agent.get_worker_group())
+            assert (agent.stopped, agent.started) == (number, number)
+            assert agent.get_worker_group().master_port == 29000 + number
+
+
+class TestRun:
+    def test_workers_that_succeed(self) -> None:
+        agent = Agent(spec(monitor_interval=7), S.HEALTHY, S.HEALTHY, S.SUCCEEDED, shutdown_timeout=5)
+        with mock.patch.object(agent, "_record_worker_events") as record_events:
+            result = agent.run()
+        assert result == RunResult(S.SUCCEEDED, {0: None, 1: None})
+        record_events.assert_called_once_with(result)
+        assert agent.waits == [7, 7, 7]
+        assert (agent.started, agent.stopped, agent._remaining_restarts) == (1, 0, 3)
+        assert agent.shutdowns == [(signal.SIGTERM, 5)]
+
+    def test_the_default_wait_sleeps(self) -> None:
+        with mock.patch("time.sleep") as sleep:
+            SimpleElasticAgent._wait_for_event(Agent(spec()), 1.5)
+        sleep.assert_called_once_with(1.5)
+
+    @pytest.mark.parametrize("state", [S.FAILED, S.UNHEALTHY])
+    def test_workers_that_keep_failing(self, state: WorkerState) -> None:
+        agent = Agent(spec(max_restarts=2), *[state] * 3)
+        result = agent.run()
+        assert result.state == state
+        assert result.is_failed()
+        assert agent.get_worker_group().state == S.FAILED
+        assert (agent.started, agent.stopped, agent._remaining_restarts) == (3, 3, 0)
+        assert len(agent.shutdowns) == 1
+
+    def test_a_new_node_restarts_without_using_up_a_restart(self) -> None:
+        agent = Agent(spec(max_restarts=1), S.HEALTHY, S.HEALTHY, S.SUCCEEDED)
+        agent._worker_group.spec.rdzv_handler.waiting.extend((1, 0))  # type: ignore[attr-defined]
+        assert agent.run().state == S.SUCCEEDED
+        assert (agent.started, agent._remaining_restarts) == (2, 1)
+
+    def test_an_unknown_state_ends_the_run(self) -> None:
+        agent = Agent(spec(), S.UNKNOWN)
+        with pytest.raises(RuntimeError, match=r"\[trainer\] Worker group in UNKNOWN state"):
+            agent.run()
+        assert agent.get_worker_group().state == S.UNKNOWN
+        assert len(agent.shutdowns) == 1
+
+    @pytest.mark.parametrize(
+        "error", [RuntimeError("reason"), KeyboardInterrupt(), SystemExit(3), SignalException("signal", signal.SIGINT)]
+    )
+    def test_every_error_ends_in_one_shutdown(self, error: BaseException) -> None:
+        agent = Agent(spec(), shutdown_timeout=4)
+        with (
+            mock.patch.object(agent, "_initialize_workers", side_effect=error),
+            pytest.raises(type(error)) as caught,
+        ):
+            agent.run()
+        assert caught.value is error
+        expected = signal.SIGINT if isinstance(error, SignalException) else signal.SIGTERM
+        assert agent.shutdowns == [(expected, 4)]
+        assert agent.get_worker_group().state == S.INIT
+
+    def test_a_workers_event_handler_that_fails_leaks_nothing(self) -> None:
+        agent = Agent(spec(), S.SUCCEEDED)
+        with (
+            mock.patch.object(agent, "_record_worker_events", side_effect=ValueError("reason")),
+            pytest.raises(ValueError, match="reason"),
+        ):
+            agent.run()
+        assert len(agent.shutdowns) == 1
+
+    def test_a_node_that_is_not_needed_succeeds(self) -> None:
+        agent = Agent(spec())
+        with (
+            mock.patch.object(agent, "_invoke_run", side_effect=RendezvousGracefulExitError("not needed")),
+            mock.patch.object(agent, "_record_worker_events") as record_events,
+        ):
+            assert agent.run() == RunResult(S.SUCCEEDED)
+        record_events.assert_not_called()
+        assert len(agent.shutdowns) == 1
+
+    def test_errors_of_torchs_classes_are_known(self) -> None:
+        pytest.importorskip("torch")
+        import torch.distributed.elastic.multiprocessing as torchs_multiprocessing
+
+        agent = Agent(spec())
+        with mock.patch.object(
+            agent, "_invoke_run", side_effect=importlib_rendezvous().RendezvousGracefulExitError("not needed")
+        ):
+            assert agent.run().state == S.SUCCEEDED
+        error = torchs_multiprocessing.SignalException("signal", signal.SIGQUIT)
+        with (
+            mock.patch.object(agent, "_invoke_run", side_effect=error),
+            pytest.raises(torchs_multiprocessing.SignalException),
+        ):
+            agent.run()
+        assert agent.shutdowns[-1] == (signal.SIGQUIT, 30)
+
+    @pytest.mark.parametrize("first", [SignalException("first", signal.SIGTERM), None])
+    def test_signals_during_the_shutdown_do_not_skip_it(self, first: SignalException | None) -> None:
+        agent = Agent(spec(), S.SUCCEEDED, shutdown_timeout=9)
+        calls: list[tuple[Any, Any]] = []
+        more = deque([SignalException("second", signal.SIGINT), SignalException("third", signal.SIGINT)])
+
+        def shutdown(death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
+            calls.append((death_sig, timeout))
+            if more:
+                raise more.popleft()
+
+        with (
+            mock.patch.object(agent, "_shutdown", shutdown),
+            mock.patch.object(agent, "_invoke_run", side_effect=first, return_value=RunResult(S.SUCCEEDED, {-1: 0})),
+            pytest.raises(SignalException) as caught,
+        ):
+            agent.run()
+        assert calls == [(signal.SIGTERM, 9), (signal.SIGKILL, 0), (signal.SIGKILL, 0)]
+        # Nobody else may have seen the signal, so it is not swallowed.
+        assert str(caught.value) == ("first" if first else "third")
+
+    def test_a_failing_shutdown_is_told(self) -> None:
+        agent = Agent(spec(), S.SUCCEEDED)
+        with (
+            mock.patch.object(agent, "_shutdown", side_effect=OSError("reason")),
+            pytest.raises(OSError, match="reason"),
+        ):
+            agent.run()
+
+    @pytest.mark.parametrize("with_signal", [False, True])
+    def test_older_shutdowns_get_what_they_take(self, with_signal: bool) -> None:
+        seen: list[Any] = []
+        error = SignalException("signal", signal.SIGINT) if with_signal else RuntimeError()
+
+        class WithoutArguments(Agent):
+            def _shutdown(self) -> None:  # type: ignore[override]
+                seen.append(())
+
+        class WithoutTimeout(Agent):
+            def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, is_restart: bool = False) -> None:  # type: ignore[override]
+                seen.append(death_sig)
+
+        for kind in (WithoutArguments, WithoutTimeout):
+            agent = kind(spec())
+            with mock.patch.object(agent, "_invoke_run", side_effect=error), pytest.raises(type(error)):
+                agent.run()
+        assert seen == [(), signal.SIGINT if with_signal else signal.SIGTERM]
+
+    def test_workers_left_in_init_are_an_error(self) -> None:
+        agent = Agent(spec())
+        with mock.patch.object(agent, "_initialize_workers"), pytest.raises(AssertionError, match="not started"):
+            agent.run()
+
+
+class TestExitBarrier:
+    def test_failing_to_meet_does_not_fail_the_job(self, caplog: pytest.LogCaptureFixture) -> None:
+        agent = Agent(spec(), S.SUCCEEDED)
+        with mock.patch("ferroelastic.utils.store.barrier", side_effect=RuntimeError("reason")) as barrier:
+            assert agent.run().state == S.SUCCEEDED
+        barrier.assert_called_once_with(
+            store=agent._store, world_size=1, key_prefix="torchelastic/agent/terminal_state", barrier_timeout=300
+        )
+        assert "Error waiting on exit barrier" in caplog.text
+        assert not agent._in_exit_barrier
+
+    def test_a_signal_ends_it(self) -> None:
+        agent = Agent(spec(), S.SUCCEEDED)
+        error = SignalException("signal", signal.SIGTERM)
+        with mock.patch("ferroelastic.utils.store.barrier", side_effect=error), pytest.raises(SignalException):
+            agent.run()
+        assert len(agent.shutdowns) == 1
+        assert not agent._in_exit_barrier
+
+    def test_a_signal_is_seen_while_others_are_awaited(self) -> None:
+        install_signal_handlers("SIGUSR1")
+        waiting, release = threading.Event(), threading.Event()
+
+        def barrier(**_: Any) -> None:
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+            waiting.set()
+            release.wait()
+
+        agent = Agent(spec())
+        agent._worker_group.group_world_size = 2
+        agent._store = MemoryStore()
+        try:
+            with (
+                mock.patch("ferroelastic.utils.store.barrier", barrier),
+                interrupting(waiting),
+                pytest.raises(SignalException),
+            ):
+                agent._exit_barrier()
+        finally:
+            release.set()
+
+    def test_it_waits_for_all_nodes_on_a_connection_of_its_own(self) -> None:
+        store = MemoryStore()
+        timeout = store.timeout
+        agents = [Agent(spec(), exit_barrier_timeout=50) for _ in range(2)]
+        for agent in agents:
+            agent._store, agent._worker_group.group_world_size = store, 2
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(SimpleElasticAgent._exit_barrier, agents))
+        assert int(store.get("torchelastic/agent/terminal_state/num_members")) == 2
+        assert store.timeout == timeout
+
+    def test_a_store_that_cannot_be_cloned_will_do(self) -> None:
+        store: Any = mock.Mock(clone=mock.Mock(side_effect=RuntimeError("not implemented")))
+        store.add.side_effect = DistStoreError("gone")
+        agent = Agent(spec())
+        agent._store, agent._worker_group.group_world_size = store, 2
+        agent._exit_barrier()
+        store.add.assert_called_once()
+
+
+class Collector(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.events: list[dict[str, Any]] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.events.append(json.loads(record.getMessage()))
+
+
+@pytest.fixture
+def collector() -> Iterator[Collector]:
+    """The handler of the destination ``"test"``."""
+    collector = Collector()
+    with (
+        mock.patch.dict("ferroelastic.events.handlers._log_handlers", test=collector),
+        mock.patch.dict(events._events_loggers),
+    ):
+        yield collector
+    logging.getLogger("torchelastic-events-test").handlers.clear()
+
+
+class TestEvents:
+    def test_a_run_is_told(self, collector: Collector) -> None:
+        Agent(spec(event_log_handler="test"), S.SUCCEEDED).run()
+        assert [event["metadata"]["state"] for event in collector.events] == [
+            "RENDEZVOUS",
+            "ASSIGN_WORKER_RANKS",
+            "START",
+            "START",
+            "SUCCEEDED",
+            "SUCCEEDED",
+        ]
+        worker = collector.events[-1]
+        assert (worker["name"], worker["source"]) == ("torchelastic.worker.status.SUCCEEDED", "WORKER")
+        assert worker["metadata"] | {"total_run_time": 0} == {
+            "run_id": "run",
+            "global_rank": 1,
+            "group_rank": 0,
+            "worker_id": "1001",
+            "role": "trainer",
+            "hostname": _get_fq_hostname(),
+            "state": "SUCCEEDED",
+            "total_run_time": 0,
+            "rdzv_backend": "memory",
+            "raw_error": None,
+            "metadata": worker["metadata"]["metadata"],
+            "agent_restarts": 0,
+            "duration_ms": None,
+        }
+        assert json.loads(worker["metadata"]["metadata"]) == {
+            "group_world_size": 1,
+            "entry_point": "true",
+            "local_rank": [1],
+            "role_rank": [1],
+            "role_world_size": [2],
+            "exit_code": [None],
+            "worker_pid": [None],
+        }
+        assert collector.events[0]["metadata"]["duration_ms"] >= 0
+
+    def test_failed_and_terminated_workers_are_told_apart(self, collector: Collector) -> None:
+        Agent(spec(event_log_handler="test", max_restarts=0), S.FAILED).run()
+        failed, terminated = collector.events[-2:]
+        assert (failed["metadata"]["state"], terminated["metadata"]["state"]) == ("FAILED", "TERMINATED")
+        assert json.loads(failed["metadata"]["metadata"])["exit_code"] == [1]
+        assert json.loads(failed["metadata"]["metadata"])["worker_pid"] == [999]
+        assert json.loads(failed["metadata"]["raw_error"])["message"] == "<NONE>"
+
+    def test_a_worker_of_unknown_fate_is_an_error(self) -> None:
+        with pytest.raises(ValueError, match="Unknown worker: 7"):
+            Agent(spec())._get_worker_state(Worker(0, 7), RunResult(S.SUCCEEDED))
+
+    def test_the_agents_own_events(self) -> None:
+        agent = Agent(spec(max_restarts=4))
+        agent._remaining_restarts = 2
+        succeeded = agent.get_event_succeeded()
+        assert (succeeded.source, succeeded.metadata["state"]) == ("AGENT", "SUCCEEDED")
+        assert succeeded.metadata["agent_restarts"] == 2
+        try:
+            raise ValueError("reason")
+        except ValueError:
+            failed = agent.get_event_failed()
+        assert failed.metadata["state"] == "FAILED"
+        assert "ValueError: reason" in str(failed.metadata["raw_error"])
+
+    def test_nobody_waits_for_dns_for_an_event_that_nobody_reads(self, collector: Collector) -> None:
+        null = events._get_or_create_logger("null")
+        with mock.patch.object(api, "_get_fq_hostname", return_value="from.dns") as lookup:
+            with mock.patch.object(null, "handlers", [logging.NullHandler()]):  # the test's own log capture listens too
+                Agent(spec(), S.SUCCEEDED).run()
+            lookup.assert_not_called()
+            assert Agent(spec(event_log_handler="test")).get_event_succeeded().metadata["hostname"] == "from.dns"
+            assert Agent(spec(event_log_handler="none")).get_event_succeeded().metadata["hostname"] == "from.dns"
+
+
+class TestMetrics:
+    @staticmethod
+    def published(agent: Agent, result: RunResult) -> dict[str, int]:
+        with mock.patch.object(api, "put_metric") as put:
+            agent._record_metrics(result)
+        return {call.args[0].removeprefix("workers.trainer."): call.args[1] for call in put.call_args_list}
+
+    @pytest.mark.parametrize(
+        ("state", "remaining", "counted"),
+        [
+            (S.SUCCEEDED, 10, "run_success_no_retries"),
+            (S.SUCCEEDED, 2, "run_success_with_retries"),
+            (S.FAILED, 10, "run_failed_no_retries"),
+            (S.FAILED, 2, "run_failed_with_retries"),
+        ],
+    )
+    def test_runs_are_counted(self, state: WorkerState, remaining: int, counted: str) -> None:
+        agent = Agent(spec(max_restarts=10))
+        agent._remaining_restarts = remaining
+        found = self.published(agent, RunResult(state))
+        assert found.pop("run_total") == 1
+        found.pop("flakiness")
+        assert {name for name, value in found.items() if value} == {counted}
+        assert len(found) == 4
+
+    @pytest.mark.parametrize(
+        ("maximum", "remaining", "failed", "flakiness"),
+        [(1, 1, False, 0), (10, 3, False, 63), (0, 0, False, 0), (1, 1, True, 100)],
+    )
+    def test_flakiness(self, maximum: int, remaining: int, failed: bool, flakiness: int) -> None:
+        agent = Agent(spec(max_restarts=maximum))
+        agent._remaining_restarts = remaining
+        with mock.patch.object(api, "put_metric") as put:
+            agent._record_flakiness_metric(failed)
+        put.assert_called_once_with("workers.trainer.flakiness", flakiness)
+
+
+def test_a_spec_may_be_a_mock_of_torchs_kind() -> None:
+    made: Any = mock.Mock(spec=WorkerSpec, max_restarts=3, local_world_size=1)
+    agent = Agent(made, exit_barrier_timeout=450, shutdown_timeout=180)
+    assert (agent._exit_barrier_timeout, agent._shutdown_timeout, agent._remaining_restarts) == (450, 180, 3)
+    assert (Agent(made)._exit_barrier_timeout, Agent(made)._shutdown_timeout) == (300, 30)
+
+
+def test_the_health_check_server_says_that_it_serves_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    made = create_healthcheck_server(alive_callback=lambda: 7, port=4711, timeout=60)
+    assert isinstance(made, HealthCheckServer)
+    made.start()
+    made.stop()
+    assert "No health check server started: nothing will answer on port 4711" in caplog.text
+    assert made.alive_callback() == 7
+
+
+def test_importing_the_package_warns_of_nothing() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert os.path.basename(server.__file__ or "") == "__init__.py"
