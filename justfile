@@ -27,7 +27,7 @@ lint: setup
     {{ bin }}/ruff format --check .
     {{ bin }}/ruff check .
     {{ bin }}/mypy
-    {{ bin }}/python -m mypy.stubtest ferroelastic._rust --allowlist tests/stubtest-allowlist.txt
+    {{ bin }}/python -m mypy.stubtest ferroelastic._rust
 
 # every test: the engine without Python, then the package, then what depends on pidfds once more without them
 test: setup

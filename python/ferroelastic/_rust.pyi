@@ -12,6 +12,22 @@ them: in a forked child every method raises :class:`ForkedError`, and dropping t
 from collections.abc import Mapping, Sequence
 from typing import Literal, final
 
+__all__ = [
+    "Command",
+    "Engine",
+    "Exit",
+    "ForkedError",
+    "Group",
+    "Guard",
+    "SpawnError",
+    "StopReport",
+    "Survivor",
+    "Tail",
+    "TailReport",
+    "__version__",
+    "arm_parent_death_signal",
+]
+
 __version__: str
 
 class ForkedError(RuntimeError):

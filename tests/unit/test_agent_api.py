@@ -131,16 +131,14 @@ class TestSpec:
         assert (made.args, made.master_addr, made.master_port, made.virtual_local_rank) == ((), None, None, False)
 
     def test_the_fields_are_torchs(self) -> None:
-        pytest.importorskip("torch")
-        import torch.distributed.elastic.agent.server as theirs
-
+        theirs = pytest.importorskip("torch.distributed.elastic.agent.server")
         for name in ("WorkerSpec", "RunResult"):
             expected = [field.name for field in fields(getattr(theirs, name))]
             assert [field.name for field in fields(getattr(server, name))] == expected
         assert isinstance(spec(), theirs.WorkerSpec)
         assert isinstance(WorkerGroup(spec()), theirs.WorkerGroup)
         assert isinstance(Agent(spec()), theirs.SimpleElasticAgent)
-        assert isinstance(Handler(), importlib_rendezvous().RendezvousHandler)
+        assert isinstance(Handler(), sys.modules["torch.distributed.elastic.rendezvous"].RendezvousHandler)
 
     @pytest.mark.parametrize(
         ("values", "message"),
@@ -166,12 +164,6 @@ class TestSpec:
     def test_an_entrypoint_has_a_name(self) -> None:
         assert spec(entrypoint="/some/where/train.sh").get_entrypoint_name() == "train.sh"
         assert spec(entrypoint=TestSpec.test_fn_is_deprecated).get_entrypoint_name() == "TestSpec.test_fn_is_deprecated"
-
-
-def importlib_rendezvous() -> Any:
-    import torch.distributed.elastic.rendezvous as theirs
-
-    return theirs
 
 
 class TestData:
@@ -400,12 +392,11 @@ class TestRun:
         assert len(agent.shutdowns) == 1
 
     def test_errors_of_torchs_classes_are_known(self) -> None:
-        pytest.importorskip("torch")
-        import torch.distributed.elastic.multiprocessing as torchs_multiprocessing
-
+        torchs_multiprocessing = pytest.importorskip("torch.distributed.elastic.multiprocessing")
+        torchs_rendezvous = pytest.importorskip("torch.distributed.elastic.rendezvous")
         agent = Agent(spec())
         with mock.patch.object(
-            agent, "_invoke_run", side_effect=importlib_rendezvous().RendezvousGracefulExitError("not needed")
+            agent, "_invoke_run", side_effect=torchs_rendezvous.RendezvousGracefulExitError("not needed")
         ):
             assert agent.run().state == S.SUCCEEDED
         error = torchs_multiprocessing.SignalException("signal", signal.SIGQUIT)

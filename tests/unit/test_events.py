@@ -120,9 +120,7 @@ def test_a_handler_replaced_on_the_package_is_used(destination: str) -> None:
 
 
 def test_a_handler_registered_with_torch_is_found(destination: str) -> None:
-    pytest.importorskip("torch")
-    import torch.distributed.elastic.events.handlers as theirs
-
+    theirs = pytest.importorskip("torch.distributed.elastic.events.handlers")
     with mock.patch.dict(theirs._log_handlers, {destination: Collector(), "null": Collector()}):
         assert handlers.get_logging_handler(destination) is theirs._log_handlers[destination]
         assert handlers.get_logging_handler("null") is theirs._log_handlers["null"]

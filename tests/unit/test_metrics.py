@@ -105,9 +105,7 @@ def test_the_old_names_warn(collector: Collector) -> None:
 
 
 def test_a_handler_configured_through_torch_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("torch")
-    import torch.distributed.elastic.metrics.api as theirs
-
+    theirs = pytest.importorskip("torch.distributed.elastic.metrics.api")
     default, special = Collector(), Collector()
     monkeypatch.setattr(theirs, "_default_metrics_handler", default)
     monkeypatch.setattr(theirs, "_metrics_map", {"special": special})

@@ -94,7 +94,10 @@ impl Engine {
         detached(py, || self.0.observe(processes)).map(Group::new)
     }
 
-    #[pyo3(signature = (files, *, console_fd, only_lines_with=vec![]))]
+    #[pyo3(
+        signature = (files, *, console_fd, only_lines_with=vec![]),
+        text_signature = "($self, files, *, console_fd, only_lines_with=())"
+    )]
     fn tail(
         &self,
         py: Python<'_>,
