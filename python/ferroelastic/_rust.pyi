@@ -87,7 +87,8 @@ class Exit:
     returncode: int | None
     """As ``subprocess.Popen.returncode``: the code, or minus the signal. ``None`` when somebody else reaped the process."""
     stopped: bool
-    """The exit was noticed after :meth:`Group.stop` had signalled this process: stopped by the agent, no failure of its own."""
+    """The exit was noticed after :meth:`Group.stop` had signalled this process: stopped by the agent, no failure of its own.
+    Not so where SIGKILL ended it that the stop had not sent."""
     monotonic_ns: int
     """``CLOCK_MONOTONIC`` when the exit was noticed."""
     realtime_ns: int

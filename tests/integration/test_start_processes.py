@@ -28,6 +28,8 @@ from ferroelastic.utils.process_state import read_proc_state
 pytest.importorskip("ferroelastic._rust")
 pytestmark = pytest.mark.engine
 
+from tests.conftest import eventually
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
@@ -438,6 +440,8 @@ def test_a_handler_has_what_people_use_of_popen() -> None:
         own.proc.wait(0.01)
     assert own.proc.returncode is None
     own.proc.send_signal(signal.SIGSTOP)
+    # Until it is stopped it would take SIGTERM first.
+    assert eventually(lambda: read_proc_state(own.proc.pid) == "T")
     own.proc.terminate()
     own.proc.kill()
     assert own.proc.wait() == -signal.SIGKILL

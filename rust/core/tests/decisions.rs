@@ -38,6 +38,20 @@ fn those_who_died_together_are_not_stopped_by_us() {
 }
 
 #[test]
+fn a_sigkill_that_we_did_not_send_is_a_failure_of_its_own() {
+    let killed = Status::Signalled { signal: 9, core_dumped: false };
+    let start = Instant::now();
+    let mut group = GroupState::new(3);
+    group.step(start, Event::StopOnFailure(PLAN));
+    group.step(start, Event::Ended(vec![ended(0, Status::Exited(1))]));
+    group.step(start, Event::Ended(vec![ended(1, killed)]));
+    group.step(start + PLAN.grace, Event::Tick);
+    group.step(start + PLAN.grace, Event::Ended(vec![ended(2, killed)]));
+    let stopped: Vec<bool> = group.exits().iter().map(|exit| exit.stopped).collect();
+    assert_eq!(stopped, [false, false, true]);
+}
+
+#[test]
 fn success_and_a_lost_status_are_no_failures() {
     let mut group = GroupState::new(3);
     let now = Instant::now();

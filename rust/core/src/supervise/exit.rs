@@ -28,7 +28,7 @@ pub struct Exit {
     pub status: Status,
     /// The kernel's accounting.
     pub usage: Usage,
-    /// The exit came after the group's stop had signalled this worker.
+    /// The exit came after the group's stop had signalled this worker, and that may be why.
     pub stopped: bool,
     /// When it was noticed.
     pub at: Moment,

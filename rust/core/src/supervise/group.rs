@@ -110,7 +110,7 @@ impl GroupState {
                 order: self.exits.len(),
                 status,
                 usage,
-                stopped: self.teardown.is_some(),
+                stopped: self.teardown.as_ref().is_some_and(|stop| stop.explains(status)),
                 at,
             });
             if let Some(stop) = &mut self.teardown {

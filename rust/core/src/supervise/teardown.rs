@@ -2,6 +2,8 @@
 
 use std::time::{Duration, Instant};
 
+use crate::sys::wait::Status;
+
 /// How to stop a group.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StopPlan {
@@ -100,6 +102,17 @@ impl Teardown {
             killed: Vec::new(),
         };
         (teardown, actions)
+    }
+
+    /// Whether this stop may be why a worker ended. SIGKILL is no reaction to another signal: where this stop has not sent it, somebody
+    /// else has, the out-of-memory killer for one.
+    pub(super) fn explains(&self, status: Status) -> bool {
+        match status {
+            Status::Signalled { signal: libc::SIGKILL, .. } => {
+                self.plan.signal == libc::SIGKILL || self.phase != Phase::Grace
+            }
+            _ => true,
+        }
     }
 
     /// The leader of a group has ended.
