@@ -12,6 +12,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from tests.conftest import eventually
 
 from ferroelastic.multiprocessing import (
     DefaultLogsSpecs,
@@ -27,8 +28,6 @@ from ferroelastic.utils.process_state import read_proc_state
 
 pytest.importorskip("ferroelastic._rust")
 pytestmark = pytest.mark.engine
-
-from tests.conftest import eventually
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
