@@ -53,8 +53,9 @@ def exit_code(returncode: int | None) -> int:
 
 
 def _print(text: str) -> None:
-    with contextlib.suppress(OSError):  # nobody reads standard error any more
-        print(text, file=sys.stderr, flush=True)  # noqa: T201 - this is the command's output
+    from ferroelastic._console import write
+
+    write(sys.stderr, f"{text}\n")
 
 
 def _describe(error: BaseException, args: Namespace | None) -> str:

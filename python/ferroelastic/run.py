@@ -451,7 +451,9 @@ def _show_logs() -> None:
     except ValueError:
         raise UsageError(f"LOGLEVEL={level!r} is not a level; use DEBUG, INFO, WARNING or ERROR") from None
     if not logger.hasHandlers():
-        handler = logging.StreamHandler()
+        from ferroelastic._console import ConsoleHandler
+
+        handler = ConsoleHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s ferrorun[%(process)d] %(levelname)s: %(message)s"))
         logger.addHandler(handler)
 

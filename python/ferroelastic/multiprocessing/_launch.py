@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import TYPE_CHECKING, Any
 
 from ferroelastic.multiprocessing._std import _validate_full_rank
@@ -89,7 +90,7 @@ def start_processes(
     context.shutdown_timeout = shutdown_timeout
     try:
         context.start()
-    except BaseException:
-        context.close()
+    except BaseException as error:
+        context.close(getattr(error, "sigval", None) or signal.SIGTERM, shutdown_timeout)
         raise
     return context

@@ -21,6 +21,8 @@ __all__ = ["SignalException", "install_signal_handlers"]
 
 logger = get_logger(__name__)
 
+_AGAIN_S = 0.001
+
 
 class SignalException(TorchCompatible, Exception):  # noqa: N818 - torch's name
     """The agent's process got a signal that ends it.
@@ -38,10 +40,27 @@ class SignalException(TorchCompatible, Exception):  # noqa: N818 - torch's name
         self.sigval = sigval
 
 
-def _terminate_process_handler(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001 - a signal handler's arguments
-    """Raise :class:`SignalException` for ``signum``."""
+def _terminate_process_handler(signum: int, frame: FrameType | None) -> None:
+    """Raise :class:`SignalException` for ``signum``.
+
+    Not where ``logging`` is at work: it takes any exception for a failure to write the record, and the signal would be lost. It is
+    sent again until it finds the main thread elsewhere.
+    """
+    if _is_in_logging(frame):
+        again = threading.Timer(_AGAIN_S, os.kill, (os.getpid(), signum))
+        again.daemon = True
+        again.start()
+        return
     sigval = signal.Signals(signum)
     raise SignalException(f"Process {os.getpid()} got signal: {sigval}", sigval=sigval)
+
+
+def _is_in_logging(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "logging":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def install_signal_handlers(names: str) -> None:

@@ -12,7 +12,10 @@ import os
 import threading
 from typing import TYPE_CHECKING, TextIO
 
+from ferroelastic._compat import family
+from ferroelastic._console import has_room
 from ferroelastic._engine import get_engine
+from ferroelastic.multiprocessing._signals import SignalException
 from ferroelastic.utils.logging import get_logger
 
 if TYPE_CHECKING:
@@ -148,6 +151,8 @@ class TailLog:
                     )
                 if self._threadpool is not None:
                     self._threadpool.expect(report.bytes)
+        except family(SignalException):
+            raise
         except Exception as error:
             logger.exception("error in log tailer for %s. %s", self._name, type(error).__qualname__)
         finally:
@@ -219,7 +224,7 @@ class _LineWriter:
             return
         if self._expected is None:
             self._expected = 0
-        if _has_room(self._write_fd, _FINISH_TIMEOUT_S):
+        if has_room(self._write_fd, _FINISH_TIMEOUT_S):
             os.write(self._write_fd, b"\n")
         if wait:
             self._thread.join(_FINISH_TIMEOUT_S)
@@ -264,11 +269,3 @@ def _write_lines(lines: Sequence[bytes], headers: Sequence[str], dst: TextIO, ke
         dst.write("".join(kept))
         if hasattr(dst, "flush"):  # what people pass as a text stream has not always more than `write`
             dst.flush()
-
-
-def _has_room(fd: int, timeout_s: float) -> bool:
-    import select
-
-    poller = select.poll()
-    poller.register(fd, select.POLLOUT)
-    return bool(poller.poll(timeout_s * 1000))

@@ -119,7 +119,8 @@ class LocalElasticAgent(SimpleElasticAgent):
         super().__init__(spec, exit_barrier_timeout, shutdown_timeout)
         self._start_method = start_method
         self._pcontext: PContext | None = None
-        self._seen_generation = 0
+        # What of the group's news the last look has seen; None before the first look at a new group.
+        self._seen_generation: int | None = None
         self._rdzv_handler = spec.rdzv_handler
         self._log_line_prefix_template = log_line_prefix_template
         self._worker_watchdog: Any = None
@@ -264,7 +265,7 @@ class LocalElasticAgent(SimpleElasticAgent):
 
         self._setup_local_watchdog(envs=envs)
         self._setup_healthcheck()
-        self._seen_generation = 0
+        self._seen_generation = None
         self._pcontext = start_processes(
             name=spec.role,
             entrypoint=spec.entrypoint,
@@ -402,8 +403,7 @@ class LocalElasticAgent(SimpleElasticAgent):
 
         # Before the look: an exit after it must not be taken for one that was seen.
         group = getattr(context, "_group", None)
-        if group is not None:
-            self._seen_generation = group.generation
+        self._seen_generation = 0 if group is None else group.generation
         result = context.wait(0)
         if result is None:
             if self._uninterruptible_state_timeout > 0:
@@ -427,6 +427,8 @@ class LocalElasticAgent(SimpleElasticAgent):
         group = getattr(self._pcontext, "_group", None)
         if group is None:
             super()._wait_for_event(timeout_s)
+        elif self._seen_generation is None:
+            pass  # the first look is due at once: a worker may have ended before the engine knew it
         elif self._uninterruptible_state_timeout > 0 or getattr(self._rdzv_handler, "may_grow", True):
             wait_for_event(group, self._seen_generation, timeout_s)
         else:

@@ -1,0 +1,211 @@
+"""Processes forked while the engine runs: workers of the start method ``fork``, and children that use what they must not."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import signal
+import threading
+import traceback
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from tests.faults.alone import AloneRendezvous
+from tests.faults.harness import Gate
+
+from ferroelastic._engine import get_engine
+from ferroelastic._rust import Command, Engine, ForkedError
+from ferroelastic.agent.server import LocalElasticAgent, WorkerSpec, WorkerState
+from ferroelastic.multiprocessing import DefaultLogsSpecs, MultiprocessContext, Std
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+pytestmark = pytest.mark.engine
+
+RESTARTS = 5
+
+
+def fail_until_the_last_attempt(gate: str) -> str:
+    attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    print(f"attempt {attempt}", flush=True)
+    if attempt < RESTARTS:
+        with open(gate) as opened:
+            os.read(opened.fileno(), 1)
+        os._exit(attempt + 1)
+    return f"{os.environ['RANK']} of attempt {attempt}"
+
+
+def fail_at_once() -> None:
+    if os.environ["RANK"] == "0":
+        os._exit(3)
+    threading.Event().wait()  # until it is stopped
+
+
+def agent_of(function: Callable[..., Any], *args: Any, log_dir: Path, max_restarts: int = 0) -> LocalElasticAgent:
+    spec = WorkerSpec(
+        role="fork",
+        local_world_size=2,
+        rdzv_handler=AloneRendezvous(),
+        entrypoint=function,
+        args=args,
+        max_restarts=max_restarts,
+    )
+    return LocalElasticAgent(spec, DefaultLogsSpecs(str(log_dir / "logs"), tee=Std.OUT), start_method="fork")
+
+
+def test_forked_workers_come_back_again_and_again(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is forked from a process in which the engine runs and copies the output of the others."""
+    gate = Gate(tmp_path / "gate")
+    agent = agent_of(fail_until_the_last_attempt, str(gate.path), log_dir=tmp_path, max_restarts=RESTARTS)
+    original = agent._wait_for_event
+
+    def wait_for_event(timeout_s: float) -> None:
+        if agent._remaining_restarts > 0:
+            gate.let_pass()  # one fails, its peer is stopped
+        original(timeout_s)
+
+    monkeypatch.setattr(agent, "_wait_for_event", wait_for_event)
+    result = agent.run()
+    gate.close()
+    assert result.state == WorkerState.SUCCEEDED
+    assert result.return_values == {rank: f"{rank} of attempt {RESTARTS}" for rank in (0, 1)}
+    assert agent._remaining_restarts == 0
+    shown = capfd.readouterr().out.splitlines()
+    assert set(shown) <= {f"[fork{rank}]:attempt {attempt}" for attempt in range(RESTARTS + 1) for rank in (0, 1)}
+    assert {line[-1] for line in shown} == {str(attempt) for attempt in range(RESTARTS + 1)}
+
+
+def test_a_worker_that_fails_while_its_peers_are_started_ends_the_attempt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start_one_by_one(_context: MultiprocessContext, processes: list[Any]) -> None:
+        for rank, process in enumerate(processes):
+            process.start()
+            if rank == 0:
+                process.join()
+
+    def give_up(*_: object) -> None:
+        raise TimeoutError("the agent does not notice")
+
+    monkeypatch.setattr(MultiprocessContext, "_start_processes", start_one_by_one)
+    agent = agent_of(fail_at_once, log_dir=tmp_path)
+    former = signal.signal(signal.SIGALRM, give_up)
+    exit_codes: list[int] = []
+    signal.alarm(5)
+    try:
+        with suppress(TimeoutError):
+            exit_codes += [failure.exitcode for failure in agent.run().failures.values()]
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, former)
+        del agent  # lest the failure of this test hold on to its descriptors
+    assert exit_codes == [3]
+
+
+def outcome_in_child(body: Callable[[], Any]) -> Any:
+    """What ``body`` returns in a forked child, which then ends without cleaning up after its parent."""
+    read_fd, write_fd = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            outcome = json.dumps(body())
+        except BaseException:  # noqa: BLE001 - told to the parent
+            outcome = json.dumps(traceback.format_exc())
+        os.write(write_fd, outcome.encode())
+        os._exit(0)
+    os.close(write_fd)
+    with os.fdopen(read_fd) as outcome_file:
+        text = outcome_file.read()
+    assert os.waitpid(pid, 0) == (pid, 0)
+    return json.loads(text)
+
+
+class Parent:
+    """Engine objects in use: a worker that waits for a line, and a tail of a file."""
+
+    def __init__(self, folder: Path) -> None:
+        self.gate = folder / "gate"
+        os.mkfifo(self.gate)
+        self.log = folder / "log"
+        self.engine: Any = get_engine()
+        self.group: Any = self.engine.spawn([Command(["/bin/sh", "-c", f"read x < {self.gate}; exit 7"], {})])
+        self.console_read, self.console_write = os.pipe()
+        self.tail: Any = self.engine.tail([(str(self.log), "> ")], console_fd=self.console_write)
+
+    def check_that_all_still_works(self) -> None:
+        self.log.write_text("a line\n")
+        assert os.read(self.console_read, 100) == b"> a line\n"
+        self.tail.finish(5.0)
+        os.close(self.console_read)
+        os.close(self.console_write)
+        self.gate.write_text("\n")
+        assert self.group.wait(0, 60.0) == "event"
+        assert [ended.code for ended in self.group.exits()] == [7]
+
+
+def test_a_forked_child_is_refused_what_belongs_to_its_parent(tmp_path: Path) -> None:
+    parent = Parent(tmp_path)
+
+    def use_everything() -> list[str]:
+        group, tail, engine = parent.group, parent.tail, parent.engine
+        uses: dict[str, Callable[[], Any]] = {
+            "generation": lambda: group.generation,
+            "exits": group.exits,
+            "wait": lambda: group.wait(0, 60.0),
+            "signal": lambda: group.signal(0, 9),
+            "stop": lambda: group.stop(15, 1.0, 1.0),
+            "stop_on_failure": lambda: group.stop_on_failure(15, 1.0, 1.0),
+            "hurry": group.hurry,
+            "stop_report": group.stop_report,
+            "finish": lambda: tail.finish(1.0),
+            "spawn": lambda: engine.spawn([]),
+            "observe": lambda: engine.observe([os.getpid()]),
+            "tail": lambda: engine.tail([("/dev/null", "")], console_fd=1),
+            "close": engine.close,
+        }
+        allowed = []
+        for name, use in uses.items():
+            try:
+                use()
+            except ForkedError:
+                continue
+            allowed.append(name)
+        return allowed
+
+    assert outcome_in_child(use_everything) == []
+    parent.check_that_all_still_works()
+
+
+def test_a_forked_child_that_drops_what_belongs_to_its_parent_takes_nothing_from_it(tmp_path: Path) -> None:
+    parent = Parent(tmp_path)
+
+    def drop() -> str:
+        # The engine's poller is shared with the parent: to deregister something here would deregister it there.
+        parent.group = parent.tail = parent.engine = None
+        gc.collect()
+        return "dropped"
+
+    assert outcome_in_child(drop) == "dropped"
+    parent.check_that_all_still_works()
+
+
+def test_a_forked_child_can_have_an_engine_of_its_own(tmp_path: Path) -> None:
+    parent = Parent(tmp_path)
+
+    def supervise() -> list[Any]:
+        engine = get_engine()
+        assert isinstance(engine, Engine)
+        assert engine is not parent.engine
+        group = engine.spawn([Command(["/bin/sh", "-c", "exit 5"], {})])
+        outcome = group.wait(0, 60.0)
+        codes = [ended.code for ended in group.exits()]
+        return [outcome, codes, engine.close()]
+
+    assert outcome_in_child(supervise) == ["event", [5], True]
+    parent.check_that_all_still_works()

@@ -1,0 +1,229 @@
+"""A signal to the agent ends the job, wherever it finds the agent."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import random
+import select
+import signal
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+from tests.conftest import eventually
+from tests.faults.alone import AloneRendezvous
+from tests.faults.harness import ALONE, LONG_S, Job, Launcher
+
+from ferroelastic.agent.server import LocalElasticAgent, WorkerSpec
+from ferroelastic.multiprocessing import DefaultLogsSpecs, PContext, SignalException, start_processes
+from ferroelastic.multiprocessing._signals import install_signal_handlers
+from ferroelastic.multiprocessing.tail_log import TailLog
+from ferroelastic.utils.process_state import read_proc_state
+
+pytestmark = pytest.mark.engine
+
+NEVER_LOOKS = "--monitor-interval=600"
+NEVER_KILLS = "--shutdown-timeout=600"
+ENDING = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT]
+MOMENTS = 30
+
+DEAF = """
+import os, signal
+
+signal.signal(signal.SIGTERM, lambda *_: print("told", flush=True))
+print("ready", flush=True)
+while True:
+    signal.pause()
+"""
+
+
+def ready(job: Job, count: int = 2, *, nproc: int = 2) -> None:
+    assert job.lines(count) == ["ready"] * count
+    job.settle(nproc)
+
+
+@pytest.mark.parametrize("number", ENDING)
+def test_a_signal_ends_the_job_at_once(launch: Launcher, number: signal.Signals) -> None:
+    """The agent waits without limit and would not look at its workers by itself."""
+    job = launch(NEVER_LOOKS, NEVER_KILLS, "--no-python", launch.zoo, "sleep")
+    ready(job)
+    job.send(number)
+    assert job.end() == 128 + number
+    assert job.processes() == {}
+
+
+@pytest.mark.parametrize("number", ENDING)
+def test_workers_get_the_signal_that_the_agent_got(launch: Launcher, number: signal.Signals) -> None:
+    names = " ".join(each.name.removeprefix("SIG") for each in ENDING)
+    script = f'for name in {names}; do trap "echo $name; exit 0" $name; done; echo ready; while :; do read x < "$DIR/gate"; done'
+    launch.gate()
+    job = launch(NEVER_LOOKS, NEVER_KILLS, *launch.shell(script))
+    ready(job)
+    job.send(number)
+    assert job.end() == 128 + number
+    assert job.lines(2) == [number.name.removeprefix("SIG")] * 2
+
+
+def test_a_signal_that_is_not_handled_by_default_ends_the_job_if_asked_to(launch: Launcher) -> None:
+    job = launch("--signals-to-handle=SIGUSR1", NEVER_LOOKS, "--no-python", launch.zoo, "sleep", launcher=ALONE)
+    ready(job)
+    job.send(signal.SIGUSR1)
+    assert job.end() == 128 + signal.SIGUSR1
+    assert job.processes() == {}
+
+
+def test_nohup_keeps_the_job_alive(launch: Launcher) -> None:
+    gate = launch.gate()
+    command = [
+        "nohup",
+        *ALONE,
+        "--event-log-handler=console",
+        "--nproc-per-node=2",
+        NEVER_LOOKS,
+        *launch.shell('echo ready; read x < "$DIR/gate"'),
+    ]
+    job = launch.start(*command)
+    ready(job)
+    job.send(signal.SIGHUP)
+    # The kernel drops an ignored signal when it is sent, so that there is nothing to wait for.
+    status = Path(f"/proc/{job.process.pid}/status").read_text()
+    (ignored,) = (int(line.split()[1], 16) for line in status.splitlines() if line.startswith("SigIgn:"))
+    assert ignored & 1 << signal.SIGHUP - 1
+    gate.let_pass(2)
+    assert job.end() == 0
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_the_grace(launch: Launcher, second: signal.Signals) -> None:
+    job = launch(NEVER_KILLS, NEVER_LOOKS, *launch.python(DEAF))
+    ready(job)
+    job.send(signal.SIGTERM)
+    assert job.lines(2) == ["told"] * 2
+    job.send(second)
+    assert job.end() == 128 + signal.SIGTERM
+    assert job.processes() == {}
+
+
+def test_a_signal_during_the_stop_after_a_failure_ends_its_grace(launch: Launcher) -> None:
+    gate = launch.gate()
+    script = f"""
+        [ $RANK = 0 ] && {{ read x < {gate.path}; exit 3; }}
+        trap 'echo told' TERM
+        echo ready
+        while :; do sleep 1000 & wait; done
+    """
+    job = launch("--max-restarts=5", NEVER_KILLS, NEVER_LOOKS, *launch.shell(script))
+    ready(job, 1)
+    gate.let_pass()
+    assert job.lines(1) == ["told"]
+    # By the engine. Now the agent itself has to get there: until then the signal is the first thing that it knows of.
+    assert eventually(lambda: "closing signal" in job.errors and read_proc_state(job.process.pid) == "S", LONG_S), (
+        job.story
+    )
+    job.send(signal.SIGTERM)
+    assert job.end() == 128 + signal.SIGTERM
+    assert job.processes() == {}
+
+
+@pytest.mark.parametrize("seed", range(MOMENTS))
+def test_a_signal_at_any_moment_is_neither_lost_nor_leaves_a_worker(launch: Launcher, seed: int) -> None:
+    """Of a job that does nothing but start workers, see one fail, stop the others, and start again."""
+    chance = random.Random(seed)
+    is_storm = seed % 3 == 0
+    peer, grace_s = chance.choice([("sleep", 600), ("deaf", 0)])
+    script = f'echo > "$DIR/started"; [ $RANK = 1 ] && exec "$ZOO" exit 1; exec "$ZOO" {peer} > /dev/null'
+    job = launch.start(
+        *ALONE,
+        "--nproc-per-node=4",
+        "--max-restarts=1000000",
+        f"--shutdown-timeout={grace_s}",
+        NEVER_LOOKS,
+        *launch.shell(script),
+    )
+    number = chance.choice(ENDING)
+    # Not to wait for something: the moment is the fault that is injected.
+    select.select([], [], [], chance.uniform(0.0, 0.5))
+    job.send(number)
+    while is_storm and job.process.poll() is None:
+        job.send(number)
+    code = job.end()
+    # Where the agent was killed after its work was done, its guard may still look for somebody to end.
+    assert not job.processes() if code > 0 else eventually(lambda: not job.processes(), LONG_S), job.story
+    # Before there are workers, and after them, a signal does to the agent what it does to any Python program.
+    has_started = (launch.folder / "started").exists()
+    assert code == 128 + number or (code == -number and is_storm) or (code != 0 and not has_started), job.errors
+
+
+# ---- signals that something swallows, or that find the agent starting
+
+
+class Bell(io.StringIO):
+    """Rings, once, when something is written to it."""
+
+    has_rung = False
+
+    def write(self, text: str) -> int:
+        if not self.has_rung:
+            self.has_rung = True
+            signal.raise_signal(signal.SIGTERM)
+        return super().write(text)
+
+
+def test_a_signal_while_a_log_record_is_written_is_not_lost(
+    zoo: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging, "raiseExceptions", False)
+    bell = Bell()
+    handler = logging.StreamHandler(bell)
+    logger = logging.getLogger("ferroelastic")
+    logger.addHandler(handler)
+    spec = WorkerSpec("a", 1, AloneRendezvous(), entrypoint=zoo, args=("exit", "1"), max_restarts=10_000)
+    agent = LocalElasticAgent(spec, DefaultLogsSpecs(str(tmp_path)))
+    try:
+        with pytest.raises(SignalException):
+            agent.run()
+    finally:
+        logger.removeHandler(handler)
+        del agent
+    assert bell.has_rung
+
+
+def test_a_signal_while_the_last_lines_are_copied_is_not_lost(tmp_path: Path) -> None:
+    tail = TailLog("a", {0: str(tmp_path / "log")}, sys.__stdout__).start()
+    native = tail._tail
+    assert native is not None
+
+    def finish(timeout_s: float) -> object:
+        signal.raise_signal(signal.SIGTERM)
+        return native.finish(timeout_s)
+
+    tail._tail = mock.Mock(finish=finish)
+    install_signal_handlers("SIGTERM")
+    try:
+        with pytest.raises(SignalException):
+            tail.stop()
+    finally:
+        native.finish(0.0)
+
+
+def test_a_signal_during_the_start_is_handed_on_with_the_grace_that_was_asked_for(zoo: str) -> None:
+    closed: list[tuple[object, ...]] = []
+
+    def arm(*_: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    def close(context: PContext, death_sig: signal.Signals = signal.SIGTERM, timeout: float = 30) -> None:
+        closed.append((death_sig, timeout))
+        original(context, death_sig, timeout)
+
+    original = PContext.close
+    with (
+        mock.patch.object(PContext, "_arm", arm),
+        mock.patch.object(PContext, "close", close),
+        pytest.raises(SignalException),
+    ):
+        start_processes("a", zoo, {0: ("sleep",)}, {0: {}}, DefaultLogsSpecs(os.devnull), shutdown_timeout=7)
+    assert closed == [(signal.SIGINT, 7)]
