@@ -144,7 +144,7 @@ class Job:
         """Wait for the next ``count`` lines of standard output; sorted, because workers come in any order."""
         while self._unread.count(b"\n") < count:
             if not self._read(LONG_S):
-                pytest.fail(f"output ended: {self.output[-3000:]!r}\n{self.story}")
+                pytest.fail(f"no more output after {self.output[-3000:]!r}\n{self.story}")
         *lines, self._unread = self._unread.split(b"\n", count)
         return sorted(line.decode() for line in lines)
 

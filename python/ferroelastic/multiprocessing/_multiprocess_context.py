@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,6 @@ from ferroelastic.multiprocessing._processes import cpus_for
 from ferroelastic.utils.logging import get_logger
 
 if TYPE_CHECKING:
-    import signal
     from collections.abc import Callable
     from multiprocessing.context import BaseContext
     from multiprocessing.process import BaseProcess
@@ -138,8 +138,15 @@ class MultiprocessContext(PContext):
             warnings.filterwarnings(
                 "ignore", r"This process \(pid=\d+\) is multi-threaded, use of fork\(\)", DeprecationWarning
             )
-            for process in processes:
-                process.start()
+            # A signal in a child that has yet to become a worker would run the agent's handlers, whose exception Python ignores
+            # while it runs the hooks of a fork. The child takes it when it unblocks all signals.
+            blocked = signal.valid_signals() if self.start_method == "fork" else set()
+            former = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
+            try:
+                for process in processes:
+                    process.start()
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, former)
 
     def _observe(self, processes: list[BaseProcess]) -> None:
         """Hand the processes to the engine.

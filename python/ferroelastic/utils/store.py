@@ -40,11 +40,18 @@ def store_timeout(store: Store, timeout: float) -> Iterator[None]:
     Args:
         store: the store to change.
         timeout: in seconds.
+
+    Raises:
+        DistStoreError: the block raised torch's class of this name, which this one is an instance of, too.
     """
     former = store.timeout
     store.set_timeout(timedelta(seconds=timeout))
     try:
         yield
+    except family(DistStoreError) as error:
+        if isinstance(error, DistStoreError):
+            raise
+        raise DistStoreError(*error.args) from error
     finally:
         store.set_timeout(former)
 

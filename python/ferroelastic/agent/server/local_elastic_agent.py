@@ -425,14 +425,15 @@ class LocalElasticAgent(SimpleElasticAgent):
         a rendezvous that nobody can join.
         """
         group = getattr(self._pcontext, "_group", None)
-        if self._pcontext is not None and self._seen_generation is None:
+        seen = self._seen_generation
+        if self._pcontext is not None and seen is None:
             return  # the first look is due at once: a worker may have ended before the engine knew it
-        if group is None:
+        if group is None or seen is None:
             super()._wait_for_event(timeout_s)
         elif self._uninterruptible_state_timeout > 0 or getattr(self._rdzv_handler, "may_grow", True):
-            wait_for_event(group, self._seen_generation, timeout_s)
+            wait_for_event(group, seen, timeout_s)
         else:
-            wait_for_event(group, self._seen_generation)
+            wait_for_event(group, seen)
 
 
 def _read_wait_channel(pid: int) -> str:
