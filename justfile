@@ -33,7 +33,7 @@ lint: setup
 test: setup
     cargo test --locked --quiet
     {{ bin }}/python -m pytest
-    FERROELASTIC_PIDFD=0 {{ bin }}/python -m pytest -m engine
+    FERROELASTIC_PIDFD=0 {{ bin }}/python -m pytest -m engine tests/integration tests/faults
 
 # the one abi3 wheel on every CPython found here: the tests that need no torch
 test-wheel: setup

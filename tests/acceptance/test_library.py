@@ -111,8 +111,9 @@ def test_the_agent_in_place_of_torchs(launch: Launcher, backend: str) -> None:
     lines = job.output.decode().splitlines()
     assert lines[-1] == "result SUCCEEDED {0: 0, 1: 10}"
     # Rank 0 is teed and has a prefix.
-    assert [line for line in lines if line.startswith("[")] == ["[trainer0]:attempt 0", "[trainer0]:attempt 1"]
-    assert [line for line in lines if line.startswith("attempt")] == ["attempt 0", "attempt 1"]
+    # A rank that was stopped because the other one failed may not have come to say anything in the first attempt.
+    assert [line for line in lines if line.startswith("[")][-1:] == ["[trainer0]:attempt 1"]
+    assert [line for line in lines if line.startswith("attempt")][-1:] == ["attempt 1"]
 
 
 def test_the_launcher_and_torchs_exception(launch: Launcher) -> None:

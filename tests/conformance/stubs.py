@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -176,8 +177,29 @@ class EventLog(logging.Handler):
 
 def call_in_threads(functions: Iterable[Callable[[], Any]]) -> list[Any]:
     """Call all at the same time, and return what they return."""
-    from concurrent.futures import ThreadPoolExecutor
+    # Not with an executor: a process that is forked in one of its threads fails when it ends, because it joins that thread.
+    calls = [_Call(function) for function in functions]
+    for call in calls:
+        call.start()
+    for call in calls:
+        call.join(60)
+    return [call.result() for call in calls]
 
-    listed = list(functions)
-    with ThreadPoolExecutor(len(listed)) as pool:
-        return [future.result(60) for future in [pool.submit(function) for function in listed]]
+
+class _Call(threading.Thread):
+    def __init__(self, function: Callable[[], Any]) -> None:
+        super().__init__(daemon=True)
+        self._function = function
+        self._outcome: tuple[Any, BaseException | None] = (None, TimeoutError(f"{function} does not return"))
+
+    def run(self) -> None:
+        try:
+            self._outcome = self._function(), None
+        except BaseException as error:  # noqa: BLE001 - for the caller
+            self._outcome = None, error
+
+    def result(self) -> Any:
+        value, error = self._outcome
+        if error is not None:
+            raise error
+        return value

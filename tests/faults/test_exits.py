@@ -206,6 +206,8 @@ print("lost")
 @pytest.mark.parametrize("code", ["0", "3"])
 def test_a_status_that_somebody_else_took_is_a_failure(launch: Launcher, how: str, code: str) -> None:
     """``subprocess.Popen`` says 0 then."""
+    if how == "reap" and os.environ.get("FERROELASTIC_PIDFD") == "0":
+        pytest.skip("a thread of the engine waits for the status in the kernel, and nearly always gets it first")
     launch.gate()
     job = launch.start(sys.executable, "-c", REAPED_BY_OTHERS, launch.zoo, how, code)
     assert job.end() == 0, job.errors
