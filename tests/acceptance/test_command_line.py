@@ -253,7 +253,7 @@ def test_a_usage_error_starts_nothing(launch: Launcher) -> None:
 
 
 def test_interrupting_a_job_from_the_terminal_ends_it_with_130(launch: Launcher) -> None:
-    job = launch(launch.write("wait.py", "import signal; print('ready', flush=True); signal.pause()"))
+    job = launch(launch.write("wait.py", "import signal, sys; sys.stdout.write('ready\\n'); signal.pause()"))
     assert job.lines(2) == ["ready"] * 2
     job.settle(2)
     job.send(signal.SIGINT)

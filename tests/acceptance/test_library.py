@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import pytest
@@ -12,7 +13,7 @@ pytestmark = pytest.mark.engine
 
 # Everything but the agent is torch's: handler, specification, log specification.
 TORCH_OBJECTS = """
-import os, sys
+import os, signal, sys
 import torch.distributed.elastic.rendezvous.registry
 from torch.distributed.elastic.agent.server import RunResult, WorkerSpec
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
@@ -23,11 +24,12 @@ from ferroelastic.agent.server import LocalElasticAgent   # the line that was ch
 def work(factor):
     attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     print("attempt", attempt, flush=True)
-    if attempt == 0 and os.environ["RANK"] == "1":
-        os._exit(3)
+    if attempt == 0 and os.environ["RANK"] == "0":
+        with open(os.environ["DIR"] + "/meeting", "w"):  # a FIFO
+            signal.pause()
     if attempt == 0:
-        import time
-        time.sleep(1000)
+        with open(os.environ["DIR"] + "/meeting"):
+            os._exit(3)
     return int(os.environ["RANK"]) * factor
 
 def main(backend, endpoint):
@@ -106,6 +108,7 @@ print(result.state.value, sorted(set(failure.exitcode for failure in result.fail
 @pytest.mark.parametrize("backend", ["c10d", "static"])
 def test_the_agent_in_place_of_torchs(launch: Launcher, backend: str) -> None:
     endpoint = "localhost:0" if backend == "c10d" else f"127.0.0.1:{free_port()}"
+    os.mkfifo(launch.folder / "meeting")
     job = launch.start(sys.executable, launch.write("program.py", TORCH_OBJECTS), backend, endpoint)
     assert job.end() == 0, job.story
     lines = job.output.decode().splitlines()

@@ -13,6 +13,8 @@ pytest.importorskip("torch")
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 TRAIN = str(ROOT / "examples" / "train.py")
+# Without this variable torchrun's workers meet in the store of the attempt that died, where some wait for the dead in vain.
+OWN_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 KILLED = ("--kill-rank=1", "--kill-step=34")
 
 
@@ -52,13 +54,12 @@ def test_killed_once(launch: Launcher, losses: dict[str, float]) -> None:
 
 
 def test_undisturbed_on_torchrun(launch: Launcher, losses: dict[str, float]) -> None:
-    _, outcome = train(launch, TORCHRUN)
+    _, outcome = train(launch, TORCHRUN, **OWN_STORE)
     assert outcome == {"attempt": 0, "loss": losses["undisturbed"]}
 
 
 def test_killed_once_on_torchrun(launch: Launcher, losses: dict[str, float]) -> None:
-    # Without this variable torchrun's workers meet in the store of the attempt that died, where some wait for the dead in vain.
-    attempts, outcome = train(launch, TORCHRUN, *KILLED, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+    attempts, outcome = train(launch, TORCHRUN, *KILLED, **OWN_STORE)
     # It may need another attempt even so; that one begins at a later checkpoint.
     assert attempts[1] == "attempt 1: 2 ranks from step 30 to 60"
     assert len(attempts) == outcome["attempt"] + 1
