@@ -84,11 +84,12 @@ def test_forked_workers_come_back_again_and_again(
 def test_a_worker_that_fails_while_its_peers_are_started_ends_the_attempt(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def start_one_by_one(_context: MultiprocessContext, processes: list[Any]) -> None:
-        for rank, process in enumerate(processes):
-            process.start()
-            if rank == 0:
-                process.join()
+    start = MultiprocessContext._start_processes
+
+    def start_one_by_one(context: MultiprocessContext, processes: list[Any]) -> None:
+        start(context, processes[:1])
+        processes[0].join()
+        start(context, processes[1:])
 
     def give_up(*_: object) -> None:
         raise TimeoutError("the agent does not notice")
