@@ -13,9 +13,11 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, final
 
 __all__ = [
+    "BeatSlot",
     "Command",
     "Engine",
     "Exit",
+    "Expiry",
     "ForkedError",
     "Group",
     "Guard",
@@ -24,6 +26,8 @@ __all__ = [
     "Survivor",
     "Tail",
     "TailReport",
+    "Watchdog",
+    "WatchdogCounts",
     "__version__",
     "arm_parent_death_signal",
 ]
@@ -264,6 +268,22 @@ class Engine:
             OSError: a file cannot be opened or created.
         """
 
+    def watchdog(self, path: str, *, evidence_s: float = 0.0, py_spy: str | None = None) -> Watchdog:
+        """Make the named pipe of a watchdog (``mkfifo(3)``, mode 0600) and the page of its heartbeats, ``path`` + ``.beats``.
+
+        A pipe that a dead server left at ``path`` is taken over, an empty regular file is replaced. Nothing is served before
+        :meth:`Watchdog.start`.
+
+        Args:
+            path: where the pipe is made.
+            evidence_s: seconds that gathering evidence may delay the signal of an expired timer, 60 at most; 0 gathers none.
+            py_spy: program to ask for the stacks of workers that have no dump of their own armed; ``None`` asks nobody.
+
+        Raises:
+            OSError: ``EADDRINUSE`` if a living process serves the pipe, ``EEXIST`` if ``path`` is a file with content, else what
+                the kernel said.
+        """
+
     def close(self, timeout_s: float = 5.0) -> bool:
         """End the thread; workers that still run get SIGKILL. ``False`` if it did not end within ``timeout_s``."""
 
@@ -290,3 +310,119 @@ class Guard:
 
 def arm_parent_death_signal(signal: int) -> None:
     """``prctl(PR_SET_PDEATHSIG)`` for the calling process: it gets ``signal`` when the *thread* that created it ends."""
+
+@final
+class Watchdog:
+    """Deadlines that processes set themselves through a named pipe; who misses one is signalled. See ``ferroelastic.timer``.
+
+    The engine thread reads the pipe, keeps the deadlines on the monotonic clock (a request names wall clock time, which is
+    converted when it is read, so that a step of the clock moves no deadline) and signals through a pidfd that was opened when the
+    process first asked. Only this process, its descendants and the process groups of its workers are ever signalled.
+    """
+
+    path: str
+    """The named pipe."""
+    def start(self) -> None:
+        """Begin to serve. Doing so again does nothing."""
+
+    def workers(self, workers: Sequence[tuple[int, str, str]]) -> None:
+        """Say which processes are workers: their evidence is gathered together when a timer of one of them expires.
+
+        Args:
+            workers: of each its pid, what to call it (``"rank 3"``) and the folder for its evidence, which exists. Replaces the former list.
+        """
+
+    def register(self, requests: Sequence[tuple[int, str, float, int]]) -> None:
+        """Take requests as if they had come through the pipe: pid, scope, expiration time (seconds since the epoch, negative releases), signal."""
+
+    def clear(self, pids: Sequence[int]) -> None:
+        """Forget all timers of these processes."""
+
+    def timers(self) -> list[tuple[int, str, float, int]]:
+        """The armed timers, in the form of :meth:`register`."""
+
+    def expiry(self, pid: int) -> Expiry | None:
+        """The last timer over which process ``pid`` was signalled (for a worker also one of its descendants' timers).
+
+        It is known before the signal is sent: whoever sees the process end can ask why.
+        """
+
+    def counts(self) -> WatchdogCounts:
+        """What was received so far."""
+
+    def last_request_s(self, pid: int) -> float | None:
+        """Seconds since the last request or beat of process ``pid``; ``None`` if there was none or it has ended."""
+
+    def overdue_s(self) -> float:
+        """Seconds for which the oldest missed deadline has been waiting for its process to end; 0 if none is."""
+
+    def next_expiries(self) -> list[Expiry]:
+        """Block until timers have expired and been dealt with. Empty once the watchdog is closed and everything was reported."""
+
+    def drain(self) -> None:
+        """Read what is in the pipe and deal with what has expired, then return."""
+
+    def close(self) -> None:
+        """Stop to serve and remove the pipe and the page of heartbeats. Doing so again does nothing."""
+
+@final
+class WatchdogCounts:
+    """What a watchdog has received."""
+
+    requests: int
+    """Requests that were understood."""
+    broken: int
+    """Lines that were torn, not JSON, without a needed field, or with a value out of range."""
+    oversized: int
+    """Lines longer than ``PIPE_BUF``."""
+    unknown_version: int
+    """Requests of another version of the wire format."""
+    refused: int
+    """Timers over the limit of 65,536, and heartbeats whose slot is not their process's own."""
+    expired: int
+    """Timers that expired."""
+    armed: int
+    """Timers that are armed now."""
+    last_broken: str
+    """The newest line that was not understood and why, shortened; empty if there was none."""
+
+@final
+class Expiry:
+    """A timer that expired, and what was done."""
+
+    pid: int
+    scope: str
+    expiration_time: float
+    """Seconds since the epoch, as the process gave it; for a heartbeat, last beat plus timeout."""
+    signal: int
+    """The signal that was asked for; 0 or less asks for none."""
+    late_ns: int
+    """From the deadline to the decision."""
+    signalled_ns: int
+    """``CLOCK_MONOTONIC`` just before the signal; 0 if none was sent."""
+    outcome: Literal["signalled", "no signal", "gone", "not ours", "denied"]
+    """What became of it. ``not ours``: the process is none of this agent's, and is left alone."""
+    worker: int
+    """Pid of the worker that the process is or descends from; 0 if none was named."""
+    evidence: list[str]
+    """Files with evidence, the process's own worker first."""
+
+@final
+class BeatSlot:
+    """A word of shared memory by which a process shows that it is alive.
+
+    Args:
+        path: the page of heartbeats, made by :meth:`Engine.watchdog`.
+
+    Raises:
+        OSError: there is no such page (``ENOENT``), or all its slots are taken (``ENOSPC``).
+    """
+
+    def __new__(cls, path: str) -> BeatSlot: ...
+    index: int
+    """Position in the page; the request that arms the heartbeat names it."""
+    def beat(self) -> None:
+        """Store the time (``CLOCK_MONOTONIC``). No system call, no lock."""
+
+    def close(self) -> None:
+        """Give the slot back. Later beats do nothing."""

@@ -14,6 +14,7 @@ pub mod error;
 pub mod logs;
 pub mod supervise;
 pub mod sys;
+pub mod watchdog;
 
 pub use engine::{Engine, Group, Tail};
 pub use error::{Error, Result, SpawnError};

@@ -8,6 +8,7 @@ use ferroelastic_core::logs::TailSpec;
 use ferroelastic_core::sys::fd;
 use ferroelastic_core::sys::probe::Support;
 use ferroelastic_core::sys::spawn::{self, Stdio};
+use ferroelastic_core::watchdog::Config;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
@@ -15,6 +16,7 @@ use crate::convert::{c_string, span};
 use crate::errors::{detached, os, to_python};
 use crate::group::Group;
 use crate::tail::Tail;
+use crate::watchdog::Watchdog;
 
 /// How to start one process.
 #[pyclass(frozen, module = "ferroelastic._rust")]
@@ -111,6 +113,12 @@ impl Engine {
             only_lines_with: only_lines_with.into_iter().map(String::into_bytes).collect(),
         };
         detached(py, || self.0.tail(spec)).map(Tail::new)
+    }
+
+    #[pyo3(signature = (path, *, evidence_s=0.0, py_spy=None))]
+    fn watchdog(&self, py: Python<'_>, path: PathBuf, evidence_s: f64, py_spy: Option<PathBuf>) -> PyResult<Watchdog> {
+        let config = Config { path, evidence: span("evidence_s", evidence_s)?, py_spy };
+        detached(py, || self.0.watchdog(config)).map(Watchdog::new)
     }
 
     #[pyo3(signature = (timeout_s=5.0))]

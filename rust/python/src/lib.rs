@@ -8,6 +8,7 @@ mod errors;
 mod group;
 mod guard;
 mod tail;
+mod watchdog;
 
 use pyo3::prelude::*;
 
@@ -31,6 +32,8 @@ mod _rust {
     use super::guard::Guard;
     #[pymodule_export]
     use super::tail::{Tail, TailReport};
+    #[pymodule_export]
+    use super::watchdog::{BeatSlot, Expiry, Watchdog, WatchdogCounts};
 
     #[pymodule_export]
     #[allow(non_upper_case_globals, reason = "the name is Python's")]

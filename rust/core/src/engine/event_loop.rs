@@ -2,8 +2,8 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::processes::{GroupEntry, Process, Reaper};
@@ -19,6 +19,7 @@ use crate::sys::spawn::{Command, SpawnStack, spawn};
 use crate::sys::timer::Timer;
 use crate::sys::wait::{Block, Collect, Status, Usage, wait};
 use crate::sys::wake::WakeFd;
+use crate::watchdog::{Server, Tokens};
 
 /// What a registration in the poller belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,10 +29,14 @@ enum Token {
     Notifier,
     Process(u64),
     Console(u64),
+    Fifo(u64),
+    TimerClient { watchdog: u64, pid: u64 },
 }
 
 impl Token {
     const KIND_SHIFT: u32 = 56;
+    /// A pid takes 22 bits on Linux; the watchdog's number is above them.
+    const PID_BITS: u32 = 32;
 
     fn pack(self) -> u64 {
         let (kind, id) = match self {
@@ -40,6 +45,8 @@ impl Token {
             Self::Notifier => (2, 0),
             Self::Process(id) => (3, id),
             Self::Console(id) => (4, id),
+            Self::Fifo(id) => (5, id),
+            Self::TimerClient { watchdog, pid } => (6, watchdog << Self::PID_BITS | pid),
         };
         kind << Self::KIND_SHIFT | id
     }
@@ -51,7 +58,9 @@ impl Token {
             1 => Self::Timer,
             2 => Self::Notifier,
             3 => Self::Process(id),
-            _ => Self::Console(id),
+            4 => Self::Console(id),
+            5 => Self::Fifo(id),
+            _ => Self::TimerClient { watchdog: id >> Self::PID_BITS, pid: id & ((1 << Self::PID_BITS) - 1) },
         }
     }
 }
@@ -60,6 +69,8 @@ impl Token {
 pub(super) struct EventLoop {
     inbox: Receiver<Request>,
     to_self: Sender<Request>,
+    /// The same for the threads that wait for exits.
+    ended: Arc<Mutex<Sender<Request>>>,
     wake: Arc<WakeFd>,
     poller: Poller,
     timer: Timer,
@@ -70,6 +81,7 @@ pub(super) struct EventLoop {
     processes: HashMap<u64, (u64, usize)>,
     tails: Tails,
     finishing_tails: HashMap<u64, Reply<TailReport>>,
+    watchdogs: BTreeMap<u64, Server>,
     last_id: u64,
     closing: bool,
 }
@@ -89,6 +101,7 @@ impl EventLoop {
         watched.map_err(|source| Error::os("watch", "the engine's own descriptors", source))?;
         Ok(Self {
             inbox,
+            ended: Arc::new(Mutex::new(to_self.clone())),
             to_self,
             wake,
             poller,
@@ -99,6 +112,7 @@ impl EventLoop {
             processes: HashMap::new(),
             tails: Tails::new(Token::Notifier.pack()),
             finishing_tails: HashMap::new(),
+            watchdogs: BTreeMap::new(),
             last_id: 0,
             closing: false,
         })
@@ -129,8 +143,7 @@ impl EventLoop {
         let mut ready = Vec::new();
         while !(self.closing && self.groups.values().all(|group| group.is_over() || group.processes.is_empty())) {
             let poll_failed = |source| Error::os("wait for", "events", source);
-            let next =
-                self.groups.values().filter_map(|group| group.state.next_tick()).chain(self.tails.next_tick()).min();
+            let next = self.next_tick();
             self.timer.set(next).map_err(poll_failed)?;
             ready.clear();
             self.poller.wait(!self.tails.is_busy(), &mut ready).map_err(poll_failed)?;
@@ -141,9 +154,20 @@ impl EventLoop {
                     Token::Timer => self.timer.drain(),
                     Token::Notifier => self.tails.notified(),
                     Token::Console(tail) => self.tails.console_ready(tail, &self.poller),
+                    Token::Fifo(id) => {
+                        if let Some(watchdog) = self.watchdogs.get_mut(&id) {
+                            watchdog.readable(&self.poller);
+                        }
+                    }
+                    Token::TimerClient { watchdog, pid } => {
+                        if let (Some(watchdog), Ok(pid)) = (self.watchdogs.get_mut(&watchdog), pid.try_into()) {
+                            watchdog.client_ended(pid, &self.poller);
+                        }
+                    }
                     Token::Process(_) => {}
                 }
             }
+            self.watch();
             let now = Instant::now();
             for group in self.groups.values_mut() {
                 if group.state.next_tick().is_some_and(|at| at <= now) {
@@ -193,10 +217,42 @@ impl EventLoop {
     }
 
     fn note_ended(&mut self, id: u64, ended: Vec<Ended>) {
+        for watchdog in self.watchdogs.values_mut() {
+            for ended in &ended {
+                watchdog.client_ended(ended.pid, &self.poller);
+            }
+        }
         if let Some(group) = self.groups.get_mut(&id) {
             group.step(Instant::now(), Event::Ended(ended));
         }
         self.forget_released(id);
+    }
+
+    fn next_tick(&mut self) -> Option<Instant> {
+        let groups = self.groups.values().filter_map(|group| group.state.next_tick());
+        let watchdogs = self.watchdogs.values_mut().filter_map(Server::next_tick);
+        groups.chain(self.tails.next_tick()).chain(watchdogs).min()
+    }
+
+    /// Deals with expired timers.
+    fn watch(&mut self) {
+        if self.watchdogs.is_empty() {
+            return;
+        }
+        let now = Moment::now();
+        for (id, watchdog) in &mut self.watchdogs {
+            let Some(gather) = watchdog.pump(now) else { continue };
+            let (watchdog_id, to_engine, wake) = (*id, self.to_self.clone(), Arc::clone(&self.wake));
+            let nothing = gather.nothing();
+            let gathering = move || {
+                let gathered = gather.run();
+                let _ = to_engine.send(Request::Gathered { watchdog: watchdog_id, gathered });
+                wake.wake();
+            };
+            if std::thread::Builder::new().name("ferro-evidence".into()).spawn(gathering).is_err() {
+                watchdog.gathered(&nothing);
+            }
+        }
     }
 
     fn serve_requests(&mut self) {
@@ -250,6 +306,32 @@ impl EventLoop {
                 self.finishing_tails.insert(tail, reply);
             }
             Request::DropTail { tail } => self.tails.drop_tail(tail, &self.poller),
+            Request::Watch { config, files, reports, reply } => {
+                let id = self.next_id();
+                let clients = Token::TimerClient { watchdog: id, pid: 0 }.pack();
+                let tokens = Tokens { fifo: Token::Fifo(id).pack(), clients };
+                self.watchdogs.insert(id, Server::new(config, files, tokens, self.support, reports));
+                let _ = reply.send(id);
+            }
+            Request::Watchdog { id, work } => {
+                if let Some(watchdog) = self.watchdogs.get_mut(&id) {
+                    work(watchdog, &self.poller);
+                }
+                self.watch();
+            }
+            Request::Gathered { watchdog, gathered } => {
+                if let Some(watchdog) = self.watchdogs.get_mut(&watchdog) {
+                    watchdog.gathered(&gathered);
+                }
+            }
+            Request::Unwatch { id, reply } => {
+                if let Some(mut watchdog) = self.watchdogs.remove(&id) {
+                    watchdog.stop(&self.poller);
+                }
+                if let Some(reply) = reply {
+                    let _ = reply.send(());
+                }
+            }
             Request::Close { kill_wait } => {
                 self.closing = true;
                 self.kill_everybody(kill_wait);
@@ -336,7 +418,7 @@ impl EventLoop {
     /// Without pidfds: one thread that blocks in `waitid` until the process has ended, and leaves the zombie.
     fn wait_in_a_thread(&self, process: &Process) -> std::io::Result<()> {
         let (id, pid) = (process.id, process.leader.pid());
-        let (to_engine, wake) = (self.to_self.clone(), Arc::clone(&self.wake));
+        let (to_engine, wake) = (Arc::clone(&self.ended), Arc::clone(&self.wake));
         let waiting = move || {
             let (status, usage) = loop {
                 match wait(pid, Collect::Observe, Block::Yes) {
@@ -345,8 +427,11 @@ impl EventLoop {
                     Err(_) => break (Status::Unknown, Usage::default()),
                 }
             };
+            // The time is taken under the lock: exits arrive in the order of their times.
+            let to_engine = to_engine.lock().unwrap_or_else(PoisonError::into_inner);
             let at = Moment::now();
             let _ = to_engine.send(Request::Ended { process: id, status, usage, at });
+            drop(to_engine);
             wake.wake();
         };
         let builder = std::thread::Builder::new().name("ferro-wait".into()).stack_size(64 * 1024);

@@ -18,7 +18,7 @@ use crate::sys::wake::WakeFd;
 
 /// The line to the engine thread. In a forked child, where that thread does not exist, it refuses work and its drop only closes.
 #[derive(Debug)]
-struct Line {
+pub(super) struct Line {
     owner: u32,
     wake: Arc<WakeFd>,
     /// `None` only while it is dropped.
@@ -33,7 +33,7 @@ struct Ends {
 }
 
 impl Line {
-    fn check_owner(&self) -> Result<()> {
+    pub(super) fn check_owner(&self) -> Result<()> {
         let here = std::process::id();
         if here == self.owner {
             return Ok(());
@@ -46,13 +46,13 @@ impl Line {
         self.ends.as_ref().ok_or(Error::Closed)
     }
 
-    fn tell(&self, request: Request) -> Result<()> {
+    pub(super) fn tell(&self, request: Request) -> Result<()> {
         self.ends()?.requests.send(request).map_err(|_| Error::Closed)?;
         self.wake.wake();
         Ok(())
     }
 
-    fn ask<T>(&self, request: impl FnOnce(Reply<T>) -> Request) -> Result<T> {
+    pub(super) fn ask<T>(&self, request: impl FnOnce(Reply<T>) -> Request) -> Result<T> {
         let (reply, answer) = sync_channel(1);
         self.tell(request(reply))?;
         answer.recv().map_err(|_| Error::Closed)
@@ -102,6 +102,10 @@ impl Engine {
             ends: Some(Ends { requests, thread: Mutex::new(Some(thread)), finished: Mutex::new(finished) }),
         };
         Ok(Self { line: Arc::new(line), support })
+    }
+
+    pub(super) fn line(&self) -> &Arc<Line> {
+        &self.line
     }
 
     /// What the engine makes use of.

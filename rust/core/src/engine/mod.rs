@@ -9,6 +9,8 @@ mod handle;
 mod processes;
 mod request;
 mod view;
+mod watchdog;
 
 pub use handle::{Engine, Group, Tail};
 pub use view::{StopReport, Survivor, Wake};
+pub use watchdog::Watchdog;

@@ -7,11 +7,15 @@ use std::sync::mpsc::SyncSender;
 use std::time::Duration;
 
 use super::view::View;
+use super::watchdog::Work;
 use crate::error::Result;
 use crate::logs::{TailReport, TailSpec};
 use crate::supervise::{Event, Moment};
+use crate::sys::beats::Page;
+use crate::sys::fifo::Fifo;
 use crate::sys::spawn::Command;
 use crate::sys::wait::{Status, Usage};
+use crate::watchdog::{Config, Gathered, Reports};
 
 /// Where an answer goes; it has room for it, so that the engine thread never waits to give one.
 pub(super) type Reply<T> = SyncSender<T>;
@@ -72,6 +76,27 @@ pub(super) enum Request {
     },
     DropTail {
         tail: u64,
+    },
+    /// A watchdog, its files already made.
+    Watch {
+        config: Config,
+        files: (Fifo, Page),
+        reports: Arc<Reports>,
+        reply: Reply<u64>,
+    },
+    /// Something to do to a watchdog.
+    Watchdog {
+        id: u64,
+        work: Work,
+    },
+    /// Evidence that a thread has gathered.
+    Gathered {
+        watchdog: u64,
+        gathered: Gathered,
+    },
+    Unwatch {
+        id: u64,
+        reply: Option<Reply<()>>,
     },
     Close {
         kill_wait: Duration,

@@ -1,8 +1,11 @@
 //! Safe wrappers over the kernel: the only place for `unsafe` and raw system calls.
 
+pub mod beats;
 pub mod console;
 pub mod fd;
+pub mod fifo;
 pub mod guard;
+pub mod net;
 pub mod notify;
 pub mod poller;
 pub mod probe;
@@ -11,5 +14,6 @@ pub mod procfs;
 pub mod sigmask;
 pub mod spawn;
 pub mod timer;
+pub mod usage;
 pub mod wait;
 pub mod wake;

@@ -45,6 +45,12 @@ impl Leader {
         Ok(Self::spawned(pid, pidfd, support))
     }
 
+    /// A second hold on the same process.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        let pidfd = self.pidfd.as_ref().map(OwnedFd::try_clone).transpose()?;
+        Ok(Self { pid: self.pid, pidfd, group_signals: self.group_signals })
+    }
+
     /// Process id.
     #[must_use]
     pub fn pid(&self) -> i32 {

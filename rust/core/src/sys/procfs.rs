@@ -9,8 +9,14 @@ pub struct Stat {
     pub pid: i32,
     /// State letter: `R`, `S`, `D`, `T`, `Z` …
     pub state: char,
+    /// Parent process id.
+    pub parent: i32,
     /// Process group id.
     pub group: i32,
+    /// Session id.
+    pub session: i32,
+    /// When it was started, in clock ticks since boot: with the pid it names a process uniquely.
+    pub started: u64,
 }
 
 impl Stat {
@@ -27,9 +33,11 @@ pub fn parse_stat(line: &str) -> Option<Stat> {
     let pid = line.split_once(' ')?.0.parse().ok()?;
     let mut fields = line.rsplit_once(')')?.1.split_ascii_whitespace();
     let state = fields.next()?.chars().next()?;
-    let _parent = fields.next()?;
+    let parent = fields.next()?.parse().ok()?;
     let group = fields.next()?.parse().ok()?;
-    Some(Stat { pid, state, group })
+    let session = fields.next()?.parse().ok()?;
+    let started = fields.nth(15)?.parse().ok()?;
+    Some(Stat { pid, state, parent, group, session, started })
 }
 
 /// State of one process, or `None` if it does not exist.
@@ -67,13 +75,14 @@ mod tests {
 
     #[test]
     fn a_command_with_spaces_and_parentheses_does_not_shift_the_fields() {
-        let line = "4711 (a) b (c) D 1 4700 4699 0 -1 4194560";
-        assert_eq!(parse_stat(line), Some(Stat { pid: 4711, state: 'D', group: 4700 }));
+        let line = "4711 (a) b (c) D 1 4700 4699 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 987 4096";
+        let expected = Stat { pid: 4711, state: 'D', parent: 1, group: 4700, session: 4699, started: 987 };
+        assert_eq!(parse_stat(line), Some(expected));
     }
 
     #[test]
     fn broken_lines_are_refused() {
-        for line in ["", "x", "1 (a", "1 (a)", "1 (a) S", "1 (a) S 1", "1 (a) S 1 x"] {
+        for line in ["", "x", "1 (a", "1 (a)", "1 (a) S", "1 (a) S 1", "1 (a) S 1 x", "1 (a) S 1 2 3"] {
             assert_eq!(parse_stat(line), None, "{line:?}");
         }
     }

@@ -1,0 +1,138 @@
+//! A handle on a watchdog of the engine.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::mpsc::sync_channel;
+use std::time::{Duration, Instant};
+
+use super::handle::{Engine, Line};
+use super::request::Request;
+use crate::error::{Error, Result};
+use crate::supervise::Moment;
+use crate::sys::poller::Poller;
+use crate::watchdog::{Config, Counts, Expiry, Reports, Server, WorkerProcess, make_files, wire};
+
+/// What is done to a watchdog on the engine thread.
+pub(super) type Work = Box<dyn FnOnce(&mut Server, &Poller) + Send>;
+
+/// A named pipe through which processes set themselves deadlines. Ends when it is dropped.
+#[derive(Debug)]
+pub struct Watchdog {
+    line: Arc<Line>,
+    id: u64,
+    config: Config,
+    reports: Arc<Reports>,
+}
+
+impl Engine {
+    /// Makes the named pipe of a watchdog. Nothing is served before [`Watchdog::start`].
+    pub fn watchdog(&self, config: Config) -> Result<Watchdog> {
+        let line = self.line();
+        line.check_owner()?;
+        let files = make_files(&config.path)?;
+        let reports = Arc::new(Reports::new()?);
+        let (theirs, set_up) = (Arc::clone(&reports), config.clone());
+        let id = line.ask(|reply| Request::Watch { config: set_up, files, reports: theirs, reply })?;
+        Ok(Watchdog { line: Arc::clone(line), id, config, reports })
+    }
+}
+
+impl Watchdog {
+    /// Runs `work` on the engine thread and waits for its result.
+    fn ask<T: Send + 'static>(&self, work: impl FnOnce(&mut Server, &Poller) -> T + Send + 'static) -> Result<T> {
+        let (reply, answer) = sync_channel(1);
+        let work: Work = Box::new(move |server, poller| {
+            let _ = reply.send(work(server, poller));
+        });
+        self.line.tell(Request::Watchdog { id: self.id, work })?;
+        // The work is dropped with the watchdog if that is closed.
+        answer.recv().map_err(|_| Error::Closed)
+    }
+
+    /// The path of the pipe.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.config.path
+    }
+
+    /// Begins to serve, or makes the pipe anew if somebody has removed it.
+    pub fn start(&self) -> Result<()> {
+        self.ask(Server::start)?
+    }
+
+    /// Names the workers, in place of the former ones.
+    pub fn set_workers(&self, workers: Vec<WorkerProcess>) -> Result<()> {
+        self.ask(move |server, _| server.set_workers(workers))
+    }
+
+    /// Takes requests that did not come through the pipe.
+    pub fn register(&self, requests: Vec<wire::Request>) -> Result<()> {
+        self.ask(move |server, poller| {
+            let now = Moment::now();
+            for request in requests {
+                server.accept(request, now, poller);
+            }
+        })
+    }
+
+    /// Forgets all timers of these processes.
+    pub fn clear(&self, pids: Vec<i32>) -> Result<()> {
+        self.ask(move |server, _| pids.into_iter().for_each(|pid| server.clear(pid)))
+    }
+
+    /// The armed timers, in no order.
+    pub fn timers(&self) -> Result<Vec<wire::Request>> {
+        self.ask(|server, _| server.timers())
+    }
+
+    /// What was received.
+    pub fn counts(&self) -> Result<Counts> {
+        self.ask(|server, _| server.counts())
+    }
+
+    /// How long ago a process was last heard of; `None` if never, or if it has ended.
+    pub fn last_heard(&self, pid: i32) -> Result<Option<Duration>> {
+        self.ask(move |server, _| server.last_heard(pid, Moment::now()))
+    }
+
+    /// How long the oldest missed deadline has been waiting for its process to end.
+    pub fn overdue(&self) -> Result<Duration> {
+        self.ask(|server, _| server.overdue(Instant::now()))
+    }
+
+    /// Reads what is in the pipe and deals with what has expired.
+    pub fn drain(&self) -> Result<()> {
+        self.ask(Server::drain)?;
+        // The engine has dealt with what has expired before it serves the next request.
+        self.ask(|_, _| ())
+    }
+
+    /// The last timer over which a process was signalled.
+    pub fn cause(&self, pid: i32) -> Result<Option<Expiry>> {
+        self.line.check_owner()?;
+        Ok(self.reports.cause(pid))
+    }
+
+    /// Blocks until timers have expired and were dealt with; empty once the watchdog is closed.
+    pub fn next_expiries(&self) -> Result<Vec<Expiry>> {
+        self.line.check_owner()?;
+        self.reports.next()
+    }
+
+    /// Stops to serve and removes the pipe.
+    pub fn close(&self) -> Result<()> {
+        let (reply, answer) = sync_channel(1);
+        match self.line.tell(Request::Unwatch { id: self.id, reply: Some(reply) }) {
+            // A closed engine has closed its watchdogs.
+            Ok(()) => answer.recv().or(Ok(())),
+            Err(Error::Closed) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+impl Drop for Watchdog {
+    fn drop(&mut self) {
+        let _ = self.line.tell(Request::Unwatch { id: self.id, reply: None });
+    }
+}

@@ -1,0 +1,193 @@
+//! Listening for TCP connections: non-blocking, closed on exec, no SIGPIPE.
+
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+
+use rustix::net::{
+    AddressFamily, RecvFlags, SendFlags, Shutdown, SocketFlags, SocketType, accept_with, bind, getsockname, listen,
+    recv, send, shutdown, socket_with, sockopt,
+};
+
+/// Connections that the kernel completes before they are accepted; it takes the least of this and `somaxconn`.
+const BACKLOG: i32 = 4096;
+
+/// A socket that listens.
+#[derive(Debug)]
+pub struct Listener {
+    fd: OwnedFd,
+    address: SocketAddr,
+}
+
+impl Listener {
+    /// Listens on `address`; port 0 takes a free one.
+    ///
+    /// An address that a process has just left can be had again at once. The IPv6 address `::` takes IPv4 as well.
+    pub fn bind(address: SocketAddr) -> io::Result<Self> {
+        let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+        let fd = socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK, None)?;
+        sockopt::set_socket_reuseaddr(&fd, true)?;
+        if address.is_ipv6() {
+            sockopt::set_ipv6_v6only(&fd, false)?;
+        }
+        bind(&fd, &address)?;
+        listen(&fd, BACKLOG)?;
+        let address = SocketAddr::try_from(getsockname(&fd)?)?;
+        Ok(Self { fd, address })
+    }
+
+    /// Where it listens, with the port that was taken.
+    #[must_use]
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// The next connection; `WouldBlock` if there is none.
+    pub fn accept(&self) -> io::Result<Stream> {
+        Ok(Stream(accept_with(&self.fd, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK)?))
+    }
+
+    /// What a process forked from this one inherits, for it to close.
+    #[must_use]
+    pub fn inherited(&self) -> InheritedListener {
+        InheritedListener { number: self.fd.as_raw_fd(), address: self.address }
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        // A forked child may hold a copy, which would go on to take connections that nobody accepts.
+        let _ = shutdown(&self.fd, Shutdown::Both);
+    }
+}
+
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+/// The copy of a listener in a forked child, where the thread that owns it does not exist.
+#[derive(Clone, Copy, Debug)]
+pub struct InheritedListener {
+    number: RawFd,
+    address: SocketAddr,
+}
+
+impl InheritedListener {
+    /// Closes the copy, unless its number belongs to something else by now.
+    ///
+    /// To be called in the forked child only: in the parent the descriptor has its owner.
+    pub fn close_in_child(self) {
+        // SAFETY: only passed to getsockname and getsockopt, which say EBADF for a number that is not open.
+        let borrowed = unsafe { BorrowedFd::borrow_raw(self.number) };
+        let address = getsockname(borrowed).ok().and_then(|address| SocketAddr::try_from(address).ok());
+        if address == Some(self.address) && matches!(sockopt::socket_acceptconn(borrowed), Ok(true)) {
+            // SAFETY: it is the listener. Its owner is a thread of the parent, so nobody in this process closes it a second time.
+            drop(unsafe { OwnedFd::from_raw_fd(self.number) });
+        }
+    }
+}
+
+/// One accepted connection.
+#[derive(Debug)]
+pub struct Stream(OwnedFd);
+
+impl Stream {
+    /// Bytes that have come in, 0 at the end; `WouldBlock` if there are none yet.
+    pub fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
+        loop {
+            match recv(&self.0, &mut *buffer, RecvFlags::empty()) {
+                Ok((read, _)) => return Ok(read),
+                Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    /// Sends as much as there is room for; `WouldBlock` if there is none.
+    pub fn write(&self, bytes: &[u8]) -> io::Result<usize> {
+        loop {
+            match send(&self.0, bytes, SendFlags::NOSIGNAL) {
+                Ok(sent) => return Ok(sent),
+                Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    /// Tells the peer that nothing more comes.
+    pub fn finish_writing(&self) {
+        // Fails only where the peer is gone, which the next read tells.
+        let _ = shutdown(&self.0, Shutdown::Write);
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        // A forked child may hold a copy, which would keep the connection open.
+        let _ = shutdown(&self.0, Shutdown::Both);
+    }
+}
+
+impl AsFd for Stream {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn both_families_listen_and_say_where() {
+        for host in ["127.0.0.1:0", "[::1]:0", "0.0.0.0:0", "[::]:0"] {
+            let listener = Listener::bind(host.parse().expect("an address")).expect(host);
+            assert_ne!(listener.address().port(), 0, "{host}");
+            let port = listener.address().port();
+            let nobody = listener.accept().expect_err("no connection");
+            assert_eq!(nobody.kind(), io::ErrorKind::WouldBlock);
+            let to = if host.contains("::1") { "::1" } else { "127.0.0.1" };
+            std::net::TcpStream::connect((to, port)).expect("connect");
+            listener.accept().expect("a connection");
+        }
+    }
+
+    #[test]
+    fn a_port_that_is_taken_is_refused_and_free_again_after_a_drop() {
+        let listener = Listener::bind("127.0.0.1:0".parse().expect("an address")).expect("bind");
+        let address = listener.address();
+        let refused = Listener::bind(address).expect_err("taken");
+        assert_eq!(refused.kind(), io::ErrorKind::AddrInUse);
+        drop(listener);
+        Listener::bind(address).expect("free");
+    }
+
+    #[test]
+    fn a_dropped_listener_takes_no_connections_through_a_copy() {
+        let listener = Listener::bind("127.0.0.1:0".parse().expect("an address")).expect("bind");
+        let address = listener.address();
+        let copy = listener.as_fd().try_clone_to_owned().expect("dup");
+        drop(listener);
+        assert!(std::net::TcpStream::connect(address).is_err());
+        Listener::bind(address).expect("free, although the copy is open");
+        drop(copy);
+    }
+
+    #[test]
+    fn a_forked_copy_is_closed_by_its_number_and_nothing_else_is() {
+        let listener = Listener::bind("127.0.0.1:0".parse().expect("an address")).expect("bind");
+        // In place of a fork: a second descriptor of the same socket, which this test does not own any more.
+        let copy = listener.as_fd().try_clone_to_owned().expect("dup");
+        let number = std::os::fd::IntoRawFd::into_raw_fd(copy);
+        let inherited = InheritedListener { number, address: listener.address() };
+        inherited.close_in_child();
+        assert!(!std::path::Path::new(&format!("/proc/self/fd/{number}")).exists());
+        // The number is free or somebody else's now.
+        inherited.close_in_child();
+        let other = std::net::TcpListener::bind("127.0.0.1:0").expect("bind");
+        InheritedListener { number: other.as_raw_fd(), address: listener.address() }.close_in_child();
+        other.local_addr().expect("still open");
+    }
+}

@@ -1,0 +1,145 @@
+//! The processes that have timers: who they are, held so that a signal hits them or nobody.
+
+use std::collections::HashMap;
+use std::io;
+use std::time::Instant;
+
+use crate::sys::poller::wait_readable;
+use crate::sys::probe::Support;
+use crate::sys::process::Leader;
+use crate::sys::procfs::{self, Stat};
+
+/// What a process is to this one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kin {
+    /// This process itself, a descendant, or a member of a worker's session. With the worker, if one was named.
+    Ours {
+        /// Its pid, or 0.
+        worker: i32,
+    },
+    /// Somebody else's: never signalled.
+    Foreign,
+}
+
+/// A process that has timers.
+#[derive(Debug)]
+pub(crate) struct Client {
+    /// `None` for a foreign process: no descriptor is spent on it.
+    hold: Option<Leader>,
+    /// For systems without pidfds: the pid still names the process as long as this is the same.
+    started: u64,
+    pub(crate) kin: Kin,
+    pub(crate) last_request: Instant,
+}
+
+impl Client {
+    /// Takes hold of a process. The descriptor comes first: what is found out about the pid after that is about this very process.
+    fn open(pid: i32, now: Instant, support: Support, is_worker: &dyn Fn(i32) -> bool) -> io::Result<Self> {
+        let hold = Leader::open(pid, support)?;
+        let Some(stat) = procfs::stat(pid).filter(|stat| !stat.is_dead()) else {
+            return Err(io::Error::from_raw_os_error(libc::ESRCH));
+        };
+        let kin = kin_of(stat, is_worker);
+        let hold = (kin != Kin::Foreign).then_some(hold);
+        Ok(Self { hold, started: stat.started, kin, last_request: now })
+    }
+
+    /// Signals the process that asked, or nobody. `false` if it has ended.
+    pub(crate) fn signal(&self, signal: i32) -> io::Result<bool> {
+        let Some(hold) = &self.hold else { return Ok(false) };
+        if hold.pidfd().is_none() && procfs::stat(hold.pid()).is_none_or(|stat| stat.started != self.started) {
+            return Ok(false);
+        }
+        let delivered = hold.signal(signal)?;
+        if delivered && hold.is_stopped() {
+            let _ = hold.signal(libc::SIGCONT);
+        }
+        Ok(delivered)
+    }
+
+    pub(crate) fn hold(&self) -> Option<&Leader> {
+        self.hold.as_ref()
+    }
+
+    /// Whether the process has ended, for what its pidfd says. Without one: whether the pid means something else by now.
+    pub(crate) fn has_ended(&self, pid: i32) -> bool {
+        match self.hold.as_ref().and_then(Leader::pidfd) {
+            Some(pidfd) => matches!(wait_readable([Some(&pidfd)], Some(std::time::Duration::ZERO)), Ok([true])),
+            None => procfs::stat(pid).is_none_or(|stat| stat.is_dead() || stat.started != self.started),
+        }
+    }
+}
+
+/// Follows the parents up to this process. A process whose parents have gone is known by its session.
+fn kin_of(stat: Stat, is_worker: &dyn Fn(i32) -> bool) -> Kin {
+    const DEEPEST: usize = 64;
+    let me = i32::try_from(std::process::id()).unwrap_or(0);
+    let mut worker = if is_worker(stat.session) { stat.session } else { 0 };
+    let mut ours = worker > 0;
+    let mut next = Some(stat);
+    for _ in 0..DEEPEST {
+        let Some(process) = next else { break };
+        if is_worker(process.pid) {
+            worker = process.pid;
+        }
+        if process.pid == me || worker > 0 {
+            ours = true;
+            break;
+        }
+        next = if process.parent > 1 { procfs::stat(process.parent) } else { None };
+    }
+    if ours { Kin::Ours { worker } } else { Kin::Foreign }
+}
+
+/// All processes that have timers.
+#[derive(Debug)]
+pub(crate) struct Clients {
+    by_pid: HashMap<i32, Client>,
+    support: Support,
+}
+
+impl Clients {
+    pub(crate) fn new(support: Support) -> Self {
+        Self { by_pid: HashMap::new(), support }
+    }
+
+    /// The client with this pid, taken hold of if it is new (second value). `ESRCH` if there is no such process.
+    pub(crate) fn known(
+        &mut self,
+        pid: i32,
+        now: Instant,
+        is_worker: &dyn Fn(i32) -> bool,
+    ) -> io::Result<(&mut Client, bool)> {
+        use std::collections::hash_map::Entry;
+
+        match self.by_pid.entry(pid) {
+            Entry::Occupied(known) => Ok((known.into_mut(), false)),
+            Entry::Vacant(place) => Ok((place.insert(Client::open(pid, now, self.support, is_worker)?), true)),
+        }
+    }
+
+    /// The workers are others now: who belongs to whom is found out anew.
+    pub(crate) fn look_again(&mut self, is_worker: &dyn Fn(i32) -> bool) {
+        for (pid, client) in &mut self.by_pid {
+            if client.hold.is_some()
+                && !client.has_ended(*pid)
+                && let Some(stat) = procfs::stat(*pid)
+                && let kin @ Kin::Ours { .. } = kin_of(stat, is_worker)
+            {
+                client.kin = kin;
+            }
+        }
+    }
+
+    pub(crate) fn get(&self, pid: i32) -> Option<&Client> {
+        self.by_pid.get(&pid)
+    }
+
+    pub(crate) fn remove(&mut self, pid: i32) -> Option<Client> {
+        self.by_pid.remove(&pid)
+    }
+
+    pub(crate) fn drain(&mut self) -> impl Iterator<Item = (i32, Client)> + '_ {
+        self.by_pid.drain()
+    }
+}

@@ -1,0 +1,525 @@
+//! The watchdog on the engine thread: reads the pipe, keeps the deadlines, signals who has missed one.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::clients::{Clients, Kin};
+use super::deadlines::{Clocks, Deadlines, Timer};
+use super::evidence::{Subject, gather};
+use super::lines::Lines;
+use super::report::{Counts, Expiry, Outcome, Reports};
+use super::wire::{Broken, Request, parse};
+use crate::error::{Error, Result};
+use crate::supervise::Moment;
+use crate::sys::beats::Page;
+use crate::sys::fifo::Fifo;
+use crate::sys::poller::{Interest, Poller};
+use crate::sys::probe::Support;
+use crate::sys::process::Leader;
+
+/// What is read from the pipe before the engine looks at its other work.
+const CHUNK: usize = 64 * 1024;
+/// What [`Server::drain`] reads at most: a crowd of writers must not keep it.
+const MOST_DRAINED: usize = 4 << 20;
+
+/// No hung process is kept for longer to be looked at.
+const LONGEST_EVIDENCE: Duration = Duration::from_secs(60);
+
+const SHOWN_BYTES: usize = 200;
+
+/// How a watchdog is set up.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Where the named pipe is made.
+    pub path: PathBuf,
+    /// How long gathering evidence may delay the signal, a minute at most; zero gathers none.
+    pub evidence: Duration,
+    /// Who is asked for the stacks of workers that have not armed a dump of their own.
+    pub py_spy: Option<PathBuf>,
+}
+
+/// A worker whose evidence is of interest.
+#[derive(Clone, Debug)]
+pub struct WorkerProcess {
+    /// Process id.
+    pub pid: i32,
+    /// What to call it.
+    pub label: String,
+    /// Where its evidence goes.
+    pub folder: PathBuf,
+}
+
+/// Evidence to be gathered, on a thread of its own.
+#[derive(Debug)]
+pub(crate) struct Gather {
+    number: u64,
+    subjects: Vec<Subject>,
+    headline: String,
+    deadline: Instant,
+    py_spy: Option<PathBuf>,
+}
+
+/// What was gathered.
+#[derive(Debug, Default)]
+pub(crate) struct Gathered {
+    number: u64,
+    files: Vec<(i32, Vec<PathBuf>)>,
+}
+
+impl Gather {
+    pub(crate) fn run(&self) -> Gathered {
+        let files = gather(&self.subjects, &self.headline, self.deadline, self.py_spy.as_deref());
+        Gathered { number: self.number, files }
+    }
+
+    /// It could not be run.
+    pub(crate) fn nothing(&self) -> Gathered {
+        Gathered { number: self.number, files: Vec::new() }
+    }
+}
+
+/// Processes that are signalled once the evidence is there, or the time is over.
+#[derive(Debug)]
+struct Gathering {
+    until: Instant,
+    number: u64,
+    condemned: Vec<Expiry>,
+}
+
+/// The numbers under which readiness is reported.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Tokens {
+    pub(crate) fifo: u64,
+    /// Plus the pid.
+    pub(crate) clients: u64,
+}
+
+/// A watchdog, as the engine thread owns it.
+#[derive(Debug)]
+pub(crate) struct Server {
+    config: Config,
+    fifo: Fifo,
+    page: Page,
+    serving: bool,
+    tokens: Tokens,
+    support: Support,
+    lines: Lines,
+    deadlines: Deadlines,
+    clients: Clients,
+    workers: Vec<(WorkerProcess, Option<Leader>)>,
+    counts: Counts,
+    gathering: Option<Gathering>,
+    gatherings: u64,
+    /// Processes that were signalled and have not ended yet, with the deadline they missed.
+    doomed: HashMap<i32, Instant>,
+    reports: Arc<Reports>,
+}
+
+/// The files of a watchdog, made on the caller's thread.
+pub(crate) fn make_files(path: &Path) -> Result<(Fifo, Page)> {
+    let name = || format!("the watchdog's pipe {}", path.display());
+    let fifo = Fifo::create(path).map_err(|source| match source.kind() {
+        std::io::ErrorKind::AddrInUse => {
+            Error::os("take", name() + " (another process serves it)", source_of(libc::EADDRINUSE))
+        }
+        std::io::ErrorKind::AlreadyExists => {
+            Error::os("make", name() + " (it is a file with content)", source_of(libc::EEXIST))
+        }
+        _ => Error::os("make", name(), source),
+    })?;
+    let mut link = path.as_os_str().to_owned();
+    link.push(".beats");
+    let page = Page::create(link.as_ref());
+    let page =
+        page.map_err(|source| Error::os("make", format!("the page of heartbeats {}", link.display()), source))?;
+    Ok((fifo, page))
+}
+
+fn source_of(errno: i32) -> std::io::Error {
+    std::io::Error::from_raw_os_error(errno)
+}
+
+impl Server {
+    pub(crate) fn new(
+        config: Config,
+        (fifo, page): (Fifo, Page),
+        tokens: Tokens,
+        support: Support,
+        reports: Arc<Reports>,
+    ) -> Self {
+        Self {
+            config,
+            fifo,
+            page,
+            serving: false,
+            tokens,
+            support,
+            lines: Lines::default(),
+            deadlines: Deadlines::default(),
+            clients: Clients::new(support),
+            workers: Vec::new(),
+            counts: Counts::default(),
+            gathering: None,
+            gatherings: 0,
+            doomed: HashMap::new(),
+            reports,
+        }
+    }
+
+    /// Begins to serve; makes the pipe anew if somebody has removed it.
+    pub(crate) fn start(&mut self, poller: &Poller) -> Result<()> {
+        if self.serving && self.fifo.is_in_place() {
+            return Ok(());
+        }
+        if !self.fifo.is_in_place() {
+            let fifo = Fifo::create(self.fifo.path());
+            let name = || format!("the watchdog's pipe {}", self.config.path.display());
+            let fifo = fifo.map_err(|source| Error::os("make anew", name(), source))?;
+            if self.serving {
+                let _ = poller.remove(&self.fifo);
+            }
+            self.fifo = fifo;
+            self.lines = Lines::default();
+        }
+        let watched = poller.add(&self.fifo, self.tokens.fifo, Interest::Readable);
+        watched.map_err(|source| Error::os("watch", "the watchdog's pipe", source))?;
+        self.serving = true;
+        Ok(())
+    }
+
+    /// Lets go of everything it watches.
+    pub(crate) fn stop(&mut self, poller: &Poller) {
+        if self.serving {
+            let _ = poller.remove(&self.fifo);
+            self.serving = false;
+        }
+        for (_, client) in self.clients.drain() {
+            if let Some(pidfd) = client.hold().and_then(Leader::pidfd) {
+                let _ = poller.remove(pidfd);
+            }
+        }
+    }
+
+    /// The pipe is readable.
+    pub(crate) fn readable(&mut self, poller: &Poller) {
+        let mut chunk = vec![0; CHUNK];
+        if let Ok(read) = self.fifo.read(&mut chunk) {
+            self.feed(&chunk[..read], poller);
+        }
+    }
+
+    /// Reads all that is in the pipe.
+    pub(crate) fn drain(&mut self, poller: &Poller) {
+        let mut chunk = vec![0; CHUNK];
+        let mut drained = 0;
+        while drained < MOST_DRAINED {
+            match self.fifo.read(&mut chunk) {
+                Ok(0) | Err(_) => break,
+                Ok(read) => self.feed(&chunk[..read], poller),
+            }
+            drained += CHUNK;
+        }
+    }
+
+    fn feed(&mut self, bytes: &[u8], poller: &Poller) {
+        let now = Moment::now();
+        let mut requests = Vec::new();
+        let counts = &mut self.counts;
+        self.lines.feed(bytes, |line| {
+            let Some(line) = line else {
+                counts.oversized += 1;
+                return;
+            };
+            let parsed = parse(line);
+            requests.extend(parsed.request);
+            if let Some(broken) = parsed.broken {
+                match broken {
+                    Broken::Version(_) => counts.unknown_version += 1,
+                    _ => counts.broken += 1,
+                }
+                let shown = String::from_utf8_lossy(&line[..line.len().min(SHOWN_BYTES)]);
+                counts.last_broken = format!("{broken}: {shown}");
+            }
+        });
+        for request in requests {
+            self.accept(request, now, poller);
+        }
+    }
+
+    /// Takes one request.
+    pub(crate) fn accept(&mut self, request: Request, now: Moment, poller: &Poller) {
+        self.counts.requests += 1;
+        let pid = request.pid;
+        if pid > 0 {
+            let workers = &self.workers;
+            let is_worker = |pid| workers.iter().any(|(worker, _)| worker.pid == pid);
+            let Ok((client, is_new)) = self.clients.known(pid, now.instant, &is_worker) else {
+                // It has ended since.
+                self.deadlines.forget(pid);
+                return;
+            };
+            client.last_request = now.instant;
+            if is_new && let Some(pidfd) = client.hold().and_then(Leader::pidfd) {
+                let _ = poller.add(pidfd, self.tokens.clients | u64::from(pid.cast_unsigned()), Interest::Readable);
+            }
+        }
+        if request.is_release() {
+            self.deadlines.release(pid, &request.scope);
+            self.forget_if_foreign(pid);
+            return;
+        }
+        let at = match request.heartbeat {
+            Some(beat) if self.page.last_beat_ns(beat.slot, pid).is_none() => {
+                self.counts.refused += 1;
+                return;
+            }
+            Some(beat) => now.instant.checked_add(Duration::from_secs_f64(beat.timeout_s)),
+            None => clocks(now).instant_of(request.expiration_time),
+        };
+        if self.deadlines.arm(request, at).is_err() {
+            self.counts.refused += 1;
+        }
+    }
+
+    /// A foreign process is not watched, so nobody says when it ends: it is known as long as it has timers.
+    fn forget_if_foreign(&mut self, pid: i32) {
+        let foreign = self.clients.get(pid).is_some_and(|client| client.kin == Kin::Foreign);
+        if foreign && !self.deadlines.has(pid) {
+            self.clients.remove(pid);
+        }
+    }
+
+    /// The pidfd of a client is readable.
+    pub(crate) fn client_ended(&mut self, pid: i32, poller: &Poller) {
+        if self.clients.get(pid).is_none_or(|client| !client.has_ended(pid)) {
+            return;
+        }
+        self.deadlines.forget(pid);
+        self.page.free(pid);
+        self.doomed.remove(&pid);
+        if let Some(client) = self.clients.remove(pid)
+            && let Some(pidfd) = client.hold().and_then(Leader::pidfd)
+        {
+            let _ = poller.remove(pidfd);
+        }
+    }
+
+    /// The next time at which [`Server::pump`] has something to do.
+    pub(crate) fn next_tick(&mut self) -> Option<Instant> {
+        let until = self.gathering.as_ref().map(|gathering| gathering.until);
+        self.deadlines.next_at().into_iter().chain(until).min()
+    }
+
+    /// Deals with what has expired. Evidence that is to be gathered first is returned.
+    pub(crate) fn pump(&mut self, now: Moment) -> Option<Gather> {
+        if let Some(gathering) = self.gathering.take_if(|gathering| gathering.until <= now.instant) {
+            for expiry in gathering.condemned {
+                self.strike(expiry);
+            }
+        }
+        let mut by_process: Vec<(i32, Vec<Timer>)> = Vec::new();
+        for timer in self.deadlines.expired(now.instant) {
+            if let Some(timer) = self.missed(timer, now) {
+                let pid = timer.request.pid;
+                match by_process.iter_mut().find(|(other, _)| *other == pid) {
+                    Some((_, timers)) => timers.push(timer),
+                    None => by_process.push((pid, vec![timer])),
+                }
+            }
+        }
+        let condemned: Vec<Expiry> =
+            by_process.into_iter().filter_map(|(pid, timers)| self.judge(pid, timers, now)).collect();
+        if condemned.is_empty() {
+            return None;
+        }
+        if let Some(gathering) = &mut self.gathering {
+            gathering.condemned.extend(condemned);
+            return None;
+        }
+        if self.config.evidence.is_zero() || condemned.iter().all(|expiry| expiry.worker == 0) {
+            for expiry in condemned {
+                self.strike(expiry);
+            }
+            return None;
+        }
+        Some(self.begin_gathering(condemned, now))
+    }
+
+    /// A timer whose time has come: `None` if its process has beaten since, and it was armed again.
+    fn missed(&mut self, mut timer: Timer, now: Moment) -> Option<Timer> {
+        let Some(beat) = timer.request.heartbeat else { return Some(timer) };
+        // A slot that the process has given back is a heartbeat that has ended.
+        let last_ns = self.page.last_beat_ns(beat.slot, timer.request.pid)?;
+        let timeout = Duration::from_secs_f64(beat.timeout_s);
+        let since = Duration::from_nanos(now.monotonic_ns.saturating_sub(last_ns));
+        if since < timeout {
+            let at = now.instant.checked_add(timeout.saturating_sub(since));
+            let _ = self.deadlines.arm(timer.request, at);
+            return None;
+        }
+        let late = since.saturating_sub(timeout);
+        timer.at = now.instant.checked_sub(late);
+        timer.request.expiration_time = wall_s(now) - late.as_secs_f64();
+        Some(timer)
+    }
+
+    /// What the expired timers of one process (earliest first) mean for it: the one over which it is to be signalled, if any.
+    fn judge(&mut self, pid: i32, timers: Vec<Timer>, now: Moment) -> Option<Expiry> {
+        let kin = self.clients.get(pid).map_or(Kin::Foreign, |client| client.kin);
+        let worker = if let Kin::Ours { worker } = kin { worker } else { 0 };
+        for timer in timers {
+            self.counts.expired += 1;
+            let missed = timer.at.unwrap_or(now.instant);
+            let late = now.instant.saturating_duration_since(missed);
+            let mut expiry = Expiry {
+                pid,
+                scope: timer.request.scope,
+                expiration_time: timer.request.expiration_time,
+                signal: timer.request.signal,
+                late_ns: u64::try_from(late.as_nanos()).unwrap_or(u64::MAX),
+                signalled_ns: 0,
+                outcome: Outcome::NoSignal,
+                worker,
+                evidence: Vec::new(),
+            };
+            if timer.request.signal <= 0 {
+                self.reports.publish(expiry);
+                continue;
+            }
+            // Whatever else it has promised is void.
+            self.deadlines.forget(pid);
+            if kin == Kin::Foreign {
+                expiry.outcome = Outcome::NotOurs;
+                self.clients.remove(pid);
+                self.reports.publish(expiry);
+                return None;
+            }
+            self.doomed.insert(pid, missed);
+            expiry.outcome = Outcome::Signalled;
+            self.reports.note_cause(&expiry);
+            return Some(expiry);
+        }
+        self.forget_if_foreign(pid);
+        None
+    }
+
+    fn begin_gathering(&mut self, condemned: Vec<Expiry>, now: Moment) -> Gather {
+        let budget = self.config.evidence.min(LONGEST_EVIDENCE);
+        // The gatherers stop a little earlier, so that what was found in time is known in time.
+        let margin = (budget / 10).min(Duration::from_millis(50));
+        let until = now.instant + budget;
+        self.gatherings += 1;
+        let number = self.gatherings;
+        let subjects = self.workers.iter().filter_map(|(worker, hold)| {
+            let hold = hold.as_ref()?.try_clone().ok()?;
+            Some(Subject { hold, label: worker.label.clone(), folder: worker.folder.clone() })
+        });
+        let scopes = condemned.iter().map(|expiry| format!("{:?} of process {}", expiry.scope, expiry.pid));
+        let gather = Gather {
+            number,
+            subjects: subjects.collect(),
+            headline: format!("{:.3} watchdog: expired {}", wall_s(now), scopes.collect::<Vec<_>>().join(", ")),
+            deadline: now.instant + budget.saturating_sub(margin),
+            py_spy: self.config.py_spy.clone(),
+        };
+        self.gathering = Some(Gathering { until, number, condemned });
+        gather
+    }
+
+    /// The evidence is there: now the signals.
+    pub(crate) fn gathered(&mut self, gathered: &Gathered) {
+        let Some(gathering) = self.gathering.take_if(|gathering| gathering.number == gathered.number) else {
+            return;
+        };
+        for mut expiry in gathering.condemned {
+            let (own, others): (Vec<_>, Vec<_>) = gathered.files.iter().partition(|(pid, _)| *pid == expiry.worker);
+            expiry.evidence = own.into_iter().chain(others).flat_map(|(_, files)| files.iter().cloned()).collect();
+            self.strike(expiry);
+        }
+    }
+
+    /// Signals the process of an expired timer, and the worker it belongs to.
+    fn strike(&mut self, mut expiry: Expiry) {
+        expiry.signalled_ns = Moment::now().monotonic_ns;
+        self.reports.note_cause(&expiry);
+        let signalled = self.clients.get(expiry.pid).map_or(Ok(false), |client| client.signal(expiry.signal));
+        if expiry.worker != expiry.pid
+            && let Some((_, Some(hold))) = self.workers.iter().find(|(worker, _)| worker.pid == expiry.worker)
+        {
+            let _ = hold.signal(expiry.signal);
+        }
+        expiry.outcome = match signalled {
+            Ok(true) => Outcome::Signalled,
+            Ok(false) => Outcome::Gone,
+            Err(_) => Outcome::Denied,
+        };
+        if expiry.outcome != Outcome::Signalled {
+            expiry.signalled_ns = 0;
+            self.doomed.remove(&expiry.pid);
+        }
+        self.reports.note_cause(&expiry);
+        self.reports.publish(expiry);
+    }
+
+    /// Names the workers, in place of the former ones.
+    pub(crate) fn set_workers(&mut self, workers: Vec<WorkerProcess>) {
+        let support = self.support;
+        self.reports.keep_causes(|pid| workers.iter().any(|worker| worker.pid == pid));
+        let held = workers.into_iter().map(|worker| {
+            // Still the agent's child, dead or alive: the number is its own.
+            let hold = Leader::open(worker.pid, support).ok();
+            (worker, hold)
+        });
+        self.workers = held.collect();
+        self.clients.look_again(&|pid| self.workers.iter().any(|(worker, _)| worker.pid == pid));
+    }
+
+    /// Forgets the timers of a process.
+    pub(crate) fn clear(&mut self, pid: i32) {
+        self.deadlines.forget(pid);
+        self.forget_if_foreign(pid);
+    }
+
+    pub(crate) fn timers(&self) -> Vec<Request> {
+        self.deadlines.iter().map(|timer| timer.request.clone()).collect()
+    }
+
+    pub(crate) fn counts(&self) -> Counts {
+        Counts { armed: self.deadlines.len(), ..self.counts.clone() }
+    }
+
+    /// How long ago a process was last heard of, by a request or a beat.
+    pub(crate) fn last_heard(&self, pid: i32, now: Moment) -> Option<Duration> {
+        let client = self.clients.get(pid)?;
+        let asked = now.instant.saturating_duration_since(client.last_request);
+        let beats = self.deadlines.of(pid).filter_map(|timer| {
+            let beat = timer.request.heartbeat?;
+            let last_ns = self.page.last_beat_ns(beat.slot, pid)?;
+            Some(Duration::from_nanos(now.monotonic_ns.saturating_sub(last_ns)))
+        });
+        Some(beats.fold(asked, Duration::min))
+    }
+
+    /// How long the oldest missed deadline has been waiting for its process to end.
+    pub(crate) fn overdue(&self, now: Instant) -> Duration {
+        let living = |pid: i32| self.clients.get(pid).is_some_and(|client| !client.has_ended(pid));
+        let waiting = self.doomed.iter().filter(|(pid, _)| living(**pid));
+        waiting.map(|(_, missed)| now.saturating_duration_since(*missed)).max().unwrap_or_default()
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.reports.close();
+    }
+}
+
+fn wall_s(moment: Moment) -> f64 {
+    Duration::from_nanos(moment.realtime_ns).as_secs_f64()
+}
+
+fn clocks(moment: Moment) -> Clocks {
+    Clocks { now: moment.instant, wall_s: wall_s(moment) }
+}
