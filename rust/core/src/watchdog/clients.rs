@@ -143,3 +143,92 @@ impl Clients {
         self.by_pid.drain()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::process::{Child, Command, Stdio};
+
+    use super::*;
+    use crate::sys::probe;
+
+    /// A child that ends with the test.
+    struct Running(Child);
+
+    impl Running {
+        fn sleeper() -> Self {
+            Self(Command::new("sleep").arg("1000").stdout(Stdio::null()).spawn().expect("spawn"))
+        }
+
+        fn pid(&self) -> i32 {
+            i32::try_from(self.0.id()).expect("pids fit")
+        }
+    }
+
+    impl Drop for Running {
+        fn drop(&mut self) {
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
+    }
+
+    /// A child with the number of one that was there at another tick of the kernel's clock, where the kernel lets us choose the next number
+    /// (`ns_last_pid`, for root).
+    fn child_with(pid: i32, former_start: u64) -> Option<Running> {
+        for _ in 0..200 {
+            std::fs::write("/proc/sys/kernel/ns_last_pid", (pid - 1).to_string()).ok()?;
+            let child = Running::sleeper();
+            let stat = procfs::stat(child.pid()).expect("a child");
+            if stat.pid == pid && stat.started != former_start {
+                return Some(child);
+            }
+        }
+        None
+    }
+
+    #[test]
+    fn a_pid_that_has_changed_hands_is_not_signalled() {
+        for support in [probe::probe(), Support::NONE] {
+            let mut clients = Clients::new(support);
+            let child = Running::sleeper();
+            let pid = child.pid();
+            let (client, is_new) = clients.known(pid, Instant::now(), &|_| false).expect("a child");
+            assert_eq!((client.kin, is_new), (Kin::Ours { worker: 0 }, true));
+            assert!(!client.has_ended(pid));
+            let started = client.started;
+            drop(child);
+            // Its number passes to somebody else. Nobody has told the table of the end of the first.
+            let another = child_with(pid, started);
+            let client = clients.get(pid).expect("not forgotten yet");
+            assert!(client.has_ended(pid));
+            assert!(matches!(client.signal(libc::SIGKILL), Ok(false)));
+            if let Some(mut another) = another {
+                assert!(another.0.try_wait().expect("wait").is_none(), "a stranger was hit");
+            }
+        }
+    }
+
+    #[test]
+    fn descendants_belong_to_the_nearest_worker() {
+        let script = "sleep 1000 & echo $!; wait";
+        let mut shell = Command::new("/bin/sh");
+        let mut shell = Running(shell.args(["-c", script]).stdout(Stdio::piped()).spawn().expect("spawn"));
+        let shell_pid = shell.pid();
+        let mut said = String::new();
+        let mut output = std::io::BufReader::new(shell.0.stdout.take().expect("piped"));
+        std::io::BufRead::read_line(&mut output, &mut said).expect("a line");
+        let pid: i32 = said.trim().parse().expect("a pid");
+
+        let mut clients = Clients::new(probe::probe());
+        let mut kin = |workers: &'static [i32]| {
+            clients.remove(pid);
+            let mine = move |pid: i32| workers.contains(&pid);
+            clients.known(pid, Instant::now(), &mine).expect("alive").0.kin
+        };
+        assert_eq!(kin(&[]), Kin::Ours { worker: 0 });
+        assert_eq!(kin(Box::leak(Box::new([shell_pid]))), Kin::Ours { worker: shell_pid });
+        clients.look_again(&|_| false);
+        let client = clients.get(pid).expect("known");
+        assert_eq!(client.kin, Kin::Ours { worker: 0 });
+        assert!(client.signal(libc::SIGKILL).expect("signal"));
+    }
+}
