@@ -46,5 +46,9 @@ bench:
     cargo bench
 
 # side by side with torchrun, in one run
-bench-torchrun: setup
-    {{ bin }}/python benches/against_torchrun.py
+bench-torchrun *options: setup
+    {{ bin }}/python benches/against_torchrun.py {{ options }}
+
+# the watchdog side by side with torch's, in one run
+bench-timer *options: setup
+    {{ bin }}/python benches/against_torch_timer.py {{ options }}

@@ -8,10 +8,8 @@ Every run's outcome is checked before its time counts. Prints a Markdown table: 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -19,6 +17,8 @@ import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from side_by_side import compare
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -149,31 +149,13 @@ MEASUREMENTS: dict[str, tuple[Callable[[str, str], dict[str, list[float]]], int]
 }
 
 
-def summary(samples: list[float]) -> str:
-    return f"{statistics.median(samples):.3g} ({min(samples):.3g} to {max(samples):.3g})"
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", choices=sorted(MEASUREMENTS), help="take one group of figures")
-    parser.add_argument("--rounds", type=int, help="runs of each side instead of the default")
-    args = parser.parse_args()
     program = zoo()
-    print(
-        "| figure | torchrun: median (range) | ferrorun: median (range) | ratio of medians |\n| --- | --- | --- | --- |"
-    )
-    for name, (measure, default_rounds) in MEASUREMENTS.items():
-        if args.only not in {None, name}:
-            continue
-        samples: dict[str, dict[str, list[float]]] = {launcher: {} for launcher in LAUNCHERS}
-        for _ in range(args.rounds or default_rounds):
-            for launcher, figures in samples.items():
-                for figure, values in measure(launcher, program).items():
-                    figures.setdefault(figure, []).extend(values)
-        for figure, theirs in samples["torchrun"].items():
-            ours = samples["ferrorun"][figure]
-            ratio = statistics.median(ours) / statistics.median(theirs)
-            print(f"| {figure} | {summary(theirs)} | {summary(ours)} | {ratio:.3g} |", flush=True)
+    measurements = {
+        name: (lambda side, measure=measure: measure(side, program), rounds)
+        for name, (measure, rounds) in MEASUREMENTS.items()
+    }
+    compare(("torchrun", "ferrorun"), measurements, __doc__ or "")
 
 
 if __name__ == "__main__":

@@ -122,7 +122,7 @@ fn throughput(requests: u64, rounds: usize) {
         let took = began.elapsed();
         let counts = served.watchdog.counts().expect("served");
         assert_eq!((counts.requests, counts.broken, counts.armed), (round * requests, 0, 0));
-        rates.push((requests as u128 * 1_000_000_000 / took.as_nanos()).try_into().expect("fits"));
+        rates.push((u128::from(requests) * 1_000_000_000 / took.as_nanos()).try_into().expect("fits"));
     }
     rates.sort_unstable();
     println!(

@@ -114,8 +114,10 @@ def _describe_log_dir(chain: list[BaseException], args: Namespace) -> str:
     if not args.log_dir:
         return ""
     for error in chain:
-        if isinstance(error, OSError) and (
-            str(error.filename or "").startswith(args.log_dir) or args.log_dir in str(error)
+        if (
+            isinstance(error, OSError)
+            and error.errno != errno.EADDRINUSE  # of the watchdog's pipe
+            and (str(error.filename or "").startswith(args.log_dir) or args.log_dir in str(error))
         ):
             reason = (error.strerror or "it is a file").lower()
             return (
@@ -126,8 +128,11 @@ def _describe_log_dir(chain: list[BaseException], args: Namespace) -> str:
 
 def _describe_port(error: BaseException, chain: list[BaseException], args: Namespace) -> str:
     """Describe a failure to get at the rendezvous' port, by the process that has it."""
+    # Of a port no error has a file name; of the watchdog's pipe it has.
     in_use = any(
-        getattr(one, "errno", None) == errno.EADDRINUSE or "address already in use" in str(one).lower() for one in chain
+        getattr(one, "errno", None) == errno.EADDRINUSE or "address already in use" in str(one).lower()
+        for one in chain
+        if getattr(one, "filename", None) is None
     )
     if not in_use and not ("Rendezvous" in type(error).__name__ or isinstance(error, (ConnectionError, TimeoutError))):
         return ""

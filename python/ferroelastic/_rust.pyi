@@ -21,6 +21,7 @@ __all__ = [
     "ForkedError",
     "Group",
     "Guard",
+    "HealthServer",
     "SpawnError",
     "StopReport",
     "Survivor",
@@ -284,6 +285,20 @@ class Engine:
                 the kernel said.
         """
 
+    def health_server(self, host: str, port: int, timeout_s: float) -> HealthServer:
+        """Listen for health checks, and answer them from the engine thread.
+
+        Args:
+            host: name or address of this host to listen on; ``"0.0.0.0"`` and ``"::"`` are all of them.
+            port: TCP port; 0 takes a free one.
+            timeout_s: seconds without progress after which the agent counts as dead.
+
+        Raises:
+            OSError: nobody can listen there: ``EADDRINUSE``, ``EACCES`` …, or the host has no address.
+            OverflowError: ``port`` is not in 0 to 65535.
+            ValueError: ``timeout_s`` is negative or not a number.
+        """
+
     def close(self, timeout_s: float = 5.0) -> bool:
         """End the thread; workers that still run get SIGKILL. ``False`` if it did not end within ``timeout_s``."""
 
@@ -312,10 +327,92 @@ def arm_parent_death_signal(signal: int) -> None:
     """``prctl(PR_SET_PDEATHSIG)`` for the calling process: it gets ``signal`` when the *thread* that created it ends."""
 
 @final
-class Watchdog:
-    """Deadlines that processes set themselves through a named pipe; who misses one is signalled. See ``ferroelastic.timer``.
+class HealthServer:
+    """Answers GET and HEAD on one port, whatever Python is doing: ``/livez`` (and ``/``, ``/healthz``), ``/readyz``, ``/status``, ``/metrics``.
 
-    The engine thread reads the pipe, keeps the deadlines on the monotonic clock (a request names wall clock time, which is
+    At most 256 connections of at most 2 s each are open; the one that has been idle for longest makes room for another.
+
+    Whether the agent is alive is asked of one Python thread, in this loop::
+
+        while server.next_question():
+            server.answer(alive_callback())
+
+    At most one question is outstanding; its answer serves the probes of the next 100 ms. A probe waits for 0.5 s. Then it is told
+    that the interpreter is stuck (the thread did not come back from :meth:`next_question`) or that the callback hangs (it did), and
+    further probes are told so at once until there is an answer.
+
+    Everything else is put on the server's board, which costs the caller a microsecond. How workers end is seen by the engine itself.
+
+    In a forked child every method but :meth:`close` raises :class:`ForkedError`.
+    """
+
+    host: str
+    """The address that it listens on."""
+    port: int
+    """The port that it listens on."""
+    def next_question(self) -> bool:
+        """Block, detached from the interpreter, until a probe wants to know of the agent's progress. ``False`` once the server is closed."""
+
+    def answer(self, progress: float) -> None:
+        """Say when there was progress last, in seconds since the epoch. A time to come is as good as now."""
+
+    def answer_failed(self, reason: str) -> None:
+        """Say that it cannot be told when there was progress last, and why: the agent counts as dead."""
+
+    def set_job(self, run_id: str, role: str) -> None:
+        """Say which job it is, and the role of its workers."""
+
+    def set_state(self, state: str) -> None:
+        """Say what the agent is doing.
+
+        Args:
+            state: ``starting``, ``rendezvous``, ``spawning``, ``running``, ``stopping``, ``exit barrier`` or ``unknown``. The agent is ready
+                while it is ``running`` and no worker has failed.
+
+        Raises:
+            ValueError: it is none of these.
+        """
+
+    def set_workers(self, workers: Sequence[tuple[int, int, int]]) -> None:
+        """Say that workers were started, which begins a round.
+
+        Args:
+            workers: of each its rank on this host, its rank in the job and its pid. Replaces the former list.
+        """
+
+    def note_restart(self, cause: str, reason: str) -> None:
+        """Say that workers will be started again.
+
+        Args:
+            cause: ``failure`` or ``membership``.
+            reason: what happened, for people.
+
+        Raises:
+            ValueError: it is no such cause.
+        """
+
+    def observe_phase(self, phase: str, duration_s: float) -> None:
+        """Say how long a part of a restart took.
+
+        Args:
+            phase: ``detect``, ``stop``, ``rendezvous`` or ``spawn``.
+            duration_s: seconds.
+
+        Raises:
+            ValueError: it is no such phase, or the duration is negative or not a number.
+        """
+
+    def close(self) -> None:
+        """Stop to listen, and drop all connections; the port is free afterwards. Doing so again does nothing.
+
+        In a forked child it closes the child's copy of the listening socket and nothing else.
+        """
+
+@final
+class Watchdog:
+    """Deadlines that processes set themselves through a named pipe; who misses one is signalled, see ``ferroelastic.timer``.
+
+    The worker that such a process descends from is signalled, too. The engine thread reads the pipe, keeps the deadlines on the monotonic clock (a request names wall clock time, which is
     converted when it is read, so that a step of the clock moves no deadline) and signals through a pidfd that was opened when the
     process first asked. Only this process, its descendants and the process groups of its workers are ever signalled.
     """

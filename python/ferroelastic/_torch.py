@@ -17,7 +17,6 @@ __all__ = [
     "create_rendezvous_handler",
     "cuda_device_count",
     "custom_device_count",
-    "file_timer_server",
     "next_rendezvous",
     "start_worker_server",
     "start_worker_store",
@@ -146,12 +145,3 @@ def accelerator_count() -> tuple[str, int]:
         return "cpu", 0
     count = cuda_device_count()  # torch < 2.7
     return ("cuda", count) if count else ("cpu", 0)
-
-
-def file_timer_server(**arguments: Any) -> Any:
-    """Make torch's watchdog server, ``torch.distributed.elastic.timer.FileTimerServer``.
-
-    Args:
-        **arguments: of its constructor.
-    """
-    return _import("torch.distributed.elastic.timer", "the watchdog of workers").FileTimerServer(**arguments)

@@ -141,6 +141,79 @@ DIFFERENCES: dict[str, Difference] = {
         "starts it before the rendezvous and stops it at the end",
         "an agent in a long rendezvous is alive",
     ),
+    "loop-is-progress": Difference(
+        "LocalElasticAgent._get_alive_time",
+        "is now, or the progress of the watchdog's own thread",
+        "is when the agent's loop turned to what it is doing, or now while it waits; the watchdog counts where it has seen less",
+        "an agent whose loop is stuck is not alive",
+    ),
+    "health-server-serves": Difference(
+        "HealthCheckServer.start",
+        "starts nothing and warns of it",
+        "listens on the port and answers",
+        "an orchestrator that asks is to be answered",
+    ),
+    # ---- timers
+    "agent-outlives-expiry": Difference(
+        "LocalElasticAgent with TORCHELASTIC_ENABLE_FILE_TIMER=1",
+        "is killed by its watchdog, together with the worker whose timer has expired",
+        "lives on: the expired timer is the worker's failure",
+        "restarts are what an agent is for",
+    ),
+    "one-watchdog": Difference(
+        "LocalElasticAgent with TORCHELASTIC_ENABLE_FILE_TIMER=1",
+        "makes a server and its pipe for each attempt",
+        "makes one for the run",
+        "a pipe that is made anew is for a moment not there",
+    ),
+    "callers-scope": Difference(
+        "timer.expires without a scope",
+        "names all timers after one line of contextlib, so that a nested one releases the outer one's",
+        "names a timer after the line of its with statement",
+        "its documentation says so",
+    ),
+    "reused-timer": Difference(
+        "what timer.expires returns",
+        "serves one with statement",
+        "serves any number",
+        "nothing speaks against it",
+    ),
+    "kept-requests": Difference(
+        "FileTimerClient",
+        "raises if the pipe is full, or if the server has gone",
+        "keeps the request and sends it before the next one",
+        "a training step is not to fail because nobody watches it",
+    ),
+    "encoded-length": Difference(
+        "FileTimerClient",
+        "lets a request through that is longer than PIPE_BUF by its line's end",
+        "does not",
+        "it would not be written in one piece",
+    ),
+    "broken-lines": Difference(
+        "FileTimerServer",
+        "loses all requests that it has read together with a line that it does not understand",
+        "loses that line",
+        "one client's fault is not another's",
+    ),
+    "own-processes": Difference(
+        "FileTimerServer",
+        "signals whatever process a request names",
+        "signals descendants of its own process and members of its workers' sessions",
+        "a pid can be wrong, or have a new owner",
+    ),
+    "pipe-in-use": Difference(
+        "FileTimerServer",
+        "removes the pipe of another server, which does not notice",
+        "refuses to start",
+        "two agents must not take each other's requests away",
+    ),
+    "hook-after-signal": Difference(
+        "timer.debug_info_logging",
+        "is called before the processes are signalled",
+        "is called after that",
+        "Python may be busy; what the processes do is gathered natively before the signal",
+    ),
     # ---- output
     "whole-lines": Difference(
         "TailLog",
@@ -280,13 +353,10 @@ _OWN_STORES = (
     "a store, or a backend of one, that belongs to torch is torch's to make; its handlers are used as they are"
 )
 _OWN_WORKINGS = "how torch does it, and not how it is done here"
-_USED_AS_IT_IS = "torch's watchdog is used as it is"
 
 # Pattern of a module's path, `path:name`, `path:function()` whose signature differs, or `path:Class.member` -> why it is not here.
 ABSENT: dict[str, str] = {
     # modules
-    "timer": _USED_AS_IT_IS,
-    "timer.*": _USED_AS_IT_IS,
     "utils.data": "for training scripts, and nothing of an agent",
     "utils.data.*": "for training scripts, and nothing of an agent",
     "rendezvous._etcd_stub": _OWN_STORES,
@@ -319,6 +389,10 @@ ABSENT: dict[str, str] = {
     "run:check_env": _IMPORTED,
     "run:env": _IMPORTED,
     "run:get_logger": _IMPORTED,
+    "timer.file_based_local_timer:FileTimerClient._open_non_blocking": _OWN_WORKINGS,
+    "timer.file_based_local_timer:FileTimerServer._get_requests": "the pipe is read natively",
+    "timer.file_based_local_timer:FileTimerServer._run_watchdog": "timers expire natively, and not in a loop",
+    "timer.file_based_local_timer:_retry": _OWN_WORKINGS,
     "utils.distributed:_*": _OWN_STORES,
     "utils.distributed:create_c10d_store": _OWN_STORES,
     "utils.store:_try_detecting_missing_ranks": _OWN_WORKINGS,

@@ -107,4 +107,10 @@ SAMPLES: dict[str, Callable[[Implementation], Any]] = {
     "rendezvous.api:RendezvousStateError": _make("rendezvous", "RendezvousStateError", "corrupt"),
     "rendezvous.api:RendezvousStoreInfo": store_info,
     "rendezvous.api:RendezvousTimeoutError": _make("rendezvous", "RendezvousTimeoutError", "late"),
+    "timer.api:TimerRequest": _make("timer", "TimerRequest", 1, "scope", 2.5),
+    "timer.file_based_local_timer:FileTimerClient": _make("timer", "FileTimerClient", "/nowhere"),
+    "timer.file_based_local_timer:FileTimerRequest": _make("timer", "FileTimerRequest", 1, "scope", 2.5, 9),
+    "timer.local_timer:LocalTimerClient": _make("timer", "LocalTimerClient", None),
+    "timer.local_timer:LocalTimerServer": _make("timer", "LocalTimerServer", None),
+    "timer.local_timer:MultiprocessingRequestQueue": _make("timer.local_timer", "MultiprocessingRequestQueue", None),
 }

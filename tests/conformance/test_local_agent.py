@@ -492,6 +492,20 @@ def test_alive_time(impl: Implementation, make: Callable[..., Any], monkeypatch:
     assert proxy() == 1000
 
 
+def test_a_loop_that_is_stuck_is_not_alive(impl: Implementation, make: Callable[..., Any]) -> None:
+    agent = make("/bin/true")
+    original, monotonic, ages = agent._monitor_workers, time.monotonic, []
+
+    def monitor(group: Any) -> Any:
+        with mock.patch("time.monotonic", lambda: monotonic() + 100):
+            ages.append(time.time() - agent._get_alive_time())
+        return original(group)
+
+    agent._monitor_workers = monitor
+    agent.run()
+    assert (ages[0] > 99) == impl.expect("loop-is-progress", torch=False, ours=True)
+
+
 # ---- the watchdog
 
 
@@ -505,20 +519,41 @@ def test_the_watchdog(
         monkeypatch.setenv(module.TORCHELASTIC_TIMER_FILE, str(tmp_path / "pipe"))
     server = mock.Mock()
     factory = mock.Mock(return_value=server)
-    monkeypatch.setattr("torch.distributed.elastic.timer.FileTimerServer", factory)
+    monkeypatch.setattr(impl("timer"), "FileTimerServer", factory)
     agent = make("/bin/true")
     envs: dict[int, dict[str, str]] = {0: {"TORCHELASTIC_RUN_ID": "r"}, 1: {}}
     agent._setup_local_watchdog(envs=envs)
     arguments = dict(factory.call_args.kwargs)
     path = arguments.pop("file_path")
     assert path == str(tmp_path / "pipe") if chosen else "watchdog_timer_" in path
-    assert arguments == {"run_id": "r", "max_interval": 0.1, "daemon": True, "log_event": agent._log_watchdog_event}
+    common = {"run_id": "r", "max_interval": 0.1, "daemon": True, "log_event": agent._log_watchdog_event}
+    assert arguments.items() >= common.items()
+    assert arguments.get("reap_server", True) is impl.expect("agent-outlives-expiry", torch=True, ours=False)
     assert {env["TORCHELASTIC_TIMER_FILE"] for env in envs.values()} == {path}
     server.start.assert_called_once_with()
     assert agent._worker_watchdog is server
     agent._shutdown()
     server.stop.assert_called_once_with()
     assert agent._worker_watchdog is None
+
+
+def test_a_watchdog_and_a_restart(
+    impl: Implementation, make: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = impl("agent.server.local_elastic_agent")
+    monkeypatch.setenv(module.TORCHELASTIC_ENABLE_FILE_TIMER, "1")
+    servers: list[mock.Mock] = []
+
+    def factory(**_: Any) -> mock.Mock:
+        servers.append(mock.Mock(**{"expiry.return_value": None}))
+        return servers[-1]
+
+    monkeypatch.setattr(impl("timer"), "FileTimerServer", factory)
+    assert not make(workers.fail_unless_restarted, 0, 9, max_restarts=1).run().is_failed()
+    assert len(servers) == impl.expect("one-watchdog", torch=2, ours=1)
+    for server in servers:
+        server.start.assert_called_with()
+        server.stop.assert_called_once_with()
 
 
 def test_a_pipe_without_a_watchdog_is_told_to_the_workers(

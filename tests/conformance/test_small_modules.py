@@ -255,9 +255,25 @@ class TestHealthCheckServer:
         assert (server._alive_callback, server._port, server._timeout) == (int, 1234, 60)
         assert server.alive_callback is int
 
-    def test_it_serves_nothing(self, impl: Implementation, caplog: pytest.LogCaptureFixture) -> None:
-        """A deployment overrides it."""
+    def test_what_it_serves(self, impl: Implementation, caplog: pytest.LogCaptureFixture) -> None:
         server = impl("agent.server.health_check_server").HealthCheckServer(int, 0, 60)
         server.start()
-        assert "No health check server started" in caplog.text
+        warned = "No health check server started" in caplog.text
+        listens = getattr(server, "board", None) is not None
+        assert (warned, listens) == impl.expect("health-server-serves", torch=(True, False), ours=(False, True))
         server.stop()
+
+    def test_a_deployments_own(self, impl: Implementation) -> None:
+        calls: list[str] = []
+
+        class Own(impl("agent.server.health_check_server").HealthCheckServer):  # type: ignore[misc]
+            def start(self) -> None:
+                calls.append(f"start {self._port} {self._timeout} {self._alive_callback()}")
+
+            def stop(self) -> None:
+                calls.append("stop")
+
+        server = Own(lambda: 7, 1234, 60)
+        server.start()
+        server.stop()
+        assert calls == ["start 1234 60 7", "stop"]

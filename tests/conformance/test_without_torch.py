@@ -152,7 +152,9 @@ print(json.dumps([isinstance(one, torchs.RunResult) for one in (before, after, p
     assert run(code, tmp_path) == [False, True, True]
 
 
-@pytest.mark.parametrize("module", ["ferroelastic", "ferroelastic.run", "ferroelastic.agent.server"])
+@pytest.mark.parametrize(
+    "module", ["ferroelastic", "ferroelastic.run", "ferroelastic.agent.server", "ferroelastic.timer"]
+)
 def test_what_an_import_costs(module: str, tmp_path: Path) -> None:
     """Launching starts with it: nothing that is heavy and may not be needed."""
     code = f"""

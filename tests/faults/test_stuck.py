@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from itertools import pairwise
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 import pytest
 from tests.faults.harness import ALONE, Launcher
@@ -84,6 +87,63 @@ def test_peers_are_told_to_end_while_python_is_stuck_with_the_gil(launch: Launch
     moments = [held, failed, *signalled, released]
     assert all(earlier < later for earlier, later in pairwise(moments)), moments
     assert released - held >= HELD_NS
+
+
+# An agent with a watchdog and a health server, one thread of which holds the GIL from the line "held" until a line comes in.
+GIL_HELD_UNTIL_TOLD = """
+import ctypes, os, sys, threading
+from tests.faults.alone import AloneRendezvous
+from ferroelastic.agent.server import LocalElasticAgent, WorkerSpec
+from ferroelastic.multiprocessing import DefaultLogsSpecs
+
+class Agent(LocalElasticAgent):
+    def _wait_for_event(self, timeout_s):
+        if holder.ident is None:
+            print(self._health_check_server.board.port, flush=True)
+            holder.start()
+        super()._wait_for_event(timeout_s)
+
+holder = threading.Thread(target=lambda: ctypes.PyDLL(None).system(b"echo held; read line"))
+spec = WorkerSpec("stuck", 1, AloneRendezvous(), entrypoint=sys.executable, args=(sys.argv[1],), max_restarts=0)
+result = Agent(spec, DefaultLogsSpecs(os.environ["DIR"] + "/logs")).run()
+holder.join()
+(failure,) = result.failures.values()
+print(failure.message.splitlines()[0], flush=True)
+sys.exit(-failure.exitcode)
+"""
+HANGS = """
+import os, signal
+from ferroelastic import timer
+life = os.open(os.environ["DIR"] + "/life", os.O_WRONLY)
+open(os.environ["DIR"] + "/gate").read(1)
+with timer.expires(after=0.1, scope="step", client=timer.FileTimerClient(os.environ["TORCHELASTIC_TIMER_FILE"])):
+    while True:  # the signal that asks for its stacks ends a pause
+        signal.pause()
+"""
+
+
+def test_a_deadline_kills_and_a_probe_is_answered_while_python_is_stuck_with_the_gil(launch: Launcher) -> None:
+    gate = launch.gate()
+    os.mkfifo(launch.folder / "life")
+    worker = launch.write("worker.py", HANGS)
+    switches = {"TORCHELASTIC_ENABLE_FILE_TIMER": "1", "TORCHELASTIC_HEALTH_CHECK_PORT": "0"}
+    job = launch.start(sys.executable, "-c", GIL_HELD_UNTIL_TOLD, worker, env=switches, stdin=subprocess.PIPE)
+    port, held = job.lines(2)
+    assert held == "held"
+    with open(launch.folder / "life", "rb") as life:
+        gate.let_pass(1)
+        assert life.read() == b"", "its end is the worker's"
+    with pytest.raises(HTTPError) as answer, urlopen(f"http://127.0.0.1:{port}/livez", timeout=20):
+        pass
+    assert answer.value.code == 503
+    assert answer.value.read().startswith(b"the interpreter is stuck: no Python thread could run for ")
+    answer.value.close()
+    assert job.process.stdin is not None
+    job.process.stdin.write(b"go\n")
+    job.process.stdin.close()
+    (cause,) = job.lines(1)
+    assert job.end() == 9, job.story
+    assert cause.startswith("timer 'step' expired: "), cause
 
 
 # ferrorun, for which one worker is in uninterruptible sleep: nobody can make a process do that.

@@ -435,12 +435,17 @@ def test_the_watchdog_is_started_told_to_the_workers_and_stopped(
         monkeypatch.setenv("TORCHELASTIC_TIMER_FILE", path)
     server = mock.Mock()
     factory = mock.Mock(return_value=server)
-    monkeypatch.setattr("ferroelastic._torch.file_timer_server", factory)
+    monkeypatch.setattr("ferroelastic.timer.FileTimerServer", factory)
+    monkeypatch.setattr("shutil.which", {"py-spy": "/opt/bin/py-spy"}.get)
+    monkeypatch.setenv("FERROELASTIC_EVIDENCE_S", "1.5")
     agent = make("true")
     envs: dict[int, dict[str, str]] = {0: {"TORCHELASTIC_RUN_ID": "r"}, 1: {}}
     agent._setup_local_watchdog(envs)
     chosen = factory.call_args.kwargs["file_path"]
     assert factory.call_args.kwargs["run_id"] == "r"
+    assert factory.call_args.kwargs["reap_server"] is False
+    assert factory.call_args.kwargs["evidence_s"] == 1.5
+    assert factory.call_args.kwargs["py_spy"] == "/opt/bin/py-spy"
     assert path in {None, chosen}
     assert {env["TORCHELASTIC_TIMER_FILE"] for env in envs.values()} == {chosen}
     server.start.assert_called_once_with()

@@ -133,8 +133,9 @@ class MultiprocessContext(PContext):
                 list(executor.map(lambda process: process.start(), processes))
             return
         with warnings.catch_warnings():
-            # Python 3.12+ warns that a fork of a process with threads may deadlock in the child. The thread meant here is the
-            # engine's: it never holds a lock of Python's, and a forked child never uses it.
+            # Python 3.12+ warns that a fork of a process with threads may deadlock in the child. The threads meant here are the
+            # engine's, which never holds a lock of Python's, and the watchdog's, which logs (a fork waits for that) when a timer has
+            # expired. A forked child uses neither.
             warnings.filterwarnings(
                 "ignore", r"This process \(pid=\d+\) is multi-threaded, use of fork\(\)", DeprecationWarning
             )

@@ -4,6 +4,7 @@
 //!
 //! - [`sys`] is the only place for `unsafe` and raw system calls: small safe wrappers over the kernel.
 //! - [`supervise`] decides. Its state machines take time and events as arguments and return actions.
+//! - [`health`] answers probes: is the agent alive, do its workers run, and figures of both.
 //! - [`logs`] turns growing files into whole, prefixed console lines.
 //! - [`engine`] is the one thread that owns the descriptors, feeds the decisions and carries out their actions.
 //!
@@ -11,6 +12,7 @@
 
 pub mod engine;
 pub mod error;
+pub mod health;
 pub mod logs;
 pub mod supervise;
 pub mod sys;

@@ -15,6 +15,7 @@ use pyo3::prelude::*;
 use crate::convert::{c_string, span};
 use crate::errors::{detached, os, to_python};
 use crate::group::Group;
+use crate::health::HealthServer;
 use crate::tail::Tail;
 use crate::watchdog::Watchdog;
 
@@ -119,6 +120,11 @@ impl Engine {
     fn watchdog(&self, py: Python<'_>, path: PathBuf, evidence_s: f64, py_spy: Option<PathBuf>) -> PyResult<Watchdog> {
         let config = Config { path, evidence: span("evidence_s", evidence_s)?, py_spy };
         detached(py, || self.0.watchdog(config)).map(Watchdog::new)
+    }
+
+    fn health_server(&self, py: Python<'_>, host: &str, port: u16, timeout_s: f64) -> PyResult<HealthServer> {
+        let timeout = span("timeout_s", timeout_s)?;
+        detached(py, || self.0.health_server(host, port, timeout)).map(HealthServer::new)
     }
 
     #[pyo3(signature = (timeout_s=5.0))]

@@ -7,6 +7,7 @@ mod engine;
 mod errors;
 mod group;
 mod guard;
+mod health;
 mod tail;
 mod watchdog;
 
@@ -30,6 +31,8 @@ mod _rust {
     use super::group::{Exit, Group, StopReport, Survivor};
     #[pymodule_export]
     use super::guard::Guard;
+    #[pymodule_export]
+    use super::health::HealthServer;
     #[pymodule_export]
     use super::tail::{Tail, TailReport};
     #[pymodule_export]

@@ -1,5 +1,6 @@
 //! `Watchdog`, what it reports, and `BeatSlot`.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -37,7 +38,7 @@ pub(crate) struct Expiry {
     signalled_ns: u64,
     outcome: &'static str,
     worker: i32,
-    evidence: Vec<PathBuf>,
+    evidence: Vec<OsString>,
 }
 
 impl From<watchdog::Expiry> for Expiry {
@@ -57,7 +58,7 @@ impl From<watchdog::Expiry> for Expiry {
                 Outcome::Denied => "denied",
             },
             worker: expiry.worker,
-            evidence: expiry.evidence,
+            evidence: expiry.evidence.into_iter().map(PathBuf::into_os_string).collect(),
         }
     }
 }
@@ -83,8 +84,8 @@ impl Watchdog {
 #[pymethods]
 impl Watchdog {
     #[getter]
-    fn path(&self) -> PathBuf {
-        self.0.path().to_owned()
+    fn path(&self) -> OsString {
+        self.0.path().into()
     }
 
     fn start(&self, py: Python<'_>) -> PyResult<()> {

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import ferroelastic.utils.store as store_util
 from ferroelastic._compat import TorchVirtual, family
+from ferroelastic.agent.server._activity import Activity, cause_of
 from ferroelastic.agent.server._workers import (
     RunResult,
     Worker,
@@ -109,6 +110,7 @@ class SimpleElasticAgent(ElasticAgent):
         self._shutdown_timeout = shutdown_timeout
         self._total_execution_time = 0
         self._in_exit_barrier = False
+        self._activity = Activity()
         # Also keeps alive the workers' store, where this node hosts one that the handler does not know of.
         self._rdzv_info: RendezvousInfo | None = None
 
@@ -250,19 +252,26 @@ class SimpleElasticAgent(ElasticAgent):
         """Meet the other nodes and start workers; there must be none."""
         spec = worker_group.spec
         logger.info("[%s] Rendezvous'ing worker group", spec.role)
-        self._rendezvous(worker_group)
+        with self._activity.waiting("rendezvous"), self._activity.phase("rendezvous"):
+            self._rendezvous(worker_group)
         logger.info("[%s] Starting worker group", spec.role)
-        for local_rank, worker_id in self._start_workers(worker_group).items():
+        self._activity.busy("spawning")
+        with self._activity.phase("spawn"):
+            ids = self._start_workers(worker_group)
+        for local_rank, worker_id in ids.items():
             worker = worker_group.workers[local_rank]
             worker.id = worker_id
             record(self._construct_event("START", EventSource.WORKER, worker), spec.event_log_handler)
         worker_group.state = WorkerState.HEALTHY
+        self._activity.started(worker_group.workers)
 
     @prof
     def _restart_workers(self, worker_group: WorkerGroup) -> None:
         """Stop the workers, meet the other nodes and start workers."""
         logger.info("[%s] Stopping worker group", worker_group.spec.role)
-        self._stop_workers(worker_group)
+        self._activity.busy("stopping")
+        with self._activity.phase("stop"):
+            self._stop_workers(worker_group)
         worker_group.state = WorkerState.STOPPED
         self._initialize_workers(worker_group)
 
@@ -288,6 +297,7 @@ class SimpleElasticAgent(ElasticAgent):
             raise
         finally:
             interruption = self._shut_down(death_sig)
+            self._activity.idle()
             # Also where an exception left: its event tells the time.
             self._total_execution_time = int(time.monotonic() - start)
             if interruption is not None and not is_unwinding:
@@ -304,6 +314,7 @@ class SimpleElasticAgent(ElasticAgent):
         interruption: BaseException | None = None
         while True:
             try:
+                self._activity.busy("stopping")
                 self._call_shutdown(death_sig, timeout)
             except family(SignalException) as error:  # noqa: PERF203 - a loop over interruptions
                 logger.warning("Received %s death signal while shutting down, killing workers", error.sigval)
@@ -451,7 +462,8 @@ class SimpleElasticAgent(ElasticAgent):
                 raise AssertionError(
                     f"workers of role {role!r} were not started: _initialize_workers left them in INIT"
                 )
-            self._wait_for_event(spec.monitor_interval)
+            with self._activity.waiting():
+                self._wait_for_event(spec.monitor_interval)
             result = self._monitor_workers(group)
             state = result.state
             group.state = state
@@ -468,6 +480,7 @@ class SimpleElasticAgent(ElasticAgent):
                 return result
             if state in (WorkerState.UNHEALTHY, WorkerState.FAILED):
                 if self._remaining_restarts <= 0:
+                    self._activity.busy("stopping")
                     self._stop_workers(group)
                     group.state = WorkerState.FAILED
                     return result
@@ -479,6 +492,7 @@ class SimpleElasticAgent(ElasticAgent):
                     spec.max_restarts,
                 )
                 self._remaining_restarts -= 1
+                self._activity.restarting("failure", cause_of(result))
                 self._restart_workers(group)
             elif state == WorkerState.HEALTHY:
                 waiting = spec.rdzv_handler.num_nodes_waiting()
@@ -489,6 +503,7 @@ class SimpleElasticAgent(ElasticAgent):
                         waiting,
                         group.group_rank,
                     )
+                    self._activity.restarting("membership", f"{waiting} waiting to join")
                     self._restart_workers(group)
             else:
                 raise RuntimeError(f"[{role}] Worker group in {state.name} state")
@@ -516,10 +531,11 @@ class SimpleElasticAgent(ElasticAgent):
 
         self._in_exit_barrier = True
         try:
-            if world_size == 1:  # no one to wait for
-                barrier(self._store)
-            else:
-                interruptible.call(barrier, _own_connection(self._store))
+            with self._activity.waiting("exit barrier"):
+                if world_size == 1:  # no one to wait for
+                    barrier(self._store)
+                else:
+                    interruptible.call(barrier, _own_connection(self._store))
             logger.info("Done waiting for other agents. Elapsed: %s seconds", time.monotonic() - start)
         except family(SignalException) as error:
             logger.warning("Got termination signal: %s", error.sigval)

@@ -5,8 +5,11 @@ Differences:
 * Between looks at the workers the agent waits for an exit: ``monitor_interval`` is the longest time between two looks, not the
   time it takes to notice one.
 * The shutdown timeout is the grace on every path: a failed worker's peers, a restart, a signal.
-* The health server runs from the agent's start to its end, also through restarts, and answers from the start.
+* The health server runs from the agent's start to its end, also through restarts, and answers from the start. The agent is alive while its
+  loop waits or turns from one thing to the next, and no worker outlives a deadline that it has missed.
 * A worker that is stuck in the kernel is a failure with a name, and the job ends with an error; torch ends it with exit code 0.
+* One watchdog serves all attempts. A timer that expires is a failure of its worker, which the report explains: with the scope, and with
+  the worker's Python stack. torch's watchdog ends the agent as well.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from string import Template
 from typing import TYPE_CHECKING, Any
 
 from ferroelastic._wait import wait_for_event
+from ferroelastic.agent.server import _watchdog
 from ferroelastic.agent.server.api import (
     DEFAULT_ROLE,
     RunResult,
@@ -91,7 +95,8 @@ class LocalElasticAgent(SimpleElasticAgent):
     """Runs the workers of one host. Mirrors torch's ``LocalElasticAgent``.
 
     With ``TORCHELASTIC_ENABLE_FILE_TIMER=1`` in the environment, workers can set themselves deadlines through a named pipe
-    (``TORCHELASTIC_TIMER_FILE``, made up if not set and handed to the workers).
+    (``TORCHELASTIC_TIMER_FILE``, made up if not set and handed to the workers). When one expires, up to ``FERROELASTIC_EVIDENCE_S`` seconds
+    (2 by default, 0 for none) are spent on finding out what all workers are doing, which is kept beside their logs.
 
     Args:
         spec: what to run.
@@ -124,8 +129,11 @@ class LocalElasticAgent(SimpleElasticAgent):
         self._rdzv_handler = spec.rdzv_handler
         self._log_line_prefix_template = log_line_prefix_template
         self._worker_watchdog: Any = None
+        self._made_up_timer_file: str | None = None
         self._logs_specs = logs_specs
         self._health_check_server = health_check_server
+        # Value of the port's variable that was refused: once is enough to say so.
+        self._refused_health_check_port: str | None = None
         self._stopping_workers_only = False
         self._uninterruptible_state_timeout = _resolve_uninterruptible_state_timeout(uninterruptible_state_timeout)
         # By pid, the monotonic time at which it was first seen in uninterruptible sleep.
@@ -133,33 +141,30 @@ class LocalElasticAgent(SimpleElasticAgent):
 
     def run(self, role: str = DEFAULT_ROLE) -> RunResult:
         """Run the workers to their end; see :meth:`ElasticAgent.run`."""
-        # Before rendezvous, which can take longer than a prober's patience.
-        self._setup_healthcheck()
-        return super().run(role)
+        try:
+            # Before rendezvous, which can take longer than a prober's patience.
+            self._setup_healthcheck()
+            self._activity.attach(self._health_check_server, self._worker_group.spec)
+            return super().run(role)
+        finally:
+            # Whatever a subclass's `_shutdown` does, and also where it was not reached.
+            self._stop_healthcheck()
 
     def _setup_local_watchdog(self, envs: dict[int, dict[str, str]]) -> None:
-        """Start the watchdog if it is asked for, and tell the workers its pipe."""
+        """Start the watchdog if it is asked for and none runs, and tell the workers its pipe."""
         watchdog_file = os.environ.get(TORCHELASTIC_TIMER_FILE)
         if os.environ.get(TORCHELASTIC_ENABLE_FILE_TIMER) == "1":
             if watchdog_file is None:
-                import tempfile
-                import uuid
-
-                watchdog_file = os.path.join(tempfile.gettempdir(), f"watchdog_timer_{uuid.uuid4()}")
-            logger.info("Starting a FileTimerServer with %s ...", watchdog_file)
-            if not envs:
-                logger.warning("Empty envs variables, using empty run_id for FileTimerServer")
-            from ferroelastic import _torch
-
-            self._worker_watchdog = _torch.file_timer_server(
-                file_path=watchdog_file,
-                run_id=envs[0]["TORCHELASTIC_RUN_ID"] if envs else "",
-                max_interval=0.1,
-                daemon=True,
-                log_event=self._log_watchdog_event,
-            )
-            self._worker_watchdog.start()
-            logger.info("FileTimerServer started")
+                watchdog_file = self._made_up_timer_file = self._made_up_timer_file or _make_up_timer_file()
+            if self._worker_watchdog is None:
+                logger.info("Starting a FileTimerServer with %s ...", watchdog_file)
+                if not envs:
+                    logger.warning("Empty envs variables, using empty run_id for FileTimerServer")
+                run_id = envs[0]["TORCHELASTIC_RUN_ID"] if envs else ""
+                self._worker_watchdog = _watchdog.start_server(watchdog_file, run_id, self._log_watchdog_event)
+                logger.info("FileTimerServer started")
+            elif hasattr(self._worker_watchdog, "set_workers"):  # ours, and no subclass's own
+                self._worker_watchdog.start()  # makes the pipe anew, should somebody have removed it
         else:
             logger.info(
                 "Environment variable '%s' not found. Do not start FileTimerServer.", TORCHELASTIC_ENABLE_FILE_TIMER
@@ -175,11 +180,14 @@ class LocalElasticAgent(SimpleElasticAgent):
     def _get_alive_time(self) -> int:
         """Second of the epoch at which the agent was last alive, for the health server.
 
-        While a watchdog runs, that is its last progress; in the exit barrier, where the workers are gone, it is now.
+        That is when its loop turned to what it is doing, or now while it waits. Where a watchdog has seen less of its workers, it is the
+        watchdog's last progress, except in the exit barrier, where the workers are gone.
         """
-        if self._worker_watchdog is None or self._in_exit_barrier:
+        if self._in_exit_barrier:
             return self._get_current_time_secs()
-        return int(self._worker_watchdog.get_last_progress_time())
+        progress = int(time.time() - self._activity.stalled_s())
+        watchdog = self._worker_watchdog
+        return progress if watchdog is None else min(progress, int(watchdog.get_last_progress_time()))
 
     def _setup_healthcheck(self) -> None:
         """Start the health server if a port is set and none runs."""
@@ -189,7 +197,7 @@ class LocalElasticAgent(SimpleElasticAgent):
                 "Environment variable '%s' not found. Do not start health check.", TORCHELASTIC_HEALTH_CHECK_PORT
             )
             return
-        if self._health_check_server is not None:
+        if self._health_check_server is not None or port == self._refused_health_check_port:
             return
         logger.info("Found healthcheck port %s: %s", TORCHELASTIC_HEALTH_CHECK_PORT, port)
         try:
@@ -198,9 +206,18 @@ class LocalElasticAgent(SimpleElasticAgent):
             )
             self._health_check_server.start()
         except ValueError:
-            logger.info(
+            self._refused_health_check_port = port
+            logger.error(  # noqa: TRY400 - the text says all
                 "Invalid healthcheck port value: '%s', expecting integer. Not starting healthcheck server.", port
             )
+        except OSError as error:  # a deployment's own server: a job does not fail for want of a health check
+            self._refused_health_check_port, self._health_check_server = port, None
+            logger.error("Not starting healthcheck server: %s", error)  # noqa: TRY400 - the text says all
+
+    def _stop_healthcheck(self) -> None:
+        server, self._health_check_server = self._health_check_server, None
+        if server is not None:
+            server.stop()
 
     def _get_fq_hostname(self) -> str:
         return fq_hostname()
@@ -239,6 +256,10 @@ class LocalElasticAgent(SimpleElasticAgent):
             self._shutdown(timeout=self._shutdown_timeout)
         finally:
             self._stopping_workers_only = False
+        group = getattr(self._pcontext, "_group", None)
+        report = None if group is None else group.stop_report()
+        if report is not None:  # the engine may have begun by itself, before the agent looked
+            self._activity.measured(report.elapsed_s)
 
     @prof
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
@@ -279,6 +300,8 @@ class LocalElasticAgent(SimpleElasticAgent):
             duplicate_stderr_filters=spec.duplicate_stderr_filters,
             shutdown_timeout=self._shutdown_timeout,
         )
+        if hasattr(self._worker_watchdog, "set_workers"):
+            self._worker_watchdog.set_workers(_watchdog.workers_with_folders(self._pcontext, worker_group.workers))
         return self._pcontext.pids()
 
     def _worker_env(self, worker_group: WorkerGroup, worker: Any) -> dict[str, str]:
@@ -328,15 +351,20 @@ class LocalElasticAgent(SimpleElasticAgent):
         worker_env["CUDA_VISIBLE_DEVICES"] = devices[position].strip()
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
-        """Stop the watchdog, the workers and, unless only the workers are to be stopped, the health server."""
+        """Stop the workers and, unless only they are to be stopped, the watchdog and the health server."""
+        try:
+            if self._pcontext:
+                with self._activity.allowing(_longest_stop_s(timeout)):
+                    self._pcontext.close(death_sig, timeout)
+        finally:
+            if not self._stopping_workers_only:
+                self._stop_servers()
+
+    def _stop_servers(self) -> None:
         if self._worker_watchdog is not None:
             self._worker_watchdog.stop()
             self._worker_watchdog = None
-        if self._pcontext:
-            self._pcontext.close(death_sig, timeout)
-        if self._health_check_server is not None and not self._stopping_workers_only:
-            self._health_check_server.stop()
-            self._health_check_server = None
+        self._stop_healthcheck()
 
     def _check_uninterruptible_state_timeout(self, worker_group: WorkerGroup, timeout: float) -> RunResult | None:
         """Result with the workers that have slept uninterruptibly for at least ``timeout`` seconds, or ``None``."""
@@ -404,7 +432,9 @@ class LocalElasticAgent(SimpleElasticAgent):
         # Before the look: an exit after it must not be taken for one that was seen.
         group = getattr(context, "_group", None)
         self._seen_generation = 0 if group is None else group.generation
-        result = context.wait(0)
+        looked_ns = time.monotonic_ns()
+        with self._activity.allowing(_longest_stop_s(self._shutdown_timeout)):  # of the peers of one that has failed
+            result = context.wait(0)
         if result is None:
             if self._uninterruptible_state_timeout > 0:
                 stuck = self._check_uninterruptible_state_timeout(worker_group, self._uninterruptible_state_timeout)
@@ -414,9 +444,24 @@ class LocalElasticAgent(SimpleElasticAgent):
         ranks = {worker.local_rank: worker.global_rank for worker in worker_group.workers}
         if result.is_failed():
             failures = {ranks[local_rank]: failure for local_rank, failure in result.failures.items()}
+            self._explain_expiries(role, failures)
+            noticed_ns = [failure.exit.monotonic_ns for failure in failures.values() if failure.exit is not None]
+            if noticed_ns:
+                self._activity.detected((looked_ns - min(noticed_ns)) / 1e9)
             return RunResult(state=WorkerState.FAILED, failures=failures)
         return_values = {ranks[local_rank]: value for local_rank, value in result.return_values.items()}
         return RunResult(state=WorkerState.SUCCEEDED, return_values=return_values)
+
+    def _explain_expiries(self, role: str, failures: dict[int, ProcessFailure]) -> None:
+        """Say of the workers that a watchdog has ended why it has."""
+        expiry_of = getattr(self._worker_watchdog, "expiry", None)
+        if expiry_of is None:
+            return
+        for rank, failure in failures.items():
+            expiry = expiry_of(failure.pid)
+            if expiry is not None:
+                logger.error("[%s] rank %s: %s", role, rank, _watchdog.describe(expiry, failure.pid))
+                _watchdog.explain(failure, expiry)
 
     def _wait_for_event(self, timeout_s: float) -> None:
         """Wait until a worker has ended since the last look.
@@ -434,6 +479,18 @@ class LocalElasticAgent(SimpleElasticAgent):
             wait_for_event(group, seen, timeout_s)
         else:
             wait_for_event(group, seen)
+
+
+def _longest_stop_s(grace_s: float) -> float:
+    """Seconds that stopping workers may take: the grace, as long again (at least 5) after SIGKILL, and the end of the logs."""
+    return grace_s + max(5.0, grace_s) + 5.0
+
+
+def _make_up_timer_file() -> str:
+    import tempfile
+    import uuid
+
+    return os.path.join(tempfile.gettempdir(), f"watchdog_timer_{uuid.uuid4()}")
 
 
 def _read_wait_channel(pid: int) -> str:

@@ -9,6 +9,8 @@ use std::time::{Duration, Instant};
 use super::processes::{GroupEntry, Process, Reaper};
 use super::request::{Observed, Reply, Request, Started};
 use crate::error::{Error, Result};
+use crate::health;
+use crate::health::status::WatchdogFigures;
 use crate::logs::{TailReport, Tails};
 use crate::supervise::{Ended, Event, Moment, StopPlan};
 use crate::sys::poller::{Interest, Poller};
@@ -31,6 +33,8 @@ enum Token {
     Console(u64),
     Fifo(u64),
     TimerClient { watchdog: u64, pid: u64 },
+    HealthListener(u64),
+    HealthConnection(u64),
 }
 
 impl Token {
@@ -47,6 +51,8 @@ impl Token {
             Self::Console(id) => (4, id),
             Self::Fifo(id) => (5, id),
             Self::TimerClient { watchdog, pid } => (6, watchdog << Self::PID_BITS | pid),
+            Self::HealthListener(id) => (7, id),
+            Self::HealthConnection(id) => (8, id),
         };
         kind << Self::KIND_SHIFT | id
     }
@@ -60,6 +66,8 @@ impl Token {
             3 => Self::Process(id),
             4 => Self::Console(id),
             5 => Self::Fifo(id),
+            7 => Self::HealthListener(id),
+            8 => Self::HealthConnection(id),
             _ => Self::TimerClient { watchdog: id >> Self::PID_BITS, pid: id & ((1 << Self::PID_BITS) - 1) },
         }
     }
@@ -82,6 +90,7 @@ pub(super) struct EventLoop {
     tails: Tails,
     finishing_tails: HashMap<u64, Reply<TailReport>>,
     watchdogs: BTreeMap<u64, Server>,
+    health: health::Servers,
     last_id: u64,
     closing: bool,
 }
@@ -113,6 +122,10 @@ impl EventLoop {
             tails: Tails::new(Token::Notifier.pack()),
             finishing_tails: HashMap::new(),
             watchdogs: BTreeMap::new(),
+            health: health::Servers::new(health::Tokens {
+                listener: |server| Token::HealthListener(server).pack(),
+                connection: |connection| Token::HealthConnection(connection).pack(),
+            }),
             last_id: 0,
             closing: false,
         })
@@ -146,7 +159,7 @@ impl EventLoop {
             let next = self.next_tick();
             self.timer.set(next).map_err(poll_failed)?;
             ready.clear();
-            self.poller.wait(!self.tails.is_busy(), &mut ready).map_err(poll_failed)?;
+            self.poller.wait(!self.tails.is_busy() && !self.health.is_busy(), &mut ready).map_err(poll_failed)?;
             self.notice_exits(&mut ready)?;
             for token in ready.drain(..) {
                 match Token::unpack(token) {
@@ -164,6 +177,8 @@ impl EventLoop {
                             watchdog.client_ended(pid, &self.poller);
                         }
                     }
+                    Token::HealthListener(server) => self.health.acceptable(server),
+                    Token::HealthConnection(connection) => self.health.ready(connection),
                     Token::Process(_) => {}
                 }
             }
@@ -179,8 +194,22 @@ impl EventLoop {
                     let _ = reply.send(report);
                 }
             }
+            // Last: no probe delays a signal, a deadline or a log line.
+            self.answer_probes();
         }
         Ok(())
+    }
+
+    fn answer_probes(&mut self) {
+        if self.health.is_idle() {
+            return;
+        }
+        if self.health.receive(Instant::now(), &self.poller) {
+            // What was said before a request came is known when it is answered.
+            self.take_requests();
+        }
+        let (watchdogs, now) = (&self.watchdogs, Moment::now());
+        self.health.respond(now.instant, &self.poller, &|pids| figures(watchdogs, pids, now));
     }
 
     /// Takes the exits out of `ready`. Before the first consequence it looks once more, until there is no further exit: workers
@@ -223,7 +252,9 @@ impl EventLoop {
             }
         }
         if let Some(group) = self.groups.get_mut(&id) {
+            let known = group.state.exits().len();
             group.step(Instant::now(), Event::Ended(ended));
+            self.health.note_exits(&group.state.exits()[known..]);
         }
         self.forget_released(id);
     }
@@ -231,7 +262,7 @@ impl EventLoop {
     fn next_tick(&mut self) -> Option<Instant> {
         let groups = self.groups.values().filter_map(|group| group.state.next_tick());
         let watchdogs = self.watchdogs.values_mut().filter_map(Server::next_tick);
-        groups.chain(self.tails.next_tick()).chain(watchdogs).min()
+        groups.chain(self.tails.next_tick()).chain(self.health.next_tick()).chain(watchdogs).min()
     }
 
     /// Deals with expired timers.
@@ -257,6 +288,10 @@ impl EventLoop {
 
     fn serve_requests(&mut self) {
         self.wake.drain();
+        self.take_requests();
+    }
+
+    fn take_requests(&mut self) {
         while let Ok(request) = self.inbox.try_recv() {
             self.serve_request(request);
         }
@@ -331,6 +366,11 @@ impl EventLoop {
                 if let Some(reply) = reply {
                     let _ = reply.send(());
                 }
+            }
+            Request::Health(request) => {
+                let id = self.next_id();
+                let exits = self.groups.values().map(|group| group.state.exits());
+                request.serve(&mut self.health, &self.poller, id, exits);
             }
             Request::Close { kill_wait } => {
                 self.closing = true;
@@ -451,6 +491,24 @@ impl EventLoop {
         self.last_id += 1;
         self.last_id
     }
+}
+
+/// What the watchdogs have counted together, and when each of `pids` was last heard of.
+fn figures(watchdogs: &BTreeMap<u64, Server>, pids: &[i32], now: Moment) -> WatchdogFigures {
+    let mut figures = WatchdogFigures::default();
+    for watchdog in watchdogs.values() {
+        let counts = watchdog.counts();
+        figures.requests += counts.requests;
+        figures.broken += counts.broken + counts.oversized + counts.unknown_version;
+        figures.expiries += counts.expired;
+        for pid in pids {
+            if let Some(age) = watchdog.last_heard(*pid, now) {
+                let youngest = figures.last_beats.entry(*pid).or_insert(age);
+                *youngest = age.min(*youngest);
+            }
+        }
+    }
+    figures
 }
 
 fn describe(panic: &(dyn std::any::Any + Send)) -> String {

@@ -6,11 +6,13 @@
 
 mod event_loop;
 mod handle;
+mod health;
 mod processes;
 mod request;
 mod view;
 mod watchdog;
 
 pub use handle::{Engine, Group, Tail};
+pub use health::HealthServer;
 pub use view::{StopReport, Survivor, Wake};
 pub use watchdog::Watchdog;

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::mpsc::SyncSender;
 use std::time::Duration;
 
+use super::health::HealthRequest;
 use super::view::View;
 use super::watchdog::Work;
 use crate::error::Result;
@@ -98,6 +99,7 @@ pub(super) enum Request {
         id: u64,
         reply: Option<Reply<()>>,
     },
+    Health(HealthRequest),
     Close {
         kill_wait: Duration,
     },

@@ -136,3 +136,42 @@ impl Drop for Watchdog {
         let _ = self.line.tell(Request::Unwatch { id: self.id, reply: None });
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::ffi::CString;
+
+    use super::*;
+    use crate::sys::poller::wait_readable;
+    use crate::sys::probe;
+    use crate::sys::process::Leader;
+    use crate::sys::spawn::Command;
+
+    const PATIENCE: Duration = Duration::from_secs(20);
+
+    #[test]
+    fn a_panic_on_the_engine_thread_kills_the_workers_and_is_told_to_who_waits() {
+        let engine = Engine::start().expect("engine");
+        let path = std::env::temp_dir().join(format!("ferroelastic-panic-{}", std::process::id()));
+        let config = Config { path: path.clone(), evidence: Duration::ZERO, py_spy: None };
+        let watchdog = engine.watchdog(config).expect("watchdog");
+        let argv = ["sleep", "1000"].map(|word| CString::new(word).expect("no NUL")).to_vec();
+        let env = vec![CString::new("PATH=/usr/bin:/bin").expect("no NUL")];
+        let group = engine.spawn(vec![Command { argv, env, ..Command::default() }; 2]).expect("spawn");
+        let workers = group.pids().iter().map(|pid| Leader::open(*pid, probe::probe()).expect("a child"));
+        let workers: Vec<Leader> = workers.collect();
+
+        let answer = watchdog.ask(|_, _| panic!("on purpose"));
+        assert!(matches!(answer, Err(Error::Closed)));
+
+        let waited = group.wait(0, Some(PATIENCE), None).expect_err("the engine is gone");
+        assert_eq!(waited.to_string(), "the supervision engine failed: on purpose");
+        for worker in &workers {
+            let Some(pidfd) = worker.pidfd() else { continue };
+            assert!(matches!(wait_readable([Some(&pidfd)], Some(PATIENCE)), Ok([true])), "{} lives", worker.pid());
+        }
+        assert!(watchdog.next_expiries().expect("own process").is_empty(), "who waits for expiries is told, too");
+        assert!(!path.exists());
+        assert!(engine.spawn(Vec::new()).is_err());
+    }
+}

@@ -15,6 +15,18 @@ pub enum Interest {
     Readable,
     /// Room to write.
     Writable,
+    /// Nothing but errors and a peer that is gone altogether, which are reported to all.
+    Hangup,
+}
+
+impl Interest {
+    fn flags(self) -> epoll::EventFlags {
+        match self {
+            Self::Readable => epoll::EventFlags::IN,
+            Self::Writable => epoll::EventFlags::OUT,
+            Self::Hangup => epoll::EventFlags::empty(),
+        }
+    }
 }
 
 /// An epoll instance. A registration carries a `u64` of the caller's choice.
@@ -31,11 +43,12 @@ impl Poller {
 
     /// Starts watching `fd`; its readiness is reported as `token` until [`Poller::remove`].
     pub fn add(&self, fd: impl AsFd, token: u64, interest: Interest) -> io::Result<()> {
-        let flags = match interest {
-            Interest::Readable => epoll::EventFlags::IN,
-            Interest::Writable => epoll::EventFlags::OUT,
-        };
-        Ok(epoll::add(&self.epoll, fd, epoll::EventData::new_u64(token), flags)?)
+        Ok(epoll::add(&self.epoll, fd, epoll::EventData::new_u64(token), interest.flags())?)
+    }
+
+    /// Watches `fd`, which is watched already, for something else.
+    pub fn modify(&self, fd: impl AsFd, token: u64, interest: Interest) -> io::Result<()> {
+        Ok(epoll::modify(&self.epoll, fd, epoll::EventData::new_u64(token), interest.flags())?)
     }
 
     /// Stops watching `fd`.

@@ -1,0 +1,42 @@
+"""A worker that hangs, and what the agent's watchdog has to say about it.
+
+Two ranks work through some steps. Each gives itself two seconds for the exchange of gradients; in the first attempt the last rank waits in
+it for a message that never comes. Run it with
+
+    TORCHELASTIC_ENABLE_FILE_TIMER=1 ferrorun --standalone --nproc-per-node=2 examples/hang.py
+
+The report names the timer, and shows the line that the rank hung in. With ``--max-restarts=1`` the second attempt comes to its end.
+"""
+
+import os
+import queue
+
+from ferroelastic import timer
+
+STEPS = 3
+TIMEOUT_S = 2
+
+messages: queue.Queue[float] = queue.Queue()
+
+
+def exchange_gradients(step: int, *, hangs: bool) -> float:
+    """Stands for a collective operation."""
+    if not hangs:
+        messages.put(step / STEPS)
+    return messages.get()  # blocks where nobody has put anything
+
+
+def main() -> None:
+    """Trains, so to speak."""
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    timer.configure(timer.FileTimerClient(os.environ["TORCHELASTIC_TIMER_FILE"]))
+    for step in range(STEPS):
+        hangs = attempt == 0 and step == 1 and rank == world_size - 1
+        with timer.expires(after=TIMEOUT_S, scope=f"exchange of step {step}"):
+            exchange_gradients(step, hangs=hangs)
+    print(f"rank {rank} has finished attempt {attempt}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

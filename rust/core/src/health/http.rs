@@ -1,0 +1,219 @@
+//! The head of a request, and responses. Only what probes, scrapers and `curl` need of HTTP/1.0 and 1.1: GET and HEAD, one
+//! request per connection.
+
+/// Most bytes of a request's head.
+pub const MAX_HEAD: usize = 8192;
+
+/// Most header lines.
+const MAX_HEADERS: usize = 64;
+
+/// What was received so far.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Received<'a> {
+    /// The head is not complete.
+    Incomplete,
+    /// A request that can be answered.
+    Request(Request<'a>),
+    /// Something else, with the status that says so.
+    Refused(Status),
+}
+
+/// A request whose head is complete. A body and further requests are not looked at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Request<'a> {
+    /// Only the head of the response is wanted.
+    pub head_only: bool,
+    /// The path, without the query.
+    pub path: &'a str,
+}
+
+/// Status of a response.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Status {
+    /// 200
+    Ok,
+    /// 400
+    BadRequest,
+    /// 404
+    NotFound,
+    /// 405
+    MethodNotAllowed,
+    /// 431
+    HeadTooLarge,
+    /// 503
+    Unavailable,
+    /// 505
+    VersionNotSupported,
+}
+
+impl Status {
+    /// The number.
+    #[must_use]
+    pub fn code(self) -> u16 {
+        match self {
+            Self::Ok => 200,
+            Self::BadRequest => 400,
+            Self::NotFound => 404,
+            Self::MethodNotAllowed => 405,
+            Self::HeadTooLarge => 431,
+            Self::Unavailable => 503,
+            Self::VersionNotSupported => 505,
+        }
+    }
+
+    fn phrase(self) -> &'static str {
+        match self {
+            Self::Ok => "OK",
+            Self::BadRequest => "Bad Request",
+            Self::NotFound => "Not Found",
+            Self::MethodNotAllowed => "Method Not Allowed",
+            Self::HeadTooLarge => "Request Header Fields Too Large",
+            Self::Unavailable => "Service Unavailable",
+            Self::VersionNotSupported => "HTTP Version Not Supported",
+        }
+    }
+
+    /// What the body of a refusal says.
+    #[must_use]
+    pub fn remedy(self) -> &'static str {
+        match self {
+            Self::MethodNotAllowed => "only GET and HEAD are answered\n",
+            Self::HeadTooLarge => "the head of a request may have 8192 bytes and 64 lines\n",
+            Self::VersionNotSupported => "only HTTP/1.0 and HTTP/1.1 are spoken\n",
+            Self::NotFound => "there are /livez (also / and /healthz), /readyz, /status and /metrics\n",
+            Self::Ok | Self::BadRequest | Self::Unavailable => "not a request of HTTP/1.0 or HTTP/1.1\n",
+        }
+    }
+}
+
+/// Reads the head of a request. `received` starts with it and may hold more; what is beyond [`MAX_HEAD`] is not looked at.
+#[must_use]
+pub fn parse(received: &[u8]) -> Received<'_> {
+    let looked_at = &received[..received.len().min(MAX_HEAD)];
+    let mut headers = [httparse::EMPTY_HEADER; MAX_HEADERS];
+    let mut request = httparse::Request::new(&mut headers);
+    match request.parse(looked_at) {
+        Ok(httparse::Status::Complete(_)) => understand(&request),
+        Ok(httparse::Status::Partial) if received.len() < MAX_HEAD => Received::Incomplete,
+        Ok(httparse::Status::Partial) | Err(httparse::Error::TooManyHeaders) => Received::Refused(Status::HeadTooLarge),
+        Err(httparse::Error::Version) if names_a_version(looked_at) => Received::Refused(Status::VersionNotSupported),
+        Err(_) => Received::Refused(Status::BadRequest),
+    }
+}
+
+fn understand<'a>(request: &httparse::Request<'_, 'a>) -> Received<'a> {
+    let (Some(method), Some(target), Some(version)) = (request.method, request.path, request.version) else {
+        return Received::Refused(Status::BadRequest);
+    };
+    let hosts = request.headers.iter().filter(|header| header.name.eq_ignore_ascii_case("host")).count();
+    if hosts > 1 || (version == 1 && hosts == 0) {
+        return Received::Refused(Status::BadRequest);
+    }
+    let head_only = match method {
+        "GET" => false,
+        "HEAD" => true,
+        _ => return Received::Refused(Status::MethodNotAllowed),
+    };
+    Received::Request(Request { head_only, path: path_of(target) })
+}
+
+/// The path of `/path?query` and of `http://host/path?query`, which a proxy may send.
+fn path_of(target: &str) -> &str {
+    let scheme = target.get(..7).filter(|scheme| scheme.eq_ignore_ascii_case("http://"));
+    let target = match scheme {
+        Some(_) => target[7..].find(['/', '?']).map_or("/", |start| &target[7 + start..]),
+        None => target,
+    };
+    let path = target.split(['?', '#']).next().unwrap_or_default();
+    if path.is_empty() { "/" } else { path }
+}
+
+/// Whether the first line ends with a version of HTTP, which is then one that is not spoken here.
+fn names_a_version(received: &[u8]) -> bool {
+    let line = received.split(|byte| matches!(byte, b'\r' | b'\n')).find(|line| !line.is_empty());
+    let word = line.and_then(|line| line.rsplit(|byte| *byte == b' ').next()).unwrap_or_default();
+    word.strip_prefix(b"HTTP/").is_some_and(|version| version.first().is_some_and(u8::is_ascii_digit))
+}
+
+/// The head of a response with a body of this length. The connection ends with it.
+#[must_use]
+pub fn response_head(status: Status, content_type: &str, length: usize) -> String {
+    let allow = if status == Status::MethodNotAllowed { "Allow: GET, HEAD\r\n" } else { "" };
+    format!(
+        "HTTP/1.1 {} {}\r\n{allow}Content-Type: {content_type}\r\nContent-Length: {length}\r\n\
+         Cache-Control: no-store\r\nConnection: close\r\n\r\n",
+        status.code(),
+        status.phrase()
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn path(received: &str) -> &str {
+        match parse(received.as_bytes()) {
+            Received::Request(request) => request.path,
+            other => panic!("{received:?}: {other:?}"),
+        }
+    }
+
+    fn refusal(received: &[u8]) -> Status {
+        match parse(received) {
+            Received::Refused(status) => status,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn what_probes_send_is_understood() {
+        assert_eq!(path("GET / HTTP/1.1\r\nHost: 10.0.0.1:8080\r\nUser-Agent: kube-probe/1.31\r\n\r\n"), "/");
+        assert_eq!(path("GET /livez?verbose=1 HTTP/1.0\r\n\r\n"), "/livez");
+        assert_eq!(path("\r\nGET /readyz HTTP/1.1\nhost: a\n\n"), "/readyz");
+        assert_eq!(path("GET http://agent:80/status?x HTTP/1.1\r\nHost: agent\r\n\r\n"), "/status");
+        assert_eq!(path("GET http://agent HTTP/1.1\r\nHost: agent\r\n\r\n"), "/");
+        assert_eq!(path("GET HTTP://agent?x HTTP/1.1\r\nHost: agent\r\n\r\n"), "/");
+        let head = parse(b"HEAD /livez HTTP/1.1\r\nHost: a\r\n\r\nGET / HTTP/1.1\r\n");
+        assert_eq!(head, Received::Request(Request { head_only: true, path: "/livez" }));
+    }
+
+    #[test]
+    fn every_beginning_of_a_request_is_incomplete() {
+        let request = b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n";
+        for end in 0..request.len() {
+            assert_eq!(parse(&request[..end]), Received::Incomplete, "{end}");
+        }
+    }
+
+    #[test]
+    fn what_is_refused_says_why() {
+        assert_eq!(refusal(b"POST / HTTP/1.1\r\nHost: a\r\n\r\n"), Status::MethodNotAllowed);
+        assert_eq!(refusal(b"get / HTTP/1.1\r\nHost: a\r\n\r\n"), Status::MethodNotAllowed);
+        assert_eq!(refusal(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"), Status::VersionNotSupported);
+        assert_eq!(refusal(b"GET / HTTP/1.2\r\nHost: a\r\n\r\n"), Status::VersionNotSupported);
+        assert_eq!(refusal(b"GET / FTP/1.1\r\n\r\n"), Status::BadRequest);
+        assert_eq!(refusal(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"), Status::BadRequest, "TLS");
+        assert_eq!(refusal(b"GET / HTTP/1.1\r\n\r\n"), Status::BadRequest, "no host");
+        assert_eq!(refusal(b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n"), Status::BadRequest, "two hosts");
+        assert_eq!(refusal(b"GET / HTTP/1.1\r\nHost : a\r\n\r\n"), Status::BadRequest);
+    }
+
+    #[test]
+    fn a_head_has_limits() {
+        let long = format!("GET /{} HTTP/1.1\r\nHost: a\r\n\r\n", "x".repeat(MAX_HEAD));
+        assert_eq!(refusal(long.as_bytes()), Status::HeadTooLarge);
+        assert_eq!(parse(&long.as_bytes()[..MAX_HEAD - 1]), Received::Incomplete);
+        let many = format!("GET / HTTP/1.1\r\n{}\r\n", "a: b\r\n".repeat(MAX_HEADERS + 1));
+        assert_eq!(refusal(many.as_bytes()), Status::HeadTooLarge);
+    }
+
+    #[test]
+    fn a_response_head_is_complete() {
+        let head = response_head(Status::MethodNotAllowed, "text/plain", 5);
+        assert_eq!(
+            head,
+            "HTTP/1.1 405 Method Not Allowed\r\nAllow: GET, HEAD\r\nContent-Type: text/plain\r\nContent-Length: 5\r\n\
+             Cache-Control: no-store\r\nConnection: close\r\n\r\n"
+        );
+    }
+}

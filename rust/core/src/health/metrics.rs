@@ -1,0 +1,264 @@
+//! Figures for Prometheus, in the text format of `OpenMetrics`.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::time::{Duration, Instant};
+
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric, MetricEncoder, NoLabelSet, text};
+use prometheus_client::metrics::MetricType;
+use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::registry::{Registry, Unit};
+
+use super::http::Status;
+use super::status::{Board, WatchdogFigures};
+use super::vocabulary::{Cause, Dropped, Outcome, Phase, State};
+use crate::sys::usage::RunningUsage;
+
+/// Content type of [`text`](encode).
+pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+/// Upper bounds in seconds, from 100 µs to 10 minutes.
+const BUCKETS: [f64; 16] =
+    [1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0];
+
+/// What a server has done so far.
+#[derive(Clone, Debug, Default)]
+pub struct Counts {
+    /// How often each path was answered with each status.
+    pub answered: BTreeMap<(&'static str, Status), u64>,
+    /// How many connections were dropped for each reason.
+    pub dropped: [u64; Dropped::ALL.len()],
+}
+
+/// How long the parts of restarts took.
+#[derive(Clone, Debug)]
+pub struct Phases([Histogram; Phase::ALL.len()]);
+
+impl Default for Phases {
+    fn default() -> Self {
+        Self(std::array::from_fn(|_| Histogram::new(BUCKETS)))
+    }
+}
+
+impl Phases {
+    /// One more restart has taken so long for this part.
+    pub fn observe(&self, phase: Phase, took: Duration) {
+        self.0[phase as usize].observe(took.as_secs_f64());
+    }
+}
+
+/// A worker that runs, and what it uses.
+#[derive(Clone, Copy, Debug)]
+struct Running {
+    rank: u64,
+    usage: Option<RunningUsage>,
+}
+
+/// All figures at one moment.
+#[derive(Debug)]
+struct Figures {
+    uptime: Duration,
+    state: State,
+    rounds: u64,
+    restarts: [u64; Cause::ALL.len()],
+    workers: [u64; Outcome::ALL.len()],
+    exits: [u64; Outcome::ALL.len()],
+    running: Vec<Running>,
+    counts: Counts,
+    watchdog: WatchdogFigures,
+    phases: Phases,
+}
+
+/// The text of all figures.
+///
+/// # Panics
+///
+/// Never: it is written to memory.
+#[must_use]
+pub fn encode(
+    now: Instant,
+    board: &Board,
+    phases: &Phases,
+    counts: &Counts,
+    watchdog: WatchdogFigures,
+    usage: impl Fn(i32) -> Option<RunningUsage>,
+) -> String {
+    let mut workers = [0; Outcome::ALL.len()];
+    for worker in board.workers() {
+        workers[worker.outcome() as usize] += 1;
+    }
+    let running = board.workers().iter().filter(|worker| worker.outcome() == Outcome::Running);
+    let figures = Figures {
+        uptime: board.uptime(now),
+        state: board.state(),
+        rounds: board.rounds(),
+        restarts: Cause::ALL.map(|cause| board.restarts(cause)),
+        workers,
+        exits: Outcome::ALL.map(|outcome| board.exits(outcome)),
+        running: running
+            .map(|worker| Running { rank: worker.started.rank, usage: usage(worker.started.pid) })
+            .collect(),
+        counts: counts.clone(),
+        watchdog,
+        phases: phases.clone(),
+    };
+    let mut registry = Registry::with_prefix("ferroelastic");
+    registry.register_collector(Box::new(figures));
+    let mut text = String::with_capacity(8192);
+    text::encode(&mut text, &registry).expect("a String takes everything");
+    text
+}
+
+impl Collector for Figures {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        let encoder = &mut encoder;
+        let help = "Time since the health server of the agent was started.";
+        gauge(encoder, "uptime", help, Some(&Unit::Seconds))?.encode_gauge(&self.uptime.as_secs_f64())?;
+        self.encode_job(encoder)?;
+        self.encode_workers(encoder)?;
+        self.encode_watchdog(encoder)?;
+
+        let mut probes = counter(encoder, "health_probes", "Requests answered, by path and status.", None)?;
+        for ((path, status), count) in &self.counts.answered {
+            let labels = [("path", (*path).to_owned()), ("code", status.code().to_string())];
+            count_of(&mut probes.encode_family(&labels)?, count)?;
+        }
+        let help = "Connections of probes that were ended before their peers did, by reason.";
+        let mut dropped = counter(encoder, "health_dropped_connections", help, None)?;
+        for (reason, count) in Dropped::ALL.iter().zip(&self.counts.dropped) {
+            count_of(&mut dropped.encode_family(&[("reason", reason.name())])?, count)?;
+        }
+        let help = "How long the parts of restarts took: detect (from a worker's exit to the agent's look), stop (until every \
+                    process group was empty), rendezvous, spawn.";
+        let seconds = Unit::Seconds;
+        let mut family = encoder.encode_descriptor("restart_phase", help, Some(&seconds), MetricType::Histogram)?;
+        for phase in Phase::ALL {
+            self.phases.0[phase as usize].encode(family.encode_family(&[("phase", phase.name())])?)?;
+        }
+        Ok(())
+    }
+}
+
+impl Figures {
+    fn encode_job(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        let mut states = gauge(encoder, "state", "What the agent is doing: 1 for its state, 0 for all others.", None)?;
+        for state in State::ALL {
+            states.encode_family(&[("state", state.name())])?.encode_gauge(&i64::from(state == self.state))?;
+        }
+        count_of(&mut counter(encoder, "rounds", "How often workers were started.", None)?, &self.rounds)?;
+        let mut restarts = counter(encoder, "restarts", "How often workers were started again, by cause.", None)?;
+        for (cause, count) in Cause::ALL.iter().zip(self.restarts) {
+            count_of(&mut restarts.encode_family(&[("cause", cause.name())])?, &count)?;
+        }
+        Ok(())
+    }
+
+    fn encode_workers(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        let mut workers = gauge(encoder, "workers", "Workers of the last round, by state.", None)?;
+        for (outcome, count) in Outcome::ALL.iter().zip(self.workers) {
+            workers.encode_family(&[("state", outcome.name())])?.encode_gauge(&count)?;
+        }
+        let mut exits = counter(encoder, "worker_exits", "Workers of all rounds that ended, by outcome.", None)?;
+        for (outcome, count) in Outcome::ALL.iter().zip(self.exits).skip(1) {
+            count_of(&mut exits.encode_family(&[("outcome", outcome.name())])?, &count)?;
+        }
+        let help = "Resident memory of a worker's own process.";
+        let mut memory = gauge(encoder, "worker_resident_memory", help, Some(&Unit::Bytes))?;
+        for (rank, usage) in self.usages() {
+            memory.encode_family(&[("rank", rank)])?.encode_gauge(&usage.resident_bytes)?;
+        }
+        let help = "CPU time of a worker's own process; begins again with each round.";
+        let mut cpu = counter(encoder, "worker_cpu", help, Some(&Unit::Seconds))?;
+        for (rank, usage) in self.usages() {
+            count_of(&mut cpu.encode_family(&[("rank", rank)])?, &usage.cpu.as_secs_f64())?;
+        }
+        Ok(())
+    }
+
+    fn encode_watchdog(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        let WatchdogFigures { requests, broken, expiries, .. } = self.watchdog;
+        for (name, help, count) in [
+            ("watchdog_requests", "Requests of workers that the watchdog understood.", requests),
+            ("watchdog_broken_requests", "Lines that the watchdog did not understand.", broken),
+            ("watchdog_expiries", "Deadlines of workers that passed.", expiries),
+        ] {
+            count_of(&mut counter(encoder, name, help, None)?, &count)?;
+        }
+        Ok(())
+    }
+
+    fn usages(&self) -> impl Iterator<Item = (u64, RunningUsage)> {
+        self.running.iter().filter_map(|worker| Some((worker.rank, worker.usage?)))
+    }
+}
+
+fn gauge<'e>(
+    encoder: &'e mut DescriptorEncoder<'_>,
+    name: &'e str,
+    help: &str,
+    unit: Option<&'e Unit>,
+) -> Result<MetricEncoder<'e>, fmt::Error> {
+    encoder.encode_descriptor(name, help, unit, MetricType::Gauge)
+}
+
+fn counter<'e>(
+    encoder: &'e mut DescriptorEncoder<'_>,
+    name: &'e str,
+    help: &str,
+    unit: Option<&'e Unit>,
+) -> Result<MetricEncoder<'e>, fmt::Error> {
+    encoder.encode_descriptor(name, help, unit, MetricType::Counter)
+}
+
+fn count_of(
+    encoder: &mut MetricEncoder<'_>,
+    count: &impl prometheus_client::encoding::EncodeCounterValue,
+) -> fmt::Result {
+    encoder.encode_counter::<NoLabelSet, _, f64>(count, None)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::health::status::{Started, Update};
+
+    fn text_of(board: &Board, phases: &Phases, counts: &Counts) -> String {
+        let usage = |_| Some(RunningUsage { resident_bytes: 4096, cpu: Duration::from_millis(1500) });
+        encode(Instant::now(), board, phases, counts, WatchdogFigures::default(), usage)
+    }
+
+    #[test]
+    fn every_family_has_help_type_and_a_name_with_its_unit() {
+        let mut board = Board::new(Instant::now());
+        board.apply(Instant::now(), Update::State(State::Running));
+        board.apply(Instant::now(), Update::Workers(vec![Started { local_rank: 0, rank: 3, pid: 1 }]));
+        let phases = Phases::default();
+        phases.observe(Phase::Stop, Duration::from_micros(200));
+        let counts = Counts { answered: [(("/livez", Status::Unavailable), 2)].into(), ..Counts::default() };
+        let text = text_of(&board, &phases, &counts);
+        for line in [
+            "# TYPE ferroelastic_restarts counter",
+            "# UNIT ferroelastic_worker_resident_memory_bytes bytes",
+            "ferroelastic_state{state=\"running\"} 1",
+            "ferroelastic_state{state=\"exit barrier\"} 0",
+            "ferroelastic_rounds_total 1",
+            "ferroelastic_restarts_total{cause=\"failure\"} 0",
+            "ferroelastic_workers{state=\"running\"} 1",
+            "ferroelastic_worker_exits_total{outcome=\"failed\"} 0",
+            "ferroelastic_worker_resident_memory_bytes{rank=\"3\"} 4096",
+            "ferroelastic_worker_cpu_seconds_total{rank=\"3\"} 1.5",
+            "ferroelastic_health_probes_total{path=\"/livez\",code=\"503\"} 2",
+            "ferroelastic_watchdog_expiries_total 0",
+            "ferroelastic_restart_phase_seconds_count{phase=\"stop\"} 1",
+            "ferroelastic_restart_phase_seconds_bucket{le=\"0.0001\",phase=\"stop\"} 0",
+            "ferroelastic_restart_phase_seconds_bucket{le=\"0.0003\",phase=\"stop\"} 1",
+            "ferroelastic_restart_phase_seconds_bucket{le=\"600.0\",phase=\"detect\"} 0",
+        ] {
+            assert!(text.lines().any(|found| found == line), "{line}\nis not in\n{text}");
+        }
+        assert!(text.ends_with("# EOF\n"));
+        let families = text.lines().filter(|line| line.starts_with("# TYPE")).count();
+        assert_eq!(families, text.lines().filter(|line| line.starts_with("# HELP")).count());
+    }
+}

@@ -1,0 +1,84 @@
+//! `HealthServer`.
+
+use ferroelastic_core::engine;
+use ferroelastic_core::health::status::{Started, Update};
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+
+use crate::convert::span;
+use crate::errors::{detached, to_python};
+
+/// Answers health checks over HTTP.
+#[pyclass(frozen, module = "ferroelastic._rust")]
+pub(crate) struct HealthServer(engine::HealthServer);
+
+impl HealthServer {
+    pub(crate) fn new(server: engine::HealthServer) -> Self {
+        Self(server)
+    }
+
+    fn update(&self, py: Python<'_>, update: Update) -> PyResult<()> {
+        self.0.update(update).map_err(|error| to_python(py, error))
+    }
+}
+
+/// A word of the core's.
+fn word<T: std::str::FromStr<Err: std::fmt::Display>>(text: &str) -> PyResult<T> {
+    text.parse().map_err(|error: T::Err| PyValueError::new_err(error.to_string()))
+}
+
+#[pymethods]
+impl HealthServer {
+    #[getter]
+    fn host(&self) -> String {
+        self.0.address().ip().to_string()
+    }
+
+    #[getter]
+    fn port(&self) -> u16 {
+        self.0.address().port()
+    }
+
+    fn next_question(&self, py: Python<'_>) -> PyResult<bool> {
+        let asked = detached(py, || self.0.next_question())?;
+        if asked {
+            // Attached again: this thread has the interpreter.
+            self.0.started().map_err(|error| to_python(py, error))?;
+        }
+        Ok(asked)
+    }
+
+    fn answer(&self, py: Python<'_>, progress: f64) -> PyResult<()> {
+        self.0.answer(Ok(progress)).map_err(|error| to_python(py, error))
+    }
+
+    fn answer_failed(&self, py: Python<'_>, reason: String) -> PyResult<()> {
+        self.0.answer(Err(reason)).map_err(|error| to_python(py, error))
+    }
+
+    fn set_job(&self, py: Python<'_>, run_id: String, role: String) -> PyResult<()> {
+        self.update(py, Update::Job { run_id, role })
+    }
+
+    fn set_state(&self, py: Python<'_>, state: &str) -> PyResult<()> {
+        self.update(py, Update::State(word(state)?))
+    }
+
+    fn set_workers(&self, py: Python<'_>, workers: Vec<(u64, u64, i32)>) -> PyResult<()> {
+        let started = |(local_rank, rank, pid)| Started { local_rank, rank, pid };
+        self.update(py, Update::Workers(workers.into_iter().map(started).collect()))
+    }
+
+    fn note_restart(&self, py: Python<'_>, cause: &str, reason: String) -> PyResult<()> {
+        self.update(py, Update::Restart { cause: word(cause)?, reason })
+    }
+
+    fn observe_phase(&self, py: Python<'_>, phase: &str, duration_s: f64) -> PyResult<()> {
+        let took = span("duration_s", duration_s)?;
+        self.update(py, Update::Phase { phase: word(phase)?, took })
+    }
+
+    fn close(&self, py: Python<'_>) -> PyResult<()> {
+        detached(py, || self.0.close())
+    }
+}
