@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import logging
 from contextlib import suppress
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 __all__ = ["ConsoleHandler", "has_room", "write"]
+
+if TYPE_CHECKING:
+    _StreamHandler = logging.StreamHandler[TextIO]
+else:  # has no parameters before Python 3.11
+    _StreamHandler = logging.StreamHandler
 
 _PIECE = 4096  # a pipe that has room takes so much without blocking (PIPE_BUF)
 _PATIENCE_S = 1.0
@@ -33,7 +38,7 @@ def write(stream: TextIO, text: str) -> None:
             rest = rest[os.write(fd, rest[:_PIECE]) :]
 
 
-class ConsoleHandler(logging.StreamHandler[TextIO]):
+class ConsoleHandler(_StreamHandler):
     """A log handler that drops records rather than wait for a reader that hangs."""
 
     def emit(self, record: logging.LogRecord) -> None:

@@ -492,12 +492,15 @@ def test_alive_time(impl: Implementation, make: Callable[..., Any], monkeypatch:
     assert proxy() == 1000
 
 
-def test_a_loop_that_is_stuck_is_not_alive(impl: Implementation, make: Callable[..., Any]) -> None:
+def test_a_loop_that_is_stuck_is_not_alive(
+    impl: Implementation, make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     agent = make("/bin/true")
     original, monotonic, ages = agent._monitor_workers, time.monotonic, []
 
     def monitor(group: Any) -> Any:
-        with mock.patch("time.monotonic", lambda: monotonic() + 100):
+        with monkeypatch.context() as later:
+            later.setattr("time.monotonic", lambda: monotonic() + 100)
             ages.append(time.time() - agent._get_alive_time())
         return original(group)
 

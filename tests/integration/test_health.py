@@ -6,6 +6,7 @@ import http.client
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -49,6 +50,20 @@ def ask(port: int, path: str = "/livez", host: str = "127.0.0.1") -> tuple[int, 
         connection.close()
 
 
+def alive(port: int, path: str = "/livez", host: str = "127.0.0.1") -> str:
+    """Ask until the answer is 200, and return the agent's state. A busy machine may take longer than the callback has."""
+    found: list[Any] = []
+
+    def is_alive() -> bool:
+        found[:] = ask(port, path, host)
+        return bool(found[0] == 200)
+
+    assert eventually(is_alive, PATIENCE_S), found
+    match = re.fullmatch(r"alive: last progress \d s ago, timeout 60 s; state (.*)\n", found[1])
+    assert match is not None, found
+    return match[1]
+
+
 def port_of(server: HealthCheckServer | None) -> int:
     assert server is not None
     assert server.board is not None
@@ -89,17 +104,16 @@ def listeners(port: int) -> list[str]:
 class TestServer:
     def test_progress_is_life(self, serve: Callable[..., HealthCheckServer]) -> None:
         port = port_of(serve())
-        assert ask(port) == (200, "alive: last progress 0 s ago, timeout 60 s; state unknown\n")
-        assert {ask(port, path)[0] for path in ("/", "/healthz", "/livez")} == {200}
+        assert {alive(port, path) for path in ("/", "/healthz", "/livez")} == {"unknown"}
         assert ask(port, "/readyz") == (503, "not ready: state unknown\n")
 
     @pytest.mark.parametrize(
         ("value", "code", "text"),
         [
-            (lambda: time.time() - 61.5, 503, "no progress for 61 s, timeout 60 s"),
-            (lambda: int(time.time() - 60), 200, "alive: last progress 60 s ago, timeout 60 s"),
-            (lambda: time.time() + 1000, 200, "alive: last progress 0 s ago, timeout 60 s"),
-            (lambda: None, 503, "alive_callback failed: TypeError: float() argument must be"),
+            (lambda: time.time() - 65, 503, r"no progress for 6\d s, timeout 60 s; "),
+            (lambda: int(time.time() - 45), 200, r"alive: last progress [45]\d s ago, timeout 60 s; "),
+            (lambda: time.time() + 1000, 200, "alive: last progress 0 s ago, timeout 60 s; "),
+            (lambda: None, 503, r"alive_callback failed: TypeError: float\(\) argument must be"),
             (lambda: float("nan"), 503, "alive_callback failed: it returned nan, which is no time"),
             (lambda: 1 // 0, 503, "alive_callback failed: ZeroDivisionError: "),
             (lambda: sys.exit("over"), 503, "alive_callback failed: SystemExit: over"),
@@ -108,9 +122,14 @@ class TestServer:
     def test_the_callback_decides(
         self, serve: Callable[..., HealthCheckServer], value: Callable[[], Any], code: int, text: str
     ) -> None:
-        found, body = ask(port_of(serve(value)))
-        assert found == code
-        assert body.startswith(text)
+        port = port_of(serve(value))
+        found: list[Any] = []
+
+        def is_told() -> bool:
+            found[:] = ask(port)
+            return found[0] == code and re.match(text, found[1]) is not None
+
+        assert eventually(is_told, PATIENCE_S), found
 
     def test_a_callback_that_hangs_is_told_at_once_and_called_once(
         self, serve: Callable[..., HealthCheckServer]
@@ -131,7 +150,7 @@ class TestServer:
         assert ask(port, "/readyz")[0] == 503, "the rest goes on"
         assert len(calls) == 1
         returned.set()
-        assert eventually(lambda: ask(port)[0] == 200)
+        assert alive(port)
 
     def test_stopping_does_not_wait_for_a_callback_that_hangs(
         self, serve: Callable[..., HealthCheckServer], caplog: pytest.LogCaptureFixture
@@ -160,7 +179,7 @@ class TestServer:
         for _ in range(5):
             server.start()
             assert port_of(server) == port
-            assert ask(port)[0] == 200
+            assert alive(port)
             assert len(health_threads()) == 1
             server.stop()
             server.stop()
@@ -191,7 +210,7 @@ class TestServer:
     ) -> None:
         monkeypatch.setenv("TORCHELASTIC_HEALTH_CHECK_HOST", host)
         port = port_of(serve())
-        assert ask(port, host="::1" if host == "::1" else "127.0.0.1")[0] == 200
+        assert alive(port, host="::1" if host == "::1" else "127.0.0.1")
 
     def test_it_listens_on_loopback_alone(self, serve: Callable[..., HealthCheckServer]) -> None:
         server = serve()
@@ -200,7 +219,8 @@ class TestServer:
 
     def test_two_servers(self, serve: Callable[..., HealthCheckServer]) -> None:
         first, second = serve(), serve(lambda: 0)
-        assert (ask(port_of(first))[0], ask(port_of(second))[0]) == (200, 503)
+        assert alive(port_of(first))
+        assert ask(port_of(second))[0] == 503
 
 
 def error_lines(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -235,7 +255,7 @@ class TestPorts:
         serve(port=port)
         (line,) = error_lines(caplog)
         assert "the port is in use by this process or one of another user" in line
-        assert ask(port)[0] == 200
+        assert alive(port)
 
     @pytest.mark.parametrize(
         ("port", "host", "text"),
@@ -243,6 +263,7 @@ class TestPorts:
             (70000, "", "failed to listen on 127.0.0.1:70000: a port is a number from 0 to 65535"),
             (-1, "", "failed to listen on 127.0.0.1:-1: a port is a number from 0 to 65535"),
             (0, "192.0.2.1", "failed to listen on 192.0.2.1:0: cannot assign requested address"),
+            (0, "2001:db8::1", "failed to listen on [2001:db8::1]:0: "),
             (0, "no.such.host.invalid", "failed to listen on no.such.host.invalid:0: "),
         ],
     )
@@ -291,7 +312,7 @@ def test_a_stuck_interpreter_is_told_at_once() -> None:
         child.stdin.write("go\n")
         child.stdin.flush()
         assert child.stdout.readline() == "released\n"
-        assert eventually(lambda: ask(port)[0] == 200)
+        assert alive(port)
         child.communicate("end\n")
     assert child.returncode == 0
 
@@ -337,7 +358,7 @@ def test_a_forked_child_does_not_keep_the_port(serve: Callable[..., HealthCheckS
     with os.fdopen(read_fd) as result:
         assert result.read() == "[] None [] ForkedError True"
     os.waitpid(pid, 0)
-    assert ask(port)[0] == 200, "the parent's server goes on"
+    assert alive(port), "the parent's server goes on"
 
 
 # ---- an agent
@@ -441,7 +462,7 @@ class TestAgent:
 
         assert rendezvous.entered.wait(PATIENCE_S)
         assert ask(running.port, "/readyz") == (503, "not ready: state rendezvous\n")
-        assert ask(running.port) == (200, "alive: last progress 0 s ago, timeout 60 s; state rendezvous\n")
+        assert alive(running.port) == "rendezvous"
         rendezvous.go.set()
 
         first = wait_for_state(running, "running")
@@ -464,14 +485,14 @@ class TestAgent:
         assert again["restarts"]["last"]["reason"] == f"rank 1 (pid {failed}) exited with code 7"
         assert [worker["state"] for worker in again["workers"]] == ["stopped", "failed"]
         assert again["workers"][1]["exit_code"] == 7
-        assert ask(running.port)[0] == 200
+        assert alive(running.port)
         rendezvous.go.set()
 
         assert barrier_entered.wait(PATIENCE_S)
         last = wait_for_state(running, "exit barrier")
         assert (last["round"], [worker["state"] for worker in last["workers"]]) == (2, ["succeeded", "succeeded"])
         assert [worker["restarts"] for worker in last["workers"]] == [1, 1]
-        assert ask(running.port) == (200, "alive: last progress 0 s ago, timeout 60 s; state exit barrier\n")
+        assert alive(running.port) == "exit barrier"
         metrics = ask(running.port, "/metrics")[1]
         for phase in ("detect", "stop", "rendezvous", "spawn"):
             assert f'ferroelastic_restart_phase_seconds_count{{phase="{phase}"}} 1\n' in metrics
@@ -614,7 +635,7 @@ class TestAgent:
         proxy.set_delegate(agent._get_alive_time)
         running = Running(agent)
         assert rendezvous.entered.wait(PATIENCE_S)
-        assert ask(running.port) == (200, "alive: last progress 0 s ago, timeout 60 s; state rendezvous\n")
+        assert alive(running.port) == "rendezvous"
         rendezvous.go.set()
         assert running.join().state == WorkerState.SUCCEEDED
         assert server.board is None

@@ -8,13 +8,13 @@ use std::io::Write;
 use std::net::{Shutdown, TcpListener};
 use std::sync::Arc;
 use std::sync::mpsc::channel;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ferroelastic_core::Engine;
 use ferroelastic_core::engine::HealthServer;
 use ferroelastic_core::health::status::{Started, Update};
 use ferroelastic_core::health::vocabulary::{Cause, Phase, State};
-use http::{Answering, clean_rest, connect, exchange, get, now_s, rest, split};
+use http::{Answering, clean_rest, connect, exchange, get, now_s, rest, split, until_alive};
 use support::{PATIENCE, all_exits, engines, zoo};
 
 const TIMEOUT: Duration = Duration::from_secs(60);
@@ -34,18 +34,19 @@ fn every_path_is_answered() {
     let answering = alive(&server);
     let address = server.address();
     for path in ["/", "/healthz", "/livez", "/livez?verbose"] {
-        let text = "alive: last progress 0 s ago, timeout 60 s; state unknown\n";
-        assert_eq!(get(address, path), (200, text.into()), "{path}");
+        let text = until_alive(address, path);
+        assert!(text.starts_with("alive: last progress ") && text.ends_with(" s ago, timeout 60 s; state unknown\n"));
     }
     assert_eq!(get(address, "/readyz"), (503, "not ready: state unknown\n".into()));
     assert_eq!(get(address, "/status").0, 200);
     let (code, metrics) = get(address, "/metrics");
     assert_eq!(code, 200);
+    assert!(metrics.contains("ferroelastic_health_probes_total{path=\"/readyz\",code=\"503\"} 1\n"), "{metrics}");
     assert!(metrics.contains("ferroelastic_health_probes_total{path=\"/livez\",code=\"200\"} 2\n"), "{metrics}");
     assert_eq!(get(address, "/nothing").0, 404);
-    let head = exchange(address, b"HEAD /livez HTTP/1.1\r\nHost: a\r\n\r\n");
-    assert!(head.starts_with("HTTP/1.1 200 OK\r\n") && head.ends_with("\r\n\r\n"), "{head}");
-    assert!(head.contains("Content-Length: 58\r\n"), "{head}");
+    let head = exchange(address, b"HEAD /readyz HTTP/1.1\r\nHost: a\r\n\r\n");
+    assert!(head.starts_with("HTTP/1.1 503 Service Unavailable\r\n") && head.ends_with("\r\n\r\n"), "{head}");
+    assert!(head.contains("Content-Length: 25\r\n"), "{head}");
     let post = exchange(address, b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\n\r\nabc");
     assert!(post.starts_with("HTTP/1.1 405 ") && post.contains("\r\nAllow: GET, HEAD\r\n"), "{post}");
     server.close().expect("own process");
@@ -75,7 +76,7 @@ fn without_anybody_who_answers_the_interpreter_is_stuck_and_that_is_told_at_once
 fn what_the_callback_says_is_the_verdict() {
     let engine = Engine::start().expect("engine");
     for (answer, code, begins) in [
-        (now_s() - 100.0, 503, "no progress for 10"),
+        (now_s() - 100.0, 503, "no progress for 1"),
         (now_s() + 1e6, 200, "alive: last progress 0 s ago"),
         (f64::NEG_INFINITY, 503, "no progress for 1844"),
         (f64::INFINITY, 200, "alive: last progress 0 s ago"),
@@ -83,8 +84,16 @@ fn what_the_callback_says_is_the_verdict() {
     ] {
         let server = serve(&engine);
         let answering = Answering::with(&server, move || Ok(answer));
-        let (found, text) = get(server.address(), "/");
-        assert!(found == code && text.starts_with(begins), "{answer}: {found} {text}");
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let (found, text) = get(server.address(), "/");
+            if found == code && text.starts_with(begins) {
+                break;
+            }
+            // Only a busy machine is a reason to ask again.
+            assert!(text.contains("has not returned") || text.contains("is stuck"), "{answer}: {found} {text}");
+            assert!(Instant::now() < deadline);
+        }
         server.close().expect("own process");
         answering.join();
     }
@@ -138,7 +147,7 @@ fn rubbish_is_refused_and_costs_its_sender_only() {
         assert_eq!(split(&rest(stream)).0, code, "{:?}", String::from_utf8_lossy(&bytes[..20.min(bytes.len())]));
     }
     drop(connect(address));
-    assert_eq!(get(address, "/").0, 200);
+    until_alive(address, "/");
     let (_, metrics) = get(address, "/metrics");
     assert!(metrics.contains("ferroelastic_health_probes_total{path=\"other\",code=\"400\"} 3\n"), "{metrics}");
     server.close().expect("own process");
@@ -150,7 +159,7 @@ fn requests_in_pieces_in_series_and_late_are_answered_once() {
     let engine = Engine::start().expect("engine");
     let server = serve(&engine);
     let answering = alive(&server);
-    let request = b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n";
+    let request = b"GET /status HTTP/1.1\r\nHost: a\r\n\r\n";
 
     let mut pieces = connect(server.address());
     for byte in request {
@@ -210,7 +219,7 @@ fn silent_and_slow_peers_are_dropped() {
     // By now its time is over as well: it was the second to come.
     let received = rest(deaf);
     assert!(received.starts_with("HTTP/1.1 200 OK\r\n") && !received.ends_with("]\n}\n"), "{}", received.len());
-    assert_eq!(get(server.address(), "/").0, 200);
+    until_alive(server.address(), "/");
     server.close().expect("own process");
     answering.join();
 }
@@ -281,7 +290,7 @@ fn several_servers_do_not_mix_and_end_with_the_engine() {
     let engine = Engine::start().expect("engine");
     let (first, second) = (serve(&engine), serve(&engine));
     let (one, two) = (alive(&first), Answering::with(&second, || Err("second".into())));
-    assert_eq!(get(first.address(), "/").0, 200);
+    until_alive(first.address(), "/");
     assert_eq!(get(second.address(), "/").0, 503);
     assert!(engine.close(PATIENCE).expect("own process"));
     one.join();

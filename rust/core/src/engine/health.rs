@@ -76,7 +76,9 @@ impl Engine {
     pub fn health_server(&self, host: &str, port: u16, timeout: Duration) -> Result<HealthServer> {
         let line = self.line();
         line.check_owner()?;
-        let listener = listen(host, port).map_err(|source| Error::os("listen on", format!("{host}:{port}"), source))?;
+        let host = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
+        let place = if host.contains(':') { format!("[{host}]:{port}") } else { format!("{host}:{port}") };
+        let listener = listen(host, port).map_err(|source| Error::os("listen on", place, source))?;
         let (address, inherited) = (listener.address(), listener.inherited());
         let desk = Arc::new(Desk::new().map_err(|source| Error::os("create", "an eventfd", source))?);
         let theirs = Arc::clone(&desk);
@@ -87,7 +89,6 @@ impl Engine {
 }
 
 fn listen(host: &str, port: u16) -> io::Result<Listener> {
-    let host = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
     let mut refused = io::Error::new(io::ErrorKind::AddrNotAvailable, "the host has no address");
     for address in (host, port).to_socket_addrs()? {
         match Listener::bind(address) {

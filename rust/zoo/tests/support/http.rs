@@ -6,6 +6,7 @@ use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
 use std::thread::JoinHandle;
+use std::time::Instant;
 
 use ferroelastic_core::engine::HealthServer;
 
@@ -45,6 +46,19 @@ pub(crate) fn exchange(address: SocketAddr, request: &[u8]) -> String {
 pub(crate) fn get(address: SocketAddr, path: &str) -> (u16, String) {
     let response = exchange(address, format!("GET {path} HTTP/1.1\r\nHost: test\r\n\r\n").as_bytes());
     split(&response)
+}
+
+/// Asks until the answer is 200, and returns it. A busy machine may take longer than the thread that answers has.
+pub(crate) fn until_alive(address: SocketAddr, path: &str) -> String {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let (code, text) = get(address, path);
+        if code == 200 {
+            return text;
+        }
+        let is_slow = ["the interpreter is stuck", "alive_callback has not"].iter().any(|late| text.starts_with(late));
+        assert!(is_slow && Instant::now() < deadline, "{code} {text}");
+    }
 }
 
 pub(crate) fn split(response: &str) -> (u16, String) {
