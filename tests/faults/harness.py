@@ -33,7 +33,15 @@ LONG_S = 60.0
 
 _MARK = "FERRO_TEST_JOB"
 _STARTED = '"torchelastic.worker.status.START"'
-_OF_OTHERS = ("PET_", "TORCHELASTIC_", "TORCH_ELASTIC_", "LOGLEVEL", "PYTHON_EXEC", "CUDA_VISIBLE_DEVICES")
+_OF_OTHERS = (
+    "PET_",
+    "TORCHELASTIC_",
+    "TORCH_ELASTIC_",
+    "LOGLEVEL",
+    "PYTHON_EXEC",
+    "CUDA_VISIBLE_DEVICES",
+    "PYTHONUNBUFFERED",  # with it, a line and its end are printed apart, and ranks write between them
+)
 
 
 def is_alive(pid: int) -> bool:

@@ -44,6 +44,7 @@ def expiry(**fields: Any) -> Any:
         "expiration_time": 1700000000.25,
         "signal": signal.SIGKILL,
         "late_ns": 250_000,
+        "outcome": "signalled",
         "evidence": [],
     }
     return SimpleNamespace(**{**known, **fields})

@@ -138,8 +138,12 @@ class Activity:
     def _tell(self, method: str, *arguments: Any) -> None:
         board: _rust.HealthServer | None = None if self._server is None else self._server.board
         if board is not None:
+            # A run's id, say, may come from bytes that are no text.
+            told = [
+                value.encode("utf-8", "replace").decode() if isinstance(value, str) else value for value in arguments
+            ]
             try:
-                getattr(board, method)(*arguments)
+                getattr(board, method)(*told)
             except RuntimeError:  # it is closed, or this is a forked child: nobody asks
                 self._server = None
 

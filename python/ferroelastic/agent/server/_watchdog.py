@@ -125,7 +125,12 @@ def describe(expiry: Expiry, pid: int) -> str:
     except (OverflowError, ValueError, OSError):  # it is what a worker has said
         deadline = str(expiry.expiration_time)
     late_ms = expiry.late_ns / 1e6
-    return f"timer {expiry.scope!r}{whose} expired: deadline {deadline}, noticed {late_ms:.1f} ms late, sent {_name(expiry.signal)}"
+    done = {
+        "signalled": f"sent {_name(expiry.signal)}",
+        "gone": "it ended before it was signalled",
+        "denied": f"{_name(expiry.signal)} was not allowed",
+    }.get(expiry.outcome, expiry.outcome)
+    return f"timer {expiry.scope!r}{whose} expired: deadline {deadline}, noticed {late_ms:.1f} ms late, {done}"
 
 
 def _name(number: int) -> str:

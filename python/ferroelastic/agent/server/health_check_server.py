@@ -154,11 +154,19 @@ def _answer_questions(native: _rust.HealthServer, server: HealthCheckServer) -> 
         log.debug("health check thread ends", exc_info=True)
 
 
+def _text_of(error: BaseException) -> str:
+    try:
+        text = f"{type(error).__name__}: {error}"
+    except Exception:  # noqa: BLE001 - an exception of somebody's own, that cannot say what it is
+        text = type(error).__name__
+    return text.encode("utf-8", "replace").decode()
+
+
 def _answer(native: _rust.HealthServer, server: HealthCheckServer) -> None:
     try:
         progress = float(server.alive_callback())
     except BaseException as error:  # noqa: BLE001 - whatever it is, the probe is told
-        native.answer_failed(f"{type(error).__name__}: {error}")
+        native.answer_failed(_text_of(error))
     else:
         native.answer(progress)
 

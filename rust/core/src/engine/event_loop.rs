@@ -272,7 +272,7 @@ impl EventLoop {
         }
         let now = Moment::now();
         for (id, watchdog) in &mut self.watchdogs {
-            let Some(gather) = watchdog.pump(now) else { continue };
+            let Some(gather) = watchdog.pump(now, &self.poller) else { continue };
             let (watchdog_id, to_engine, wake) = (*id, self.to_self.clone(), Arc::clone(&self.wake));
             let nothing = gather.nothing();
             let gathering = move || {

@@ -174,4 +174,30 @@ mod tests {
         assert!(!path.exists());
         assert!(engine.spawn(Vec::new()).is_err());
     }
+
+    #[test]
+    fn a_release_that_came_in_time_counts_however_late_it_is_read() {
+        let engine = Engine::start().expect("engine");
+        let path = std::env::temp_dir().join(format!("ferroelastic-late-{}", std::process::id()));
+        let config = Config { path: path.clone(), evidence: Duration::ZERO, py_spy: None };
+        let watchdog = engine.watchdog(config).expect("watchdog");
+        watchdog.start().expect("start");
+        let pid = i32::try_from(std::process::id()).expect("pids fit");
+        let request =
+            |expiration_time| wire::Request { pid, scope: "step".into(), expiration_time, signal: 0, heartbeat: None };
+        let in_a_moment = Duration::from_nanos(Moment::now().realtime_ns).as_secs_f64() + 0.05;
+        watchdog.register(vec![request(in_a_moment)]).expect("served");
+        let pipe = path.clone();
+        let held_up = watchdog.ask(move |server, _| {
+            // The engine does nothing else until the deadline has passed; meanwhile the process is done.
+            let release =
+                format!("{{\"pid\": {pid}, \"scope_id\": \"step\", \"expiration_time\": -1, \"signal\": 0}}\n");
+            std::fs::write(pipe, release).expect("write");
+            std::thread::sleep(Duration::from_millis(100));
+            server.counts().armed
+        });
+        assert_eq!(held_up.expect("served"), 1);
+        let counts = watchdog.counts().expect("served");
+        assert_eq!((counts.armed, counts.expired, counts.requests), (0, 0, 2));
+    }
 }

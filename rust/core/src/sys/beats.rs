@@ -114,11 +114,19 @@ impl Page {
         fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
         let map = Map::new(&fd)?;
         let target = PathBuf::from(format!("/proc/{}/fd/{}", std::process::id(), fd.as_raw_fd()));
-        if fs::symlink_metadata(link).is_ok_and(|found| found.is_symlink()) {
-            fs::remove_file(link)?;
+        let page = Self { map, link: link.to_owned(), target, _fd: fd };
+        page.link()?;
+        Ok(page)
+    }
+
+    /// Makes the link again if it is not there, or leads to another page.
+    pub fn link(&self) -> io::Result<()> {
+        match fs::read_link(&self.link) {
+            Ok(target) if target == self.target => return Ok(()),
+            Ok(_) => fs::remove_file(&self.link)?,
+            Err(_) => {}
         }
-        std::os::unix::fs::symlink(&target, link)?;
-        Ok(Self { map, link: link.to_owned(), target, _fd: fd })
+        std::os::unix::fs::symlink(&self.target, &self.link)
     }
 
     /// The last beat of a slot, if it belongs to process `pid`.

@@ -36,8 +36,10 @@ impl Client {
     /// Takes hold of a process. The descriptor comes first: what is found out about the pid after that is about this very process.
     fn open(pid: i32, now: Instant, support: Support, is_worker: &dyn Fn(i32) -> bool) -> io::Result<Self> {
         let hold = Leader::open(pid, support)?;
-        let Some(stat) = procfs::stat(pid).filter(|stat| !stat.is_dead()) else {
-            return Err(io::Error::from_raw_os_error(libc::ESRCH));
+        let stat = match procfs::stat(pid) {
+            Some(stat) if !stat.is_dead() => stat,
+            None if hold.signal(0)? => return Err(io::Error::other("/proc cannot be read")),
+            _ => return Err(io::Error::from_raw_os_error(libc::ESRCH)),
         };
         let kin = kin_of(stat, is_worker);
         let hold = (kin != Kin::Foreign).then_some(hold);
@@ -112,6 +114,11 @@ impl Clients {
     ) -> io::Result<(&mut Client, bool)> {
         use std::collections::hash_map::Entry;
 
+        // Nobody tells of the end of a process that is not held by a pidfd: its number may be somebody else's by now.
+        let is_unwatched = |client: &Client| client.hold.as_ref().and_then(Leader::pidfd).is_none();
+        if self.by_pid.get(&pid).is_some_and(|client| is_unwatched(client) && client.has_ended(pid)) {
+            self.by_pid.remove(&pid);
+        }
         match self.by_pid.entry(pid) {
             Entry::Occupied(known) => Ok((known.into_mut(), false)),
             Entry::Vacant(place) => Ok((place.insert(Client::open(pid, now, self.support, is_worker)?), true)),

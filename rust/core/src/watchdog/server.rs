@@ -112,8 +112,8 @@ pub(crate) struct Server {
     counts: Counts,
     gathering: Option<Gathering>,
     gatherings: u64,
-    /// Processes that were signalled and have not ended yet, with the deadline they missed.
-    doomed: HashMap<i32, Instant>,
+    /// Processes that were signalled and have not ended yet, with the deadline they missed and the signal.
+    doomed: HashMap<i32, (Instant, i32)>,
     reports: Arc<Reports>,
 }
 
@@ -168,8 +168,10 @@ impl Server {
         }
     }
 
-    /// Begins to serve; makes the pipe anew if somebody has removed it.
+    /// Begins to serve; makes the pipe and the link to the page of heartbeats anew if somebody has removed them.
     pub(crate) fn start(&mut self, poller: &Poller) -> Result<()> {
+        let linked = self.page.link();
+        linked.map_err(|source| Error::os("link", "the page of heartbeats", source))?;
         if self.serving && self.fifo.is_in_place() {
             return Ok(());
         }
@@ -189,8 +191,11 @@ impl Server {
         Ok(())
     }
 
-    /// Lets go of everything it watches.
+    /// Lets go of everything it watches. Who is condemned is not let go.
     pub(crate) fn stop(&mut self, poller: &Poller) {
+        for expiry in self.gathering.take().into_iter().flat_map(|gathering| gathering.condemned) {
+            self.strike(expiry);
+        }
         if self.serving {
             let _ = poller.remove(&self.fifo);
             self.serving = false;
@@ -255,12 +260,25 @@ impl Server {
         if pid > 0 {
             let workers = &self.workers;
             let is_worker = |pid| workers.iter().any(|(worker, _)| worker.pid == pid);
-            let Ok((client, is_new)) = self.clients.known(pid, now.instant, &is_worker) else {
-                // It has ended since.
-                self.deadlines.forget(pid);
-                return;
+            let (client, is_new) = match self.clients.known(pid, now.instant, &is_worker) {
+                Ok(known) => known,
+                Err(error) if error.raw_os_error() == Some(libc::ESRCH) => {
+                    // It has ended since.
+                    self.deadlines.forget(pid);
+                    return;
+                }
+                Err(error) => {
+                    // Without a descriptor, most likely: nobody could be signalled safely.
+                    self.counts.refused += 1;
+                    self.counts.last_broken = format!("failed to take hold of process {pid}: {error}");
+                    return;
+                }
             };
             client.last_request = now.instant;
+            if self.doomed.get(&pid).is_some_and(|(_, signal)| *signal != libc::SIGKILL) {
+                // It has survived the signal, and goes on.
+                self.doomed.remove(&pid);
+            }
             if is_new && let Some(pidfd) = client.hold().and_then(Leader::pidfd) {
                 let _ = poller.add(pidfd, self.tokens.clients | u64::from(pid.cast_unsigned()), Interest::Readable);
             }
@@ -313,7 +331,11 @@ impl Server {
     }
 
     /// Deals with what has expired. Evidence that is to be gathered first is returned.
-    pub(crate) fn pump(&mut self, now: Moment) -> Option<Gather> {
+    pub(crate) fn pump(&mut self, now: Moment, poller: &Poller) -> Option<Gather> {
+        if self.serving && self.deadlines.next_at().is_some_and(|at| at <= now.instant) {
+            // The loop may come late, after the agent itself was stopped for a while: what has been released meanwhile counts.
+            self.drain(poller);
+        }
         if let Some(gathering) = self.gathering.take_if(|gathering| gathering.until <= now.instant) {
             for expiry in gathering.condemned {
                 self.strike(expiry);
@@ -330,7 +352,7 @@ impl Server {
             }
         }
         let condemned: Vec<Expiry> =
-            by_process.into_iter().filter_map(|(pid, timers)| self.judge(pid, timers, now)).collect();
+            by_process.into_iter().filter_map(|(pid, timers)| self.judge(pid, timers, now, poller)).collect();
         if condemned.is_empty() {
             return None;
         }
@@ -366,7 +388,10 @@ impl Server {
     }
 
     /// What the expired timers of one process (earliest first) mean for it: the one over which it is to be signalled, if any.
-    fn judge(&mut self, pid: i32, timers: Vec<Timer>, now: Moment) -> Option<Expiry> {
+    fn judge(&mut self, pid: i32, timers: Vec<Timer>, now: Moment, poller: &Poller) -> Option<Expiry> {
+        // Without pidfds nobody has told of the end of a helper.
+        self.client_ended(pid, poller);
+        let is_gone = pid > 0 && self.clients.get(pid).is_none();
         let kin = self.clients.get(pid).map_or(Kin::Foreign, |client| client.kin);
         let worker = if let Kin::Ours { worker } = kin { worker } else { 0 };
         for timer in timers {
@@ -391,12 +416,12 @@ impl Server {
             // Whatever else it has promised is void.
             self.deadlines.forget(pid);
             if kin == Kin::Foreign {
-                expiry.outcome = Outcome::NotOurs;
+                expiry.outcome = if is_gone { Outcome::Gone } else { Outcome::NotOurs };
                 self.clients.remove(pid);
                 self.reports.publish(expiry);
                 return None;
             }
-            self.doomed.insert(pid, missed);
+            self.doomed.insert(pid, (missed, expiry.signal));
             expiry.outcome = Outcome::Signalled;
             self.reports.note_cause(&expiry);
             return Some(expiry);
@@ -446,6 +471,7 @@ impl Server {
         self.reports.note_cause(&expiry);
         let signalled = self.clients.get(expiry.pid).map_or(Ok(false), |client| client.signal(expiry.signal));
         if expiry.worker != expiry.pid
+            && matches!(signalled, Ok(true))
             && let Some((_, Some(hold))) = self.workers.iter().find(|(worker, _)| worker.pid == expiry.worker)
         {
             let _ = hold.signal(expiry.signal);
@@ -506,7 +532,7 @@ impl Server {
     pub(crate) fn overdue(&self, now: Instant) -> Duration {
         let living = |pid: i32| self.clients.get(pid).is_some_and(|client| !client.has_ended(pid));
         let waiting = self.doomed.iter().filter(|(pid, _)| living(**pid));
-        waiting.map(|(_, missed)| now.saturating_duration_since(*missed)).max().unwrap_or_default()
+        waiting.map(|(_, (missed, _))| now.saturating_duration_since(*missed)).max().unwrap_or_default()
     }
 }
 

@@ -107,7 +107,12 @@ pub fn parse(line: &[u8]) -> Parsed {
 }
 
 fn parse_whole(line: &[u8]) -> Result<Request, Broken> {
-    let line = without_infinity(line);
+    let mut line = without_infinity(line);
+    if serde_json::from_slice::<Line<'_>>(&line).is_err()
+        && let Some(replaced) = without_surrogates(&line)
+    {
+        line = Cow::Owned(replaced);
+    }
     let line: Line<'_> = serde_json::from_slice(&line).map_err(|error| Broken::Syntax(error.to_string()))?;
     if line.version != VERSION {
         return Err(Broken::Version(line.version));
@@ -143,6 +148,21 @@ fn without_infinity(line: &[u8]) -> Cow<'_, [u8]> {
         _ => return Cow::Borrowed(line),
     };
     Cow::Owned([&line[..value], number, &line[value + word.len()..]].concat())
+}
+
+/// Python writes a file name that is not UTF-8 with halves of surrogate pairs, `\\udc80` to `\\udcff`, which serde refuses. `None` if there is none.
+fn without_surrogates(line: &[u8]) -> Option<Vec<u8>> {
+    let mut replaced = line.to_vec();
+    let mut found = false;
+    for at in memchr::memmem::find_iter(line, b"\\ud") {
+        if let Some([digit, ..]) = line.get(at + 3..at + 6)
+            && matches!(digit, b'8'..=b'9' | b'a'..=b'f')
+        {
+            replaced[at + 2..at + 6].copy_from_slice(b"fffd");
+            found = true;
+        }
+    }
+    found.then_some(replaced)
 }
 
 #[cfg(test)]
@@ -182,6 +202,12 @@ mod tests {
         assert!(far.broken.is_none() && far.request.expect("a request").expiration_time > NEVER_S);
         assert!(parse(PLAIN.replace("1700000000.25", "-Infinity").as_bytes()).request.expect("one").is_release());
         assert!(matches!(broken(&PLAIN.replace("1700000000.25", "NaN")), Broken::Syntax(_)));
+    }
+
+    #[test]
+    fn a_file_name_that_is_not_utf_8() {
+        let line = PLAIN.replace("train.py", r"tr\udce4in.py");
+        assert_eq!(parse(line.as_bytes()).request.expect("a request").scope, "tr\u{fffd}in.py#42");
     }
 
     #[test]
