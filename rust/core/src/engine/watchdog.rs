@@ -171,6 +171,7 @@ mod tests {
             assert!(matches!(wait_readable([Some(&pidfd)], Some(PATIENCE)), Ok([true])), "{} lives", worker.pid());
         }
         assert!(watchdog.next_expiries().expect("own process").is_empty(), "who waits for expiries is told, too");
+        assert!(engine.close(PATIENCE).expect("own process"), "the thread has ended");
         assert!(!path.exists());
         assert!(engine.spawn(Vec::new()).is_err());
     }

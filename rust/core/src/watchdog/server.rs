@@ -106,6 +106,7 @@ pub(crate) struct Server {
     tokens: Tokens,
     support: Support,
     lines: Lines,
+    chunk: Vec<u8>,
     deadlines: Deadlines,
     clients: Clients,
     workers: Vec<(WorkerProcess, Option<Leader>)>,
@@ -157,6 +158,7 @@ impl Server {
             tokens,
             support,
             lines: Lines::default(),
+            chunk: vec![0; CHUNK],
             deadlines: Deadlines::default(),
             clients: Clients::new(support),
             workers: Vec::new(),
@@ -209,15 +211,16 @@ impl Server {
 
     /// The pipe is readable.
     pub(crate) fn readable(&mut self, poller: &Poller) {
-        let mut chunk = vec![0; CHUNK];
+        let mut chunk = std::mem::take(&mut self.chunk);
         if let Ok(read) = self.fifo.read(&mut chunk) {
             self.feed(&chunk[..read], poller);
         }
+        self.chunk = chunk;
     }
 
     /// Reads all that is in the pipe.
     pub(crate) fn drain(&mut self, poller: &Poller) {
-        let mut chunk = vec![0; CHUNK];
+        let mut chunk = std::mem::take(&mut self.chunk);
         let mut drained = 0;
         while drained < MOST_DRAINED {
             match self.fifo.read(&mut chunk) {
@@ -226,6 +229,7 @@ impl Server {
             }
             drained += CHUNK;
         }
+        self.chunk = chunk;
     }
 
     fn feed(&mut self, bytes: &[u8], poller: &Poller) {

@@ -107,13 +107,14 @@ pub fn parse(line: &[u8]) -> Parsed {
 }
 
 fn parse_whole(line: &[u8]) -> Result<Request, Broken> {
-    let mut line = without_infinity(line);
-    if serde_json::from_slice::<Line<'_>>(&line).is_err()
-        && let Some(replaced) = without_surrogates(&line)
-    {
-        line = Cow::Owned(replaced);
-    }
-    let line: Line<'_> = serde_json::from_slice(&line).map_err(|error| Broken::Syntax(error.to_string()))?;
+    let replaced;
+    let line: Line<'_> = match serde_json::from_slice(line) {
+        Ok(line) => line,
+        Err(error) => {
+            replaced = in_plain_json(line).ok_or_else(|| Broken::Syntax(error.to_string()))?;
+            serde_json::from_slice(&replaced).map_err(|error| Broken::Syntax(error.to_string()))?
+        }
+    };
     if line.version != VERSION {
         return Err(Broken::Version(line.version));
     }
@@ -135,34 +136,31 @@ fn parse_whole(line: &[u8]) -> Result<Request, Broken> {
     })
 }
 
-/// Python writes an infinite time as `Infinity`, which JSON does not know. Inside a JSON string the quotes would be escaped, so that
-/// the name of the field with its quotes is the field.
-fn without_infinity(line: &[u8]) -> Cow<'_, [u8]> {
-    const FIELD: &[u8] = b"\"expiration_time\": ";
-    let Some(value) = memchr::memmem::find(line, FIELD).map(|at| at + FIELD.len()) else {
-        return Cow::Borrowed(line);
-    };
-    let (word, number): (&[u8], &[u8]) = match &line[value..] {
-        rest if rest.starts_with(b"Infinity") => (b"Infinity", b"1e300"),
-        rest if rest.starts_with(b"-Infinity") => (b"-Infinity", b"-1"),
-        _ => return Cow::Borrowed(line),
-    };
-    Cow::Owned([&line[..value], number, &line[value + word.len()..]].concat())
-}
+/// The line without what Python's `json` writes and JSON does not know; `None` if there is nothing of the kind.
+///
+/// - An infinite time is `Infinity`. Inside a JSON string the quotes would be escaped, so that the name of the field with its quotes is
+///   the field.
+/// - A file name that is not UTF-8 has halves of surrogate pairs in it, `\udc80` to `\udcff`.
+fn in_plain_json(line: &[u8]) -> Option<Vec<u8>> {
+    const TIME: &[u8] = b"\"expiration_time\": ";
+    const SURROGATE: &[u8] = b"\\ud";
 
-/// Python writes a file name that is not UTF-8 with halves of surrogate pairs, `\\udc80` to `\\udcff`, which serde refuses. `None` if there is none.
-fn without_surrogates(line: &[u8]) -> Option<Vec<u8>> {
-    let mut replaced = line.to_vec();
-    let mut found = false;
-    for at in memchr::memmem::find_iter(line, b"\\ud") {
-        if let Some([digit, ..]) = line.get(at + 3..at + 6)
-            && matches!(digit, b'8'..=b'9' | b'a'..=b'f')
-        {
-            replaced[at + 2..at + 6].copy_from_slice(b"fffd");
-            found = true;
+    let mut plain = line.to_vec();
+    if let Some(value) = memchr::memmem::find(line, TIME).map(|at| at + TIME.len()) {
+        let words: [(&[u8], &[u8]); 2] = [(b"Infinity", b"1e300"), (b"-Infinity", b"-1")];
+        if let Some((word, number)) = words.into_iter().find(|(word, _)| line[value..].starts_with(word)) {
+            plain.splice(value..value + word.len(), number.iter().copied());
         }
     }
-    found.then_some(replaced)
+    let halves: Vec<usize> = memchr::memmem::find_iter(&plain, SURROGATE).collect();
+    for at in halves {
+        if let Some([digit, _, _]) = plain.get(at + 3..at + 6)
+            && matches!(digit, b'8'..=b'9' | b'a'..=b'f')
+        {
+            plain[at + 2..at + 6].copy_from_slice(b"fffd");
+        }
+    }
+    (plain != line).then_some(plain)
 }
 
 #[cfg(test)]
