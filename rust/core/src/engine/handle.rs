@@ -140,9 +140,8 @@ impl Engine {
     pub fn close(&self, timeout: Duration) -> Result<bool> {
         let ends = self.line.ends()?;
         let began = Instant::now();
-        if self.line.tell(Request::Close { kill_wait: timeout }).is_err() {
-            return Ok(true);
-        }
+        // It fails where the thread has ended, or is about to: what it owns may still be there.
+        let _ = self.line.tell(Request::Close { kill_wait: timeout });
         let finished = ends.finished.lock().unwrap_or_else(PoisonError::into_inner);
         let left = timeout.saturating_sub(began.elapsed()) + Duration::from_millis(100);
         let ended = !matches!(finished.recv_timeout(left), Err(std::sync::mpsc::RecvTimeoutError::Timeout));
