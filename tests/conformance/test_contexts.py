@@ -203,12 +203,11 @@ def test_the_peers_of_a_failed_worker_have_time(
     os.mkfifo(tmp_path / "ready")
     saving = f"""
 import os, signal, sys
-def save(*_):
-    open("{tmp_path}/saved", "w").write("saved\\n")
-    sys.exit(4)
-signal.signal(signal.SIGTERM, save)
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
 open("{tmp_path}/ready", "w").write("ready")
-signal.pause()
+signal.sigwait([signal.SIGTERM])
+open("{tmp_path}/saved", "w").write("saved\\n")
+sys.exit(4)
 """
     result = finished(shell(f"exec {sys.executable} -c '{saving}'", f"cat {tmp_path}/ready; exit 9"))
     assert content(tmp_path / "saved") == "saved\n"

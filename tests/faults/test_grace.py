@@ -30,7 +30,7 @@ folder, attempt, rank = Path(os.environ["DIR"]), os.environ["TORCHELASTIC_RESTAR
 if attempt == "1":
     sys.exit(0)
 signalled = open(folder / f"signalled.{rank}", "wb", 0)
-signal.signal(signal.SIGTERM, lambda *_: signalled.write(b"%d" % time.monotonic_ns()))
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
 print(os.getpid(), flush=True)
 if rank == "8":
     with open(folder / "gate") as gate:
@@ -38,24 +38,21 @@ if rank == "8":
     (folder / "failed").write_text(str(time.monotonic_ns()))
     os._exit(5)
 while True:
-    signal.pause()
+    signal.sigwait([signal.SIGTERM])
+    signalled.write(b"%d" % time.monotonic_ns())
 """
 
 # Notes that SIGTERM has reached it, and obeys.
 OBEDIENT = """
-import os, signal, sys
+import os, signal
 from pathlib import Path
 
-def end(*_):
-    (Path(os.environ["DIR"]) / f"obeyed.{os.environ['RANK']}").touch()
-    sys.exit(0)
-
-signal.signal(signal.SIGTERM, end)
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
 print(os.getpid(), flush=True)
 if os.environ["RANK"] == "0":
     os.kill(os.getpid(), signal.SIGSTOP)
-while True:
-    signal.pause()
+signal.sigwait([signal.SIGTERM])
+(Path(os.environ["DIR"]) / f"obeyed.{os.environ['RANK']}").touch()
 """
 
 
