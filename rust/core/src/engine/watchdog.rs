@@ -140,6 +140,7 @@ impl Drop for Watchdog {
 #[cfg(test)]
 mod tests {
     use std::ffi::CString;
+    use std::path::PathBuf;
 
     use super::*;
     use crate::sys::poller::wait_readable;
@@ -149,12 +150,18 @@ mod tests {
 
     const PATIENCE: Duration = Duration::from_secs(20);
 
-    #[test]
-    fn a_panic_on_the_engine_thread_kills_the_workers_and_is_told_to_who_waits() {
+    /// An engine with a watchdog, and the path of its pipe.
+    fn begin(name: &str) -> (Engine, Watchdog, PathBuf) {
         let engine = Engine::start().expect("engine");
-        let path = std::env::temp_dir().join(format!("ferroelastic-panic-{}", std::process::id()));
+        let path = std::env::temp_dir().join(format!("ferroelastic-{name}-{}", std::process::id()));
         let config = Config { path: path.clone(), evidence: Duration::ZERO, py_spy: None };
         let watchdog = engine.watchdog(config).expect("watchdog");
+        (engine, watchdog, path)
+    }
+
+    #[test]
+    fn a_panic_on_the_engine_thread_kills_the_workers_and_is_told_to_who_waits() {
+        let (engine, watchdog, path) = begin("panic");
         let argv = ["sleep", "1000"].map(|word| CString::new(word).expect("no NUL")).to_vec();
         let env = vec![CString::new("PATH=/usr/bin:/bin").expect("no NUL")];
         let group = engine.spawn(vec![Command { argv, env, ..Command::default() }; 2]).expect("spawn");
@@ -178,10 +185,7 @@ mod tests {
 
     #[test]
     fn a_release_that_came_in_time_counts_however_late_it_is_read() {
-        let engine = Engine::start().expect("engine");
-        let path = std::env::temp_dir().join(format!("ferroelastic-late-{}", std::process::id()));
-        let config = Config { path: path.clone(), evidence: Duration::ZERO, py_spy: None };
-        let watchdog = engine.watchdog(config).expect("watchdog");
+        let (_engine, watchdog, path) = begin("late");
         watchdog.start().expect("start");
         let pid = i32::try_from(std::process::id()).expect("pids fit");
         let request =
