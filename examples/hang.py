@@ -10,6 +10,7 @@ The report names the timer, and shows the line that the rank hung in. With ``--m
 
 import os
 import queue
+import sys
 
 from ferroelastic import timer
 
@@ -30,6 +31,8 @@ def main() -> None:
     """Trains, so to speak."""
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    if "TORCHELASTIC_TIMER_FILE" not in os.environ:
+        sys.exit("the watchdog is off: start ferrorun with TORCHELASTIC_ENABLE_FILE_TIMER=1 in its environment")
     timer.configure(timer.FileTimerClient(os.environ["TORCHELASTIC_TIMER_FILE"]))
     for step in range(STEPS):
         hangs = attempt == 0 and step == 1 and rank == world_size - 1

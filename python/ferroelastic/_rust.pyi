@@ -28,7 +28,9 @@ __all__ = [
     "SpawnError",
     "Standing",
     "StopReport",
+    "StoreClient",
     "StoreServer",
+    "StoreTimeoutError",
     "Survivor",
     "Tail",
     "TailReport",
@@ -435,6 +437,7 @@ class StoreServer:
         max_nodes: most nodes of a round. Further ones wait as spares.
         last_call_s: how long a round with enough nodes waits for further ones, in seconds.
         silence_s: an agent that was silent for so long is lost, in seconds.
+        address: address of this host for the workers; by default they take the one that their agent was given.
         most_membership_changes: how often nodes may come and go before the job is closed; ``None`` for no limit.
 
     Raises:
@@ -454,10 +457,66 @@ class StoreServer:
         max_nodes: int = 1,
         last_call_s: float = 30.0,
         silence_s: float = 5.0,
+        address: str | None = None,
         most_membership_changes: int | None = None,
     ) -> StoreServer: ...
     def close(self, patience_s: float = 0.0) -> None:
         """Take nobody in any more, wait up to ``patience_s`` seconds for agents to go, and end all connections."""
+
+class StoreTimeoutError(RuntimeError):
+    """Keys of a store were not set in time; the text is that of torch's ``DistStoreError``."""
+
+@final
+class StoreClient:
+    """A connection to a ``TCPStore``, for one request at a time; calls from several threads take turns. Keys are what is on the wire.
+
+    Args:
+        host: name or address of the store's host.
+        port: its port.
+        timeout_s: how long it is tried to connect, in seconds.
+
+    Raises:
+        ConnectionError: the store cannot be reached; of every method, the connection was lost.
+    """
+
+    def __new__(cls, host: str, port: int, timeout_s: float) -> StoreClient: ...
+    def set(self, key: bytes, value: bytes) -> None:
+        """``SET``: returns without an answer."""
+
+    def compare_set(self, key: bytes, expected: bytes, desired: bytes) -> bytes:
+        """``COMPARE_SET``: set the key if it is ``expected``, or is missing and that is empty. The value that is there then."""
+
+    def get(self, keys: list[bytes], timeout_s: float) -> list[bytes]:
+        """``WAIT`` and ``MULTI_GET``: the values, once all keys are there.
+
+        Raises:
+            StoreTimeoutError: they were not within ``timeout_s`` seconds.
+        """
+
+    def multi_set(self, pairs: list[tuple[bytes, bytes]]) -> None:
+        """``MULTI_SET``: returns without an answer."""
+
+    def add(self, key: bytes, delta: int) -> int:
+        """``ADD``: the sum."""
+
+    def append(self, key: bytes, value: bytes) -> None:
+        """``APPEND``: returns without an answer."""
+
+    def check(self, keys: list[bytes]) -> bool:
+        """``CHECK``: whether all keys are there."""
+
+    def delete(self, key: bytes) -> bool:
+        """``DELETE_KEY``: whether it was there."""
+
+    def num_keys(self) -> int:
+        """``GETNUMKEYS``."""
+
+    def wait(self, keys: list[bytes], timeout_s: float) -> None:
+        """``WAIT`` until all keys are there.
+
+        Raises:
+            StoreTimeoutError: they were not within ``timeout_s`` seconds.
+        """
 
 @final
 class RendezvousClient:
@@ -481,7 +540,7 @@ class RendezvousClient:
     generation: int
     """Counts what has happened."""
     alarm_fd: int
-    """Readable from when a round, or the rendezvous, is over until the next :meth:`join`: for ``Group.wait(news_fd=...)``."""
+    """Readable while there are remarks, and from when a round, or the rendezvous, is over until the next :meth:`join`. For ``Group.wait(news_fd=...)``."""
     address: str | None
     """Address of this node by which it reaches the host, once it does."""
     def __new__(
@@ -585,6 +644,8 @@ class Place:
     """Rank of its first worker among those of its role."""
     role_world_size: int
     """Number of workers of its role."""
+    address: str | None
+    """Address that the workers find their store at, if the host has said one."""
     failures: int
     """How many rounds ended because a worker failed."""
     membership_changes: int

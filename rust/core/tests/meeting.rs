@@ -21,6 +21,7 @@ fn host(min_nodes: u32, max_nodes: u32, silence: Duration) -> StoreServer {
         max_nodes,
         last_call: Duration::from_millis(50),
         silence,
+        address: None,
         most_membership_changes: None,
     };
     let address: SocketAddr = "127.0.0.1:0".parse().expect("an address");
@@ -217,6 +218,7 @@ fn a_host_that_comes_later_is_found() {
         max_nodes: 1,
         last_call: Duration::ZERO,
         silence: Duration::from_secs(5),
+        address: None,
         most_membership_changes: None,
     };
     let address: SocketAddr = ([127, 0, 0, 1], port).into();

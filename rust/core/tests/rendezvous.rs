@@ -137,6 +137,7 @@ impl Job {
             max_nodes,
             last_call: LAST_CALL,
             silence: SILENCE,
+            address: None,
             most_membership_changes: None,
         };
         let mut job = Self {

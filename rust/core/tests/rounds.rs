@@ -18,6 +18,7 @@ fn settings(min_nodes: u32, max_nodes: u32) -> Settings {
         max_nodes,
         last_call: 30 * SECOND,
         silence: SILENCE,
+        address: None,
         most_membership_changes: None,
     }
 }
@@ -447,6 +448,7 @@ fn placed(member: &mut Member, now: Instant) {
         world_size: 2,
         first_role_rank: 0,
         role_world_size: 2,
+        address: None,
         failures: 0,
         membership_changes: 0,
         cause: None,

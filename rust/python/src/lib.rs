@@ -38,7 +38,7 @@ mod _rust {
     #[pymodule_export]
     use super::rendezvous::{Cause, Place, RendezvousClient, Standing};
     #[pymodule_export]
-    use super::store::StoreServer;
+    use super::store::{StoreClient, StoreServer, StoreTimeoutError};
     #[pymodule_export]
     use super::tail::{Tail, TailReport};
     #[pymodule_export]

@@ -42,8 +42,23 @@ struct View {
 #[derive(Debug)]
 struct Shared {
     view: Published<View>,
-    /// Readable while there is something that a running agent has to look at.
+    /// Readable while there is something that an agent whose workers run has to look at.
     alarm: WakeFd,
+}
+
+impl Shared {
+    fn publish(&self, change: impl FnOnce(&mut View)) {
+        self.view.publish(|view| {
+            change(view);
+            // Under the lock of the view, so that the alarm is about what is published.
+            let is_quiet = matches!(view.standing, Standing::Joining | Standing::Placed(_) | Standing::Idle);
+            if is_quiet && view.remarks.is_empty() && !view.is_closed {
+                self.alarm.drain();
+            } else {
+                self.alarm.wake();
+            }
+        });
+    }
 }
 
 /// An agent's membership in a rendezvous. Ends when it is dropped.
@@ -112,7 +127,7 @@ impl Client {
     #[must_use]
     pub fn take_remarks(&self) -> Vec<String> {
         let mut remarks = Vec::new();
-        self.shared.view.publish(|view| remarks = std::mem::take(&mut view.remarks));
+        self.shared.publish(|view| remarks = std::mem::take(&mut view.remarks));
         remarks
     }
 
@@ -137,7 +152,7 @@ impl Client {
         })
     }
 
-    /// Readable from when a round is over, or the rendezvous, until the agent asks to join.
+    /// Readable while there are remarks, and from when a round is over, or the rendezvous, until the agent asks to join.
     #[must_use]
     pub fn alarm(&self) -> BorrowedFd<'_> {
         self.shared.alarm.as_fd()
@@ -215,13 +230,12 @@ impl Talker {
         sigmask::block_all().forever();
         let shared = Arc::clone(&self.shared);
         let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.talk()));
-        shared.view.publish(|view| {
+        shared.publish(|view| {
             view.is_closed = true;
             if ended.is_err() {
                 view.failure = Some("the thread of the rendezvous panicked".into());
             }
         });
-        shared.alarm.wake();
     }
 
     fn talk(&mut self) {
@@ -280,7 +294,7 @@ impl Talker {
                         self.flush();
                         self.hang_up();
                     }
-                    Action::Remark(text) => self.shared.view.publish(|view| view.remarks.push(text)),
+                    Action::Remark(text) => self.shared.publish(|view| view.remarks.push(text)),
                 }
             }
             events.extend(self.flush());
@@ -297,12 +311,7 @@ impl Talker {
             return;
         }
         self.shown = standing.clone();
-        if matches!(standing, Standing::Joining | Standing::Placed(_) | Standing::Idle) {
-            self.shared.alarm.drain();
-        } else {
-            self.shared.alarm.wake();
-        }
-        self.shared.view.publish(|view| view.standing = standing.clone());
+        self.shared.publish(|view| view.standing = standing.clone());
     }
 
     // ---- of the connection

@@ -105,6 +105,8 @@ pub struct Place {
     pub first_role_rank: u64,
     /// Number of workers of its role.
     pub role_world_size: u64,
+    /// Address that workers find their store at, where the host's user has said one. The port is the host's.
+    pub address: Option<String>,
     /// How many rounds ended because a worker failed.
     pub failures: u64,
     /// How many rounds ended because nodes came or went.

@@ -24,6 +24,8 @@ pub struct Settings {
     pub last_call: Duration,
     /// A node that was silent for so long is lost.
     pub silence: Duration,
+    /// Address of the host for workers; by default they take the one that their agent was given.
+    pub address: Option<String>,
     /// How often nodes may come and go; no limit if `None`.
     pub most_membership_changes: Option<u64>,
 }
@@ -501,6 +503,7 @@ impl Rounds {
                 world_size,
                 first_role_rank: *first_role_rank,
                 role_world_size: role_sizes[join.role.as_str()],
+                address: self.settings.address.clone(),
                 failures: self.failures,
                 membership_changes: self.membership_changes,
                 cause: self.cause.clone(),

@@ -4,8 +4,10 @@
 //! sockets. At the same port agents find the rendezvous.
 
 mod agents;
+pub mod client;
 pub mod server;
 pub mod state;
 pub mod wire;
 
+pub use client::StoreClient;
 pub use server::StoreServer;

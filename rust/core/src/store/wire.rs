@@ -144,24 +144,24 @@ pub struct Decoder {
 
 pub(crate) mod opcode {
     pub(crate) const VALIDATE: u8 = 0;
-    pub(super) const SET: u8 = 1;
-    pub(super) const COMPARE_SET: u8 = 2;
-    pub(super) const GET: u8 = 3;
-    pub(super) const ADD: u8 = 4;
-    pub(super) const CHECK: u8 = 5;
-    pub(super) const WAIT: u8 = 6;
-    pub(super) const GET_NUM_KEYS: u8 = 7;
-    pub(super) const DELETE_KEY: u8 = 8;
-    pub(super) const APPEND: u8 = 9;
-    pub(super) const MULTI_GET: u8 = 10;
-    pub(super) const MULTI_SET: u8 = 11;
-    pub(super) const CANCEL_WAIT: u8 = 12;
+    pub(crate) const SET: u8 = 1;
+    pub(crate) const COMPARE_SET: u8 = 2;
+    pub(crate) const GET: u8 = 3;
+    pub(crate) const ADD: u8 = 4;
+    pub(crate) const CHECK: u8 = 5;
+    pub(crate) const WAIT: u8 = 6;
+    pub(crate) const GET_NUM_KEYS: u8 = 7;
+    pub(crate) const DELETE_KEY: u8 = 8;
+    pub(crate) const APPEND: u8 = 9;
+    pub(crate) const MULTI_GET: u8 = 10;
+    pub(crate) const MULTI_SET: u8 = 11;
+    pub(crate) const CANCEL_WAIT: u8 = 12;
     pub(crate) const PING: u8 = 13;
-    pub(super) const QUEUE_PUSH: u8 = 14;
-    pub(super) const QUEUE_POP: u8 = 15;
-    pub(super) const QUEUE_LEN: u8 = 16;
-    pub(super) const LIST_KEYS: u8 = 17;
-    pub(super) const BARRIER: u8 = 18;
+    pub(crate) const QUEUE_PUSH: u8 = 14;
+    pub(crate) const QUEUE_POP: u8 = 15;
+    pub(crate) const QUEUE_LEN: u8 = 16;
+    pub(crate) const LIST_KEYS: u8 = 17;
+    pub(crate) const BARRIER: u8 = 18;
 }
 
 /// What a field is, for its limit.
