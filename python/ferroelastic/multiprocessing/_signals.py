@@ -22,6 +22,7 @@ __all__ = ["SignalException", "install_signal_handlers"]
 logger = get_logger(__name__)
 
 _AGAIN_S = 0.001
+_sent_again: set[int] = set()
 
 
 class SignalException(TorchCompatible, Exception):  # noqa: N818 - torch's name
@@ -47,12 +48,19 @@ def _terminate_process_handler(signum: int, frame: FrameType | None) -> None:
     sent again until it finds the main thread elsewhere.
     """
     if _is_in_logging(frame):
-        again = threading.Timer(_AGAIN_S, os.kill, (os.getpid(), signum))
-        again.daemon = True
-        again.start()
+        if signum not in _sent_again:  # one stands for all that come meanwhile, as in the kernel
+            _sent_again.add(signum)
+            again = threading.Timer(_AGAIN_S, _send_again, (signum,))
+            again.daemon = True
+            again.start()
         return
     sigval = signal.Signals(signum)
     raise SignalException(f"Process {os.getpid()} got signal: {sigval}", sigval=sigval)
+
+
+def _send_again(signum: int) -> None:
+    _sent_again.discard(signum)
+    os.kill(os.getpid(), signum)
 
 
 def _is_in_logging(frame: FrameType | None) -> bool:
