@@ -188,6 +188,7 @@ class NativeRendezvous(RendezvousHandler):
             # Before the look: what comes after it must not be taken for seen.
             generation = client.generation
             standing = client.standing()
+            _log_remarks(client)
             if standing.state != "joining":
                 return standing
             wait_for_event(client, generation)
@@ -226,8 +227,7 @@ class NativeRendezvous(RendezvousHandler):
         client = self._client
         if client is None:
             return None
-        for remark in client.take_remarks():
-            logger.warning("%s", remark)
+        _log_remarks(client)
         standing = client.standing()
         if standing.state == "over" and standing.cause is not None:
             return Interruption(standing.cause.kind == "failure", is_final=False, text=standing.text)
@@ -317,6 +317,11 @@ class NativeRendezvous(RendezvousHandler):
             client.end("its agent has ended")
         self.leave("its agent has ended")
         return True
+
+
+def _log_remarks(client: _rust.RendezvousClient) -> None:
+    for remark in client.take_remarks():
+        logger.warning("%s", remark)
 
 
 class _Settings:

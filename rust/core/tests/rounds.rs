@@ -254,7 +254,8 @@ fn survivors_that_are_too_few_wait_for_another_or_until_the_join_timeout() {
 fn a_spare_takes_the_place_of_a_node_that_is_lost() {
     let mut table = Table::running(2, 2);
     table.enter(3, (2, 2));
-    assert_eq!(table.join(3, None), []);
+    let text = "node3 (agent 100) waits as a spare".to_owned();
+    assert_eq!(table.join(3, None), [Action::Tell(1, Notice::Remark { text })]);
     table.pass(2 * JOIN_TIMEOUT, &[1, 2, 3]);
     table.step(Event::Lost(2, "gone".into()));
     let places = begun(&table.join(1, Some(0)));
@@ -291,7 +292,7 @@ fn a_newcomer_does_not_interrupt_workers_that_are_about_to_succeed() {
     table.join(2, Some(0));
     table.step(Event::Finished(2, 1));
     table.enter(4, (1, 3));
-    assert_eq!(table.join(4, None), []);
+    assert_eq!(begun(&table.join(4, None)), []);
     let actions = table.step(Event::Finished(1, 1));
     let spare = Notice::Closed { text: "the job has succeeded".into(), is_spare: true };
     let told = [(1, Notice::Released), (2, Notice::Released), (4, spare)];
@@ -313,7 +314,7 @@ fn membership_changes_have_a_limit_of_their_own() {
     assert_eq!(begun(&table.join(1, Some(1))).len(), 1);
     // No more of them: who comes now is a spare.
     table.enter(3, (1, 2));
-    assert_eq!(table.join(3, None), []);
+    assert_eq!(over(&table.join(3, None)), []);
     assert_eq!(table.rounds.closed(), None);
 }
 

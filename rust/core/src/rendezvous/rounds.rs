@@ -319,7 +319,8 @@ impl Rounds {
                 let node = self.members[&id].who.name.clone();
                 self.end_round(now, Cause { kind: Kind::Membership, node, at_ns: None, text });
             }
-            _ => {}
+            Phase::Running => self.remark(&format!("{newcomer} waits as a spare")),
+            Phase::Closed(_) => {}
         }
     }
 
