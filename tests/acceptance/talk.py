@@ -63,7 +63,7 @@ def main() -> None:
                 select.select([], [], [])
         loss = torch.nn.functional.mse_loss(parallel(inputs), targets)
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]  # of torch
         optimizer.step()
         if rank == 0:
             save(folder / "checkpoint", model, step + 1)

@@ -67,7 +67,8 @@ def test_the_job_goes_on_without_an_agent_that_is_gone(launch: Launcher, how: si
     script = launch.write("wait.py", WAIT)
     conf = "last_call_timeout=1"
     host, other = (
-        launch("--max-restarts=0", script, launcher=flags(port, "1:2", f"{conf},is_host={is_host}")) for is_host in (1, 0)
+        launch("--max-restarts=0", script, launcher=flags(port, "1:2", f"{conf},is_host={is_host}"))
+        for is_host in (1, 0)
     )
     assert host.lines(2) == ["0 of 4", "1 of 4"]
     assert other.lines(2) == ["2 of 4", "3 of 4"]
@@ -114,7 +115,9 @@ def test_the_loss_of_the_host_ends_the_job_with_a_clear_cause(launch: Launcher) 
 
 def test_the_last_failure_ends_the_job_on_all_nodes(launch: Launcher) -> None:
     port = free_port()
-    script = launch.write("fail.py", "import os, select, sys\nsys.exit(7) if os.environ['RANK'] == '3' else select.select([], [], [])")
+    script = launch.write(
+        "fail.py", "import os, select, sys\nsys.exit(7) if os.environ['RANK'] == '3' else select.select([], [], [])"
+    )
     host, other = (launch(script, launcher=flags(port, "2", f"is_host={is_host}")) for is_host in (1, 0))
     assert other.end() == 7
     assert host.end() == 1
@@ -199,7 +202,9 @@ def test_agents_of_torchrun_and_ferrorun_do_not_mix_and_say_so(launch: Launcher,
             assert "this endpoint is served by ferrorun, which torchrun cannot join" in guest.errors
         else:
             assert "DistNetworkError" in guest.errors
-        assert eventually(lambda: "an agent of torchrun from 127.0.0.1 tried to join" in host.errors, LONG_S), host.story
+        assert eventually(lambda: "an agent of torchrun from 127.0.0.1 tried to join" in host.errors, LONG_S), (
+            host.story
+        )
     host.send(signal.SIGTERM)
     host.end()
 
@@ -241,9 +246,7 @@ def on_network(network: tuple[str, str, str], nodes: str, conf: str) -> list[tup
     return [("ip", "netns", "exec", name, *FERRORUN, *address, f"--rdzv-conf={conf}") for name in network[:2]]
 
 
-def test_nodes_on_a_network_come_back(
-    launch: Launcher, network: tuple[str, str, str], right_loss: float
-) -> None:
+def test_nodes_on_a_network_come_back(launch: Launcher, network: tuple[str, str, str], right_loss: float) -> None:
     env = {"GLOO_SOCKET_IFNAME": ""}
     agents = [
         launch(f"--max-restarts={DEATHS}", TALK, "step", "-1", str(DEATHS), launcher=launcher, env=env)
@@ -267,7 +270,9 @@ def test_a_node_whose_link_is_down_is_lost_and_comes_back_with_its_link(
     ip("-n", network[1], "link", "set", network[2], "down")
     assert near.lines(2) == ["0 of 2", "1 of 2"], near.story
     assert "was lost: it was silent for 2.0 s" in near.errors
-    assert eventually(lambda: "the connection to the rendezvous at 10.83.0.1:29400 was lost" in far.errors, LONG_S), far.story
+    assert eventually(lambda: "the connection to the rendezvous at 10.83.0.1:29400 was lost" in far.errors, LONG_S), (
+        far.story
+    )
     ip("-n", network[1], "link", "set", network[2], "up")
     assert near.lines(2) == ["0 of 4", "1 of 4"], near.story
     assert far.lines(2) == ["2 of 4", "3 of 4"], far.story
