@@ -24,6 +24,7 @@ pytest.importorskip("torch")
 TALK = str(Path(__file__).with_name("talk.py"))
 DEATHS = 4
 PATIENCE_S = 150.0
+LINK = "link0"
 
 
 def flags(port: int, nodes: str = "2", conf: str = "") -> tuple[str, ...]:
@@ -213,8 +214,8 @@ def test_agents_of_torchrun_and_ferrorun_do_not_mix_and_say_so(launch: Launcher,
 
 
 @pytest.fixture
-def network() -> Iterator[tuple[str, str, str]]:
-    """Two network namespaces with a link between them, and the first one's address."""
+def network() -> Iterator[tuple[str, str]]:
+    """Two network namespaces with a link between them."""
     if os.geteuid() != 0 or shutil.which("ip") is None:
         pytest.skip("takes root and iproute2")
     mark = uuid.uuid4().hex[:6]
@@ -228,10 +229,11 @@ def network() -> Iterator[tuple[str, str, str]]:
         ip("link", "add", f"fa{mark}", "type", "veth", "peer", "name", f"fb{mark}")
         for name, end, address in zip(names, ("fa", "fb"), ("10.83.0.1", "10.83.0.2"), strict=True):
             ip("link", "set", f"{end}{mark}", "netns", name)
-            ip("-n", name, "addr", "add", f"{address}/24", "dev", f"{end}{mark}")
-            ip("-n", name, "link", "set", f"{end}{mark}", "up")
+            ip("-n", name, "link", "set", f"{end}{mark}", "name", LINK)
+            ip("-n", name, "addr", "add", f"{address}/24", "dev", LINK)
+            ip("-n", name, "link", "set", LINK, "up")
             ip("-n", name, "link", "set", "lo", "up")
-        yield (*names, f"fb{mark}")
+        yield names
     finally:
         for name in names:
             subprocess.run(["ip", "netns", "del", name], check=False, stderr=subprocess.DEVNULL)
@@ -241,13 +243,13 @@ def ip(*arguments: str) -> None:
     subprocess.run(["ip", *arguments], check=True, stderr=subprocess.PIPE)
 
 
-def on_network(network: tuple[str, str, str], nodes: str, conf: str) -> list[tuple[str, ...]]:
+def on_network(network: tuple[str, str], nodes: str, conf: str) -> list[tuple[str, ...]]:
     address = ("--rdzv-backend=c10d", "--rdzv-endpoint=10.83.0.1:29400", "--rdzv-id=job", f"--nnodes={nodes}")
-    return [("ip", "netns", "exec", name, *FERRORUN, *address, f"--rdzv-conf={conf}") for name in network[:2]]
+    return [("ip", "netns", "exec", name, *FERRORUN, *address, f"--rdzv-conf={conf}") for name in network]
 
 
-def test_nodes_on_a_network_come_back(launch: Launcher, network: tuple[str, str, str], right_loss: float) -> None:
-    env = {"GLOO_SOCKET_IFNAME": ""}
+def test_nodes_on_a_network_come_back(launch: Launcher, network: tuple[str, str], right_loss: float) -> None:
+    env = {"GLOO_SOCKET_IFNAME": LINK}
     agents = [
         launch(f"--max-restarts={DEATHS}", TALK, "step", "-1", str(DEATHS), launcher=launcher, env=env)
         for launcher in on_network(network, "2", "last_call_timeout=1")
@@ -258,7 +260,7 @@ def test_nodes_on_a_network_come_back(launch: Launcher, network: tuple[str, str,
 
 
 def test_a_node_whose_link_is_down_is_lost_and_comes_back_with_its_link(
-    launch: Launcher, network: tuple[str, str, str]
+    launch: Launcher, network: tuple[str, str]
 ) -> None:
     script = launch.write("wait.py", WAIT)
     near, far = (
@@ -267,13 +269,13 @@ def test_a_node_whose_link_is_down_is_lost_and_comes_back_with_its_link(
     )
     assert near.lines(2) == ["0 of 4", "1 of 4"]
     far.lines(2)
-    ip("-n", network[1], "link", "set", network[2], "down")
+    ip("-n", network[1], "link", "set", LINK, "down")
     assert near.lines(2) == ["0 of 2", "1 of 2"], near.story
     assert "was lost: it was silent for 2.0 s" in near.errors
     assert eventually(lambda: "the connection to the rendezvous at 10.83.0.1:29400 was lost" in far.errors, LONG_S), (
         far.story
     )
-    ip("-n", network[1], "link", "set", network[2], "up")
+    ip("-n", network[1], "link", "set", LINK, "up")
     assert near.lines(2) == ["0 of 4", "1 of 4"], near.story
     assert far.lines(2) == ["2 of 4", "3 of 4"], far.story
     near.send(signal.SIGTERM)
