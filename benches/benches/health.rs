@@ -97,7 +97,7 @@ fn kill(group: &Group) {
     }
     let mut generation = 0;
     while group.exits().expect("own process").len() < group.pids().len() {
-        group.wait(generation, Some(PATIENCE), None).expect("engine");
+        group.wait(generation, Some(PATIENCE), [None; 2]).expect("engine");
         generation = group.generation().expect("own process");
     }
 }

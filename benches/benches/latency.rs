@@ -34,7 +34,7 @@ fn stopped(group: &Group) -> StopReport {
             assert!(report.survivors.is_empty() && report.killed.is_empty());
             return report;
         }
-        group.wait(generation, Some(PATIENCE), None).expect("engine");
+        group.wait(generation, Some(PATIENCE), [None; 2]).expect("engine");
     }
 }
 

@@ -74,7 +74,7 @@ fn deadline_to_kill(others: usize, rounds: usize) {
             if let Some(exit) = group.exits().expect("own process").pop() {
                 break exit;
             }
-            group.wait(generation, Some(PATIENCE), None).expect("engine");
+            group.wait(generation, Some(PATIENCE), [None; 2]).expect("engine");
         };
         assert_eq!(exit.status, Status::Signalled { signal: 9, core_dumped: false });
         decided.push(Duration::from_nanos(expiry.late_ns));

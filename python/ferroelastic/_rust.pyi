@@ -14,6 +14,7 @@ from typing import Literal, final
 
 __all__ = [
     "BeatSlot",
+    "Cause",
     "Command",
     "Engine",
     "Exit",
@@ -22,8 +23,14 @@ __all__ = [
     "Group",
     "Guard",
     "HealthServer",
+    "Place",
+    "RendezvousClient",
     "SpawnError",
+    "Standing",
     "StopReport",
+    "StoreClient",
+    "StoreServer",
+    "StoreTimeoutError",
     "Survivor",
     "Tail",
     "TailReport",
@@ -144,8 +151,12 @@ class Group:
         """The exits noticed so far, in the order the kernel reported them."""
 
     def wait(
-        self, generation: int, timeout_s: float | None = None, wake_fd: int | None = None
-    ) -> Literal["event", "timeout", "wake"]:
+        self,
+        generation: int,
+        timeout_s: float | None = None,
+        wake_fd: int | None = None,
+        news_fd: int | None = None,
+    ) -> Literal["event", "timeout", "wake", "news"]:
         """Block, detached from the interpreter, until ``self.generation > generation``.
 
         Args:
@@ -153,9 +164,10 @@ class Group:
             timeout_s: give up after this long; ``None`` or ``inf`` never; 0 only looks.
             wake_fd: also return when this descriptor is readable (it is not read): the read end of a
                 ``signal.set_wakeup_fd`` pipe, so that Python signal handlers run at once.
+            news_fd: likewise, for news from elsewhere: :attr:`RendezvousClient.alarm_fd`.
 
         Returns:
-            ``"event"``, ``"timeout"`` or ``"wake"``.
+            ``"event"``, ``"timeout"``, ``"wake"`` or ``"news"``.
 
         Raises:
             RuntimeError: the engine has failed or was closed.
@@ -407,6 +419,252 @@ class HealthServer:
 
         In a forked child it closes the child's copy of the listening socket and nothing else.
         """
+
+@final
+class StoreServer:
+    """A key-value store that clients of torch's ``TCPStore`` (2.4 and later) use as they are, on a thread of its own: ``ferro-store``.
+
+    It speaks all operations of torch's libuv server with their limits: keys of 8 KiB, values of 8 MiB, 131,072 keys at once, and besides
+    requests of 1 GiB in all. Beyond them, and for anybody who is no client, the connection is closed.
+
+    With a ``run_id`` agents meet at the same port, see :class:`RendezvousClient`. Each round begins with an empty store.
+
+    Args:
+        host: IP address to listen on. ``::`` takes IPv4 as well.
+        port: port; 0 takes a free one.
+        run_id: the job whose agents meet here; ``None`` for a store alone.
+        min_nodes: fewest nodes of a round.
+        max_nodes: most nodes of a round. Further ones wait as spares.
+        last_call_s: how long a round with enough nodes waits for further ones, in seconds.
+        silence_s: an agent that was silent for so long is lost, in seconds.
+        address: address of this host for the workers; by default they take the one that their agent was given.
+        most_membership_changes: how often nodes may come and go before the job is closed; ``None`` for no limit.
+
+    Raises:
+        OSError: the port is taken, or the address is not one of this host.
+        ValueError: a number of seconds is negative.
+    """
+
+    port: int
+    """Where it listens."""
+    def __new__(
+        cls,
+        host: str,
+        port: int = 0,
+        *,
+        run_id: str | None = None,
+        min_nodes: int = 1,
+        max_nodes: int = 1,
+        last_call_s: float = 30.0,
+        silence_s: float = 5.0,
+        address: str | None = None,
+        most_membership_changes: int | None = None,
+    ) -> StoreServer: ...
+    def close(self, patience_s: float = 0.0) -> None:
+        """Take nobody in any more, wait up to ``patience_s`` seconds for agents to go, and end all connections."""
+
+class StoreTimeoutError(RuntimeError):
+    """Keys of a store were not set in time; the text is that of torch's ``DistStoreError``."""
+
+@final
+class StoreClient:
+    """A connection to a ``TCPStore``, for one request at a time; calls from several threads take turns. Keys are what is on the wire.
+
+    Args:
+        host: name or address of the store's host.
+        port: its port.
+        timeout_s: how long it is tried to connect, in seconds.
+
+    Raises:
+        ConnectionError: the store cannot be reached; of every method, the connection was lost.
+    """
+
+    def __new__(cls, host: str, port: int, timeout_s: float) -> StoreClient: ...
+    def set(self, key: bytes, value: bytes) -> None:
+        """``SET``: returns without an answer."""
+
+    def compare_set(self, key: bytes, expected: bytes, desired: bytes) -> bytes:
+        """``COMPARE_SET``: set the key if it is ``expected``, or is missing and that is empty. The value that is there then."""
+
+    def get(self, keys: list[bytes], timeout_s: float) -> list[bytes]:
+        """``WAIT`` and ``MULTI_GET``: the values, once all keys are there.
+
+        Raises:
+            StoreTimeoutError: they were not within ``timeout_s`` seconds.
+        """
+
+    def multi_set(self, pairs: list[tuple[bytes, bytes]]) -> None:
+        """``MULTI_SET``: returns without an answer."""
+
+    def add(self, key: bytes, delta: int) -> int:
+        """``ADD``: the sum."""
+
+    def append(self, key: bytes, value: bytes) -> None:
+        """``APPEND``: returns without an answer."""
+
+    def check(self, keys: list[bytes]) -> bool:
+        """``CHECK``: whether all keys are there."""
+
+    def delete(self, key: bytes) -> bool:
+        """``DELETE_KEY``: whether it was there."""
+
+    def num_keys(self) -> int:
+        """``GETNUMKEYS``."""
+
+    def wait(self, keys: list[bytes], timeout_s: float) -> None:
+        """``WAIT`` until all keys are there.
+
+        Raises:
+            StoreTimeoutError: they were not within ``timeout_s`` seconds.
+        """
+
+@final
+class RendezvousClient:
+    """An agent's membership in a rendezvous that a :class:`StoreServer` hosts, on a thread of its own: ``ferro-rdzv``.
+
+    It connects when it is asked to join. Nothing here waits but :meth:`wait` and :meth:`close`; what comes of a call is seen in
+    :meth:`standing`. In a forked child every method raises :class:`ForkedError`.
+
+    Args:
+        host: name or address of the host.
+        port: its port.
+        run_id: the job.
+        min_nodes: fewest nodes of a round; the same on all nodes.
+        max_nodes: most nodes of a round; the same on all nodes.
+        name: address of this node for the others; by default that by which it reaches the host.
+        node_rank: the rank of this node, where it is given beforehand.
+        is_host: the host is in this process, and need not be told that this agent lives.
+        connect_timeout_s: how long it is tried to reach the host, in seconds.
+    """
+
+    generation: int
+    """Counts what has happened."""
+    alarm_fd: int
+    """Readable while there are remarks, and from when a round, or the rendezvous, is over until the next :meth:`join`. For ``Group.wait(news_fd=...)``."""
+    address: str | None
+    """Address of this node by which it reaches the host, once it does."""
+    def __new__(
+        cls,
+        host: str,
+        port: int,
+        run_id: str,
+        *,
+        min_nodes: int = 1,
+        max_nodes: int = 1,
+        name: str | None = None,
+        node_rank: int | None = None,
+        is_host: bool = False,
+        connect_timeout_s: float = 60.0,
+    ) -> RendezvousClient: ...
+    def join(self, role: str, local_world_size: int, timeout_s: float) -> None:
+        """Take part in the next round; there are no workers now.
+
+        Args:
+            role: role of the workers that will be started.
+            local_world_size: how many.
+            timeout_s: how long to wait for the round to begin, in seconds.
+        """
+
+    def fail(self, at_ns: int, text: str, is_final: bool) -> None:
+        """Tell the others that a worker has failed: the round is over for all.
+
+        Args:
+            at_ns: when, in nanoseconds since the epoch.
+            text: which worker, and how.
+            is_final: there will be no other round.
+        """
+
+    def finish(self) -> None:
+        """Tell the others that all workers of this node have succeeded."""
+
+    def end(self, text: str) -> None:
+        """Let there be no other round, for anybody, for the reason ``text``."""
+
+    def leave(self, text: str) -> None:
+        """Go, for the reason ``text``; the others may go on."""
+
+    def standing(self) -> Standing:
+        """How the agent stands now."""
+
+    def take_remarks(self) -> list[str]:
+        """What the host wants its user to know, each once."""
+
+    def wait(
+        self,
+        generation: int,
+        timeout_s: float | None = None,
+        wake_fd: int | None = None,
+        news_fd: int | None = None,
+    ) -> Literal["event", "timeout", "wake", "news"]:
+        """Block until ``self.generation > generation``; as :meth:`Group.wait`."""
+
+    def close(self) -> None:
+        """End the membership. What was asked for before is still said."""
+
+@final
+class Standing:
+    """How an agent stands in its rendezvous."""
+
+    state: Literal[
+        "idle",
+        "joining",
+        "placed",
+        "over",
+        "released",
+        "closed",
+        "spare",
+        "timed out",
+        "unreachable",
+        "refused",
+    ]
+    """``placed``: in a round. ``over``: it is over, stop the workers and join again. ``released``: all workers of all nodes have succeeded.
+    ``closed``: there will be no other round; ``spare`` if there was no need for this node. The last three: it cannot take part."""
+    place: Place | None
+    """Its place, when it is ``placed``; that which it had, when the round is ``over``."""
+    cause: Cause | None
+    """Why the round is ``over``."""
+    text: str
+    """Why, in words. When ``timed out``, the nodes that came, separated by commas."""
+
+@final
+class Place:
+    """A node's place in a round, the same kind of thing on every node."""
+
+    round: int
+    """Number of the round, from 0."""
+    group_rank: int
+    """Rank of the node."""
+    group_world_size: int
+    """Number of nodes."""
+    first_rank: int
+    """Global rank of its first worker; the others follow."""
+    world_size: int
+    """Number of workers of the job."""
+    first_role_rank: int
+    """Rank of its first worker among those of its role."""
+    role_world_size: int
+    """Number of workers of its role."""
+    address: str | None
+    """Address that the workers find their store at, if the host has said one."""
+    failures: int
+    """How many rounds ended because a worker failed."""
+    membership_changes: int
+    """How many rounds ended because nodes came, went or were lost."""
+    cause: Cause | None
+    """Why the round before ended; ``None`` in the first."""
+
+@final
+class Cause:
+    """Why a round ended, for all its nodes."""
+
+    kind: Literal["failure", "membership"]
+    """A worker failed, or nodes came, went or were lost."""
+    node: str
+    """Where; empty if it is not known."""
+    at_ns: int | None
+    """When, in nanoseconds since the epoch, if a worker failed."""
+    text: str
+    """What happened."""
 
 @final
 class Watchdog:

@@ -18,6 +18,7 @@ __all__ = ["wait_for_event"]
 
 _CHUNK = 4096
 _NOBODY = -1
+_EVENTS = ("event", "news")
 
 
 class _WakeupPipe:
@@ -48,16 +49,22 @@ _pipe: _WakeupPipe | None = None
 _hook_set = False
 
 
-def wait_for_event(group: _rust.Group, generation: int, timeout_s: float | None = None) -> bool:
+def wait_for_event(
+    group: _rust.Group | _rust.RendezvousClient,
+    generation: int,
+    timeout_s: float | None = None,
+    news_fd: int | None = None,
+) -> bool:
     """Wait until something has happened to ``group`` since ``generation``, with Python's signal handlers running at once.
 
     In a native wait alone a signal handler, which Python runs between two bytecodes of the main thread, would wait for
     the event. On the main thread the wait is therefore left, and taken up again, whenever a signal arrives.
 
     Args:
-        group: what to wait for.
+        group: what to wait for: workers, or a membership in a rendezvous.
         generation: the last ``group.generation`` that was acted on.
         timeout_s: give up after so many seconds; ``None`` or ``inf`` never, 0 or less only looks.
+        news_fd: that this descriptor is readable is an event as well.
 
     Returns:
         Whether there was an event; ``False`` on timeout.
@@ -68,7 +75,7 @@ def wait_for_event(group: _rust.Group, generation: int, timeout_s: float | None 
     """
     deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
     if threading.get_ident() != threading.main_thread().ident or deadline <= time.monotonic():
-        return group.wait(generation, _remaining(deadline)) == "event"
+        return group.wait(generation, _remaining(deadline), None, news_fd) in _EVENTS
     pipe = _get_pipe()
     former: list[int] = []
     try:
@@ -80,14 +87,14 @@ def wait_for_event(group: _rust.Group, generation: int, timeout_s: float | None 
             if former:
                 raise
             # The interpreter's main thread is not the one that `threading` takes for it (an embedded interpreter).
-            return group.wait(generation, _remaining(deadline)) == "event"
+            return group.wait(generation, _remaining(deadline), None, news_fd) in _EVENTS
         if former[0] != pipe.write_fd:  # else a signal handler is itself waiting: what it gets is for the same owner
             pipe.forward_fd = former[0]
         while True:
             # The descriptor is set before the group is looked at: a signal from here on makes the pipe readable.
-            outcome = group.wait(generation, _remaining(deadline), pipe.read_fd)
+            outcome = group.wait(generation, _remaining(deadline), pipe.read_fd, news_fd)
             if outcome != "wake":
-                return outcome == "event"
+                return outcome in _EVENTS
             pipe.forward()
     finally:
         # In line, because the interpreter looks for signals at each entry of a Python function, and a second signal's

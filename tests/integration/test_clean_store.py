@@ -14,6 +14,7 @@ from unittest import mock
 import pytest
 
 from ferroelastic import _torch
+from ferroelastic._torch import create_rendezvous_handler
 from ferroelastic.agent.server import RunResult, SimpleElasticAgent, WorkerGroup, WorkerSpec, WorkerState
 from ferroelastic.agent.server.api import _own_connection
 from ferroelastic.rendezvous import (
@@ -24,7 +25,6 @@ from ferroelastic.rendezvous import (
     RendezvousTimeoutError,
     _worker_store,
 )
-from ferroelastic.rendezvous.registry import get_rendezvous_handler
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -98,7 +98,7 @@ class Nodes:
 
 
 def c10d(port: int, *, min_nodes: int = 2, max_nodes: int = 2) -> Any:
-    return get_rendezvous_handler(
+    return create_rendezvous_handler(
         RendezvousParameters(
             "c10d",
             f"localhost:{port}",
@@ -117,7 +117,7 @@ def static(port: int, rank: int, world_size: int = 2, timeout_s: int = 30) -> An
     params = RendezvousParameters(
         "static", f"localhost:{port}", RUN_ID, world_size, world_size, rank=rank, timeout=timeout_s
     )
-    handler = get_rendezvous_handler(params)
+    handler = create_rendezvous_handler(params)
     assert type(handler).__name__ == "StaticTCPRendezvous"
     return handler
 
@@ -234,8 +234,8 @@ class TestStatic:
             import torch.distributed
             from ferroelastic import _torch
             from ferroelastic.rendezvous import RendezvousParameters
-            from ferroelastic.rendezvous.registry import get_rendezvous_handler
-            handler = get_rendezvous_handler(RendezvousParameters(
+            from ferroelastic._torch import create_rendezvous_handler
+            handler = create_rendezvous_handler(RendezvousParameters(
                 "static", f"localhost:{sys.argv[1]}", "run", 2, 2, rank=1, timeout=60))
             info = _torch.next_rendezvous(handler, None)
             info.store.underlying_store.set("from rank 1", "x")
@@ -396,7 +396,7 @@ import torch.distributed
 from ferroelastic.agent.server import LocalElasticAgent, WorkerSpec
 from ferroelastic.multiprocessing import DefaultLogsSpecs
 from ferroelastic.rendezvous import RendezvousParameters
-from ferroelastic.rendezvous.registry import get_rendezvous_handler
+from ferroelastic._torch import create_rendezvous_handler
 
 backend, script, logs = sys.argv[1:]
 config = {"c10d": {"is_host": True}, "static": {"rank": 0, "timeout": 60}}[backend]
@@ -405,7 +405,7 @@ if backend == "c10d":
 else:
     store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False, multi_tenant=True)
     endpoint = f"localhost:{store.port}"
-handler = get_rendezvous_handler(RendezvousParameters(backend, endpoint, "run", 1, 1, local_addr="localhost", **config))
+handler = create_rendezvous_handler(RendezvousParameters(backend, endpoint, "run", 1, 1, local_addr="localhost", **config))
 spec = WorkerSpec(
     role="trainer", local_world_size=2, rdzv_handler=handler, entrypoint=sys.executable, args=(script,), max_restarts=1
 )

@@ -157,7 +157,7 @@ class TestRegistry:
             assert isinstance(get_rendezvous_handler(params), Handler)
         creator.assert_called_once_with(params)
 
-    @pytest.mark.parametrize("backend", ["c10d", "static", "etcd", "etcd-v2", "somebody's plug-in"])
+    @pytest.mark.parametrize("backend", ["etcd", "etcd-v2", "somebody's plug-in"])
     def test_other_backends_are_torchs(self, backend: str) -> None:
         handler = mock.Mock(get_backend=lambda: backend)
         with mock.patch("ferroelastic._torch.create_rendezvous_handler", return_value=handler) as create:
@@ -169,9 +169,9 @@ class TestRegistry:
         with (
             mock.patch.dict(sys.modules, {"torch": None, "torch.distributed.elastic.rendezvous": None}),
             mock.patch("importlib.import_module", side_effect=ModuleNotFoundError("no torch", name="torch")),
-            pytest.raises(ModuleNotFoundError, match="rendezvous backend 'c10d' takes torch, which is not installed"),
+            pytest.raises(ModuleNotFoundError, match="rendezvous backend 'etcd' takes torch, which is not installed"),
         ):
-            get_rendezvous_handler(parameters("c10d"))
+            get_rendezvous_handler(parameters("etcd"))
 
 
 class TestStoreInfo:

@@ -267,9 +267,12 @@ def _run_agent(
         return _outputs(agent, config, entrypoint_name)
     except family(ChildFailedError):
         raise
-    except family(SignalException):
+    except family(SignalException) as error:
         # Shutting the rendezvous down would close it for the other nodes too, who may go on without this one.
         shutdown_rdzv = False
+        leave = getattr(spec.rdzv_handler, "leave", None)
+        if leave is not None:
+            leave(f"its agent was ended by {error.sigval.name}")
         events.record(agent.get_event_failed(), config.event_log_handler)
         raise
     except Exception:

@@ -1,7 +1,8 @@
 """Mirror of ``torch.distributed.elastic.rendezvous.registry``.
 
-Intended difference: a backend that is not registered here is looked for in torch's registry, which loads the plug-ins of the entry
-point group ``torchrun.handlers``. torch does that at import. A job that only this node can take part in (``--standalone``) has a handler of its own.
+Intended differences: ``c10d`` and ``static`` are this package's own, see :mod:`ferroelastic.rendezvous._native`. A backend that is not
+registered here is looked for in torch's registry, which loads the plug-ins of the entry point group ``torchrun.handlers``. torch does that
+at import.
 """
 
 from __future__ import annotations
@@ -23,16 +24,19 @@ def _create_torch_handler(params: RendezvousParameters) -> RendezvousHandler:
     return _torch.create_rendezvous_handler(params)
 
 
-def _create_c10d_handler(params: RendezvousParameters) -> RendezvousHandler:
-    from ferroelastic.rendezvous._single_node import SingleNodeRendezvous, is_private
+def _create_native_handler(params: RendezvousParameters) -> RendezvousHandler:
+    if params.backend == "c10d" and params.get("store_type", "tcp") != "tcp":
+        return _create_torch_handler(params)  # a file, for which it takes torch's rendezvous
+    from ferroelastic.rendezvous._native import NativeRendezvous
 
-    return SingleNodeRendezvous(params) if is_private(params) else _create_torch_handler(params)
+    return NativeRendezvous(params)
 
 
 def _register_default_handlers() -> None:
-    for backend in ("etcd", "etcd-v2", "static"):
+    for backend in ("etcd", "etcd-v2"):
         handler_registry.register(backend, _create_torch_handler)
-    handler_registry.register("c10d", _create_c10d_handler)
+    for backend in ("c10d", "static"):
+        handler_registry.register(backend, _create_native_handler)
 
 
 _register_default_handlers()

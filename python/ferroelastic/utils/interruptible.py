@@ -34,6 +34,7 @@ class _Completion:
         generation: int,  # noqa: ARG002 - the face of a native group
         timeout_s: float | None,
         wake_fd: int | None = None,
+        news_fd: int | None = None,  # noqa: ARG002 - as above
     ) -> Literal["event", "timeout", "wake"]:
         poll = select.poll()
         for descriptor in (self.read_fd, wake_fd):

@@ -5,6 +5,7 @@
 //! - [`sys`] is the only place for `unsafe` and raw system calls: small safe wrappers over the kernel.
 //! - [`supervise`] decides. Its state machines take time and events as arguments and return actions.
 //! - [`health`] answers probes: is the agent alive, do its workers run, and figures of both.
+//! - [`store`] is a key-value store for stock clients of torch's `TCPStore`, on a thread of its own, and [`rendezvous`] lets agents meet at its port.
 //! - [`logs`] turns growing files into whole, prefixed console lines.
 //! - [`engine`] is the one thread that owns the descriptors, feeds the decisions and carries out their actions.
 //!
@@ -14,6 +15,9 @@ pub mod engine;
 pub mod error;
 pub mod health;
 pub mod logs;
+pub mod published;
+pub mod rendezvous;
+pub mod store;
 pub mod supervise;
 pub mod sys;
 pub mod watchdog;

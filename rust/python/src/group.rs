@@ -1,8 +1,10 @@
 //! `Group` and what it reports.
 
-use std::os::fd::{AsFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd, RawFd};
+use std::time::Duration;
 
-use ferroelastic_core::engine::{self, Wake};
+use ferroelastic_core::engine;
+use ferroelastic_core::published::Wake;
 use ferroelastic_core::supervise::{self, StopPlan};
 use ferroelastic_core::sys::fd::duplicate;
 use ferroelastic_core::sys::wait::Status;
@@ -111,6 +113,28 @@ impl Group {
     }
 }
 
+/// Waits detached from the interpreter, with descriptors that nobody can close meanwhile.
+pub(crate) fn waited(
+    py: Python<'_>,
+    timeout_s: Option<f64>,
+    fds: [Option<RawFd>; 2],
+    wait: impl FnOnce(Option<Duration>, [Option<BorrowedFd<'_>>; 2]) -> ferroelastic_core::Result<Wake> + Send,
+) -> PyResult<&'static str> {
+    let timeout = duration("timeout_s", timeout_s)?;
+    let mut others = [None, None];
+    for (other, fd) in others.iter_mut().zip(fds) {
+        let held = fd.map(duplicate).transpose();
+        *other = held.map_err(|source| to_python(py, os("duplicate", format!("descriptor {fd:?}"), source)))?;
+    }
+    let woken = detached(py, || wait(timeout, others.each_ref().map(|fd| fd.as_ref().map(AsFd::as_fd))))?;
+    Ok(match woken {
+        Wake::Event => "event",
+        Wake::Timeout => "timeout",
+        Wake::First => "wake",
+        Wake::Second => "news",
+    })
+}
+
 fn plan(signal: i32, grace_s: f64, kill_wait_s: f64) -> PyResult<StopPlan> {
     Ok(StopPlan { signal, grace: span("grace_s", grace_s)?, kill_wait: span("kill_wait_s", kill_wait_s)? })
 }
@@ -132,23 +156,16 @@ impl Group {
         Ok(exits.into_iter().map(Exit::from).collect())
     }
 
-    #[pyo3(signature = (generation, timeout_s=None, wake_fd=None))]
+    #[pyo3(signature = (generation, timeout_s=None, wake_fd=None, news_fd=None))]
     fn wait(
         &self,
         py: Python<'_>,
         generation: u64,
         timeout_s: Option<f64>,
         wake_fd: Option<RawFd>,
+        news_fd: Option<RawFd>,
     ) -> PyResult<&'static str> {
-        let timeout = duration("timeout_s", timeout_s)?;
-        let other = wake_fd.map(duplicate).transpose();
-        let other = other.map_err(|source| to_python(py, os("duplicate", format!("wake_fd {wake_fd:?}"), source)))?;
-        let woken = detached(py, || self.0.wait(generation, timeout, other.as_ref().map(AsFd::as_fd)))?;
-        Ok(match woken {
-            Wake::Event => "event",
-            Wake::Timeout => "timeout",
-            Wake::Other => "wake",
-        })
+        waited(py, timeout_s, [wake_fd, news_fd], |timeout, others| self.0.wait(generation, timeout, others))
     }
 
     #[pyo3(signature = (index, signal, *, leader_only=false))]

@@ -8,6 +8,8 @@ mod errors;
 mod group;
 mod guard;
 mod health;
+mod rendezvous;
+mod store;
 mod tail;
 mod watchdog;
 
@@ -33,6 +35,10 @@ mod _rust {
     use super::guard::Guard;
     #[pymodule_export]
     use super::health::HealthServer;
+    #[pymodule_export]
+    use super::rendezvous::{Cause, Place, RendezvousClient, Standing};
+    #[pymodule_export]
+    use super::store::{StoreClient, StoreServer, StoreTimeoutError};
     #[pymodule_export]
     use super::tail::{Tail, TailReport};
     #[pymodule_export]

@@ -139,7 +139,7 @@ fn closing_the_engine_leaves_nobody() {
         for pid in group.pids() {
             assert!(!is_alive(*pid));
         }
-        assert!(group.wait(u64::MAX, Some(PATIENCE), None).is_err(), "the engine is closed");
+        assert!(group.wait(u64::MAX, Some(PATIENCE), [None; 2]).is_err(), "the engine is closed");
         assert!(engine.spawn(vec![zoo(&["exit", "0"])]).is_err());
     }
 }

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ferroelastic import _rust
     from ferroelastic.agent.server._workers import RunResult, Worker, WorkerSpec
 
-__all__ = ["Activity", "cause_of"]
+__all__ = ["Activity", "cause_of", "failed_first_at_ns"]
 
 _WAITING = None
 
@@ -146,6 +146,14 @@ class Activity:
                 getattr(board, method)(*told)
             except RuntimeError:  # it is closed, or this is a forked child: nobody asks
                 self._server = None
+
+
+def failed_first_at_ns(result: RunResult) -> int | None:
+    """Return when the first worker failed, in nanoseconds since the epoch, if that is known."""
+    from ferroelastic.multiprocessing.errors._failures import failed_at_ns
+
+    times = [failed_at_ns(failure) for failure in result.failures.values()]
+    return min(times, default=None)
 
 
 def cause_of(result: RunResult) -> str:

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import ferroelastic.utils.store as store_util
 from ferroelastic._compat import TorchVirtual, family
-from ferroelastic.agent.server._activity import Activity, cause_of
+from ferroelastic.agent.server._activity import Activity, cause_of, failed_first_at_ns
 from ferroelastic.agent.server._workers import (
     RunResult,
     Worker,
@@ -40,7 +40,7 @@ from ferroelastic.events import Event, EventSource, record
 from ferroelastic.events._record import has_listener
 from ferroelastic.metrics import prof, put_metric
 from ferroelastic.multiprocessing._signals import SignalException
-from ferroelastic.rendezvous import RendezvousGracefulExitError
+from ferroelastic.rendezvous import RendezvousClosedError, RendezvousGracefulExitError
 from ferroelastic.rendezvous._worker_store import RenewedRendezvousInfo
 from ferroelastic.utils import interruptible
 from ferroelastic.utils.hostname import fq_hostname as _get_fq_hostname
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from ferroelastic.rendezvous import RendezvousInfo
+    from ferroelastic.rendezvous._native import Interruption
     from ferroelastic.utils._store_types import Store
 
 __all__ = [
@@ -158,6 +159,10 @@ class SimpleElasticAgent(ElasticAgent):
         master_addr = (not moved and spec.master_addr) or master.master_addr
         master_port = (not moved and spec.master_port) or master.master_port
         self._store = info.store
+        place = getattr(info, "place", None)
+        if place is not None:
+            # Counted for all nodes together: the number of the restart is the same everywhere.
+            self._remaining_restarts = max(0, spec.max_restarts - place.failures)
 
         with self.record_duration("ASSIGN_WORKER_RANKS"):
             workers = self._assign_worker_ranks(info.store, info.rank, info.world_size, spec)
@@ -187,7 +192,15 @@ class SimpleElasticAgent(ElasticAgent):
             spec.event_log_handler,
         )
 
+    def _teller(self) -> Any:
+        """Return the rendezvous handler if it tells by itself what happens on other nodes; torch's are asked."""
+        handler = self._worker_group.spec.rdzv_handler
+        return handler if getattr(handler, "tells_news", False) is True else None
+
     def _next_rendezvous(self, spec: WorkerSpec) -> RendezvousInfo:
+        teller = self._teller()
+        if teller is not None:
+            teller.introduce(spec.role, spec.local_world_size)
         if "torch.distributed" in sys.modules:
             from ferroelastic import _torch
 
@@ -202,11 +215,15 @@ class SimpleElasticAgent(ElasticAgent):
     ) -> list[Worker]:
         """Find out the ranks of the workers of this node.
 
-        Every agent says in the store how many workers of which role it has; rank 0 reads them all and writes each agent's first
-        ranks. With ``TORCH_ELASTIC_WORKER_IDENTICAL=1`` all agents are alike, and the ranks follow without the store.
+        The rendezvous may have said it. Otherwise every agent says in the store how many workers of which role it has; rank 0 reads them
+        all and writes each agent's first ranks. With ``TORCH_ELASTIC_WORKER_IDENTICAL=1`` all agents are alike, and the ranks follow without the store.
         """
         size = spec.local_world_size
-        if os.environ.get("TORCH_ELASTIC_WORKER_IDENTICAL", "0") == "1":
+        place = getattr(self._rdzv_info, "place", None)
+        if place is not None:
+            first_rank, world_size = place.first_rank, place.world_size
+            first_role_rank, role_world_size = place.first_role_rank, place.role_world_size
+        elif os.environ.get("TORCH_ELASTIC_WORKER_IDENTICAL", "0") == "1":
             world_size = role_world_size = group_world_size * size
             first_rank = first_role_rank = group_rank * size
         else:
@@ -477,36 +494,95 @@ class SimpleElasticAgent(ElasticAgent):
                     self._exit_barrier_timeout,
                 )
                 self._exit_barrier()
-                return result
-            if state in (WorkerState.UNHEALTHY, WorkerState.FAILED):
-                if self._remaining_restarts <= 0:
-                    self._activity.busy("stopping")
-                    self._stop_workers(group)
-                    group.state = WorkerState.FAILED
+                interruption = self._interruption()
+                if interruption is None or interruption.is_final:
                     return result
-                logger.info(
-                    "[%s] Worker group %s. %s/%s attempts left; will restart worker group",
-                    role,
-                    state.name,
-                    self._remaining_restarts,
-                    spec.max_restarts,
-                )
-                self._remaining_restarts -= 1
-                self._activity.restarting("failure", cause_of(result))
-                self._restart_workers(group)
+                self._obey(interruption)
+            elif state in (WorkerState.UNHEALTHY, WorkerState.FAILED):
+                if not self._restart_failed_workers(result):
+                    return result
             elif state == WorkerState.HEALTHY:
-                waiting = spec.rdzv_handler.num_nodes_waiting()
-                if waiting > 0:  # does not use up a restart
-                    logger.info(
-                        "[%s] Detected %s new nodes from group_rank=%s; will restart worker group",
-                        role,
-                        waiting,
-                        group.group_rank,
-                    )
-                    self._activity.restarting("membership", f"{waiting} waiting to join")
-                    self._restart_workers(group)
+                self._follow_the_others()
             else:
                 raise RuntimeError(f"[{role}] Worker group in {state.name} state")
+
+    def _restart_failed_workers(self, result: RunResult) -> bool:
+        """Start the workers again of which some have failed; if no restart is left, stop them and return ``False``."""
+        group = self._worker_group
+        spec = group.spec
+        interruption = self._interruption()
+        if interruption is not None and not interruption.is_failure:
+            # They fail because of a node that is gone.
+            self._obey(interruption)
+            return True
+        self._report_failure(result)
+        if self._remaining_restarts <= 0:
+            self._activity.busy("stopping")
+            self._stop_workers(group)
+            group.state = WorkerState.FAILED
+            return False
+        logger.info(
+            "[%s] Worker group %s. %s/%s attempts left; will restart worker group",
+            spec.role,
+            result.state.name,
+            self._remaining_restarts,
+            spec.max_restarts,
+        )
+        self._remaining_restarts -= 1
+        self._activity.restarting("failure", cause_of(result))
+        self._restart_workers(group)
+        return True
+
+    def _follow_the_others(self) -> None:
+        """Start the workers, which run, again if something has happened on other nodes. It does not use up a restart of this one."""
+        group = self._worker_group
+        spec = group.spec
+        if self._teller() is not None:
+            interruption = self._interruption()
+            if interruption is not None:
+                self._obey(interruption)
+            return
+        waiting = spec.rdzv_handler.num_nodes_waiting()
+        if waiting > 0:
+            logger.info(
+                "[%s] Detected %s new nodes from group_rank=%s; will restart worker group",
+                spec.role,
+                waiting,
+                group.group_rank,
+            )
+            self._activity.restarting("membership", f"{waiting} waiting to join")
+            self._restart_workers(group)
+
+    def _interruption(self) -> Interruption | None:
+        """Return why the round is over for this node too, if it is and the rendezvous tells."""
+        teller = self._teller()
+        interruption: Interruption | None = None if teller is None else teller.interruption()
+        return interruption
+
+    def _obey(self, interruption: Interruption) -> None:
+        """Start the workers again because of what happened elsewhere.
+
+        Raises:
+            RendezvousClosedError: there will be no other round, or no restart is left.
+        """
+        role = self._worker_group.spec.role
+        if interruption.is_final:
+            raise RendezvousClosedError(f"the job has ended: {interruption.text}")
+        if interruption.is_failure and self._remaining_restarts <= 0:
+            raise RendezvousClosedError(f"the job has ended: {interruption.text}, and no restart is left")
+        logger.warning("[%s] %s; will restart worker group", role, interruption.text)
+        self._activity.restarting("failure" if interruption.is_failure else "membership", interruption.text)
+        self._restart_workers(self._worker_group)
+
+    def _report_failure(self, result: RunResult) -> None:
+        """Tell the other nodes, if the rendezvous can, that workers of this one have failed."""
+        teller = self._teller()
+        if teller is not None:
+            teller.report_failure(
+                failed_first_at_ns(result) or time.time_ns(),
+                cause_of(result),
+                is_final=self._remaining_restarts <= 0,
+            )
 
     def _exit_barrier(self) -> None:
         """Wait until the agents of all nodes have come here, or the timeout has passed.
@@ -521,6 +597,8 @@ class SimpleElasticAgent(ElasticAgent):
         start = time.monotonic()
         world_size: Any = self._worker_group.group_world_size
 
+        teller = self._teller()
+
         def barrier(store: Any) -> None:
             store_util.barrier(
                 store=store,
@@ -532,7 +610,9 @@ class SimpleElasticAgent(ElasticAgent):
         self._in_exit_barrier = True
         try:
             with self._activity.waiting("exit barrier"):
-                if world_size == 1:  # no one to wait for
+                if teller is not None:
+                    teller.wait_for_others(self._exit_barrier_timeout)
+                elif world_size == 1:  # no one to wait for
                     barrier(self._store)
                 else:
                     interruptible.call(barrier, _own_connection(self._store))

@@ -467,7 +467,7 @@ class LocalElasticAgent(SimpleElasticAgent):
         """Wait until a worker has ended since the last look.
 
         For ``timeout_s`` seconds at most, unless there is nothing that only a look can tell: no stuck worker to be found, and
-        a rendezvous that nobody can join.
+        a rendezvous that says by itself when something happens.
         """
         group = getattr(self._pcontext, "_group", None)
         seen = self._seen_generation
@@ -476,9 +476,14 @@ class LocalElasticAgent(SimpleElasticAgent):
         if group is None or seen is None:
             super()._wait_for_event(timeout_s)
         elif self._uninterruptible_state_timeout > 0 or getattr(self._rdzv_handler, "may_grow", True):
-            wait_for_event(group, seen, timeout_s)
+            wait_for_event(group, seen, timeout_s, self._news_fd())
         else:
-            wait_for_event(group, seen)
+            wait_for_event(group, seen, None, self._news_fd())
+
+    def _news_fd(self) -> int | None:
+        """Descriptor that is readable while the rendezvous has something to say, if it has one."""
+        news_fd = getattr(self._rdzv_handler, "news_fd", None)
+        return news_fd if isinstance(news_fd, int) else None
 
 
 def _longest_stop_s(grace_s: float) -> float:

@@ -8,9 +8,10 @@ use std::time::{Duration, Instant};
 
 use super::event_loop::EventLoop;
 use super::request::{Observed, Reply, Request, Started};
-use super::view::{StopReport, View, Wake};
+use super::view::{StopReport, View};
 use crate::error::{Error, Result};
 use crate::logs::{TailReport, TailSpec};
+use crate::published::Wake;
 use crate::supervise::{Event, Exit, StopPlan};
 use crate::sys::probe::{self, Support};
 use crate::sys::spawn::Command;
@@ -186,10 +187,15 @@ impl Group {
         Ok(self.view.exits())
     }
 
-    /// Blocks until there is something newer than `generation`, `timeout` has passed (`None`: never), or `other` is readable.
-    pub fn wait(&self, generation: u64, timeout: Option<Duration>, other: Option<BorrowedFd<'_>>) -> Result<Wake> {
+    /// Blocks until there is something newer than `generation`, `timeout` has passed (`None`: never), or one of `others` is readable.
+    pub fn wait(
+        &self,
+        generation: u64,
+        timeout: Option<Duration>,
+        others: [Option<BorrowedFd<'_>>; 2],
+    ) -> Result<Wake> {
         self.line.check_owner()?;
-        self.view.wait(generation, timeout, other)
+        self.view.wait(generation, timeout, others)
     }
 
     /// Signals the process group of one worker, or its leader alone. `false` if nobody was there.

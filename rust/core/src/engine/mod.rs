@@ -14,5 +14,5 @@ mod watchdog;
 
 pub use handle::{Engine, Group, Tail};
 pub use health::HealthServer;
-pub use view::{StopReport, Survivor, Wake};
+pub use view::{StopReport, Survivor};
 pub use watchdog::Watchdog;

@@ -171,7 +171,7 @@ mod tests {
         let answer = watchdog.ask(|_, _| panic!("on purpose"));
         assert!(matches!(answer, Err(Error::Closed)));
 
-        let waited = group.wait(0, Some(PATIENCE), None).expect_err("the engine is gone");
+        let waited = group.wait(0, Some(PATIENCE), [None; 2]).expect_err("the engine is gone");
         assert_eq!(waited.to_string(), "the supervision engine failed: on purpose");
         for worker in &workers {
             let Some(pidfd) = worker.pidfd() else { continue };

@@ -5,8 +5,8 @@ use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use rustix::net::{
-    AddressFamily, RecvFlags, SendFlags, Shutdown, SocketFlags, SocketType, accept_with, bind, getsockname, listen,
-    recv, send, shutdown, socket_with, sockopt,
+    AddressFamily, RecvFlags, SendFlags, Shutdown, SocketFlags, SocketType, accept_with, bind, connect, getpeername,
+    getsockname, listen, recv, send, shutdown, socket_with, sockopt,
 };
 
 /// Connections that the kernel completes before they are accepted; it takes the least of this and `somaxconn`.
@@ -89,11 +89,37 @@ impl InheritedListener {
     }
 }
 
-/// One accepted connection.
+/// One connection.
 #[derive(Debug)]
 pub struct Stream(OwnedFd);
 
 impl Stream {
+    /// Begins to connect. It is writable when that has succeeded or failed, which [`Stream::connected`] tells.
+    pub fn connect(address: SocketAddr) -> io::Result<Self> {
+        let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+        let fd = socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK, None)?;
+        match connect(&fd, &address) {
+            Ok(()) | Err(rustix::io::Errno::INPROGRESS) => Ok(Self(fd)),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Whether [`Stream::connect`] has succeeded.
+    pub fn connected(&self) -> io::Result<()> {
+        Ok(sockopt::socket_error(&self.0)??)
+    }
+
+    /// Its address on this side.
+    pub fn local_address(&self) -> io::Result<SocketAddr> {
+        Ok(SocketAddr::try_from(getsockname(&self.0)?)?)
+    }
+
+    /// Its address on the other side.
+    pub fn peer_address(&self) -> io::Result<SocketAddr> {
+        let Some(address) = getpeername(&self.0)? else { return Err(io::ErrorKind::NotConnected.into()) };
+        Ok(SocketAddr::try_from(address)?)
+    }
+
     /// Bytes that have come in, 0 at the end; `WouldBlock` if there are none yet.
     pub fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
         loop {
@@ -114,6 +140,11 @@ impl Stream {
                 Err(error) => return Err(error.into()),
             }
         }
+    }
+
+    /// Sends what is written at once: small replies must not wait for more (`TCP_NODELAY`).
+    pub fn set_nodelay(&self) -> io::Result<()> {
+        Ok(sockopt::set_tcp_nodelay(&self.0, true)?)
     }
 
     /// Tells the peer that nothing more comes.

@@ -8,7 +8,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use ferroelastic_core::Engine;
-use ferroelastic_core::engine::{Group, StopReport, Wake};
+use ferroelastic_core::engine::{Group, StopReport};
+use ferroelastic_core::published::Wake;
 use ferroelastic_core::supervise::{Exit, StopPlan};
 use ferroelastic_core::sys::probe::{self, Support};
 use ferroelastic_core::sys::procfs;
@@ -71,7 +72,7 @@ pub(crate) fn wait_for<T>(group: &Group, fact: impl Fn(&Group) -> Option<T>) -> 
         if let Some(value) = fact(group) {
             return value;
         }
-        let woken = group.wait(generation, Some(PATIENCE), None).expect("wait");
+        let woken = group.wait(generation, Some(PATIENCE), [None; 2]).expect("wait");
         assert_eq!(woken, Wake::Event, "nothing happened for {PATIENCE:?}");
     }
 }

@@ -1,0 +1,475 @@
+//! The thread of an agent that talks to the host of its rendezvous.
+
+use std::io::{self, ErrorKind};
+use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use super::member::{Action, Call, Event, Member, Settings, Standing};
+use super::message::{self, Introduction, Notice, Request, UPGRADE};
+use crate::error::{Error, Result};
+use crate::published::{Published, Wake};
+use crate::store::wire::{MAGIC, opcode};
+use crate::sys::net::Stream;
+use crate::sys::poller::{Interest, Poller};
+use crate::sys::sigmask;
+use crate::sys::timer::Timer;
+use crate::sys::wake::WakeFd;
+
+const WAKE: u64 = 0;
+const TIMER: u64 = 1;
+const STREAM: u64 = 2;
+
+/// The host echoes this, as it does for every client of a `TCPStore`.
+const NONCE: [u8; 4] = *b"ferr";
+
+/// What the program can see.
+#[derive(Debug)]
+struct View {
+    standing: Standing,
+    /// Wishes to join that the thread has not heard of.
+    joins_under_way: usize,
+    /// This node, as the host is reached from it.
+    address: Option<IpAddr>,
+    remarks: Vec<String>,
+    failure: Option<String>,
+    is_closed: bool,
+}
+
+#[derive(Debug)]
+struct Shared {
+    view: Published<View>,
+    /// Readable while there is something that an agent whose workers run has to look at.
+    alarm: WakeFd,
+}
+
+impl Shared {
+    fn publish(&self, change: impl FnOnce(&mut View)) {
+        self.view.publish(|view| {
+            change(view);
+            // Under the lock of the view, so that the alarm is about what is published.
+            let is_quiet = matches!(view.standing, Standing::Joining | Standing::Placed(_) | Standing::Idle);
+            if is_quiet && view.remarks.is_empty() && !view.is_closed {
+                self.alarm.drain();
+            } else {
+                self.alarm.wake();
+            }
+        });
+    }
+}
+
+/// An agent's membership in a rendezvous. Ends when it is dropped.
+#[derive(Debug)]
+pub struct Client {
+    calls: Sender<Option<Call>>,
+    wake: Arc<WakeFd>,
+    shared: Arc<Shared>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+    owner: u32,
+}
+
+impl Client {
+    /// Begins a membership; connects when it is asked to join.
+    ///
+    /// `host` and `port` say where the rendezvous is, `who` is the agent. Where its name is empty, it is the address of this node.
+    pub fn start(host: &str, port: u16, who: Introduction, settings: Settings) -> Result<Self> {
+        let wake = WakeFd::new().map_err(|source| Error::os("create", "an eventfd", source))?;
+        let alarm = WakeFd::new().map_err(|source| Error::os("create", "an eventfd", source))?;
+        let wake = Arc::new(wake);
+        let view = View {
+            standing: Standing::Idle,
+            joins_under_way: 0,
+            address: None,
+            remarks: Vec::new(),
+            failure: None,
+            is_closed: false,
+        };
+        let shared = Arc::new(Shared { view: Published::new(view), alarm });
+        let (calls, inbox) = channel();
+        let talker = Talker::new((host.to_owned(), port), who, settings, inbox, Arc::clone(&wake), Arc::clone(&shared))
+            .map_err(|source| Error::os("create", "the poller of a rendezvous", source))?;
+        let thread = std::thread::Builder::new().name("ferro-rdzv".into()).spawn(move || talker.run());
+        let thread = thread.map_err(|source| Error::os("start", "the thread of a rendezvous", source))?;
+        Ok(Self { calls, wake, shared, thread: Mutex::new(Some(thread)), owner: std::process::id() })
+    }
+
+    /// Says what the agent wants.
+    pub fn call(&self, call: Call) -> Result<()> {
+        self.check_owner()?;
+        if matches!(call, Call::Join { .. }) {
+            self.shared.view.publish(|view| view.joins_under_way += 1);
+        }
+        self.calls.send(Some(call)).map_err(|_| Error::Closed)?;
+        self.wake.wake();
+        Ok(())
+    }
+
+    /// How the agent stands.
+    pub fn standing(&self) -> Result<Standing> {
+        self.check_owner()?;
+        // What is known from before a wish to join says nothing about it.
+        Ok(self.shared.view.read(|view| match view.joins_under_way {
+            0 => view.standing.clone(),
+            _ => Standing::Joining,
+        }))
+    }
+
+    /// The address of this node by which it reaches the host, once it does.
+    #[must_use]
+    pub fn address(&self) -> Option<IpAddr> {
+        self.shared.view.read(|view| view.address)
+    }
+
+    /// Takes what the host wants people to know.
+    #[must_use]
+    pub fn take_remarks(&self) -> Vec<String> {
+        let mut remarks = Vec::new();
+        self.shared.publish(|view| remarks = std::mem::take(&mut view.remarks));
+        remarks
+    }
+
+    /// Grows with each change of how the agent stands.
+    pub fn generation(&self) -> Result<u64> {
+        self.check_owner()?;
+        Ok(self.shared.view.generation())
+    }
+
+    /// Blocks until there is something newer than `generation`, `timeout` has passed (`None`: never), or one of `others` is readable.
+    pub fn wait(
+        &self,
+        generation: u64,
+        timeout: Option<Duration>,
+        others: [Option<BorrowedFd<'_>>; 2],
+    ) -> Result<Wake> {
+        self.check_owner()?;
+        self.shared.view.wait(generation, timeout, others, |view| match &view.failure {
+            Some(failure) => Err(Error::Failed(failure.clone())),
+            None if view.is_closed => Err(Error::Closed),
+            None => Ok(()),
+        })
+    }
+
+    /// Readable while there are remarks, and from when a round is over, or the rendezvous, until the agent asks to join.
+    #[must_use]
+    pub fn alarm(&self) -> BorrowedFd<'_> {
+        self.shared.alarm.as_fd()
+    }
+
+    /// Ends the membership. What was asked for before is still said.
+    pub fn close(&self) -> Result<()> {
+        self.check_owner()?;
+        let _ = self.calls.send(None);
+        self.wake.wake();
+        if let Some(thread) = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            let _ = thread.join();
+        }
+        Ok(())
+    }
+
+    fn check_owner(&self) -> Result<()> {
+        let here = std::process::id();
+        if here == self.owner { Ok(()) } else { Err(Error::Forked { owner: self.owner, here }) }
+    }
+}
+
+impl Drop for Client {
+    fn drop(&mut self) {
+        let _ = self.close();
+    }
+}
+
+/// A connection, and how far it is.
+#[derive(Debug)]
+struct Link {
+    stream: Stream,
+    is_connected: bool,
+    has_echoed: bool,
+    input: Vec<u8>,
+    output: Vec<u8>,
+    interest: Interest,
+    /// Where else the host may be.
+    others: Vec<SocketAddr>,
+}
+
+/// Everything the thread owns.
+struct Talker {
+    endpoint: (String, u16),
+    who: Introduction,
+    member: Member,
+    inbox: Receiver<Option<Call>>,
+    wake: Arc<WakeFd>,
+    shared: Arc<Shared>,
+    poller: Poller,
+    timer: Timer,
+    link: Option<Link>,
+    shown: Standing,
+}
+
+impl Talker {
+    fn new(
+        endpoint: (String, u16),
+        who: Introduction,
+        settings: Settings,
+        inbox: Receiver<Option<Call>>,
+        wake: Arc<WakeFd>,
+        shared: Arc<Shared>,
+    ) -> io::Result<Self> {
+        let poller = Poller::new()?;
+        let timer = Timer::new()?;
+        poller.add(&*wake, WAKE, Interest::Readable)?;
+        poller.add(&timer, TIMER, Interest::Readable)?;
+        let member = Member::new(settings, Instant::now());
+        Ok(Self { endpoint, who, member, inbox, wake, shared, poller, timer, link: None, shown: Standing::Idle })
+    }
+
+    fn run(mut self) {
+        // Signals are for the interpreter's main thread.
+        sigmask::block_all().forever();
+        let shared = Arc::clone(&self.shared);
+        let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.talk()));
+        shared.publish(|view| {
+            view.is_closed = true;
+            if ended.is_err() {
+                view.failure = Some("the thread of the rendezvous panicked".into());
+            }
+        });
+    }
+
+    fn talk(&mut self) {
+        let mut ready = Vec::new();
+        while self.poller.wait(true, &mut ready).is_ok() {
+            if ready.contains(&TIMER) && self.poller.wait(false, &mut ready).is_err() {
+                return;
+            }
+            // What the host has said counts before what the clock says of its silence.
+            let is_due = ready.contains(&TIMER);
+            for token in ready.drain(..) {
+                match token {
+                    WAKE if !self.obey() => return,
+                    STREAM => self.serve(),
+                    _ => {}
+                }
+            }
+            if is_due {
+                self.timer.drain();
+                self.step(Event::Tick);
+            }
+        }
+    }
+
+    /// Does what the program asks; `false` at the end.
+    fn obey(&mut self) -> bool {
+        self.wake.drain();
+        while let Ok(call) = self.inbox.try_recv() {
+            match call {
+                Some(call) => {
+                    let is_join = matches!(call, Call::Join { .. });
+                    self.step(Event::Call(call));
+                    if is_join {
+                        self.shared.view.publish(|view| view.joins_under_way -= 1);
+                    }
+                }
+                None => return false,
+            }
+        }
+        true
+    }
+
+    fn step(&mut self, event: Event) {
+        let mut events = vec![event];
+        while let Some(event) = events.pop() {
+            for action in self.member.step(Instant::now(), event) {
+                match action {
+                    Action::Connect => events.extend(self.connect()),
+                    Action::Send(request) => {
+                        if let Some(link) = &mut self.link {
+                            message::encode(&request, &mut link.output);
+                        }
+                    }
+                    Action::Disconnect => {
+                        // What was said before is said.
+                        self.flush();
+                        self.hang_up();
+                    }
+                    Action::Remark(text) => self.shared.publish(|view| view.remarks.push(text)),
+                }
+            }
+            events.extend(self.flush());
+        }
+        // It fails for a descriptor that is none.
+        let _ = self.timer.set(self.member.next_tick());
+        self.show();
+    }
+
+    /// Publishes how the agent stands, if that has changed.
+    fn show(&mut self) {
+        let standing = self.member.standing();
+        if *standing == self.shown {
+            return;
+        }
+        self.shown = standing.clone();
+        self.shared.publish(|view| view.standing = standing.clone());
+    }
+
+    // ---- of the connection
+
+    /// Begins to connect; what there is to say about it at once.
+    fn connect(&mut self) -> Option<Event> {
+        let (host, port) = &self.endpoint;
+        match (host.as_str(), *port).to_socket_addrs() {
+            // The last is taken first.
+            Ok(addresses) => self.try_next(addresses.collect::<Vec<_>>().into_iter().rev().collect(), None),
+            Err(error) => {
+                let text = format!("host name {host:?} is not known: {error}");
+                Some(Event::NotConnected { text, is_refused: false })
+            }
+        }
+    }
+
+    fn try_next(&mut self, mut addresses: Vec<SocketAddr>, mut error: Option<io::Error>) -> Option<Event> {
+        self.hang_up();
+        while let Some(address) = addresses.pop() {
+            let stream = Stream::connect(address).and_then(|stream| {
+                stream.set_nodelay()?;
+                self.poller.add(&stream, STREAM, Interest::Writable)?;
+                Ok(stream)
+            });
+            match stream {
+                Ok(stream) => {
+                    let interest = Interest::Writable;
+                    let (input, output) = (Vec::new(), Vec::new());
+                    let (is_connected, has_echoed) = (false, false);
+                    self.link =
+                        Some(Link { stream, is_connected, has_echoed, input, output, interest, others: addresses });
+                    return None;
+                }
+                Err(failed) => error = Some(failed),
+            }
+        }
+        let error = error.unwrap_or_else(|| ErrorKind::AddrNotAvailable.into());
+        let is_refused = error.kind() == ErrorKind::ConnectionRefused;
+        Some(Event::NotConnected { text: error.to_string(), is_refused })
+    }
+
+    fn hang_up(&mut self) {
+        if let Some(link) = self.link.take() {
+            let _ = self.poller.remove(&link.stream);
+        }
+    }
+
+    /// The connection has bytes, or room for some, or has been made.
+    fn serve(&mut self) {
+        let Some(link) = &mut self.link else { return };
+        if !link.is_connected {
+            if let Err(error) = link.stream.connected() {
+                let others = std::mem::take(&mut link.others);
+                if let Some(event) = self.try_next(others, Some(error)) {
+                    self.step(event);
+                }
+                return;
+            }
+            link.is_connected = true;
+            self.introduce();
+            return self.step(Event::Connected);
+        }
+        let mut chunk = [0; 16 * 1024];
+        match link.stream.read(&mut chunk) {
+            Ok(0) => self.lost("it was closed by the host"),
+            Ok(read) => {
+                link.input.extend_from_slice(&chunk[..read]);
+                self.understand();
+            }
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                if let Some(event) = self.flush() {
+                    self.step(event);
+                }
+            }
+            Err(error) => self.lost(&error.to_string()),
+        }
+    }
+
+    /// Says who this is: first what every client of a store says.
+    fn introduce(&mut self) {
+        let Some(link) = &mut self.link else { return };
+        let address = link.stream.local_address().ok().map(|address| address.ip().to_canonical());
+        let mut who = self.who.clone();
+        if who.name.is_empty() {
+            who.name = address.map_or_else(String::new, |address| address.to_string());
+        }
+        self.shared.view.publish(|view| view.address = address);
+        link.output.push(opcode::VALIDATE);
+        link.output.extend_from_slice(&MAGIC.to_le_bytes());
+        link.output.push(opcode::PING);
+        link.output.extend_from_slice(&NONCE);
+        link.output.push(UPGRADE);
+        message::encode(&Request::Enter(who), &mut link.output);
+    }
+
+    fn understand(&mut self) {
+        while let Some(link) = &mut self.link {
+            if !link.has_echoed {
+                let Some(echo) = link.input.first_chunk() else { return };
+                if *echo != NONCE {
+                    return self.estranged("is no store, nor a rendezvous");
+                }
+                link.input.drain(..NONCE.len());
+                link.has_echoed = true;
+            }
+            match message::decode::<Notice>(&mut link.input) {
+                Ok(Some(notice)) => self.step(Event::Received(notice)),
+                Ok(None) => return,
+                Err(garbled) => return self.lost(&format!("what it said is garbled: {garbled}")),
+            }
+        }
+    }
+
+    fn lost(&mut self, text: &str) {
+        let is_new = self.link.as_ref().is_some_and(|link| !link.has_echoed || link.input.is_empty());
+        let was_welcome = self.member.is_up();
+        match &self.link {
+            Some(link) if link.has_echoed && !was_welcome && is_new => {
+                return self.estranged("is a TCPStore of torch: a torchrun hosts it, or a script does");
+            }
+            _ => {}
+        }
+        self.hang_up();
+        self.step(Event::Disconnected(text.to_owned()));
+    }
+
+    fn estranged(&mut self, what: &str) {
+        self.hang_up();
+        let (host, port) = &self.endpoint;
+        let text = format!(
+            "what listens at {host}:{port} {what}: agents of ferrorun meet where ferrorun hosts; start all nodes with it, or choose another port"
+        );
+        self.step(Event::Stranger(text));
+    }
+
+    /// Sends what there is room for.
+    fn flush(&mut self) -> Option<Event> {
+        let link = self.link.as_mut().filter(|link| link.is_connected)?;
+        while !link.output.is_empty() {
+            match link.stream.write(&link.output) {
+                Ok(sent) => drop(link.output.drain(..sent)),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => break,
+                Err(error) => {
+                    self.hang_up();
+                    return Some(Event::Disconnected(error.to_string()));
+                }
+            }
+        }
+        // With something left to send, it is not read: the host is asked to read first.
+        let interest = if link.output.is_empty() { Interest::Readable } else { Interest::Writable };
+        if interest != link.interest {
+            link.interest = interest;
+            if let Err(error) = self.poller.modify(&link.stream, STREAM, interest) {
+                self.hang_up();
+                return Some(Event::Disconnected(error.to_string()));
+            }
+        }
+        None
+    }
+}

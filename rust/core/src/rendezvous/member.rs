@@ -1,0 +1,439 @@
+//! What one agent does in a rendezvous: when it connects, what it says, and what it makes of the answers. Pure: events in, actions out.
+
+use std::time::{Duration, Instant};
+
+use super::message::{Cause, Join, Kind, Notice, Place, Request};
+
+/// Of the silence after which the other side is taken for lost, an agent is silent for no more than this part.
+const BEATS_PER_SILENCE: u32 = 3;
+
+/// Between attempts to connect to a host that is not up yet. Nothing tells when it is.
+const FIRST_PAUSE: Duration = Duration::from_millis(5);
+const LONGEST_PAUSE: Duration = Duration::from_millis(250);
+
+/// What an agent was told.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Settings {
+    /// Where the host is, for messages to people.
+    pub endpoint: String,
+    /// How long it is tried to reach the host.
+    pub connect_timeout: Duration,
+    /// The host is in this process: it need not be told that the agent lives.
+    pub is_host: bool,
+}
+
+/// What the program asks of its agent's membership.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Call {
+    /// Take part in the next round.
+    Join {
+        /// Role of the workers.
+        role: String,
+        /// How many.
+        local_world_size: u64,
+        /// How long to wait.
+        timeout: Duration,
+    },
+    /// A worker has failed.
+    Failed {
+        /// When, in nanoseconds of the wall clock.
+        at_ns: u64,
+        /// Who, and how.
+        text: String,
+        /// There is no restart left.
+        is_final: bool,
+    },
+    /// All workers have succeeded.
+    Finished,
+    /// There shall be no other round.
+    Close(String),
+    /// Go.
+    Leave(String),
+}
+
+/// What happens.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// The program wants something.
+    Call(Call),
+    /// There is a connection.
+    Connected,
+    /// There is none.
+    NotConnected {
+        /// Why.
+        text: String,
+        /// Nobody listens there, and a machine said so.
+        is_refused: bool,
+    },
+    /// Something answered that is no rendezvous of this package.
+    Stranger(String),
+    /// The connection has ended.
+    Disconnected(String),
+    /// The host says something.
+    Received(Notice),
+    /// A deadline may have passed.
+    Tick,
+}
+
+/// What is to be done.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Connect, and introduce the agent.
+    Connect,
+    /// Send this.
+    Send(Request),
+    /// End the connection.
+    Disconnect,
+    /// Tell the user.
+    Remark(String),
+}
+
+/// Why an agent cannot take part.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Failure {
+    /// Not enough nodes came in time.
+    TimedOut(String),
+    /// The host cannot be reached, or is gone.
+    Unreachable(String),
+    /// The host does not want it.
+    Refused(String),
+}
+
+/// How it stands.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Standing {
+    /// It has not asked to join.
+    Idle,
+    /// It waits for a round.
+    Joining,
+    /// It is in a round.
+    Placed(Place),
+    /// Its round is over.
+    Over(Place, Cause),
+    /// All workers of all nodes have succeeded.
+    Released,
+    /// There will be no other round.
+    Closed {
+        /// Why.
+        text: String,
+        /// It was a spare that is not needed.
+        is_spare: bool,
+    },
+    /// It cannot take part.
+    Failed(Failure),
+}
+
+#[derive(Debug)]
+enum Link {
+    Down,
+    /// Between two attempts to connect.
+    Pausing {
+        next: Instant,
+    },
+    Connecting,
+    /// The host has not said anything yet.
+    Entering,
+    Up {
+        heard: Instant,
+        beat_at: Instant,
+        silence: Duration,
+    },
+}
+
+/// A round that is asked for.
+#[derive(Debug)]
+struct Wish {
+    role: String,
+    local_world_size: u64,
+    deadline: Instant,
+}
+
+/// The state of one agent.
+#[derive(Debug)]
+pub struct Member {
+    settings: Settings,
+    link: Link,
+    standing: Standing,
+    wish: Option<Wish>,
+    /// Until when it is tried to reach the host.
+    connect_until: Instant,
+    pause: Duration,
+    was_welcome: bool,
+    last_round: Option<u64>,
+    last_step: Instant,
+    actions: Vec<Action>,
+}
+
+impl Member {
+    /// An agent that has not asked for anything.
+    #[must_use]
+    pub fn new(settings: Settings, now: Instant) -> Self {
+        Self {
+            settings,
+            link: Link::Down,
+            standing: Standing::Idle,
+            wish: None,
+            connect_until: now,
+            pause: FIRST_PAUSE,
+            was_welcome: false,
+            last_round: None,
+            last_step: now,
+            actions: Vec::new(),
+        }
+    }
+
+    /// Whether the host has welcomed it, and they talk.
+    #[must_use]
+    pub fn is_up(&self) -> bool {
+        matches!(self.link, Link::Up { .. })
+    }
+
+    /// How it stands.
+    #[must_use]
+    pub fn standing(&self) -> &Standing {
+        &self.standing
+    }
+
+    /// Takes in what happened; says what follows from it.
+    pub fn step(&mut self, now: Instant, event: Event) -> Vec<Action> {
+        self.forgive_own_pause(now);
+        self.last_step = now;
+        match event {
+            Event::Call(call) => self.call(now, call),
+            Event::Connected => self.link = Link::Entering,
+            Event::NotConnected { text, is_refused } => self.not_connected(now, &text, is_refused),
+            Event::Stranger(text) => {
+                self.link = Link::Down;
+                self.fail(Failure::Refused(text));
+            }
+            Event::Disconnected(text) => self.disconnected(now, &text),
+            Event::Received(notice) => self.receive(now, notice),
+            Event::Tick => {}
+        }
+        self.look_at_clock(now);
+        std::mem::take(&mut self.actions)
+    }
+
+    /// When the next [`Event::Tick`] is due.
+    #[must_use]
+    pub fn next_tick(&self) -> Option<Instant> {
+        let link = match self.link {
+            Link::Pausing { next } => Some(next),
+            Link::Connecting | Link::Entering => Some(self.connect_until),
+            Link::Up { heard, beat_at, silence } if !self.settings.is_host => Some(beat_at.min(heard + silence)),
+            Link::Up { .. } | Link::Down => None,
+        };
+        link.into_iter().chain(self.give_up_at()).min()
+    }
+
+    /// When it gives up waiting for a round. The host is to say so first, with the names of those who came; it may be silent, or slow.
+    fn give_up_at(&self) -> Option<Instant> {
+        let margin = if let Link::Up { silence, .. } = self.link { silence } else { Duration::ZERO };
+        self.wish.as_ref().map(|wish| wish.deadline + margin)
+    }
+
+    fn call(&mut self, now: Instant, call: Call) {
+        match call {
+            Call::Join { role, local_world_size, timeout } => {
+                if matches!(self.standing, Standing::Closed { .. } | Standing::Released) {
+                    return;
+                }
+                self.standing = Standing::Joining;
+                self.wish = Some(Wish { role, local_world_size, deadline: deadline(now, timeout) });
+                match self.link {
+                    Link::Down => self.connect(now),
+                    Link::Up { .. } => self.ask(now),
+                    Link::Pausing { .. } | Link::Connecting | Link::Entering => {}
+                }
+            }
+            Call::Failed { at_ns, text, is_final } => {
+                if let Some(round) = self.last_round {
+                    self.send(Request::Failed { round, at_ns, text, is_final });
+                }
+            }
+            Call::Finished => {
+                if let Standing::Placed(place) = &self.standing {
+                    let round = place.round;
+                    self.send(Request::Finished { round });
+                }
+            }
+            Call::Close(text) => self.send(Request::Close { text }),
+            Call::Leave(text) => {
+                self.send(Request::Leave { text });
+                self.wish = None;
+                self.link = Link::Down;
+                self.actions.push(Action::Disconnect);
+            }
+        }
+    }
+
+    fn send(&mut self, request: Request) {
+        if matches!(self.link, Link::Up { .. }) {
+            self.actions.push(Action::Send(request));
+        }
+    }
+
+    /// Asks for the round that is wished for.
+    fn ask(&mut self, now: Instant) {
+        let Some(wish) = &self.wish else { return };
+        let join = Join {
+            after: self.last_round,
+            role: wish.role.clone(),
+            local_world_size: wish.local_world_size,
+            timeout: wish.deadline.saturating_duration_since(now),
+        };
+        self.send(Request::Join(join));
+    }
+
+    fn connect(&mut self, now: Instant) {
+        self.connect_until = deadline(now, self.settings.connect_timeout);
+        self.pause = FIRST_PAUSE;
+        self.link = Link::Connecting;
+        self.actions.push(Action::Connect);
+    }
+
+    fn not_connected(&mut self, now: Instant, text: &str, is_refused: bool) {
+        self.link = Link::Down;
+        if self.wish.is_none() {
+            return;
+        }
+        let endpoint = &self.settings.endpoint;
+        if is_refused && self.was_welcome {
+            let text = format!("the agent that hosted the rendezvous at {endpoint} is gone: {text}");
+            return self.fail(Failure::Unreachable(text));
+        }
+        if now >= self.connect_until {
+            let tried_s = self.settings.connect_timeout.as_secs_f64();
+            let text =
+                format!("the host of the rendezvous at {endpoint} was not reached within {tried_s:.0} s: {text}");
+            return self.fail(Failure::Unreachable(text));
+        }
+        self.link = Link::Pausing { next: (now + self.pause).min(self.connect_until) };
+        self.pause = (self.pause * 2).min(LONGEST_PAUSE);
+    }
+
+    fn disconnected(&mut self, now: Instant, text: &str) {
+        let was_up = matches!(self.link, Link::Up { .. });
+        self.link = Link::Down;
+        let lost = format!("the connection to the rendezvous at {} was lost: {text}", self.settings.endpoint);
+        if let Standing::Placed(place) = &self.standing {
+            let cause = Cause { kind: Kind::Membership, node: String::new(), at_ns: None, text: lost };
+            self.standing = Standing::Over(place.clone(), cause);
+        } else if self.wish.is_some() {
+            if was_up {
+                self.connect(now);
+            } else {
+                self.not_connected(now, text, false);
+            }
+        }
+    }
+
+    fn receive(&mut self, now: Instant, notice: Notice) {
+        if let Link::Up { heard, .. } = &mut self.link {
+            *heard = now;
+        }
+        match notice {
+            Notice::Welcome { silence } => {
+                if matches!(self.link, Link::Entering) {
+                    self.link = Link::Up { heard: now, beat_at: now + silence / BEATS_PER_SILENCE, silence };
+                    self.was_welcome = true;
+                    // To this host, or by now, it is a new one.
+                    self.last_round = None;
+                    self.ask(now);
+                }
+            }
+            Notice::Begin(place) => {
+                let is_new = self.last_round.is_none_or(|last| place.round > last);
+                if self.wish.is_some() && is_new {
+                    self.wish = None;
+                    self.last_round = Some(place.round);
+                    self.standing = Standing::Placed(place);
+                }
+            }
+            Notice::Over { round, cause } => {
+                if let Standing::Placed(place) = &self.standing
+                    && place.round == round
+                {
+                    self.standing = Standing::Over(place.clone(), cause);
+                }
+            }
+            Notice::TimedOut { waiting } => {
+                if self.wish.is_some() {
+                    self.fail(Failure::TimedOut(waiting.join(", ")));
+                }
+            }
+            Notice::Released => {
+                self.wish = None;
+                self.standing = Standing::Released;
+            }
+            Notice::Closed { text, is_spare } => {
+                self.wish = None;
+                if self.standing != Standing::Released {
+                    self.standing = Standing::Closed { text, is_spare };
+                }
+            }
+            Notice::Refused { text } => {
+                self.link = Link::Down;
+                self.actions.push(Action::Disconnect);
+                let text = format!("the rendezvous at {} does not take this node: {text}", self.settings.endpoint);
+                self.fail(Failure::Refused(text));
+            }
+            Notice::Dropped { text } => {
+                self.actions.push(Action::Disconnect);
+                self.disconnected(now, &text);
+            }
+            Notice::Remark { text } => self.actions.push(Action::Remark(text)),
+            Notice::Beat => {}
+        }
+    }
+
+    fn fail(&mut self, failure: Failure) {
+        self.wish = None;
+        if matches!(self.link, Link::Pausing { .. }) {
+            self.link = Link::Down;
+        }
+        self.standing = Standing::Failed(failure);
+    }
+
+    /// This process was stopped: that it has heard nothing meanwhile says nothing about the host.
+    fn forgive_own_pause(&mut self, now: Instant) {
+        let due = self.next_tick().map(|due| due.max(self.last_step));
+        if let Link::Up { heard, beat_at, silence } = &mut self.link
+            && due.is_some_and(|due| now > due + *silence / 2)
+        {
+            *heard = now;
+            *beat_at = now;
+        }
+    }
+
+    fn look_at_clock(&mut self, now: Instant) {
+        match self.link {
+            Link::Pausing { next } if now >= next => {
+                self.link = Link::Connecting;
+                self.actions.push(Action::Connect);
+            }
+            Link::Connecting | Link::Entering if now >= self.connect_until => {
+                self.actions.push(Action::Disconnect);
+                self.not_connected(now, "no answer", false);
+            }
+            Link::Up { heard, silence, .. } if !self.settings.is_host && now >= heard + silence => {
+                self.actions.push(Action::Disconnect);
+                self.disconnected(now, &format!("it was silent for {:.1} s", silence.as_secs_f64()));
+            }
+            Link::Up { ref mut beat_at, silence, .. } if !self.settings.is_host && now >= *beat_at => {
+                *beat_at = now + silence / BEATS_PER_SILENCE;
+                self.send(Request::Beat);
+            }
+            _ => {}
+        }
+        if self.give_up_at().is_some_and(|at| now >= at) {
+            self.fail(Failure::TimedOut(String::new()));
+        }
+    }
+}
+
+/// As far away as an instant can be, if it does not fit.
+fn deadline(now: Instant, timeout: Duration) -> Instant {
+    const FAR: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
+    now + timeout.min(FAR)
+}

@@ -1,0 +1,604 @@
+//! Who takes part in a round, with which ranks, when it begins, and when it is over. Pure: events in, actions out.
+//!
+//! A round begins when enough nodes wait for it, and ends for all of them when a worker fails or a node comes, goes or is lost. The nodes
+//! of a round that is over are expected back, and seats are kept for them.
+
+use std::collections::{BTreeMap, HashMap};
+use std::time::{Duration, Instant};
+
+use super::message::{Cause, Introduction, Join, Kind, Notice, PROTOCOL, Place, Request, bounded};
+
+/// An agent's connection, by a number of the caller's.
+pub type Id = u64;
+
+/// What the host was told.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Settings {
+    /// The job.
+    pub run_id: String,
+    /// Fewest nodes of a round.
+    pub min_nodes: u32,
+    /// Most nodes of a round. Others wait as spares.
+    pub max_nodes: u32,
+    /// How long a round that could begin waits for further nodes.
+    pub last_call: Duration,
+    /// A node that was silent for so long is lost.
+    pub silence: Duration,
+    /// Address of the host for workers; by default they take the one that their agent was given.
+    pub address: Option<String>,
+    /// How often nodes may come and go; no limit if `None`.
+    pub most_membership_changes: Option<u64>,
+}
+
+/// What happens.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// An agent has connected and says who it is.
+    Entered(Id, Introduction),
+    /// It is ready for a round.
+    Joined(Id, Join),
+    /// One of its workers has failed.
+    Failed {
+        /// The agent.
+        id: Id,
+        /// The round.
+        round: u64,
+        /// When, in nanoseconds of the wall clock.
+        at_ns: u64,
+        /// Who, and how.
+        text: String,
+        /// It does not come back.
+        is_final: bool,
+    },
+    /// All its workers have succeeded in this round.
+    Finished(Id, u64),
+    /// It ends the job.
+    Closed(Id, String),
+    /// It goes.
+    Left(Id, String),
+    /// Its connection has ended.
+    Lost(Id, String),
+    /// It is there.
+    Beat(Id),
+    /// A worker has left word of a failure in the store.
+    Announced {
+        /// What it wrote.
+        text: String,
+        /// How long it is given to end by itself.
+        grace: Duration,
+    },
+    /// Something that is no agent of this package came to the endpoint.
+    Stranger(String),
+    /// A deadline may have passed.
+    Tick,
+}
+
+/// What is to be done.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Empty the workers' store. Comes before the first of those who begin is told.
+    RenewStore,
+    /// Send this.
+    Tell(Id, Notice),
+    /// End the connection.
+    Drop(Id),
+}
+
+/// Where an agent is.
+#[derive(Clone, Debug)]
+enum Seat {
+    /// It has not joined.
+    Away,
+    /// It was in the round that is over, and stops its workers.
+    Returning,
+    /// It waits for a round to begin.
+    Waiting { join: Join, since: Instant },
+    /// Its workers run.
+    Running(Place),
+    /// Its workers have succeeded.
+    Finished(Place),
+}
+
+#[derive(Debug)]
+struct Member {
+    who: Introduction,
+    heard: Instant,
+    /// The round it took part in last, and its rank there.
+    last: Option<(u64, u64)>,
+    seat: Seat,
+}
+
+impl Member {
+    fn label(&self) -> String {
+        format!("{} (agent {})", self.who.name, self.who.pid)
+    }
+
+    fn is_in(&self) -> bool {
+        matches!(self.seat, Seat::Running(_) | Seat::Finished(_))
+    }
+}
+
+#[derive(Debug)]
+enum Phase {
+    Gathering {
+        since: Instant,
+        /// Since when, plus the last call, the round could begin.
+        last_call: Option<Instant>,
+    },
+    Running,
+    Closed(String),
+}
+
+/// The state of a job's rendezvous.
+#[derive(Debug)]
+pub struct Rounds {
+    settings: Settings,
+    members: BTreeMap<Id, Member>,
+    phase: Phase,
+    /// Rounds that have begun.
+    begun: u64,
+    failures: u64,
+    membership_changes: u64,
+    cause: Option<Cause>,
+    /// A failure that a worker has told of, and when the round ends of it at the latest.
+    announced: Option<(Instant, String)>,
+    last_step: Instant,
+    actions: Vec<Action>,
+}
+
+impl Rounds {
+    /// A rendezvous to which nobody has come.
+    #[must_use]
+    pub fn new(settings: Settings, now: Instant) -> Self {
+        Self {
+            settings,
+            members: BTreeMap::new(),
+            phase: Phase::Gathering { since: now, last_call: None },
+            begun: 0,
+            failures: 0,
+            membership_changes: 0,
+            cause: None,
+            announced: None,
+            last_step: now,
+            actions: Vec::new(),
+        }
+    }
+
+    /// Takes in what happened; says what follows from it.
+    pub fn step(&mut self, now: Instant, event: Event) -> Vec<Action> {
+        self.forgive_own_pause(now);
+        self.last_step = now;
+        match event {
+            Event::Entered(id, who) => self.enter(now, id, who),
+            Event::Joined(id, join) => {
+                self.hear(now, id);
+                self.join(now, id, join);
+            }
+            Event::Failed { id, round, at_ns, text, is_final } => {
+                self.hear(now, id);
+                self.fail(now, id, round, at_ns, &text, is_final);
+            }
+            Event::Finished(id, round) => {
+                self.hear(now, id);
+                self.finish(id, round);
+            }
+            Event::Closed(id, text) => {
+                if let Some(member) = self.members.get(&id) {
+                    let text = format!("{}: {}", member.label(), bounded(&text));
+                    self.close(&text);
+                }
+            }
+            Event::Left(id, text) => self.remove(now, id, &format!("left: {}", bounded(&text))),
+            Event::Lost(id, text) => self.remove(now, id, &format!("was lost: {text}")),
+            Event::Beat(id) => {
+                self.hear(now, id);
+                self.tell(id, Notice::Beat);
+            }
+            Event::Announced { text, grace } => {
+                if matches!(self.phase, Phase::Running) && self.announced.is_none() {
+                    self.announced = Some((now + grace, text));
+                }
+            }
+            Event::Stranger(text) => self.remark(&text),
+            Event::Tick => {}
+        }
+        self.look_at_clock(now);
+        std::mem::take(&mut self.actions)
+    }
+
+    /// When the next [`Event::Tick`] is due.
+    #[must_use]
+    pub fn next_tick(&self) -> Option<Instant> {
+        let silences = self.members.values().filter(|member| !member.who.is_host);
+        let silences = silences.map(|member| member.heard + self.settings.silence);
+        let last_call = match self.phase {
+            Phase::Gathering { last_call, .. } => last_call.filter(|_| !self.is_anyone_returning()),
+            _ => None,
+        };
+        let waits = self.members.values().filter_map(|member| self.join_deadline(member));
+        let announced = self.announced.as_ref().map(|(at, _)| *at);
+        silences.chain(waits).chain(last_call).chain(announced).min()
+    }
+
+    /// Rounds that have begun.
+    #[must_use]
+    pub fn begun(&self) -> u64 {
+        self.begun
+    }
+
+    /// Whether there will be no other round, and why.
+    #[must_use]
+    pub fn closed(&self) -> Option<&str> {
+        if let Phase::Closed(text) = &self.phase { Some(text) } else { None }
+    }
+
+    // ---- of agents
+
+    fn enter(&mut self, now: Instant, id: Id, who: Introduction) {
+        if let Some(text) = self.objection(&who) {
+            self.tell(id, Notice::Refused { text });
+            return self.actions.push(Action::Drop(id));
+        }
+        self.members.insert(id, Member { who, heard: now, last: None, seat: Seat::Away });
+        self.tell(id, Notice::Welcome { silence: self.settings.silence });
+        if let Phase::Closed(text) = &self.phase {
+            let text = text.clone();
+            self.tell(id, Notice::Closed { text, is_spare: false });
+        }
+    }
+
+    /// Why an agent does not belong here.
+    fn objection(&self, who: &Introduction) -> Option<String> {
+        let settings = &self.settings;
+        if who.protocol != PROTOCOL {
+            return Some(format!(
+                "its agents speak version {PROTOCOL} of the protocol, this one version {}: install the same ferroelastic on all nodes",
+                who.protocol
+            ));
+        }
+        if who.run_id != settings.run_id {
+            return Some(format!(
+                "it is that of job {:?}, not of job {:?}: give all nodes the same --rdzv-id, or this job another endpoint",
+                settings.run_id,
+                bounded(&who.run_id)
+            ));
+        }
+        if who.nodes != (settings.min_nodes, settings.max_nodes) {
+            return Some(format!(
+                "its job has --nnodes={}:{}, this node was started with --nnodes={}:{}: give all nodes the same",
+                settings.min_nodes, settings.max_nodes, who.nodes.0, who.nodes.1
+            ));
+        }
+        let rank = who.node_rank?;
+        if rank >= settings.max_nodes {
+            return Some(format!("node rank {rank} is not below the number of nodes, {}", settings.max_nodes));
+        }
+        let holder = self.members.values().find(|member| member.who.node_rank == Some(rank))?;
+        Some(format!("node rank {rank} is taken by {}: give each node its own --node-rank", holder.label()))
+    }
+
+    fn hear(&mut self, now: Instant, id: Id) {
+        if let Some(member) = self.members.get_mut(&id) {
+            member.heard = now;
+        }
+    }
+
+    fn join(&mut self, now: Instant, id: Id, join: Join) {
+        let is_closed = self.closed().map(str::to_owned);
+        let Some(member) = self.members.get_mut(&id) else { return };
+        if let Some(text) = is_closed {
+            return self.tell(id, Notice::Closed { text, is_spare: false });
+        }
+        match &member.seat {
+            Seat::Running(place) | Seat::Finished(place) if join.after != Some(place.round) => {
+                // What it asks for it has got: the answer crossed the question.
+                let place = place.clone();
+                self.tell(id, Notice::Begin(place));
+            }
+            Seat::Running(_) | Seat::Finished(_) => {
+                let text = format!("{} starts its workers again", member.label());
+                let cause = Cause { kind: Kind::Failure, node: member.who.name.clone(), at_ns: None, text };
+                self.end_round(now, cause);
+                self.wait(now, id, join);
+            }
+            Seat::Waiting { since, .. } => member.seat = Seat::Waiting { join, since: *since },
+            // The wish for the round that is over, a second time: its workers may still run.
+            Seat::Returning if join.after != member.last.map(|(round, _)| round) => {}
+            Seat::Away | Seat::Returning => self.wait(now, id, join),
+        }
+    }
+
+    fn wait(&mut self, now: Instant, id: Id, join: Join) {
+        let Some(member) = self.members.get_mut(&id) else { return };
+        member.seat = Seat::Waiting { join, since: now };
+        let newcomer = member.label();
+        match self.phase {
+            Phase::Gathering { .. } => self.try_begin(now),
+            Phase::Running if self.has_room() => {
+                let text = format!("{newcomer} joins");
+                let node = self.members[&id].who.name.clone();
+                self.end_round(now, Cause { kind: Kind::Membership, node, at_ns: None, text });
+            }
+            Phase::Running => self.remark(&format!("{newcomer} waits as a spare")),
+            Phase::Closed(_) => {}
+        }
+    }
+
+    /// Whether the running round would be larger with one more, and may be interrupted for that.
+    fn has_room(&self) -> bool {
+        let running = self.members.values().filter(|member| member.is_in()).count();
+        let is_ending = self.members.values().any(|member| matches!(member.seat, Seat::Finished(_)));
+        let is_allowed = self.settings.most_membership_changes.is_none_or(|most| self.membership_changes < most);
+        running < self.most_nodes() && !is_ending && is_allowed
+    }
+
+    fn fail(&mut self, now: Instant, id: Id, round: u64, at_ns: u64, text: &str, is_final: bool) {
+        let Some(member) = self.members.get(&id) else { return };
+        let node = member.who.name.clone();
+        let text = format!("{} on {node}", bounded(text));
+        let cause = Cause { kind: Kind::Failure, node, at_ns: Some(at_ns), text };
+        if is_final {
+            return self.close(&format!("{}, and no restart is left", cause.text));
+        }
+        let is_current = self.begun == round + 1;
+        if is_current && member.is_in() {
+            self.end_round(now, cause);
+        } else if is_current && let Some(known) = &mut self.cause {
+            // It was first, and heard of second.
+            if known.kind == Kind::Failure && known.at_ns.is_none_or(|known| at_ns < known) {
+                *known = cause;
+            }
+        }
+    }
+
+    fn finish(&mut self, id: Id, round: u64) {
+        let Some(member) = self.members.get_mut(&id) else { return };
+        if let Seat::Running(place) = &member.seat
+            && place.round == round
+        {
+            member.seat = Seat::Finished(place.clone());
+            self.release_if_all_finished();
+        }
+    }
+
+    fn release_if_all_finished(&mut self) {
+        let is_running = |member: &Member| matches!(member.seat, Seat::Running(_));
+        if !matches!(self.phase, Phase::Running) || self.members.values().any(is_running) {
+            return;
+        }
+        for (id, member) in &self.members {
+            let notice = match member.seat {
+                Seat::Finished(_) => Notice::Released,
+                _ => Notice::Closed { text: "the job has succeeded".into(), is_spare: true },
+            };
+            self.actions.push(Action::Tell(*id, notice));
+        }
+        self.announced = None;
+        self.phase = Phase::Closed("the job has succeeded".into());
+    }
+
+    fn remove(&mut self, now: Instant, id: Id, how: &str) {
+        let Some(member) = self.members.remove(&id) else { return };
+        match (&self.phase, member.seat) {
+            (Phase::Running, Seat::Running(_)) => {
+                let text = format!("{} (agent {}) {how}", member.who.name, member.who.pid);
+                self.end_round(now, Cause { kind: Kind::Membership, node: member.who.name, at_ns: None, text });
+            }
+            // Its workers have succeeded: it is not missed.
+            (Phase::Running, _) => self.release_if_all_finished(),
+            (Phase::Gathering { .. }, _) => self.try_begin(now),
+            (Phase::Closed(_), _) => {}
+        }
+    }
+
+    // ---- of rounds
+
+    fn end_round(&mut self, now: Instant, cause: Cause) {
+        match cause.kind {
+            Kind::Failure => self.failures += 1,
+            Kind::Membership => self.membership_changes += 1,
+        }
+        if self.settings.most_membership_changes.is_some_and(|most| self.membership_changes > most) {
+            let text = format!("{}, after {} membership changes", cause.text, self.membership_changes - 1);
+            return self.close(&text);
+        }
+        for (id, member) in &mut self.members {
+            if let Seat::Running(place) | Seat::Finished(place) = &member.seat {
+                self.actions.push(Action::Tell(*id, Notice::Over { round: place.round, cause: cause.clone() }));
+                member.seat = Seat::Returning;
+            }
+        }
+        self.cause = Some(cause);
+        self.announced = None;
+        self.phase = Phase::Gathering { since: now, last_call: None };
+        self.try_begin(now);
+    }
+
+    fn close(&mut self, text: &str) {
+        if matches!(self.phase, Phase::Closed(_)) {
+            return;
+        }
+        let is_running = matches!(self.phase, Phase::Running);
+        for (id, member) in &self.members {
+            let is_spare = is_running && matches!(member.seat, Seat::Waiting { .. });
+            self.actions.push(Action::Tell(*id, Notice::Closed { text: text.into(), is_spare }));
+        }
+        self.announced = None;
+        self.phase = Phase::Closed(text.into());
+    }
+
+    fn most_nodes(&self) -> usize {
+        usize::try_from(self.settings.max_nodes).unwrap_or(usize::MAX)
+    }
+
+    fn least_nodes(&self) -> usize {
+        usize::try_from(self.settings.min_nodes).unwrap_or(usize::MAX)
+    }
+
+    fn is_anyone_returning(&self) -> bool {
+        self.members.values().any(|member| matches!(member.seat, Seat::Returning))
+    }
+
+    fn waiting(&self) -> impl Iterator<Item = &Member> {
+        self.members.values().filter(|member| matches!(member.seat, Seat::Waiting { .. }))
+    }
+
+    fn is_of_last_round(&self, member: &Member) -> bool {
+        member.last.is_some_and(|(round, _)| round + 1 == self.begun)
+    }
+
+    /// Begins the round if it should not wait for anybody any more.
+    fn try_begin(&mut self, now: Instant) {
+        let Phase::Gathering { last_call, .. } = &mut self.phase else { return };
+        let waiting = self.members.values().filter(|member| matches!(member.seat, Seat::Waiting { .. })).count();
+        let least = usize::try_from(self.settings.min_nodes).unwrap_or(usize::MAX);
+        if waiting < least {
+            *last_call = None;
+            return;
+        }
+        let last_call = *last_call.get_or_insert(now + self.settings.last_call);
+        // Whoever stops its workers is known to be on its way.
+        if self.is_anyone_returning() {
+            return;
+        }
+        let returned = self.waiting().filter(|member| self.is_of_last_round(member)).count();
+        if waiting >= self.most_nodes() || returned >= self.least_nodes() || now >= last_call {
+            self.begin();
+        }
+    }
+
+    fn begin(&mut self) {
+        let round = self.begun;
+        let mut seated: Vec<(Id, Join)> = Vec::new();
+        let mut waiting: Vec<(Id, &Member, &Join, Instant)> = Vec::new();
+        for (id, member) in &self.members {
+            if let Seat::Waiting { join, since } = &member.seat {
+                waiting.push((*id, member, join, *since));
+            }
+        }
+        // The host's own agent has its place in any case: the store is at the address of rank 0.
+        waiting
+            .sort_by_key(|(id, member, _, since)| (!member.who.is_host, !self.is_of_last_round(member), *since, *id));
+        waiting.truncate(self.most_nodes());
+        waiting.sort_by_key(|(id, member, _, _)| {
+            let former = member.last.filter(|_| self.is_of_last_round(member)).map_or(u64::MAX, |(_, rank)| rank);
+            (member.who.node_rank, !member.who.is_host, former, member.who.name.clone(), *id)
+        });
+        seated.extend(waiting.into_iter().map(|(id, _, join, _)| (id, join.clone())));
+
+        let mut role_sizes: HashMap<&str, u64> = HashMap::new();
+        for (_, join) in &seated {
+            *role_sizes.entry(&join.role).or_default() += join.local_world_size;
+        }
+        let world_size = role_sizes.values().sum();
+        let mut first_rank = 0;
+        let mut first_role_ranks: HashMap<&str, u64> = HashMap::new();
+        self.actions.push(Action::RenewStore);
+        for (group_rank, (id, join)) in (0..).zip(&seated) {
+            let first_role_rank = first_role_ranks.entry(&join.role).or_default();
+            let place = Place {
+                round,
+                group_rank,
+                group_world_size: u64::try_from(seated.len()).unwrap_or(u64::MAX),
+                first_rank,
+                world_size,
+                first_role_rank: *first_role_rank,
+                role_world_size: role_sizes[join.role.as_str()],
+                address: self.settings.address.clone(),
+                failures: self.failures,
+                membership_changes: self.membership_changes,
+                cause: self.cause.clone(),
+            };
+            first_rank += join.local_world_size;
+            *first_role_rank += join.local_world_size;
+            self.actions.push(Action::Tell(*id, Notice::Begin(place.clone())));
+            if let Some(member) = self.members.get_mut(id) {
+                member.last = Some((round, group_rank));
+                member.seat = Seat::Running(place);
+            }
+        }
+        self.begun += 1;
+        self.cause = None;
+        self.phase = Phase::Running;
+    }
+
+    // ---- of time
+
+    /// When an agent that waits is told that it has waited in vain. Spares wait as long as there is a round.
+    fn join_deadline(&self, member: &Member) -> Option<Instant> {
+        let Phase::Gathering { since: gathering, .. } = self.phase else { return None };
+        match &member.seat {
+            Seat::Waiting { join, since } => gathering.max(*since).checked_add(join.timeout),
+            _ => None,
+        }
+    }
+
+    /// This process was stopped, or its machine was: it has heard nobody meanwhile, and nobody is to blame for that.
+    fn forgive_own_pause(&mut self, now: Instant) {
+        let due = self.next_tick();
+        if due.is_some_and(|due| now > due.max(self.last_step) + self.settings.silence / 2) {
+            for member in self.members.values_mut() {
+                member.heard = now;
+            }
+        }
+    }
+
+    fn look_at_clock(&mut self, now: Instant) {
+        let silence = self.settings.silence;
+        let is_silent = |member: &Member| !member.who.is_host && now >= member.heard + silence;
+        let silent: Vec<Id> = self.members.iter().filter(|(_, member)| is_silent(member)).map(|(id, _)| *id).collect();
+        for id in silent {
+            let text = format!("it was silent for {:.1} s", silence.as_secs_f64());
+            self.tell(id, Notice::Dropped { text: format!("this node was taken for lost: {text}") });
+            self.actions.push(Action::Drop(id));
+            self.remove(now, id, &format!("was lost: {text}"));
+        }
+        if let Some((_, text)) = self.announced.take_if(|(at, _)| now >= *at) {
+            self.end_round(now, Cause { kind: Kind::Failure, node: String::new(), at_ns: None, text });
+        }
+        self.try_begin(now);
+        let is_late = |member: &Member| self.join_deadline(member).is_some_and(|deadline| now >= deadline);
+        let late: Vec<Id> = self.members.iter().filter(|(_, member)| is_late(member)).map(|(id, _)| *id).collect();
+        if late.is_empty() {
+            return;
+        }
+        if self.waiting().count() >= self.least_nodes() {
+            // Those who are on their way take longer than the others wait.
+            return self.begin();
+        }
+        let waiting: Vec<String> = self.waiting().map(Member::label).collect();
+        for id in late {
+            self.tell(id, Notice::TimedOut { waiting: waiting.clone() });
+            if let Some(member) = self.members.get_mut(&id) {
+                member.seat = Seat::Away;
+            }
+        }
+    }
+
+    /// Lets the host's agent tell its user something.
+    fn remark(&mut self, text: &str) {
+        let hosts = self.members.iter().filter(|(_, member)| member.who.is_host).map(|(id, _)| *id);
+        let remarks = hosts.map(|id| Action::Tell(id, Notice::Remark { text: text.to_owned() }));
+        self.actions.extend(remarks);
+    }
+
+    fn tell(&mut self, id: Id, notice: Notice) {
+        self.actions.push(Action::Tell(id, notice));
+    }
+}
+
+impl Event {
+    /// What an agent's message means.
+    #[must_use]
+    pub fn requested(id: Id, request: Request) -> Self {
+        match request {
+            Request::Enter(who) => Self::Entered(id, who),
+            Request::Join(join) => Self::Joined(id, join),
+            Request::Failed { round, at_ns, text, is_final } => Self::Failed { id, round, at_ns, text, is_final },
+            Request::Finished { round } => Self::Finished(id, round),
+            Request::Close { text } => Self::Closed(id, text),
+            Request::Leave { text } => Self::Left(id, text),
+            Request::Beat => Self::Beat(id),
+        }
+    }
+}

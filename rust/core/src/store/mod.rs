@@ -1,0 +1,13 @@
+//! A key-value store that stock clients of torch's `TCPStore` can use.
+//!
+//! [`wire`] cuts a connection's stream into requests, [`state`] says what each does, [`server`] is the thread that owns the
+//! sockets. At the same port agents find the rendezvous.
+
+mod agents;
+pub mod client;
+pub mod server;
+pub mod state;
+pub mod wire;
+
+pub use client::StoreClient;
+pub use server::StoreServer;

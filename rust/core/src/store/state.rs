@@ -1,0 +1,309 @@
+//! What a store holds, and what each request does to it. Pure: requests in, replies out.
+//!
+//! The semantics are those of torch's libuv server, its oddities included, for clients see them.
+
+use std::collections::{HashMap, VecDeque};
+
+use super::wire::{Key, Request, Value};
+
+/// A connection, by a number of the caller's.
+pub type Peer = u64;
+
+/// A few bytes can ask for a large value many times over.
+const MOST_REPLIED: usize = 1 << 30;
+
+const READY: u8 = 0;
+const NOT_READY: u8 = 1;
+const STOP_WAITING: u8 = 0;
+const WAIT_CANCELED: u8 = 1;
+
+/// What a connection is told. Replies of a connection are in order; other than the answer to a `WAIT`, each comes at once.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Reply {
+    /// To whom.
+    pub peer: Peer,
+    /// The bytes.
+    pub bytes: Vec<u8>,
+}
+
+/// A request that torch's server answers by closing the connection.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Misuse {
+    /// `ADD` to something that is no number.
+    #[error("the value of key {0} is no number")]
+    NotANumber(String),
+    /// The values of a `MULTI_GET` are more than is sent at once.
+    #[error("{0} bytes are more than is sent in a reply")]
+    TooMuch(usize),
+}
+
+/// What a connection waits for.
+#[derive(Debug)]
+struct Waiting {
+    /// Keys that are missing, each as often as it was named.
+    missing: usize,
+    keys: Vec<Key>,
+    /// A barrier is left when it is full, and not when its counter is set.
+    at_barrier: bool,
+}
+
+/// The contents of a store.
+#[derive(Debug, Default)]
+pub struct State {
+    values: HashMap<Key, Value>,
+    queues: HashMap<Key, VecDeque<Value>>,
+    waiting: HashMap<Peer, Waiting>,
+    /// By key, who waits for it, in the order in which they came.
+    waiters: HashMap<Key, Vec<Peer>>,
+    at_barrier: HashMap<Key, Vec<Peer>>,
+    replies: Vec<Reply>,
+}
+
+impl State {
+    /// Does what a connection asks for; the replies that follow from it, also to others, are appended to `replies`.
+    pub fn apply(&mut self, peer: Peer, request: Request, replies: &mut Vec<Reply>) -> Result<(), Misuse> {
+        let answered = self.dispatch(peer, request);
+        replies.append(&mut self.replies);
+        answered
+    }
+
+    /// A connection has ended: it waits for nothing any more. The counters of barriers that it has entered stay.
+    pub fn forget(&mut self, peer: Peer) {
+        let Some(waiting) = self.waiting.remove(&peer) else { return };
+        let registered = if waiting.at_barrier { &mut self.at_barrier } else { &mut self.waiters };
+        for key in waiting.keys {
+            if let Some(peers) = registered.get_mut(&key) {
+                peers.retain(|other| *other != peer);
+                if peers.is_empty() {
+                    registered.remove(&key);
+                }
+            }
+        }
+    }
+
+    /// The value of a key, for those on this side of the wire.
+    #[must_use]
+    pub fn get(&self, key: &[u8]) -> Option<&Value> {
+        self.values.get(key)
+    }
+
+    /// How many keys there are, without queues.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.values.len()
+    }
+
+    /// Whether there is no key.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.values.is_empty()
+    }
+
+    fn dispatch(&mut self, peer: Peer, request: Request) -> Result<(), Misuse> {
+        match request {
+            Request::Set { key, value } => self.set(&key, value),
+            Request::CompareSet { key, expected, desired } => self.compare_set(peer, &key, expected, desired),
+            Request::Get { key } => {
+                let value = self.values.get(&key).map_or(&[][..], Vec::as_slice);
+                let reply = sized(value);
+                self.reply(peer, reply);
+            }
+            Request::Add { key, delta } => {
+                let sum = self.add(&key, delta)?;
+                self.reply(peer, sum.to_le_bytes().to_vec());
+                self.wake(&key);
+            }
+            Request::Check { keys } => {
+                let ready = keys.iter().all(|key| self.is_present(key));
+                self.reply(peer, vec![if ready { READY } else { NOT_READY }]);
+            }
+            Request::Wait { keys } => self.wait(peer, keys),
+            Request::GetNumKeys => self.reply(peer, count(self.values.len())),
+            Request::DeleteKey { key } => {
+                let existed = self.values.remove(&key).is_some();
+                self.reply(peer, i64::from(existed).to_le_bytes().to_vec());
+            }
+            Request::Append { key, value } => {
+                self.values.entry(key.clone()).or_default().extend_from_slice(&value);
+                self.wake(&key);
+            }
+            Request::MultiGet { keys } => {
+                let sizes = keys.iter().map(|key| self.values.get(key).map_or(0, Vec::len));
+                let size = sizes.fold(0, usize::saturating_add);
+                if size > MOST_REPLIED {
+                    return Err(Misuse::TooMuch(size));
+                }
+                let values = keys.iter().map(|key| self.values.get(key).map_or(&[][..], Vec::as_slice));
+                let reply = values.flat_map(sized).collect();
+                self.reply(peer, reply);
+            }
+            Request::MultiSet { pairs } => pairs.into_iter().for_each(|(key, value)| self.set(&key, value)),
+            Request::CancelWait => {
+                self.forget(peer);
+                self.reply(peer, vec![WAIT_CANCELED]);
+            }
+            Request::Ping { nonce } => self.reply(peer, nonce.to_le_bytes().to_vec()),
+            Request::QueuePush { key, value } => {
+                self.queues.entry(key.clone()).or_default().push_back(value);
+                self.wake_one(&key);
+            }
+            Request::QueuePop { key } => self.queue_pop(peer, &key),
+            Request::QueueLen { key } => self.reply(peer, count(self.queues.get(&key).map_or(0, VecDeque::len))),
+            Request::ListKeys => {
+                let mut reply = count(self.values.len());
+                reply.extend(self.values.keys().flat_map(|key| sized(key)));
+                self.reply(peer, reply);
+            }
+            Request::Barrier { key, world_size } => self.barrier(peer, key, world_size)?,
+            // Not for the store: the server has seen to it.
+            Request::Upgrade => {}
+        }
+        Ok(())
+    }
+
+    fn set(&mut self, key: &Key, value: Value) {
+        match self.values.get_mut(key) {
+            Some(current) => *current = value,
+            None => drop(self.values.insert(key.clone(), value)),
+        }
+        self.wake(key);
+    }
+
+    /// A missing key is taken for empty when that is expected. Otherwise the peer is told what it expects to be told, as if it were there.
+    fn compare_set(&mut self, peer: Peer, key: &Key, expected: Value, desired: Value) {
+        let reply = match self.values.get_mut(key) {
+            None if expected.is_empty() => {
+                self.values.insert(key.clone(), desired.clone());
+                desired
+            }
+            None => expected,
+            Some(current) => {
+                if *current == expected {
+                    *current = desired;
+                }
+                current.clone()
+            }
+        };
+        self.reply(peer, sized(&reply));
+        self.wake(key);
+    }
+
+    fn add(&mut self, key: &Key, delta: i64) -> Result<i64, Misuse> {
+        let current = match self.values.get(key) {
+            None => 0,
+            Some(value) => {
+                number(value).ok_or_else(|| Misuse::NotANumber(String::from_utf8_lossy(key).into_owned()))?
+            }
+        };
+        let sum = current.wrapping_add(delta);
+        self.values.insert(key.clone(), sum.to_string().into_bytes());
+        Ok(sum)
+    }
+
+    fn is_present(&self, key: &Key) -> bool {
+        // A queue is there as long as it holds something.
+        self.values.contains_key(key) || self.queues.contains_key(key)
+    }
+
+    fn wait(&mut self, peer: Peer, keys: Vec<Key>) {
+        self.forget(peer);
+        let missing: Vec<Key> = keys.into_iter().filter(|key| !self.is_present(key)).collect();
+        if missing.is_empty() {
+            self.reply(peer, vec![STOP_WAITING]);
+            return;
+        }
+        for key in &missing {
+            self.waiters.entry(key.clone()).or_default().push(peer);
+        }
+        self.waiting.insert(peer, Waiting { missing: missing.len(), keys: missing, at_barrier: false });
+    }
+
+    /// A key is there: whoever waits for nothing else may go on.
+    fn wake(&mut self, key: &Key) {
+        for peer in self.waiters.remove(key).unwrap_or_default() {
+            self.found(peer);
+        }
+    }
+
+    /// What was pushed is for one of those who wait.
+    fn wake_one(&mut self, key: &Key) {
+        let Some(peers) = self.waiters.get_mut(key) else { return };
+        let first = peers.remove(0);
+        if peers.is_empty() {
+            self.waiters.remove(key);
+        }
+        self.found(first);
+    }
+
+    fn found(&mut self, peer: Peer) {
+        let Some(waiting) = self.waiting.get_mut(&peer) else { return };
+        waiting.missing -= 1;
+        if waiting.missing == 0 {
+            self.forget(peer);
+            self.reply(peer, vec![STOP_WAITING]);
+        }
+    }
+
+    fn queue_pop(&mut self, peer: Peer, key: &Key) {
+        let Some(queue) = self.queues.get_mut(key) else {
+            return self.reply(peer, count(0));
+        };
+        let mut reply = count(queue.len());
+        if let Some(value) = queue.pop_front() {
+            reply.extend(sized(&value));
+        }
+        if queue.is_empty() {
+            self.queues.remove(key);
+        }
+        self.reply(peer, reply);
+    }
+
+    fn barrier(&mut self, peer: Peer, key: Key, world_size: i64) -> Result<(), Misuse> {
+        self.forget(peer);
+        if self.add(&key, 1)? < world_size {
+            self.at_barrier.entry(key.clone()).or_default().push(peer);
+            self.waiting.insert(peer, Waiting { missing: 1, keys: vec![key], at_barrier: true });
+            return Ok(());
+        }
+        for parked in self.at_barrier.remove(&key).unwrap_or_default() {
+            self.waiting.remove(&parked);
+            self.reply(parked, vec![STOP_WAITING]);
+        }
+        self.reply(peer, vec![STOP_WAITING]);
+        self.wake(&key);
+        Ok(())
+    }
+
+    fn reply(&mut self, peer: Peer, bytes: Vec<u8>) {
+        self.replies.push(Reply { peer, bytes });
+    }
+}
+
+/// Bytes after their length.
+fn sized(bytes: &[u8]) -> Vec<u8> {
+    let mut sized = Vec::with_capacity(size_of::<u64>() + bytes.len());
+    sized.extend_from_slice(&(bytes.len() as u64).to_le_bytes());
+    sized.extend_from_slice(bytes);
+    sized
+}
+
+fn count(count: usize) -> Vec<u8> {
+    i64::try_from(count).unwrap_or(i64::MAX).to_le_bytes().to_vec()
+}
+
+/// As `stoll(3)` reads it: after white space and a sign, as many digits as there are. `None` without a digit, or if it does not fit.
+fn number(text: &[u8]) -> Option<i64> {
+    let text = text.trim_ascii_start();
+    let (sign, digits) = match text.split_first()? {
+        (b'-', rest) => (-1, rest),
+        (b'+', rest) => (1, rest),
+        _ => (1, text),
+    };
+    let end = digits.iter().position(|byte| !byte.is_ascii_digit()).unwrap_or(digits.len());
+    let mut value: Option<i64> = None;
+    for digit in &digits[..end] {
+        let digit = i64::from(digit - b'0') * sign;
+        value = Some(value.unwrap_or(0).checked_mul(10)?.checked_add(digit)?);
+    }
+    value
+}

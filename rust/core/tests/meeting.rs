@@ -1,0 +1,345 @@
+//! Agents that meet through real sockets.
+
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::time::{Duration, Instant};
+
+use ferroelastic_core::published::Wake;
+use ferroelastic_core::rendezvous::Client;
+use ferroelastic_core::rendezvous::member::{self, Call, Failure, Standing};
+use ferroelastic_core::rendezvous::message::{Introduction, Kind, PROTOCOL, Place};
+use ferroelastic_core::rendezvous::rounds::Settings;
+use ferroelastic_core::store::StoreServer;
+use ferroelastic_core::store::wire::{Limits, MAGIC};
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+fn host(min_nodes: u32, max_nodes: u32, silence: Duration) -> StoreServer {
+    let settings = Settings {
+        run_id: "job".into(),
+        min_nodes,
+        max_nodes,
+        last_call: Duration::from_millis(50),
+        silence,
+        address: None,
+        most_membership_changes: None,
+    };
+    let address: SocketAddr = "127.0.0.1:0".parse().expect("an address");
+    StoreServer::start(address, Limits::default(), Some(settings)).expect("host")
+}
+
+fn introduction(name: &str, nodes: (u32, u32)) -> Introduction {
+    let pid = std::process::id();
+    Introduction {
+        protocol: PROTOCOL,
+        run_id: "job".into(),
+        name: name.into(),
+        pid,
+        is_host: false,
+        nodes,
+        node_rank: None,
+    }
+}
+
+fn agent(port: u16, name: &str, nodes: (u32, u32)) -> Client {
+    let settings = member::Settings {
+        endpoint: format!("127.0.0.1:{port}"),
+        connect_timeout: Duration::from_secs(1),
+        is_host: false,
+    };
+    Client::start("127.0.0.1", port, introduction(name, nodes), settings).expect("client")
+}
+
+fn join(client: &Client) {
+    let timeout = Duration::from_secs(60);
+    client.call(Call::Join { role: "default".into(), local_world_size: 2, timeout }).expect("call");
+}
+
+/// Waits until an agent stands as wanted.
+fn wait_for<T>(client: &Client, want: impl Fn(&Standing) -> Option<T>) -> T {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let generation = client.generation().expect("generation");
+        let standing = client.standing().expect("standing");
+        if let Some(found) = want(&standing) {
+            return found;
+        }
+        assert!(Instant::now() < deadline, "it stays {standing:?}");
+        client.wait(generation, Some(PATIENCE), [None; 2]).expect("wait");
+    }
+}
+
+fn place(client: &Client) -> Place {
+    wait_for(client, |standing| if let Standing::Placed(place) = standing { Some(place.clone()) } else { None })
+}
+
+fn over(client: &Client) -> (Kind, String) {
+    wait_for(client, |standing| match standing {
+        Standing::Over(_, cause) => Some((cause.kind, cause.text.clone())),
+        _ => None,
+    })
+}
+
+fn failure(client: &Client) -> Failure {
+    wait_for(client, |standing| if let Standing::Failed(failure) = standing { Some(failure.clone()) } else { None })
+}
+
+/// A client of the store, as far as it takes one to be taken for a worker.
+fn worker(port: u16) -> TcpStream {
+    let mut stream = TcpStream::connect(("127.0.0.1", port)).expect("connect");
+    stream.set_read_timeout(Some(PATIENCE)).expect("timeout");
+    stream.write_all(&[0]).expect("write");
+    stream.write_all(&MAGIC.to_le_bytes()).expect("write");
+    stream
+}
+
+fn sized(bytes: &[u8]) -> Vec<u8> {
+    [&(bytes.len() as u64).to_le_bytes()[..], bytes].concat()
+}
+
+fn keys(stream: &mut TcpStream) -> i64 {
+    let mut reply = [0; 8];
+    stream.write_all(&[7]).expect("write");
+    stream.read_exact(&mut reply).expect("reply");
+    i64::from_le_bytes(reply)
+}
+
+#[test]
+fn a_restart_finds_an_empty_store_and_a_new_round() {
+    let server = host(2, 2, Duration::from_secs(5));
+    let port = server.address().port();
+    let agents = ["a", "b"].map(|name| agent(port, name, (2, 2)));
+    agents.iter().for_each(join);
+    assert_eq!(agents.each_ref().map(|agent| place(agent).round), [0, 0]);
+
+    let mut former = worker(port);
+    former.write_all(&[&[1][..], &sized(b"/key"), &sized(b"value")].concat()).expect("write");
+    assert_eq!(keys(&mut former), 1);
+    let failed = Call::Failed { at_ns: 7, text: "rank 1 exited with 1".into(), is_final: false };
+    agents[1].call(failed).expect("call");
+    for agent in &agents {
+        assert_eq!(over(agent), (Kind::Failure, "rank 1 exited with 1 on b".into()));
+        join(agent);
+    }
+    for agent in &agents {
+        let place = place(agent);
+        assert_eq!((place.round, place.failures), (1, 1));
+    }
+    assert_eq!(former.read(&mut [0]).expect("the end"), 0);
+    assert_eq!(keys(&mut worker(port)), 0);
+}
+
+#[test]
+fn the_alarm_is_on_while_a_round_is_over() {
+    let server = host(1, 2, Duration::from_secs(5));
+    let port = server.address().port();
+    let first = agent(port, "a", (1, 2));
+    join(&first);
+    place(&first);
+    let generation = first.generation().expect("generation");
+    let wait = || first.wait(generation + 1000, Some(Duration::ZERO), [Some(first.alarm()), None]).expect("wait");
+    assert_eq!(wait(), Wake::Timeout);
+    let second = agent(port, "b", (1, 2));
+    join(&second);
+    assert_eq!(over(&first), (Kind::Membership, format!("b (agent {}) joins", std::process::id())));
+    assert_eq!((wait(), wait()), (Wake::First, Wake::First));
+    join(&first);
+    assert_eq!(place(&first).group_world_size, 2);
+    assert_eq!(wait(), Wake::Timeout);
+}
+
+#[test]
+fn a_lost_agent_is_noticed_when_its_connection_ends() {
+    let server = host(1, 2, Duration::from_secs(60));
+    let port = server.address().port();
+    let agents = ["a", "b"].map(|name| agent(port, name, (1, 2)));
+    agents.iter().for_each(join);
+    for agent in &agents {
+        place(agent);
+    }
+    let [first, second] = agents;
+    drop(second);
+    let (kind, text) = over(&first);
+    assert_eq!(kind, Kind::Membership);
+    assert!(text.starts_with("b (agent") && text.ends_with("was lost: its connection was closed"), "{text}");
+    join(&first);
+    let place = place(&first);
+    assert_eq!((place.round, place.group_world_size, place.membership_changes), (1, 1, 1));
+}
+
+#[test]
+fn all_leave_together_when_all_have_succeeded() {
+    let server = host(2, 2, Duration::from_secs(5));
+    let port = server.address().port();
+    let agents = ["a", "b"].map(|name| agent(port, name, (2, 2)));
+    agents.iter().for_each(join);
+    for agent in &agents {
+        place(agent);
+    }
+    for agent in &agents {
+        assert!(matches!(agent.standing().expect("standing"), Standing::Placed(_)));
+        agent.call(Call::Finished).expect("call");
+    }
+    for agent in &agents {
+        wait_for(agent, |standing| (*standing == Standing::Released).then_some(()));
+    }
+    // The host waits for those who are still there.
+    let closing = std::thread::spawn(move || {
+        let start = Instant::now();
+        server.close(PATIENCE).expect("close");
+        start.elapsed()
+    });
+    drop(agents);
+    assert!(closing.join().expect("join") < PATIENCE);
+}
+
+#[test]
+fn a_host_that_is_gone_is_a_clear_end() {
+    let server = host(1, 1, Duration::from_secs(5));
+    let port = server.address().port();
+    let client = agent(port, "a", (1, 1));
+    join(&client);
+    place(&client);
+    drop(server);
+    assert_eq!(over(&client).0, Kind::Membership);
+    join(&client);
+    let Failure::Unreachable(text) = failure(&client) else { panic!("another failure") };
+    assert!(text.contains(&format!("127.0.0.1:{port} is gone")), "{text}");
+}
+
+#[test]
+fn a_host_that_comes_later_is_found() {
+    let port = host(1, 1, Duration::from_secs(5)).address().port();
+    let client = agent(port, "a", (1, 1));
+    join(&client);
+    let settings = Settings {
+        run_id: "job".into(),
+        min_nodes: 1,
+        max_nodes: 1,
+        last_call: Duration::ZERO,
+        silence: Duration::from_secs(5),
+        address: None,
+        most_membership_changes: None,
+    };
+    let address: SocketAddr = ([127, 0, 0, 1], port).into();
+    let _server = StoreServer::start(address, Limits::default(), Some(settings)).expect("host");
+    place(&client);
+}
+
+#[test]
+fn what_is_no_rendezvous_is_told_apart() {
+    // A store of torch: it echoes, and ends the connection at an opcode that it does not know.
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("bind");
+    let port = listener.local_addr().expect("address").port();
+    let torch = std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().expect("accept");
+        let mut begin = [0; 10];
+        stream.read_exact(&mut begin).expect("read");
+        stream.write_all(&begin[6..]).expect("write");
+        stream.read_exact(&mut [0]).expect("read");
+    });
+    let client = agent(port, "a", (1, 1));
+    join(&client);
+    let Failure::Refused(text) = failure(&client) else { panic!("another failure") };
+    assert!(text.contains("is a TCPStore of torch"), "{text}");
+    torch.join().expect("join");
+
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("bind");
+    let port = listener.local_addr().expect("address").port();
+    let web = std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().expect("accept");
+        stream.write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n").expect("write");
+        let _ = stream.read(&mut [0; 1024]);
+    });
+    let client = agent(port, "a", (1, 1));
+    join(&client);
+    let Failure::Refused(text) = failure(&client) else { panic!("another failure") };
+    assert!(text.contains("is no store, nor a rendezvous"), "{text}");
+    web.join().expect("join");
+}
+
+#[test]
+fn a_store_alone_takes_no_agents() {
+    let address: SocketAddr = "127.0.0.1:0".parse().expect("an address");
+    let server = StoreServer::start(address, Limits::default(), None).expect("server");
+    let client = agent(server.address().port(), "a", (1, 1));
+    join(&client);
+    assert!(matches!(failure(&client), Failure::Refused(_)));
+}
+
+#[test]
+fn an_agent_of_another_job_is_refused() {
+    let server = host(2, 2, Duration::from_secs(5));
+    let client = agent(server.address().port(), "a", (1, 3));
+    join(&client);
+    let Failure::Refused(text) = failure(&client) else { panic!("another failure") };
+    assert!(text.contains("--nnodes=2:2"), "{text}");
+}
+
+#[test]
+fn garbage_ends_its_connection_and_nothing_else() {
+    let server = host(1, 1, Duration::from_secs(5));
+    let port = server.address().port();
+    for garbage in
+        [&b"\xff\xff\xff\x7f"[..], b"\x05\x00\x00\x00{{{{{", b"\x02\x00\x00\x00{}", b"\x06\x00\x00\x00\"Beat\""]
+    {
+        let mut stream = worker(port);
+        stream.write_all(&[0xFE]).expect("write");
+        stream.write_all(garbage).expect("write");
+        stream.shutdown(std::net::Shutdown::Write).expect("shutdown");
+        let mut rest = Vec::new();
+        // A reset is an end as well.
+        let _ = stream.read_to_end(&mut rest);
+    }
+    let client = agent(port, "a", (1, 1));
+    join(&client);
+    place(&client);
+}
+
+#[test]
+fn a_worker_that_tells_of_a_failure_ends_the_round() {
+    let server = host(1, 1, Duration::from_secs(5));
+    let port = server.address().port();
+    let client = agent(port, "a", (1, 1));
+    join(&client);
+    place(&client);
+    let rank = 3i32.to_le_bytes();
+    worker(port).write_all(&[&[1][..], &sized(b"/remote_error"), &sized(&rank)].concat()).expect("write");
+    assert_eq!(over(&client), (Kind::Failure, "rank 3 wrote /remote_error to the store".into()));
+}
+
+#[test]
+fn a_silent_agent_is_lost() {
+    let server = host(1, 2, Duration::from_millis(300));
+    let port = server.address().port();
+    let first = agent(port, "a", (1, 2));
+    join(&first);
+    place(&first);
+    // It says who it is, joins, and nothing more.
+    let mut silent = worker(port);
+    silent.write_all(&[0xFE]).expect("write");
+    let mut frames = Vec::new();
+    let who = introduction("silent", (1, 2));
+    ferroelastic_core::rendezvous::message::encode(
+        &ferroelastic_core::rendezvous::message::Request::Enter(who),
+        &mut frames,
+    );
+    let wish = ferroelastic_core::rendezvous::message::Join {
+        after: None,
+        role: "default".into(),
+        local_world_size: 1,
+        timeout: PATIENCE,
+    };
+    ferroelastic_core::rendezvous::message::encode(
+        &ferroelastic_core::rendezvous::message::Request::Join(wish),
+        &mut frames,
+    );
+    silent.write_all(&frames).expect("write");
+    assert!(over(&first).1.contains("joins"));
+    join(&first);
+    assert_eq!(place(&first).group_world_size, 2);
+    let (_, text) = over(&first);
+    assert!(text.contains("silent (agent") && text.contains("it was silent for 0.3 s"), "{text}");
+    join(&first);
+    assert_eq!(place(&first).group_world_size, 1);
+}

@@ -1,0 +1,508 @@
+//! Single decisions of a rendezvous, under a clock that is moved by hand.
+
+use std::time::{Duration, Instant};
+
+use ferroelastic_core::rendezvous::member::{self, Call, Failure, Member, Standing};
+use ferroelastic_core::rendezvous::message::{Introduction, Join, Kind, Notice, PROTOCOL, Place, Request};
+use ferroelastic_core::rendezvous::rounds::{Action, Event, Id, Rounds, Settings};
+
+const SECOND: Duration = Duration::from_secs(1);
+const SILENCE: Duration = Duration::from_secs(5);
+const JOIN_TIMEOUT: Duration = Duration::from_secs(600);
+const MOMENT: Duration = Duration::from_millis(10);
+
+fn settings(min_nodes: u32, max_nodes: u32) -> Settings {
+    Settings {
+        run_id: "job".into(),
+        min_nodes,
+        max_nodes,
+        last_call: 30 * SECOND,
+        silence: SILENCE,
+        address: None,
+        most_membership_changes: None,
+    }
+}
+
+/// A rendezvous and the time. Agents have the numbers from 1; that of the host is number 1.
+struct Table {
+    rounds: Rounds,
+    now: Instant,
+}
+
+impl Table {
+    fn new(settings: Settings) -> Self {
+        let now = Instant::now();
+        Self { rounds: Rounds::new(settings, now), now }
+    }
+
+    fn step(&mut self, event: Event) -> Vec<Action> {
+        self.rounds.step(self.now, event)
+    }
+
+    fn introduction(&self, id: Id) -> Introduction {
+        let _ = self;
+        Introduction {
+            protocol: PROTOCOL,
+            run_id: "job".into(),
+            name: format!("node{id}"),
+            pid: 100,
+            is_host: id == 1,
+            nodes: (2, 2),
+            node_rank: None,
+        }
+    }
+
+    fn enter(&mut self, id: Id, nodes: (u32, u32)) -> Vec<Action> {
+        let who = Introduction { nodes, ..self.introduction(id) };
+        self.step(Event::Entered(id, who))
+    }
+
+    fn join(&mut self, id: Id, after: Option<u64>) -> Vec<Action> {
+        self.join_as(id, after, "default", 2)
+    }
+
+    fn join_as(&mut self, id: Id, after: Option<u64>, role: &str, local_world_size: u64) -> Vec<Action> {
+        self.step(Event::Joined(id, Join { after, role: role.into(), local_world_size, timeout: JOIN_TIMEOUT }))
+    }
+
+    fn fail(&mut self, id: Id, round: u64, at_ns: u64) -> Vec<Action> {
+        self.step(Event::Failed { id, round, at_ns, text: format!("rank {id} exited with 1"), is_final: false })
+    }
+
+    /// So many agents in their first round.
+    fn running(min_nodes: u32, max_nodes: u32) -> Self {
+        let mut table = Self::new(settings(min_nodes, max_nodes));
+        for id in 1..=u64::from(max_nodes) {
+            table.enter(id, (min_nodes, max_nodes));
+        }
+        let last: Vec<_> = (1..=u64::from(max_nodes)).map(|id| table.join(id, None)).collect();
+        assert_eq!(begun(last.last().expect("one")).len(), max_nodes as usize);
+        table
+    }
+
+    /// Lets time pass as it does: with a tick whenever one is due, and beats of those who live.
+    fn pass(&mut self, time: Duration, living: &[Id]) -> Vec<Action> {
+        let end = self.now + time;
+        let mut actions = Vec::new();
+        loop {
+            let beat = self.now + SECOND;
+            let next = self.rounds.next_tick().unwrap_or(end).min(beat).min(end);
+            self.now = next.max(self.now);
+            for id in living {
+                actions.extend(self.step(Event::Beat(*id)));
+            }
+            actions.extend(self.step(Event::Tick));
+            if self.now >= end {
+                actions.retain(|action| !matches!(action, Action::Tell(_, Notice::Beat)));
+                return actions;
+            }
+        }
+    }
+}
+
+fn begun(actions: &[Action]) -> Vec<(Id, Place)> {
+    let begun = actions.iter().filter_map(|action| match action {
+        Action::Tell(id, Notice::Begin(place)) => Some((*id, place.clone())),
+        _ => None,
+    });
+    begun.collect()
+}
+
+fn over(actions: &[Action]) -> Vec<(Id, Kind, String)> {
+    let over = actions.iter().filter_map(|action| match action {
+        Action::Tell(id, Notice::Over { cause, .. }) => Some((*id, cause.kind, cause.text.clone())),
+        _ => None,
+    });
+    over.collect()
+}
+
+fn refused(actions: &[Action]) -> Option<String> {
+    actions.iter().find_map(|action| match action {
+        Action::Tell(_, Notice::Refused { text }) => Some(text.clone()),
+        _ => None,
+    })
+}
+
+#[test]
+fn the_store_is_emptied_before_anybody_begins() {
+    let mut table = Table::new(settings(2, 2));
+    table.enter(1, (2, 2));
+    table.enter(2, (2, 2));
+    table.join(2, None);
+    let actions = table.join(1, None);
+    assert_eq!(actions[0], Action::RenewStore);
+    assert_eq!(actions.len(), 3);
+}
+
+#[test]
+fn ranks_follow_the_host_the_names_and_the_roles() {
+    let mut table = Table::new(settings(3, 3));
+    for id in [3, 2, 1] {
+        table.enter(id, (3, 3));
+    }
+    table.join_as(3, None, "trainer", 4);
+    table.join_as(2, None, "reader", 1);
+    let places = begun(&table.join_as(1, None, "trainer", 2));
+    let ranks: Vec<_> = places
+        .iter()
+        .map(|(id, place)| (*id, place.group_rank, place.first_rank, place.first_role_rank, place.role_world_size))
+        .collect();
+    assert_eq!(ranks, [(1, 0, 0, 0, 6), (2, 1, 2, 0, 1), (3, 2, 3, 2, 6)]);
+    assert!(places.iter().all(|(_, place)| (place.group_world_size, place.world_size) == (3, 7)));
+}
+
+#[test]
+fn a_rank_that_was_given_beforehand_is_kept_and_given_once() {
+    let mut table = Table::new(settings(2, 2));
+    let who = |id: Id, node_rank| Introduction {
+        node_rank: Some(node_rank),
+        name: format!("node{id}"),
+        ..Table::new(settings(2, 2)).introduction(id)
+    };
+    table.step(Event::Entered(7, who(7, 1)));
+    let text = refused(&table.step(Event::Entered(8, who(8, 1)))).expect("refused");
+    assert_eq!(text, "node rank 1 is taken by node7 (agent 100): give each node its own --node-rank");
+    let text = refused(&table.step(Event::Entered(9, who(9, 2)))).expect("refused");
+    assert_eq!(text, "node rank 2 is not below the number of nodes, 2");
+    table.step(Event::Entered(9, who(9, 0)));
+    table.join(7, None);
+    let ranks: Vec<_> = begun(&table.join(9, None)).iter().map(|(id, place)| (*id, place.group_rank)).collect();
+    assert_eq!(ranks, [(9, 0), (7, 1)]);
+}
+
+#[test]
+fn who_does_not_belong_here_is_told_why() {
+    let mut table = Table::new(settings(2, 2));
+    let who = table.introduction(1);
+    let stranger = Introduction { run_id: "other".into(), ..who.clone() };
+    let text = refused(&table.step(Event::Entered(1, stranger))).expect("refused");
+    assert!(text.contains("that of job \"job\", not of job \"other\""), "{text}");
+    let text = refused(&table.enter(2, (1, 4))).expect("refused");
+    assert!(text.contains("--nnodes=2:2") && text.contains("--nnodes=1:4"), "{text}");
+    let older = Introduction { protocol: 0, ..who };
+    let text = refused(&table.step(Event::Entered(3, older))).expect("refused");
+    assert!(text.contains("version 0"), "{text}");
+}
+
+#[test]
+fn a_failure_ends_the_round_for_all_and_the_last_one_back_begins_the_next() {
+    let mut table = Table::running(2, 3);
+    let ended = over(&table.fail(2, 0, 50));
+    assert_eq!(
+        ended.iter().map(|(id, kind, _)| (*id, *kind)).collect::<Vec<_>>(),
+        [1, 2, 3].map(|id| (id, Kind::Failure))
+    );
+    assert_eq!(ended[0].2, "rank 2 exited with 1 on node2");
+    assert_eq!(begun(&table.join(1, Some(0))), []);
+    // Two are enough, but the third is on its way.
+    assert_eq!(begun(&table.join(3, Some(0))), []);
+    assert_eq!(begun(&table.pass(60 * SECOND, &[1, 2, 3])), []);
+    let places = begun(&table.join(2, Some(0)));
+    assert_eq!(places.len(), 3);
+    assert!(places.iter().all(|(_, place)| (place.round, place.failures, place.membership_changes) == (1, 1, 0)));
+}
+
+#[test]
+fn the_first_failure_is_that_of_the_earliest_time() {
+    let mut table = Table::running(2, 2);
+    table.fail(2, 0, 50);
+    assert_eq!(table.fail(1, 0, 40), []);
+    table.join(1, Some(0));
+    let places = begun(&table.join(2, Some(0)));
+    let cause = places[0].1.cause.clone().expect("a cause");
+    assert_eq!((cause.text.as_str(), cause.at_ns), ("rank 1 exited with 1 on node1", Some(40)));
+    assert_eq!(places[0].1.failures, 1);
+}
+
+#[test]
+fn a_failure_of_a_round_that_is_over_ends_no_other() {
+    let mut table = Table::running(2, 2);
+    table.fail(2, 0, 50);
+    table.join(1, Some(0));
+    table.join(2, Some(0));
+    assert_eq!(table.fail(1, 0, 60), []);
+}
+
+#[test]
+fn survivors_go_on_at_once_where_they_are_enough() {
+    let mut table = Table::running(2, 3);
+    let ended = over(&table.step(Event::Lost(3, "its connection broke".into())));
+    assert_eq!(ended.len(), 2);
+    assert_eq!(ended[0].2, "node3 (agent 100) was lost: its connection broke");
+    table.join(1, Some(0));
+    let places = begun(&table.join(2, Some(0)));
+    assert_eq!(places.len(), 2);
+    assert!(places.iter().all(|(_, place)| (place.failures, place.membership_changes) == (0, 1)));
+}
+
+#[test]
+fn survivors_that_are_too_few_wait_for_another_or_until_the_join_timeout() {
+    let mut table = Table::running(2, 2);
+    table.step(Event::Lost(2, "gone".into()));
+    assert_eq!(table.join(1, Some(0)), []);
+    table.pass(JOIN_TIMEOUT.saturating_sub(SECOND), &[1]);
+    table.enter(3, (2, 2));
+    assert_eq!(begun(&table.join(3, None)).len(), 2);
+
+    table.step(Event::Lost(3, "gone".into()));
+    table.join(1, Some(1));
+    let actions = table.pass(JOIN_TIMEOUT, &[1]);
+    assert_eq!(actions, [Action::Tell(1, Notice::TimedOut { waiting: vec!["node1 (agent 100)".into()] })]);
+}
+
+#[test]
+fn a_spare_takes_the_place_of_a_node_that_is_lost() {
+    let mut table = Table::running(2, 2);
+    table.enter(3, (2, 2));
+    let text = "node3 (agent 100) waits as a spare".to_owned();
+    assert_eq!(table.join(3, None), [Action::Tell(1, Notice::Remark { text })]);
+    table.pass(2 * JOIN_TIMEOUT, &[1, 2, 3]);
+    table.step(Event::Lost(2, "gone".into()));
+    let places = begun(&table.join(1, Some(0)));
+    assert_eq!(places.iter().map(|(id, place)| (*id, place.group_rank)).collect::<Vec<_>>(), [(1, 0), (3, 1)]);
+}
+
+#[test]
+fn nodes_of_the_last_round_have_their_places_before_spares() {
+    let mut table = Table::running(2, 2);
+    table.enter(3, (2, 2));
+    table.join(3, None);
+    table.fail(1, 0, 1);
+    assert_eq!(begun(&table.join(2, Some(0))), []);
+    let places = begun(&table.join(1, Some(0)));
+    assert_eq!(places.iter().map(|(id, place)| (*id, place.group_rank)).collect::<Vec<_>>(), [(1, 0), (2, 1)]);
+}
+
+#[test]
+fn a_newcomer_interrupts_a_round_with_room() {
+    let mut table = Table::running(1, 2);
+    table.step(Event::Lost(2, "gone".into()));
+    table.join(1, Some(0));
+    table.enter(3, (1, 2));
+    let ended = over(&table.join(3, None));
+    assert_eq!(ended, [(1, Kind::Membership, "node3 (agent 100) joins".into())]);
+    assert_eq!(begun(&table.join(1, Some(1))).len(), 2);
+}
+
+#[test]
+fn a_newcomer_does_not_interrupt_workers_that_are_about_to_succeed() {
+    let mut table = Table::running(1, 3);
+    table.step(Event::Lost(3, "gone".into()));
+    table.join(1, Some(0));
+    table.join(2, Some(0));
+    table.step(Event::Finished(2, 1));
+    table.enter(4, (1, 3));
+    assert_eq!(begun(&table.join(4, None)), []);
+    let actions = table.step(Event::Finished(1, 1));
+    let spare = Notice::Closed { text: "the job has succeeded".into(), is_spare: true };
+    let told = [(1, Notice::Released), (2, Notice::Released), (4, spare)];
+    assert_eq!(actions, told.map(|(id, notice)| Action::Tell(id, notice)));
+}
+
+#[test]
+fn membership_changes_have_a_limit_of_their_own() {
+    let limited = Settings { most_membership_changes: Some(1), ..settings(1, 2) };
+    let mut table = Table::new(limited);
+    for id in [1, 2] {
+        table.enter(id, (1, 2));
+        table.join(id, None);
+    }
+    table.fail(1, 0, 1);
+    table.join(1, Some(0));
+    table.join(2, Some(0));
+    table.step(Event::Lost(2, "gone".into()));
+    assert_eq!(begun(&table.join(1, Some(1))).len(), 1);
+    // No more of them: who comes now is a spare.
+    table.enter(3, (1, 2));
+    assert_eq!(over(&table.join(3, None)), []);
+    assert_eq!(table.rounds.closed(), None);
+}
+
+#[test]
+fn a_failure_without_a_restart_left_closes_the_job_for_all() {
+    let mut table = Table::running(2, 2);
+    let text = "rank 2 exited with 1".to_owned();
+    let actions = table.step(Event::Failed { id: 2, round: 0, at_ns: 1, text, is_final: true });
+    let text = "rank 2 exited with 1 on node2, and no restart is left".to_owned();
+    assert_eq!(actions[0], Action::Tell(1, Notice::Closed { text: text.clone(), is_spare: false }));
+    table.enter(3, (2, 2));
+    assert_eq!(table.join(3, None), [Action::Tell(3, Notice::Closed { text, is_spare: false })]);
+}
+
+#[test]
+fn a_node_that_has_finished_is_not_missed() {
+    let mut table = Table::running(2, 2);
+    table.step(Event::Finished(2, 0));
+    assert_eq!(table.step(Event::Lost(2, "gone".into())), []);
+    assert_eq!(table.step(Event::Finished(1, 0)), [Action::Tell(1, Notice::Released)]);
+}
+
+#[test]
+fn a_node_that_has_finished_comes_back_when_another_fails() {
+    let mut table = Table::running(2, 2);
+    table.step(Event::Finished(2, 0));
+    assert_eq!(over(&table.fail(1, 0, 1)).len(), 2);
+    table.join(1, Some(0));
+    assert_eq!(begun(&table.join(2, Some(0))).len(), 2);
+}
+
+#[test]
+fn a_silent_node_is_lost_after_the_silence_and_not_before() {
+    let mut table = Table::running(1, 3);
+    assert_eq!(table.pass(SILENCE.saturating_sub(MOMENT), &[1, 2]), []);
+    let actions = table.pass(2 * MOMENT, &[1, 2]);
+    assert!(matches!(&actions[0], Action::Tell(3, Notice::Dropped { text }) if text.contains("silent for 5.0 s")));
+    assert_eq!(actions[1], Action::Drop(3));
+    assert_eq!(over(&actions).len(), 2);
+}
+
+#[test]
+fn a_host_that_was_paused_blames_nobody() {
+    let mut table = Table::running(1, 3);
+    table.now += 60 * SECOND;
+    assert_eq!(table.step(Event::Tick), []);
+    // From then on it listens as before.
+    assert_eq!(table.pass(SILENCE.saturating_sub(MOMENT), &[1, 2]), []);
+    assert_ne!(table.pass(2 * MOMENT, &[1, 2]), []);
+}
+
+#[test]
+fn a_note_of_a_worker_in_the_store_is_a_failure() {
+    let mut table = Table::running(2, 2);
+    let ended =
+        over(&table.step(Event::Announced { text: "rank 3 wrote /remote_error".into(), grace: Duration::ZERO }));
+    assert_eq!(ended.len(), 2);
+    assert_eq!(ended[0].1, Kind::Failure);
+}
+
+#[test]
+fn after_a_note_that_workers_write_evidence_they_have_time_for_it() {
+    let mut table = Table::running(2, 2);
+    let grace = 20 * SECOND;
+    assert_eq!(table.step(Event::Announced { text: "rank 3 wrote /exception_dump".into(), grace }), []);
+    assert_eq!(table.pass(grace.saturating_sub(MOMENT), &[1, 2]), []);
+    assert_eq!(over(&table.pass(2 * MOMENT, &[1, 2])).len(), 2);
+    // A worker that fails meanwhile ends the round before.
+    table.join(1, Some(0));
+    table.join(2, Some(0));
+    table.step(Event::Announced { text: "rank 3 wrote /exception_dump".into(), grace });
+    assert_eq!(over(&table.fail(1, 1, 1)).len(), 2);
+    table.join(1, Some(1));
+    table.join(2, Some(1));
+    assert_eq!(table.pass(2 * grace, &[1, 2]), []);
+}
+
+// ---- of one agent
+
+fn member(is_host: bool) -> (Member, Instant) {
+    let now = Instant::now();
+    let settings = member::Settings { endpoint: "host:29400".into(), connect_timeout: 60 * SECOND, is_host };
+    (Member::new(settings, now), now)
+}
+
+fn join() -> member::Event {
+    member::Event::Call(Call::Join { role: "default".into(), local_world_size: 2, timeout: JOIN_TIMEOUT })
+}
+
+#[test]
+fn a_host_that_is_not_up_is_tried_again_until_the_connect_timeout() {
+    let (mut member, start) = member(false);
+    let mut now = start;
+    assert_eq!(member.step(now, join()), [member::Action::Connect]);
+    let mut attempts = 1;
+    while *member.standing() == Standing::Joining {
+        let refused = member::Event::NotConnected { text: "connection refused".into(), is_refused: true };
+        assert_eq!(member.step(now, refused), []);
+        if let Some(next) = member.next_tick().filter(|_| *member.standing() == Standing::Joining) {
+            assert!(next - now <= SECOND / 4);
+            now = next;
+            attempts += member.step(now, member::Event::Tick).len();
+        }
+    }
+    assert!(attempts > 200, "{attempts}");
+    assert_eq!(now - start, 60 * SECOND);
+    let text = "the host of the rendezvous at host:29400 was not reached within 60 s: connection refused";
+    assert_eq!(*member.standing(), Standing::Failed(Failure::Unreachable(text.into())));
+}
+
+#[test]
+fn a_host_that_does_not_answer_is_given_up_after_the_connect_timeout() {
+    let (mut member, start) = member(false);
+    member.step(start, join());
+    member.step(start, member::Event::Connected);
+    let due = member.next_tick().expect("a deadline");
+    assert_eq!(due - start, 60 * SECOND);
+    assert_eq!(member.step(due, member::Event::Tick), [member::Action::Disconnect]);
+    assert!(matches!(member.standing(), Standing::Failed(Failure::Unreachable(_))));
+}
+
+fn placed(member: &mut Member, now: Instant) {
+    member.step(now, join());
+    member.step(now, member::Event::Connected);
+    let asked = member.step(now, member::Event::Received(Notice::Welcome { silence: SILENCE }));
+    assert!(matches!(asked[..], [member::Action::Send(Request::Join(_))]));
+    let place = Place {
+        round: 4,
+        group_rank: 0,
+        group_world_size: 1,
+        first_rank: 0,
+        world_size: 2,
+        first_role_rank: 0,
+        role_world_size: 2,
+        address: None,
+        failures: 0,
+        membership_changes: 0,
+        cause: None,
+    };
+    member.step(now, member::Event::Received(Notice::Begin(place)));
+    assert!(matches!(member.standing(), Standing::Placed(_)));
+}
+
+#[test]
+fn an_agent_beats_and_notices_a_silent_host() {
+    let (mut member, start) = member(false);
+    placed(&mut member, start);
+    let mut beats = 0;
+    let mut now = start;
+    while matches!(member.standing(), Standing::Placed(_)) {
+        now = member.next_tick().expect("a deadline");
+        let actions = member.step(now, member::Event::Tick);
+        beats += usize::from(actions == [member::Action::Send(Request::Beat)]);
+    }
+    assert_eq!((beats, now - start), (3, SILENCE));
+    assert!(
+        matches!(member.standing(), Standing::Over(place, cause) if place.round == 4 && cause.kind == Kind::Membership)
+    );
+    // It was paused, and the host was not silent.
+    let (mut member, start) = self::member(false);
+    placed(&mut member, start);
+    assert_eq!(member.step(start + 60 * SECOND, member::Event::Tick), [member::Action::Send(Request::Beat)]);
+    assert!(matches!(member.standing(), Standing::Placed(_)));
+}
+
+#[test]
+fn an_agent_in_the_process_of_the_host_need_not_beat() {
+    let (mut member, start) = member(true);
+    placed(&mut member, start);
+    assert_eq!(member.next_tick(), None);
+}
+
+#[test]
+fn a_host_that_is_gone_is_not_waited_for() {
+    let (mut member, now) = member(false);
+    placed(&mut member, now);
+    member.step(now, member::Event::Disconnected("it was closed".into()));
+    assert!(matches!(member.standing(), Standing::Over(..)));
+    assert_eq!(member.step(now, join()), [member::Action::Connect]);
+    member.step(now, member::Event::NotConnected { text: "connection refused".into(), is_refused: true });
+    let Standing::Failed(Failure::Unreachable(text)) = member.standing() else { panic!("{:?}", member.standing()) };
+    assert!(text.contains("is gone"), "{text}");
+}
+
+#[test]
+fn a_host_that_was_started_again_begins_with_its_own_rounds() {
+    let (mut member, now) = member(false);
+    placed(&mut member, now);
+    member.step(now, member::Event::Disconnected("it was closed".into()));
+    placed(&mut member, now);
+}

@@ -1,0 +1,305 @@
+//! The store's protocol and semantics, byte for byte.
+
+use ferroelastic_core::store::state::{Misuse, Peer, Reply, State};
+use ferroelastic_core::store::wire::{Decoder, Limits, MAGIC, Refusal, Request};
+use proptest::prelude::*;
+
+fn validate() -> Vec<u8> {
+    [&[0], &MAGIC.to_le_bytes()[..]].concat()
+}
+
+fn sized(bytes: &[u8]) -> Vec<u8> {
+    [&(bytes.len() as u64).to_le_bytes()[..], bytes].concat()
+}
+
+/// A request as a client writes it.
+fn encode(request: &Request) -> Vec<u8> {
+    let keys = |keys: &[Box<[u8]>]| {
+        let keys: Vec<u8> =
+            [(keys.len() as u64).to_le_bytes().to_vec(), keys.iter().flat_map(|key| sized(key)).collect()].concat();
+        keys
+    };
+    let (opcode, arguments) = match request {
+        Request::Set { key, value } => (1, [sized(key), sized(value)].concat()),
+        Request::CompareSet { key, expected, desired } => (2, [sized(key), sized(expected), sized(desired)].concat()),
+        Request::Get { key } => (3, sized(key)),
+        Request::Add { key, delta } => (4, [sized(key), delta.to_le_bytes().to_vec()].concat()),
+        Request::Check { keys: list } => (5, keys(list)),
+        Request::Wait { keys: list } => (6, keys(list)),
+        Request::GetNumKeys => (7, Vec::new()),
+        Request::DeleteKey { key } => (8, sized(key)),
+        Request::Append { key, value } => (9, [sized(key), sized(value)].concat()),
+        Request::MultiGet { keys: list } => (10, keys(list)),
+        Request::MultiSet { pairs } => {
+            let fields = pairs.iter().flat_map(|(key, value)| [sized(key), sized(value)].concat());
+            (11, [(pairs.len() as u64).to_le_bytes().to_vec(), fields.collect()].concat())
+        }
+        Request::CancelWait => (12, Vec::new()),
+        Request::Ping { nonce } => (13, nonce.to_le_bytes().to_vec()),
+        Request::QueuePush { key, value } => (14, [sized(key), sized(value)].concat()),
+        Request::QueuePop { key } => (15, sized(key)),
+        Request::QueueLen { key } => (16, sized(key)),
+        Request::ListKeys => (17, Vec::new()),
+        Request::Barrier { key, world_size } => (18, [sized(key), world_size.to_le_bytes().to_vec()].concat()),
+        Request::Upgrade => (0xFE, Vec::new()),
+    };
+    [vec![opcode], arguments].concat()
+}
+
+fn decode(chunks: &[&[u8]]) -> Result<Vec<Request>, Refusal> {
+    let (mut decoder, mut requests) = (Decoder::new(Limits::default()), Vec::new());
+    for chunk in chunks {
+        decoder.feed(chunk);
+        while let Some(request) = decoder.next()? {
+            requests.push(request);
+        }
+    }
+    Ok(requests)
+}
+
+fn requests() -> impl Strategy<Value = Vec<Request>> {
+    let key = || proptest::collection::vec(any::<u8>(), 0..12).prop_map(Vec::into_boxed_slice);
+    let value = || proptest::collection::vec(any::<u8>(), 0..40);
+    let keys = || proptest::collection::vec(key(), 0..5);
+    let request = prop_oneof![
+        (key(), value()).prop_map(|(key, value)| Request::Set { key, value }),
+        (key(), value(), value()).prop_map(|(key, expected, desired)| Request::CompareSet { key, expected, desired }),
+        key().prop_map(|key| Request::Get { key }),
+        (key(), any::<i64>()).prop_map(|(key, delta)| Request::Add { key, delta }),
+        keys().prop_map(|keys| Request::Check { keys }),
+        keys().prop_map(|keys| Request::Wait { keys }),
+        Just(Request::GetNumKeys),
+        key().prop_map(|key| Request::DeleteKey { key }),
+        (key(), value()).prop_map(|(key, value)| Request::Append { key, value }),
+        keys().prop_map(|keys| Request::MultiGet { keys }),
+        proptest::collection::vec((key(), value()), 0..5).prop_map(|pairs| Request::MultiSet { pairs }),
+        Just(Request::CancelWait),
+        any::<u32>().prop_map(|nonce| Request::Ping { nonce }),
+        (key(), value()).prop_map(|(key, value)| Request::QueuePush { key, value }),
+        key().prop_map(|key| Request::QueuePop { key }),
+        key().prop_map(|key| Request::QueueLen { key }),
+        Just(Request::ListKeys),
+        (key(), any::<i64>()).prop_map(|(key, world_size)| Request::Barrier { key, world_size }),
+    ];
+    proptest::collection::vec(request, 0..8)
+}
+
+proptest! {
+    #[test]
+    fn how_the_stream_is_cut_makes_no_difference(
+        requests in requests(), cuts in proptest::collection::vec(any::<prop::sample::Index>(), 0..20),
+    ) {
+        let stream = [validate(), requests.iter().flat_map(encode).collect()].concat();
+        let mut cuts: Vec<usize> = cuts.iter().map(|cut| cut.index(stream.len() + 1)).collect();
+        cuts.extend([0, stream.len()]);
+        cuts.sort_unstable();
+        let chunks: Vec<&[u8]> = cuts.windows(2).map(|pair| &stream[pair[0]..pair[1]]).collect();
+        prop_assert_eq!(decode(&chunks), Ok(requests.clone()));
+        let bytes: Vec<&[u8]> = stream.chunks(1).collect();
+        prop_assert_eq!(decode(&bytes), Ok(requests));
+    }
+
+    #[test]
+    fn arbitrary_bytes_are_understood_or_refused(stream in proptest::collection::vec(any::<u8>(), 0..400)) {
+        let stream = [validate(), stream].concat();
+        let _ = decode(&[&stream]);
+    }
+}
+
+#[test]
+fn who_does_not_begin_as_a_client_is_refused() {
+    assert_eq!(decode(&[b"GET / HTTP/1.1\r\n"]), Err(Refusal::NoClient(b'G')));
+    assert_eq!(decode(&[&[0, 1, 2, 3, 4]]), Err(Refusal::Magic(0x0403_0201)));
+    assert_eq!(decode(&[&[0], &[0xce, 0xf7], &[0x85, 0x3c, 13, 1, 0, 0, 0]]), Ok(vec![Request::Ping { nonce: 1 }]));
+    assert_eq!(decode(&[&[validate(), validate()].concat()]), Err(Refusal::Opcode(0)));
+    assert_eq!(decode(&[&[validate(), vec![19]].concat()]), Err(Refusal::Opcode(19)));
+}
+
+#[test]
+fn the_limits_are_torchs() {
+    let after = |bytes: Vec<u8>| decode(&[&[validate(), bytes].concat()]);
+    let key = |size: usize| encode(&Request::Get { key: vec![b'k'; size].into() });
+    assert!(after(key(8192)).is_ok_and(|requests| requests.len() == 1));
+    assert_eq!(after(key(8193)), Err(Refusal::TooLarge { what: "a key", size: 8193, limit: 8192 }));
+    let set = |size: usize| encode(&Request::Set { key: (*b"k").into(), value: vec![0; size] });
+    assert!(after(set(8 << 20)).is_ok_and(|requests| requests.len() == 1));
+    assert!(matches!(after(set((8 << 20) + 1)), Err(Refusal::TooLarge { what: "a value", .. })));
+    let check = |count: usize| encode(&Request::Check { keys: vec![(*b"").into(); count] });
+    assert!(after(check(131_072)).is_ok_and(|requests| requests.len() == 1));
+    assert!(matches!(after(check(131_073)), Err(Refusal::TooLarge { what: "a number of keys", .. })));
+    // What is announced is refused before it has come, and not made room for.
+    let announced = [vec![1], u64::MAX.to_le_bytes().to_vec()].concat();
+    assert!(matches!(after(announced), Err(Refusal::TooLarge { what: "a key", size: u64::MAX, .. })));
+}
+
+#[test]
+fn a_large_request_in_small_pieces_is_read_once() {
+    let pairs: Vec<(Box<[u8]>, Vec<u8>)> =
+        (0..100_000u32).map(|key| (key.to_le_bytes().to_vec().into(), vec![0; 8])).collect();
+    let stream = [validate(), encode(&Request::MultiSet { pairs: pairs.clone() })].concat();
+    let mut decoder = Decoder::new(Limits::default());
+    let mut complete = None;
+    for chunk in stream.chunks(64) {
+        assert_eq!(complete, None);
+        decoder.feed(chunk);
+        complete = decoder.next().expect("within the limits");
+    }
+    assert_eq!(complete, Some(Request::MultiSet { pairs }));
+    assert_eq!(decoder.held(), 0);
+}
+
+const ME: Peer = 1;
+const YOU: Peer = 2;
+
+fn key(name: &str) -> Box<[u8]> {
+    name.as_bytes().into()
+}
+
+fn keys(names: &[&str]) -> Vec<Box<[u8]>> {
+    names.iter().map(|name| key(name)).collect()
+}
+
+#[derive(Default)]
+struct Store(State);
+
+impl Store {
+    fn ask(&mut self, peer: Peer, request: Request) -> Vec<(Peer, Vec<u8>)> {
+        let mut replies = Vec::new();
+        self.0.apply(peer, request, &mut replies).expect("well used");
+        replies.into_iter().map(|Reply { peer, bytes }| (peer, bytes)).collect()
+    }
+
+    fn set(&mut self, name: &str, value: &[u8]) -> Vec<(Peer, Vec<u8>)> {
+        self.ask(YOU, Request::Set { key: key(name), value: value.into() })
+    }
+
+    fn get(&mut self, name: &str) -> Vec<u8> {
+        self.ask(ME, Request::Get { key: key(name) }).remove(0).1
+    }
+
+    fn wait(&mut self, peer: Peer, names: &[&str]) -> Vec<(Peer, Vec<u8>)> {
+        self.ask(peer, Request::Wait { keys: keys(names) })
+    }
+
+    fn add(&mut self, name: &str, delta: i64) -> i64 {
+        let reply = self.ask(ME, Request::Add { key: key(name), delta }).remove(0).1;
+        i64::from_le_bytes(reply.try_into().expect("eight bytes"))
+    }
+}
+
+#[test]
+fn values_come_back_and_what_is_missing_is_empty() {
+    let mut store = Store::default();
+    assert_eq!(store.get("k"), sized(b""));
+    assert_eq!(store.set("k", b"ab"), []);
+    assert_eq!(store.get("k"), sized(b"ab"));
+    store.ask(ME, Request::Append { key: key("k"), value: b"cd".into() });
+    store.ask(ME, Request::MultiSet { pairs: vec![(key("a"), b"1".into()), (key("b"), b"2".into())] });
+    let got = store.ask(ME, Request::MultiGet { keys: keys(&["k", "missing", "b"]) });
+    assert_eq!(got, [(ME, [sized(b"abcd"), sized(b""), sized(b"2")].concat())]);
+    assert_eq!(store.ask(ME, Request::GetNumKeys), [(ME, 3i64.to_le_bytes().to_vec())]);
+    assert_eq!(store.ask(ME, Request::DeleteKey { key: key("a") }), [(ME, 1i64.to_le_bytes().to_vec())]);
+    assert_eq!(store.ask(ME, Request::DeleteKey { key: key("a") }), [(ME, 0i64.to_le_bytes().to_vec())]);
+}
+
+#[test]
+fn numbers_are_text_and_read_as_leniently_as_torch_reads_them() {
+    let mut store = Store::default();
+    assert_eq!(store.add("n", -7), -7);
+    assert_eq!(store.get("n"), sized(b"-7"));
+    store.set("n", b" 12abc");
+    assert_eq!(store.add("n", 1), 13);
+    store.set("n", i64::MAX.to_string().as_bytes());
+    assert_eq!(store.add("n", 1), i64::MIN);
+    for nonsense in [&b""[..], b"x", b"-", b"99999999999999999999"] {
+        store.set("n", nonsense);
+        let refused = store.0.apply(ME, Request::Add { key: key("n"), delta: 1 }, &mut Vec::new());
+        assert_eq!(refused, Err(Misuse::NotANumber("n".into())), "{nonsense:?}");
+    }
+}
+
+#[test]
+fn compare_set_has_its_oddities() {
+    let mut store = Store::default();
+    let compare_set = |store: &mut Store, expected: &[u8], desired: &[u8]| {
+        let (expected, desired) = (expected.to_vec(), desired.to_vec());
+        store.ask(ME, Request::CompareSet { key: key("c"), expected, desired })
+    };
+    assert_eq!(compare_set(&mut store, b"other", b"new"), [(ME, sized(b"other"))], "says it is there");
+    assert_eq!(store.ask(ME, Request::Check { keys: keys(&["c"]) }), [(ME, vec![1])], "but it is not");
+    assert_eq!(compare_set(&mut store, b"", b"first"), [(ME, sized(b"first"))]);
+    assert_eq!(compare_set(&mut store, b"wrong", b"second"), [(ME, sized(b"first"))]);
+    assert_eq!(compare_set(&mut store, b"first", b"second"), [(ME, sized(b"second"))]);
+}
+
+#[test]
+fn who_waits_is_told_when_everything_is_there() {
+    let mut store = Store::default();
+    assert_eq!(store.wait(ME, &[]), [(ME, vec![0])]);
+    assert_eq!(store.wait(ME, &["a", "b", "a"]), []);
+    assert_eq!(store.set("b", b""), []);
+    assert_eq!(store.set("a", b""), [(ME, vec![0])]);
+    assert_eq!(store.set("a", b"again"), []);
+    assert_eq!(store.wait(ME, &["a", "b"]), [(ME, vec![0])]);
+}
+
+#[test]
+fn a_wait_can_be_given_up_and_overtaken() {
+    let mut store = Store::default();
+    store.wait(ME, &["a"]);
+    assert_eq!(store.ask(ME, Request::Ping { nonce: 7 }), [(ME, vec![7, 0, 0, 0])], "meanwhile");
+    assert_eq!(store.ask(ME, Request::CancelWait), [(ME, vec![1])]);
+    assert_eq!(store.set("a", b""), [], "nobody waits any more");
+    assert_eq!(store.ask(ME, Request::CancelWait), [(ME, vec![1])], "always answered");
+    // The answer and the cancellation have crossed: both are told.
+    store.wait(ME, &["b"]);
+    assert_eq!(store.set("b", b""), [(ME, vec![0])]);
+    assert_eq!(store.ask(ME, Request::CancelWait), [(ME, vec![1])]);
+    store.wait(ME, &["c"]);
+    store.0.forget(ME);
+    assert_eq!(store.set("c", b""), [], "who is gone is told nothing");
+}
+
+#[test]
+fn queues_wake_one_and_are_there_as_long_as_they_hold_something() {
+    let mut store = Store::default();
+    let push =
+        |store: &mut Store, value: &[u8]| store.ask(YOU, Request::QueuePush { key: key("q"), value: value.into() });
+    let pop = |store: &mut Store| store.ask(ME, Request::QueuePop { key: key("q") }).remove(0).1;
+    let length = |length: i64| length.to_le_bytes().to_vec();
+    assert_eq!(pop(&mut store), length(0));
+    store.wait(ME, &["q"]);
+    store.wait(3, &["q"]);
+    assert_eq!(push(&mut store, b"x"), [(ME, vec![0])]);
+    assert_eq!(push(&mut store, b"y"), [(3, vec![0])]);
+    assert_eq!(store.ask(ME, Request::QueueLen { key: key("q") }), [(ME, length(2))]);
+    assert_eq!(store.ask(ME, Request::Check { keys: keys(&["q"]) }), [(ME, vec![0])]);
+    assert_eq!(store.ask(ME, Request::GetNumKeys), [(ME, length(0))]);
+    assert_eq!(store.ask(ME, Request::ListKeys), [(ME, length(0))]);
+    assert_eq!(pop(&mut store), [length(2), sized(b"x")].concat());
+    assert_eq!(pop(&mut store), [length(1), sized(b"y")].concat());
+    assert_eq!(store.ask(ME, Request::Check { keys: keys(&["q"]) }), [(ME, vec![1])]);
+}
+
+#[test]
+fn a_barrier_opens_for_all_and_keeps_its_counter() {
+    let mut store = Store::default();
+    let enter = |store: &mut Store, peer: Peer| store.ask(peer, Request::Barrier { key: key("b"), world_size: 2 });
+    store.wait(9, &["b"]);
+    assert_eq!(enter(&mut store, ME), [], "neither it nor who waits for the key is told");
+    let opened = enter(&mut store, YOU);
+    assert!(opened.contains(&(ME, vec![0])) && opened.contains(&(YOU, vec![0])));
+    assert_eq!(enter(&mut store, ME), [(ME, vec![0])], "the third passes at once");
+    assert_eq!(store.get("b"), sized(b"3"));
+}
+
+#[test]
+fn who_leaves_a_barrier_has_been_there() {
+    for leave in [|store: &mut Store| drop(store.ask(ME, Request::CancelWait)), |store: &mut Store| store.0.forget(ME)]
+    {
+        let mut store = Store::default();
+        store.ask(ME, Request::Barrier { key: key("b"), world_size: 2 });
+        leave(&mut store);
+        assert_eq!(store.ask(YOU, Request::Barrier { key: key("b"), world_size: 2 }), [(YOU, vec![0])]);
+    }
+}

@@ -1,0 +1,198 @@
+//! `RendezvousClient` and what it tells.
+
+use std::os::fd::{AsRawFd, RawFd};
+
+use ferroelastic_core::rendezvous;
+use ferroelastic_core::rendezvous::member::{self, Call, Failure};
+use ferroelastic_core::rendezvous::message::{self, Introduction, Kind, PROTOCOL};
+use pyo3::prelude::*;
+
+use crate::convert::span;
+use crate::errors::{detached, to_python};
+use crate::group::waited;
+
+/// A place in a round.
+#[pyclass(frozen, get_all, module = "ferroelastic._rust")]
+#[derive(Clone)]
+pub(crate) struct Place {
+    round: u64,
+    group_rank: u64,
+    group_world_size: u64,
+    first_rank: u64,
+    world_size: u64,
+    first_role_rank: u64,
+    role_world_size: u64,
+    address: Option<String>,
+    failures: u64,
+    membership_changes: u64,
+    cause: Option<Cause>,
+}
+
+impl From<message::Place> for Place {
+    fn from(place: message::Place) -> Self {
+        Self {
+            round: place.round,
+            group_rank: place.group_rank,
+            group_world_size: place.group_world_size,
+            first_rank: place.first_rank,
+            world_size: place.world_size,
+            first_role_rank: place.first_role_rank,
+            role_world_size: place.role_world_size,
+            address: place.address,
+            failures: place.failures,
+            membership_changes: place.membership_changes,
+            cause: place.cause.map(Cause::from),
+        }
+    }
+}
+
+/// Why a round ended.
+#[pyclass(frozen, get_all, module = "ferroelastic._rust")]
+#[derive(Clone)]
+pub(crate) struct Cause {
+    kind: &'static str,
+    node: String,
+    at_ns: Option<u64>,
+    text: String,
+}
+
+impl From<message::Cause> for Cause {
+    fn from(cause: message::Cause) -> Self {
+        let kind = match cause.kind {
+            Kind::Failure => "failure",
+            Kind::Membership => "membership",
+        };
+        Self { kind, node: cause.node, at_ns: cause.at_ns, text: cause.text }
+    }
+}
+
+/// How an agent stands.
+#[pyclass(frozen, get_all, module = "ferroelastic._rust")]
+pub(crate) struct Standing {
+    state: &'static str,
+    place: Option<Place>,
+    cause: Option<Cause>,
+    text: String,
+}
+
+impl From<member::Standing> for Standing {
+    fn from(standing: member::Standing) -> Self {
+        use member::Standing as S;
+
+        let (place, cause) = match &standing {
+            S::Placed(place) => (Some(place.clone()), None),
+            S::Over(place, cause) => (Some(place.clone()), Some(cause.clone())),
+            _ => (None, None),
+        };
+        let (state, text) = match standing {
+            S::Idle => ("idle", String::new()),
+            S::Joining => ("joining", String::new()),
+            S::Placed(_) => ("placed", String::new()),
+            S::Over(_, cause) => ("over", cause.text),
+            S::Released => ("released", String::new()),
+            S::Closed { text, is_spare: false } => ("closed", text),
+            S::Closed { text, is_spare: true } => ("spare", text),
+            S::Failed(Failure::TimedOut(text)) => ("timed out", text),
+            S::Failed(Failure::Unreachable(text)) => ("unreachable", text),
+            S::Failed(Failure::Refused(text)) => ("refused", text),
+        };
+        Self { state, place: place.map(Place::from), cause: cause.map(Cause::from), text }
+    }
+}
+
+/// An agent's membership in a rendezvous.
+#[pyclass(frozen, module = "ferroelastic._rust")]
+pub(crate) struct RendezvousClient(rendezvous::Client);
+
+#[pymethods]
+impl RendezvousClient {
+    #[new]
+    #[pyo3(signature = (host, port, run_id, *, min_nodes=1, max_nodes=1, name=None, node_rank=None, is_host=false,
+        connect_timeout_s=60.0))]
+    #[expect(clippy::too_many_arguments, reason = "keywords in Python")]
+    fn new(
+        py: Python<'_>,
+        host: &str,
+        port: u16,
+        run_id: String,
+        min_nodes: u32,
+        max_nodes: u32,
+        name: Option<String>,
+        node_rank: Option<u32>,
+        is_host: bool,
+        connect_timeout_s: f64,
+    ) -> PyResult<Self> {
+        let connect_timeout = span("connect_timeout_s", connect_timeout_s)?;
+        let settings = member::Settings { endpoint: format!("{host}:{port}"), connect_timeout, is_host };
+        let (pid, nodes) = (std::process::id(), (min_nodes, max_nodes));
+        let name = name.unwrap_or_default();
+        let who = Introduction { protocol: PROTOCOL, run_id, name, pid, is_host, nodes, node_rank };
+        detached(py, || rendezvous::Client::start(host, port, who, settings)).map(Self)
+    }
+
+    fn join(&self, py: Python<'_>, role: String, local_world_size: u64, timeout_s: f64) -> PyResult<()> {
+        let timeout = span("timeout_s", timeout_s)?;
+        self.call(py, Call::Join { role, local_world_size, timeout })
+    }
+
+    fn fail(&self, py: Python<'_>, at_ns: u64, text: String, is_final: bool) -> PyResult<()> {
+        self.call(py, Call::Failed { at_ns, text, is_final })
+    }
+
+    fn finish(&self, py: Python<'_>) -> PyResult<()> {
+        self.call(py, Call::Finished)
+    }
+
+    fn end(&self, py: Python<'_>, text: String) -> PyResult<()> {
+        self.call(py, Call::Close(text))
+    }
+
+    fn leave(&self, py: Python<'_>, text: String) -> PyResult<()> {
+        self.call(py, Call::Leave(text))
+    }
+
+    fn standing(&self, py: Python<'_>) -> PyResult<Standing> {
+        self.0.standing().map(Standing::from).map_err(|error| to_python(py, error))
+    }
+
+    #[getter]
+    fn generation(&self, py: Python<'_>) -> PyResult<u64> {
+        self.0.generation().map_err(|error| to_python(py, error))
+    }
+
+    #[getter]
+    fn alarm_fd(&self) -> RawFd {
+        self.0.alarm().as_raw_fd()
+    }
+
+    #[getter]
+    fn address(&self) -> Option<String> {
+        self.0.address().map(|address| address.to_string())
+    }
+
+    fn take_remarks(&self) -> Vec<String> {
+        self.0.take_remarks()
+    }
+
+    #[pyo3(signature = (generation, timeout_s=None, wake_fd=None, news_fd=None))]
+    fn wait(
+        &self,
+        py: Python<'_>,
+        generation: u64,
+        timeout_s: Option<f64>,
+        wake_fd: Option<RawFd>,
+        news_fd: Option<RawFd>,
+    ) -> PyResult<&'static str> {
+        waited(py, timeout_s, [wake_fd, news_fd], |timeout, others| self.0.wait(generation, timeout, others))
+    }
+
+    fn close(&self, py: Python<'_>) -> PyResult<()> {
+        detached(py, || self.0.close())
+    }
+}
+
+impl RendezvousClient {
+    fn call(&self, py: Python<'_>, call: Call) -> PyResult<()> {
+        detached(py, || self.0.call(call))
+    }
+}

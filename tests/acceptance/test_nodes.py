@@ -1,0 +1,283 @@
+"""Jobs on two nodes: whatever happens to one, the other hears of it, and the training comes to its end with the right loss."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from tests.conftest import eventually
+from tests.faults.harness import FERRORUN, LONG_S, Job, Launcher, free_port
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytest.importorskip("torch")
+
+TALK = str(Path(__file__).with_name("talk.py"))
+DEATHS = 4
+PATIENCE_S = 150.0
+LINK = "link0"
+
+
+def flags(port: int, nodes: str = "2", conf: str = "") -> tuple[str, ...]:
+    options = ("--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=job", f"--nnodes={nodes}")
+    return (*FERRORUN, *options, *((f"--rdzv-conf={conf}",) if conf else ()))
+
+
+def results(*agents: Job) -> list[dict[str, Any]]:
+    return [json.loads(line) for agent in agents for line in agent.output.decode().splitlines() if line.startswith("{")]
+
+
+@pytest.fixture(scope="module")
+def right_loss(tmp_path_factory: pytest.TempPathFactory) -> float:
+    """The loss of a training that nobody disturbs, of one process."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    # With deaths that have happened: so it takes as many steps.
+    for number in range(DEATHS):
+        (folder / f"death.{number}").touch()
+    port = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "RANK": "0", "WORLD_SIZE": "1"}
+    env = {**os.environ, **port, "DIR": str(folder), "TORCHELASTIC_RESTART_COUNT": "0"}
+    done = subprocess.run([sys.executable, TALK, "step", "0", str(DEATHS)], env=env, check=True, stdout=subprocess.PIPE)
+    loss: float = json.loads(done.stdout)["loss"]
+    return loss
+
+
+@pytest.mark.parametrize(("way", "victim"), [("step", -1), ("idle", -1), ("step", 0), ("idle", 0)])
+def test_every_restart_comes_back(launch: Launcher, right_loss: float, way: str, victim: int) -> None:
+    port = free_port()
+    agents = [
+        launch(f"--max-restarts={DEATHS}", TALK, way, str(victim), str(DEATHS), launcher=flags(port)) for _ in range(2)
+    ]
+    assert [agent.end(timeout_s=PATIENCE_S) for agent in agents] == [0, 0], [agent.story for agent in agents]
+    (result,) = results(*agents)
+    assert result == {"loss": pytest.approx(right_loss, rel=1e-4), "size": 4, "attempt": DEATHS}
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_the_job_goes_on_without_an_agent_that_is_gone(launch: Launcher, how: signal.Signals) -> None:
+    """Its peers wait for ever, outside of any operation: only an agent can tell them."""
+    port = free_port()
+    script = launch.write("wait.py", WAIT)
+    conf = "last_call_timeout=1"
+    host, other = (
+        launch("--max-restarts=0", script, launcher=flags(port, "1:2", f"{conf},is_host={is_host}"))
+        for is_host in (1, 0)
+    )
+    assert host.lines(2) == ["0 of 4", "1 of 4"]
+    assert other.lines(2) == ["2 of 4", "3 of 4"]
+    other.send(how)
+    assert host.lines(2) == ["0 of 2", "1 of 2"], host.story
+    assert other.end() in (128 + how, -how)
+    host.send(signal.SIGINT)
+    assert host.end() == 128 + signal.SIGINT
+
+
+WAIT = """
+import os, select
+os.write(1, "{RANK} of {WORLD_SIZE}\\n".format(**os.environ).encode())  # at once: ranks share the pipe
+select.select([], [], [])
+"""
+
+
+def test_a_node_that_comes_late_takes_part(launch: Launcher) -> None:
+    port = free_port()
+    script = launch.write("wait.py", WAIT)
+    host = launch("--max-restarts=0", script, launcher=flags(port, "1:2", "last_call_timeout=1,is_host=1"))
+    assert host.lines(2) == ["0 of 2", "1 of 2"]
+    late = launch("--max-restarts=0", script, launcher=flags(port, "1:2", "is_host=0"))
+    assert host.lines(2) == ["0 of 4", "1 of 4"]
+    assert late.lines(2) == ["2 of 4", "3 of 4"]
+    assert "joins; will restart worker group" in host.errors
+    host.send(signal.SIGTERM)
+    assert host.end() == 128 + signal.SIGTERM
+    # The host is gone, and says so before.
+    assert late.end() == 1
+    assert "it hosts the rendezvous, and left: its agent was ended by SIGTERM" in late.errors
+
+
+def test_the_loss_of_the_host_ends_the_job_with_a_clear_cause(launch: Launcher) -> None:
+    port = free_port()
+    script = launch.write("wait.py", WAIT)
+    host, other = (launch(script, launcher=flags(port, "2", f"is_host={is_host}")) for is_host in (1, 0))
+    other.lines(2)
+    host.send(signal.SIGKILL)
+    assert other.end() == 1
+    assert f"the agent that hosted the rendezvous at 127.0.0.1:{port} is gone" in other.errors
+    host.end()
+
+
+def test_the_last_failure_ends_the_job_on_all_nodes(launch: Launcher) -> None:
+    port = free_port()
+    script = launch.write(
+        "fail.py", "import os, select, sys\nsys.exit(7) if os.environ['RANK'] == '3' else select.select([], [], [])"
+    )
+    host, other = (launch(script, launcher=flags(port, "2", f"is_host={is_host}")) for is_host in (1, 0))
+    assert other.end() == 7
+    assert host.end() == 1
+    assert "exited with code 7 on 127.0.0.1, and no restart is left" in host.errors
+
+
+def test_the_number_of_the_restart_is_the_same_on_all_nodes(launch: Launcher) -> None:
+    """Ranks of both nodes fail in turn: to each agent it is its first failure."""
+    script = """
+import os, select, sys
+attempt, rank = os.environ["TORCHELASTIC_RESTART_COUNT"], os.environ["RANK"]
+print(attempt, flush=True)
+if attempt == "2":
+    sys.exit(0)
+if rank == {"0": "0", "1": "1"}[attempt]:
+    sys.exit(1)
+select.select([], [], [])
+"""
+    port = free_port()
+    path = launch.write("turns.py", script)
+    agents = [launch("--max-restarts=2", path, launcher=flags(port), nproc=1) for _ in range(2)]
+    assert [agent.end() for agent in agents] == [0, 0], [agent.story for agent in agents]
+    assert [agent.output.decode().split() for agent in agents] == [["0", "1", "2"]] * 2
+
+
+def test_a_spare_takes_over(launch: Launcher) -> None:
+    port = free_port()
+    script = launch.write("wait.py", WAIT)
+    host, other = (launch(script, launcher=flags(port, "2", f"is_host={is_host}")) for is_host in (1, 0))
+    other.lines(2)
+    spare = launch(script, launcher=flags(port, "2", "is_host=0"))
+    assert eventually(lambda: "waits as a spare" in host.errors, LONG_S), host.story
+    other.send(signal.SIGKILL)
+    assert spare.lines(2) == ["2 of 4", "3 of 4"], (host.story, spare.story)
+    host.send(signal.SIGTERM)
+    assert host.end() == 128 + signal.SIGTERM
+    assert spare.end() == 1
+    other.end()
+
+
+SAY = """
+import os
+os.write(1, "{RANK} {MASTER_ADDR} {MASTER_PORT}\\n".format(**os.environ).encode())
+"""
+
+
+def test_static_nodes_meet_by_their_ranks(launch: Launcher) -> None:
+    port = free_port()
+    script = launch.write("say.py", SAY)
+    address = ("--nnodes=2", "--master-addr=127.0.0.1", f"--master-port={port}")
+    agents = [launch(f"--node-rank={rank}", script, launcher=(*FERRORUN, *address)) for rank in (1, 0)]
+    assert [agent.end() for agent in agents] == [0, 0], [agent.story for agent in agents]
+    said = [sorted(agent.output.decode().splitlines()) for agent in agents]
+    assert said == [[f"{rank} 127.0.0.1 {port}" for rank in ranks] for ranks in ((2, 3), (0, 1))]
+
+
+@pytest.mark.parametrize("hosting", ["torchrun", "ferrorun"])
+@pytest.mark.parametrize("backend", ["c10d", "static"])
+def test_agents_of_torchrun_and_ferrorun_do_not_mix_and_say_so(launch: Launcher, hosting: str, backend: str) -> None:
+    port = free_port()
+    torchrun = (sys.executable, "-m", "torch.distributed.run")
+    sides = {"torchrun": torchrun, "ferrorun": FERRORUN}
+    script = launch.write("wait.py", WAIT)
+
+    def start(side: str, *, is_host: bool) -> Job:
+        if backend == "static":
+            rank = 0 if is_host else 1
+            options: tuple[str, ...] = ("--master-addr=127.0.0.1", f"--master-port={port}", f"--node-rank={rank}")
+        else:
+            options = ("--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=job")
+            options += (f"--rdzv-conf=is_host={int(is_host)}",)
+        return launch(script, launcher=(*sides[side], "--nnodes=2", *options))
+
+    joining = "ferrorun" if hosting == "torchrun" else "torchrun"
+    host = start(hosting, is_host=True)
+    guest = start(joining, is_host=False)
+    assert guest.end() == 1, guest.story
+    if joining == "ferrorun":
+        assert "is a TCPStore of torch: a torchrun hosts it" in guest.errors
+    else:
+        if backend == "c10d":
+            assert "this endpoint is served by ferrorun, which torchrun cannot join" in guest.errors
+        else:
+            assert "DistNetworkError" in guest.errors
+        assert eventually(lambda: "an agent of torchrun from 127.0.0.1 tried to join" in host.errors, LONG_S), (
+            host.story
+        )
+    host.send(signal.SIGTERM)
+    host.end()
+
+
+# ---- over a network
+
+
+@pytest.fixture
+def network() -> Iterator[tuple[str, str]]:
+    """Two network namespaces with a link between them."""
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        pytest.skip("takes root and iproute2")
+    mark = uuid.uuid4().hex[:6]
+    names = (f"ferro-{mark}-a", f"ferro-{mark}-b")
+    try:
+        for name in names:
+            ip("netns", "add", name)
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"no network namespace to be had: {error.stderr.decode().strip()}")
+    try:
+        ip("link", "add", f"fa{mark}", "type", "veth", "peer", "name", f"fb{mark}")
+        for name, end, address in zip(names, ("fa", "fb"), ("10.83.0.1", "10.83.0.2"), strict=True):
+            ip("link", "set", f"{end}{mark}", "netns", name)
+            ip("-n", name, "link", "set", f"{end}{mark}", "name", LINK)
+            ip("-n", name, "addr", "add", f"{address}/24", "dev", LINK)
+            ip("-n", name, "link", "set", LINK, "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], check=False, stderr=subprocess.DEVNULL)
+
+
+def ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, stderr=subprocess.PIPE)
+
+
+def on_network(network: tuple[str, str], nodes: str, conf: str) -> list[tuple[str, ...]]:
+    address = ("--rdzv-backend=c10d", "--rdzv-endpoint=10.83.0.1:29400", "--rdzv-id=job", f"--nnodes={nodes}")
+    return [("ip", "netns", "exec", name, *FERRORUN, *address, f"--rdzv-conf={conf}") for name in network]
+
+
+def test_nodes_on_a_network_come_back(launch: Launcher, network: tuple[str, str], right_loss: float) -> None:
+    env = {"GLOO_SOCKET_IFNAME": LINK}
+    agents = [
+        launch(f"--max-restarts={DEATHS}", TALK, "step", "-1", str(DEATHS), launcher=launcher, env=env)
+        for launcher in on_network(network, "2", "last_call_timeout=1")
+    ]
+    assert [agent.end(timeout_s=PATIENCE_S) for agent in agents] == [0, 0], [agent.story for agent in agents]
+    (result,) = results(*agents)
+    assert result == {"loss": pytest.approx(right_loss, rel=1e-4), "size": 4, "attempt": DEATHS}
+
+
+def test_a_node_whose_link_is_down_is_lost_and_comes_back_with_its_link(
+    launch: Launcher, network: tuple[str, str]
+) -> None:
+    script = launch.write("wait.py", WAIT)
+    near, far = (
+        launch("--max-restarts=0", script, launcher=launcher)
+        for launcher in on_network(network, "1:2", "last_call_timeout=1,heartbeat_timeout=2")
+    )
+    assert near.lines(2) == ["0 of 4", "1 of 4"]
+    far.lines(2)
+    ip("-n", network[1], "link", "set", LINK, "down")
+    assert near.lines(2) == ["0 of 2", "1 of 2"], near.story
+    assert "was lost: it was silent for 2.0 s" in near.errors
+    assert eventually(lambda: "the connection to the rendezvous at 10.83.0.1:29400 was lost" in far.errors, LONG_S), (
+        far.story
+    )
+    ip("-n", network[1], "link", "set", LINK, "up")
+    assert near.lines(2) == ["0 of 4", "1 of 4"], near.story
+    assert far.lines(2) == ["2 of 4", "3 of 4"], far.story
+    near.send(signal.SIGTERM)
+    assert near.end() == 128 + signal.SIGTERM
+    assert far.end() == 1
