@@ -31,6 +31,12 @@ const ACCEPTED_PER_TURN: usize = 256;
 /// A connection whose replies are not taken is not read from beyond this.
 const MOST_UNSENT: usize = 1 << 20;
 
+/// What is said to a connection before the others have their turn.
+const REPLIED_PER_TURN: usize = 4 << 20;
+
+/// Room for replies that a connection keeps when all are sent: there may be thousands that are idle.
+const KEPT_ROOM: usize = 1024;
+
 /// A store that clients of `TCPStore` can use, and a rendezvous at the same port, on a thread of their own. Ends when it is dropped.
 #[derive(Debug)]
 pub struct StoreServer {
@@ -105,6 +111,14 @@ pub(super) struct Connection {
 impl Connection {
     fn unsent(&self) -> usize {
         self.output.len() - self.sent
+    }
+
+    fn reply(&mut self, bytes: Vec<u8>) {
+        if self.output.is_empty() && bytes.len() > self.output.capacity() {
+            self.output = bytes;
+        } else {
+            self.output.extend_from_slice(&bytes);
+        }
     }
 
     pub(super) fn is_agent(&self) -> bool {
@@ -288,9 +302,13 @@ impl Worker {
 
     /// Serves the requests of a connection that are complete, for as long as it takes the replies.
     fn understand(&mut self, peer: Peer) {
+        let mut replied = 0;
         while let Some(connection) = self.connections.get_mut(&peer)
             && connection.unsent() < MOST_UNSENT
         {
+            if replied > REPLIED_PER_TURN {
+                return self.postpone(peer);
+            }
             let Protocol::Store(decoder) = &mut connection.protocol else { break };
             let served = match decoder.next() {
                 Ok(Some(Request::Upgrade)) => {
@@ -305,7 +323,8 @@ impl Worker {
             };
             for Reply { peer, bytes } in self.replies.drain(..) {
                 if let Some(connection) = self.connections.get_mut(&peer) {
-                    connection.output.extend_from_slice(&bytes);
+                    replied += bytes.len();
+                    connection.reply(bytes);
                     self.to_flush.push(peer);
                 }
             }
@@ -318,6 +337,19 @@ impl Worker {
             }
         }
         self.flush();
+    }
+
+    /// Goes on with a connection when the poller says that there is room for more, in turn with the others.
+    fn postpone(&mut self, peer: Peer) {
+        self.flush();
+        if let Some(connection) = self.connections.get_mut(&peer)
+            && connection.interest == Interest::Readable
+        {
+            connection.interest = Interest::Writable;
+            if self.poller.modify(&connection.stream, peer, Interest::Writable).is_err() {
+                self.end(peer);
+            }
+        }
     }
 
     pub(super) fn flush(&mut self) {
@@ -338,7 +370,7 @@ impl Worker {
                 Interest::Writable
             } else {
                 connection.output.clear();
-                connection.output.shrink_to(CHUNK);
+                connection.output.shrink_to(KEPT_ROOM);
                 connection.sent = 0;
                 Interest::Readable
             };

@@ -27,6 +27,9 @@ impl Default for Limits {
     }
 }
 
+/// Room for the bytes to come that is kept when all have been understood: there may be thousands of connections that are idle.
+const KEPT_ROOM: usize = 1024;
+
 /// A key as it is stored: with the prefixes that clients give it.
 pub type Key = Box<[u8]>;
 /// A value.
@@ -200,6 +203,15 @@ impl Decoder {
         self.buffer.split_off(self.used)
     }
 
+    /// Gives back the room of bytes that were all understood.
+    fn settle(&mut self) {
+        if self.used == self.buffer.len() {
+            self.buffer.clear();
+            self.buffer.shrink_to(KEPT_ROOM);
+            self.used = 0;
+        }
+    }
+
     /// The next request; `None` until more bytes have come.
     #[expect(clippy::should_implement_trait, reason = "not an iterator: there may be more after None")]
     pub fn next(&mut self) -> Result<Option<Request>, Refusal> {
@@ -210,7 +222,10 @@ impl Decoder {
             Some(partial) => partial,
             None => match self.take_array::<1>() {
                 Some([opcode]) => Partial { opcode, ..Partial::default() },
-                None => return Ok(None),
+                None => {
+                    self.settle();
+                    return Ok(None);
+                }
             },
         };
         let request = self.arguments(&mut partial)?;
