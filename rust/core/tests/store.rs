@@ -299,13 +299,13 @@ fn what_is_pushed_is_for_who_can_go_on_with_it() {
 fn who_gives_up_after_naming_a_key_often_is_forgotten_at_once() {
     let mut store = Store::default();
     let often = vec!["k"; 100_000];
-    for peer in 0..50 {
+    for peer in 0..4 {
         store.wait(peer, &often);
     }
-    for peer in 0..49 {
+    for peer in 0..3 {
         store.0.forget(peer);
     }
-    assert_eq!(store.set("k", b""), [(49, vec![0])]);
+    assert_eq!(store.set("k", b""), [(3, vec![0])]);
 }
 
 #[test]

@@ -218,15 +218,12 @@ impl Decoder {
         if !self.is_validated && !self.validate()? {
             return Ok(None);
         }
-        let mut partial = match self.partial.take() {
-            Some(partial) => partial,
-            None => match self.take_array::<1>() {
-                Some([opcode]) => Partial { opcode, ..Partial::default() },
-                None => {
-                    self.settle();
-                    return Ok(None);
-                }
-            },
+        if self.partial.is_none() {
+            self.partial = self.take_array::<1>().map(|[opcode]| Partial { opcode, ..Partial::default() });
+        }
+        let Some(mut partial) = self.partial.take() else {
+            self.settle();
+            return Ok(None);
         };
         let request = self.arguments(&mut partial)?;
         if request.is_none() {
