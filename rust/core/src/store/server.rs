@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use super::agents::Agents;
 pub use super::state::Peer;
 use super::state::{Reply, State};
-use super::wire::{Decoder, Limits, Request};
+use super::wire::{Decoder, Limits, Request, empty};
 use crate::error::{Error, Result};
 use crate::rendezvous::rounds::{Event, Settings};
 use crate::sys::net::{Listener, Stream};
@@ -33,9 +33,6 @@ const MOST_UNSENT: usize = 1 << 20;
 
 /// What is said to a connection before the others have their turn.
 const REPLIED_PER_TURN: usize = 4 << 20;
-
-/// Room for replies that a connection keeps when all are sent: there may be thousands that are idle.
-const KEPT_ROOM: usize = 1024;
 
 /// A store that clients of `TCPStore` can use, and a rendezvous at the same port, on a thread of their own. Ends when it is dropped.
 #[derive(Debug)]
@@ -369,8 +366,7 @@ impl Worker {
             let interest = if connection.unsent() > 0 {
                 Interest::Writable
             } else {
-                connection.output.clear();
-                connection.output.shrink_to(KEPT_ROOM);
+                empty(&mut connection.output);
                 connection.sent = 0;
                 Interest::Readable
             };

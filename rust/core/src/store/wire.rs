@@ -27,7 +27,7 @@ impl Default for Limits {
     }
 }
 
-/// Room for the bytes to come that is kept when all have been understood: there may be thousands of connections that are idle.
+/// Room for bytes to come, or to be sent, that a connection keeps while there are none: thousands of them may be idle.
 const KEPT_ROOM: usize = 1024;
 
 /// A key as it is stored: with the prefixes that clients give it.
@@ -206,8 +206,7 @@ impl Decoder {
     /// Gives back the room of bytes that were all understood.
     fn settle(&mut self) {
         if self.used == self.buffer.len() {
-            self.buffer.clear();
-            self.buffer.shrink_to(KEPT_ROOM);
+            empty(&mut self.buffer);
             self.used = 0;
         }
     }
@@ -371,6 +370,15 @@ impl Decoder {
         let array = *self.buffer[self.used..].first_chunk()?;
         self.used += N;
         Some(array)
+    }
+}
+
+/// Empties a buffer of a connection. A large one is given back, and not cut short: what is left would keep its place from being used.
+pub(super) fn empty(buffer: &mut Vec<u8>) {
+    if buffer.capacity() > KEPT_ROOM {
+        *buffer = Vec::new();
+    } else {
+        buffer.clear();
     }
 }
 
