@@ -313,7 +313,9 @@ impl Worker {
                     return self.upgrade(peer, rest);
                 }
                 Ok(Some(request)) => {
-                    !self.admit(peer, &request) || self.state.apply(peer, request, &mut self.replies).is_ok()
+                    // To look at it may have begun a new round, whose empty store is not for those who knew the former one.
+                    let is_for_us = self.admit(peer, &request) && self.connections.contains_key(&peer);
+                    !is_for_us || self.state.apply(peer, request, &mut self.replies).is_ok()
                 }
                 Ok(None) => break,
                 Err(_) => false,
