@@ -52,3 +52,7 @@ bench-torchrun *options: setup
 # the watchdog side by side with torch's, in one run
 bench-timer *options: setup
     {{ bin }}/python benches/against_torch_timer.py {{ options }}
+
+# the store side by side with torch's, in one run
+bench-store *options: setup
+    {{ bin }}/python benches/against_torch_store.py {{ options }}

@@ -345,6 +345,49 @@ DIFFERENCES: dict[str, Difference] = {
         "does not",
         "the default destination has no listener",
     ),
+    # ---- the store
+    "store-strict-start": Difference(
+        "TCPStore, its server",
+        "serves who does not begin with the protocol's first message, from its second segment on",
+        "closes the connection at once",
+        "whatever scans ports is no client, and its bytes are no requests",
+    ),
+    "store-start-in-pieces": Difference(
+        "TCPStore, its server",
+        "closes a connection whose first message comes in two segments",
+        "takes it however it is cut",
+        "segments are the network's, not the client's",
+    ),
+    "store-wrong-number": Difference(
+        "TCPStore, its server",
+        "closes a connection that begins with a wrong number when more of it comes",
+        "closes it at once",
+        "nobody should wait for an answer that does not come",
+    ),
+    "store-half-a-list": Difference(
+        "TCPStore.multi_set",
+        "sets the keys that have come, also of a client that is gone before it has sent them all, or goes on to break the protocol",
+        "sets all keys or none",
+        "half of an assignment looks like a whole one",
+    ),
+    "store-new-wait": Difference(
+        "TCPStore, its server",
+        "answers a second wait of a connection for a key of the first",
+        "forgets the first wait",
+        "torch's client cancels first; who does not has asked anew",
+    ),
+    "store-filled-queue": Difference(
+        "TCPStore.wait",
+        "waits for a queue that holds something until more is pushed, if a key is missing as well",
+        "waits for the key alone",
+        "what is there need not be waited for",
+    ),
+    "store-woken-queue": Difference(
+        "TCPStore.wait",
+        "tells who once waited for a queue that another key is there when something is pushed to the queue",
+        "tells nobody but who waits for it",
+        "a key is read that is not there",
+    ),
 }
 
 _IMPORTED = "something that torch's module imports for itself; it is to be had where it is defined"

@@ -207,7 +207,7 @@ fn numbers_are_text_and_read_as_leniently_as_torch_reads_them() {
     let mut store = Store::default();
     assert_eq!(store.add("n", -7), -7);
     assert_eq!(store.get("n"), sized(b"-7"));
-    store.set("n", b" 12abc");
+    store.set("n", b" \t\r\n\x0b\x0c12abc");
     assert_eq!(store.add("n", 1), 13);
     store.set("n", i64::MAX.to_string().as_bytes());
     assert_eq!(store.add("n", 1), i64::MIN);
@@ -282,6 +282,33 @@ fn queues_wake_one_and_are_there_as_long_as_they_hold_something() {
 }
 
 #[test]
+fn what_is_pushed_is_for_who_can_go_on_with_it() {
+    let mut store = Store::default();
+    let push = |store: &mut Store| store.ask(YOU, Request::QueuePush { key: key("q"), value: b"x".into() });
+    store.wait(ME, &["q", "k"]);
+    store.wait(3, &["q"]);
+    assert_eq!(push(&mut store), [(3, vec![0])], "the first would leave it there");
+    assert_eq!(store.set("k", b""), [(ME, vec![0])]);
+    store.wait(ME, &["p", "p"]);
+    store.wait(3, &["p"]);
+    let push = Request::QueuePush { key: key("p"), value: b"x".into() };
+    assert_eq!(store.ask(YOU, push), [(ME, vec![0])], "to name it twice is no more");
+}
+
+#[test]
+fn who_gives_up_after_naming_a_key_often_is_forgotten_at_once() {
+    let mut store = Store::default();
+    let often = vec!["k"; 100_000];
+    for peer in 0..4 {
+        store.wait(peer, &often);
+    }
+    for peer in 0..3 {
+        store.0.forget(peer);
+    }
+    assert_eq!(store.set("k", b""), [(3, vec![0])]);
+}
+
+#[test]
 fn a_barrier_opens_for_all_and_keeps_its_counter() {
     let mut store = Store::default();
     let enter = |store: &mut Store, peer: Peer| store.ask(peer, Request::Barrier { key: key("b"), world_size: 2 });
@@ -291,6 +318,8 @@ fn a_barrier_opens_for_all_and_keeps_its_counter() {
     assert!(opened.contains(&(ME, vec![0])) && opened.contains(&(YOU, vec![0])));
     assert_eq!(enter(&mut store, ME), [(ME, vec![0])], "the third passes at once");
     assert_eq!(store.get("b"), sized(b"3"));
+    store.ask(ME, Request::Barrier { key: key("c"), world_size: 2 });
+    assert_eq!(store.set("c", b"7"), [(ME, vec![0])], "it waits for the key");
 }
 
 #[test]

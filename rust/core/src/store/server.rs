@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use super::agents::Agents;
 pub use super::state::Peer;
 use super::state::{Reply, State};
-use super::wire::{Decoder, Limits, Request};
+use super::wire::{Decoder, Limits, Request, empty};
 use crate::error::{Error, Result};
 use crate::rendezvous::rounds::{Event, Settings};
 use crate::sys::net::{Listener, Stream};
@@ -30,6 +30,9 @@ const ACCEPTED_PER_TURN: usize = 256;
 
 /// A connection whose replies are not taken is not read from beyond this.
 const MOST_UNSENT: usize = 1 << 20;
+
+/// What is said to a connection before the others have their turn.
+const REPLIED_PER_TURN: usize = 4 << 20;
 
 /// A store that clients of `TCPStore` can use, and a rendezvous at the same port, on a thread of their own. Ends when it is dropped.
 #[derive(Debug)]
@@ -105,6 +108,14 @@ pub(super) struct Connection {
 impl Connection {
     fn unsent(&self) -> usize {
         self.output.len() - self.sent
+    }
+
+    fn reply(&mut self, bytes: Vec<u8>) {
+        if self.output.is_empty() && bytes.len() > self.output.capacity() {
+            self.output = bytes;
+        } else {
+            self.output.extend_from_slice(&bytes);
+        }
     }
 
     pub(super) fn is_agent(&self) -> bool {
@@ -288,9 +299,13 @@ impl Worker {
 
     /// Serves the requests of a connection that are complete, for as long as it takes the replies.
     fn understand(&mut self, peer: Peer) {
+        let mut replied = 0;
         while let Some(connection) = self.connections.get_mut(&peer)
             && connection.unsent() < MOST_UNSENT
         {
+            if replied > REPLIED_PER_TURN {
+                return self.postpone(peer);
+            }
             let Protocol::Store(decoder) = &mut connection.protocol else { break };
             let served = match decoder.next() {
                 Ok(Some(Request::Upgrade)) => {
@@ -298,14 +313,17 @@ impl Worker {
                     return self.upgrade(peer, rest);
                 }
                 Ok(Some(request)) => {
-                    !self.admit(peer, &request) || self.state.apply(peer, request, &mut self.replies).is_ok()
+                    // To look at it may have begun a new round, whose empty store is not for those who knew the former one.
+                    let is_for_us = self.admit(peer, &request) && self.connections.contains_key(&peer);
+                    !is_for_us || self.state.apply(peer, request, &mut self.replies).is_ok()
                 }
                 Ok(None) => break,
                 Err(_) => false,
             };
             for Reply { peer, bytes } in self.replies.drain(..) {
                 if let Some(connection) = self.connections.get_mut(&peer) {
-                    connection.output.extend_from_slice(&bytes);
+                    replied += bytes.len();
+                    connection.reply(bytes);
                     self.to_flush.push(peer);
                 }
             }
@@ -318,6 +336,19 @@ impl Worker {
             }
         }
         self.flush();
+    }
+
+    /// Goes on with a connection when the poller says that there is room for more, in turn with the others.
+    fn postpone(&mut self, peer: Peer) {
+        self.flush();
+        if let Some(connection) = self.connections.get_mut(&peer)
+            && connection.interest == Interest::Readable
+        {
+            connection.interest = Interest::Writable;
+            if self.poller.modify(&connection.stream, peer, Interest::Writable).is_err() {
+                self.end(peer);
+            }
+        }
     }
 
     pub(super) fn flush(&mut self) {
@@ -337,8 +368,7 @@ impl Worker {
             let interest = if connection.unsent() > 0 {
                 Interest::Writable
             } else {
-                connection.output.clear();
-                connection.output.shrink_to(CHUNK);
+                empty(&mut connection.output);
                 connection.sent = 0;
                 Interest::Readable
             };

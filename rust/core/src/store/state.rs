@@ -40,11 +40,10 @@ pub enum Misuse {
 /// What a connection waits for.
 #[derive(Debug)]
 struct Waiting {
-    /// Keys that are missing, each as often as it was named.
+    /// How many keys are missing, each counted as often as it was named.
     missing: usize,
+    /// Those keys, each once.
     keys: Vec<Key>,
-    /// A barrier is left when it is full, and not when its counter is set.
-    at_barrier: bool,
 }
 
 /// The contents of a store.
@@ -53,9 +52,8 @@ pub struct State {
     values: HashMap<Key, Value>,
     queues: HashMap<Key, VecDeque<Value>>,
     waiting: HashMap<Peer, Waiting>,
-    /// By key, who waits for it, in the order in which they came.
+    /// By key, who waits for it, in the order in which they came; also who is at the barrier of that name.
     waiters: HashMap<Key, Vec<Peer>>,
-    at_barrier: HashMap<Key, Vec<Peer>>,
     replies: Vec<Reply>,
 }
 
@@ -70,12 +68,11 @@ impl State {
     /// A connection has ended: it waits for nothing any more. The counters of barriers that it has entered stay.
     pub fn forget(&mut self, peer: Peer) {
         let Some(waiting) = self.waiting.remove(&peer) else { return };
-        let registered = if waiting.at_barrier { &mut self.at_barrier } else { &mut self.waiters };
         for key in waiting.keys {
-            if let Some(peers) = registered.get_mut(&key) {
+            if let Some(peers) = self.waiters.get_mut(&key) {
                 peers.retain(|other| *other != peer);
                 if peers.is_empty() {
-                    registered.remove(&key);
+                    self.waiters.remove(&key);
                 }
             }
         }
@@ -101,7 +98,7 @@ impl State {
 
     fn dispatch(&mut self, peer: Peer, request: Request) -> Result<(), Misuse> {
         match request {
-            Request::Set { key, value } => self.set(&key, value),
+            Request::Set { key, value } => self.set(key, value),
             Request::CompareSet { key, expected, desired } => self.compare_set(peer, &key, expected, desired),
             Request::Get { key } => {
                 let value = self.values.get(&key).map_or(&[][..], Vec::as_slice);
@@ -124,8 +121,8 @@ impl State {
                 self.reply(peer, i64::from(existed).to_le_bytes().to_vec());
             }
             Request::Append { key, value } => {
-                self.values.entry(key.clone()).or_default().extend_from_slice(&value);
                 self.wake(&key);
+                self.values.entry(key).or_default().extend_from_slice(&value);
             }
             Request::MultiGet { keys } => {
                 let sizes = keys.iter().map(|key| self.values.get(key).map_or(0, Vec::len));
@@ -133,11 +130,13 @@ impl State {
                 if size > MOST_REPLIED {
                     return Err(Misuse::TooMuch(size));
                 }
-                let values = keys.iter().map(|key| self.values.get(key).map_or(&[][..], Vec::as_slice));
-                let reply = values.flat_map(sized).collect();
+                let mut reply = Vec::with_capacity(size + keys.len() * size_of::<u64>());
+                for key in &keys {
+                    push_sized(&mut reply, self.values.get(key).map_or(&[], Vec::as_slice));
+                }
                 self.reply(peer, reply);
             }
-            Request::MultiSet { pairs } => pairs.into_iter().for_each(|(key, value)| self.set(&key, value)),
+            Request::MultiSet { pairs } => pairs.into_iter().for_each(|(key, value)| self.set(key, value)),
             Request::CancelWait => {
                 self.forget(peer);
                 self.reply(peer, vec![WAIT_CANCELED]);
@@ -151,7 +150,7 @@ impl State {
             Request::QueueLen { key } => self.reply(peer, count(self.queues.get(&key).map_or(0, VecDeque::len))),
             Request::ListKeys => {
                 let mut reply = count(self.values.len());
-                reply.extend(self.values.keys().flat_map(|key| sized(key)));
+                self.values.keys().for_each(|key| push_sized(&mut reply, key));
                 self.reply(peer, reply);
             }
             Request::Barrier { key, world_size } => self.barrier(peer, key, world_size)?,
@@ -161,12 +160,9 @@ impl State {
         Ok(())
     }
 
-    fn set(&mut self, key: &Key, value: Value) {
-        match self.values.get_mut(key) {
-            Some(current) => *current = value,
-            None => drop(self.values.insert(key.clone(), value)),
-        }
-        self.wake(key);
+    fn set(&mut self, key: Key, value: Value) {
+        self.wake(&key);
+        self.values.insert(key, value);
     }
 
     /// A missing key is taken for empty when that is expected. Otherwise the peer is told what it expects to be told, as if it were there.
@@ -212,10 +208,18 @@ impl State {
             self.reply(peer, vec![STOP_WAITING]);
             return;
         }
-        for key in &missing {
+        self.register(peer, missing);
+    }
+
+    fn register(&mut self, peer: Peer, mut keys: Vec<Key>) {
+        for key in &keys {
             self.waiters.entry(key.clone()).or_default().push(peer);
         }
-        self.waiting.insert(peer, Waiting { missing: missing.len(), keys: missing, at_barrier: false });
+        let missing = keys.len();
+        // When the peer gives up, each list of waiters is gone through once, however often the key was named.
+        keys.sort_unstable();
+        keys.dedup();
+        self.waiting.insert(peer, Waiting { missing, keys });
     }
 
     /// A key is there: whoever waits for nothing else may go on.
@@ -225,23 +229,26 @@ impl State {
         }
     }
 
-    /// What was pushed is for one of those who wait.
+    /// What was pushed is for one of those who wait: the first who may go on now. Who waits for more than this would leave it there.
     fn wake_one(&mut self, key: &Key) {
-        let Some(peers) = self.waiters.get_mut(key) else { return };
-        let first = peers.remove(0);
-        if peers.is_empty() {
-            self.waiters.remove(key);
+        let Some(mut peers) = self.waiters.remove(key) else { return };
+        let goes_on = peers.iter().position(|peer| self.found(*peer));
+        peers.drain(..goes_on.map_or(peers.len(), |first| first + 1));
+        if !peers.is_empty() {
+            self.waiters.insert(key.clone(), peers);
         }
-        self.found(first);
     }
 
-    fn found(&mut self, peer: Peer) {
-        let Some(waiting) = self.waiting.get_mut(&peer) else { return };
+    /// A key that a connection waits for is there; whether it has waited for nothing else and was told.
+    fn found(&mut self, peer: Peer) -> bool {
+        let Some(waiting) = self.waiting.get_mut(&peer) else { return false };
         waiting.missing -= 1;
-        if waiting.missing == 0 {
+        let is_all = waiting.missing == 0;
+        if is_all {
             self.forget(peer);
             self.reply(peer, vec![STOP_WAITING]);
         }
+        is_all
     }
 
     fn queue_pop(&mut self, peer: Peer, key: &Key) {
@@ -258,19 +265,15 @@ impl State {
         self.reply(peer, reply);
     }
 
+    /// Who enters waits for the key, which is there as a counter, until the barrier is full or somebody else sets it.
     fn barrier(&mut self, peer: Peer, key: Key, world_size: i64) -> Result<(), Misuse> {
         self.forget(peer);
         if self.add(&key, 1)? < world_size {
-            self.at_barrier.entry(key.clone()).or_default().push(peer);
-            self.waiting.insert(peer, Waiting { missing: 1, keys: vec![key], at_barrier: true });
-            return Ok(());
+            self.register(peer, vec![key]);
+        } else {
+            self.reply(peer, vec![STOP_WAITING]);
+            self.wake(&key);
         }
-        for parked in self.at_barrier.remove(&key).unwrap_or_default() {
-            self.waiting.remove(&parked);
-            self.reply(parked, vec![STOP_WAITING]);
-        }
-        self.reply(peer, vec![STOP_WAITING]);
-        self.wake(&key);
         Ok(())
     }
 
@@ -282,9 +285,13 @@ impl State {
 /// Bytes after their length.
 fn sized(bytes: &[u8]) -> Vec<u8> {
     let mut sized = Vec::with_capacity(size_of::<u64>() + bytes.len());
-    sized.extend_from_slice(&(bytes.len() as u64).to_le_bytes());
-    sized.extend_from_slice(bytes);
+    push_sized(&mut sized, bytes);
     sized
+}
+
+fn push_sized(to: &mut Vec<u8>, bytes: &[u8]) {
+    to.extend_from_slice(&(bytes.len() as u64).to_le_bytes());
+    to.extend_from_slice(bytes);
 }
 
 fn count(count: usize) -> Vec<u8> {
@@ -293,7 +300,9 @@ fn count(count: usize) -> Vec<u8> {
 
 /// As `stoll(3)` reads it: after white space and a sign, as many digits as there are. `None` without a digit, or if it does not fit.
 fn number(text: &[u8]) -> Option<i64> {
-    let text = text.trim_ascii_start();
+    // Rust's white space is without the vertical tab.
+    let start = text.iter().position(|byte| !matches!(byte, b'\t'..=b'\r' | b' '))?;
+    let text = &text[start..];
     let (sign, digits) = match text.split_first()? {
         (b'-', rest) => (-1, rest),
         (b'+', rest) => (1, rest),

@@ -27,6 +27,9 @@ impl Default for Limits {
     }
 }
 
+/// Room for bytes to come, or to be sent, that a connection keeps while there are none: thousands of them may be idle.
+const KEPT_ROOM: usize = 1024;
+
 /// A key as it is stored: with the prefixes that clients give it.
 pub type Key = Box<[u8]>;
 /// A value.
@@ -200,18 +203,26 @@ impl Decoder {
         self.buffer.split_off(self.used)
     }
 
+    /// Gives back the room of bytes that were all understood.
+    fn settle(&mut self) {
+        if self.used == self.buffer.len() {
+            empty(&mut self.buffer);
+            self.used = 0;
+        }
+    }
+
     /// The next request; `None` until more bytes have come.
     #[expect(clippy::should_implement_trait, reason = "not an iterator: there may be more after None")]
     pub fn next(&mut self) -> Result<Option<Request>, Refusal> {
         if !self.is_validated && !self.validate()? {
             return Ok(None);
         }
-        let mut partial = match self.partial.take() {
-            Some(partial) => partial,
-            None => match self.take_array::<1>() {
-                Some([opcode]) => Partial { opcode, ..Partial::default() },
-                None => return Ok(None),
-            },
+        if self.partial.is_none() {
+            self.partial = self.take_array::<1>().map(|[opcode]| Partial { opcode, ..Partial::default() });
+        }
+        let Some(mut partial) = self.partial.take() else {
+            self.settle();
+            return Ok(None);
         };
         let request = self.arguments(&mut partial)?;
         if request.is_none() {
@@ -359,6 +370,15 @@ impl Decoder {
         let array = *self.buffer[self.used..].first_chunk()?;
         self.used += N;
         Some(array)
+    }
+}
+
+/// Empties a buffer of a connection. A large one is given back, and not cut short: what is left would keep its place from being used.
+pub(super) fn empty(buffer: &mut Vec<u8>) {
+    if buffer.capacity() > KEPT_ROOM {
+        *buffer = Vec::new();
+    } else {
+        buffer.clear();
     }
 }
 
