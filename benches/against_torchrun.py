@@ -10,18 +10,20 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from side_by_side import compare
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
@@ -44,6 +46,12 @@ def command(launcher: str, workers: int, *flags: str) -> list[str]:
     return [*LAUNCHERS[launcher], "--standalone", f"--nproc-per-node={workers}", "--no-python", *flags]
 
 
+def joining(launcher: str, port: int, workers: int, *flags: str) -> list[str]:
+    """A node of a job of two."""
+    rendezvous = ("--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=bench", "--nnodes=2")
+    return [*LAUNCHERS[launcher], *rendezvous, f"--nproc-per-node={workers}", "--no-python", *flags]
+
+
 def read_ns(folder: Path, pattern: str) -> dict[str, int]:
     return {path.name: int(path.read_text()) for path in folder.glob(pattern) if path.stat().st_size}
 
@@ -61,14 +69,98 @@ def measure_restarts(launcher: str, program: str, workers: int = 8, failures: in
         )
         signalled, restarted = [], []
         for attempt in range(failures):
-            failed = read_ns(folder, f"failed.{attempt}.*")[f"failed.{attempt}.{workers - 1}"]
+            failed = failed_at(folder, attempt, workers)
             peers = read_ns(folder, f"signalled.{attempt}.*")
-            started = read_ns(folder, f"started.{attempt + 1}.*")
             assert len(peers) == workers - 1, f"{launcher}: {len(peers)} peers were signalled in attempt {attempt}"
-            assert len(started) == workers, f"{launcher}: {len(started)} workers started in attempt {attempt + 1}"
             signalled += [(at - failed) / 1e6 for at in peers.values()]
-            restarted.append((max(started.values()) - failed) / 1e6)
+            restarted.append((all_started_at(folder, attempt + 1, workers) - failed) / 1e6)
     return {"exit to peers signalled, ms": signalled, "exit to all 8 restarted, ms": restarted}
+
+
+def measure_restarts_of_two_nodes(
+    launcher: str, program: str, workers: int = 4, failures: int = 4
+) -> dict[str, list[float]]:
+    """Milliseconds from a worker's exit to the last worker of both nodes starting again."""
+    with tempfile.TemporaryDirectory() as name, socket.socket() as probe:
+        folder = Path(name)
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+        probe.close()  # torchrun binds the port itself
+        node = joining(launcher, port, workers, f"--max-restarts={failures}", program, "worker", name, str(failures))
+        nodes = [
+            subprocess.Popen(node, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            for _ in range(2)
+        ]
+        ends = [node.wait(timeout=120) for node in nodes]
+        assert ends == [0, 0], f"{launcher} ended with {ends}"
+        restarted = [
+            (all_started_at(folder, attempt + 1, 2 * workers) - failed_at(folder, attempt, 2 * workers)) / 1e6
+            for attempt in range(failures)
+        ]
+    return {"exit to all 8 of two nodes restarted, ms": restarted}
+
+
+def failed_at(folder: Path, attempt: int, workers: int) -> int:
+    """When the worker of the last rank failed, on the monotonic clock, in nanoseconds."""
+    name = f"failed.{attempt}.{workers - 1}"
+    return read_ns(folder, name)[name]
+
+
+def all_started_at(folder: Path, attempt: int, workers: int) -> int:
+    """When the last worker of an attempt started, on the monotonic clock, in nanoseconds."""
+    started = read_ns(folder, f"started.{attempt}.*")
+    assert len(started) == workers, f"{len(started)} workers started in attempt {attempt}"
+    return max(started.values())
+
+
+def measure_launch(launcher: str, program: str) -> dict[str, list[float]]:
+    """Milliseconds from the launcher's start to the first instruction of its worker, and to its own end when that worker is done."""
+    with tempfile.TemporaryDirectory() as name:
+        launched = time.monotonic_ns()
+        job = command(launcher, 1, program, "worker", name, "0")
+        subprocess.run(job, env=ENVIRONMENT, check=True, capture_output=True, timeout=60)
+        ended = time.monotonic_ns()
+        started = all_started_at(Path(name), 0, 1)
+    return {
+        "launch to the worker's first instruction, ms": [(started - launched) / 1e6],
+        "launch to the end of a job that does nothing, ms": [(ended - launched) / 1e6],
+    }
+
+
+def measure_end(launcher: str, program: str, workers: int = 8) -> dict[str, list[float]]:
+    """Milliseconds from SIGTERM, and from a worker's failure that is the last allowed, to the agent's end; its memory before."""
+    with resting(launcher, program, workers) as job:
+        memory = sum(pss(pid) for pid in agents_of(job.pid, program))
+        terminated = time.monotonic_ns()
+        job.terminate()
+        job.wait(timeout=60)
+        gone = time.monotonic_ns()
+    assert job.returncode != 0, f"{launcher} ended with 0"
+    with tempfile.TemporaryDirectory() as name:
+        failing = command(launcher, workers, "--max-restarts=0", program, "worker", name, "1")
+        done = subprocess.run(failing, env=ENVIRONMENT, check=False, capture_output=True, timeout=60)
+        ended = time.monotonic_ns()
+        assert done.returncode == 1, f"{launcher} ended with {done.returncode}"
+        failed = failed_at(Path(name), 0, workers)
+    return {
+        "SIGTERM to the agent gone, ms": [(gone - terminated) / 1e6],
+        "last failure to the agent gone, ms": [(ended - failed) / 1e6],
+        "memory of the agent and its helpers, MB": [memory / 1e6],
+    }
+
+
+def agents_of(pid: int, program: str) -> list[int]:
+    """The launcher's process and those below it that are no workers."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    below = [found for child in children for found in agents_of(int(child), program)]
+    is_worker = Path(f"/proc/{pid}/exe").readlink() == Path(program)
+    return below if is_worker else [pid, *below]
+
+
+def pss(pid: int) -> int:
+    """Bytes of memory of a process; of what it shares, its part."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
 
 
 def measure_tee(
@@ -104,6 +196,21 @@ def measure_tee(
 
 def measure_rest(launcher: str, program: str, workers: int = 8, seconds: float = 10) -> dict[str, list[float]]:
     """CPU milliseconds per second that an agent costs whose workers run undisturbed, and its context switches per second."""
+    with resting(launcher, program, workers) as job:
+        time.sleep(3)  # what the start has left to do is not rest
+        before = usage(job.pid)
+        time.sleep(seconds)
+        after = usage(job.pid)
+    cpu_ns, switches = (late - early for late, early in zip(after, before, strict=True))
+    return {
+        "agent at rest, CPU ms per s": [cpu_ns / 1e6 / seconds],
+        "agent at rest, context switches per s": [switches / seconds],
+    }
+
+
+@contextmanager
+def resting(launcher: str, program: str, workers: int) -> Iterator[subprocess.Popen[str]]:
+    """A job whose workers are all there and do nothing."""
     job = subprocess.Popen(
         [*command(launcher, workers, "--tee=1"), program, "sleep"],
         env=ENVIRONMENT,
@@ -116,19 +223,13 @@ def measure_rest(launcher: str, program: str, workers: int = 8, seconds: float =
         assert job.stdout.readline().strip().endswith("ready"), f"{launcher}: a worker did not start"
     drain = threading.Thread(target=job.stdout.read, daemon=True)
     drain.start()
-    time.sleep(3)  # what the start has left to do is not rest
-    before = usage(job.pid)
-    time.sleep(seconds)
-    after = usage(job.pid)
-    job.terminate()
-    job.wait(timeout=60)
-    drain.join()
-    job.stdout.close()
-    cpu_ns, switches = (late - early for late, early in zip(after, before, strict=True))
-    return {
-        "agent at rest, CPU ms per s": [cpu_ns / 1e6 / seconds],
-        "agent at rest, context switches per s": [switches / seconds],
-    }
+    try:
+        yield job
+    finally:
+        job.terminate()
+        job.wait(timeout=60)
+        drain.join()
+        job.stdout.close()
 
 
 def usage(pid: int) -> tuple[int, int]:
@@ -143,7 +244,10 @@ def usage(pid: int) -> tuple[int, int]:
 
 
 MEASUREMENTS: dict[str, tuple[Callable[[str, str], dict[str, list[float]]], int]] = {
+    "launch": (measure_launch, 10),
     "restarts": (measure_restarts, 5),
+    "nodes": (measure_restarts_of_two_nodes, 5),
+    "end": (measure_end, 5),
     "tee": (measure_tee, 5),
     "rest": (measure_rest, 3),
 }

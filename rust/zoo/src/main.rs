@@ -100,6 +100,7 @@ fn flood(lines: usize, width: usize) {
 ///
 /// In each of the first `failures` attempts the last rank waits until all ranks have started, notes the time and exits with code 1. The others
 /// note when SIGTERM reaches them. In the attempt after that everybody exits with code 0 once all have started.
+/// Attempts are counted by the failures noted so far: of torchrun's agents, only that of the failed worker counts a restart.
 fn worker(folder: &str, failures: u32) {
     let started = sys::monotonic_ns();
     let variable = |name: &str| {
@@ -107,9 +108,9 @@ fn worker(folder: &str, failures: u32) {
         value.unwrap_or_else(|| usage())
     };
     let (rank, world_size) = (variable("RANK"), variable("WORLD_SIZE"));
-    let attempt = variable("TORCHELASTIC_RESTART_COUNT");
-    let name = |what: &str, rank: u32| std::path::Path::new(folder).join(format!("{what}.{attempt}.{rank}"));
-    let open = |what: &str| std::fs::File::create(name(what, rank)).unwrap_or_else(|_| exit(65));
+    let attempt =
+        (0..failures).find(|attempt| !is_noted(folder, "failed", *attempt, world_size - 1)).unwrap_or(failures);
+    let open = |what: &str| std::fs::File::create(note_path(folder, what, attempt, rank)).unwrap_or_else(|_| exit(65));
     // Opened before it counts: to create a file takes longer than what is measured.
     let note =
         |mut file: std::fs::File, at: u64| file.write_all(at.to_string().as_bytes()).unwrap_or_else(|_| exit(65));
@@ -123,14 +124,21 @@ fn worker(folder: &str, failures: u32) {
     }
     let failed = open("failed");
     note(open("started"), started);
-    let is_there = |rank| std::fs::metadata(name("started", rank)).is_ok_and(|file| file.len() > 0);
-    while !(0..world_size).all(is_there) {
+    while !(0..world_size).all(|rank| is_noted(folder, "started", attempt, rank)) {
         sys::wait_until(i64::try_from(sys::monotonic_ns()).unwrap_or(0) + 1_000_000);
     }
     if attempt < failures {
         note(failed, sys::monotonic_ns());
         exit(1)
     }
+}
+
+fn note_path(folder: &str, what: &str, attempt: u32, rank: u32) -> std::path::PathBuf {
+    std::path::Path::new(folder).join(format!("{what}.{attempt}.{rank}"))
+}
+
+fn is_noted(folder: &str, what: &str, attempt: u32, rank: u32) -> bool {
+    std::fs::metadata(note_path(folder, what, attempt, rank)).is_ok_and(|file| file.len() > 0)
 }
 
 /// What this process was given: session, signal mask, dispositions, descriptors, CPUs.
