@@ -49,6 +49,10 @@ bench:
 bench-torchrun *options: setup
     {{ bin }}/python benches/against_torchrun.py {{ options }}
 
+# restarts of real trainings that come back, under both launchers
+bench-restarts *options: setup
+    {{ bin }}/python benches/restarts.py {{ options }}
+
 # the watchdog side by side with torch's, in one run
 bench-timer *options: setup
     {{ bin }}/python benches/against_torch_timer.py {{ options }}

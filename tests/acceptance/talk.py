@@ -1,15 +1,23 @@
-"""Workers that train together, and of which one dies in each attempt but the last.
+"""Workers that train together, and are disturbed in each attempt but the last.
 
-A linear model learns from data that are the same everywhere. Rank 0 keeps a checkpoint after each step. How the rank dies is the first
-argument: in a ``step``, while the others wait for its gradients; or when all are ``idle``, outside of any collective operation, so that only an agent
-can tell them. The second argument is the rank (negative from the end), the third the number of attempts that end so.
+A linear model learns from data that are the same everywhere. Rank 0 keeps a checkpoint after each step. Arguments:
+
+- ``step`` or ``idle``: in the midst of a step, while others are inside of a collective operation and wait for a rank; or when all are idle, so that
+  only an agent can tell them.
+- the rank that is killed (negative from the end), or ``none``: then all wait for what is done to them from outside.
+- how many attempts are disturbed.
+
+``$DIR`` has what happened and when (``CLOCK_MONOTONIC``, nanoseconds): a file ``death.N`` for each disturbance, ``reached.N.RANK`` for each rank that waits for
+one, and in the files ``begun`` and ``trained`` a line for each attempt, from its rank 0: when it started, and when it had done its first step.
 """
 
 import contextlib
 import json
 import os
 import select
+import signal
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -37,14 +45,21 @@ def save(path: Path, model: torch.nn.Module, step: int) -> None:
     written.rename(path)
 
 
+def note(path: Path) -> None:
+    """Add a line with the time."""
+    with path.open("a") as file:
+        file.write(f"{time.monotonic_ns()}\n")
+
+
 def main() -> None:
-    """Train to the end, or die."""
-    way, victim, deaths = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    """Train to the end, or until the disturbance."""
+    way, victim, deaths = sys.argv[1], sys.argv[2], int(sys.argv[3])
     folder = Path(os.environ["DIR"])
+    if os.environ["RANK"] == "0":
+        note(folder / "begun")
     dist.init_process_group("gloo", timeout=timedelta(seconds=30))
     rank, size = dist.get_rank(), dist.get_world_size()
     died = len(list(folder.glob("death.*")))
-    is_victim = died < deaths and rank == victim % size
     torch.manual_seed(7)
     model = torch.nn.Linear(FEATURES, 1)
     done = load(folder / "checkpoint", model)
@@ -56,10 +71,12 @@ def main() -> None:
     for step in range(done, STEPS_PER_ATTEMPT * (deaths + 1)):
         dist.barrier()
         if step == STEPS_PER_ATTEMPT * died + 1 and died < deaths:
-            if is_victim:
-                (folder / f"death.{died}").touch()
-                os._exit(1)
-            if way == "idle":
+            if victim == "none":
+                note(folder / f"reached.{died}.{rank}")
+            elif rank == int(victim) % size:
+                note(folder / f"death.{died}")
+                os.kill(os.getpid(), signal.SIGKILL)
+            if way == "idle" or (victim == "none" and rank == size - 1):
                 select.select([], [], [])
         loss = torch.nn.functional.mse_loss(parallel(inputs), targets)
         optimizer.zero_grad()
@@ -67,6 +84,8 @@ def main() -> None:
         optimizer.step()
         if rank == 0:
             save(folder / "checkpoint", model, step + 1)
+            if step == done:
+                note(folder / "trained")
     if rank == 0:
         attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
         print(json.dumps({"loss": loss.item(), "size": size, "attempt": attempt}), flush=True)

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 import signal
-import subprocess
 import sys
-import uuid
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
+from tests.acceptance.two_nodes import (
+    AGENT_KILLED,
+    LINK,
+    LINK_DOWN,
+    WORKER_KILLED,
+    Disturbance,
+    NoNetworkError,
+    Outcome,
+    Training,
+    ip,
+    loss_of_undisturbed_training,
+    network,
+    on_loopback,
+    on_network,
+)
 from tests.conftest import eventually
 from tests.faults.harness import FERRORUN, LONG_S, Job, Launcher, free_port
 
@@ -21,10 +30,8 @@ if TYPE_CHECKING:
 
 pytest.importorskip("torch")
 
-TALK = str(Path(__file__).with_name("talk.py"))
-DEATHS = 4
-PATIENCE_S = 150.0
-LINK = "link0"
+DEATHS = 2
+PATIENCE_S = 60.0
 
 
 def flags(port: int, nodes: str = "2", conf: str = "") -> tuple[str, ...]:
@@ -32,33 +39,23 @@ def flags(port: int, nodes: str = "2", conf: str = "") -> tuple[str, ...]:
     return (*FERRORUN, *options, *((f"--rdzv-conf={conf}",) if conf else ()))
 
 
-def results(*agents: Job) -> list[dict[str, Any]]:
-    return [json.loads(line) for agent in agents for line in agent.output.decode().splitlines() if line.startswith("{")]
-
-
 @pytest.fixture(scope="module")
 def right_loss(tmp_path_factory: pytest.TempPathFactory) -> float:
     """The loss of a training that nobody disturbs, of one process."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    # With deaths that have happened: so it takes as many steps.
-    for number in range(DEATHS):
-        (folder / f"death.{number}").touch()
-    port = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "RANK": "0", "WORLD_SIZE": "1"}
-    env = {**os.environ, **port, "DIR": str(folder), "TORCHELASTIC_RESTART_COUNT": "0"}
-    done = subprocess.run([sys.executable, TALK, "step", "0", str(DEATHS)], env=env, check=True, stdout=subprocess.PIPE)
-    loss: float = json.loads(done.stdout)["loss"]
-    return loss
+    return loss_of_undisturbed_training(tmp_path_factory.mktemp("undisturbed"), DEATHS)
 
 
-@pytest.mark.parametrize(("way", "victim"), [("step", -1), ("idle", -1), ("step", 0), ("idle", 0)])
-def test_every_restart_comes_back(launch: Launcher, right_loss: float, way: str, victim: int) -> None:
-    port = free_port()
-    agents = [
-        launch(f"--max-restarts={DEATHS}", TALK, way, str(victim), str(DEATHS), launcher=flags(port)) for _ in range(2)
-    ]
-    assert [agent.end(timeout_s=PATIENCE_S) for agent in agents] == [0, 0], [agent.story for agent in agents]
-    (result,) = results(*agents)
-    assert result == {"loss": pytest.approx(right_loss, rel=1e-4), "size": 4, "attempt": DEATHS}
+@pytest.mark.parametrize("disturbance", [*WORKER_KILLED, *AGENT_KILLED], ids=str)
+def test_every_restart_comes_back(launch: Launcher, right_loss: float, disturbance: Disturbance) -> None:
+    nodes = "1:2" if disturbance in AGENT_KILLED else "2"
+    check(Training(launch, on_loopback(FERRORUN, nodes), disturbance, DEATHS, PATIENCE_S).run(), right_loss)
+
+
+def check(outcome: Outcome, right_loss: float) -> None:
+    assert (outcome.came_back, outcome.restarts) == (DEATHS, DEATHS), outcome
+    assert outcome.codes == [0, 0]
+    (result,) = outcome.results
+    assert (result["loss"], result["size"]) == (pytest.approx(right_loss, rel=1e-4), 4)
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
@@ -214,68 +211,40 @@ def test_agents_of_torchrun_and_ferrorun_do_not_mix_and_say_so(launch: Launcher,
 
 
 @pytest.fixture
-def network() -> Iterator[tuple[str, str]]:
-    """Two network namespaces with a link between them."""
-    if os.geteuid() != 0 or shutil.which("ip") is None:
-        pytest.skip("takes root and iproute2")
-    mark = uuid.uuid4().hex[:6]
-    names = (f"ferro-{mark}-a", f"ferro-{mark}-b")
+def namespaces() -> Iterator[tuple[str, str]]:
     try:
-        for name in names:
-            ip("netns", "add", name)
-    except subprocess.CalledProcessError as error:
-        pytest.skip(f"no network namespace to be had: {error.stderr.decode().strip()}")
-    try:
-        ip("link", "add", f"fa{mark}", "type", "veth", "peer", "name", f"fb{mark}")
-        for name, end, address in zip(names, ("fa", "fb"), ("10.83.0.1", "10.83.0.2"), strict=True):
-            ip("link", "set", f"{end}{mark}", "netns", name)
-            ip("-n", name, "link", "set", f"{end}{mark}", "name", LINK)
-            ip("-n", name, "addr", "add", f"{address}/24", "dev", LINK)
-            ip("-n", name, "link", "set", LINK, "up")
-            ip("-n", name, "link", "set", "lo", "up")
-        yield names
-    finally:
-        for name in names:
-            subprocess.run(["ip", "netns", "del", name], check=False, stderr=subprocess.DEVNULL)
+        with network() as names:
+            yield names
+    except NoNetworkError as error:
+        pytest.skip(str(error))
 
 
-def ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True, stderr=subprocess.PIPE)
-
-
-def on_network(network: tuple[str, str], nodes: str, conf: str) -> list[tuple[str, ...]]:
-    address = ("--rdzv-backend=c10d", "--rdzv-endpoint=10.83.0.1:29400", "--rdzv-id=job", f"--nnodes={nodes}")
-    return [("ip", "netns", "exec", name, *FERRORUN, *address, f"--rdzv-conf={conf}") for name in network]
-
-
-def test_nodes_on_a_network_come_back(launch: Launcher, network: tuple[str, str], right_loss: float) -> None:
-    env = {"GLOO_SOCKET_IFNAME": LINK}
-    agents = [
-        launch(f"--max-restarts={DEATHS}", TALK, "step", "-1", str(DEATHS), launcher=launcher, env=env)
-        for launcher in on_network(network, "2", "last_call_timeout=1")
-    ]
-    assert [agent.end(timeout_s=PATIENCE_S) for agent in agents] == [0, 0], [agent.story for agent in agents]
-    (result,) = results(*agents)
-    assert result == {"loss": pytest.approx(right_loss, rel=1e-4), "size": 4, "attempt": DEATHS}
+@pytest.mark.parametrize("disturbance", [WORKER_KILLED[0], LINK_DOWN[0], LINK_DOWN[1]], ids=str)
+def test_nodes_on_a_network_come_back(
+    launch: Launcher, namespaces: tuple[str, str], right_loss: float, disturbance: Disturbance
+) -> None:
+    nodes = "1:2" if disturbance in LINK_DOWN else "2"
+    commands = on_network(FERRORUN, namespaces, nodes, "last_call_timeout=1,heartbeat_timeout=2")
+    check(Training(launch, commands, disturbance, DEATHS, PATIENCE_S).run(namespaces), right_loss)
 
 
 def test_a_node_whose_link_is_down_is_lost_and_comes_back_with_its_link(
-    launch: Launcher, network: tuple[str, str]
+    launch: Launcher, namespaces: tuple[str, str]
 ) -> None:
     script = launch.write("wait.py", WAIT)
     near, far = (
         launch("--max-restarts=0", script, launcher=launcher)
-        for launcher in on_network(network, "1:2", "last_call_timeout=1,heartbeat_timeout=2")
+        for launcher in on_network(FERRORUN, namespaces, "1:2", "last_call_timeout=1,heartbeat_timeout=2")
     )
     assert near.lines(2) == ["0 of 4", "1 of 4"]
     far.lines(2)
-    ip("-n", network[1], "link", "set", LINK, "down")
+    ip("-n", namespaces[1], "link", "set", LINK, "down")
     assert near.lines(2) == ["0 of 2", "1 of 2"], near.story
     assert "was lost: it was silent for 2.0 s" in near.errors
     assert eventually(lambda: "the connection to the rendezvous at 10.83.0.1:29400 was lost" in far.errors, LONG_S), (
         far.story
     )
-    ip("-n", network[1], "link", "set", LINK, "up")
+    ip("-n", namespaces[1], "link", "set", LINK, "up")
     assert near.lines(2) == ["0 of 4", "1 of 4"], near.story
     assert far.lines(2) == ["2 of 4", "3 of 4"], far.story
     near.send(signal.SIGTERM)
