@@ -16,7 +16,7 @@ from tests.conformance.implementations import OURS, TORCH, Implementation
 from tests.conftest import _HANDLED, _children, _descriptors, eventually
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 # find_spec, because nothing here may import torch before the first of these tests runs.
 _IS_COMPLETE = importlib.util.find_spec("torch") and importlib.util.find_spec("ferroelastic._rust")
@@ -140,3 +140,38 @@ def event_log(impl: Implementation, request: pytest.FixtureRequest) -> Iterator[
     del handlers[log.name]
     loggers.pop(log.name, None)
     logging.getLogger(f"torchelastic-events-{log.name}").removeHandler(log)
+
+
+@pytest.fixture
+def make_local_agent(impl: Implementation, store: Any, tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    """Build a ``LocalElasticAgent``.
+
+    ``make_local_agent(entrypoint, arguments…, nproc=, agent=options of the agent, **fields of the specification)``.
+    """
+    agents: list[Any] = []
+
+    def build(entrypoint: Any, *args: Any, nproc: int = 2, agent: dict[str, Any] | None = None, **fields: Any) -> Any:
+        options = {"start_method": "fork", "exit_barrier_timeout": 60, **(agent or {})}
+        std = impl.mp.Std
+        specs = impl.mp.DefaultLogsSpecs(
+            str(tmp_path / "logs"),
+            std[options.pop("redirects", "NONE")],
+            std[options.pop("tee", "NONE")],
+            options.pop("local_ranks_filter", None),
+        )
+        handler = fields.pop("rdzv_handler", None) or stubs.rendezvous(impl, store)
+        spec = stubs.spec(
+            impl,
+            handler,
+            **{"local_world_size": nproc, "max_restarts": 0, "monitor_interval": 0.02} | fields,
+            entrypoint=entrypoint,
+            args=args,
+        )
+        module = impl("agent.server.local_elastic_agent")
+        agents.append(module.LocalElasticAgent(spec, specs, **options))
+        return agents[-1]
+
+    yield build
+    for one in agents:
+        one._shutdown(signal.SIGKILL, 5)
+        one._pcontext = None

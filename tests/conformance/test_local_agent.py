@@ -14,46 +14,14 @@ import pytest
 from tests.conformance import stubs, workers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from tests.conformance.implementations import Implementation
 
 
 @pytest.fixture
-def make(impl: Implementation, store: Any, tmp_path: Path) -> Iterator[Callable[..., Any]]:
-    """Builds an agent: ``make(entrypoint, arguments…, nproc=, agent=options of the agent, **fields of the specification)``."""
-    agents: list[Any] = []
-
-    def build(entrypoint: Any, *args: Any, nproc: int = 2, agent: dict[str, Any] | None = None, **fields: Any) -> Any:
-        options = {"start_method": "fork", "exit_barrier_timeout": 60, **(agent or {})}
-        std = impl.mp.Std
-        specs = impl.mp.DefaultLogsSpecs(
-            str(tmp_path / "logs"),
-            std[options.pop("redirects", "NONE")],
-            std[options.pop("tee", "NONE")],
-            options.pop("local_ranks_filter", None),
-        )
-        handler = fields.pop("rdzv_handler", None) or stubs.rendezvous(impl, store)
-        spec = stubs.spec(
-            impl,
-            handler,
-            **{"local_world_size": nproc, "max_restarts": 0, "monitor_interval": 0.02} | fields,
-            entrypoint=entrypoint,
-            args=args,
-        )
-        module = impl("agent.server.local_elastic_agent")
-        agents.append(module.LocalElasticAgent(spec, specs, **options))
-        return agents[-1]
-
-    yield build
-    for one in agents:
-        one._shutdown(signal.SIGKILL, 5)
-        one._pcontext = None
-
-
-@pytest.fixture
-def shell(make: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda script, **options: make("/bin/sh", "-c", script, **options)
+def shell(make_local_agent: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda script, **options: make_local_agent("/bin/sh", "-c", script, **options)
 
 
 def exit_codes(result: Any) -> dict[int, int]:
@@ -103,19 +71,19 @@ def test_programs(
 
 
 def test_functions_return_their_values_by_global_rank(
-    impl: Implementation, store: Any, make: Callable[..., Any]
+    impl: Implementation, store: Any, make_local_agent: Callable[..., Any]
 ) -> None:
     """On the second of two nodes. The first one is made up."""
     store.set("torchelastic/assigned_ranks/1", "[2, 5, 2, 5]")
     store.add("torchelastic/agent/terminal_state/num_members", 1)
-    agent = make(workers.give_rank, 10, nproc=3, rdzv_handler=stubs.rendezvous(impl, store, 1, 2))
+    agent = make_local_agent(workers.give_rank, 10, nproc=3, rdzv_handler=stubs.rendezvous(impl, store, 1, 2))
     result = agent.run()
     assert result.return_values == {2: 20, 3: 30, 4: 40}
     assert agent.get_worker_group().group_rank == 1
 
 
-def test_spawned_functions(make: Callable[..., Any]) -> None:
-    result = make(workers.give_rank, nproc=1, agent={"start_method": "spawn"}).run()
+def test_spawned_functions(make_local_agent: Callable[..., Any]) -> None:
+    result = make_local_agent(workers.give_rank, nproc=1, agent={"start_method": "spawn"}).run()
     assert result.return_values == {0: 0}
 
 
@@ -142,15 +110,15 @@ def test_a_failure(impl: Implementation, shell: Callable[..., Any], event_log: A
     assert [event["metadata"]["global_rank"] for event in stopped] == ranks
 
 
-def test_an_exception_in_a_function(make: Callable[..., Any]) -> None:
-    result = make(workers.raise_error, "boom", nproc=1).run()
+def test_an_exception_in_a_function(make_local_agent: Callable[..., Any]) -> None:
+    result = make_local_agent(workers.raise_error, "boom", nproc=1).run()
     assert exit_codes(result) == {0: 1}
     assert result.failures[0].message["message"] == "ValueError: boom"
     assert "raise_error" in result.failures[0].message["extraInfo"]["py_callstack"]
 
 
-def test_a_restart(make: Callable[..., Any], metric_log: Any) -> None:
-    agent = make(workers.fail_unless_restarted, 1, 9, max_restarts=2)
+def test_a_restart(make_local_agent: Callable[..., Any], metric_log: Any) -> None:
+    agent = make_local_agent(workers.fail_unless_restarted, 1, 9, max_restarts=2)
     result = agent.run()
     assert result.return_values == {0: "attempt 1 of rank 0", 1: "attempt 1 of rank 1"}
     assert agent._remaining_restarts == 1
@@ -217,9 +185,9 @@ def test_how_soon_an_exit_is_noticed(impl: Implementation, shell: Callable[..., 
 # ---- the environment of workers, compared as a whole
 
 
-def environments(make: Callable[..., Any], tmp_path: Path, **fields: Any) -> dict[int, dict[str, str]]:
+def environments(make_local_agent: Callable[..., Any], tmp_path: Path, **fields: Any) -> dict[int, dict[str, str]]:
     """The environment of two programs, exactly as they got it."""
-    assert not make("/usr/bin/env", "-0", agent={"redirects": "OUT"}, **fields).run().is_failed()
+    assert not make_local_agent("/usr/bin/env", "-0", agent={"redirects": "OUT"}, **fields).run().is_failed()
     found = {}
     for path in tmp_path.glob("logs/*/attempt_0/*/stdout.log"):
         pairs = (line.split("=", 1) for line in path.read_text().split("\0") if line)
@@ -281,7 +249,7 @@ AGENTS = {
     ],
 )
 def test_the_environment_of_a_program(
-    make: Callable[..., Any],
+    make_local_agent: Callable[..., Any],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     outer: dict[str, str],
@@ -292,7 +260,7 @@ def test_the_environment_of_a_program(
         monkeypatch.delenv(name, raising=False)
     for name, value in outer.items():
         monkeypatch.setenv(name, value)
-    found = environments(make, tmp_path, max_restarts=3, **fields)
+    found = environments(make_local_agent, tmp_path, max_restarts=3, **fields)
     inherited = dict(os.environ)
     (run_folder,) = (tmp_path / "logs").iterdir()
     assert found == {
@@ -306,12 +274,16 @@ def test_the_environment_of_a_program(
 
 
 def test_the_environment_of_a_function(
-    impl: Implementation, store: Any, make: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    impl: Implementation,
+    store: Any,
+    make_local_agent: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("INHERITED", "yes")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     handler = stubs.rendezvous(impl, store, use_agent_store=True)
-    make(workers.write_environment, str(tmp_path), rdzv_handler=handler).run()
+    make_local_agent(workers.write_environment, str(tmp_path), rdzv_handler=handler).run()
     (run_folder,) = (tmp_path / "logs").iterdir()
     for rank in range(2):
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == dict(os.environ) | AGENTS | {
@@ -324,15 +296,15 @@ def test_the_environment_of_a_function(
         }
 
 
-def test_more_ranks_than_devices(make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_ranks_than_devices(make_local_agent: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
-    agent = make("/bin/true", virtual_local_rank=True)
+    agent = make_local_agent("/bin/true", virtual_local_rank=True)
     with pytest.raises(ValueError, match="local_rank 2 exceeds available GPUs in CUDA_VISIBLE_DEVICES=4,5"):
         agent._set_local_rank_env({}, 2, agent.get_worker_group().spec)
 
 
-def test_macros_in_arguments(make: Callable[..., Any], tmp_path: Path) -> None:
-    make("/usr/bin/touch", f"{tmp_path}/of_${{local_rank}}", f"{tmp_path}/$other").run()
+def test_macros_in_arguments(make_local_agent: Callable[..., Any], tmp_path: Path) -> None:
+    make_local_agent("/usr/bin/touch", f"{tmp_path}/of_${{local_rank}}", f"{tmp_path}/$other").run()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["$other", "logs", "of_0", "of_1"]
 
 
@@ -343,29 +315,29 @@ def pcontext(pids: dict[int, int]) -> Any:
     return mock.Mock(**{"pids.return_value": pids, "wait.return_value": None})
 
 
-def test_stopping_hands_the_timeout_on(impl: Implementation, make: Callable[..., Any]) -> None:
-    agent = make("/bin/true", agent={"shutdown_timeout": 150})
+def test_stopping_hands_the_timeout_on(impl: Implementation, make_local_agent: Callable[..., Any]) -> None:
+    agent = make_local_agent("/bin/true", agent={"shutdown_timeout": 150})
     agent._pcontext = pcontext({})
     agent._stop_workers(agent.get_worker_group())
     grace_s = impl.expect("grace-everywhere", torch=30, ours=150)
     agent._pcontext.close.assert_called_once_with(signal.SIGTERM, grace_s)
 
 
-def test_shutting_down_hands_signal_and_timeout_on(make: Callable[..., Any]) -> None:
-    agent = make("/bin/true")
+def test_shutting_down_hands_signal_and_timeout_on(make_local_agent: Callable[..., Any]) -> None:
+    agent = make_local_agent("/bin/true")
     agent._pcontext = pcontext({})
     agent._shutdown(signal.SIGINT, timeout=7)
     agent._pcontext.close.assert_called_once_with(signal.SIGINT, 7)
 
 
-def test_workers_that_the_agent_does_not_know(impl: Implementation, make: Callable[..., Any]) -> None:
-    agent = make("/bin/true")
+def test_workers_that_the_agent_does_not_know(impl: Implementation, make_local_agent: Callable[..., Any]) -> None:
+    agent = make_local_agent("/bin/true")
     agent._pcontext = pcontext({0: 1, 1: 2})
     assert agent._monitor_workers(agent.get_worker_group()).state == impl.agent.WorkerState.UNKNOWN
 
 
-def test_before_the_workers_are_started(make: Callable[..., Any]) -> None:
-    agent = make("/bin/true")
+def test_before_the_workers_are_started(make_local_agent: Callable[..., Any]) -> None:
+    agent = make_local_agent("/bin/true")
     with pytest.raises(AssertionError):
         agent._monitor_workers(agent.get_worker_group())
     with pytest.raises(AssertionError):
@@ -387,11 +359,11 @@ def test_where_the_limit_of_uninterruptible_sleep_comes_from(
 
 
 def test_a_worker_that_is_stuck(
-    impl: Implementation, make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    impl: Implementation, make_local_agent: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = impl("agent.server.local_elastic_agent")
     monkeypatch.setattr(module, "read_proc_state", lambda pid: "D" if pid == 4711 else "S")
-    agent = make("/bin/true", max_restarts=3, agent={"uninterruptible_state_timeout": 0.001})
+    agent = make_local_agent("/bin/true", max_restarts=3, agent={"uninterruptible_state_timeout": 0.001})
     group = agent.get_worker_group()
     for rank, worker in enumerate(group.workers):
         worker.global_rank, worker.id = rank + 10, (4710, 4711)[rank]
@@ -405,197 +377,16 @@ def test_a_worker_that_is_stuck(
     assert sorted(result.failures) == impl.expect("stuck-is-failed", torch=[], ours=[11])
 
 
-def test_dwell_is_forgotten(impl: Implementation, make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dwell_is_forgotten(
+    impl: Implementation, make_local_agent: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     module = impl("agent.server.local_elastic_agent")
     states = iter(["D", "S", None])
     monkeypatch.setattr(module, "read_proc_state", lambda _pid: next(states))
-    agent = make("/bin/true")
+    agent = make_local_agent("/bin/true")
     assert [agent._update_uninterruptible_dwell(1, "r", 10) for _ in range(3)] == [0.0, None, None]
     assert agent._uninterruptible_state_first_seen == {}
     agent._uninterruptible_state_first_seen[12345] = 0.0
     agent._pcontext = pcontext({})
     assert agent._check_uninterruptible_state_timeout(agent.get_worker_group(), 1) is None
     assert agent._uninterruptible_state_first_seen == {}
-
-
-# ---- health
-
-
-class HealthServer:
-    def __init__(self, calls: list[str], **arguments: Any) -> None:
-        self.arguments = arguments
-        self.start = lambda: calls.append("start")
-        self.stop = lambda: calls.append("stop")
-
-
-def test_the_health_server(impl: Implementation, make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    module = impl("agent.server.local_elastic_agent")
-    monkeypatch.setenv(module.TORCHELASTIC_HEALTH_CHECK_PORT, "1234")
-    calls: list[str] = []
-    servers: list[HealthServer] = []
-
-    def create(**arguments: Any) -> HealthServer:
-        servers.append(HealthServer(calls, **arguments))
-        return servers[-1]
-
-    monkeypatch.setattr(module, "create_healthcheck_server", create)
-    agent = make(workers.fail_unless_restarted, 0, 9, max_restarts=1)
-    original = agent._rendezvous
-
-    def rendezvous(group: Any) -> None:
-        calls.append("meet")
-        original(group)
-
-    agent._rendezvous = rendezvous
-    agent.run()
-    assert calls == impl.expect(
-        "health-server-lives-on",
-        torch=["meet", "start", "stop", "meet", "start", "stop"],
-        ours=["start", "meet", "meet", "stop"],
-    )
-    arguments = servers[0].arguments
-    assert (arguments["port"], arguments["timeout"]) == (1234, 60)
-    assert abs(arguments["alive_callback"]() - time.time()) < 60
-
-
-@pytest.mark.parametrize("port", [None, "not a port"])
-def test_no_health_server_without_a_port(
-    impl: Implementation, make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, port: str | None
-) -> None:
-    module = impl("agent.server.local_elastic_agent")
-    if port is not None:
-        monkeypatch.setenv(module.TORCHELASTIC_HEALTH_CHECK_PORT, port)
-    agent = make("/bin/true")
-    agent._setup_healthcheck()
-    assert agent._health_check_server is None
-
-
-def test_a_given_health_server_is_stopped(make: Callable[..., Any]) -> None:
-    calls: list[str] = []
-    agent = make("/bin/true", agent={"health_check_server": HealthServer(calls)})
-    agent.run()
-    assert calls == ["stop"]
-    assert agent._health_check_server is None
-
-
-def test_alive_time(impl: Implementation, make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("time.time", lambda: 1000.9)
-    module = impl("agent.server.local_elastic_agent")
-    agent = make("/bin/true")
-    proxy = module._AliveCallbackProxy()
-    assert proxy() == module.LocalElasticAgent._get_current_time_secs() == 1000
-    proxy.set_delegate(agent._get_alive_time)
-    assert proxy() == 1000
-    agent._worker_watchdog = mock.Mock(**{"get_last_progress_time.return_value": 77})
-    assert proxy() == 77
-    agent._in_exit_barrier = True
-    assert proxy() == 1000
-
-
-def test_a_loop_that_is_stuck_is_not_alive(
-    impl: Implementation, make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    agent = make("/bin/true")
-    original, monotonic, ages = agent._monitor_workers, time.monotonic, []
-
-    def monitor(group: Any) -> Any:
-        with monkeypatch.context() as later:
-            later.setattr("time.monotonic", lambda: monotonic() + 100)
-            ages.append(time.time() - agent._get_alive_time())
-        return original(group)
-
-    agent._monitor_workers = monitor
-    agent.run()
-    assert (ages[0] > 99) == impl.expect("loop-is-progress", torch=False, ours=True)
-
-
-# ---- the watchdog
-
-
-@pytest.mark.parametrize("chosen", [True, False])
-def test_the_watchdog(
-    impl: Implementation, make: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chosen: bool
-) -> None:
-    module = impl("agent.server.local_elastic_agent")
-    monkeypatch.setenv(module.TORCHELASTIC_ENABLE_FILE_TIMER, "1")
-    if chosen:
-        monkeypatch.setenv(module.TORCHELASTIC_TIMER_FILE, str(tmp_path / "pipe"))
-    server = mock.Mock()
-    factory = mock.Mock(return_value=server)
-    monkeypatch.setattr(impl("timer"), "FileTimerServer", factory)
-    agent = make("/bin/true")
-    envs: dict[int, dict[str, str]] = {0: {"TORCHELASTIC_RUN_ID": "r"}, 1: {}}
-    agent._setup_local_watchdog(envs=envs)
-    arguments = dict(factory.call_args.kwargs)
-    path = arguments.pop("file_path")
-    assert path == str(tmp_path / "pipe") if chosen else "watchdog_timer_" in path
-    common = {"run_id": "r", "max_interval": 0.1, "daemon": True, "log_event": agent._log_watchdog_event}
-    assert arguments.items() >= common.items()
-    assert arguments.get("reap_server", True) is impl.expect("agent-outlives-expiry", torch=True, ours=False)
-    assert {env["TORCHELASTIC_TIMER_FILE"] for env in envs.values()} == {path}
-    server.start.assert_called_once_with()
-    assert agent._worker_watchdog is server
-    agent._shutdown()
-    server.stop.assert_called_once_with()
-    assert agent._worker_watchdog is None
-
-
-def test_a_watchdog_and_a_restart(
-    impl: Implementation, make: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    module = impl("agent.server.local_elastic_agent")
-    monkeypatch.setenv(module.TORCHELASTIC_ENABLE_FILE_TIMER, "1")
-    servers: list[mock.Mock] = []
-
-    def factory(**_: Any) -> mock.Mock:
-        servers.append(mock.Mock(**{"expiry.return_value": None}))
-        return servers[-1]
-
-    monkeypatch.setattr(impl("timer"), "FileTimerServer", factory)
-    assert not make(workers.fail_unless_restarted, 0, 9, max_restarts=1).run().is_failed()
-    assert len(servers) == impl.expect("one-watchdog", torch=2, ours=1)
-    for server in servers:
-        server.start.assert_called_with()
-        server.stop.assert_called_once_with()
-
-
-def test_a_pipe_without_a_watchdog_is_told_to_the_workers(
-    impl: Implementation, make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    module = impl("agent.server.local_elastic_agent")
-    monkeypatch.setenv(module.TORCHELASTIC_TIMER_FILE, "/tmp/pipe")
-    agent = make("/bin/true")
-    envs: dict[int, dict[str, str]] = {0: {}}
-    agent._setup_local_watchdog(envs)
-    assert agent._worker_watchdog is None
-    assert envs == {0: {"TORCHELASTIC_TIMER_FILE": "/tmp/pipe"}}
-
-
-def test_what_the_watchdog_did_is_an_event(make: Callable[..., Any], event_log: Any) -> None:
-    agent = make("/bin/true", event_log_handler=event_log.name)
-    request = mock.Mock(worker_pid=12, scope_id="step", expiration_time=3.5, signal=9)
-    agent._log_watchdog_event("kill worker process", request)
-    agent._log_watchdog_event("server started", None)
-    killed, started = event_log.events
-    assert (killed["name"], killed["source"]) == ("kill worker process", "AGENT")
-    assert killed["metadata"] == {
-        "run_id": "the-run",
-        "global_rank": None,
-        "group_rank": None,
-        "worker_id": None,
-        "role": "trainer",
-        "hostname": agent._get_fq_hostname(),
-        "state": "RUNNING",
-        "total_run_time": 0,
-        "rdzv_backend": "stub",
-        "raw_error": None,
-        "metadata": {
-            "watchdog_event": "kill worker process",
-            "worker_pid": "12",
-            "scope_id": "step",
-            "expiration_time": "3.5",
-            "signal": "9",
-        },
-        "agent_restarts": 0,
-    }
-    assert started["metadata"]["metadata"] == {"watchdog_event": "server started"}

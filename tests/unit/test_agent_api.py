@@ -1,7 +1,7 @@
+"""The loop of an agent: ranks, rendezvous, runs and restarts, the exit barrier."""
+
 from __future__ import annotations
 
-import json
-import logging
 import os
 import signal
 import sys
@@ -9,203 +9,27 @@ import threading
 import warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unittest import mock
 
 import pytest
 from tests.memory_store import MemoryStore
+from tests.unit.fake_agent import Agent, S, spec
 
 from ferroelastic import agent as agent_package
-from ferroelastic import events
 from ferroelastic.agent import server
 from ferroelastic.agent.server import (
     HealthCheckServer,
     RunResult,
     SimpleElasticAgent,
-    Worker,
-    WorkerGroup,
     WorkerSpec,
     WorkerState,
-    api,
     create_healthcheck_server,
 )
-from ferroelastic.agent.server.api import _get_fq_hostname, _RoleInstanceInfo
 from ferroelastic.multiprocessing import SignalException
 from ferroelastic.multiprocessing._signals import install_signal_handlers
-from ferroelastic.multiprocessing.errors import ProcessFailure
-from ferroelastic.rendezvous import (
-    RendezvousGracefulExitError,
-    RendezvousHandler,
-    RendezvousInfo,
-    RendezvousStoreInfo,
-)
+from ferroelastic.rendezvous import RendezvousGracefulExitError
 from ferroelastic.utils.store import DistStoreError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-
-class Handler(RendezvousHandler):
-    """One round after the other, each with a store of its own."""
-
-    renews_store = True
-
-    def __init__(self, rank: int = 0, world_size: int = 1) -> None:
-        self.rank, self.world_size, self.rounds, self.waiting = rank, world_size, 0, deque[int]()
-        self.store = MemoryStore()
-
-    def get_backend(self) -> str:
-        return "memory"
-
-    def next_rendezvous(self) -> RendezvousInfo:
-        self.rounds += 1
-        store = self.store.below(str(self.rounds))
-        return RendezvousInfo(store, self.rank, self.world_size, RendezvousStoreInfo("host", 29000 + self.rounds))
-
-    def is_closed(self) -> bool:
-        return False
-
-    def set_closed(self) -> None: ...
-
-    def num_nodes_waiting(self) -> int:
-        return self.waiting.popleft() if self.waiting else 0
-
-    def get_run_id(self) -> str:
-        return "run"
-
-    def shutdown(self) -> bool:
-        return True
-
-
-class Agent(SimpleElasticAgent):
-    """Pretends to have workers whose states are given."""
-
-    def __init__(self, spec: WorkerSpec, *states: WorkerState | RunResult, **more: Any) -> None:
-        super().__init__(spec, **more)
-        self.results = deque(states)
-        self.waits: list[float] = []
-        self.started = self.stopped = 0
-        self.shutdowns: list[tuple[Any, Any]] = []
-
-    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
-        self.started += 1
-        return {worker.local_rank: 1000 + worker.global_rank for worker in worker_group.workers}
-
-    def _stop_workers(self, worker_group: WorkerGroup) -> None:
-        self.stopped += 1
-
-    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
-        result = self.results.popleft()
-        return result if isinstance(result, RunResult) else result_of(result, worker_group)
-
-    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
-        self.shutdowns.append((death_sig, timeout))
-
-    def _wait_for_event(self, timeout_s: float) -> None:
-        self.waits.append(timeout_s)
-
-
-def result_of(state: WorkerState, group: WorkerGroup) -> RunResult:
-    ranks = [worker.global_rank for worker in group.workers]
-    if state == WorkerState.SUCCEEDED:
-        return RunResult(state, return_values=dict.fromkeys(ranks))
-    if state in (WorkerState.FAILED, WorkerState.UNHEALTHY):
-        return RunResult(state, failures={ranks[0]: ProcessFailure(0, 999, 1, "none")})
-    return RunResult(state)
-
-
-def spec(**more: Any) -> WorkerSpec:
-    return WorkerSpec(
-        **{"role": "trainer", "local_world_size": 2, "rdzv_handler": Handler(), "entrypoint": "/bin/true", **more}
-    )
-
-
-S = WorkerState
-
-
-class TestSpec:
-    def test_defaults_are_torchs(self) -> None:
-        made = spec()
-        assert (made.max_restarts, made.monitor_interval, made.event_log_handler) == (3, 0.1, "null")
-        assert (made.args, made.master_addr, made.master_port, made.virtual_local_rank) == ((), None, None, False)
-
-    def test_the_fields_are_torchs(self) -> None:
-        theirs = pytest.importorskip("torch.distributed.elastic.agent.server")
-        for name in ("WorkerSpec", "RunResult"):
-            expected = [field.name for field in fields(getattr(theirs, name))]
-            assert [field.name for field in fields(getattr(server, name))] == expected
-        assert isinstance(spec(), theirs.WorkerSpec)
-        assert isinstance(WorkerGroup(spec()), theirs.WorkerGroup)
-        assert isinstance(Agent(spec()), theirs.SimpleElasticAgent)
-        assert isinstance(Handler(), sys.modules["torch.distributed.elastic.rendezvous"].RendezvousHandler)
-
-    @pytest.mark.parametrize(
-        ("values", "message"),
-        [
-            ({"local_world_size": 0}, "local_world_size of role 'trainer' must be positive, got 0"),
-            ({"local_world_size": -1}, "local_world_size .* got -1"),
-            ({"monitor_interval": 0}, r"monitor_interval .* must be positive \(seconds\), got 0"),
-            ({"monitor_interval": float("nan")}, "monitor_interval .* got nan"),
-            ({"max_restarts": -1}, "max_restarts .* must not be negative, got -1: use 0 for no restarts"),
-            ({"entrypoint": None}, "role 'trainer' has no entrypoint: pass a function or the path of a program"),
-        ],
-    )
-    def test_bad_values_are_named(self, values: dict[str, Any], message: str) -> None:
-        with pytest.raises(AssertionError, match=message):
-            spec(**values)
-
-    def test_fn_is_deprecated(self) -> None:
-        with pytest.warns(DeprecationWarning, match="please use WorkerSpec.entrypoint") as caught:
-            made = WorkerSpec(role="trainer", local_world_size=1, rdzv_handler=Handler(), fn=len)
-        assert made.entrypoint is len
-        assert caught[0].filename == __file__
-
-    def test_an_entrypoint_has_a_name(self) -> None:
-        assert spec(entrypoint="/some/where/train.sh").get_entrypoint_name() == "train.sh"
-        assert spec(entrypoint=TestSpec.test_fn_is_deprecated).get_entrypoint_name() == "TestSpec.test_fn_is_deprecated"
-
-
-class TestData:
-    def test_states(self) -> None:
-        assert {state for state in WorkerState if WorkerState.is_running(state)} == {S.HEALTHY, S.UNHEALTHY}
-        assert WorkerState.HEALTHY == "HEALTHY"
-
-    def test_a_new_group(self) -> None:
-        group = WorkerGroup(spec(local_world_size=4))
-        assert group.state == S.INIT
-        assert [worker.local_rank for worker in group.workers] == [0, 1, 2, 3]
-        assert {(worker.id, worker.global_rank, worker.world_size) for worker in group.workers} == {(None, -1, -1)}
-        assert (group.store, group.group_rank, group.group_world_size) == (None, None, None)
-        assert (group.master_addr, group.master_port) == (None, None)
-
-    def test_a_worker_tells_its_ranks(self) -> None:
-        text = "local_rank=1,global_rank=2,role_rank=3,world_size=4,role_world_size=5"
-        assert str(Worker(1, 2, 3, 4, 5)) == repr(Worker(1, 2, 3, 4, 5)) == text
-
-    @pytest.mark.parametrize("state", list(WorkerState))
-    def test_failed_and_stuck_are_failures(self, state: WorkerState) -> None:
-        assert RunResult(state).is_failed() == (state in (S.FAILED, S.UNHEALTHY))
-
-    def test_any_state_can_be_asked(self) -> None:
-        assert not RunResult({}, {}).is_failed()  # type: ignore[arg-type]
-
-    def test_role_infos(self) -> None:
-        info = _RoleInstanceInfo("role", 1, 10)
-        again = _RoleInstanceInfo.deserialize(info.serialize())
-        assert (again.role, again.rank, again.local_world_size) == ("role", 1, 10)
-        assert json.loads(info.serialize()) == {"role": "role", "rank": 1, "local_world_size": 10}
-        assert _RoleInstanceInfo.compare(_RoleInstanceInfo("role", 2, 10), info) == 1
-        assert _RoleInstanceInfo.compare(info, _RoleInstanceInfo("role1", 0, 10)) == -1
-        assert _RoleInstanceInfo.compare(_RoleInstanceInfo("role1", 0, 10), info) == 1
-        infos = [_RoleInstanceInfo(role, rank, 1) for rank, role in enumerate(("a", "b", "b", "b", "c"))]
-        assert _RoleInstanceInfo.find_role_boundaries(infos, "b") == (1, 3)
-        assert _RoleInstanceInfo.find_role_boundaries(infos, "d") == (-1, -1)
-
-    def test_the_package_has_all_names(self) -> None:
-        assert {*server.__all__} >= {"LocalElasticAgent", "WorkerSpec", "TORCHELASTIC_ENABLE_FILE_TIMER"}
-        assert all(hasattr(server, name) for name in server.__all__)
-        assert agent_package.server is server
 
 
 class TestRanks:
@@ -522,138 +346,6 @@ class TestExitBarrier:
         store.add.assert_called_once()
 
 
-class Collector(logging.Handler):
-    def __init__(self) -> None:
-        super().__init__()
-        self.events: list[dict[str, Any]] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.events.append(json.loads(record.getMessage()))
-
-
-@pytest.fixture
-def collector() -> Iterator[Collector]:
-    """The handler of the destination ``"test"``."""
-    collector = Collector()
-    with (
-        mock.patch.dict("ferroelastic.events.handlers._log_handlers", test=collector),
-        mock.patch.dict(events._events_loggers),
-    ):
-        yield collector
-    logging.getLogger("torchelastic-events-test").handlers.clear()
-
-
-class TestEvents:
-    def test_a_run_is_told(self, collector: Collector) -> None:
-        Agent(spec(event_log_handler="test"), S.SUCCEEDED).run()
-        assert [event["metadata"]["state"] for event in collector.events] == [
-            "RENDEZVOUS",
-            "ASSIGN_WORKER_RANKS",
-            "START",
-            "START",
-            "SUCCEEDED",
-            "SUCCEEDED",
-        ]
-        worker = collector.events[-1]
-        assert (worker["name"], worker["source"]) == ("torchelastic.worker.status.SUCCEEDED", "WORKER")
-        assert worker["metadata"] | {"total_run_time": 0} == {
-            "run_id": "run",
-            "global_rank": 1,
-            "group_rank": 0,
-            "worker_id": "1001",
-            "role": "trainer",
-            "hostname": _get_fq_hostname(),
-            "state": "SUCCEEDED",
-            "total_run_time": 0,
-            "rdzv_backend": "memory",
-            "raw_error": None,
-            "metadata": worker["metadata"]["metadata"],
-            "agent_restarts": 0,
-            "duration_ms": None,
-        }
-        assert json.loads(worker["metadata"]["metadata"]) == {
-            "group_world_size": 1,
-            "entry_point": "true",
-            "local_rank": [1],
-            "role_rank": [1],
-            "role_world_size": [2],
-            "exit_code": [None],
-            "worker_pid": [None],
-        }
-        assert collector.events[0]["metadata"]["duration_ms"] >= 0
-
-    def test_failed_and_terminated_workers_are_told_apart(self, collector: Collector) -> None:
-        Agent(spec(event_log_handler="test", max_restarts=0), S.FAILED).run()
-        failed, terminated = collector.events[-2:]
-        assert (failed["metadata"]["state"], terminated["metadata"]["state"]) == ("FAILED", "TERMINATED")
-        assert json.loads(failed["metadata"]["metadata"])["exit_code"] == [1]
-        assert json.loads(failed["metadata"]["metadata"])["worker_pid"] == [999]
-        assert json.loads(failed["metadata"]["raw_error"])["message"] == "<NONE>"
-
-    def test_a_worker_of_unknown_fate_is_an_error(self) -> None:
-        with pytest.raises(ValueError, match="Unknown worker: 7"):
-            Agent(spec())._get_worker_state(Worker(0, 7), RunResult(S.SUCCEEDED))
-
-    def test_the_agents_own_events(self) -> None:
-        agent = Agent(spec(max_restarts=4))
-        agent._remaining_restarts = 2
-        succeeded = agent.get_event_succeeded()
-        assert (succeeded.source, succeeded.metadata["state"]) == ("AGENT", "SUCCEEDED")
-        assert succeeded.metadata["agent_restarts"] == 2
-        try:
-            raise ValueError("reason")
-        except ValueError:
-            failed = agent.get_event_failed()
-        assert failed.metadata["state"] == "FAILED"
-        assert "ValueError: reason" in str(failed.metadata["raw_error"])
-
-    def test_nobody_waits_for_dns_for_an_event_that_nobody_reads(self, collector: Collector) -> None:
-        null = events._get_or_create_logger("null")
-        with mock.patch.object(api, "_get_fq_hostname", return_value="from.dns") as lookup:
-            with mock.patch.object(null, "handlers", [logging.NullHandler()]):  # the test's own log capture listens too
-                Agent(spec(), S.SUCCEEDED).run()
-            lookup.assert_not_called()
-            assert Agent(spec(event_log_handler="test")).get_event_succeeded().metadata["hostname"] == "from.dns"
-            assert Agent(spec(event_log_handler="none")).get_event_succeeded().metadata["hostname"] == "from.dns"
-
-
-class TestMetrics:
-    @staticmethod
-    def published(agent: Agent, result: RunResult) -> dict[str, int]:
-        with mock.patch.object(api, "put_metric") as put:
-            agent._record_metrics(result)
-        return {call.args[0].removeprefix("workers.trainer."): call.args[1] for call in put.call_args_list}
-
-    @pytest.mark.parametrize(
-        ("state", "remaining", "counted"),
-        [
-            (S.SUCCEEDED, 10, "run_success_no_retries"),
-            (S.SUCCEEDED, 2, "run_success_with_retries"),
-            (S.FAILED, 10, "run_failed_no_retries"),
-            (S.FAILED, 2, "run_failed_with_retries"),
-        ],
-    )
-    def test_runs_are_counted(self, state: WorkerState, remaining: int, counted: str) -> None:
-        agent = Agent(spec(max_restarts=10))
-        agent._remaining_restarts = remaining
-        found = self.published(agent, RunResult(state))
-        assert found.pop("run_total") == 1
-        found.pop("flakiness")
-        assert {name for name, value in found.items() if value} == {counted}
-        assert len(found) == 4
-
-    @pytest.mark.parametrize(
-        ("maximum", "remaining", "failed", "flakiness"),
-        [(1, 1, False, 0), (10, 3, False, 63), (0, 0, False, 0), (1, 1, True, 100)],
-    )
-    def test_flakiness(self, maximum: int, remaining: int, failed: bool, flakiness: int) -> None:
-        agent = Agent(spec(max_restarts=maximum))
-        agent._remaining_restarts = remaining
-        with mock.patch.object(api, "put_metric") as put:
-            agent._record_flakiness_metric(failed)
-        put.assert_called_once_with("workers.trainer.flakiness", flakiness)
-
-
 def test_a_spec_may_be_a_mock_of_torchs_kind() -> None:
     made: Any = mock.Mock(spec=WorkerSpec, max_restarts=3, local_world_size=1)
     agent = Agent(made, exit_barrier_timeout=450, shutdown_timeout=180)
@@ -673,3 +365,9 @@ def test_importing_the_package_warns_of_nothing() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert os.path.basename(server.__file__ or "") == "__init__.py"
+
+
+def test_the_package_has_all_names() -> None:
+    assert {*server.__all__} >= {"LocalElasticAgent", "WorkerSpec", "TORCHELASTIC_ENABLE_FILE_TIMER"}
+    assert all(hasattr(server, name) for name in server.__all__)
+    assert agent_package.server is server

@@ -21,13 +21,14 @@ import signal
 import socket
 import sys
 import time
-from collections import defaultdict
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import ferroelastic.utils.store as store_util
 from ferroelastic._compat import TorchVirtual, family
 from ferroelastic.agent.server._activity import Activity, cause_of, failed_first_at_ns
+from ferroelastic.agent.server._ranks import agree_on_ranks
+from ferroelastic.agent.server._shutdown import shut_down
 from ferroelastic.agent.server._workers import (
     RunResult,
     Worker,
@@ -65,8 +66,6 @@ __all__ = [
 
 DEFAULT_ROLE = "default"
 _TERMINAL_STATE_SYNC_ID = "torchelastic/agent/terminal_state"
-_ROLE_INFO_PREFIX = "torchelastic/role_info/"
-_ASSIGNED_RANKS_PREFIX = "torchelastic/assigned_ranks/"
 
 logger = get_logger(__name__)
 
@@ -215,8 +214,8 @@ class SimpleElasticAgent(ElasticAgent):
     ) -> list[Worker]:
         """Find out the ranks of the workers of this node.
 
-        The rendezvous may have said it. Otherwise every agent says in the store how many workers of which role it has; rank 0 reads them
-        all and writes each agent's first ranks. With ``TORCH_ELASTIC_WORKER_IDENTICAL=1`` all agents are alike, and the ranks follow without the store.
+        The rendezvous may have said it. Otherwise the agents agree on it in the store. With ``TORCH_ELASTIC_WORKER_IDENTICAL=1`` all agents
+        are alike, and the ranks follow without the store.
         """
         size = spec.local_world_size
         place = getattr(self._rdzv_info, "place", None)
@@ -228,15 +227,7 @@ class SimpleElasticAgent(ElasticAgent):
             first_rank = first_role_rank = group_rank * size
         else:
             own = _RoleInstanceInfo(spec.role, group_rank, size)
-            store.set(f"{_ROLE_INFO_PREFIX}{group_rank}", own.serialize())
-            if group_rank == 0:
-                keys = [f"{_ROLE_INFO_PREFIX}{rank}" for rank in range(group_world_size)]
-                self._publish_ranks(
-                    store, [_RoleInstanceInfo.deserialize(info) for info in _wait_in(store.multi_get, keys)]
-                )
-            first_rank, world_size, first_role_rank, role_world_size = json.loads(
-                _wait_in(store.get, f"{_ASSIGNED_RANKS_PREFIX}{group_rank}")
-            )
+            first_rank, world_size, first_role_rank, role_world_size = agree_on_ranks(store, own, group_world_size)
         return [
             Worker(
                 local_rank=local_rank,
@@ -247,22 +238,6 @@ class SimpleElasticAgent(ElasticAgent):
             )
             for local_rank in range(size)
         ]
-
-    @staticmethod
-    def _publish_ranks(store: Any, agents: list[_RoleInstanceInfo]) -> None:
-        """Write, for each agent: its first global rank, the world size, its first rank within the role, the size of the role."""
-        role_sizes: defaultdict[str, int] = defaultdict(int)
-        for agent in agents:
-            role_sizes[agent.role] += agent.local_world_size
-        world_size = sum(role_sizes.values())
-        next_rank = 0
-        next_role_rank: defaultdict[str, int] = defaultdict(int)
-        values = []
-        for agent in agents:
-            values.append(json.dumps([next_rank, world_size, next_role_rank[agent.role], role_sizes[agent.role]]))
-            next_rank += agent.local_world_size
-            next_role_rank[agent.role] += agent.local_world_size
-        store.multi_set([f"{_ASSIGNED_RANKS_PREFIX}{rank}" for rank in range(len(agents))], values)
 
     @prof
     def _initialize_workers(self, worker_group: WorkerGroup) -> None:
@@ -313,51 +288,13 @@ class SimpleElasticAgent(ElasticAgent):
             logger.warning("Received %s death signal, shutting down workers", death_sig)
             raise
         finally:
-            interruption = self._shut_down(death_sig)
+            interruption = shut_down(self._shutdown, death_sig, self._shutdown_timeout, self._activity)
             self._activity.idle()
             # Also where an exception left: its event tells the time.
             self._total_execution_time = int(time.monotonic() - start)
             if interruption is not None and not is_unwinding:
                 raise interruption
         return result
-
-    def _shut_down(self, death_sig: signal.Signals | None) -> BaseException | None:
-        """Call :meth:`_shutdown` until it comes to its end.
-
-        Returns:
-            The last :class:`SignalException` that interrupted it, if one did: from then on the workers get SIGKILL at once.
-        """
-        timeout = self._shutdown_timeout
-        interruption: BaseException | None = None
-        while True:
-            try:
-                self._activity.busy("stopping")
-                self._call_shutdown(death_sig, timeout)
-            except family(SignalException) as error:  # noqa: PERF203 - a loop over interruptions
-                logger.warning("Received %s death signal while shutting down, killing workers", error.sigval)
-                interruption = error
-                death_sig, timeout = signal.SIGKILL, 0
-            else:
-                return interruption
-
-    def _call_shutdown(self, death_sig: signal.Signals | None, timeout: int) -> None:
-        """Call :meth:`_shutdown` with as many arguments as it takes: before torch 2.9 subclasses had none for the timeout."""
-        import inspect
-
-        signature = inspect.signature(self._shutdown)
-        positional: tuple[Any, ...] = () if death_sig is None else (death_sig,)
-        forms: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
-            (positional, {"timeout": timeout}),
-            (positional, {}),
-            ((), {}),
-        ]
-        for args, kwargs in forms:
-            try:
-                signature.bind(*args, **kwargs)
-            except TypeError:
-                continue
-            break
-        self._shutdown(*args, **kwargs)
 
     def get_event_failed(self) -> Event:
         """Return the event that tells of the exception being handled."""
@@ -625,11 +562,6 @@ class SimpleElasticAgent(ElasticAgent):
             logger.exception("Error waiting on exit barrier. Elapsed: %s seconds", time.monotonic() - start)
         finally:
             self._in_exit_barrier = False
-
-
-def _wait_in(method: Any, argument: Any) -> Any:
-    """Call a method of a store that waits for other agents."""
-    return interruptible.call(method, argument)
 
 
 def _own_connection(store: Any) -> Any:

@@ -1,12 +1,13 @@
-//! Who takes part in a round, with which ranks, when it begins, and when it is over. Pure: events in, actions out.
+//! When a round begins, and when it is over. Pure: events in, actions out. `seating` says who takes part, with which ranks.
 //!
 //! A round begins when enough nodes wait for it, and ends for all of them when a worker fails or a node comes, goes or is lost. The nodes
 //! of a round that is over are expected back, and seats are kept for them.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use super::message::{Cause, Introduction, Join, Kind, Notice, PROTOCOL, Place, Request, bounded};
+use super::seating::{self, Candidate, Round};
 
 /// An agent's connection, by a number of the caller's.
 pub type Id = u64;
@@ -468,58 +469,33 @@ impl Rounds {
     }
 
     fn begin(&mut self) {
-        let round = self.begun;
-        let mut seated: Vec<(Id, Join)> = Vec::new();
-        let mut waiting: Vec<(Id, &Member, &Join, Instant)> = Vec::new();
-        for (id, member) in &self.members {
-            if let Seat::Waiting { join, since } = &member.seat {
-                waiting.push((*id, member, join, *since));
-            }
-        }
-        // The host's own agent has its place in any case: the store is at the address of rank 0.
-        waiting
-            .sort_by_key(|(id, member, _, since)| (!member.who.is_host, !self.is_of_last_round(member), *since, *id));
-        waiting.truncate(self.most_nodes());
-        waiting.sort_by_key(|(id, member, _, _)| {
-            let former = member.last.filter(|_| self.is_of_last_round(member)).map_or(u64::MAX, |(_, rank)| rank);
-            (member.who.node_rank, !member.who.is_host, former, member.who.name.clone(), *id)
-        });
-        seated.extend(waiting.into_iter().map(|(id, _, join, _)| (id, join.clone())));
-
-        let mut role_sizes: HashMap<&str, u64> = HashMap::new();
-        for (_, join) in &seated {
-            *role_sizes.entry(&join.role).or_default() += join.local_world_size;
-        }
-        let world_size = role_sizes.values().sum();
-        let mut first_rank = 0;
-        let mut first_role_ranks: HashMap<&str, u64> = HashMap::new();
+        let waiting = self.members.iter().filter_map(|(id, member)| self.candidate(*id, member)).collect();
+        let seated = seating::choose(waiting, self.most_nodes());
+        let round = Round {
+            number: self.begun,
+            address: self.settings.address.clone(),
+            failures: self.failures,
+            membership_changes: self.membership_changes,
+            cause: self.cause.clone(),
+        };
+        let places = seating::places(&seated, &round);
         self.actions.push(Action::RenewStore);
-        for (group_rank, (id, join)) in (0..).zip(&seated) {
-            let first_role_rank = first_role_ranks.entry(&join.role).or_default();
-            let place = Place {
-                round,
-                group_rank,
-                group_world_size: u64::try_from(seated.len()).unwrap_or(u64::MAX),
-                first_rank,
-                world_size,
-                first_role_rank: *first_role_rank,
-                role_world_size: role_sizes[join.role.as_str()],
-                address: self.settings.address.clone(),
-                failures: self.failures,
-                membership_changes: self.membership_changes,
-                cause: self.cause.clone(),
-            };
-            first_rank += join.local_world_size;
-            *first_role_rank += join.local_world_size;
-            self.actions.push(Action::Tell(*id, Notice::Begin(place.clone())));
-            if let Some(member) = self.members.get_mut(id) {
-                member.last = Some((round, group_rank));
+        for (id, place) in places {
+            self.actions.push(Action::Tell(id, Notice::Begin(place.clone())));
+            if let Some(member) = self.members.get_mut(&id) {
+                member.last = Some((place.round, place.group_rank));
                 member.seat = Seat::Running(place);
             }
         }
         self.begun += 1;
         self.cause = None;
         self.phase = Phase::Running;
+    }
+
+    fn candidate<'a>(&self, id: Id, member: &'a Member) -> Option<Candidate<'a>> {
+        let Seat::Waiting { join, since } = &member.seat else { return None };
+        let former = member.last.filter(|_| self.is_of_last_round(member)).map(|(_, rank)| rank);
+        Some(Candidate { id, who: &member.who, join, since: *since, former })
     }
 
     // ---- of time
