@@ -1,14 +1,14 @@
-//! Single decisions of a rendezvous, under a clock that is moved by hand.
+//! Single decisions of the host of a rendezvous, under a clock that is moved by hand.
 
 use std::time::{Duration, Instant};
 
-use ferroelastic_core::rendezvous::member::{self, Call, Failure, Member, Standing};
-use ferroelastic_core::rendezvous::message::{Introduction, Join, Kind, Notice, PROTOCOL, Place, Request};
+use ferroelastic_core::rendezvous::message::{Introduction, Join, Kind, Notice, PROTOCOL, Place};
 use ferroelastic_core::rendezvous::rounds::{Action, Event, Id, Rounds, Settings};
 
 const SECOND: Duration = Duration::from_secs(1);
 const SILENCE: Duration = Duration::from_secs(5);
 const JOIN_TIMEOUT: Duration = Duration::from_secs(600);
+const LOSS_GRACE: Duration = Duration::from_millis(250);
 const MOMENT: Duration = Duration::from_millis(10);
 
 fn settings(min_nodes: u32, max_nodes: u32) -> Settings {
@@ -67,6 +67,10 @@ impl Table {
 
     fn fail(&mut self, id: Id, round: u64, at_ns: u64) -> Vec<Action> {
         self.step(Event::Failed { id, round, at_ns, text: format!("rank {id} exited with 1"), is_final: false })
+    }
+
+    fn fail_for_good(&mut self, id: Id, round: u64) -> Vec<Action> {
+        self.step(Event::Failed { id, round, at_ns: 1, text: format!("rank {id} exited with 1"), is_final: true })
     }
 
     /// So many agents in their first round.
@@ -247,7 +251,9 @@ fn survivors_that_are_too_few_wait_for_another_or_until_the_join_timeout() {
     table.step(Event::Lost(3, "gone".into()));
     table.join(1, Some(1));
     let actions = table.pass(JOIN_TIMEOUT, &[1]);
-    assert_eq!(actions, [Action::Tell(1, Notice::TimedOut { waiting: vec!["node1 (agent 100)".into()] })]);
+    let waiting = vec!["node1 (agent 100)".into()];
+    let cause = Some("node3 (agent 100) was lost: gone".into());
+    assert_eq!(actions, [Action::Tell(1, Notice::TimedOut { waiting, cause })]);
 }
 
 #[test]
@@ -321,8 +327,9 @@ fn membership_changes_have_a_limit_of_their_own() {
 #[test]
 fn a_failure_without_a_restart_left_closes_the_job_for_all() {
     let mut table = Table::running(2, 2);
-    let text = "rank 2 exited with 1".to_owned();
-    let actions = table.step(Event::Failed { id: 2, round: 0, at_ns: 1, text, is_final: true });
+    // It might be explained by a node that is lost.
+    assert_eq!(table.fail_for_good(2, 0), []);
+    let actions = table.pass(LOSS_GRACE, &[1, 2]);
     let text = "rank 2 exited with 1 on node2, and no restart is left".to_owned();
     assert_eq!(actions[0], Action::Tell(1, Notice::Closed { text: text.clone(), is_spare: false }));
     table.enter(3, (2, 2));
@@ -392,117 +399,129 @@ fn after_a_note_that_workers_write_evidence_they_have_time_for_it() {
     assert_eq!(table.pass(2 * grace, &[1, 2]), []);
 }
 
-// ---- of one agent
-
-fn member(is_host: bool) -> (Member, Instant) {
-    let now = Instant::now();
-    let settings = member::Settings { endpoint: "host:29400".into(), connect_timeout: 60 * SECOND, is_host };
-    (Member::new(settings, now), now)
-}
-
-fn join() -> member::Event {
-    member::Event::Call(Call::Join { role: "default".into(), local_world_size: 2, timeout: JOIN_TIMEOUT })
+#[test]
+fn of_two_notes_the_earlier_deadline_counts() {
+    let mut table = Table::running(2, 2);
+    let grace = 20 * SECOND;
+    table.step(Event::Announced { text: "rank 3 wrote /exception_dump".into(), grace });
+    let error = Event::Announced { text: "rank 3 wrote /remote_error".into(), grace: Duration::ZERO };
+    assert_eq!(over(&table.step(error)).len(), 2);
 }
 
 #[test]
-fn a_host_that_is_not_up_is_tried_again_until_the_connect_timeout() {
-    let (mut member, start) = member(false);
-    let mut now = start;
-    assert_eq!(member.step(now, join()), [member::Action::Connect]);
-    let mut attempts = 1;
-    while *member.standing() == Standing::Joining {
-        let refused = member::Event::NotConnected { text: "connection refused".into(), is_refused: true };
-        assert_eq!(member.step(now, refused), []);
-        if let Some(next) = member.next_tick().filter(|_| *member.standing() == Standing::Joining) {
-            assert!(next - now <= SECOND / 4);
-            now = next;
-            attempts += member.step(now, member::Event::Tick).len();
-        }
-    }
-    assert!(attempts > 200, "{attempts}");
-    assert_eq!(now - start, 60 * SECOND);
-    let text = "the host of the rendezvous at host:29400 was not reached within 60 s: connection refused";
-    assert_eq!(*member.standing(), Standing::Failed(Failure::Unreachable(text.into())));
-}
-
-#[test]
-fn a_host_that_does_not_answer_is_given_up_after_the_connect_timeout() {
-    let (mut member, start) = member(false);
-    member.step(start, join());
-    member.step(start, member::Event::Connected);
-    let due = member.next_tick().expect("a deadline");
-    assert_eq!(due - start, 60 * SECOND);
-    assert_eq!(member.step(due, member::Event::Tick), [member::Action::Disconnect]);
-    assert!(matches!(member.standing(), Standing::Failed(Failure::Unreachable(_))));
-}
-
-fn placed(member: &mut Member, now: Instant) {
-    member.step(now, join());
-    member.step(now, member::Event::Connected);
-    let asked = member.step(now, member::Event::Received(Notice::Welcome { silence: SILENCE }));
-    assert!(matches!(asked[..], [member::Action::Send(Request::Join(_))]));
-    let place = Place {
-        round: 4,
-        group_rank: 0,
-        group_world_size: 1,
-        first_rank: 0,
-        world_size: 2,
-        first_role_rank: 0,
-        role_world_size: 2,
-        address: None,
-        failures: 0,
-        membership_changes: 0,
-        cause: None,
-    };
-    member.step(now, member::Event::Received(Notice::Begin(place)));
-    assert!(matches!(member.standing(), Standing::Placed(_)));
-}
-
-#[test]
-fn an_agent_beats_and_notices_a_silent_host() {
-    let (mut member, start) = member(false);
-    placed(&mut member, start);
-    let mut beats = 0;
-    let mut now = start;
-    while matches!(member.standing(), Standing::Placed(_)) {
-        now = member.next_tick().expect("a deadline");
-        let actions = member.step(now, member::Event::Tick);
-        beats += usize::from(actions == [member::Action::Send(Request::Beat)]);
-    }
-    assert_eq!((beats, now - start), (3, SILENCE));
-    assert!(
-        matches!(member.standing(), Standing::Over(place, cause) if place.round == 4 && cause.kind == Kind::Membership)
+fn workers_that_fail_because_their_peers_are_lost_have_not_failed() {
+    let mut table = Table::running(2, 3);
+    // Heard of before the loss.
+    assert_eq!(over(&table.fail(1, 0, 1)).len(), 3);
+    table.join(1, Some(0));
+    table.step(Event::Lost(3, "its connection broke".into()));
+    let places = begun(&table.join(2, Some(0)));
+    assert_eq!(places.len(), 2);
+    assert!(places.iter().all(|(_, place)| (place.failures, place.membership_changes) == (0, 1)));
+    let cause = places[0].1.cause.clone().expect("a cause");
+    assert_eq!(
+        (cause.kind, cause.text.as_str()),
+        (Kind::Membership, "node3 (agent 100) was lost: its connection broke")
     );
-    // It was paused, and the host was not silent.
-    let (mut member, start) = self::member(false);
-    placed(&mut member, start);
-    assert_eq!(member.step(start + 60 * SECOND, member::Event::Tick), [member::Action::Send(Request::Beat)]);
-    assert!(matches!(member.standing(), Standing::Placed(_)));
 }
 
 #[test]
-fn an_agent_in_the_process_of_the_host_need_not_beat() {
-    let (mut member, start) = member(true);
-    placed(&mut member, start);
-    assert_eq!(member.next_tick(), None);
+fn a_node_that_is_lost_long_after_a_failure_does_not_explain_it() {
+    let mut table = Table::running(2, 3);
+    table.fail(1, 0, 1);
+    table.join(1, Some(0));
+    table.pass(SILENCE, &[1, 2, 3]);
+    table.step(Event::Lost(3, "its connection broke".into()));
+    let places = begun(&table.join(2, Some(0)));
+    assert!(places.iter().all(|(_, place)| (place.failures, place.membership_changes) == (1, 0)));
 }
 
 #[test]
-fn a_host_that_is_gone_is_not_waited_for() {
-    let (mut member, now) = member(false);
-    placed(&mut member, now);
-    member.step(now, member::Event::Disconnected("it was closed".into()));
-    assert!(matches!(member.standing(), Standing::Over(..)));
-    assert_eq!(member.step(now, join()), [member::Action::Connect]);
-    member.step(now, member::Event::NotConnected { text: "connection refused".into(), is_refused: true });
-    let Standing::Failed(Failure::Unreachable(text)) = member.standing() else { panic!("{:?}", member.standing()) };
-    assert!(text.contains("is gone"), "{text}");
+fn the_last_failure_is_none_if_a_node_was_lost() {
+    let mut table = Table::running(2, 3);
+    assert_eq!(table.fail_for_good(1, 0), []);
+    // Nor does another failure of the same round make it less final.
+    assert_eq!(table.fail(2, 0, 1), []);
+    let ended = over(&table.step(Event::Lost(3, "its connection broke".into())));
+    assert_eq!(
+        ended.iter().map(|(id, kind, _)| (*id, *kind)).collect::<Vec<_>>(),
+        [1, 2].map(|id| (id, Kind::Membership))
+    );
+    // Heard of after the loss.
+    assert_eq!(table.fail_for_good(2, 0), []);
+    table.pass(LOSS_GRACE, &[1, 2]);
+    table.join(1, Some(0));
+    assert_eq!(begun(&table.join(2, Some(0))).len(), 2);
 }
 
 #[test]
-fn a_host_that_was_started_again_begins_with_its_own_rounds() {
-    let (mut member, now) = member(false);
-    placed(&mut member, now);
-    member.step(now, member::Event::Disconnected("it was closed".into()));
-    placed(&mut member, now);
+fn a_job_of_one_node_ends_at_once() {
+    let mut table = Table::running(1, 1);
+    let text = "rank 1 exited with 1 on node1, and no restart is left".into();
+    assert_eq!(table.fail_for_good(1, 0), [Action::Tell(1, Notice::Closed { text, is_spare: false })]);
+}
+
+#[test]
+fn a_node_that_has_finished_may_lose_its_connection() {
+    let mut table = Table::running(2, 2);
+    table.step(Event::Finished(2, 0));
+    table.step(Event::Lost(2, "gone".into()));
+    table.enter(7, (2, 2));
+    // Another agent of the same process, as far as the host knows: the names are the same.
+    let who = Introduction { nodes: (2, 2), ..table.introduction(2) };
+    table.step(Event::Entered(8, who));
+    assert_eq!(table.step(Event::Finished(8, 0)), []);
+    let ended = over(&table.step(Event::Finished(7, 0)));
+    assert_eq!(ended.iter().map(|(id, ..)| *id).collect::<Vec<_>>(), [7], "no worker of its was in this round");
+    let actions = table.step(Event::Finished(1, 0));
+    assert!(actions.contains(&Action::Tell(8, Notice::Released)), "{actions:?}");
+    // And to a job that has succeeded nobody is late.
+    let late = table.enter(9, (2, 2));
+    let text = "the job has succeeded".into();
+    assert!(late.contains(&Action::Tell(9, Notice::Closed { text, is_spare: true })), "{late:?}");
+}
+
+#[test]
+fn a_node_that_has_finished_hears_that_its_round_was_over() {
+    let mut table = Table::running(2, 2);
+    table.step(Event::Finished(2, 0));
+    table.step(Event::Lost(2, "gone".into()));
+    table.fail(1, 0, 1);
+    table.step(Event::Entered(8, Introduction { nodes: (2, 2), ..table.introduction(2) }));
+    let actions = table.step(Event::Finished(8, 0));
+    assert_eq!(over(&actions), [(8, Kind::Failure, "rank 1 exited with 1 on node1".into())]);
+}
+
+#[test]
+fn times_that_are_longer_than_the_clock_goes_are_no_times() {
+    let endless = Settings { last_call: Duration::MAX, silence: Duration::MAX, ..settings(1, 2) };
+    let mut table = Table::new(endless);
+    table.enter(1, (1, 2));
+    assert_eq!(begun(&table.join(1, None)), []);
+    table.enter(2, (1, 2));
+    let timeout = Duration::MAX;
+    let join = Join { after: None, role: "default".into(), local_world_size: 2, timeout };
+    assert_eq!(begun(&table.step(Event::Joined(2, join))).len(), 2);
+}
+
+#[test]
+fn what_no_agent_says_ends_its_connection() {
+    let mut table = Table::running(2, 3);
+    let actions = table.enter(3, (2, 3));
+    assert!(actions.contains(&Action::Drop(3)), "{actions:?}");
+    assert_eq!(over(&actions).len(), 2);
+    let actions = table.join_as(2, Some(0), "default", u64::MAX);
+    assert!(actions.contains(&Action::Drop(2)), "{actions:?}");
+}
+
+#[test]
+fn of_many_who_wait_some_are_named() {
+    let mut table = Table::new(settings(100, 100));
+    for id in 1..=99 {
+        table.enter(id, (100, 100));
+        table.join(id, None);
+    }
+    let actions = table.pass(JOIN_TIMEOUT, &(1..=99).collect::<Vec<_>>());
+    let Action::Tell(1, Notice::TimedOut { waiting, .. }) = &actions[0] else { panic!("{actions:?}") };
+    assert_eq!((waiting.len(), waiting[32].as_str()), (33, "67 more"));
 }

@@ -26,6 +26,9 @@ const STREAM: u64 = 2;
 /// The host echoes this, as it does for every client of a `TCPStore`.
 const NONCE: [u8; 4] = *b"ferr";
 
+/// Where a host has several addresses, each has so long to answer before the next one is tried.
+const ADDRESS_TURN: Duration = Duration::from_secs(1);
+
 /// What the program can see.
 #[derive(Debug)]
 struct View {
@@ -192,6 +195,8 @@ struct Link {
     interest: Interest,
     /// Where else the host may be.
     others: Vec<SocketAddr>,
+    /// When the next of them is tried.
+    turn_ends: Option<Instant>,
 }
 
 /// Everything the thread owns.
@@ -255,6 +260,9 @@ impl Talker {
             }
             if is_due {
                 self.timer.drain();
+                if self.link.as_ref().and_then(|link| link.turn_ends).is_some_and(|end| Instant::now() >= end) {
+                    self.try_others(ErrorKind::TimedOut.into());
+                }
                 self.step(Event::Tick);
             }
         }
@@ -299,8 +307,7 @@ impl Talker {
             }
             events.extend(self.flush());
         }
-        // It fails for a descriptor that is none.
-        let _ = self.timer.set(self.member.next_tick());
+        self.set_timer();
         self.show();
     }
 
@@ -342,8 +349,11 @@ impl Talker {
                     let interest = Interest::Writable;
                     let (input, output) = (Vec::new(), Vec::new());
                     let (is_connected, has_echoed) = (false, false);
+                    let is_one_of_several = error.is_some() || !addresses.is_empty();
+                    let turn_ends = is_one_of_several.then(|| Instant::now() + ADDRESS_TURN);
+                    let others = addresses;
                     self.link =
-                        Some(Link { stream, is_connected, has_echoed, input, output, interest, others: addresses });
+                        Some(Link { stream, is_connected, has_echoed, input, output, interest, others, turn_ends });
                     return None;
                 }
                 Err(failed) => error = Some(failed),
@@ -352,6 +362,21 @@ impl Talker {
         let error = error.unwrap_or_else(|| ErrorKind::AddrNotAvailable.into());
         let is_refused = error.kind() == ErrorKind::ConnectionRefused;
         Some(Event::NotConnected { text: error.to_string(), is_refused })
+    }
+
+    /// One address was not reached.
+    fn try_others(&mut self, error: io::Error) {
+        let others = self.link.as_mut().map(|link| std::mem::take(&mut link.others)).unwrap_or_default();
+        match self.try_next(others, Some(error)) {
+            Some(event) => self.step(event),
+            None => self.set_timer(),
+        }
+    }
+
+    fn set_timer(&mut self) {
+        let turn_ends = self.link.as_ref().and_then(|link| link.turn_ends);
+        // It fails for a descriptor that is none.
+        let _ = self.timer.set(self.member.next_tick().into_iter().chain(turn_ends).min());
     }
 
     fn hang_up(&mut self) {
@@ -365,13 +390,10 @@ impl Talker {
         let Some(link) = &mut self.link else { return };
         if !link.is_connected {
             if let Err(error) = link.stream.connected() {
-                let others = std::mem::take(&mut link.others);
-                if let Some(event) = self.try_next(others, Some(error)) {
-                    self.step(event);
-                }
-                return;
+                return self.try_others(error);
             }
             link.is_connected = true;
+            link.turn_ends = None;
             self.introduce();
             return self.step(Event::Connected);
         }

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::message::{Cause, Join, Kind, Notice, Place, Request};
+use super::message::{Cause, FAR, Join, Kind, Notice, Place, Request};
 
 /// Of the silence after which the other side is taken for lost, an agent is silent for no more than this part.
 const BEATS_PER_SILENCE: u32 = 3;
@@ -145,6 +145,7 @@ enum Link {
 struct Wish {
     role: String,
     local_world_size: u64,
+    timeout: Duration,
     deadline: Instant,
 }
 
@@ -160,6 +161,8 @@ pub struct Member {
     pause: Duration,
     was_welcome: bool,
     last_round: Option<u64>,
+    /// The round in which its workers have succeeded.
+    finished: Option<u64>,
     last_step: Instant,
     actions: Vec<Action>,
 }
@@ -177,6 +180,7 @@ impl Member {
             pause: FIRST_PAUSE,
             was_welcome: false,
             last_round: None,
+            finished: None,
             last_step: now,
             actions: Vec::new(),
         }
@@ -226,10 +230,15 @@ impl Member {
         link.into_iter().chain(self.give_up_at()).min()
     }
 
-    /// When it gives up waiting for a round. The host is to say so first, with the names of those who came; it may be silent, or slow.
+    /// When it gives up waiting for a round, unless the host hears it: that says when it is enough, knows who came and who is a spare,
+    /// and is not silent for long.
     fn give_up_at(&self) -> Option<Instant> {
-        let margin = if let Link::Up { silence, .. } = self.link { silence } else { Duration::ZERO };
-        self.wish.as_ref().map(|wish| wish.deadline + margin)
+        self.wish.as_ref().filter(|_| !self.is_up()).map(|wish| wish.deadline)
+    }
+
+    /// Its workers have succeeded, and those of others may not have yet.
+    fn has_finished(&self) -> bool {
+        matches!(&self.standing, Standing::Placed(place) if self.finished == Some(place.round))
     }
 
     fn call(&mut self, now: Instant, call: Call) {
@@ -239,7 +248,8 @@ impl Member {
                     return;
                 }
                 self.standing = Standing::Joining;
-                self.wish = Some(Wish { role, local_world_size, deadline: deadline(now, timeout) });
+                self.finished = None;
+                self.wish = Some(Wish { role, local_world_size, timeout, deadline: deadline(now, timeout) });
                 match self.link {
                     Link::Down => self.connect(now),
                     Link::Up { .. } => self.ask(now),
@@ -254,6 +264,7 @@ impl Member {
             Call::Finished => {
                 if let Standing::Placed(place) = &self.standing {
                     let round = place.round;
+                    self.finished = Some(round);
                     self.send(Request::Finished { round });
                 }
             }
@@ -294,7 +305,7 @@ impl Member {
 
     fn not_connected(&mut self, now: Instant, text: &str, is_refused: bool) {
         self.link = Link::Down;
-        if self.wish.is_none() {
+        if self.wish.is_none() && !self.has_finished() {
             return;
         }
         let endpoint = &self.settings.endpoint;
@@ -316,11 +327,19 @@ impl Member {
         let was_up = matches!(self.link, Link::Up { .. });
         self.link = Link::Down;
         let lost = format!("the connection to the rendezvous at {} was lost: {text}", self.settings.endpoint);
-        if let Standing::Placed(place) = &self.standing {
+        if self.has_finished() {
+            // Its workers are done, whatever happens: it comes back to hear how the others fare.
+            if was_up {
+                self.connect(now);
+            } else {
+                self.not_connected(now, text, false);
+            }
+        } else if let Standing::Placed(place) = &self.standing {
             let cause = Cause { kind: Kind::Membership, node: String::new(), at_ns: None, text: lost };
             self.standing = Standing::Over(place.clone(), cause);
-        } else if self.wish.is_some() {
+        } else if let Some(wish) = &mut self.wish {
             if was_up {
+                wish.deadline = deadline(now, wish.timeout);
                 self.connect(now);
             } else {
                 self.not_connected(now, text, false);
@@ -335,8 +354,14 @@ impl Member {
         match notice {
             Notice::Welcome { silence } => {
                 if matches!(self.link, Link::Entering) {
+                    let silence = silence.min(FAR);
                     self.link = Link::Up { heard: now, beat_at: now + silence / BEATS_PER_SILENCE, silence };
                     self.was_welcome = true;
+                    if self.has_finished()
+                        && let Some(round) = self.finished
+                    {
+                        return self.send(Request::Finished { round });
+                    }
                     // To this host, or by now, it is a new one.
                     self.last_round = None;
                     self.ask(now);
@@ -357,17 +382,20 @@ impl Member {
                     self.standing = Standing::Over(place.clone(), cause);
                 }
             }
-            Notice::TimedOut { waiting } => {
+            Notice::TimedOut { waiting, cause } => {
                 if self.wish.is_some() {
-                    self.fail(Failure::TimedOut(waiting.join(", ")));
+                    let since = cause.map_or_else(String::new, |cause| format!(", after this: {cause}"));
+                    self.fail(Failure::TimedOut(format!("these did: {}{since}", waiting.join(", "))));
                 }
             }
             Notice::Released => {
-                self.wish = None;
-                self.standing = Standing::Released;
+                if self.has_finished() {
+                    self.standing = Standing::Released;
+                }
             }
             Notice::Closed { text, is_spare } => {
                 self.wish = None;
+                let is_spare = is_spare && (self.has_finished() || !matches!(self.standing, Standing::Placed(_)));
                 if self.standing != Standing::Released {
                     self.standing = Standing::Closed { text, is_spare };
                 }
@@ -427,13 +455,12 @@ impl Member {
             _ => {}
         }
         if self.give_up_at().is_some_and(|at| now >= at) {
-            self.fail(Failure::TimedOut(String::new()));
+            self.fail(Failure::TimedOut("the host was not there to say who did".into()));
         }
     }
 }
 
 /// As far away as an instant can be, if it does not fit.
 fn deadline(now: Instant, timeout: Duration) -> Instant {
-    const FAR: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
     now + timeout.min(FAR)
 }

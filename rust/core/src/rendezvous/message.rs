@@ -19,6 +19,9 @@ pub const MOST_FRAME_BYTES: usize = 64 * 1024;
 /// Longest text that somebody else has written into a message.
 pub const MOST_TEXT_BYTES: usize = 8 * 1024;
 
+/// As far away as a deadline is set: ten years. A longer time may not fit into an instant.
+pub const FAR: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
+
 /// Who an agent is, and what job it was started for.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Introduction {
@@ -158,6 +161,8 @@ pub enum Notice {
     TimedOut {
         /// Nodes that are there.
         waiting: Vec<String>,
+        /// Why the round before it ended.
+        cause: Option<String>,
     },
     /// All workers of all nodes have succeeded.
     Released,
@@ -223,9 +228,9 @@ pub fn decode<M: DeserializeOwned>(frames: &mut Vec<u8>) -> Result<Option<M>, Ga
     Ok(Some(message))
 }
 
-/// The beginning of `text`, as much of it as a message carries.
+/// The beginning of `text`, no more than `most` bytes of it.
 #[must_use]
-pub fn bounded(text: &str) -> &str {
-    let end = (0..=text.len().min(MOST_TEXT_BYTES)).rev().find(|end| text.is_char_boundary(*end));
+pub fn bounded(text: &str, most: usize) -> &str {
+    let end = (0..=text.len().min(most)).rev().find(|end| text.is_char_boundary(*end));
     &text[..end.unwrap_or(0)]
 }

@@ -3,11 +3,26 @@
 //! A round begins when enough nodes wait for it, and ends for all of them when a worker fails or a node comes, goes or is lost. The nodes
 //! of a round that is over are expected back, and seats are kept for them.
 
-use std::collections::BTreeMap;
+mod ending;
+
+use std::collections::{BTreeMap, HashMap};
 use std::time::{Duration, Instant};
 
-use super::message::{Cause, Introduction, Join, Kind, Notice, PROTOCOL, Place, Request, bounded};
+use ending::Pending;
+
+use super::message::{
+    Cause, FAR, Introduction, Join, Kind, MOST_TEXT_BYTES, Notice, PROTOCOL, Place, Request, bounded,
+};
 use super::seating::{self, Candidate, Round};
+
+/// So many nodes are named to somebody who has waited for more of them.
+const MOST_NAMES: usize = 32;
+
+/// Longest name of a node.
+const MOST_NAME_BYTES: usize = 256;
+
+/// Most workers of a node.
+const MOST_WORKERS: u64 = u32::MAX as u64;
 
 /// An agent's connection, by a number of the caller's.
 pub type Id = u64;
@@ -127,7 +142,11 @@ enum Phase {
         last_call: Option<Instant>,
     },
     Running,
-    Closed(String),
+    Closed {
+        why: String,
+        /// All workers have succeeded.
+        is_success: bool,
+    },
 }
 
 /// The state of a job's rendezvous.
@@ -141,8 +160,10 @@ pub struct Rounds {
     failures: u64,
     membership_changes: u64,
     cause: Option<Cause>,
-    /// A failure that a worker has told of, and when the round ends of it at the latest.
-    announced: Option<(Instant, String)>,
+    pending: Option<Pending>,
+    /// Agents whose workers have succeeded in this round and whose connection has ended, by name and pid: they may come back to hear how
+    /// it goes on.
+    gone_finished: HashMap<(String, u32), Place>,
     last_step: Instant,
     actions: Vec<Action>,
 }
@@ -151,15 +172,17 @@ impl Rounds {
     /// A rendezvous to which nobody has come.
     #[must_use]
     pub fn new(settings: Settings, now: Instant) -> Self {
+        let (last_call, silence) = (settings.last_call.min(FAR), settings.silence.min(FAR));
         Self {
-            settings,
+            settings: Settings { last_call, silence, ..settings },
             members: BTreeMap::new(),
             phase: Phase::Gathering { since: now, last_call: None },
             begun: 0,
             failures: 0,
             membership_changes: 0,
             cause: None,
-            announced: None,
+            pending: None,
+            gone_finished: HashMap::new(),
             last_step: now,
             actions: Vec::new(),
         }
@@ -185,20 +208,19 @@ impl Rounds {
             }
             Event::Closed(id, text) => {
                 if let Some(member) = self.members.get(&id) {
-                    let text = format!("{}: {}", member.label(), bounded(&text));
+                    let text = format!("{}: {}", member.label(), bounded(&text, MOST_TEXT_BYTES));
                     self.close(&text);
                 }
             }
-            Event::Left(id, text) => self.remove(now, id, &format!("left: {}", bounded(&text))),
+            Event::Left(id, text) => self.remove(now, id, &format!("left: {}", bounded(&text, MOST_TEXT_BYTES))),
             Event::Lost(id, text) => self.remove(now, id, &format!("was lost: {text}")),
             Event::Beat(id) => {
                 self.hear(now, id);
                 self.tell(id, Notice::Beat);
             }
             Event::Announced { text, grace } => {
-                if matches!(self.phase, Phase::Running) && self.announced.is_none() {
-                    self.announced = Some((now + grace, text));
-                }
+                let cause = Cause { kind: Kind::Failure, node: String::new(), at_ns: None, text };
+                self.expect_end(now + grace, cause, false);
             }
             Event::Stranger(text) => self.remark(&text),
             Event::Tick => {}
@@ -217,8 +239,8 @@ impl Rounds {
             _ => None,
         };
         let waits = self.members.values().filter_map(|member| self.join_deadline(member));
-        let announced = self.announced.as_ref().map(|(at, _)| *at);
-        silences.chain(waits).chain(last_call).chain(announced).min()
+        let pending = self.pending.as_ref().map(|pending| pending.at);
+        silences.chain(waits).chain(last_call).chain(pending).min()
     }
 
     /// Rounds that have begun.
@@ -230,22 +252,32 @@ impl Rounds {
     /// Whether there will be no other round, and why.
     #[must_use]
     pub fn closed(&self) -> Option<&str> {
-        if let Phase::Closed(text) = &self.phase { Some(text) } else { None }
+        if let Phase::Closed { why, .. } = &self.phase { Some(why) } else { None }
     }
 
     // ---- of agents
 
-    fn enter(&mut self, now: Instant, id: Id, who: Introduction) {
-        if let Some(text) = self.objection(&who) {
-            self.tell(id, Notice::Refused { text });
-            return self.actions.push(Action::Drop(id));
+    fn enter(&mut self, now: Instant, id: Id, mut who: Introduction) {
+        if self.members.contains_key(&id) {
+            return self.refuse(now, id, "it has introduced itself twice");
         }
+        if let Some(text) = self.objection(&who) {
+            return self.refuse(now, id, &text);
+        }
+        who.name = bounded(&who.name, MOST_NAME_BYTES).to_owned();
         self.members.insert(id, Member { who, heard: now, last: None, seat: Seat::Away });
         self.tell(id, Notice::Welcome { silence: self.settings.silence });
-        if let Phase::Closed(text) = &self.phase {
-            let text = text.clone();
-            self.tell(id, Notice::Closed { text, is_spare: false });
+        if let Phase::Closed { why, is_success } = &self.phase {
+            // To a job that has succeeded nobody is late.
+            let (text, is_spare) = (why.clone(), *is_success);
+            self.tell(id, Notice::Closed { text, is_spare });
         }
+    }
+
+    fn refuse(&mut self, now: Instant, id: Id, text: &str) {
+        self.tell(id, Notice::Refused { text: text.to_owned() });
+        self.actions.push(Action::Drop(id));
+        self.remove(now, id, &format!("was turned away: {text}"));
     }
 
     /// Why an agent does not belong here.
@@ -261,7 +293,7 @@ impl Rounds {
             return Some(format!(
                 "it is that of job {:?}, not of job {:?}: give all nodes the same --rdzv-id, or this job another endpoint",
                 settings.run_id,
-                bounded(&who.run_id)
+                bounded(&who.run_id, MOST_TEXT_BYTES)
             ));
         }
         if who.nodes != (settings.min_nodes, settings.max_nodes) {
@@ -285,10 +317,13 @@ impl Rounds {
     }
 
     fn join(&mut self, now: Instant, id: Id, join: Join) {
-        let is_closed = self.closed().map(str::to_owned);
+        if join.local_world_size > MOST_WORKERS {
+            return self.refuse(now, id, &format!("{} are more workers than a node has", join.local_world_size));
+        }
         let Some(member) = self.members.get_mut(&id) else { return };
-        if let Some(text) = is_closed {
-            return self.tell(id, Notice::Closed { text, is_spare: false });
+        if let Phase::Closed { why, is_success } = &self.phase {
+            let (text, is_spare) = (why.clone(), *is_success);
+            return self.tell(id, Notice::Closed { text, is_spare });
         }
         match &member.seat {
             Seat::Running(place) | Seat::Finished(place) if join.after != Some(place.round) => {
@@ -321,7 +356,7 @@ impl Rounds {
                 self.end_round(now, Cause { kind: Kind::Membership, node, at_ns: None, text });
             }
             Phase::Running => self.remark(&format!("{newcomer} waits as a spare")),
-            Phase::Closed(_) => {}
+            Phase::Closed { .. } => {}
         }
     }
 
@@ -333,33 +368,24 @@ impl Rounds {
         running < self.most_nodes() && !is_ending && is_allowed
     }
 
-    fn fail(&mut self, now: Instant, id: Id, round: u64, at_ns: u64, text: &str, is_final: bool) {
-        let Some(member) = self.members.get(&id) else { return };
-        let node = member.who.name.clone();
-        let text = format!("{} on {node}", bounded(text));
-        let cause = Cause { kind: Kind::Failure, node, at_ns: Some(at_ns), text };
-        if is_final {
-            return self.close(&format!("{}, and no restart is left", cause.text));
-        }
-        let is_current = self.begun == round + 1;
-        if is_current && member.is_in() {
-            self.end_round(now, cause);
-        } else if is_current && let Some(known) = &mut self.cause {
-            // It was first, and heard of second.
-            if known.kind == Kind::Failure && known.at_ns.is_none_or(|known| at_ns < known) {
-                *known = cause;
-            }
-        }
-    }
-
     fn finish(&mut self, id: Id, round: u64) {
         let Some(member) = self.members.get_mut(&id) else { return };
-        if let Seat::Running(place) = &member.seat
-            && place.round == round
-        {
-            member.seat = Seat::Finished(place.clone());
-            self.release_if_all_finished();
+        match &member.seat {
+            Seat::Running(place) if place.round == round => member.seat = Seat::Finished(place.clone()),
+            // It says so again: its connection had ended.
+            Seat::Away => match self.gone_finished.remove(&(member.who.name.clone(), member.who.pid)) {
+                Some(place) => member.seat = Seat::Finished(place),
+                None if self.closed().is_none() => {
+                    let text = "the connection had ended before its workers did".to_owned();
+                    let lost = Cause { kind: Kind::Membership, node: String::new(), at_ns: None, text };
+                    let cause = self.cause.clone().unwrap_or(lost);
+                    return self.tell(id, Notice::Over { round, cause });
+                }
+                None => return,
+            },
+            _ => return,
         }
+        self.release_if_all_finished();
     }
 
     fn release_if_all_finished(&mut self) {
@@ -374,59 +400,33 @@ impl Rounds {
             };
             self.actions.push(Action::Tell(*id, notice));
         }
-        self.announced = None;
-        self.phase = Phase::Closed("the job has succeeded".into());
+        self.pending = None;
+        self.phase = Phase::Closed { why: "the job has succeeded".into(), is_success: true };
     }
 
     fn remove(&mut self, now: Instant, id: Id, how: &str) {
         let Some(member) = self.members.remove(&id) else { return };
+        let text = format!("{} {how}", member.label());
+        let lost = Cause { kind: Kind::Membership, node: member.who.name.clone(), at_ns: None, text };
         match (&self.phase, member.seat) {
-            (Phase::Running, Seat::Running(_)) => {
-                let text = format!("{} (agent {}) {how}", member.who.name, member.who.pid);
-                self.end_round(now, Cause { kind: Kind::Membership, node: member.who.name, at_ns: None, text });
-            }
+            (Phase::Running, Seat::Running(_)) => self.end_round(now, lost),
             // Its workers have succeeded: it is not missed.
-            (Phase::Running, _) => self.release_if_all_finished(),
+            (Phase::Running, Seat::Finished(place)) => {
+                self.gone_finished.insert((member.who.name, member.who.pid), place);
+                self.release_if_all_finished();
+            }
+            (Phase::Gathering { since, .. }, Seat::Returning) => {
+                if now < *since + self.settings.silence {
+                    self.explain_failure(lost);
+                }
+                self.try_begin(now);
+            }
             (Phase::Gathering { .. }, _) => self.try_begin(now),
-            (Phase::Closed(_), _) => {}
+            (Phase::Running | Phase::Closed { .. }, _) => {}
         }
     }
 
     // ---- of rounds
-
-    fn end_round(&mut self, now: Instant, cause: Cause) {
-        match cause.kind {
-            Kind::Failure => self.failures += 1,
-            Kind::Membership => self.membership_changes += 1,
-        }
-        if self.settings.most_membership_changes.is_some_and(|most| self.membership_changes > most) {
-            let text = format!("{}, after {} membership changes", cause.text, self.membership_changes - 1);
-            return self.close(&text);
-        }
-        for (id, member) in &mut self.members {
-            if let Seat::Running(place) | Seat::Finished(place) = &member.seat {
-                self.actions.push(Action::Tell(*id, Notice::Over { round: place.round, cause: cause.clone() }));
-                member.seat = Seat::Returning;
-            }
-        }
-        self.cause = Some(cause);
-        self.announced = None;
-        self.phase = Phase::Gathering { since: now, last_call: None };
-        self.try_begin(now);
-    }
-
-    fn close(&mut self, text: &str) {
-        if matches!(self.phase, Phase::Closed(_)) {
-            return;
-        }
-        let is_running = matches!(self.phase, Phase::Running);
-        for (id, member) in &self.members {
-            let is_spare = is_running && matches!(member.seat, Seat::Waiting { .. });
-            self.actions.push(Action::Tell(*id, Notice::Closed { text: text.into(), is_spare }));
-        }
-        self.announced = None;
-        self.phase = Phase::Closed(text.into());
-    }
 
     fn most_nodes(&self) -> usize {
         usize::try_from(self.settings.max_nodes).unwrap_or(usize::MAX)
@@ -529,8 +529,11 @@ impl Rounds {
             self.actions.push(Action::Drop(id));
             self.remove(now, id, &format!("was lost: {text}"));
         }
-        if let Some((_, text)) = self.announced.take_if(|(at, _)| now >= *at) {
-            self.end_round(now, Cause { kind: Kind::Failure, node: String::new(), at_ns: None, text });
+        if let Some(pending) = self.pending.take_if(|pending| now >= pending.at) {
+            match pending.is_final {
+                true => self.close_for_good(&pending.cause),
+                false => self.end_round(now, pending.cause),
+            }
         }
         self.try_begin(now);
         let is_late = |member: &Member| self.join_deadline(member).is_some_and(|deadline| now >= deadline);
@@ -542,9 +545,14 @@ impl Rounds {
             // Those who are on their way take longer than the others wait.
             return self.begin();
         }
-        let waiting: Vec<String> = self.waiting().map(Member::label).collect();
+        let mut waiting: Vec<String> = self.waiting().map(Member::label).take(MOST_NAMES).collect();
+        match self.waiting().count() - waiting.len() {
+            0 => {}
+            more => waiting.push(format!("{more} more")),
+        }
+        let cause = self.cause.as_ref().map(|cause| cause.text.clone());
         for id in late {
-            self.tell(id, Notice::TimedOut { waiting: waiting.clone() });
+            self.tell(id, Notice::TimedOut { waiting: waiting.clone(), cause: cause.clone() });
             if let Some(member) = self.members.get_mut(&id) {
                 member.seat = Seat::Away;
             }
