@@ -375,7 +375,11 @@ impl Rounds {
             // It says so again: its connection had ended.
             Seat::Away => match self.gone_finished.remove(&(member.who.name.clone(), member.who.pid)) {
                 Some(place) => member.seat = Seat::Finished(place),
-                None if self.closed().is_none() => {
+                None if !matches!(self.phase, Phase::Closed { .. }) => {
+                    if matches!(self.phase, Phase::Gathering { .. }) && self.begun == round + 1 {
+                        // It comes back, as the others do. What its rank was does not matter.
+                        (member.last, member.seat) = (Some((round, u64::MAX)), Seat::Returning);
+                    }
                     let text = "the connection had ended before its workers did".to_owned();
                     let lost = Cause { kind: Kind::Membership, node: String::new(), at_ns: None, text };
                     let cause = self.cause.clone().unwrap_or(lost);

@@ -311,7 +311,12 @@ impl Job {
                 let length = self.random.between(least, least + SECOND * 20);
                 self.later(length, Happening::WorkersEnd(index, turn, fails));
             }
-            (Standing::Over(..), Work::Running(_) | Work::Barrier(_)) => self.stop_workers(index),
+            (Standing::Over(..), Work::Running(_)) => self.stop_workers(index),
+            (Standing::Over(..), Work::Barrier(_)) => {
+                // Its workers are gone.
+                self.set_work(index, Work::Meeting);
+                self.later(Duration::ZERO, Happening::Start(index));
+            }
             (Standing::Closed { .. }, _) => {
                 self.set_work(index, Work::Ended("closed"));
             }
