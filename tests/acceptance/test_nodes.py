@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from typing import TYPE_CHECKING
@@ -82,6 +83,44 @@ import os, select
 os.write(1, "{RANK} of {WORLD_SIZE}\\n".format(**os.environ).encode())  # at once: ranks share the pipe
 select.select([], [], [])
 """
+
+
+FAIL_WITH_PEER = """
+import os, sys
+rank, size, folder = os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["DIR"]
+with open(folder + "/line", "w" if rank == "2" else "r") as line:
+    os.write(1, f"{rank} of {size}\\n".encode())
+    line.read() if rank != "2" else sys.stdin.read()
+sys.exit(1)
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_workers_that_fail_with_their_peers_on_a_lost_node_use_up_no_restart(
+    launch: Launcher, how: signal.Signals
+) -> None:
+    """Their agent may hear of it before the host knows that the node is gone."""
+    port = free_port()
+    script = launch.write("fail.py", FAIL_WITH_PEER)
+    os.mkfifo(launch.folder / "line")
+    conf = "last_call_timeout=1"
+    stdin, open_end = os.pipe()
+    try:
+        host, other = (
+            launch(*("--max-restarts=0", script), launcher=flags(port, "1:2", f"{conf},is_host={is_host}"), stdin=stdin)
+            for is_host in (1, 0)
+        )
+        assert host.lines(2) == ["0 of 4", "1 of 4"]
+        other.send(how)
+        assert eventually(lambda: "will restart worker group" in host.errors, LONG_S), host.story
+        with (launch.folder / "line").open("w"):  # for those of the next round
+            assert host.lines(2) == ["0 of 2", "1 of 2"], host.story
+            host.send(signal.SIGTERM)
+            assert host.end() == 128 + signal.SIGTERM
+        assert other.end() in (128 + how, -how)
+    finally:
+        os.close(stdin)
+        os.close(open_end)
 
 
 def test_a_node_that_comes_late_takes_part(launch: Launcher) -> None:
@@ -170,6 +209,20 @@ def test_static_nodes_meet_by_their_ranks(launch: Launcher) -> None:
     assert [agent.end() for agent in agents] == [0, 0], [agent.story for agent in agents]
     said = [sorted(agent.output.decode().splitlines()) for agent in agents]
     assert said == [[f"{rank} 127.0.0.1 {port}" for rank in ranks] for ranks in ((2, 3), (0, 1))]
+
+
+CONNECT = """
+import os, socket
+with socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))) as worker:
+    os.write(1, f"{worker.getpeername()[0]}\\n".encode())
+"""
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "127.0.0.2", "localhost", "::1"])
+def test_workers_reach_their_store_at_the_address_that_they_are_told(launch: Launcher, address: str) -> None:
+    job = launch(f"--local-addr={address}", launch.write("connect.py", CONNECT), nproc=1)
+    assert job.end() == 0, job.story
+    assert job.output.decode().strip() == {"localhost": "127.0.0.1"}.get(address, address)
 
 
 @pytest.mark.parametrize("hosting", ["torchrun", "ferrorun"])

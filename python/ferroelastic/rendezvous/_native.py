@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 import time
 import uuid
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -107,6 +108,7 @@ class NativeRendezvous(RendezvousHandler):
         self._role: tuple[str, int] = ("default", 1)
         self._is_introduced = False
         self._is_closed = False
+        self._has_finished = False
         self._client: _rust.RendezvousClient | None = None
         self._server: _rust.StoreServer | None = None
         self._owner_pid = os.getpid()
@@ -154,6 +156,7 @@ class NativeRendezvous(RendezvousHandler):
         if self._is_closed:
             raise RendezvousClosedError(f"the rendezvous {self._run_id!r} is closed")
         client = self._get_client()
+        self._has_finished = False
         while True:
             client.join(*self._role, self._join_timeout_s)
             standing = self._settled(client)
@@ -208,10 +211,9 @@ class NativeRendezvous(RendezvousHandler):
             return RendezvousGracefulExitError(f"this node was a spare: {standing.text}")
         if standing.state == "timed out":
             min_nodes, _ = self._nodes
-            came = f"these did: {standing.text}" if standing.text else "the host does not say who did"
             return RendezvousTimeoutError(
                 f"not enough nodes came to the rendezvous {self._run_id!r} at {self._host}:{self._port} within "
-                f"{self._join_timeout_s:g} s: it takes {min_nodes}, {came}"
+                f"{self._join_timeout_s:g} s: it takes {min_nodes}, {standing.text}"
             )
         if standing.state in ("unreachable", "refused"):
             return RendezvousConnectionError(standing.text)
@@ -246,11 +248,29 @@ class NativeRendezvous(RendezvousHandler):
         if self._client is not None:
             self._client.fail(at_ns, text, is_final)
 
+    def verdict(self) -> Interruption | None:
+        """Wait for what becomes of the job after a last failure: it ends, unless a lost node is why the worker failed.
+
+        The host says so within a moment, and is gone itself after its silence.
+
+        Returns:
+            Why the round is over; ``None`` if there was none.
+        """
+        client = self._client
+        while client is not None:
+            generation = client.generation
+            if client.standing().state != "placed":
+                return self.interruption()
+            wait_for_event(client, generation)
+        return None
+
     def wait_for_others(self, timeout_s: float) -> bool:
         """Say that the workers of this node have succeeded, and wait until all others have.
 
+        The node that hosts the rendezvous waits for as long as they take: without it they cannot go on.
+
         Args:
-            timeout_s: how long to wait, in seconds.
+            timeout_s: how long another node waits, in seconds.
 
         Returns:
             Whether all have, or the job has ended otherwise; ``False`` if the round is over, and this node is to join again.
@@ -261,12 +281,23 @@ class NativeRendezvous(RendezvousHandler):
         client = self._get_client()
         deadline = time.monotonic() + timeout_s
         client.finish()
+        self._has_finished = True
+        left_s: float | None = timeout_s
         while True:
             generation = client.generation
             standing = client.standing()
+            _log_remarks(client)
             if standing.state != "placed":
                 return standing.state != "over"
-            if not wait_for_event(client, generation, deadline - time.monotonic()):
+            if wait_for_event(client, generation, left_s):
+                left_s = None if left_s is None else max(0.0, deadline - time.monotonic())
+            elif self._is_host:
+                logger.warning(
+                    "the workers of other nodes did not succeed within %g s: this node hosts the rendezvous and stays for them",
+                    timeout_s,
+                )
+                left_s = None
+            else:
                 raise RendezvousTimeoutError(f"the workers of other nodes did not succeed within {timeout_s:g} s")
 
     def is_closed(self) -> bool:
@@ -286,6 +317,17 @@ class NativeRendezvous(RendezvousHandler):
     def get_run_id(self) -> str:
         """Return the id of the job."""
         return self._run_id
+
+    def say_farewell(self, reason: str) -> None:
+        """Tell the others that this node goes, before its workers are stopped: so theirs do not seem to fail.
+
+        Args:
+            reason: why, for the others.
+        """
+        if self._client is not None and os.getpid() == self._owner_pid:
+            if self._is_host:
+                self._client.end(f"it hosts the rendezvous, and left: {reason}")
+            self._client.leave(reason)
 
     def leave(self, reason: str) -> None:
         """Go. The others go on without this node, unless it hosts the rendezvous.
@@ -307,16 +349,22 @@ class NativeRendezvous(RendezvousHandler):
             server.close(_LET_THE_OTHERS_GO_S)
 
     def shutdown(self) -> bool:
-        """End the job for all nodes, if this one took part and it has not ended, and go.
+        """Go; if the workers of this node have not succeeded, end the job for all nodes. An exception on its way is told as the reason.
 
         Returns:
             ``True``.
         """
+        error = sys.exc_info()[1]
+        reason = "its agent has ended" if error is None else f"its agent has ended: {_first_line(error)}"
         client = self._client
-        if client is not None and client.standing().state in ("placed", "over"):
-            client.end("its agent has ended")
-        self.leave("its agent has ended")
+        if client is not None and not self._has_finished and client.standing().state in ("placed", "over"):
+            client.end(reason)
+        self.leave(reason)
         return True
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _log_remarks(client: _rust.RendezvousClient) -> None:
@@ -369,7 +417,7 @@ class _Settings:
         from ferroelastic import _rust
 
         error: OSError | None = None
-        for host in self._addresses():
+        for host in self._addresses(address):
             try:
                 return _rust.StoreServer(
                     host,
@@ -393,10 +441,12 @@ class _Settings:
             f"the rendezvous cannot be hosted at {self.host}:{self.port}: {error}"
         ) from error
 
-    def _addresses(self) -> list[str]:
-        """Where to listen: where everybody can come, or where nobody else can if that is what the endpoint says."""
+    def _addresses(self, address: str | None) -> list[str]:
+        """Where to listen: where everybody can come, or where nobody else can if that is what the endpoint and the workers are told."""
         loopback = _LOOPBACK.get(self.host)
-        return ["::", "0.0.0.0"] if loopback is None else [loopback]  # noqa: S104 - the other nodes come from anywhere
+        if loopback is None or _LOOPBACK.get(address or self.host) != loopback:
+            return ["::", "0.0.0.0"]  # noqa: S104 - the other nodes come from anywhere
+        return [loopback]
 
 
 def _seconds(params: RendezvousParameters, key: str, default: int) -> int:

@@ -286,6 +286,9 @@ class SimpleElasticAgent(ElasticAgent):
         except family(SignalException) as error:
             death_sig = error.sigval
             logger.warning("Received %s death signal, shutting down workers", death_sig)
+            teller = self._teller()
+            if teller is not None:
+                teller.say_farewell(f"its agent was ended by {error.sigval.name}")
             raise
         finally:
             interruption = shut_down(self._shutdown, death_sig, self._shutdown_timeout, self._activity)
@@ -456,6 +459,11 @@ class SimpleElasticAgent(ElasticAgent):
         if self._remaining_restarts <= 0:
             self._activity.busy("stopping")
             self._stop_workers(group)
+            teller = self._teller()
+            interruption = None if teller is None else teller.verdict()
+            if interruption is not None and not interruption.is_failure:
+                self._obey(interruption)
+                return True
             group.state = WorkerState.FAILED
             return False
         logger.info(
