@@ -14,7 +14,6 @@ from __future__ import annotations
 import errno
 import os
 import time
-import uuid
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ferroelastic._wait import wait_for_event
@@ -97,7 +96,7 @@ class NativeRendezvous(RendezvousHandler):
 
     def __init__(self, params: RendezvousParameters) -> None:
         self._backend = params.backend
-        self._run_id = params.run_id or str(uuid.uuid4())
+        self._run_id = params.run_id or _made_up_run_id()
         self._nodes = (params.min_nodes, params.max_nodes)
         self._local_addr = params.local_addr
         settings = _Settings(params)
@@ -317,6 +316,12 @@ class NativeRendezvous(RendezvousHandler):
             client.end("its agent has ended")
         self.leave("its agent has ended")
         return True
+
+
+def _made_up_run_id() -> str:
+    import uuid
+
+    return str(uuid.uuid4())
 
 
 def _log_remarks(client: _rust.RendezvousClient) -> None:
