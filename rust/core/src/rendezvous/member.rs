@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use super::message::{Cause, Join, Kind, Notice, Place, Request};
+use super::{FAR, deadline};
 
 /// Of the silence after which the other side is taken for lost, an agent is silent for no more than this part.
 const BEATS_PER_SILENCE: u32 = 3;
@@ -335,6 +336,7 @@ impl Member {
         match notice {
             Notice::Welcome { silence } => {
                 if matches!(self.link, Link::Entering) {
+                    let silence = silence.min(FAR);
                     self.link = Link::Up { heard: now, beat_at: now + silence / BEATS_PER_SILENCE, silence };
                     self.was_welcome = true;
                     // To this host, or by now, it is a new one.
@@ -430,10 +432,4 @@ impl Member {
             self.fail(Failure::TimedOut(String::new()));
         }
     }
-}
-
-/// As far away as an instant can be, if it does not fit.
-fn deadline(now: Instant, timeout: Duration) -> Instant {
-    const FAR: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
-    now + timeout.min(FAR)
 }

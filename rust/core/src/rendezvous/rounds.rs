@@ -6,6 +6,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::time::{Duration, Instant};
 
+use super::FAR;
 use super::message::{Cause, Introduction, Join, Kind, Notice, PROTOCOL, Place, Request, bounded};
 
 /// An agent's connection, by a number of the caller's.
@@ -150,8 +151,9 @@ impl Rounds {
     /// A rendezvous to which nobody has come.
     #[must_use]
     pub fn new(settings: Settings, now: Instant) -> Self {
+        let (last_call, silence) = (settings.last_call.min(FAR), settings.silence.min(FAR));
         Self {
-            settings,
+            settings: Settings { last_call, silence, ..settings },
             members: BTreeMap::new(),
             phase: Phase::Gathering { since: now, last_call: None },
             begun: 0,
