@@ -203,5 +203,5 @@ def _command_of(pid: int, length: int = 60) -> str:
         program, *arguments = process.cmdline() or [process.name()]
     except psutil.Error:
         return "?"
-    line = " ".join([program.rpartition("/")[2], *arguments])
+    line = " ".join(" ".join([program.rpartition("/")[2], *arguments]).split())
     return line if len(line) <= length else line[: length - 1] + "…"

@@ -412,11 +412,9 @@ def _start_guard() -> "_rust.Guard | None":
 
     The guard knows them by ``FERROELASTIC_RUN`` in their environment.
     """
-    import uuid
-
     from ferroelastic import _rust
 
-    os.environ[_RUN_MARK] = uuid.uuid4().hex
+    os.environ[_RUN_MARK] = os.urandom(16).hex()
     try:
         return _rust.Guard(_RUN_MARK, os.environ[_RUN_MARK])
     except OSError as error:  # a program that calls cli() with threads of its own

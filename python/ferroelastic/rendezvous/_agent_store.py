@@ -87,7 +87,7 @@ class AgentStore:
         Raises:
             DistStoreError: they had not within the timeout.
         """
-        self._timed(self._client.wait, [self._key(key) for key in keys], timeout or self.timeout)
+        self._timed(self._client.wait, [self._key(key) for key in keys], self.timeout if timeout is None else timeout)
 
     def set_timeout(self, timeout: timedelta) -> None:
         """Wait for so long from now on."""

@@ -15,8 +15,7 @@ import errno
 import os
 import sys
 import time
-import uuid
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ferroelastic._wait import wait_for_event
 from ferroelastic.rendezvous._agent_store import AgentStore
@@ -44,6 +43,11 @@ _DEFAULT_PORT = 29400
 _DEFAULT_STATIC_TIMEOUT_S = 600
 _LOOPBACK = {"localhost": "127.0.0.1", "127.0.0.1": "127.0.0.1", "::1": "::1"}
 _LET_THE_OTHERS_GO_S = 2.0
+_ENDED = ("closed", "released", "spare")
+_KNOWN_OPTIONS = (
+    *("join_timeout", "last_call_timeout", "close_timeout", "read_timeout", "heartbeat_timeout", "keep_alive_interval"),
+    *("keep_alive_max_attempt", "is_host", "max_membership_changes", "store_type", "rank", "timeout"),
+)
 
 
 class Interruption(NamedTuple):
@@ -77,7 +81,7 @@ class NativeRendezvous(RendezvousHandler):
     ``params.config`` takes torch's names: ``join_timeout`` (600 s), ``last_call_timeout`` (30 s), ``heartbeat_timeout`` (5 s: an agent or a
     host that was silent for so long is lost; or ``keep_alive_interval`` times ``keep_alive_max_attempt``), ``read_timeout`` (60 s: how long
     it is tried to reach the host), ``is_host``, and for ``static`` ``rank`` and ``timeout``. Besides, ``max_membership_changes``: how often
-    nodes may come and go (no limit). ``close_timeout`` is taken and has no use: to close is one message.
+    nodes may come and go (no limit). ``close_timeout`` is checked and has no use: to close is one message. Of others it is warned.
 
     Args:
         params: what the user said.
@@ -98,7 +102,7 @@ class NativeRendezvous(RendezvousHandler):
 
     def __init__(self, params: RendezvousParameters) -> None:
         self._backend = params.backend
-        self._run_id = params.run_id or str(uuid.uuid4())
+        self._run_id = params.run_id or _made_up_run_id()
         self._nodes = (params.min_nodes, params.max_nodes)
         self._local_addr = params.local_addr
         settings = _Settings(params)
@@ -119,8 +123,12 @@ class NativeRendezvous(RendezvousHandler):
             self._is_host = self._server is not None
         if self._server is not None:
             self._port = self._server.port
-            logger.info(
-                "process %d hosts the rendezvous of run %s at %s:%d", os.getpid(), self._run_id, host, self._port
+            place = _place(host, self._port)
+            logger.info("process %d hosts the rendezvous of run %s at %s", os.getpid(), self._run_id, place)
+        elif self._port == 0:
+            raise ValueError(
+                f"the endpoint {params.endpoint!r} has port 0, and only the node that hosts the rendezvous can take a free one; "
+                "give the port of the host"
             )
         # The numeric address: with the name, a client would try the other family first.
         self._host = _LOOPBACK.get(host, host)
@@ -184,8 +192,7 @@ class NativeRendezvous(RendezvousHandler):
             )
         return self._client
 
-    @staticmethod
-    def _settled(client: _rust.RendezvousClient) -> _rust.Standing:
+    def _settled(self, client: _rust.RendezvousClient) -> _rust.Standing:
         """Wait until an agent knows whether it is in a round."""
         while True:
             # Before the look: what comes after it must not be taken for seen.
@@ -194,7 +201,13 @@ class NativeRendezvous(RendezvousHandler):
             _log_remarks(client)
             if standing.state != "joining":
                 return standing
-            wait_for_event(client, generation)
+            try:
+                wait_for_event(client, generation)
+            except RuntimeError:
+                if self._client is client:
+                    raise
+                # Another thread has shut it down.
+                raise RendezvousClosedError(f"the rendezvous {self._run_id!r} is closed") from None
 
     def _info(self, place: _rust.Place) -> RendezvousInfo:
         master = RendezvousStoreInfo(place.address or self._host, self._port)
@@ -212,7 +225,7 @@ class NativeRendezvous(RendezvousHandler):
         if standing.state == "timed out":
             min_nodes, _ = self._nodes
             return RendezvousTimeoutError(
-                f"not enough nodes came to the rendezvous {self._run_id!r} at {self._host}:{self._port} within "
+                f"not enough nodes came to the rendezvous {self._run_id!r} at {_place(self._host, self._port)} within "
                 f"{self._join_timeout_s:g} s: it takes {min_nodes}, {standing.text}"
             )
         if standing.state in ("unreachable", "refused"):
@@ -302,10 +315,10 @@ class NativeRendezvous(RendezvousHandler):
 
     def is_closed(self) -> bool:
         """Whether there will be no other round."""
-        return self._is_closed or (self._client is not None and self._client.standing().state in ("closed", "released"))
+        return self._is_closed or (self._client is not None and self._client.standing().state in _ENDED)
 
     def set_closed(self) -> None:
-        """Let there be no other round, for any node."""
+        """Let there be no other round: for any node, if this one has taken part, else for this one."""
         self._is_closed = True
         if self._client is not None:
             self._client.end("its agent has closed the rendezvous")
@@ -367,6 +380,12 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def _made_up_run_id() -> str:
+    import uuid
+
+    return str(uuid.uuid4())
+
+
 def _log_remarks(client: _rust.RendezvousClient) -> None:
     for remark in client.take_remarks():
         logger.warning("%s", remark)
@@ -386,27 +405,33 @@ class _Settings:
         self.node_rank: int | None = None
         self.is_host: bool | None = None
         if is_static:
-            if params.get("rank") is None:
-                raise ValueError("the static rendezvous has no rank of this node; give --node-rank")
+            self.node_rank = _node_rank(params)
             if not params.endpoint.strip():
                 raise ValueError("the static rendezvous has no endpoint; give --master-addr and --master-port")
             if port == -1:
                 raise ValueError(f"the endpoint {params.endpoint!r} has no port; give --master-port")
-            self.node_rank = int(params.get("rank"))
             self.join_timeout_s = self.connect_timeout_s = _seconds(params, "timeout", _DEFAULT_STATIC_TIMEOUT_S)
             # All of them or none.
             self.may_host = self.is_host = self.node_rank == 0
         else:
-            self.is_host = params.get_as_bool("is_host")
+            self.is_host = _truth(params, "is_host")
             self.join_timeout_s = _seconds(params, "join_timeout", 600)
             self.connect_timeout_s = _seconds(params, "read_timeout", 60)
             self.may_host = _matches_machine_hostname(host) if self.is_host is None else self.is_host
         self.last_call_s = _seconds(params, "last_call_timeout", 30)
         self.silence_s = _seconds(params, "heartbeat_timeout", 5)
+        _seconds(params, "close_timeout", 1)
         if params.get("keep_alive_interval") is not None or params.get("keep_alive_max_attempt") is not None:
-            self.silence_s = _seconds(params, "keep_alive_interval", 5) * _seconds(params, "keep_alive_max_attempt", 3)
-        self.most_membership_changes = params.get_as_int("max_membership_changes")
+            attempts = _number(params, "keep_alive_max_attempt", 3, 1, "number of attempts; give a whole number from 1")
+            self.silence_s = _seconds(params, "keep_alive_interval", 5) * (attempts or 1)
+        what = "number of membership changes; give a whole number from 0"
+        self.most_membership_changes = _number(params, "max_membership_changes", None, 0, what)
         self.is_alone = params.max_nodes == 1
+        for key in sorted(params.config.keys() - {*_KNOWN_OPTIONS}):
+            logger.warning(
+                "the rendezvous option %s=%r is none of this rendezvous and has no use; there are %s",
+                *(key, params.get(key), ", ".join(_KNOWN_OPTIONS)),
+            )
 
     def listen(self, run_id: str, nodes: tuple[int, int], address: str | None) -> _rust.StoreServer | None:
         """Host the rendezvous; ``None`` if another process of this machine does already.
@@ -434,11 +459,13 @@ class _Settings:
                 error = failed
                 if failed.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
                     break
-        if error is not None and error.errno == errno.EADDRINUSE and self.is_host is None and not self.is_alone:
+        is_in_use = error is not None and error.errno == errno.EADDRINUSE
+        if is_in_use and self.is_host is None and not self.is_alone:
             # One of several agents on this machine: the first one hosts.
             return None
+        reason = _owner_of(self.port) if is_in_use else error
         raise RendezvousConnectionError(
-            f"the rendezvous cannot be hosted at {self.host}:{self.port}: {error}"
+            f"the rendezvous cannot be hosted at {_place(self.host, self.port)}: {reason}"
         ) from error
 
     def _addresses(self, address: str | None) -> list[str]:
@@ -449,8 +476,50 @@ class _Settings:
         return [loopback]
 
 
+def _place(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _owner_of(port: int) -> str:
+    from ferroelastic._report import port_owner
+
+    owner = port_owner(port) or "this process or one of another user"
+    return f"the port is in use by {owner}; choose another one"
+
+
+def _number(params: RendezvousParameters, key: str, default: int | None, least: int, what: str) -> int | None:
+    """Return an option as a number, which is ``least`` or more; ``what`` it is not otherwise, and what to do about it."""
+    if params.get(key) is None:
+        return default
+    try:
+        number = params.get_as_int(key)
+    except (OverflowError, TypeError, ValueError):
+        number = None
+    if number is None or number < least:
+        raise ValueError(f"the rendezvous option {key}={params.get(key)!r} is no {what}")
+    return number
+
+
 def _seconds(params: RendezvousParameters, key: str, default: int) -> int:
-    value: Any = params.get_as_int(key, default)
-    if value is None or value <= 0:
-        raise ValueError(f"the rendezvous option {key}={params.get(key)!r} is no time; give whole seconds from 1")
-    return int(value)
+    return _number(params, key, default, 1, "time; give whole seconds from 1") or default
+
+
+def _truth(params: RendezvousParameters, key: str) -> bool | None:
+    try:
+        return params.get_as_bool(key)
+    except ValueError:
+        raise ValueError(
+            f"the rendezvous option {key}={params.get(key)!r} is neither true nor false; give 1 or 0"
+        ) from None
+
+
+def _node_rank(params: RendezvousParameters) -> int:
+    if params.get("rank") is None:
+        raise ValueError("the static rendezvous has no rank of this node; give --node-rank")
+    most = params.max_nodes - 1
+    rank = _number(params, "rank", None, 0, f"rank of a node; give --node-rank from 0 to {most}")
+    if rank is None or rank > most:
+        raise ValueError(
+            f"the rendezvous option rank={rank} is no rank of {most + 1} nodes; give --node-rank from 0 to {most}"
+        )
+    return rank

@@ -343,3 +343,37 @@ fn a_silent_agent_is_lost() {
     join(&first);
     assert_eq!(place(&first).group_world_size, 1);
 }
+
+#[test]
+fn times_may_be_as_long_as_there_are() {
+    let settings = Settings {
+        run_id: "job".into(),
+        min_nodes: 1,
+        max_nodes: 2,
+        last_call: Duration::MAX,
+        silence: Duration::MAX,
+        address: None,
+        most_membership_changes: None,
+    };
+    let address: SocketAddr = "127.0.0.1:0".parse().expect("an address");
+    let host = StoreServer::start(address, Limits::default(), Some(settings)).expect("host");
+    let [first, second] = ["one", "two"].map(|name| agent(host.address().port(), name, (1, 2)));
+    for client in [&first, &second] {
+        let timeout = Duration::MAX;
+        client.call(Call::Join { role: "default".into(), local_world_size: 1, timeout }).expect("call");
+    }
+    assert_eq!((place(&first).world_size, place(&second).world_size), (2, 2));
+    drop((first, second));
+    host.close(Duration::MAX).expect("closed");
+}
+
+#[test]
+fn to_look_for_remarks_is_no_news() {
+    let host = host(1, 1, Duration::from_secs(5));
+    let client = agent(host.address().port(), "one", (1, 1));
+    join(&client);
+    place(&client);
+    let before = client.generation().expect("generation");
+    assert_eq!(client.take_remarks(), Vec::<String>::new());
+    assert_eq!(client.generation().expect("generation"), before);
+}

@@ -5,6 +5,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use ferroelastic_core::rendezvous;
 use ferroelastic_core::rendezvous::member::{self, Call, Failure};
 use ferroelastic_core::rendezvous::message::{self, Introduction, Kind, PROTOCOL};
+use ferroelastic_core::store::client::endpoint;
 use pyo3::prelude::*;
 
 use crate::convert::span;
@@ -123,7 +124,7 @@ impl RendezvousClient {
         connect_timeout_s: f64,
     ) -> PyResult<Self> {
         let connect_timeout = span("connect_timeout_s", connect_timeout_s)?;
-        let settings = member::Settings { endpoint: format!("{host}:{port}"), connect_timeout, is_host };
+        let settings = member::Settings { endpoint: endpoint(host, port), connect_timeout, is_host };
         let (pid, nodes) = (std::process::id(), (min_nodes, max_nodes));
         let name = name.unwrap_or_default();
         let who = Introduction { protocol: PROTOCOL, run_id, name, pid, is_host, nodes, node_rank };

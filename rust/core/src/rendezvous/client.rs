@@ -12,6 +12,7 @@ use super::member::{Action, Call, Event, Member, Settings, Standing};
 use super::message::{self, Introduction, Notice, Request, UPGRADE};
 use crate::error::{Error, Result};
 use crate::published::{Published, Wake};
+use crate::store::client::endpoint;
 use crate::store::wire::{MAGIC, opcode};
 use crate::sys::net::Stream;
 use crate::sys::poller::{Interest, Poller};
@@ -130,6 +131,10 @@ impl Client {
     #[must_use]
     pub fn take_remarks(&self) -> Vec<String> {
         let mut remarks = Vec::new();
+        // To look is no news: who waits for news looks each time.
+        if self.shared.view.read(|view| view.remarks.is_empty()) {
+            return remarks;
+        }
         self.shared.publish(|view| remarks = std::mem::take(&mut view.remarks));
         remarks
     }
@@ -463,9 +468,9 @@ impl Talker {
 
     fn estranged(&mut self, what: &str) {
         self.hang_up();
-        let (host, port) = &self.endpoint;
+        let endpoint = endpoint(&self.endpoint.0, self.endpoint.1);
         let text = format!(
-            "what listens at {host}:{port} {what}: agents of ferrorun meet where ferrorun hosts; start all nodes with it, or choose another port"
+            "what listens at {endpoint} {what}: agents of ferrorun meet where ferrorun hosts; start all nodes with it, or choose another port"
         );
         self.step(Event::Stranger(text));
     }

@@ -2,7 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use super::message::{Cause, FAR, Join, Kind, Notice, Place, Request};
+use super::message::{Cause, Join, Kind, Notice, Place, Request};
+use super::{FAR, deadline};
 
 /// Of the silence after which the other side is taken for lost, an agent is silent for no more than this part.
 const BEATS_PER_SILENCE: u32 = 3;
@@ -458,9 +459,4 @@ impl Member {
             self.fail(Failure::TimedOut("the host was not there to say who did".into()));
         }
     }
-}
-
-/// As far away as an instant can be, if it does not fit.
-fn deadline(now: Instant, timeout: Duration) -> Instant {
-    now + timeout.min(FAR)
 }

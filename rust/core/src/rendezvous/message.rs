@@ -19,9 +19,6 @@ pub const MOST_FRAME_BYTES: usize = 64 * 1024;
 /// Longest text that somebody else has written into a message.
 pub const MOST_TEXT_BYTES: usize = 8 * 1024;
 
-/// As far away as a deadline is set: ten years. A longer time may not fit into an instant.
-pub const FAR: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
-
 /// Who an agent is, and what job it was started for.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Introduction {

@@ -10,9 +10,8 @@ use std::time::{Duration, Instant};
 
 use ending::Pending;
 
-use super::message::{
-    Cause, FAR, Introduction, Join, Kind, MOST_TEXT_BYTES, Notice, PROTOCOL, Place, Request, bounded,
-};
+use super::FAR;
+use super::message::{Cause, Introduction, Join, Kind, MOST_TEXT_BYTES, Notice, PROTOCOL, Place, Request, bounded};
 use super::seating::{self, Candidate, Round};
 
 /// So many nodes are named to somebody who has waited for more of them.
@@ -264,7 +263,7 @@ impl Rounds {
         if let Some(text) = self.objection(&who) {
             return self.refuse(now, id, &text);
         }
-        who.name = bounded(&who.name, MOST_NAME_BYTES).to_owned();
+        who.name.truncate(bounded(&who.name, MOST_NAME_BYTES).len());
         self.members.insert(id, Member { who, heard: now, last: None, seat: Seat::Away });
         self.tell(id, Notice::Welcome { silence: self.settings.silence });
         if let Phase::Closed { why, is_success } = &self.phase {
@@ -334,7 +333,7 @@ impl Rounds {
             Seat::Running(_) | Seat::Finished(_) => {
                 let text = format!("{} starts its workers again", member.label());
                 let cause = Cause { kind: Kind::Failure, node: member.who.name.clone(), at_ns: None, text };
-                self.end_round(now, cause);
+                self.end_round(now, &cause);
                 self.wait(now, id, join);
             }
             Seat::Waiting { since, .. } => member.seat = Seat::Waiting { join, since: *since },
@@ -353,7 +352,7 @@ impl Rounds {
             Phase::Running if self.has_room() => {
                 let text = format!("{newcomer} joins");
                 let node = self.members[&id].who.name.clone();
-                self.end_round(now, Cause { kind: Kind::Membership, node, at_ns: None, text });
+                self.end_round(now, &Cause { kind: Kind::Membership, node, at_ns: None, text });
             }
             Phase::Running => self.remark(&format!("{newcomer} waits as a spare")),
             Phase::Closed { .. } => {}
@@ -413,7 +412,7 @@ impl Rounds {
         let text = format!("{} {how}", member.label());
         let lost = Cause { kind: Kind::Membership, node: member.who.name.clone(), at_ns: None, text };
         match (&self.phase, member.seat) {
-            (Phase::Running, Seat::Running(_)) => self.end_round(now, lost),
+            (Phase::Running, Seat::Running(_)) => self.end_round(now, &lost),
             // Its workers have succeeded: it is not missed.
             (Phase::Running, Seat::Finished(place)) => {
                 self.gone_finished.insert((member.who.name, member.who.pid), place);
@@ -534,9 +533,10 @@ impl Rounds {
             self.remove(now, id, &format!("was lost: {text}"));
         }
         if let Some(pending) = self.pending.take_if(|pending| now >= pending.at) {
-            match pending.is_final {
-                true => self.close_for_good(&pending.cause),
-                false => self.end_round(now, pending.cause),
+            if pending.is_final {
+                self.close_for_good(&pending.cause);
+            } else {
+                self.end_round(now, &pending.cause);
             }
         }
         self.try_begin(now);

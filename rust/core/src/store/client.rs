@@ -5,6 +5,7 @@ use std::net::{TcpStream, ToSocketAddrs};
 use std::time::{Duration, Instant};
 
 use super::wire::{MAGIC, opcode};
+use crate::rendezvous::deadline;
 
 /// What can go wrong.
 #[derive(Debug, thiserror::Error)]
@@ -35,6 +36,12 @@ pub enum ClientError {
     },
 }
 
+/// A host and its port as people write them: an IPv6 address is in brackets.
+#[must_use]
+pub fn endpoint(host: &str, port: u16) -> String {
+    if host.contains(':') { format!("[{host}]:{port}") } else { format!("{host}:{port}") }
+}
+
 /// A connection to a store, for one request at a time.
 #[derive(Debug)]
 pub struct StoreClient {
@@ -46,8 +53,8 @@ impl StoreClient {
     /// Connects, and tries again until `timeout` has passed if nobody listens there yet.
     pub fn connect(host: &str, port: u16, timeout: Duration) -> Result<Self, ClientError> {
         const PAUSE: Duration = Duration::from_millis(20);
-        let endpoint = format!("{host}:{port}");
-        let deadline = Instant::now() + timeout;
+        let endpoint = endpoint(host, port);
+        let deadline = deadline(Instant::now(), timeout);
         loop {
             match connect_once(host, port, deadline) {
                 Ok(stream) => return Ok(Self { endpoint, stream }),

@@ -13,6 +13,7 @@ pub use super::state::Peer;
 use super::state::{Reply, State};
 use super::wire::{Decoder, Limits, Request, empty};
 use crate::error::{Error, Result};
+use crate::rendezvous::deadline;
 use crate::rendezvous::rounds::{Event, Settings};
 use crate::sys::net::{Listener, Stream};
 use crate::sys::poller::{Interest, Poller};
@@ -225,7 +226,7 @@ impl Worker {
                 // A forked process may hold a copy.
                 let _ = self.poller.remove(&listener);
             }
-            self.close_at = Some(Instant::now() + patience);
+            self.close_at = Some(deadline(Instant::now(), patience));
             self.decide(Event::Tick);
         }
     }

@@ -33,7 +33,7 @@ impl Rounds {
                 true if is_alone => self.close_for_good(&cause),
                 true => self.expect_end(now + LOSS_GRACE, cause, true),
                 false if self.pending.as_ref().is_some_and(|pending| pending.is_final) => {}
-                false => self.end_round(now, cause),
+                false => self.end_round(now, &cause),
             }
         } else if let Some(known) = &mut self.cause
             && known.kind == Kind::Failure
@@ -61,7 +61,7 @@ impl Rounds {
         };
     }
 
-    pub(super) fn end_round(&mut self, now: Instant, cause: Cause) {
+    pub(super) fn end_round(&mut self, now: Instant, cause: &Cause) {
         if !self.count(cause.clone()) {
             return;
         }
