@@ -500,3 +500,66 @@ impl Talker {
         None
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::{Ipv4Addr, TcpListener, TcpStream};
+
+    use super::*;
+    use crate::rendezvous::message::PROTOCOL;
+
+    /// A listener that takes no more connections, as a machine behind a broken route: what asks for one gets no answer.
+    fn silent() -> (TcpListener, Vec<TcpStream>) {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("bind");
+        let address = listener.local_addr().expect("address");
+        // The same listener goes on, with a shorter queue.
+        rustix::net::listen(&listener, 0).expect("listen");
+        let mut queued = Vec::new();
+        while let Ok(stream) = TcpStream::connect_timeout(&address, Duration::from_millis(100)) {
+            queued.push(stream);
+        }
+        (listener, queued)
+    }
+
+    #[test]
+    fn an_address_that_does_not_answer_gives_way_to_the_next() {
+        let (dead, _queued) = silent();
+        let live = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("bind");
+        let [dead, there] = [&dead, &live].map(|listener| listener.local_addr().expect("address"));
+        let who = Introduction {
+            protocol: PROTOCOL,
+            run_id: "job".into(),
+            name: "node".into(),
+            pid: 1,
+            is_host: false,
+            nodes: (1, 1),
+            node_rank: None,
+        };
+        let connect_timeout = Duration::from_secs(60);
+        let settings = Settings { endpoint: "host".into(), connect_timeout, is_host: false };
+        let wake = Arc::new(WakeFd::new().expect("wake"));
+        let view = View {
+            standing: Standing::Idle,
+            joins_under_way: 0,
+            address: None,
+            remarks: Vec::new(),
+            failure: None,
+            is_closed: false,
+        };
+        let alarm = WakeFd::new().expect("alarm");
+        let shared = Arc::new(Shared { view: Published::new(view), alarm });
+        let (calls, inbox) = channel();
+        let endpoint = (dead.ip().to_string(), dead.port());
+        let mut talker = Talker::new(endpoint, who, settings, inbox, Arc::clone(&wake), shared).expect("talker");
+        let (role, timeout) = ("default".into(), Duration::from_secs(60));
+        talker.step(Event::Call(Call::Join { role, local_world_size: 1, timeout }));
+        // As if the host's name had two addresses; the last is taken first.
+        assert!(talker.try_next(vec![there, dead], None).is_none());
+        talker.set_timer();
+        let thread = std::thread::spawn(move || talker.talk());
+        live.accept().expect("a connection");
+        calls.send(None).expect("sent");
+        wake.wake();
+        thread.join().expect("ended");
+    }
+}
