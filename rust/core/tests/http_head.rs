@@ -1,6 +1,6 @@
 //! The head of a request may be anything. The same as the fuzz target `http_head`, on a stable compiler.
 
-use ferroelastic_core::health::http::{MAX_HEAD, Received, Status, parse};
+use ferroelastic_core::health::http::{MAX_HEAD, Received, parse};
 use proptest::prelude::*;
 
 fn check(received: &[u8]) -> Result<(), TestCaseError> {
@@ -76,7 +76,7 @@ proptest! {
             Received::Refused(_) => {
                 prop_assert!(matches!(parse(&received), Received::Refused(_)));
             }
-            early => prop_assert_eq!(parse(&received), early),
+            early @ Received::Request(_) => prop_assert_eq!(parse(&received), early),
         }
     }
 }
