@@ -8,6 +8,7 @@ Every run's outcome is checked before its time counts. Prints a Markdown table: 
 
 from __future__ import annotations
 
+import compileall
 import json
 import os
 import socket
@@ -255,6 +256,8 @@ MEASUREMENTS: dict[str, tuple[Callable[[str, str], dict[str, list[float]]], int]
 
 def main() -> None:
     program = zoo()
+    # As pip does with what it installs, torch among it.
+    compileall.compile_dir(ROOT / "python", quiet=1)
     measurements = {
         name: (lambda side, measure=measure: measure(side, program), rounds)
         for name, (measure, rounds) in MEASUREMENTS.items()
