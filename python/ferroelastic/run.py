@@ -334,11 +334,11 @@ def run(args: Namespace) -> None:
 
 def _rendezvous_alone(args: Namespace) -> None:
     """Let a job on one node meet itself on a free port, so that it collides with no other job."""
-    import uuid
+    from ferroelastic.utils.ids import random_uuid
 
     args.rdzv_backend = "c10d"
     args.rdzv_endpoint = "localhost:0"
-    args.rdzv_id = str(uuid.uuid4())
+    args.rdzv_id = random_uuid()
 
 
 def _name_thread(name: str) -> None:

@@ -29,6 +29,7 @@ from ferroelastic.rendezvous.api import (
     RendezvousTimeoutError,
 )
 from ferroelastic.rendezvous.utils import _matches_machine_hostname, parse_rendezvous_endpoint
+from ferroelastic.utils.ids import random_uuid
 from ferroelastic.utils.logging import get_logger
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ class NativeRendezvous(RendezvousHandler):
 
     def __init__(self, params: RendezvousParameters) -> None:
         self._backend = params.backend
-        self._run_id = params.run_id or _made_up_run_id()
+        self._run_id = params.run_id or random_uuid()
         self._nodes = (params.min_nodes, params.max_nodes)
         self._local_addr = params.local_addr
         settings = _Settings(params)
@@ -378,12 +379,6 @@ class NativeRendezvous(RendezvousHandler):
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _made_up_run_id() -> str:
-    import uuid
-
-    return str(uuid.uuid4())
 
 
 def _log_remarks(client: _rust.RendezvousClient) -> None:
