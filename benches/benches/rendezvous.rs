@@ -1,0 +1,128 @@
+//! What a restart costs the host of a rendezvous, by the number of agents. `cargo bench --bench rendezvous`
+//!
+//! The host is the real one, the agents are sockets: a failure is reported by one, the end of the round is read by all, all ask for the
+//! next one, and its beginning is read by all. Each message is checked before it counts.
+
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::time::{Duration, Instant};
+
+use ferroelastic_benches::print_percentiles;
+use ferroelastic_core::rendezvous::message::{Introduction, Join, Notice, PROTOCOL, Request, UPGRADE, decode, encode};
+use ferroelastic_core::rendezvous::rounds::Settings;
+use ferroelastic_core::store::StoreServer;
+use ferroelastic_core::store::wire::{Limits, MAGIC};
+
+const PATIENCE: Duration = Duration::from_secs(20);
+/// Opcodes of `TCPStore`.
+const VALIDATE: u8 = 0;
+const PING: u8 = 13;
+const NONCE: [u8; 4] = *b"ferr";
+
+struct Agent {
+    stream: TcpStream,
+    input: Vec<u8>,
+}
+
+impl Agent {
+    fn enter(port: u16, number: u32, nodes: u32) -> Self {
+        let mut stream = TcpStream::connect(("127.0.0.1", port)).expect("connect");
+        stream.set_nodelay(true).expect("nodelay");
+        stream.set_read_timeout(Some(PATIENCE)).expect("timeout");
+        let mut hello = vec![VALIDATE];
+        hello.extend_from_slice(&MAGIC.to_le_bytes());
+        hello.push(PING);
+        hello.extend_from_slice(&NONCE);
+        hello.push(UPGRADE);
+        let who = Introduction {
+            protocol: PROTOCOL,
+            run_id: "job".into(),
+            name: format!("node{number:04}"),
+            pid: 1,
+            is_host: false,
+            nodes: (nodes, nodes),
+            node_rank: None,
+        };
+        encode(&Request::Enter(who), &mut hello);
+        stream.write_all(&hello).expect("write");
+        let mut echo = [0; 4];
+        stream.read_exact(&mut echo).expect("echo");
+        assert_eq!(echo, NONCE);
+        let mut agent = Self { stream, input: Vec::new() };
+        assert!(matches!(agent.hear(), Notice::Welcome { .. }));
+        agent
+    }
+
+    fn say(&mut self, request: &Request) {
+        let mut frame = Vec::new();
+        encode(request, &mut frame);
+        self.stream.write_all(&frame).expect("write");
+    }
+
+    fn join(&mut self, after: Option<u64>) {
+        let timeout = Duration::from_secs(600);
+        self.say(&Request::Join(Join { after, role: "default".into(), local_world_size: 8, timeout }));
+    }
+
+    fn hear(&mut self) -> Notice {
+        loop {
+            if let Some(notice) = decode(&mut self.input).expect("a message") {
+                return notice;
+            }
+            let mut chunk = [0; 16 * 1024];
+            let read = self.stream.read(&mut chunk).expect("read");
+            assert_ne!(read, 0, "the host ended the connection");
+            self.input.extend_from_slice(&chunk[..read]);
+        }
+    }
+
+    fn begins(&mut self) -> u64 {
+        match self.hear() {
+            Notice::Begin(place) => place.round,
+            other => panic!("{other:?} instead of a round"),
+        }
+    }
+}
+
+fn restart(nodes: u32, rounds: u64) {
+    let settings = Settings {
+        run_id: "job".into(),
+        min_nodes: nodes,
+        max_nodes: nodes,
+        last_call: PATIENCE,
+        silence: Duration::from_secs(600),
+        address: None,
+        most_membership_changes: None,
+    };
+    let address: SocketAddr = "127.0.0.1:0".parse().expect("an address");
+    let host = StoreServer::start(address, Limits::default(), Some(settings)).expect("host");
+    let port = host.address().port();
+    let mut agents: Vec<Agent> = (0..nodes).map(|number| Agent::enter(port, number, nodes)).collect();
+    for agent in &mut agents {
+        agent.join(None);
+    }
+    assert!(agents.iter_mut().all(|agent| agent.begins() == 0));
+    let (mut told, mut restarted) = (Vec::new(), Vec::new());
+    for round in 0..rounds {
+        let failed = Instant::now();
+        let text = "rank 0 exited with code 1".into();
+        agents[0].say(&Request::Failed { round, at_ns: 1, text, is_final: false });
+        for agent in &mut agents {
+            assert!(matches!(agent.hear(), Notice::Over { round: ended, .. } if ended == round));
+        }
+        told.push(failed.elapsed());
+        for agent in &mut agents {
+            agent.join(Some(round));
+        }
+        assert!(agents.iter_mut().all(|agent| agent.begins() == round + 1));
+        restarted.push(failed.elapsed());
+    }
+    print_percentiles(&format!("{nodes:>5} agents: a failure until all have heard of it"), told);
+    print_percentiles(&format!("{nodes:>5} agents: a failure until all are in the next round"), restarted);
+}
+
+fn main() {
+    for nodes in [2, 32, 256, 1024] {
+        restart(nodes, 50);
+    }
+}
