@@ -3,6 +3,7 @@
 //! A round begins when enough nodes wait for it, and ends for all of them when a worker fails or a node comes, goes or is lost. The nodes
 //! of a round that is over are expected back, and seats are kept for them.
 
+mod clock;
 mod ending;
 
 use std::collections::{BTreeMap, HashMap};
@@ -114,6 +115,37 @@ enum Seat {
     Finished(Place),
 }
 
+/// How many members are where.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Tally {
+    waiting: usize,
+    returning: usize,
+    running: usize,
+}
+
+impl Tally {
+    fn of(&mut self, seat: &Seat) -> Option<&mut usize> {
+        match seat {
+            Seat::Waiting { .. } => Some(&mut self.waiting),
+            Seat::Returning => Some(&mut self.returning),
+            Seat::Running(_) => Some(&mut self.running),
+            Seat::Away | Seat::Finished(_) => None,
+        }
+    }
+
+    fn add(&mut self, seat: &Seat) {
+        if let Some(count) = self.of(seat) {
+            *count += 1;
+        }
+    }
+
+    fn subtract(&mut self, seat: &Seat) {
+        if let Some(count) = self.of(seat) {
+            *count -= 1;
+        }
+    }
+}
+
 #[derive(Debug)]
 struct Member {
     who: Introduction,
@@ -164,6 +196,10 @@ pub struct Rounds {
     /// it goes on.
     gone_finished: HashMap<(String, u32), Place>,
     last_step: Instant,
+    /// Nothing is due before this. What is heard moves deadlines away, so it may be that nothing is due then either: that is found out then, and not
+    /// with each message, of which there are as many as agents.
+    due: Option<Instant>,
+    tally: Tally,
     actions: Vec<Action>,
 }
 
@@ -183,6 +219,8 @@ impl Rounds {
             pending: None,
             gone_finished: HashMap::new(),
             last_step: now,
+            due: None,
+            tally: Tally::default(),
             actions: Vec::new(),
         }
     }
@@ -225,21 +263,20 @@ impl Rounds {
             Event::Tick => {}
         }
         self.look_at_clock(now);
+        debug_assert_eq!(self.tally, self.count_seats());
         std::mem::take(&mut self.actions)
+    }
+
+    fn count_seats(&self) -> Tally {
+        let mut tally = Tally::default();
+        self.members.values().for_each(|member| tally.add(&member.seat));
+        tally
     }
 
     /// When the next [`Event::Tick`] is due.
     #[must_use]
     pub fn next_tick(&self) -> Option<Instant> {
-        let silences = self.members.values().filter(|member| !member.who.is_host);
-        let silences = silences.map(|member| member.heard + self.settings.silence);
-        let last_call = match self.phase {
-            Phase::Gathering { last_call, .. } => last_call.filter(|_| !self.is_anyone_returning()),
-            _ => None,
-        };
-        let waits = self.members.values().filter_map(|member| self.join_deadline(member));
-        let pending = self.pending.as_ref().map(|pending| pending.at);
-        silences.chain(waits).chain(last_call).chain(pending).min()
+        self.due
     }
 
     /// Rounds that have begun.
@@ -264,6 +301,9 @@ impl Rounds {
             return self.refuse(now, id, &text);
         }
         who.name.truncate(bounded(&who.name, MOST_NAME_BYTES).len());
+        if !who.is_host {
+            self.expect_by(now + self.settings.silence);
+        }
         self.members.insert(id, Member { who, heard: now, last: None, seat: Seat::Away });
         self.tell(id, Notice::Welcome { silence: self.settings.silence });
         if let Phase::Closed { why, is_success } = &self.phase {
@@ -336,7 +376,10 @@ impl Rounds {
                 self.end_round(now, &cause);
                 self.wait(now, id, join);
             }
-            Seat::Waiting { since, .. } => member.seat = Seat::Waiting { join, since: *since },
+            Seat::Waiting { since, .. } => {
+                let since = *since;
+                self.take_seat(id, join, since);
+            }
             // The wish for the round that is over, a second time: its workers may still run.
             Seat::Returning if join.after != member.last.map(|(round, _)| round) => {}
             Seat::Away | Seat::Returning => self.wait(now, id, join),
@@ -344,8 +387,8 @@ impl Rounds {
     }
 
     fn wait(&mut self, now: Instant, id: Id, join: Join) {
-        let Some(member) = self.members.get_mut(&id) else { return };
-        member.seat = Seat::Waiting { join, since: now };
+        self.take_seat(id, join, now);
+        let Some(member) = self.members.get(&id) else { return };
         let newcomer = member.label();
         match self.phase {
             Phase::Gathering { .. } => self.try_begin(now),
@@ -359,6 +402,21 @@ impl Rounds {
         }
     }
 
+    fn take_seat(&mut self, id: Id, join: Join, since: Instant) {
+        self.sit(id, Seat::Waiting { join, since });
+        if let Some(deadline) = self.members.get(&id).and_then(|member| self.join_deadline(member)) {
+            self.expect_by(deadline);
+        }
+    }
+
+    /// Every change of seats.
+    fn sit(&mut self, id: Id, seat: Seat) {
+        let Some(member) = self.members.get_mut(&id) else { return };
+        self.tally.subtract(&member.seat);
+        self.tally.add(&seat);
+        member.seat = seat;
+    }
+
     /// Whether the running round would be larger with one more, and may be interrupted for that.
     fn has_room(&self) -> bool {
         let running = self.members.values().filter(|member| member.is_in()).count();
@@ -370,14 +428,18 @@ impl Rounds {
     fn finish(&mut self, id: Id, round: u64) {
         let Some(member) = self.members.get_mut(&id) else { return };
         match &member.seat {
-            Seat::Running(place) if place.round == round => member.seat = Seat::Finished(place.clone()),
+            Seat::Running(place) if place.round == round => {
+                let place = place.clone();
+                self.sit(id, Seat::Finished(place));
+            }
             // It says so again: its connection had ended.
             Seat::Away => match self.gone_finished.remove(&(member.who.name.clone(), member.who.pid)) {
-                Some(place) => member.seat = Seat::Finished(place),
+                Some(place) => self.sit(id, Seat::Finished(place)),
                 None if !matches!(self.phase, Phase::Closed { .. }) => {
                     if matches!(self.phase, Phase::Gathering { .. }) && self.begun == round + 1 {
                         // It comes back, as the others do. What its rank was does not matter.
-                        (member.last, member.seat) = (Some((round, u64::MAX)), Seat::Returning);
+                        member.last = Some((round, u64::MAX));
+                        self.sit(id, Seat::Returning);
                     }
                     let text = "the connection had ended before its workers did".to_owned();
                     let lost = Cause { kind: Kind::Membership, node: String::new(), at_ns: None, text };
@@ -392,8 +454,7 @@ impl Rounds {
     }
 
     fn release_if_all_finished(&mut self) {
-        let is_running = |member: &Member| matches!(member.seat, Seat::Running(_));
-        if !matches!(self.phase, Phase::Running) || self.members.values().any(is_running) {
+        if !matches!(self.phase, Phase::Running) || self.tally.running > 0 {
             return;
         }
         for (id, member) in &self.members {
@@ -409,6 +470,7 @@ impl Rounds {
 
     fn remove(&mut self, now: Instant, id: Id, how: &str) {
         let Some(member) = self.members.remove(&id) else { return };
+        self.tally.subtract(&member.seat);
         let text = format!("{} {how}", member.label());
         let lost = Cause { kind: Kind::Membership, node: member.who.name.clone(), at_ns: None, text };
         match (&self.phase, member.seat) {
@@ -439,10 +501,6 @@ impl Rounds {
         usize::try_from(self.settings.min_nodes).unwrap_or(usize::MAX)
     }
 
-    fn is_anyone_returning(&self) -> bool {
-        self.members.values().any(|member| matches!(member.seat, Seat::Returning))
-    }
-
     fn waiting(&self) -> impl Iterator<Item = &Member> {
         self.members.values().filter(|member| matches!(member.seat, Seat::Waiting { .. }))
     }
@@ -453,18 +511,18 @@ impl Rounds {
 
     /// Begins the round if it should not wait for anybody any more.
     fn try_begin(&mut self, now: Instant) {
+        let (waiting, least) = (self.tally.waiting, self.least_nodes());
         let Phase::Gathering { last_call, .. } = &mut self.phase else { return };
-        let waiting = self.members.values().filter(|member| matches!(member.seat, Seat::Waiting { .. })).count();
-        let least = usize::try_from(self.settings.min_nodes).unwrap_or(usize::MAX);
         if waiting < least {
             *last_call = None;
             return;
         }
         let last_call = *last_call.get_or_insert(now + self.settings.last_call);
         // Whoever stops its workers is known to be on its way.
-        if self.is_anyone_returning() {
+        if self.tally.returning > 0 {
             return;
         }
+        self.expect_by(last_call);
         let returned = self.waiting().filter(|member| self.is_of_last_round(member)).count();
         if waiting >= self.most_nodes() || returned >= self.least_nodes() || now >= last_call {
             self.begin();
@@ -487,8 +545,8 @@ impl Rounds {
             self.actions.push(Action::Tell(id, Notice::Begin(place.clone())));
             if let Some(member) = self.members.get_mut(&id) {
                 member.last = Some((place.round, place.group_rank));
-                member.seat = Seat::Running(place);
             }
+            self.sit(id, Seat::Running(place));
         }
         self.begun += 1;
         self.cause = None;
@@ -499,68 +557,6 @@ impl Rounds {
         let Seat::Waiting { join, since } = &member.seat else { return None };
         let former = member.last.filter(|_| self.is_of_last_round(member)).map(|(_, rank)| rank);
         Some(Candidate { id, who: &member.who, join, since: *since, former })
-    }
-
-    // ---- of time
-
-    /// When an agent that waits is told that it has waited in vain. Spares wait as long as there is a round.
-    fn join_deadline(&self, member: &Member) -> Option<Instant> {
-        let Phase::Gathering { since: gathering, .. } = self.phase else { return None };
-        match &member.seat {
-            Seat::Waiting { join, since } => gathering.max(*since).checked_add(join.timeout),
-            _ => None,
-        }
-    }
-
-    /// This process was stopped, or its machine was: it has heard nobody meanwhile, and nobody is to blame for that.
-    fn forgive_own_pause(&mut self, now: Instant) {
-        let due = self.next_tick();
-        if due.is_some_and(|due| now > due.max(self.last_step) + self.settings.silence / 2) {
-            for member in self.members.values_mut() {
-                member.heard = now;
-            }
-        }
-    }
-
-    fn look_at_clock(&mut self, now: Instant) {
-        let silence = self.settings.silence;
-        let is_silent = |member: &Member| !member.who.is_host && now >= member.heard + silence;
-        let silent: Vec<Id> = self.members.iter().filter(|(_, member)| is_silent(member)).map(|(id, _)| *id).collect();
-        for id in silent {
-            let text = format!("it was silent for {:.1} s", silence.as_secs_f64());
-            self.tell(id, Notice::Dropped { text: format!("this node was taken for lost: {text}") });
-            self.actions.push(Action::Drop(id));
-            self.remove(now, id, &format!("was lost: {text}"));
-        }
-        if let Some(pending) = self.pending.take_if(|pending| now >= pending.at) {
-            if pending.is_final {
-                self.close_for_good(&pending.cause);
-            } else {
-                self.end_round(now, &pending.cause);
-            }
-        }
-        self.try_begin(now);
-        let is_late = |member: &Member| self.join_deadline(member).is_some_and(|deadline| now >= deadline);
-        let late: Vec<Id> = self.members.iter().filter(|(_, member)| is_late(member)).map(|(id, _)| *id).collect();
-        if late.is_empty() {
-            return;
-        }
-        if self.waiting().count() >= self.least_nodes() {
-            // Those who are on their way take longer than the others wait.
-            return self.begin();
-        }
-        let mut waiting: Vec<String> = self.waiting().map(Member::label).take(MOST_NAMES).collect();
-        match self.waiting().count() - waiting.len() {
-            0 => {}
-            more => waiting.push(format!("{more} more")),
-        }
-        let cause = self.cause.as_ref().map(|cause| cause.text.clone());
-        for id in late {
-            self.tell(id, Notice::TimedOut { waiting: waiting.clone(), cause: cause.clone() });
-            if let Some(member) = self.members.get_mut(&id) {
-                member.seat = Seat::Away;
-            }
-        }
     }
 
     /// Lets the host's agent tell its user something.

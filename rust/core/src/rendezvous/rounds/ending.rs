@@ -59,21 +59,30 @@ impl Rounds {
             Some(known) if known.is_final || !is_final => Some(Pending { at, ..known }),
             _ => Some(Pending { at, cause, is_final }),
         };
+        self.expect_by(at);
     }
 
     pub(super) fn end_round(&mut self, now: Instant, cause: &Cause) {
         if !self.count(cause.clone()) {
             return;
         }
-        for (id, member) in &mut self.members {
+        let mut returning = Vec::new();
+        for (id, member) in &self.members {
             if let Seat::Running(place) | Seat::Finished(place) = &member.seat {
                 self.actions.push(Action::Tell(*id, Notice::Over { round: place.round, cause: cause.clone() }));
-                member.seat = Seat::Returning;
+                returning.push(*id);
             }
+        }
+        for id in returning {
+            self.sit(id, Seat::Returning);
         }
         self.pending = None;
         self.gone_finished.clear();
         self.phase = Phase::Gathering { since: now, last_call: None };
+        // Spares have waited without a deadline.
+        if let Some(deadline) = self.members.values().filter_map(|member| self.join_deadline(member)).min() {
+            self.expect_by(deadline);
+        }
         self.try_begin(now);
     }
 

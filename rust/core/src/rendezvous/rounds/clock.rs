@@ -1,0 +1,92 @@
+//! What becomes due: silences, last calls, join timeouts, and failures that were announced.
+
+use std::time::Instant;
+
+use super::{Action, Id, MOST_NAMES, Member, Phase, Rounds, Seat};
+use crate::rendezvous::message::Notice;
+
+impl Rounds {
+    /// Something is due at this time, and may be before.
+    pub(super) fn expect_by(&mut self, at: Instant) {
+        self.due = Some(self.due.map_or(at, |due| due.min(at)));
+    }
+
+    /// The earliest deadline that there is. To find it all members are looked at.
+    fn earliest(&self) -> Option<Instant> {
+        let silences = self.members.values().filter(|member| !member.who.is_host);
+        let silences = silences.map(|member| member.heard + self.settings.silence);
+        let last_call = match self.phase {
+            Phase::Gathering { last_call, .. } => last_call.filter(|_| self.tally.returning == 0),
+            _ => None,
+        };
+        let waits = self.members.values().filter_map(|member| self.join_deadline(member));
+        let pending = self.pending.as_ref().map(|pending| pending.at);
+        silences.chain(waits).chain(last_call).chain(pending).min()
+    }
+
+    /// When an agent that waits is told that it has waited in vain. Spares wait as long as there is a round.
+    pub(super) fn join_deadline(&self, member: &Member) -> Option<Instant> {
+        let Phase::Gathering { since: gathering, .. } = self.phase else { return None };
+        match &member.seat {
+            Seat::Waiting { join, since } => gathering.max(*since).checked_add(join.timeout),
+            _ => None,
+        }
+    }
+
+    /// This process was stopped, or its machine was: it has heard nobody meanwhile, and nobody is to blame for that.
+    pub(super) fn forgive_own_pause(&mut self, now: Instant) {
+        if self.due.is_some_and(|due| now > due.max(self.last_step) + self.settings.silence / 2) {
+            for member in self.members.values_mut() {
+                member.heard = now;
+            }
+        }
+    }
+
+    /// Does what is due.
+    pub(super) fn look_at_clock(&mut self, now: Instant) {
+        if self.due.is_none_or(|due| now < due) {
+            return debug_assert!(self.earliest().is_none_or(|at| self.due.is_some_and(|due| due <= at)));
+        }
+        self.end_what_is_due(now);
+        self.due = self.earliest();
+    }
+
+    fn end_what_is_due(&mut self, now: Instant) {
+        let silence = self.settings.silence;
+        let is_silent = |member: &Member| !member.who.is_host && now >= member.heard + silence;
+        let silent: Vec<Id> = self.members.iter().filter(|(_, member)| is_silent(member)).map(|(id, _)| *id).collect();
+        for id in silent {
+            let text = format!("it was silent for {:.1} s", silence.as_secs_f64());
+            self.tell(id, Notice::Dropped { text: format!("this node was taken for lost: {text}") });
+            self.actions.push(Action::Drop(id));
+            self.remove(now, id, &format!("was lost: {text}"));
+        }
+        if let Some(pending) = self.pending.take_if(|pending| now >= pending.at) {
+            if pending.is_final {
+                self.close_for_good(&pending.cause);
+            } else {
+                self.end_round(now, &pending.cause);
+            }
+        }
+        self.try_begin(now);
+        let is_late = |member: &Member| self.join_deadline(member).is_some_and(|deadline| now >= deadline);
+        let late: Vec<Id> = self.members.iter().filter(|(_, member)| is_late(member)).map(|(id, _)| *id).collect();
+        if late.is_empty() {
+            return;
+        }
+        if self.tally.waiting >= self.least_nodes() {
+            // Those who are on their way take longer than the others wait.
+            return self.begin();
+        }
+        let mut waiting: Vec<String> = self.waiting().map(Member::label).take(MOST_NAMES).collect();
+        match self.tally.waiting - waiting.len() {
+            0 => {}
+            more => waiting.push(format!("{more} more")),
+        }
+        let cause = self.cause.as_ref().map(|cause| cause.text.clone());
+        for id in late {
+            self.tell(id, Notice::TimedOut { waiting: waiting.clone(), cause: cause.clone() });
+            self.sit(id, Seat::Away);
+        }
+    }
+}
