@@ -163,15 +163,20 @@ def test_the_last_failure_ends_the_job_on_all_nodes(launch: Launcher) -> None:
 
 def test_the_number_of_the_restart_is_the_same_on_all_nodes(launch: Launcher) -> None:
     """Ranks of both nodes fail in turn: to each agent it is its first failure."""
+    # Whoever fails waits until the other one has spoken: it is stopped then, and may not have come so far.
     script = """
 import os, select, sys
 attempt, rank = os.environ["TORCHELASTIC_RESTART_COUNT"], os.environ["RANK"]
 print(attempt, flush=True)
+said = os.environ["DIR"] + "/said." + attempt
 if attempt == "2":
     sys.exit(0)
-if rank == {"0": "0", "1": "1"}[attempt]:
-    sys.exit(1)
-select.select([], [], [])
+if rank != attempt:
+    open(said, "w").close()
+    select.select([], [], [])
+while not os.path.exists(said):
+    select.select([], [], [], 0.01)
+sys.exit(1)
 """
     port = free_port()
     path = launch.write("turns.py", script)
