@@ -117,6 +117,12 @@ DIFFERENCES: dict[str, Difference] = {
         "is empty",
         "workers would connect to addresses of the dead",
     ),
+    "end-is-news": Difference(
+        "the rendezvous c10d, when a node ends the job",
+        "the others find out at their next rendezvous",
+        "the others are told, and stop their workers",
+        "workers whose peers are gone wait for them in vain",
+    ),
     "attempts-are-kept": Difference(
         "DefaultLogsSpecs.reify",
         "deletes the logs of an earlier start with the same restart count",
