@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 TIMES = (
-    *("join_timeout", "last_call_timeout", "close_timeout", "read_timeout", "heartbeat_timeout"),
+    *("join_timeout", "last_call_timeout", "close_timeout", "read_timeout", "heartbeat_timeout", "heartbeat"),
     "keep_alive_interval",
 )
 
@@ -48,7 +48,9 @@ def made() -> Iterator[list[NativeRendezvous]]:
         ({"heartbeat_timeout": "11"}, {"silence_s": 11}),
         ({"keep_alive_interval": "2"}, {"silence_s": 6}),
         ({"keep_alive_max_attempt": "4"}, {"silence_s": 20}),
-        ({"keep_alive_interval": "2", "keep_alive_max_attempt": "4", "heartbeat_timeout": 1}, {"silence_s": 8}),
+        ({"heartbeat": "12"}, {"silence_s": 12}),
+        ({"keep_alive_interval": "2", "keep_alive_max_attempt": "4"}, {"silence_s": 8}),
+        ({"keep_alive_interval": "2", "heartbeat_timeout": 1, "heartbeat": 3}, {"silence_s": 1}),
         ({"is_host": "1"}, {"is_host": True, "may_host": True}),
         ({"is_host": "false"}, {"is_host": False, "may_host": False}),
         ({}, {"most_membership_changes": None, "may_host": True}),

@@ -43,11 +43,20 @@ logger = get_logger(__name__)
 _DEFAULT_PORT = 29400
 _DEFAULT_STATIC_TIMEOUT_S = 600
 _LOOPBACK = {"localhost": "127.0.0.1", "127.0.0.1": "127.0.0.1", "::1": "::1"}
+_DEFAULT_SILENCE_S = 5
 _LET_THE_OTHERS_GO_S = 2.0
 _ENDED = ("closed", "released", "spare")
 _KNOWN_OPTIONS = (
-    *("join_timeout", "last_call_timeout", "close_timeout", "read_timeout", "heartbeat_timeout", "keep_alive_interval"),
-    *("keep_alive_max_attempt", "is_host", "max_membership_changes", "store_type", "rank", "timeout"),
+    *("join_timeout", "last_call_timeout", "close_timeout", "read_timeout", "heartbeat_timeout", "heartbeat"),
+    *(
+        "keep_alive_interval",
+        "keep_alive_max_attempt",
+        "is_host",
+        "max_membership_changes",
+        "store_type",
+        "rank",
+        "timeout",
+    ),
 )
 
 
@@ -80,7 +89,7 @@ class NativeRendezvous(RendezvousHandler):
     """An agent's part in a rendezvous, and the rendezvous itself on the node that hosts it.
 
     ``params.config`` takes torch's names: ``join_timeout`` (600 s), ``last_call_timeout`` (30 s), ``heartbeat_timeout`` (5 s: an agent or a
-    host that was silent for so long is lost; or ``keep_alive_interval`` times ``keep_alive_max_attempt``), ``read_timeout`` (60 s: how long
+    host that was silent for so long is lost; also ``heartbeat``, or else ``keep_alive_interval`` times ``keep_alive_max_attempt``), ``read_timeout`` (60 s: how long
     it is tried to reach the host), ``is_host``, and for ``static`` ``rank`` and ``timeout``. Besides, ``max_membership_changes``: how often
     nodes may come and go (no limit). ``close_timeout`` is checked and has no use: to close is one message. Of others it is warned.
 
@@ -414,11 +423,8 @@ class _Settings:
             self.connect_timeout_s = _seconds(params, "read_timeout", 60)
             self.may_host = _matches_machine_hostname(host) if self.is_host is None else self.is_host
         self.last_call_s = _seconds(params, "last_call_timeout", 30)
-        self.silence_s = _seconds(params, "heartbeat_timeout", 5)
+        self.silence_s = _silence_s(params)
         _seconds(params, "close_timeout", 1)
-        if params.get("keep_alive_interval") is not None or params.get("keep_alive_max_attempt") is not None:
-            attempts = _number(params, "keep_alive_max_attempt", 3, 1, "number of attempts; give a whole number from 1")
-            self.silence_s = _seconds(params, "keep_alive_interval", 5) * (attempts or 1)
         what = "number of membership changes; give a whole number from 0"
         self.most_membership_changes = _number(params, "max_membership_changes", None, 0, what)
         self.is_alone = params.max_nodes == 1
@@ -497,6 +503,15 @@ def _number(params: RendezvousParameters, key: str, default: int | None, least: 
 
 def _seconds(params: RendezvousParameters, key: str, default: int) -> int:
     return _number(params, key, default, 1, "time; give whole seconds from 1") or default
+
+
+def _silence_s(params: RendezvousParameters) -> int:
+    """Return after how many seconds of silence a node is lost. The option that is closest to it counts."""
+    attempts = _number(params, "keep_alive_max_attempt", 3, 1, "number of attempts; give a whole number from 1")
+    silence_s = _seconds(params, "keep_alive_interval", 5) * (attempts or 1)
+    if params.get("keep_alive_interval") is None and params.get("keep_alive_max_attempt") is None:
+        silence_s = _DEFAULT_SILENCE_S
+    return _seconds(params, "heartbeat_timeout", _seconds(params, "heartbeat", silence_s))
 
 
 def _truth(params: RendezvousParameters, key: str) -> bool | None:
