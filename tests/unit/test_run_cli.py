@@ -4,6 +4,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -316,6 +317,7 @@ def test_the_rendezvous_is_torchs(
     its = Launch()
     monkeypatch.setattr(theirs, "elastic_launch", its)
     monkeypatch.setattr("uuid.uuid4", lambda: "made-up")
+    monkeypatch.setattr(run, "_made_up_id", lambda: "made-up")
     monkeypatch.setattr(run, "_name_thread", lambda _: None)
     monkeypatch.setattr("torch.multiprocessing._set_thread_name", lambda _: None)
     line = [*line, "--log-dir", str(tmp_path), "t.py", "x"]
@@ -326,6 +328,14 @@ def test_the_rendezvous_is_torchs(
     (config, entrypoint, args), (its_config, its_entrypoint, its_args) = launch.calls[0], its.calls[0]
     assert _comparable(config, config.logs_specs) == _comparable(its_config, its_config.logs_specs)
     assert (entrypoint, args) == (its_entrypoint, its_args)
+
+
+def test_a_made_up_id_is_a_uuid() -> None:
+    made = [run._made_up_id() for _ in range(100)]
+    parsed = [uuid.UUID(one) for one in made]
+    assert [str(one) for one in parsed] == made
+    assert {(one.version, one.variant) for one in parsed} == {(4, uuid.RFC_4122)}
+    assert len({*made}) == len(made)
 
 
 def test_the_thread_has_torchs_name() -> None:
