@@ -41,26 +41,15 @@ if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
 """
 
 HEAVY = {
-    *(
-        "asyncio",
-        "cProfile",
-        "concurrent",
-        "ctypes",
-        "curses",
-        "decimal",
-        "distutils",
-        "email",
-        "ensurepip",
-        "fractions",
-    ),
-    *("http", "importlib.metadata", "importlib.resources", "ipaddress", "logging.config", "logging.handlers"),
-    *("multiprocessing", "numpy", "optparse", "pathlib", "pdb", "pickle", "pkg_resources", "pkgutil", "psutil"),
-    *("pydoc", "setuptools", "sqlite3", "ssl", "statistics", "subprocess", "torch", "typing_extensions", "unittest"),
-    *("urllib", "xml", "zipfile"),
+    *("asyncio", "cProfile", "concurrent", "ctypes", "curses", "decimal", "distutils", "email", "ensurepip"),
+    *("fractions", "http", "importlib.metadata", "importlib.resources", "ipaddress", "logging.config"),
+    *("logging.handlers", "multiprocessing", "numpy", "optparse", "pathlib", "pdb", "pickle", "pkg_resources"),
+    *("pkgutil", "platform", "psutil", "pydoc", "setuptools", "sqlite3", "ssl", "statistics", "subprocess"),
+    *("torch", "typing_extensions", "unittest", "urllib", "uuid", "xml", "zipfile"),
 }
 """What no launch of a script has a use for."""
 
-NEEDED_LATER = {"ferroelastic._rust", "inspect", "json", "logging", "platform", "socket", "tempfile", "uuid"}
+NEEDED_LATER = {"ferroelastic._rust", "inspect", "json", "logging", "socket", "tempfile"}
 """What ``--help`` does without, besides."""
 
 

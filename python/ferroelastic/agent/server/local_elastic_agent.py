@@ -493,9 +493,8 @@ def _longest_stop_s(grace_s: float) -> float:
 
 def _make_up_timer_file() -> str:
     import tempfile
-    import uuid
 
-    return os.path.join(tempfile.gettempdir(), f"watchdog_timer_{uuid.uuid4()}")
+    return os.path.join(tempfile.gettempdir(), f"watchdog_timer_{os.urandom(16).hex()}")
 
 
 def _read_wait_channel(pid: int) -> str:

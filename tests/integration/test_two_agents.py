@@ -1,0 +1,195 @@
+"""Two agents of one job, in threads of this process: what their health servers tell of each other."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import threading
+import urllib.request
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from tests.conftest import eventually
+
+from ferroelastic.agent.server import LocalElasticAgent, WorkerSpec, WorkerState
+from ferroelastic.multiprocessing import DefaultLogsSpecs, Std
+from ferroelastic.rendezvous import RendezvousParameters
+from ferroelastic.rendezvous._native import NativeRendezvous
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+PATIENCE_S = 60.0
+MOST_RANKS = 4
+
+
+class Node:
+    """An agent that runs in a thread, with two workers that end when they are told to, with the exit code that they are told."""
+
+    def __init__(
+        self, folder: Path, endpoint: str, *, is_host: bool, nodes: tuple[int, int], max_restarts: int
+    ) -> None:
+        parameters = RendezvousParameters(
+            "c10d", endpoint, "the-job", *nodes, is_host=is_host, last_call_timeout=1, heartbeat_timeout=60
+        )
+        self.handler = NativeRendezvous(parameters)
+        spec = WorkerSpec(
+            role="trainer",
+            local_world_size=2,
+            rdzv_handler=self.handler,
+            entrypoint="/bin/sh",
+            args=("-c", f'read code < "{folder}/gate.$RANK"; exit "$code"'),
+            max_restarts=max_restarts,
+            monitor_interval=600,
+        )
+        logs = DefaultLogsSpecs(str(folder / f"logs.{is_host}"), redirects=Std.NONE)
+        self.agent = LocalElasticAgent(spec, logs, exit_barrier_timeout=PATIENCE_S, shutdown_timeout=5)
+        self.outcome: Any = None
+        self.thread = threading.Thread(target=self._run)
+        self.thread.start()
+
+    def _run(self) -> None:
+        try:
+            self.outcome = self.agent.run()
+        except BaseException as error:  # noqa: BLE001 - the test looks at it
+            self.outcome = error
+        finally:
+            self.handler.shutdown()
+
+    def _ask(self, path: str) -> str:
+        server = self.agent._health_check_server
+        assert server is not None
+        assert server.board is not None
+        with urllib.request.urlopen(f"http://127.0.0.1:{server.board.port}{path}", timeout=PATIENCE_S) as answer:
+            text: str = answer.read().decode()
+            return text
+
+    def runs_round(self, number: int) -> dict[str, Any]:
+        """Wait until the workers of a round run; the status."""
+        found: dict[str, Any] = {}
+
+        def is_running() -> bool:
+            server = self.agent._health_check_server
+            if server is None or server.board is None:
+                return False
+            found.update(json.loads(self._ask("/status")))
+            return bool(found["round"] == number and found["state"] == "running")
+
+        assert eventually(is_running, PATIENCE_S), (found, self.outcome)
+        return found
+
+    def restarts(self) -> dict[str, int]:
+        """By cause, from the metrics."""
+        found = re.findall(r'^ferroelastic_restarts_total\{cause="(\w+)"\} (\d+)$', self._ask("/metrics"), re.MULTILINE)
+        return {cause: int(count) for cause, count in found}
+
+    def ends(self) -> Any:
+        self.thread.join(PATIENCE_S)
+        assert not self.thread.is_alive()
+        return self.outcome
+
+
+class Job:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.nodes: list[Node] = []
+        self.gates: list[int] = []
+        for rank in range(MOST_RANKS):
+            os.mkfifo(folder / f"gate.{rank}")
+            # For reading too: so it opens without a worker.
+            self.gates.append(os.open(folder / f"gate.{rank}", os.O_RDWR | os.O_CLOEXEC))
+
+    def node(self, nodes: tuple[int, int] = (2, 2), max_restarts: int = 3) -> Node:
+        """Start the next agent; the first one hosts."""
+        endpoint = f"localhost:{self.nodes[0].handler._port}" if self.nodes else "localhost:0"
+        is_host = not self.nodes
+        self.nodes.append(Node(self.folder, endpoint, is_host=is_host, nodes=nodes, max_restarts=max_restarts))
+        return self.nodes[-1]
+
+    def let_end(self, rank: int, code: int) -> None:
+        os.write(self.gates[rank], b"%d\n" % code)
+
+    def clean_up(self) -> None:
+        for node in self.nodes:
+            node.handler.shutdown()
+            node.agent._shutdown(signal.SIGKILL, 0)
+        for node in self.nodes:
+            node.thread.join(PATIENCE_S)
+            node.agent._pcontext = None
+        self.nodes.clear()
+        for gate in self.gates:
+            os.close(gate)
+
+
+@pytest.fixture
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Job]:
+    monkeypatch.setenv("TORCHELASTIC_HEALTH_CHECK_PORT", "0")
+    made = Job(tmp_path)
+    yield made
+    made.clean_up()
+
+
+def test_a_failure_is_told_by_both(job: Job) -> None:
+    host, guest = job.node(), job.node()
+    host.runs_round(1)
+    failing = guest.runs_round(1)["workers"][0]
+    assert (failing["rank"], failing["local_rank"]) == (2, 0)
+    job.let_end(2, code=7)
+    reason = f"rank 2 (pid {failing['pid']}) exited with code 7"
+    for node, told in ((guest, reason), (host, f"{reason} on 127.0.0.1")):
+        restarts = node.runs_round(2)["restarts"]
+        assert (restarts["failure"], restarts["membership"]) == (1, 0)
+        assert (restarts["last"]["cause"], restarts["last"]["reason"]) == ("failure", told)
+        assert node.restarts() == {"failure": 1, "membership": 0}
+        assert node.agent._remaining_restarts == 2
+    for rank in range(4):
+        job.let_end(rank, code=0)
+    assert [node.ends().state for node in (host, guest)] == [WorkerState.SUCCEEDED] * 2
+
+
+def test_a_node_that_comes_and_one_that_goes_are_no_failures(job: Job) -> None:
+    """Nor do they use up a restart: there is none."""
+    host = job.node((1, 2), max_restarts=0)
+    assert [worker["rank"] for worker in host.runs_round(1)["workers"]] == [0, 1]
+
+    guest = job.node((1, 2), max_restarts=0)
+    restarts = host.runs_round(2)["restarts"]
+    assert (restarts["failure"], restarts["membership"]) == (0, 1)
+    assert restarts["last"]["cause"] == "membership"
+    assert re.fullmatch(r"127\.0\.0\.1 \(agent \d+\) joins", restarts["last"]["reason"])
+    assert host.restarts() == {"failure": 0, "membership": 1}
+    # To the newcomer it is the first round.
+    assert guest.runs_round(1)["restarts"] == {"failure": 0, "membership": 0, "last": None}
+    assert guest.restarts() == {"failure": 0, "membership": 0}
+
+    guest.handler.leave("its machine is needed")
+    restarts = host.runs_round(3)["restarts"]
+    assert (restarts["failure"], restarts["membership"]) == (0, 2)
+    assert re.fullmatch(r"127\.0\.0\.1 \(agent \d+\) left: its machine is needed", restarts["last"]["reason"])
+    assert host.restarts() == {"failure": 0, "membership": 2}
+
+    for rank in range(2):
+        job.let_end(rank, code=0)
+    assert host.ends().state == WorkerState.SUCCEEDED
+
+
+def test_both_kinds_are_counted_side_by_side(job: Job) -> None:
+    host = job.node((1, 2), max_restarts=1)
+    host.runs_round(1)
+    guest = job.node((1, 2), max_restarts=1)
+    host.runs_round(2)
+    failing = guest.runs_round(1)["workers"][1]
+    job.let_end(failing["rank"], code=3)
+    restarts = host.runs_round(3)["restarts"]
+    assert (restarts["failure"], restarts["membership"]) == (1, 1)
+    assert restarts["last"]["cause"] == "failure"
+    assert host.restarts() == {"failure": 1, "membership": 1}
+    guest.runs_round(2)
+    assert guest.restarts() == {"failure": 1, "membership": 0}
+    # The second failure is one too many for both.
+    job.let_end(0, code=4)
+    assert host.ends().state == WorkerState.FAILED
+    assert "exited with code 4 on 127.0.0.1, and no restart is left" in str(guest.ends())
