@@ -3,7 +3,8 @@
 use std::io;
 use std::time::{Duration, Instant};
 
-use super::server::{Connection, Peer, Worker};
+use super::connection::Connection;
+use super::server::{Peer, Worker};
 use super::wire::{Key, Request as StoreRequest};
 use crate::rendezvous::message::{self, Request};
 use crate::rendezvous::rounds::{Action, Event, Rounds, Settings};
@@ -78,7 +79,7 @@ impl Worker {
                 Action::RenewStore => self.renew(),
                 Action::Tell(peer, notice) => {
                     if let Some(connection) = self.connections.get_mut(&peer) {
-                        message::encode(&notice, &mut connection.output);
+                        message::encode(&notice, connection.output());
                         self.to_flush.push(peer);
                     }
                 }
@@ -123,7 +124,7 @@ impl Worker {
             }
             Verdict::Answer(answer) => {
                 if let Some(connection) = self.connections.get_mut(&peer) {
-                    connection.output.extend_from_slice(&answer);
+                    connection.reply(answer);
                     self.to_flush.push(peer);
                 }
                 false

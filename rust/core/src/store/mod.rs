@@ -5,6 +5,7 @@
 
 mod agents;
 pub mod client;
+mod connection;
 pub mod server;
 pub mod state;
 pub mod wire;

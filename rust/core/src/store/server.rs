@@ -9,12 +9,13 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::agents::Agents;
+use super::connection::{Connection, Protocol};
 pub use super::state::Peer;
 use super::state::{Reply, State};
-use super::wire::{Decoder, Limits, Request, empty};
+use super::wire::{Decoder, Limits, Request};
 use crate::error::{Error, Result};
 use crate::rendezvous::rounds::{Event, Settings};
-use crate::sys::net::{Listener, Stream};
+use crate::sys::net::Listener;
 use crate::sys::poller::{Interest, Poller};
 use crate::sys::sigmask;
 use crate::sys::wake::WakeFd;
@@ -84,51 +85,6 @@ impl StoreServer {
 impl Drop for StoreServer {
     fn drop(&mut self) {
         let _ = self.close(Duration::ZERO);
-    }
-}
-
-/// What a connection speaks.
-#[derive(Debug)]
-enum Protocol {
-    Store(Decoder),
-    /// Bytes of messages that are not complete.
-    Agent(Vec<u8>),
-}
-
-/// A connection.
-#[derive(Debug)]
-pub(super) struct Connection {
-    pub(super) stream: Stream,
-    protocol: Protocol,
-    pub(super) output: Vec<u8>,
-    sent: usize,
-    interest: Interest,
-}
-
-impl Connection {
-    fn unsent(&self) -> usize {
-        self.output.len() - self.sent
-    }
-
-    fn reply(&mut self, bytes: Vec<u8>) {
-        if self.output.is_empty() && bytes.len() > self.output.capacity() {
-            self.output = bytes;
-        } else {
-            self.output.extend_from_slice(&bytes);
-        }
-    }
-
-    pub(super) fn is_agent(&self) -> bool {
-        matches!(self.protocol, Protocol::Agent(_))
-    }
-
-    pub(super) fn become_agent(&mut self, input: Vec<u8>) {
-        self.protocol = Protocol::Agent(input);
-    }
-
-    /// What an agent has sent and was not understood yet.
-    pub(super) fn agent_input(&mut self) -> Option<&mut Vec<u8>> {
-        if let Protocol::Agent(input) = &mut self.protocol { Some(input) } else { None }
     }
 }
 
@@ -258,9 +214,7 @@ impl Worker {
             let peer = self.last_peer;
             let _ = stream.set_nodelay();
             if self.poller.add(&stream, peer, Interest::Readable).is_ok() {
-                let protocol = Protocol::Store(Decoder::new(self.limits));
-                let interest = Interest::Readable;
-                self.connections.insert(peer, Connection { stream, protocol, output: Vec::new(), sent: 0, interest });
+                self.connections.insert(peer, Connection::new(stream, Decoder::new(self.limits)));
             }
         }
     }
@@ -354,24 +308,8 @@ impl Worker {
     pub(super) fn flush(&mut self) {
         while let Some(peer) = self.to_flush.pop() {
             let Some(connection) = self.connections.get_mut(&peer) else { continue };
-            let mut is_broken = false;
-            while connection.unsent() > 0 {
-                match connection.stream.write(&connection.output[connection.sent..]) {
-                    Ok(sent) => connection.sent += sent,
-                    Err(error) if error.kind() == ErrorKind::WouldBlock => break,
-                    Err(_) => {
-                        is_broken = true;
-                        break;
-                    }
-                }
-            }
-            let interest = if connection.unsent() > 0 {
-                Interest::Writable
-            } else {
-                empty(&mut connection.output);
-                connection.sent = 0;
-                Interest::Readable
-            };
+            let mut is_broken = connection.send().is_err();
+            let interest = if connection.unsent() > 0 { Interest::Writable } else { Interest::Readable };
             if interest != connection.interest {
                 is_broken |= self.poller.modify(&connection.stream, peer, interest).is_err();
                 connection.interest = interest;
