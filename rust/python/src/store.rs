@@ -22,7 +22,8 @@ pub(crate) struct StoreServer(store::StoreServer);
 impl StoreServer {
     #[new]
     #[pyo3(signature = (host, port=0, *, run_id=None, min_nodes=1, max_nodes=1, last_call_s=30.0, silence_s=5.0,
-        address=None, most_membership_changes=None))]
+        address=None, most_membership_changes=None, most_key_bytes=8192, most_value_bytes=8_388_608, most_keys=131_072,
+        most_request_bytes=268_435_456, most_reply_bytes=268_435_456))]
     #[expect(clippy::too_many_arguments, reason = "keywords in Python")]
     fn new(
         py: Python<'_>,
@@ -35,7 +36,19 @@ impl StoreServer {
         silence_s: f64,
         address: Option<String>,
         most_membership_changes: Option<u64>,
+        most_key_bytes: u64,
+        most_value_bytes: u64,
+        most_keys: u64,
+        most_request_bytes: u64,
+        most_reply_bytes: u64,
     ) -> PyResult<Self> {
+        let limits = Limits {
+            key_bytes: most_key_bytes,
+            value_bytes: most_value_bytes,
+            keys: most_keys,
+            request_bytes: most_request_bytes,
+            reply_bytes: most_reply_bytes,
+        };
         let (last_call, silence) = (span("last_call_s", last_call_s)?, span("silence_s", silence_s)?);
         let settings = run_id.map(|run_id| Settings {
             run_id,
@@ -46,7 +59,7 @@ impl StoreServer {
             address,
             most_membership_changes,
         });
-        detached(py, || store::StoreServer::start((host, port).into(), Limits::default(), settings)).map(Self)
+        detached(py, || store::StoreServer::start((host, port).into(), limits, settings)).map(Self)
     }
 
     #[getter]

@@ -131,7 +131,7 @@ impl Worker {
             inbox,
             wake,
             poller,
-            state: State::default(),
+            state: State::new(&limits),
             agents,
             close_at: None,
             connections: HashMap::new(),
@@ -195,7 +195,7 @@ impl Worker {
             }
             connection.is_agent()
         });
-        self.state = State::default();
+        self.state = State::new(&self.limits);
     }
 
     fn accept(&mut self) {
