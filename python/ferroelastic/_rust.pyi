@@ -482,16 +482,22 @@ class StoreTimeoutError(RuntimeError):
 class StoreClient:
     """A connection to a ``TCPStore``, for one request at a time; calls from several threads take turns. Keys are what is on the wire.
 
+    A store that is not done with a request in time may answer it while another one is under way. So such a connection is not used again:
+    every further call raises ``ConnectionError`` at once.
+
     Args:
         host: name or address of the store's host.
         port: its port.
-        timeout_s: how long it is tried to connect, in seconds.
+        timeout_s: how long it is tried to connect, in seconds, and how long a request and its answer take at most.
 
     Raises:
-        ConnectionError: the store cannot be reached; of every method, the connection was lost.
+        ConnectionError: the store cannot be reached; of every method, the connection was lost, or the store did not answer in time.
     """
 
     def __new__(cls, host: str, port: int, timeout_s: float) -> StoreClient: ...
+    def set_timeout(self, timeout_s: float) -> None:
+        """Let requests and their answers take at most ``timeout_s`` seconds from now on, not those under way."""
+
     def set(self, key: bytes, value: bytes) -> None:
         """``SET``: returns without an answer."""
 
@@ -499,7 +505,7 @@ class StoreClient:
         """``COMPARE_SET``: set the key if it is ``expected``, or is missing and that is empty. The value that is there then."""
 
     def get(self, keys: list[bytes], timeout_s: float) -> list[bytes]:
-        """``WAIT`` and ``MULTI_GET``: the values, once all keys are there.
+        """``WAIT`` and ``MULTI_GET``: the values, once all keys are there. They may take the client's own timeout to come, besides.
 
         Raises:
             StoreTimeoutError: they were not within ``timeout_s`` seconds.
@@ -524,7 +530,8 @@ class StoreClient:
         """``GETNUMKEYS``."""
 
     def wait(self, keys: list[bytes], timeout_s: float) -> None:
-        """``WAIT`` until all keys are there.
+        """``WAIT`` until all keys are there. A store that does not answer that the wait has ended has the client's own timeout for that,
+        at most 10 s.
 
         Raises:
             StoreTimeoutError: they were not within ``timeout_s`` seconds.

@@ -2,6 +2,7 @@
 
 use std::net::IpAddr;
 use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
 use ferroelastic_core::rendezvous::rounds::Settings;
 use ferroelastic_core::store;
@@ -78,7 +79,11 @@ create_exception!(ferroelastic._rust, StoreTimeoutError, PyRuntimeError, "Keys o
 
 /// A client of a store.
 #[pyclass(frozen, module = "ferroelastic._rust")]
-pub(crate) struct StoreClient(Mutex<store::StoreClient>);
+pub(crate) struct StoreClient {
+    client: Mutex<store::StoreClient>,
+    /// Beside the client, which is locked while a request is under way.
+    timeout: Mutex<Duration>,
+}
 
 impl StoreClient {
     /// Sends a request and takes the answer, one after the other, detached from the interpreter.
@@ -87,7 +92,11 @@ impl StoreClient {
         py: Python<'_>,
         request: impl FnOnce(&mut store::StoreClient) -> Result<T, ClientError> + Send,
     ) -> PyResult<T> {
-        let answer = py.detach(|| request(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner)));
+        let answer = py.detach(|| {
+            let mut client = self.client.lock().unwrap_or_else(PoisonError::into_inner);
+            client.set_timeout(*self.timeout.lock().unwrap_or_else(PoisonError::into_inner));
+            request(&mut client)
+        });
         answer.map_err(|error| to_python(&error))
     }
 }
@@ -109,7 +118,13 @@ impl StoreClient {
     fn new(py: Python<'_>, host: &str, port: u16, timeout_s: f64) -> PyResult<Self> {
         let timeout = span("timeout_s", timeout_s)?;
         let client = py.detach(|| store::StoreClient::connect(host, port, timeout));
-        client.map(|client| Self(Mutex::new(client))).map_err(|error| to_python(&error))
+        let client = client.map_err(|error| to_python(&error))?;
+        Ok(Self { client: Mutex::new(client), timeout: Mutex::new(timeout) })
+    }
+
+    fn set_timeout(&self, timeout_s: f64) -> PyResult<()> {
+        *self.timeout.lock().unwrap_or_else(PoisonError::into_inner) = span("timeout_s", timeout_s)?;
+        Ok(())
     }
 
     fn set(&self, py: Python<'_>, key: &[u8], value: &[u8]) -> PyResult<()> {

@@ -9,7 +9,7 @@ use super::wire::{Key, Request as StoreRequest};
 use crate::rendezvous::message::{self, Request};
 use crate::rendezvous::rounds::{Action, Event, Rounds, Settings};
 use crate::rendezvous::stranger::{self, Verdict};
-use crate::sys::timer::Timer;
+use crate::sys::timer::{ENDLESS, Timer};
 
 /// What NCCL's watchdog leaves for the other ranks when it gives up. They write down what they know, and abort.
 const DUMP_KEY: &[u8] = b"/exception_dump";
@@ -30,7 +30,9 @@ pub(super) struct Agents {
 const MOST_STRANGERS: u32 = 8;
 
 impl Agents {
-    pub(super) fn new(settings: Settings) -> io::Result<Self> {
+    pub(super) fn new(mut settings: Settings) -> io::Result<Self> {
+        settings.silence = settings.silence.min(ENDLESS);
+        settings.last_call = settings.last_call.min(ENDLESS);
         Ok(Self { rounds: Rounds::new(settings, Instant::now()), timer: Timer::new()?, strangers: 0 })
     }
 }

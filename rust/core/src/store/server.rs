@@ -18,6 +18,7 @@ use crate::rendezvous::rounds::{Event, Settings};
 use crate::sys::net::Listener;
 use crate::sys::poller::{Interest, Poller};
 use crate::sys::sigmask;
+use crate::sys::timer::after;
 use crate::sys::wake::WakeFd;
 
 const WAKE: u64 = 0;
@@ -181,7 +182,7 @@ impl Worker {
                 // A forked process may hold a copy.
                 let _ = self.poller.remove(&listener);
             }
-            self.close_at = Some(Instant::now() + patience);
+            self.close_at = Some(after(patience));
             self.decide(Event::Tick);
         }
     }
