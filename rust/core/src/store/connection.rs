@@ -2,6 +2,7 @@
 
 use std::io::{self, ErrorKind};
 
+use super::talk::Talk;
 use super::wire::{Decoder, empty};
 use crate::sys::net::Stream;
 use crate::sys::poller::Interest;
@@ -10,8 +11,7 @@ use crate::sys::poller::Interest;
 #[derive(Debug)]
 pub(super) enum Protocol {
     Store(Decoder),
-    /// Bytes of messages that are not complete.
-    Agent(Vec<u8>),
+    Agent(Talk),
 }
 
 /// A connection.
@@ -78,13 +78,14 @@ impl Connection {
         matches!(self.protocol, Protocol::Agent(_))
     }
 
-    pub(super) fn become_agent(&mut self, input: Vec<u8>) {
-        self.protocol = Protocol::Agent(input);
+    /// What an agent says.
+    pub(super) fn talk(&mut self) -> Option<&mut Talk> {
+        if let Protocol::Agent(talk) = &mut self.protocol { Some(talk) } else { None }
     }
 
-    /// What an agent has sent and was not understood yet.
-    pub(super) fn agent_input(&mut self) -> Option<&mut Vec<u8>> {
-        if let Protocol::Agent(input) = &mut self.protocol { Some(input) } else { None }
+    /// Whether it is an agent that has said who it is.
+    pub(super) fn has_entered(&self) -> bool {
+        if let Protocol::Agent(talk) = &self.protocol { talk.has_entered() } else { false }
     }
 }
 

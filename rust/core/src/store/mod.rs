@@ -8,6 +8,7 @@ pub mod client;
 mod connection;
 pub mod server;
 pub mod state;
+mod talk;
 pub mod wire;
 
 pub use client::StoreClient;

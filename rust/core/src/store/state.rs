@@ -121,7 +121,7 @@ impl State {
     fn dispatch(&mut self, peer: Peer, request: Request) -> Result<(), Misuse> {
         match request {
             Request::Set { key, value } => self.set(key, value),
-            Request::CompareSet { key, expected, desired } => self.compare_set(peer, &key, expected, desired)?,
+            Request::CompareSet { key, expected, desired } => self.compare_set(peer, &key, &expected, desired)?,
             Request::Get { key } => {
                 let value = self.values.get(&key).map_or(&[][..], Vec::as_slice);
                 self.allow(sized_len(value))?;
@@ -189,10 +189,10 @@ impl State {
     }
 
     /// A missing key is taken for empty when that is expected. Otherwise the peer is told what it expects to be told, as if it were there.
-    fn compare_set(&mut self, peer: Peer, key: &Key, expected: Value, desired: Value) -> Result<(), Misuse> {
-        let current = self.values.get(key);
-        let is_expected = current.map_or(expected.is_empty(), |current| *current == expected);
-        let reply = if is_expected { &desired } else { current.unwrap_or(&expected) };
+    fn compare_set(&mut self, peer: Peer, key: &Key, expected: &[u8], desired: Value) -> Result<(), Misuse> {
+        let current = self.values.get(key).map(Vec::as_slice);
+        let is_expected = current.unwrap_or_default() == expected;
+        let reply = if is_expected { &desired } else { current.unwrap_or(expected) };
         self.allow(sized_len(reply))?;
         let reply = sized(reply);
         if is_expected {
