@@ -469,8 +469,8 @@ class StoreServer:
         most_key_bytes: int = 8192,
         most_value_bytes: int = 8_388_608,
         most_keys: int = 131_072,
-        most_request_bytes: int = 268_435_456,
-        most_reply_bytes: int = 268_435_456,
+        most_request_bytes: int = ...,
+        most_reply_bytes: int = ...,
     ) -> StoreServer: ...
     def close(self, patience_s: float = 0.0) -> None:
         """Take nobody in any more, wait up to ``patience_s`` seconds for agents to go, and end all connections."""
@@ -530,8 +530,9 @@ class StoreClient:
         """``GETNUMKEYS``."""
 
     def wait(self, keys: list[bytes], timeout_s: float) -> None:
-        """``WAIT`` until all keys are there. A store that does not answer that the wait has ended has the client's own timeout for that,
-        at most 10 s.
+        """``WAIT`` until all keys are there.
+
+        If they are not, the store is to answer that the wait has ended, within the client's own timeout and at most 10 s.
 
         Raises:
             StoreTimeoutError: they were not within ``timeout_s`` seconds.

@@ -105,7 +105,9 @@ fn visitor(port: u16, said: &[Request]) -> TcpStream {
 
 fn frames(said: &[Request]) -> Vec<u8> {
     let mut frames = Vec::new();
-    said.iter().for_each(|request| encode(request, &mut frames));
+    for request in said {
+        encode(request, &mut frames);
+    }
     frames
 }
 

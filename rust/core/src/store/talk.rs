@@ -113,7 +113,9 @@ mod tests {
 
     fn stream(requests: &[Request]) -> Vec<u8> {
         let mut frames = Vec::new();
-        requests.iter().for_each(|request| encode(request, &mut frames));
+        for request in requests {
+            encode(request, &mut frames);
+        }
         frames
     }
 
