@@ -424,8 +424,9 @@ class HealthServer:
 class StoreServer:
     """A key-value store that clients of torch's ``TCPStore`` (2.4 and later) use as they are, on a thread of its own: ``ferro-store``.
 
-    It speaks all operations of torch's libuv server with their limits: keys of 8 KiB, values of 8 MiB, 131,072 keys at once, and besides
-    requests of 1 GiB in all. Beyond them, and for anybody who is no client, the connection is closed.
+    It speaks all operations of torch's libuv server. Beyond the limits, and for anybody who is no client, the connection is closed. By
+    default they are torch's, and besides 256 MiB each for a whole request and for a reply, which torch does not limit. A connection holds
+    at most one of both, and a few MiB; what is stored has no limit.
 
     With a ``run_id`` agents meet at the same port, see :class:`RendezvousClient`. Each round begins with an empty store.
 
@@ -439,9 +440,15 @@ class StoreServer:
         silence_s: an agent that was silent for so long is lost, in seconds.
         address: address of this host for the workers; by default they take the one that their agent was given.
         most_membership_changes: how often nodes may come and go before the job is closed; ``None`` for no limit.
+        most_key_bytes: largest key, in bytes (8 KiB).
+        most_value_bytes: largest value in a request, in bytes (8 MiB); ``APPEND`` may make larger ones.
+        most_keys: most keys in a request (131,072).
+        most_request_bytes: most bytes that the keys and values of a request have together (256 MiB).
+        most_reply_bytes: most bytes of a reply (256 MiB): of the values of a ``MULTI_GET``, say, or the names of a ``LIST_KEYS``.
 
     Raises:
         OSError: the port is taken, or the address is not one of this host.
+        OverflowError: a limit is negative.
         ValueError: a number of seconds is negative.
     """
 
@@ -459,6 +466,11 @@ class StoreServer:
         silence_s: float = 5.0,
         address: str | None = None,
         most_membership_changes: int | None = None,
+        most_key_bytes: int = 8192,
+        most_value_bytes: int = 8_388_608,
+        most_keys: int = 131_072,
+        most_request_bytes: int = ...,
+        most_reply_bytes: int = ...,
     ) -> StoreServer: ...
     def close(self, patience_s: float = 0.0) -> None:
         """Take nobody in any more, wait up to ``patience_s`` seconds for agents to go, and end all connections."""
@@ -470,16 +482,22 @@ class StoreTimeoutError(RuntimeError):
 class StoreClient:
     """A connection to a ``TCPStore``, for one request at a time; calls from several threads take turns. Keys are what is on the wire.
 
+    A store that is not done with a request in time may answer it while another one is under way. So such a connection is not used again:
+    every further call raises ``ConnectionError`` at once.
+
     Args:
         host: name or address of the store's host.
         port: its port.
-        timeout_s: how long it is tried to connect, in seconds.
+        timeout_s: how long it is tried to connect, in seconds, and how long a request and its answer take at most.
 
     Raises:
-        ConnectionError: the store cannot be reached; of every method, the connection was lost.
+        ConnectionError: the store cannot be reached; of every method, the connection was lost, or the store did not answer in time.
     """
 
     def __new__(cls, host: str, port: int, timeout_s: float) -> StoreClient: ...
+    def set_timeout(self, timeout_s: float) -> None:
+        """Let requests and their answers take at most ``timeout_s`` seconds from now on, not those under way."""
+
     def set(self, key: bytes, value: bytes) -> None:
         """``SET``: returns without an answer."""
 
@@ -487,7 +505,7 @@ class StoreClient:
         """``COMPARE_SET``: set the key if it is ``expected``, or is missing and that is empty. The value that is there then."""
 
     def get(self, keys: list[bytes], timeout_s: float) -> list[bytes]:
-        """``WAIT`` and ``MULTI_GET``: the values, once all keys are there.
+        """``WAIT`` and ``MULTI_GET``: the values, once all keys are there. They may take the client's own timeout to come, besides.
 
         Raises:
             StoreTimeoutError: they were not within ``timeout_s`` seconds.
@@ -513,6 +531,8 @@ class StoreClient:
 
     def wait(self, keys: list[bytes], timeout_s: float) -> None:
         """``WAIT`` until all keys are there.
+
+        If they are not, the store is to answer that the wait has ended, within the client's own timeout and at most 10 s.
 
         Raises:
             StoreTimeoutError: they were not within ``timeout_s`` seconds.

@@ -18,17 +18,19 @@ _DEFAULT_TIMEOUT = timedelta(seconds=300)
 class AgentStore:
     """A client of the round's store. It connects when it is used: an agent of this package needs it for nothing of its own.
 
+    Every method raises ``ConnectionError`` if the store is gone, or does not answer within the timeout; then so does each one after it.
+
     Args:
         host: name or address of the store's host.
         port: its port.
         prefix: what the keys have before them, with a slash between.
-        timeout: how long connecting, ``get`` and ``wait`` take at most.
+        timeout: how long it takes at most to connect, to wait for keys, and to ask and be answered.
     """
 
     def __init__(self, host: str, port: int, prefix: str, timeout: timedelta = _DEFAULT_TIMEOUT) -> None:
         self.host = host
         self.port = port
-        self.timeout = timeout
+        self._timeout = timeout
         self._prefix = prefix
         self._connected: _rust.StoreClient | None = None
 
@@ -89,9 +91,16 @@ class AgentStore:
         """
         self._timed(self._client.wait, [self._key(key) for key in keys], self.timeout if timeout is None else timeout)
 
+    @property
+    def timeout(self) -> timedelta:
+        """How long anything takes at most."""
+        return self._timeout
+
     def set_timeout(self, timeout: timedelta) -> None:
         """Wait for so long from now on."""
-        self.timeout = timeout
+        self._timeout = timeout
+        if self._connected is not None:
+            self._connected.set_timeout(timeout.total_seconds())
 
     def clone(self) -> AgentStore:
         """Return another client of the same store, with a connection of its own."""

@@ -180,6 +180,8 @@ class NativeRendezvous(RendezvousHandler):
             standing = self._settled(client)
             if standing.state == "placed" and standing.place is not None:
                 return self._info(standing.place)
+            if self._is_closed:  # by another thread
+                raise RendezvousClosedError(f"the rendezvous {self._run_id!r} is closed")
             if standing.state != "over":  # else the round was over before it was looked at: join the next
                 raise self._error(standing)
 

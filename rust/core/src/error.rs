@@ -1,5 +1,6 @@
 //! What can go wrong, always with the operation and the object.
 
+use std::any::Any;
 use std::io;
 
 /// Result of this crate's operations.
@@ -27,6 +28,14 @@ pub enum Error {
     /// The engine thread panicked; its workers were killed.
     #[error("the supervision engine failed: {0}")]
     Failed(String),
+    /// A thread of this crate that is not the engine's panicked; what it owned is closed.
+    #[error("the thread {thread} panicked: {text}")]
+    Panicked {
+        /// Its name.
+        thread: &'static str,
+        /// What it said.
+        text: String,
+    },
     /// A handle was used in a process forked from the one that owns the engine.
     #[error("this object belongs to process {owner}; it cannot be used in its forked child {here}")]
     Forked {
@@ -41,6 +50,17 @@ impl Error {
     pub(crate) fn os(operation: &'static str, object: impl Into<String>, source: impl Into<io::Error>) -> Self {
         Self::Os { operation, object: object.into(), source: source.into() }
     }
+
+    pub(crate) fn panicked(thread: &'static str, panic: &(dyn Any + Send)) -> Self {
+        Self::Panicked { thread, text: panic_text(panic) }
+    }
+}
+
+/// What a panic said.
+pub(crate) fn panic_text(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().copied();
+    let text = text.or_else(|| panic.downcast_ref::<String>().map(String::as_str));
+    text.unwrap_or("unknown panic").to_owned()
 }
 
 /// Which step of starting a process failed, for which command, and why.

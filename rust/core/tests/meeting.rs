@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use ferroelastic_core::published::Wake;
 use ferroelastic_core::rendezvous::Client;
 use ferroelastic_core::rendezvous::member::{self, Call, Failure, Standing};
-use ferroelastic_core::rendezvous::message::{Introduction, Kind, PROTOCOL, Place};
+use ferroelastic_core::rendezvous::message::{Introduction, Join, Kind, PROTOCOL, Place, Request, encode};
 use ferroelastic_core::rendezvous::rounds::Settings;
 use ferroelastic_core::store::StoreServer;
 use ferroelastic_core::store::wire::{Limits, MAGIC};
@@ -91,6 +91,35 @@ fn worker(port: u16) -> TcpStream {
     stream.write_all(&[0]).expect("write");
     stream.write_all(&MAGIC.to_le_bytes()).expect("write");
     stream
+}
+
+/// A connection that has come to say what agents say, and has said this.
+fn visitor(port: u16, said: &[Request]) -> TcpStream {
+    let mut stream = worker(port);
+    let mut nonce = [0; 4];
+    stream.write_all(&[13, 1, 2, 3, 4]).expect("write");
+    stream.read_exact(&mut nonce).expect("a client");
+    stream.write_all(&[&[0xFE][..], &frames(said)].concat()).expect("write");
+    stream
+}
+
+fn frames(said: &[Request]) -> Vec<u8> {
+    let mut frames = Vec::new();
+    for request in said {
+        encode(request, &mut frames);
+    }
+    frames
+}
+
+fn wish(local_world_size: u64) -> Request {
+    Request::Join(Join { after: None, role: "default".into(), local_world_size, timeout: PATIENCE })
+}
+
+/// What is said until the connection ends.
+fn last_words(stream: &mut TcpStream) -> String {
+    let mut words = Vec::new();
+    stream.read_to_end(&mut words).expect("the end, in time");
+    String::from_utf8_lossy(&words).into_owned()
 }
 
 fn sized(bytes: &[u8]) -> Vec<u8> {
@@ -316,25 +345,7 @@ fn a_silent_agent_is_lost() {
     join(&first);
     place(&first);
     // It says who it is, joins, and nothing more.
-    let mut silent = worker(port);
-    silent.write_all(&[0xFE]).expect("write");
-    let mut frames = Vec::new();
-    let who = introduction("silent", (1, 2));
-    ferroelastic_core::rendezvous::message::encode(
-        &ferroelastic_core::rendezvous::message::Request::Enter(who),
-        &mut frames,
-    );
-    let wish = ferroelastic_core::rendezvous::message::Join {
-        after: None,
-        role: "default".into(),
-        local_world_size: 1,
-        timeout: PATIENCE,
-    };
-    ferroelastic_core::rendezvous::message::encode(
-        &ferroelastic_core::rendezvous::message::Request::Join(wish),
-        &mut frames,
-    );
-    silent.write_all(&frames).expect("write");
+    let _silent = visitor(port, &[Request::Enter(introduction("silent", (1, 2))), wish(1)]);
     assert!(over(&first).1.contains("joins"));
     join(&first);
     assert_eq!(place(&first).group_world_size, 2);
@@ -376,4 +387,54 @@ fn to_look_for_remarks_is_no_news() {
     let before = client.generation().expect("generation");
     assert_eq!(client.take_remarks(), Vec::<String>::new());
     assert_eq!(client.generation().expect("generation"), before);
+}
+
+#[test]
+fn an_agent_that_says_twice_who_it_is_is_turned_out() {
+    let server = host(1, 2, Duration::from_secs(60));
+    let port = server.address().port();
+    let enter = || Request::Enter(introduction("b", (1, 2)));
+    let first = agent(port, "a", (1, 2));
+    join(&first);
+    place(&first);
+    let mut second = visitor(port, &[enter(), wish(1)]);
+    assert!(over(&first).1.contains("joins"));
+    join(&first);
+    assert_eq!(place(&first).group_world_size, 2);
+    second.write_all(&frames(&[enter()])).expect("write");
+    let (kind, text) = over(&first);
+    assert_eq!(kind, Kind::Membership);
+    assert!(text.ends_with("it said a second time who it is"), "{text}");
+    assert!(last_words(&mut second).contains("Refused"));
+}
+
+#[test]
+fn an_agent_with_workers_without_number_is_refused() {
+    let server = host(2, 2, Duration::from_secs(60));
+    let port = server.address().port();
+    let enter = || Request::Enter(introduction("b", (2, 2)));
+    for _ in 0..2 {
+        let mut greedy = visitor(port, &[enter(), wish(u64::MAX)]);
+        let words = last_words(&mut greedy);
+        assert!(words.contains("18446744073709551615 workers on one node are over the limit"), "{words}");
+    }
+    let agents = ["a", "b"].map(|name| agent(port, name, (2, 2)));
+    agents.iter().for_each(join);
+    assert_eq!(agents.each_ref().map(|agent| place(agent).world_size), [4, 4]);
+}
+
+#[test]
+fn who_never_says_who_it_is_is_lost() {
+    let server = host(1, 1, Duration::from_millis(300));
+    let mut visit = visitor(server.address().port(), &[]);
+    assert_eq!(last_words(&mut visit), "", "its time is over");
+}
+
+#[test]
+fn who_never_says_who_it_is_is_not_waited_for() {
+    let server = host(1, 1, Duration::from_secs(60));
+    let _visit = visitor(server.address().port(), &[]);
+    let begin = Instant::now();
+    server.close(PATIENCE).expect("close");
+    assert!(begin.elapsed() < PATIENCE / 2, "{:?}", begin.elapsed());
 }

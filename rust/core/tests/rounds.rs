@@ -505,16 +505,6 @@ fn times_that_are_longer_than_the_clock_goes_are_no_times() {
 }
 
 #[test]
-fn what_no_agent_says_ends_its_connection() {
-    let mut table = Table::running(2, 3);
-    let actions = table.enter(3, (2, 3));
-    assert!(actions.contains(&Action::Drop(3)), "{actions:?}");
-    assert_eq!(over(&actions).len(), 2);
-    let actions = table.join_as(2, Some(0), "default", u64::MAX);
-    assert!(actions.contains(&Action::Drop(2)), "{actions:?}");
-}
-
-#[test]
 fn of_many_who_wait_some_are_named() {
     let mut table = Table::new(settings(100, 100));
     for id in 1..=99 {

@@ -332,3 +332,35 @@ fn who_leaves_a_barrier_has_been_there() {
         assert_eq!(store.ask(YOU, Request::Barrier { key: key("b"), world_size: 2 }), [(YOU, vec![0])]);
     }
 }
+
+#[test]
+fn a_reply_has_its_limit_whatever_it_is_made_of() {
+    let mut store = Store(State::new(&Limits { reply_bytes: 64, ..Limits::default() }));
+    let append =
+        |store: &mut Store, size| store.ask(YOU, Request::Append { key: key("k"), value: vec![b'v'; size] }).len();
+    let list = || Request::MultiGet { keys: keys(&["k", "k"]) };
+    let compare = || Request::CompareSet { key: key("k"), expected: b"no".into(), desired: b"new".into() };
+    // Two values of 24 bytes, each after its length.
+    append(&mut store, 24);
+    assert_eq!(store.ask(ME, list())[0].1.len(), 64);
+    append(&mut store, 32);
+    assert_eq!(store.get("k").len(), 64);
+    assert_eq!(store.ask(ME, compare())[0].1.len(), 64);
+    append(&mut store, 1);
+    store.ask(YOU, Request::QueuePush { key: key("q"), value: vec![0; 49] });
+    let refused = |store: &mut Store, request| store.0.apply(ME, request, &mut Vec::new());
+    for (request, size) in [
+        (Request::Get { key: key("k") }, 65),
+        (list(), 130),
+        (compare(), 65),
+        (Request::QueuePop { key: key("q") }, 65),
+    ] {
+        assert_eq!(refused(&mut store, request), Err(Misuse::TooMuch { size, limit: 64 }));
+    }
+    // The number of keys, and each after its length: 8 + 9 + 8 + 39.
+    let names = |size| Request::Set { key: vec![b'n'; size].into(), value: Vec::new() };
+    store.ask(YOU, names(39));
+    assert_eq!(store.ask(ME, Request::ListKeys)[0].1.len(), 64);
+    store.ask(YOU, names(0));
+    assert_eq!(refused(&mut store, Request::ListKeys), Err(Misuse::TooMuch { size: 72, limit: 64 }));
+}

@@ -6,7 +6,7 @@ use ferroelastic_core::store::wire::{Decoder, Limits, MAGIC, Refusal, Request};
 use libfuzzer_sys::fuzz_target;
 
 /// Small, so that an input can reach them.
-const LIMITS: Limits = Limits { key_bytes: 64, value_bytes: 256, keys: 8, request_bytes: 1024 };
+const LIMITS: Limits = Limits { key_bytes: 64, value_bytes: 256, keys: 8, request_bytes: 1024, reply_bytes: 4096 };
 
 /// The requests of a stream that comes in such pieces, and why it ends if it does.
 fn requests<'a>(pieces: impl Iterator<Item = &'a [u8]>) -> (Vec<Request>, Option<Refusal>) {

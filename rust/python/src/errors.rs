@@ -35,7 +35,7 @@ pub(crate) fn to_python(py: Python<'_>, error: Error) -> PyErr {
             attributes.err().unwrap_or(exception)
         }
         Error::Forked { .. } => ForkedError::new_err(error.to_string()),
-        Error::Closed | Error::Failed(_) => PyRuntimeError::new_err(error.to_string()),
+        Error::Closed | Error::Failed(_) | Error::Panicked { .. } => PyRuntimeError::new_err(error.to_string()),
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::net::IpAddr;
 use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
 use ferroelastic_core::rendezvous::rounds::Settings;
 use ferroelastic_core::store;
@@ -22,7 +23,8 @@ pub(crate) struct StoreServer(store::StoreServer);
 impl StoreServer {
     #[new]
     #[pyo3(signature = (host, port=0, *, run_id=None, min_nodes=1, max_nodes=1, last_call_s=30.0, silence_s=5.0,
-        address=None, most_membership_changes=None))]
+        address=None, most_membership_changes=None, most_key_bytes=8192, most_value_bytes=8_388_608, most_keys=131_072,
+        most_request_bytes=268_435_456, most_reply_bytes=268_435_456))]
     #[expect(clippy::too_many_arguments, reason = "keywords in Python")]
     fn new(
         py: Python<'_>,
@@ -35,7 +37,19 @@ impl StoreServer {
         silence_s: f64,
         address: Option<String>,
         most_membership_changes: Option<u64>,
+        most_key_bytes: u64,
+        most_value_bytes: u64,
+        most_keys: u64,
+        most_request_bytes: u64,
+        most_reply_bytes: u64,
     ) -> PyResult<Self> {
+        let limits = Limits {
+            key_bytes: most_key_bytes,
+            value_bytes: most_value_bytes,
+            keys: most_keys,
+            request_bytes: most_request_bytes,
+            reply_bytes: most_reply_bytes,
+        };
         let (last_call, silence) = (span("last_call_s", last_call_s)?, span("silence_s", silence_s)?);
         let settings = run_id.map(|run_id| Settings {
             run_id,
@@ -46,7 +60,7 @@ impl StoreServer {
             address,
             most_membership_changes,
         });
-        detached(py, || store::StoreServer::start((host, port).into(), Limits::default(), settings)).map(Self)
+        detached(py, || store::StoreServer::start((host, port).into(), limits, settings)).map(Self)
     }
 
     #[getter]
@@ -65,7 +79,11 @@ create_exception!(ferroelastic._rust, StoreTimeoutError, PyRuntimeError, "Keys o
 
 /// A client of a store.
 #[pyclass(frozen, module = "ferroelastic._rust")]
-pub(crate) struct StoreClient(Mutex<store::StoreClient>);
+pub(crate) struct StoreClient {
+    client: Mutex<store::StoreClient>,
+    /// Beside the client, which is locked while a request is under way.
+    timeout: Mutex<Duration>,
+}
 
 impl StoreClient {
     /// Sends a request and takes the answer, one after the other, detached from the interpreter.
@@ -74,7 +92,11 @@ impl StoreClient {
         py: Python<'_>,
         request: impl FnOnce(&mut store::StoreClient) -> Result<T, ClientError> + Send,
     ) -> PyResult<T> {
-        let answer = py.detach(|| request(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner)));
+        let answer = py.detach(|| {
+            let mut client = self.client.lock().unwrap_or_else(PoisonError::into_inner);
+            client.set_timeout(*self.timeout.lock().unwrap_or_else(PoisonError::into_inner));
+            request(&mut client)
+        });
         answer.map_err(|error| to_python(&error))
     }
 }
@@ -96,7 +118,13 @@ impl StoreClient {
     fn new(py: Python<'_>, host: &str, port: u16, timeout_s: f64) -> PyResult<Self> {
         let timeout = span("timeout_s", timeout_s)?;
         let client = py.detach(|| store::StoreClient::connect(host, port, timeout));
-        client.map(|client| Self(Mutex::new(client))).map_err(|error| to_python(&error))
+        let client = client.map_err(|error| to_python(&error))?;
+        Ok(Self { client: Mutex::new(client), timeout: Mutex::new(timeout) })
+    }
+
+    fn set_timeout(&self, timeout_s: f64) -> PyResult<()> {
+        *self.timeout.lock().unwrap_or_else(PoisonError::into_inner) = span("timeout_s", timeout_s)?;
+        Ok(())
     }
 
     fn set(&self, py: Python<'_>, key: &[u8], value: &[u8]) -> PyResult<()> {

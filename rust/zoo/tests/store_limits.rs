@@ -8,7 +8,9 @@ use std::time::Duration;
 
 use ferroelastic_core::store::StoreServer;
 use ferroelastic_core::store::wire::{Limits, MAGIC};
+use rustix::net::{AddressFamily, SocketType, connect, socket};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use rustix::time::{ClockId, clock_gettime};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 const CROWD: usize = 10_000;
@@ -103,6 +105,11 @@ fn resident() -> usize {
     line.split_ascii_whitespace().nth(1).and_then(|kib| kib.parse::<usize>().ok()).expect("a number") * 1024
 }
 
+/// Processor time of this process.
+fn busy() -> Duration {
+    clock_gettime(ClockId::ProcessCPUTime).try_into().expect("a time")
+}
+
 fn descriptors() -> usize {
     std::fs::read_dir("/proc/self/fd").expect("own descriptors").count()
 }
@@ -115,6 +122,7 @@ fn whatever_clients_do_others_are_served_and_memory_is_bounded() {
     keys_of_megabytes_are_refused();
     noise_ends_its_own_connection();
     who_is_killed_in_the_middle_leaves_nothing();
+    without_descriptors_the_server_rests_and_goes_on_later();
 }
 
 /// All of them have sent something large before.
@@ -259,4 +267,28 @@ fn who_is_killed_in_the_middle_leaves_nothing() {
     assert_eq!(client.keys(), 0);
     let grown = resident().saturating_sub(before);
     assert!(grown < 64 * MIB, "{grown} bytes more");
+}
+
+/// Not even its spare one is to be had again.
+fn without_descriptors_the_server_rests_and_goes_on_later() {
+    const REST: Duration = Duration::from_millis(500);
+    let server = start();
+    let mut client = Client::new(server.address());
+    client.ping();
+    let late = socket(AddressFamily::INET, SocketType::STREAM, None).expect("socket");
+    let limits = getrlimit(Resource::Nofile);
+    setrlimit(Resource::Nofile, Rlimit { current: Some(3), ..limits }).expect("set");
+    connect(&late, &server.address()).expect("the kernel takes it");
+    client.ping();
+    let before = busy();
+    std::thread::sleep(REST);
+    let took = busy().saturating_sub(before);
+    client.ping();
+    setrlimit(Resource::Nofile, limits).expect("set");
+    println!("without descriptors: {took:?} of processor time in {REST:?}");
+    assert!(took < REST / 4, "{took:?} of processor time in {REST:?}");
+    let mut late = Client(late.into());
+    late.0.set_read_timeout(Some(PATIENCE)).expect("set");
+    late.send(&[&[0], &MAGIC.to_le_bytes()[..]].concat());
+    late.ping();
 }

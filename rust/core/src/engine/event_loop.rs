@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use super::processes::{GroupEntry, Process, Reaper};
 use super::request::{Observed, Reply, Request, Started};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, panic_text};
 use crate::health;
 use crate::health::status::WatchdogFigures;
 use crate::logs::{TailReport, Tails};
@@ -139,7 +139,7 @@ impl EventLoop {
         let failure = match outcome {
             Ok(Ok(())) => None,
             Ok(Err(error)) => Some(error.to_string()),
-            Err(panic) => Some(describe(&*panic)),
+            Err(panic) => Some(panic_text(&*panic)),
         };
         for group in self.groups.values() {
             if failure.is_some() {
@@ -509,10 +509,4 @@ fn figures(watchdogs: &BTreeMap<u64, Server>, pids: &[i32], now: Moment) -> Watc
         }
     }
     figures
-}
-
-fn describe(panic: &(dyn std::any::Any + Send)) -> String {
-    let text = panic.downcast_ref::<&str>().copied();
-    let text = text.or_else(|| panic.downcast_ref::<String>().map(String::as_str));
-    text.unwrap_or("unknown panic").to_owned()
 }

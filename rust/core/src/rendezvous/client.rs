@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use super::member::{Action, Call, Event, Member, Settings, Standing};
 use super::message::{self, Introduction, Notice, Request, UPGRADE};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, panic_text};
 use crate::published::{Published, Wake};
 use crate::store::client::endpoint;
 use crate::store::wire::{MAGIC, opcode};
@@ -19,6 +19,8 @@ use crate::sys::poller::{Interest, Poller};
 use crate::sys::sigmask;
 use crate::sys::timer::Timer;
 use crate::sys::wake::WakeFd;
+
+const THREAD: &str = "ferro-rdzv";
 
 const WAKE: u64 = 0;
 const TIMER: u64 = 1;
@@ -95,7 +97,7 @@ impl Client {
         let (calls, inbox) = channel();
         let talker = Talker::new((host.to_owned(), port), who, settings, inbox, Arc::clone(&wake), Arc::clone(&shared))
             .map_err(|source| Error::os("create", "the poller of a rendezvous", source))?;
-        let thread = std::thread::Builder::new().name("ferro-rdzv".into()).spawn(move || talker.run());
+        let thread = std::thread::Builder::new().name(THREAD.into()).spawn(move || talker.run());
         let thread = thread.map_err(|source| Error::os("start", "the thread of a rendezvous", source))?;
         Ok(Self { calls, wake, shared, thread: Mutex::new(Some(thread)), owner: std::process::id() })
     }
@@ -154,7 +156,7 @@ impl Client {
     ) -> Result<Wake> {
         self.check_owner()?;
         self.shared.view.wait(generation, timeout, others, |view| match &view.failure {
-            Some(failure) => Err(Error::Failed(failure.clone())),
+            Some(text) => Err(Error::Panicked { thread: THREAD, text: text.clone() }),
             None if view.is_closed => Err(Error::Closed),
             None => Ok(()),
         })
@@ -242,9 +244,7 @@ impl Talker {
         let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.talk()));
         shared.publish(|view| {
             view.is_closed = true;
-            if ended.is_err() {
-                view.failure = Some("the thread of the rendezvous panicked".into());
-            }
+            view.failure = ended.err().map(|panic| panic_text(&*panic));
         });
     }
 

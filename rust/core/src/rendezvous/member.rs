@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use super::message::{Cause, Join, Kind, Notice, Place, Request};
-use super::{FAR, deadline};
+use crate::sys::timer::{ENDLESS, later};
 
 /// Of the silence after which the other side is taken for lost, an agent is silent for no more than this part.
 const BEATS_PER_SILENCE: u32 = 3;
@@ -250,7 +250,7 @@ impl Member {
                 }
                 self.standing = Standing::Joining;
                 self.finished = None;
-                self.wish = Some(Wish { role, local_world_size, timeout, deadline: deadline(now, timeout) });
+                self.wish = Some(Wish { role, local_world_size, timeout, deadline: later(now, timeout) });
                 match self.link {
                     Link::Down => self.connect(now),
                     Link::Up { .. } => self.ask(now),
@@ -298,7 +298,7 @@ impl Member {
     }
 
     fn connect(&mut self, now: Instant) {
-        self.connect_until = deadline(now, self.settings.connect_timeout);
+        self.connect_until = later(now, self.settings.connect_timeout);
         self.pause = FIRST_PAUSE;
         self.link = Link::Connecting;
         self.actions.push(Action::Connect);
@@ -340,7 +340,7 @@ impl Member {
             self.standing = Standing::Over(place.clone(), cause);
         } else if let Some(wish) = &mut self.wish {
             if was_up {
-                wish.deadline = deadline(now, wish.timeout);
+                wish.deadline = later(now, wish.timeout);
                 self.connect(now);
             } else {
                 self.not_connected(now, text, false);
@@ -355,7 +355,7 @@ impl Member {
         match notice {
             Notice::Welcome { silence } => {
                 if matches!(self.link, Link::Entering) {
-                    let silence = silence.min(FAR);
+                    let silence = silence.min(ENDLESS);
                     self.link = Link::Up { heard: now, beat_at: now + silence / BEATS_PER_SILENCE, silence };
                     self.was_welcome = true;
                     if self.has_finished()

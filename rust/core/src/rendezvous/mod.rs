@@ -11,14 +11,4 @@ pub mod rounds;
 mod seating;
 pub mod stranger;
 
-use std::time::{Duration, Instant};
-
 pub use client::Client;
-
-/// Longer than anybody waits. A longer time is as good as this one; an instant and a longest duration have no sum.
-pub(crate) const FAR: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
-
-/// When `timeout` will have passed.
-pub(crate) fn deadline(now: Instant, timeout: Duration) -> Instant {
-    now + timeout.min(FAR)
-}

@@ -11,18 +11,15 @@ use std::time::{Duration, Instant};
 
 use ending::Pending;
 
-use super::FAR;
 use super::message::{Cause, Introduction, Join, Kind, MOST_TEXT_BYTES, Notice, PROTOCOL, Place, Request, bounded};
 use super::seating::{self, Candidate, Round};
+use crate::sys::timer::ENDLESS;
 
 /// So many nodes are named to somebody who has waited for more of them.
 const MOST_NAMES: usize = 32;
 
 /// Longest name of a node.
 const MOST_NAME_BYTES: usize = 256;
-
-/// Most workers of a node.
-const MOST_WORKERS: u64 = u32::MAX as u64;
 
 /// An agent's connection, by a number of the caller's.
 pub type Id = u64;
@@ -207,7 +204,7 @@ impl Rounds {
     /// A rendezvous to which nobody has come.
     #[must_use]
     pub fn new(settings: Settings, now: Instant) -> Self {
-        let (last_call, silence) = (settings.last_call.min(FAR), settings.silence.min(FAR));
+        let (last_call, silence) = (settings.last_call.min(ENDLESS), settings.silence.min(ENDLESS));
         Self {
             settings: Settings { last_call, silence, ..settings },
             members: BTreeMap::new(),
@@ -294,11 +291,9 @@ impl Rounds {
     // ---- of agents
 
     fn enter(&mut self, now: Instant, id: Id, mut who: Introduction) {
-        if self.members.contains_key(&id) {
-            return self.refuse(now, id, "it has introduced itself twice");
-        }
         if let Some(text) = self.objection(&who) {
-            return self.refuse(now, id, &text);
+            self.tell(id, Notice::Refused { text });
+            return self.actions.push(Action::Drop(id));
         }
         who.name.truncate(bounded(&who.name, MOST_NAME_BYTES).len());
         if !who.is_host {
@@ -311,12 +306,6 @@ impl Rounds {
             let (text, is_spare) = (why.clone(), *is_success);
             self.tell(id, Notice::Closed { text, is_spare });
         }
-    }
-
-    fn refuse(&mut self, now: Instant, id: Id, text: &str) {
-        self.tell(id, Notice::Refused { text: text.to_owned() });
-        self.actions.push(Action::Drop(id));
-        self.remove(now, id, &format!("was turned away: {text}"));
     }
 
     /// Why an agent does not belong here.
@@ -356,9 +345,6 @@ impl Rounds {
     }
 
     fn join(&mut self, now: Instant, id: Id, join: Join) {
-        if join.local_world_size > MOST_WORKERS {
-            return self.refuse(now, id, &format!("{} are more workers than a node has", join.local_world_size));
-        }
         let Some(member) = self.members.get_mut(&id) else { return };
         if let Phase::Closed { why, is_success } = &self.phase {
             let (text, is_spare) = (why.clone(), *is_success);

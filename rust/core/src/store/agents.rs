@@ -1,14 +1,16 @@
 //! The part of the store's thread that agents talk to: messages to the decisions, their actions to the sockets.
 
-use std::io;
+use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-use super::server::{Connection, Peer, Worker};
+use super::connection::{Connection, Protocol};
+use super::server::{Peer, Worker};
+use super::talk::Talk;
 use super::wire::{Key, Request as StoreRequest};
-use crate::rendezvous::message::{self, Request};
+use crate::rendezvous::message::{self, MOST_TEXT_BYTES, Notice, Request, bounded};
 use crate::rendezvous::rounds::{Action, Event, Rounds, Settings};
 use crate::rendezvous::stranger::{self, Verdict};
-use crate::sys::timer::Timer;
+use crate::sys::timer::after;
 
 /// What NCCL's watchdog leaves for the other ranks when it gives up. They write down what they know, and abort.
 const DUMP_KEY: &[u8] = b"/exception_dump";
@@ -20,7 +22,10 @@ const ERROR_KEY: &[u8] = b"/remote_error";
 /// The rendezvous at this store's port.
 pub(super) struct Agents {
     rounds: Rounds,
-    pub(super) timer: Timer,
+    /// How long one may be silent.
+    silence: Duration,
+    /// Those who came, and until when they are to say who they are. Many have by then, or are gone.
+    visitors: VecDeque<(Instant, Peer)>,
     /// Strangers that were told of.
     strangers: u32,
 }
@@ -29,8 +34,16 @@ pub(super) struct Agents {
 const MOST_STRANGERS: u32 = 8;
 
 impl Agents {
-    pub(super) fn new(settings: Settings) -> io::Result<Self> {
-        Ok(Self { rounds: Rounds::new(settings, Instant::now()), timer: Timer::new()?, strangers: 0 })
+    pub(super) fn new(settings: Settings) -> Self {
+        let silence = settings.silence;
+        let rounds = Rounds::new(settings, Instant::now());
+        Self { rounds, silence, visitors: VecDeque::new(), strangers: 0 }
+    }
+
+    /// When there is something to decide without anybody having said something.
+    pub(super) fn next_tick(&self) -> Option<Instant> {
+        let visit = self.visitors.front().map(|(until, _)| *until);
+        [self.rounds.next_tick(), visit].into_iter().flatten().min()
     }
 }
 
@@ -38,20 +51,22 @@ impl Worker {
     /// A connection has become that of an agent; `rest` is what came after it said so.
     pub(super) fn upgrade(&mut self, peer: Peer, rest: Vec<u8>) {
         self.state.forget(peer);
-        if self.agents.is_none() {
+        let Some(agents) = &mut self.agents else {
             self.flush();
             return self.end(peer);
-        }
+        };
+        agents.visitors.push_back((after(agents.silence), peer));
         if let Some(connection) = self.connections.get_mut(&peer) {
-            connection.become_agent(rest);
+            connection.protocol = Protocol::Agent(Talk::new(rest));
         }
         self.listen_to(peer);
+        self.set_timer();
     }
 
     /// Takes in the messages of an agent that are complete.
     pub(super) fn listen_to(&mut self, peer: Peer) {
-        while let Some(input) = self.connections.get_mut(&peer).and_then(Connection::agent_input) {
-            match message::decode::<Request>(input) {
+        while let Some(talk) = self.connections.get_mut(&peer).and_then(Connection::talk) {
+            match talk.next() {
                 Ok(Some(mut request)) => {
                     if let Request::Enter(who) = &mut request {
                         who.is_host &= who.pid == std::process::id() && self.is_of_this_machine(peer);
@@ -59,13 +74,34 @@ impl Worker {
                     self.decide(Event::requested(peer, request));
                 }
                 Ok(None) => break,
-                Err(garbled) => {
-                    self.decide(Event::Lost(peer, format!("its message is garbled: {garbled}")));
-                    self.end(peer);
-                }
+                Err(breach) => self.turn_out(peer, &breach.to_string()),
             }
         }
         self.flush();
+    }
+
+    /// An agent does what none does: it is told, and gone.
+    fn turn_out(&mut self, peer: Peer, why: &str) {
+        self.decide(Event::Lost(peer, why.to_owned()));
+        if let Some(connection) = self.connections.get_mut(&peer) {
+            message::encode(&Notice::Refused { text: why.to_owned() }, connection.output());
+            self.to_flush.push(peer);
+        }
+        self.flush();
+        self.end(peer);
+    }
+
+    /// Ends the connections of those who were to say who they are, and have not.
+    pub(super) fn end_visits(&mut self, now: Instant) {
+        while let Some(agents) = &mut self.agents
+            && let Some((until, peer)) = agents.visitors.front().copied()
+            && now >= until
+        {
+            agents.visitors.pop_front();
+            if self.connections.get(&peer).is_some_and(|connection| !connection.has_entered()) {
+                self.end(peer);
+            }
+        }
     }
 
     /// Lets the rendezvous decide, and does what it says.
@@ -78,7 +114,7 @@ impl Worker {
                 Action::RenewStore => self.renew(),
                 Action::Tell(peer, notice) => {
                     if let Some(connection) = self.connections.get_mut(&peer) {
-                        message::encode(&notice, &mut connection.output);
+                        message::encode(&notice, connection.output());
                         self.to_flush.push(peer);
                     }
                 }
@@ -94,14 +130,16 @@ impl Worker {
 
     /// Whether an agent waits here, or its workers run.
     pub(super) fn has_agents(&self) -> bool {
-        self.connections.values().any(Connection::is_agent)
+        self.connections.values().any(Connection::has_entered)
     }
 
-    fn set_timer(&mut self) {
-        if let Some(agents) = &mut self.agents {
-            let next = [agents.rounds.next_tick(), self.close_at].into_iter().flatten().min();
-            // It fails for a descriptor that is none.
-            let _ = agents.timer.set(next);
+    /// Tells all agents that there is nobody any more who decides.
+    pub(super) fn say_farewell(&mut self, text: &str) {
+        let notice = Notice::Closed { text: bounded(text, MOST_TEXT_BYTES).to_owned(), is_spare: false };
+        for connection in self.connections.values_mut().filter(|connection| connection.has_entered()) {
+            message::encode(&notice, connection.output());
+            // Whoever has no room for it finds the connection ended.
+            let _ = connection.send();
         }
     }
 
@@ -123,7 +161,7 @@ impl Worker {
             }
             Verdict::Answer(answer) => {
                 if let Some(connection) = self.connections.get_mut(&peer) {
-                    connection.output.extend_from_slice(&answer);
+                    connection.reply(answer);
                     self.to_flush.push(peer);
                 }
                 false

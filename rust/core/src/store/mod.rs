@@ -5,8 +5,10 @@
 
 mod agents;
 pub mod client;
+mod connection;
 pub mod server;
 pub mod state;
+mod talk;
 pub mod wire;
 
 pub use client::StoreClient;

@@ -3,21 +3,23 @@
 use std::collections::HashMap;
 use std::io::ErrorKind;
 use std::net::SocketAddr;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::agents::Agents;
+use super::connection::{Connection, Protocol};
 pub use super::state::Peer;
 use super::state::{Reply, State};
-use super::wire::{Decoder, Limits, Request, empty};
+use super::wire::{Decoder, Limits, Request};
 use crate::error::{Error, Result};
-use crate::rendezvous::deadline;
 use crate::rendezvous::rounds::{Event, Settings};
-use crate::sys::net::{Listener, Stream};
+use crate::sys::net::Listener;
 use crate::sys::poller::{Interest, Poller};
 use crate::sys::sigmask;
+use crate::sys::timer::{Timer, after};
 use crate::sys::wake::WakeFd;
 
 const WAKE: u64 = 0;
@@ -32,17 +34,24 @@ const ACCEPTED_PER_TURN: usize = 256;
 /// A connection whose replies are not taken is not read from beyond this.
 const MOST_UNSENT: usize = 1 << 20;
 
+/// How long it does not listen after a connection could not be accepted.
+const PAUSE: Duration = Duration::from_millis(100);
+
 /// What is said to a connection before the others have their turn.
 const REPLIED_PER_TURN: usize = 4 << 20;
+
+const THREAD: &str = "ferro-store";
+
+/// What the thread is to do.
+type Order = Box<dyn FnOnce(&mut Worker) + Send>;
 
 /// A store that clients of `TCPStore` can use, and a rendezvous at the same port, on a thread of their own. Ends when it is dropped.
 #[derive(Debug)]
 pub struct StoreServer {
     address: SocketAddr,
-    /// Says how long agents that are still there have to go.
-    closing: Sender<Duration>,
+    orders: Sender<Order>,
     wake: Arc<WakeFd>,
-    thread: Mutex<Option<JoinHandle<()>>>,
+    thread: Mutex<Option<JoinHandle<Result<()>>>>,
     owner: u32,
 }
 
@@ -52,11 +61,11 @@ impl StoreServer {
         let listener = Listener::bind(address).map_err(|source| Error::os("listen on", address.to_string(), source))?;
         let address = listener.address();
         let wake = Arc::new(WakeFd::new().map_err(|source| Error::os("create", "an eventfd", source))?);
-        let (closing, inbox) = channel();
+        let (orders, inbox) = channel();
         let worker = Worker::new(listener, limits, rendezvous, inbox, Arc::clone(&wake))?;
-        let thread = std::thread::Builder::new().name("ferro-store".into()).spawn(move || worker.run());
+        let thread = std::thread::Builder::new().name(THREAD.into()).spawn(move || worker.run());
         let thread = thread.map_err(|source| Error::os("start", "the store's thread", source))?;
-        Ok(Self { address, closing, wake, thread: Mutex::new(Some(thread)), owner: std::process::id() })
+        Ok(Self { address, orders, wake, thread: Mutex::new(Some(thread)), owner: std::process::id() })
     }
 
     /// Where it listens.
@@ -66,14 +75,21 @@ impl StoreServer {
     }
 
     /// Closes the port and all connections. Agents that are still there, and are about to go, have `patience` for that.
+    ///
+    /// Fails, once, if the thread had ended before by an error.
     pub fn close(&self, patience: Duration) -> Result<()> {
         self.check_owner()?;
-        let _ = self.closing.send(patience);
-        self.wake.wake();
-        if let Some(thread) = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take() {
-            let _ = thread.join();
+        self.tell(move |worker| worker.begin_to_close(patience));
+        match self.thread.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            Some(thread) => thread.join().unwrap_or_else(|panic| Err(Error::panicked(THREAD, &*panic))),
+            None => Ok(()),
         }
-        Ok(())
+    }
+
+    fn tell(&self, order: impl FnOnce(&mut Worker) + Send + 'static) {
+        // It fails where the thread has ended.
+        let _ = self.orders.send(Box::new(order));
+        self.wake.wake();
     }
 
     fn check_owner(&self) -> Result<()> {
@@ -88,58 +104,16 @@ impl Drop for StoreServer {
     }
 }
 
-/// What a connection speaks.
-#[derive(Debug)]
-enum Protocol {
-    Store(Decoder),
-    /// Bytes of messages that are not complete.
-    Agent(Vec<u8>),
-}
-
-/// A connection.
-#[derive(Debug)]
-pub(super) struct Connection {
-    pub(super) stream: Stream,
-    protocol: Protocol,
-    pub(super) output: Vec<u8>,
-    sent: usize,
-    interest: Interest,
-}
-
-impl Connection {
-    fn unsent(&self) -> usize {
-        self.output.len() - self.sent
-    }
-
-    fn reply(&mut self, bytes: Vec<u8>) {
-        if self.output.is_empty() && bytes.len() > self.output.capacity() {
-            self.output = bytes;
-        } else {
-            self.output.extend_from_slice(&bytes);
-        }
-    }
-
-    pub(super) fn is_agent(&self) -> bool {
-        matches!(self.protocol, Protocol::Agent(_))
-    }
-
-    pub(super) fn become_agent(&mut self, input: Vec<u8>) {
-        self.protocol = Protocol::Agent(input);
-    }
-
-    /// What an agent has sent and was not understood yet.
-    pub(super) fn agent_input(&mut self) -> Option<&mut Vec<u8>> {
-        if let Protocol::Agent(input) = &mut self.protocol { Some(input) } else { None }
-    }
-}
-
 /// Everything the store's thread owns.
 pub(super) struct Worker {
     listener: Option<Listener>,
+    /// Until when it does not listen.
+    listen_at: Option<Instant>,
     limits: Limits,
-    inbox: Receiver<Duration>,
+    inbox: Receiver<Order>,
     wake: Arc<WakeFd>,
     poller: Poller,
+    timer: Timer,
     pub(super) state: State,
     pub(super) agents: Option<Agents>,
     /// When it ends, whoever is still there.
@@ -159,25 +133,26 @@ impl Worker {
         listener: Listener,
         limits: Limits,
         rendezvous: Option<Settings>,
-        inbox: Receiver<Duration>,
+        inbox: Receiver<Order>,
         wake: Arc<WakeFd>,
     ) -> Result<Self> {
-        let agents = rendezvous.map(Agents::new).transpose();
-        let agents = agents.map_err(|source| Error::os("create", "a timer", source))?;
+        let timer = Timer::new().map_err(|source| Error::os("create", "a timerfd", source))?;
         let poller = Poller::new().map_err(|source| Error::os("create", "an epoll instance", source))?;
         let watched = poller
             .add(&*wake, WAKE, Interest::Readable)
             .and_then(|()| poller.add(&listener, LISTENER, Interest::Readable))
-            .and_then(|()| agents.iter().try_for_each(|agents| poller.add(&agents.timer, TIMER, Interest::Readable)));
+            .and_then(|()| poller.add(&timer, TIMER, Interest::Readable));
         watched.map_err(|source| Error::os("watch", "the store's own descriptors", source))?;
         Ok(Self {
             listener: Some(listener),
-            limits,
+            listen_at: None,
             inbox,
             wake,
             poller,
-            state: State::default(),
-            agents,
+            timer,
+            state: State::new(&limits),
+            limits,
+            agents: rendezvous.map(Agents::new),
             close_at: None,
             connections: HashMap::new(),
             last_peer: FIRST_PEER,
@@ -188,47 +163,82 @@ impl Worker {
         })
     }
 
-    fn run(mut self) {
+    /// Runs until closed. After a panic the agents are told, and all connections end.
+    fn run(mut self) -> Result<()> {
         // Signals are for the interpreter's main thread.
         sigmask::block_all().forever();
+        let outcome = catch_unwind(AssertUnwindSafe(|| self.work()));
+        let outcome = outcome.unwrap_or_else(|panic| Err(Error::panicked(THREAD, &*panic)));
+        if let Err(error) = &outcome {
+            let text = format!("the agent that hosts the rendezvous has failed: {error}");
+            // Whatever the panic has left in disorder: there is no more to it than that nobody is told.
+            let _ = catch_unwind(AssertUnwindSafe(|| self.say_farewell(&text)));
+        }
+        outcome
+    }
+
+    fn work(&mut self) -> Result<()> {
         let mut ready = Vec::new();
-        while self.poller.wait(true, &mut ready).is_ok() {
-            if ready.contains(&TIMER) && self.poller.wait(false, &mut ready).is_err() {
-                return;
-            }
+        let poll_failed = |source| Error::os("wait for", "events", source);
+        loop {
+            self.poller.wait(true, &mut ready).map_err(poll_failed)?;
             // What somebody has said counts before what the clock says of those who are silent.
             let is_due = ready.contains(&TIMER);
+            if is_due {
+                self.poller.wait(false, &mut ready).map_err(poll_failed)?;
+            }
             for token in ready.drain(..) {
                 match token {
-                    WAKE => self.begin_to_close(),
+                    WAKE => self.obey(),
                     LISTENER => self.accept(),
                     TIMER => {}
                     peer => self.serve(peer),
                 }
             }
             if is_due {
-                if let Some(agents) = &mut self.agents {
-                    agents.timer.drain();
-                }
-                self.decide(Event::Tick);
+                self.look_at_clock();
             }
             if self.close_at.is_some_and(|at| !self.has_agents() || Instant::now() >= at) {
-                return;
+                return Ok(());
             }
         }
     }
 
-    /// Takes nobody in any more, and ends when the agents have gone, or in time.
-    fn begin_to_close(&mut self) {
+    fn obey(&mut self) {
         self.wake.drain();
-        while let Ok(patience) = self.inbox.try_recv() {
-            if let Some(listener) = self.listener.take() {
-                // A forked process may hold a copy.
-                let _ = self.poller.remove(&listener);
-            }
-            self.close_at = Some(deadline(Instant::now(), patience));
-            self.decide(Event::Tick);
+        while let Ok(order) = self.inbox.try_recv() {
+            order(self);
         }
+    }
+
+    /// Takes nobody in any more, and ends when the agents have gone, or in time.
+    fn begin_to_close(&mut self, patience: Duration) {
+        if let Some(listener) = self.listener.take() {
+            // A forked process may hold a copy.
+            let _ = self.poller.remove(&listener);
+        }
+        self.close_at = Some(after(patience));
+        self.decide(Event::Tick);
+        self.set_timer();
+    }
+
+    fn look_at_clock(&mut self) {
+        self.timer.drain();
+        let now = Instant::now();
+        if self.listen_at.take_if(|at| now >= *at).is_some() {
+            self.spare = self.spare.take().or_else(|| WakeFd::new().ok());
+            self.listen(Interest::Readable);
+        }
+        self.end_visits(now);
+        self.decide(Event::Tick);
+        self.set_timer();
+    }
+
+    pub(super) fn set_timer(&mut self) {
+        let agents = self.agents.as_ref().and_then(Agents::next_tick);
+        let next = [agents, self.close_at, self.listen_at].into_iter().flatten().min();
+        // It fails for a descriptor that is none.
+        let _ = self.timer.set(next);
     }
 
     /// Begins anew: without a key, and without those who knew the former ones.
@@ -240,7 +250,7 @@ impl Worker {
             }
             connection.is_agent()
         });
-        self.state = State::default();
+        self.state = State::new(&self.limits);
     }
 
     fn accept(&mut self) {
@@ -249,30 +259,44 @@ impl Worker {
             let stream = match listener.accept() {
                 Ok(stream) => stream,
                 Err(error) if error.kind() == ErrorKind::ConnectionAborted => continue,
-                Err(error) if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) => {
-                    self.turn_away();
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return,
+                Err(error) => {
+                    let is_full = matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE));
+                    if !(is_full && self.turn_away()) {
+                        self.pause();
+                    }
                     return;
                 }
-                Err(_) => return,
             };
             self.last_peer += 1;
             let peer = self.last_peer;
             let _ = stream.set_nodelay();
             if self.poller.add(&stream, peer, Interest::Readable).is_ok() {
-                let protocol = Protocol::Store(Decoder::new(self.limits));
-                let interest = Interest::Readable;
-                self.connections.insert(peer, Connection { stream, protocol, output: Vec::new(), sent: 0, interest });
+                self.connections.insert(peer, Connection::new(stream, Decoder::new(self.limits)));
             }
         }
     }
 
     /// No descriptor is to be had: the next connection is accepted on the spare one and dropped. Its client tries again later; left
-    /// where it is, it would be reported for ever.
-    fn turn_away(&mut self) {
-        if self.spare.take().is_some() {
-            drop(self.listener.as_ref().map(Listener::accept));
-        }
+    /// where it is, it would be reported for ever. Whether that was done.
+    fn turn_away(&mut self) -> bool {
+        let is_done = self.spare.take().is_some() && self.listener.as_ref().is_some_and(|from| from.accept().is_ok());
         self.spare = WakeFd::new().ok();
+        is_done
+    }
+
+    /// Connections cannot be accepted now, nor turned away: they are left where they are, and not reported for a while.
+    fn pause(&mut self) {
+        self.listen(Interest::Hangup);
+        self.listen_at = Some(Instant::now() + PAUSE);
+        self.set_timer();
+    }
+
+    fn listen(&self, interest: Interest) {
+        if let Some(listener) = &self.listener {
+            // It fails for a descriptor that is none.
+            let _ = self.poller.modify(listener, LISTENER, interest);
+        }
     }
 
     /// A connection has bytes, or room for some.
@@ -283,8 +307,8 @@ impl Worker {
                 Ok(0) => return self.end(peer),
                 Ok(read) => match &mut connection.protocol {
                     Protocol::Store(decoder) => decoder.feed(&self.chunk[..read]),
-                    Protocol::Agent(input) => {
-                        input.extend_from_slice(&self.chunk[..read]);
+                    Protocol::Agent(talk) => {
+                        talk.feed(&self.chunk[..read]);
                         return self.listen_to(peer);
                     }
                 },
@@ -355,24 +379,8 @@ impl Worker {
     pub(super) fn flush(&mut self) {
         while let Some(peer) = self.to_flush.pop() {
             let Some(connection) = self.connections.get_mut(&peer) else { continue };
-            let mut is_broken = false;
-            while connection.unsent() > 0 {
-                match connection.stream.write(&connection.output[connection.sent..]) {
-                    Ok(sent) => connection.sent += sent,
-                    Err(error) if error.kind() == ErrorKind::WouldBlock => break,
-                    Err(_) => {
-                        is_broken = true;
-                        break;
-                    }
-                }
-            }
-            let interest = if connection.unsent() > 0 {
-                Interest::Writable
-            } else {
-                empty(&mut connection.output);
-                connection.sent = 0;
-                Interest::Readable
-            };
+            let mut is_broken = connection.send().is_err();
+            let interest = if connection.unsent() > 0 { Interest::Writable } else { Interest::Readable };
             if interest != connection.interest {
                 is_broken |= self.poller.modify(&connection.stream, peer, interest).is_err();
                 connection.interest = interest;
@@ -391,5 +399,79 @@ impl Worker {
                 self.decide(Event::Lost(peer, "its connection was closed".into()));
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+    use std::net::TcpStream;
+
+    use super::*;
+    use crate::rendezvous::Client;
+    use crate::rendezvous::member::{self, Call, Standing};
+    use crate::rendezvous::message::{Introduction, PROTOCOL};
+
+    const PATIENCE: Duration = Duration::from_secs(20);
+
+    fn start(rendezvous: Option<Settings>) -> StoreServer {
+        StoreServer::start("127.0.0.1:0".parse().expect("an address"), Limits::default(), rendezvous).expect("start")
+    }
+
+    #[test]
+    fn a_panic_ends_all_connections_and_is_told_to_the_owner() {
+        let server = start(None);
+        let mut client = TcpStream::connect(server.address()).expect("connect");
+        client.set_read_timeout(Some(PATIENCE)).expect("set");
+        server.tell(|_| panic!("on purpose"));
+        assert_eq!(client.read(&mut [0]).unwrap_or(0), 0, "the end, or a reset");
+        let error = server.close(Duration::ZERO).expect_err("it has failed");
+        assert_eq!(error.to_string(), "the thread ferro-store panicked: on purpose");
+        server.close(Duration::ZERO).expect("it was told");
+        assert!(TcpStream::connect(server.address()).is_err(), "nobody listens any more");
+    }
+
+    #[test]
+    fn a_panic_is_told_to_all_agents() {
+        let server = start(Some(Settings {
+            run_id: "job".into(),
+            min_nodes: 1,
+            max_nodes: 1,
+            last_call: Duration::ZERO,
+            silence: PATIENCE,
+            address: None,
+            most_membership_changes: None,
+        }));
+        let port = server.address().port();
+        let who = Introduction {
+            protocol: PROTOCOL,
+            run_id: "job".into(),
+            name: "a".into(),
+            pid: std::process::id(),
+            is_host: true,
+            nodes: (1, 1),
+            node_rank: None,
+        };
+        let settings =
+            member::Settings { endpoint: format!("127.0.0.1:{port}"), connect_timeout: PATIENCE, is_host: true };
+        let agent = Client::start("127.0.0.1", port, who, settings).expect("client");
+        agent.call(Call::Join { role: "default".into(), local_world_size: 1, timeout: PATIENCE }).expect("call");
+        let stands = |is_wanted: fn(&Standing) -> bool| {
+            let deadline = Instant::now() + PATIENCE;
+            loop {
+                let generation = agent.generation().expect("generation");
+                let standing = agent.standing().expect("standing");
+                if is_wanted(&standing) {
+                    return standing;
+                }
+                assert!(Instant::now() < deadline, "it stays {standing:?}");
+                agent.wait(generation, Some(PATIENCE), [None; 2]).expect("wait");
+            }
+        };
+        stands(|standing| matches!(standing, Standing::Placed(_)));
+        server.tell(|_| panic!("on purpose"));
+        let standing = stands(|standing| !matches!(standing, Standing::Placed(_)));
+        let Standing::Closed { text, is_spare: false } = standing else { panic!("it is {standing:?}") };
+        assert_eq!(text, "the agent that hosts the rendezvous has failed: the thread ferro-store panicked: on purpose");
     }
 }

@@ -4,13 +4,10 @@
 
 use std::collections::{HashMap, VecDeque};
 
-use super::wire::{Key, Request, Value};
+use super::wire::{Key, Limits, Request, Value};
 
 /// A connection, by a number of the caller's.
 pub type Peer = u64;
-
-/// A few bytes can ask for a large value many times over.
-const MOST_REPLIED: usize = 1 << 30;
 
 const READY: u8 = 0;
 const NOT_READY: u8 = 1;
@@ -32,9 +29,14 @@ pub enum Misuse {
     /// `ADD` to something that is no number.
     #[error("the value of key {0} is no number")]
     NotANumber(String),
-    /// The values of a `MULTI_GET` are more than is sent at once.
-    #[error("{0} bytes are more than is sent in a reply")]
-    TooMuch(usize),
+    /// The answer is larger than [`Limits::reply_bytes`].
+    #[error("a reply of {size} bytes is over the limit of {limit}")]
+    TooMuch {
+        /// What it would have.
+        size: usize,
+        /// What it may have.
+        limit: u64,
+    },
 }
 
 /// What a connection waits for.
@@ -47,8 +49,9 @@ struct Waiting {
 }
 
 /// The contents of a store.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct State {
+    most_replied: u64,
     values: HashMap<Key, Value>,
     queues: HashMap<Key, VecDeque<Value>>,
     waiting: HashMap<Peer, Waiting>,
@@ -57,7 +60,26 @@ pub struct State {
     replies: Vec<Reply>,
 }
 
+impl Default for State {
+    fn default() -> Self {
+        Self::new(&Limits::default())
+    }
+}
+
 impl State {
+    /// A store without a key.
+    #[must_use]
+    pub fn new(limits: &Limits) -> Self {
+        Self {
+            most_replied: limits.reply_bytes,
+            values: HashMap::new(),
+            queues: HashMap::new(),
+            waiting: HashMap::new(),
+            waiters: HashMap::new(),
+            replies: Vec::new(),
+        }
+    }
+
     /// Does what a connection asks for; the replies that follow from it, also to others, are appended to `replies`.
     pub fn apply(&mut self, peer: Peer, request: Request, replies: &mut Vec<Reply>) -> Result<(), Misuse> {
         let answered = self.dispatch(peer, request);
@@ -99,9 +121,10 @@ impl State {
     fn dispatch(&mut self, peer: Peer, request: Request) -> Result<(), Misuse> {
         match request {
             Request::Set { key, value } => self.set(key, value),
-            Request::CompareSet { key, expected, desired } => self.compare_set(peer, &key, expected, desired),
+            Request::CompareSet { key, expected, desired } => self.compare_set(peer, &key, &expected, desired)?,
             Request::Get { key } => {
                 let value = self.values.get(&key).map_or(&[][..], Vec::as_slice);
+                self.allow(sized_len(value))?;
                 let reply = sized(value);
                 self.reply(peer, reply);
             }
@@ -125,15 +148,11 @@ impl State {
                 self.values.entry(key).or_default().extend_from_slice(&value);
             }
             Request::MultiGet { keys } => {
-                let sizes = keys.iter().map(|key| self.values.get(key).map_or(0, Vec::len));
-                let size = sizes.fold(0, usize::saturating_add);
-                if size > MOST_REPLIED {
-                    return Err(Misuse::TooMuch(size));
-                }
-                let mut reply = Vec::with_capacity(size + keys.len() * size_of::<u64>());
-                for key in &keys {
-                    push_sized(&mut reply, self.values.get(key).map_or(&[], Vec::as_slice));
-                }
+                let values = || keys.iter().map(|key| self.values.get(key).map_or(&[][..], Vec::as_slice));
+                let size = values().map(sized_len).fold(0, usize::saturating_add);
+                self.allow(size)?;
+                let mut reply = Vec::with_capacity(size);
+                values().for_each(|value| push_sized(&mut reply, value));
                 self.reply(peer, reply);
             }
             Request::MultiSet { pairs } => pairs.into_iter().for_each(|(key, value)| self.set(key, value)),
@@ -146,10 +165,14 @@ impl State {
                 self.queues.entry(key.clone()).or_default().push_back(value);
                 self.wake_one(&key);
             }
-            Request::QueuePop { key } => self.queue_pop(peer, &key),
+            Request::QueuePop { key } => self.queue_pop(peer, &key)?,
             Request::QueueLen { key } => self.reply(peer, count(self.queues.get(&key).map_or(0, VecDeque::len))),
             Request::ListKeys => {
                 let mut reply = count(self.values.len());
+                let sizes = self.values.keys().map(|key| sized_len(key));
+                let size = sizes.fold(reply.len(), usize::saturating_add);
+                self.allow(size)?;
+                reply.reserve_exact(size - reply.len());
                 self.values.keys().for_each(|key| push_sized(&mut reply, key));
                 self.reply(peer, reply);
             }
@@ -166,22 +189,18 @@ impl State {
     }
 
     /// A missing key is taken for empty when that is expected. Otherwise the peer is told what it expects to be told, as if it were there.
-    fn compare_set(&mut self, peer: Peer, key: &Key, expected: Value, desired: Value) {
-        let reply = match self.values.get_mut(key) {
-            None if expected.is_empty() => {
-                self.values.insert(key.clone(), desired.clone());
-                desired
-            }
-            None => expected,
-            Some(current) => {
-                if *current == expected {
-                    *current = desired;
-                }
-                current.clone()
-            }
-        };
-        self.reply(peer, sized(&reply));
+    fn compare_set(&mut self, peer: Peer, key: &Key, expected: &[u8], desired: Value) -> Result<(), Misuse> {
+        let current = self.values.get(key).map(Vec::as_slice);
+        let is_expected = current.unwrap_or_default() == expected;
+        let reply = if is_expected { &desired } else { current.unwrap_or(expected) };
+        self.allow(sized_len(reply))?;
+        let reply = sized(reply);
+        if is_expected {
+            self.values.insert(key.clone(), desired);
+        }
+        self.reply(peer, reply);
         self.wake(key);
+        Ok(())
     }
 
     fn add(&mut self, key: &Key, delta: i64) -> Result<i64, Misuse> {
@@ -251,18 +270,20 @@ impl State {
         is_all
     }
 
-    fn queue_pop(&mut self, peer: Peer, key: &Key) {
-        let Some(queue) = self.queues.get_mut(key) else {
-            return self.reply(peer, count(0));
-        };
-        let mut reply = count(queue.len());
-        if let Some(value) = queue.pop_front() {
-            reply.extend(sized(&value));
-        }
-        if queue.is_empty() {
-            self.queues.remove(key);
+    fn queue_pop(&mut self, peer: Peer, key: &Key) -> Result<(), Misuse> {
+        let front = self.queues.get(key).and_then(VecDeque::front);
+        self.allow(size_of::<i64>() + front.map_or(0, |value| sized_len(value)))?;
+        let mut reply = count(self.queues.get(key).map_or(0, VecDeque::len));
+        if let Some(queue) = self.queues.get_mut(key) {
+            if let Some(value) = queue.pop_front() {
+                push_sized(&mut reply, &value);
+            }
+            if queue.is_empty() {
+                self.queues.remove(key);
+            }
         }
         self.reply(peer, reply);
+        Ok(())
     }
 
     /// Who enters waits for the key, which is there as a counter, until the barrier is full or somebody else sets it.
@@ -277,14 +298,25 @@ impl State {
         Ok(())
     }
 
+    /// Refuses a reply that is too large, before there is one.
+    fn allow(&self, size: usize) -> Result<(), Misuse> {
+        let limit = self.most_replied;
+        if u64::try_from(size).is_ok_and(|size| size <= limit) { Ok(()) } else { Err(Misuse::TooMuch { size, limit }) }
+    }
+
     fn reply(&mut self, peer: Peer, bytes: Vec<u8>) {
         self.replies.push(Reply { peer, bytes });
     }
 }
 
+/// What bytes take after their length.
+fn sized_len(bytes: &[u8]) -> usize {
+    size_of::<u64>().saturating_add(bytes.len())
+}
+
 /// Bytes after their length.
 fn sized(bytes: &[u8]) -> Vec<u8> {
-    let mut sized = Vec::with_capacity(size_of::<u64>() + bytes.len());
+    let mut sized = Vec::with_capacity(sized_len(bytes));
     push_sized(&mut sized, bytes);
     sized
 }

@@ -8,22 +8,28 @@ use crate::rendezvous::message::UPGRADE;
 /// The first message of a connection carries this.
 pub const MAGIC: u32 = 0x3C85_F7CE;
 
-/// Bounds of what a client may ask for. Beyond them the connection is closed, as torch's server does.
+/// Bounds of what a client may ask for. Beyond them its connection is closed, as torch's server does.
+///
+/// A connection holds at most one request and one reply of the largest size, and a few MiB. What is stored has no bound, nor have
+/// connections: whoever knows the port is taken for one of the job's own workers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// Bytes of a key.
+    /// Bytes of a key: 8 KiB, as in torch.
     pub key_bytes: u64,
-    /// Bytes of a value.
+    /// Bytes of a value in a request: 8 MiB, as in torch.
     pub value_bytes: u64,
-    /// Keys of a request.
+    /// Keys of a request: 131,072, as in torch.
     pub keys: u64,
-    /// Bytes of a request; torch's server has no such bound.
+    /// Bytes of the keys and values of a request: 256 MiB. Torch's server has no such bound.
     pub request_bytes: u64,
+    /// Bytes of the reply to a request: 256 MiB. Torch's server has no such bound. A few bytes can ask for a large value many times over,
+    /// and `APPEND` makes values that are larger than a request.
+    pub reply_bytes: u64,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { key_bytes: 8192, value_bytes: 8 << 20, keys: 131_072, request_bytes: 1 << 30 }
+        Self { key_bytes: 8192, value_bytes: 8 << 20, keys: 131_072, request_bytes: 256 << 20, reply_bytes: 256 << 20 }
     }
 }
 

@@ -1,0 +1,172 @@
+//! What an agent says: its stream cut into messages, and whether it may say them. Pure.
+
+use super::wire::empty;
+use crate::rendezvous::message::{self, Garbled, MOST_FRAME_BYTES, Request};
+
+/// Most workers of a node: so many that those of all nodes there can be are still a number.
+const MOST_WORKERS: u64 = 1 << 20;
+
+/// Why an agent is not listened to any further.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Breach {
+    #[error("its message is garbled: {0}")]
+    Garbled(#[from] Garbled),
+    #[error("it did not say who it is first")]
+    Unknown,
+    #[error("it said a second time who it is")]
+    Again,
+    #[error("{0} workers on one node are over the limit of {MOST_WORKERS}")]
+    TooManyWorkers(u64),
+}
+
+/// The messages of one agent.
+#[derive(Debug)]
+pub(super) struct Talk {
+    bytes: Vec<u8>,
+    /// What of them has been understood.
+    used: usize,
+    has_entered: bool,
+}
+
+impl Talk {
+    /// Begins with what has come already.
+    pub(super) fn new(bytes: Vec<u8>) -> Self {
+        Self { bytes, used: 0, has_entered: false }
+    }
+
+    /// Whether it has said who it is.
+    pub(super) fn has_entered(&self) -> bool {
+        self.has_entered
+    }
+
+    /// Takes the next bytes of the stream.
+    pub(super) fn feed(&mut self, bytes: &[u8]) {
+        // What has been understood makes room, at a cost that is no more than what is left.
+        if self.used > 0 && self.used * 2 >= self.bytes.len() {
+            self.bytes.drain(..self.used);
+            self.used = 0;
+        }
+        self.bytes.extend_from_slice(bytes);
+    }
+
+    /// The next message; `None` until more bytes have come.
+    pub(super) fn next(&mut self) -> Result<Option<Request>, Breach> {
+        let Some(mut frame) = self.frame() else { return Ok(None) };
+        let size = frame.len();
+        let Some(request) = message::decode(&mut frame)? else { return Ok(None) };
+        self.used += size;
+        if self.used == self.bytes.len() {
+            empty(&mut self.bytes);
+            self.used = 0;
+        }
+        self.check(&request)?;
+        Ok(Some(request))
+    }
+
+    /// The next frame by itself: to take one off the front of many would move all of them each time.
+    fn frame(&self) -> Option<Vec<u8>> {
+        let rest = &self.bytes[self.used..];
+        let header = rest.first_chunk()?;
+        let length = usize::try_from(u32::from_le_bytes(*header)).unwrap_or(usize::MAX);
+        // What is too long is refused by what it announces, and not waited for.
+        let size = header.len() + if length > MOST_FRAME_BYTES { 0 } else { length };
+        rest.get(..size).map(<[u8]>::to_vec)
+    }
+
+    fn check(&mut self, request: &Request) -> Result<(), Breach> {
+        match request {
+            Request::Enter(_) if self.has_entered => return Err(Breach::Again),
+            Request::Enter(_) => self.has_entered = true,
+            _ if !self.has_entered => return Err(Breach::Unknown),
+            Request::Join(join) if join.local_world_size > MOST_WORKERS => {
+                return Err(Breach::TooManyWorkers(join.local_world_size));
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use super::*;
+    use crate::rendezvous::message::{Introduction, Join, PROTOCOL, encode};
+
+    fn enter() -> Request {
+        let (run_id, name) = ("job".into(), "a".into());
+        Request::Enter(Introduction {
+            protocol: PROTOCOL,
+            run_id,
+            name,
+            pid: 1,
+            is_host: false,
+            nodes: (1, 1),
+            node_rank: None,
+        })
+    }
+
+    fn join(local_world_size: u64) -> Request {
+        Request::Join(Join { after: None, role: "default".into(), local_world_size, timeout: Duration::ZERO })
+    }
+
+    fn stream(requests: &[Request]) -> Vec<u8> {
+        let mut frames = Vec::new();
+        for request in requests {
+            encode(request, &mut frames);
+        }
+        frames
+    }
+
+    fn heard(talk: &mut Talk) -> Result<Vec<Request>, Breach> {
+        let mut requests = Vec::new();
+        while let Some(request) = talk.next()? {
+            requests.push(request);
+        }
+        Ok(requests)
+    }
+
+    #[test]
+    fn how_the_stream_is_cut_makes_no_difference() {
+        let said = [enter(), join(8), Request::Beat, Request::Finished { round: 3 }, Request::Beat];
+        let stream = stream(&said);
+        for size in 1..stream.len() {
+            let (mut talk, mut requests) = (Talk::new(stream[..size].to_vec()), Vec::new());
+            requests.extend(heard(&mut talk).expect("well said"));
+            for piece in stream[size..].chunks(size) {
+                talk.feed(piece);
+                requests.extend(heard(&mut talk).expect("well said"));
+            }
+            assert_eq!(requests, said);
+            assert!(talk.bytes.is_empty());
+        }
+    }
+
+    #[test]
+    fn many_small_messages_cost_what_each_costs() {
+        const MANY: usize = 400_000;
+        let beats = stream(&[Request::Beat]).repeat(MANY);
+        let mut talk = Talk::new(stream(&[enter()]));
+        talk.feed(&beats);
+        let begin = Instant::now();
+        assert_eq!(heard(&mut talk).expect("well said").len(), MANY + 1);
+        // With all that follow moved each time, this takes minutes.
+        assert!(begin.elapsed() < Duration::from_secs(20), "{:?}", begin.elapsed());
+    }
+
+    #[test]
+    fn who_says_what_may_not_be_said_is_in_breach() {
+        let breach = |said: &[Request]| heard(&mut Talk::new(stream(said))).expect_err("a breach").to_string();
+        assert_eq!(breach(&[Request::Beat]), "it did not say who it is first");
+        assert_eq!(breach(&[enter(), join(1), enter()]), "it said a second time who it is");
+        assert!(heard(&mut Talk::new(stream(&[enter(), join(MOST_WORKERS)]))).is_ok());
+        assert_eq!(
+            breach(&[enter(), join(u64::MAX)]),
+            format!("{} workers on one node are over the limit of 1048576", u64::MAX)
+        );
+        let long = u32::try_from(MOST_FRAME_BYTES + 1).expect("small").to_le_bytes().to_vec();
+        assert!(matches!(heard(&mut Talk::new(long)), Err(Breach::Garbled(Garbled::TooLong(_)))));
+        assert!(matches!(heard(&mut Talk::new(b"\x02\0\0\0{}".to_vec())), Err(Breach::Garbled(_))));
+    }
+}
