@@ -463,6 +463,7 @@ class TestBarrier:
     def test_who_waits_for_the_key_is_told_when_it_is_full(self, connect: Connections) -> None:
         waiting, first, second = connect(), connect(), connect()
         waiting.send(request(WAIT, keys(b"b")))
+        assert waiting.fence() == b"", "it waits before there is a barrier"
         assert self.enter(first, 2) == b""
         assert waiting.fence() == b""
         assert self.enter(second, 2) == STOP_WAITING
