@@ -97,7 +97,7 @@ class Nodes:
         return sorted(self.infos, key=lambda info: info.rank)
 
 
-def c10d(port: int, *, min_nodes: int = 2, max_nodes: int = 2) -> Any:
+def c10d(port: int, *, min_nodes: int = 2, max_nodes: int = 2, last_call_s: int = 1) -> Any:
     return create_rendezvous_handler(
         RendezvousParameters(
             "c10d",
@@ -107,7 +107,7 @@ def c10d(port: int, *, min_nodes: int = 2, max_nodes: int = 2) -> Any:
             max_nodes,
             local_addr="localhost",
             is_host=False,
-            last_call_timeout=1,
+            last_call_timeout=last_call_s,
             read_timeout=20,
         )
     )
@@ -141,7 +141,8 @@ class TestC10d:
 
     def test_a_node_that_joins_later_finds_it_as_well(self) -> None:
         with server() as store:
-            early, late = (c10d(store.port, min_nodes=1) for _ in range(2))
+            # Whoever waits looks once a second, and should not come too late.
+            early, late = (c10d(store.port, min_nodes=1, last_call_s=5) for _ in range(2))
             with shutting_down(early, late):
                 alone = _torch.next_rendezvous(early, None)
                 assert (alone.rank, alone.world_size) == (0, 1)
