@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from ferroelastic.rendezvous import RendezvousParameters, registry
-from ferroelastic.rendezvous._native import NativeRendezvous, _Settings
+from ferroelastic.rendezvous._native import NativeRendezvous
+from ferroelastic.rendezvous._native_settings import NativeSettings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -60,7 +61,7 @@ def made() -> Iterator[list[NativeRendezvous]]:
     ],
 )
 def test_what_they_set(config: dict[str, Any], expected: dict[str, Any]) -> None:
-    settings = _Settings(parameters(**config))
+    settings = NativeSettings(parameters(**config))
     assert {name: getattr(settings, name) for name in expected} == expected
 
 
@@ -68,7 +69,7 @@ def test_what_they_set(config: dict[str, Any], expected: dict[str, Any]) -> None
     ("rank", "timeout", "expected"), [("0", "7", (0, True, 7, 7)), (1, None, (1, False, 600, 600))]
 )
 def test_of_static(rank: object, timeout: object, expected: tuple[int, bool, int, int]) -> None:
-    made = _Settings(parameters("host:1", (2, 2), backend="static", rank=rank, timeout=timeout))
+    made = NativeSettings(parameters("host:1", (2, 2), backend="static", rank=rank, timeout=timeout))
     assert (made.node_rank, made.may_host, made.join_timeout_s, made.connect_timeout_s) == expected
 
 

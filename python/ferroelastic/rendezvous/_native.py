@@ -11,7 +11,6 @@ differences:
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 import time
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ferroelastic._wait import wait_for_event
 from ferroelastic.rendezvous._agent_store import AgentStore
+from ferroelastic.rendezvous._native_settings import LOOPBACK, NativeSettings, endpoint_text
 from ferroelastic.rendezvous.api import (
     RendezvousClosedError,
     RendezvousConnectionError,
@@ -28,7 +28,6 @@ from ferroelastic.rendezvous.api import (
     RendezvousStoreInfo,
     RendezvousTimeoutError,
 )
-from ferroelastic.rendezvous.utils import _matches_machine_hostname, parse_rendezvous_endpoint
 from ferroelastic.utils.ids import random_uuid
 from ferroelastic.utils.logging import get_logger
 
@@ -40,24 +39,8 @@ __all__ = ["Interruption", "NativeRendezvous", "NativeRendezvousInfo"]
 
 logger = get_logger(__name__)
 
-_DEFAULT_PORT = 29400
-_DEFAULT_STATIC_TIMEOUT_S = 600
-_LOOPBACK = {"localhost": "127.0.0.1", "127.0.0.1": "127.0.0.1", "::1": "::1"}
-_DEFAULT_SILENCE_S = 5
 _LET_THE_OTHERS_GO_S = 2.0
 _ENDED = ("closed", "released", "spare")
-_KNOWN_OPTIONS = (
-    *("join_timeout", "last_call_timeout", "close_timeout", "read_timeout", "heartbeat_timeout", "heartbeat"),
-    *(
-        "keep_alive_interval",
-        "keep_alive_max_attempt",
-        "is_host",
-        "max_membership_changes",
-        "store_type",
-        "rank",
-        "timeout",
-    ),
-)
 
 
 class Interruption(NamedTuple):
@@ -115,7 +98,7 @@ class NativeRendezvous(RendezvousHandler):
         self._run_id = params.run_id or random_uuid()
         self._nodes = (params.min_nodes, params.max_nodes)
         self._local_addr = params.local_addr
-        settings = _Settings(params)
+        settings = NativeSettings(params)
         self._join_timeout_s = settings.join_timeout_s
         self._connect_timeout_s = settings.connect_timeout_s
         self._node_rank = settings.node_rank
@@ -133,7 +116,7 @@ class NativeRendezvous(RendezvousHandler):
             self._is_host = self._server is not None
         if self._server is not None:
             self._port = self._server.port
-            place = _place(host, self._port)
+            place = endpoint_text(host, self._port)
             logger.info("process %d hosts the rendezvous of run %s at %s", os.getpid(), self._run_id, place)
         elif self._port == 0:
             raise ValueError(
@@ -141,7 +124,7 @@ class NativeRendezvous(RendezvousHandler):
                 "give the port of the host"
             )
         # The numeric address: with the name, a client would try the other family first.
-        self._host = _LOOPBACK.get(host, host)
+        self._host = LOOPBACK.get(host, host)
 
     def get_backend(self) -> str:
         """Return ``c10d`` or ``static``."""
@@ -192,7 +175,7 @@ class NativeRendezvous(RendezvousHandler):
             min_nodes, max_nodes = self._nodes
             self._client = _rust.RendezvousClient(
                 # Its own host it reaches where that listens.
-                _LOOPBACK.get(self._host, "127.0.0.1") if self._is_host else self._host,
+                LOOPBACK.get(self._host, "127.0.0.1") if self._is_host else self._host,
                 self._port,
                 self._run_id,
                 min_nodes=min_nodes,
@@ -237,7 +220,7 @@ class NativeRendezvous(RendezvousHandler):
         if standing.state == "timed out":
             min_nodes, _ = self._nodes
             return RendezvousTimeoutError(
-                f"not enough nodes came to the rendezvous {self._run_id!r} at {_place(self._host, self._port)} within "
+                f"not enough nodes came to the rendezvous {self._run_id!r} at {endpoint_text(self._host, self._port)} within "
                 f"{self._join_timeout_s:g} s: it takes {min_nodes}, {standing.text}"
             )
         if standing.state in ("unreachable", "refused"):
@@ -395,143 +378,3 @@ def _first_line(error: BaseException) -> str:
 def _log_remarks(client: _rust.RendezvousClient) -> None:
     for remark in client.take_remarks():
         logger.warning("%s", remark)
-
-
-class _Settings:
-    """What the parameters say.
-
-    Raises:
-        ValueError: one is wrong.
-    """
-
-    def __init__(self, params: RendezvousParameters) -> None:
-        is_static = params.backend == "static"
-        host, port = parse_rendezvous_endpoint(params.endpoint, default_port=-1 if is_static else _DEFAULT_PORT)
-        self.host, self.port = host, port
-        self.node_rank: int | None = None
-        self.is_host: bool | None = None
-        if is_static:
-            self.node_rank = _node_rank(params)
-            if not params.endpoint.strip():
-                raise ValueError("the static rendezvous has no endpoint; give --master-addr and --master-port")
-            if port == -1:
-                raise ValueError(f"the endpoint {params.endpoint!r} has no port; give --master-port")
-            self.join_timeout_s = self.connect_timeout_s = _seconds(params, "timeout", _DEFAULT_STATIC_TIMEOUT_S)
-            # All of them or none.
-            self.may_host = self.is_host = self.node_rank == 0
-        else:
-            self.is_host = _truth(params, "is_host")
-            self.join_timeout_s = _seconds(params, "join_timeout", 600)
-            self.connect_timeout_s = _seconds(params, "read_timeout", 60)
-            self.may_host = _matches_machine_hostname(host) if self.is_host is None else self.is_host
-        self.last_call_s = _seconds(params, "last_call_timeout", 30)
-        self.silence_s = _silence_s(params)
-        _seconds(params, "close_timeout", 1)
-        what = "number of membership changes; give a whole number from 0"
-        self.most_membership_changes = _number(params, "max_membership_changes", None, 0, what)
-        self.is_alone = params.max_nodes == 1
-        for key in sorted(params.config.keys() - {*_KNOWN_OPTIONS}):
-            logger.warning(
-                "the rendezvous option %s=%r is none of this rendezvous and has no use; there are %s",
-                *(key, params.get(key), ", ".join(_KNOWN_OPTIONS)),
-            )
-
-    def listen(self, run_id: str, nodes: tuple[int, int], address: str | None) -> _rust.StoreServer | None:
-        """Host the rendezvous; ``None`` if another process of this machine does already.
-
-        Raises:
-            RendezvousConnectionError: the port cannot be listened at.
-        """
-        from ferroelastic import _rust
-
-        error: OSError | None = None
-        for host in self._addresses(address):
-            try:
-                return _rust.StoreServer(
-                    host,
-                    self.port,
-                    run_id=run_id,
-                    min_nodes=nodes[0],
-                    max_nodes=nodes[1],
-                    last_call_s=self.last_call_s,
-                    silence_s=self.silence_s,
-                    address=address,
-                    most_membership_changes=self.most_membership_changes,
-                )
-            except OSError as failed:  # noqa: PERF203 - two addresses at most
-                error = failed
-                if failed.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
-                    break
-        is_in_use = error is not None and error.errno == errno.EADDRINUSE
-        if is_in_use and self.is_host is None and not self.is_alone:
-            # One of several agents on this machine: the first one hosts.
-            return None
-        reason = _owner_of(self.port) if is_in_use else error
-        raise RendezvousConnectionError(
-            f"the rendezvous cannot be hosted at {_place(self.host, self.port)}: {reason}"
-        ) from error
-
-    def _addresses(self, address: str | None) -> list[str]:
-        """Where to listen: where everybody can come, or where nobody else can if that is what the endpoint and the workers are told."""
-        loopback = _LOOPBACK.get(self.host)
-        if loopback is None or _LOOPBACK.get(address or self.host) != loopback:
-            return ["::", "0.0.0.0"]  # noqa: S104 - the other nodes come from anywhere
-        return [loopback]
-
-
-def _place(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def _owner_of(port: int) -> str:
-    from ferroelastic._report import port_owner
-
-    owner = port_owner(port) or "this process or one of another user"
-    return f"the port is in use by {owner}; choose another one"
-
-
-def _number(params: RendezvousParameters, key: str, default: int | None, least: int, what: str) -> int | None:
-    """Return an option as a number, which is ``least`` or more; ``what`` it is not otherwise, and what to do about it."""
-    if params.get(key) is None:
-        return default
-    try:
-        number = params.get_as_int(key)
-    except (OverflowError, TypeError, ValueError):
-        number = None
-    if number is None or number < least:
-        raise ValueError(f"the rendezvous option {key}={params.get(key)!r} is no {what}")
-    return number
-
-
-def _seconds(params: RendezvousParameters, key: str, default: int) -> int:
-    return _number(params, key, default, 1, "time; give whole seconds from 1") or default
-
-
-def _silence_s(params: RendezvousParameters) -> int:
-    """Return after how many seconds of silence a node is lost. The option that is closest to it counts."""
-    attempts = _number(params, "keep_alive_max_attempt", 3, 1, "number of attempts; give a whole number from 1")
-    silence_s = _seconds(params, "keep_alive_interval", 5) * (attempts or 1)
-    if params.get("keep_alive_interval") is None and params.get("keep_alive_max_attempt") is None:
-        silence_s = _DEFAULT_SILENCE_S
-    return _seconds(params, "heartbeat_timeout", _seconds(params, "heartbeat", silence_s))
-
-
-def _truth(params: RendezvousParameters, key: str) -> bool | None:
-    try:
-        return params.get_as_bool(key)
-    except ValueError:
-        raise ValueError(
-            f"the rendezvous option {key}={params.get(key)!r} is neither true nor false; give 1 or 0"
-        ) from None
-
-
-def _node_rank(params: RendezvousParameters) -> int:
-    if params.get("rank") is None:
-        raise ValueError("the static rendezvous has no rank of this node; give --node-rank")
-    most = params.max_nodes - 1
-    rank = _number(params, "rank", None, 0, f"rank of a node; give --node-rank from 0 to {most}")
-    if rank is None or rank > most:
-        raise ValueError(
-            f"the rendezvous option rank={rank} is no rank of {most + 1} nodes; give --node-rank from 0 to {most}"
-        )
-    return rank
