@@ -35,8 +35,9 @@ def test_the_summary_names_the_timer_and_shows_the_line(launch: Launcher) -> Non
 def test_the_job_comes_back(launch: Launcher) -> None:
     job = launch("--max-restarts=1", HANG, env=ENABLED)
     assert job.end() == 0, job.story
-    finished = sorted(job.output.decode().splitlines())
-    assert finished[-2:] == [f"rank {rank} has finished attempt 1" for rank in range(2)]
+    # Python without buffers writes a line and its end apart, so the ranks' lines may be torn.
+    for rank in range(2):
+        assert job.output.decode().count(f"rank {rank} has finished attempt 1") == 1, job.output
     assert "rank 1: timer 'exchange of step 1' expired" in job.errors
 
 
