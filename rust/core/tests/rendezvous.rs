@@ -53,6 +53,7 @@ fn whatever_goes_wrong_rounds_do_not_mix_and_everything_ends() {
         let agents = max_nodes as usize + usize::try_from(random.below(3)).expect("small");
         let faults = Faults {
             failing: [0, 10, 50][usize::try_from(random.below(3)).expect("small")],
+            last: [0, 10][usize::try_from(random.below(2)).expect("small")],
             breaking: [0, 1, 5][usize::try_from(random.below(3)).expect("small")],
             doubled: [0, 10][usize::try_from(random.below(2)).expect("small")],
             disturbed: [0, 30, 80][usize::try_from(random.below(3)).expect("small")],
@@ -66,7 +67,7 @@ fn whatever_goes_wrong_rounds_do_not_mix_and_everything_ends() {
         }
     }
     // That the schedules are not all of one kind.
-    for how in ["released", "closed", "timed out", "killed"] {
+    for how in ["released", "closed", "failed", "timed out", "killed"] {
         assert!(ends.get(&format!("Ended({how:?})")).is_some_and(|count| *count > 100), "{ends:?}");
     }
 }

@@ -482,6 +482,18 @@ fn a_node_that_has_finished_may_lose_its_connection() {
 }
 
 #[test]
+fn a_node_that_has_finished_and_lost_its_connection_comes_back_too() {
+    let mut table = Table::running(2, 2);
+    table.step(Event::Finished(2, 0));
+    table.step(Event::Lost(2, "gone".into()));
+    table.step(Event::Entered(8, Introduction { nodes: (2, 2), ..table.introduction(2) }));
+    table.step(Event::Finished(8, 0));
+    assert_eq!(over(&table.fail(1, 0, 1)).len(), 2);
+    table.join(1, Some(0));
+    assert_eq!(begun(&table.join(8, Some(0))).len(), 2);
+}
+
+#[test]
 fn a_node_that_has_finished_hears_that_its_round_was_over() {
     let mut table = Table::running(2, 2);
     table.step(Event::Finished(2, 0));

@@ -420,7 +420,10 @@ impl Rounds {
             }
             // It says so again: its connection had ended.
             Seat::Away => match self.gone_finished.remove(&(member.who.name.clone(), member.who.pid)) {
-                Some(place) => self.sit(id, Seat::Finished(place)),
+                Some(place) => {
+                    member.last = Some((place.round, place.group_rank));
+                    self.sit(id, Seat::Finished(place));
+                }
                 None if !matches!(self.phase, Phase::Closed { .. }) => {
                     if matches!(self.phase, Phase::Gathering { .. }) && self.begun == round + 1 {
                         // It comes back, as the others do. What its rank was does not matter.

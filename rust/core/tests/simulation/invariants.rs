@@ -9,7 +9,7 @@ impl Job {
     pub(super) fn check_that_nobody_runs(&self) {
         for (link, index) in &self.links {
             let agent = &self.agents[*index];
-            let runs = matches!(agent.work, Work::Running(_) | Work::Stopping);
+            let runs = matches!(agent.work, Work::Running(_) | Work::Stopping { .. });
             assert!(
                 !(runs && agent.is_alive && agent.link == Some(*link)),
                 "{} still runs {:?}",

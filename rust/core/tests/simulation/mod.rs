@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BinaryHeap};
 use std::time::{Duration, Instant};
 
 use ferroelastic_core::rendezvous::member::{self, Call, Failure, Member, Standing};
-use ferroelastic_core::rendezvous::message::{Introduction, Notice, PROTOCOL, Place, Request};
+use ferroelastic_core::rendezvous::message::{Introduction, Kind, Notice, PROTOCOL, Place, Request};
 use ferroelastic_core::rendezvous::rounds::{self, Rounds};
 
 pub(crate) use random::Random;
@@ -29,6 +29,8 @@ const CALM: Duration = Duration::from_secs(120);
 pub(crate) struct Faults {
     /// Percent of the runs of workers that fail.
     pub(crate) failing: u64,
+    /// Percent of these failures after which their agent has no restart left.
+    pub(crate) last: u64,
     /// Percent of the messages with which their connection breaks.
     pub(crate) breaking: u64,
     /// Percent of the messages that come twice.
@@ -39,14 +41,19 @@ pub(crate) struct Faults {
 }
 
 pub(crate) const NO_FAULTS: Faults =
-    Faults { failing: 0, breaking: 0, doubled: 0, disturbed: 0, longest_delay: Duration::ZERO };
+    Faults { failing: 0, last: 0, breaking: 0, doubled: 0, disturbed: 0, longest_delay: Duration::ZERO };
 
 /// What an agent does besides its membership.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Work {
     Meeting,
     Running(Place),
-    Stopping,
+    /// Its workers are stopped; after a last failure, for good.
+    Stopping {
+        is_last: bool,
+    },
+    /// What becomes of the job after its last failure is the host's to say.
+    Verdict,
     /// Its workers have succeeded, and it waits for the others.
     Barrier(Place),
     Ended(&'static str),
@@ -311,11 +318,22 @@ impl Job {
                 let length = self.random.between(least, least + SECOND * 20);
                 self.later(length, Happening::WorkersEnd(index, turn, fails));
             }
-            (Standing::Over(..), Work::Running(_)) => self.stop_workers(index),
+            (Standing::Over(..), Work::Running(_)) => self.stop_workers(index, false),
+            (Standing::Over(_, cause), Work::Verdict) if cause.kind == Kind::Failure => {
+                self.set_work(index, Work::Ended("failed"));
+                self.step_agent(index, member::Event::Call(Call::Close("no restart is left".into())));
+            }
+            (Standing::Over(..), Work::Verdict) => {
+                self.set_work(index, Work::Meeting);
+                self.later(Duration::ZERO, Happening::Start(index));
+            }
             (Standing::Over(..), Work::Barrier(_)) => {
                 // Its workers are gone.
                 self.set_work(index, Work::Meeting);
                 self.later(Duration::ZERO, Happening::Start(index));
+            }
+            (Standing::Closed { .. }, Work::Verdict) => {
+                self.set_work(index, Work::Ended("failed"));
             }
             (Standing::Closed { .. }, _) => {
                 self.set_work(index, Work::Ended("closed"));
@@ -359,8 +377,8 @@ impl Job {
         agent.turn
     }
 
-    fn stop_workers(&mut self, index: usize) {
-        let turn = self.set_work(index, Work::Stopping);
+    fn stop_workers(&mut self, index: usize, is_last: bool) {
+        let turn = self.set_work(index, Work::Stopping { is_last });
         let grace = self.random.between(Duration::ZERO, self.faults.longest_delay * 100);
         self.later(grace, Happening::WorkersAreGone(index, turn));
     }
@@ -480,7 +498,14 @@ impl Job {
             }
             Happening::WorkersEnd(index, turn, fails) => self.workers_end(index, turn, fails),
             Happening::WorkersAreGone(index, turn) => {
-                if self.agents[index].turn == turn && self.agents[index].is_alive {
+                if self.agents[index].turn != turn || !self.agents[index].is_alive {
+                    return;
+                }
+                if let Work::Stopping { is_last: true } = self.agents[index].work {
+                    self.set_work(index, Work::Verdict);
+                    // It looks at how it stands.
+                    self.step_agent(index, member::Event::Tick);
+                } else {
                     self.set_work(index, Work::Meeting);
                     self.ask_to_join(index);
                 }
@@ -510,10 +535,11 @@ impl Job {
             return;
         }
         if fails {
-            let call = Call::Failed { at_ns: 1, text: "rank 0 exited with 1".into(), is_final: false };
+            let is_final = self.random.chance(self.faults.last);
+            let call = Call::Failed { at_ns: 1, text: "rank 0 exited with 1".into(), is_final };
             self.step_agent(index, member::Event::Call(call));
             if self.agents[index].is_alive && self.agents[index].turn == turn {
-                self.stop_workers(index);
+                self.stop_workers(index, is_final);
             }
         } else {
             self.set_work(index, Work::Barrier(place));
