@@ -57,7 +57,7 @@ def main() -> None:
     folder = Path(os.environ["DIR"])
     if os.environ["RANK"] == "0":
         note(folder / "begun")
-    dist.init_process_group("gloo", timeout=timedelta(seconds=30))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=15))
     rank, size = dist.get_rank(), dist.get_world_size()
     died = len(list(folder.glob("death.*")))
     torch.manual_seed(7)

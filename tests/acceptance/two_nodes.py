@@ -26,6 +26,9 @@ TALK = str(Path(__file__).with_name("talk.py"))
 WORKERS = 2
 LINK = "link0"
 HOST = "10.83.0.1"
+_LOOK_S = 1.0
+_MOST_IN_VAIN = 3
+"""Restarts after one disturbance: if none of so many comes back, none will."""
 
 Commands = tuple[tuple[str, ...], tuple[str, ...]]
 """What starts the agent that hosts the rendezvous, and what starts the other one."""
@@ -121,11 +124,12 @@ class Training:
         self._disturbance = disturbance
         self._number = number
         self._patience_s = patience_s
+        self._began_ns = time.monotonic_ns()
         self.agents = [self._start(0), self._start(1)]
         """Those that are there; a killed one is replaced."""
 
     def run(self, namespaces: tuple[str, str] | None = None) -> Outcome:
-        """See the training through to its end, or until nothing has happened for the time that patience lasts."""
+        """See the training through to its end, or until nothing has happened for as long as patience lasts, or restarts are in vain."""
         if self._disturbance.victim != "none":
             is_through = self._eventually(lambda: self._count("trained") > self._number)
         else:
@@ -168,10 +172,12 @@ class Training:
         return self._launcher.start(*self._commands[node], *flags, *arguments, env=env)
 
     def _eventually(self, condition: Callable[[], bool]) -> bool:
-        """Whether something comes true, for as long as attempts go on being made."""
-        while not eventually(condition, self._patience_s):
-            latest = max([0, *self._times("begun"), *self._times("trained")])
-            if latest < time.monotonic_ns() - self._patience_s * 1e9:
+        """Whether something comes true, for as long as there are attempts that are not all in vain."""
+        while not eventually(condition, _LOOK_S):
+            begun, trained = self._times("begun"), self._times("trained")
+            latest = max([self._began_ns, *begun, *trained])
+            in_vain = len(begun) - len([at for at in begun if at <= max(trained, default=0)])
+            if latest < time.monotonic_ns() - self._patience_s * 1e9 or in_vain > _MOST_IN_VAIN:
                 return False
         return True
 
