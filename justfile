@@ -35,11 +35,11 @@ test: setup
     {{ bin }}/python -m pytest
     FERROELASTIC_PIDFD=0 {{ bin }}/python -m pytest -m engine tests/integration tests/faults
 
-# the one abi3 wheel on every CPython found here: the tests that need no torch
-test-wheel: setup
+# the one abi3 wheel on the interpreters given, or on every CPython on PATH: the tests that need no torch
+test-wheel *interpreters: setup
     rm -rf target/wheels
     {{ bin }}/pip wheel --quiet --no-deps --wheel-dir target/wheels .
-    {{ bin }}/python tests/wheel_matrix.py target/wheels/*.whl
+    {{ bin }}/python tests/wheel_matrix.py target/wheels/*.whl {{ interpreters }}
 
 # latencies of the engine
 bench:
