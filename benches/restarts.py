@@ -1,6 +1,6 @@
 """How many restarts of a real training come back, under ferrorun and under torchrun: two nodes of two workers each, disturbed again and again.
 
-    just bench-restarts                                  # 50 disturbances of each kind under ferrorun, 6 under torchrun
+    just bench-restarts                                  # 50 disturbances of each kind under ferrorun, 4 under torchrun
     just bench-restarts --side ferrorun --number 4       # a quick look
 
 Every training that gets to its end has to end with the loss of one that nobody disturbs, and an attempt whose workers do not find each other is a restart that did not come back.
@@ -34,7 +34,7 @@ from tests.faults.harness import FERRORUN, Launcher  # noqa: E402  # found only 
 
 SIDES = {"torchrun": (sys.executable, "-m", "torch.distributed.run"), "ferrorun": FERRORUN}
 # A job that does not come back takes a minute to be sure of that.
-NUMBERS = {"torchrun": 6, "ferrorun": 50}
+NUMBERS = {"torchrun": 4, "ferrorun": 50}
 PATIENCE_S = 60.0
 NAMES = {
     ("step", "-1"): "last rank killed, peers inside a collective",
