@@ -230,6 +230,26 @@ def test_workers_reach_their_store_at_the_address_that_they_are_told(launch: Lau
     assert job.output.decode().strip() == {"localhost": "127.0.0.1"}.get(address, address)
 
 
+LEAVE_WORD = """
+import os, sys
+from ferroelastic._rust import StoreClient
+store = StoreClient(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), 60)
+store.set(b"/remote_error", (0).to_bytes(4, "little"))
+{then}
+"""
+
+
+def test_who_leaves_word_of_an_error_and_exits_has_failed_with_its_own_code(launch: Launcher) -> None:
+    job = launch(launch.write("word.py", LEAVE_WORD.format(then="sys.exit(7)")), nproc=1)
+    assert job.end() == 7, job.story
+
+
+def test_who_leaves_word_of_an_error_and_stays_is_stopped(launch: Launcher) -> None:
+    job = launch(launch.write("word.py", LEAVE_WORD.format(then="import select; select.select([], [], [])")), nproc=1)
+    assert job.end() == 1, job.story
+    assert "rank 0 wrote /remote_error to the store, and no restart is left" in job.errors
+
+
 @pytest.mark.parametrize("hosting", ["torchrun", "ferrorun"])
 @pytest.mark.parametrize("backend", ["c10d", "static"])
 def test_agents_of_torchrun_and_ferrorun_do_not_mix_and_say_so(launch: Launcher, hosting: str, backend: str) -> None:

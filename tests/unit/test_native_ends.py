@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 
 import pytest
@@ -129,3 +130,14 @@ class TestTheEnd:
         host.shutdown()
         with pytest.raises(RendezvousClosedError, match="the rendezvous 'job' is closed"):
             joining.result(LONG_S)
+
+    @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+    def test_a_forked_child_shuts_nothing_down(self, nodes: Nodes) -> None:
+        host = nodes.host((1, 1))
+        host.next_rendezvous()
+        pid = os.fork()
+        if pid == 0:
+            os._exit(0 if host.shutdown() else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        assert host.interruption() is None
+        assert host.wait_for_others(LONG_S)

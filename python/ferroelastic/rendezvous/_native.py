@@ -295,6 +295,8 @@ class NativeRendezvous(RendezvousHandler):
             generation = client.generation
             standing = client.standing()
             _log_remarks(client)
+            if standing.state in ("unreachable", "refused"):
+                logger.warning("whether the workers of other nodes succeed is not known: %s", standing.text)
             if standing.state != "placed":
                 return standing.state != "over"
             if wait_for_event(client, generation, left_s):
@@ -362,6 +364,8 @@ class NativeRendezvous(RendezvousHandler):
         Returns:
             ``True``.
         """
+        if os.getpid() != self._owner_pid:  # a forked child: none of this is its own
+            return True
         error = sys.exc_info()[1]
         reason = "its agent has ended" if error is None else f"its agent has ended: {_first_line(error)}"
         client = self._client

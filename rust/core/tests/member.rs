@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use ferroelastic_core::rendezvous::member::{self, Call, Failure, Member, Standing};
-use ferroelastic_core::rendezvous::message::{Kind, Notice, Place, Request};
+use ferroelastic_core::rendezvous::message::{Cause, Kind, Notice, Place, Request};
 
 const SECOND: Duration = Duration::from_secs(1);
 const SILENCE: Duration = Duration::from_secs(5);
@@ -51,12 +51,8 @@ fn a_host_that_does_not_answer_is_given_up_after_the_connect_timeout() {
     assert!(matches!(member.standing(), Standing::Failed(Failure::Unreachable(_))));
 }
 
-fn placed(member: &mut Member, now: Instant) {
-    member.step(now, join());
-    member.step(now, member::Event::Connected);
-    let asked = member.step(now, member::Event::Received(Notice::Welcome { silence: SILENCE }));
-    assert!(matches!(asked[..], [member::Action::Send(Request::Join(_))]));
-    let place = Place {
+fn place() -> Place {
+    Place {
         round: 4,
         group_rank: 0,
         group_world_size: 1,
@@ -68,8 +64,15 @@ fn placed(member: &mut Member, now: Instant) {
         failures: 0,
         membership_changes: 0,
         cause: None,
-    };
-    member.step(now, member::Event::Received(Notice::Begin(place)));
+    }
+}
+
+fn placed(member: &mut Member, now: Instant) {
+    member.step(now, join());
+    member.step(now, member::Event::Connected);
+    let asked = member.step(now, member::Event::Received(Notice::Welcome { silence: SILENCE }));
+    assert!(matches!(asked[..], [member::Action::Send(Request::Join(_))]));
+    member.step(now, member::Event::Received(Notice::Begin(place())));
     assert!(matches!(member.standing(), Standing::Placed(_)));
 }
 
@@ -166,4 +169,20 @@ fn only_an_agent_that_has_finished_is_released() {
     let text = String::from("the job has succeeded");
     member.step(now, member::Event::Received(Notice::Closed { text: text.clone(), is_spare: true }));
     assert_eq!(*member.standing(), Standing::Closed { text, is_spare: false });
+}
+
+#[test]
+fn another_host_has_rounds_of_its_own() {
+    let (mut member, now) = member(false);
+    placed(&mut member, now);
+    member.step(now, member::Event::Call(Call::Finished));
+    member.step(now, member::Event::Disconnected("it broke".into()));
+    member.step(now, member::Event::Connected);
+    member.step(now, member::Event::Received(Notice::Welcome { silence: SILENCE }));
+    let cause = Cause { kind: Kind::Membership, node: String::new(), at_ns: None, text: "it is another one".into() };
+    member.step(now, member::Event::Received(Notice::Over { round: 4, cause }));
+    member.step(now, join());
+    let place = Place { round: 0, ..place() };
+    member.step(now, member::Event::Received(Notice::Begin(place.clone())));
+    assert_eq!(*member.standing(), Standing::Placed(place));
 }

@@ -23,6 +23,18 @@ fn settings(min_nodes: u32, max_nodes: u32) -> Settings {
     }
 }
 
+fn introduction(id: Id) -> Introduction {
+    Introduction {
+        protocol: PROTOCOL,
+        run_id: "job".into(),
+        name: format!("node{id}"),
+        pid: 100,
+        is_host: id == 1,
+        nodes: (2, 2),
+        node_rank: None,
+    }
+}
+
 /// A rendezvous and the time. Agents have the numbers from 1; that of the host is number 1.
 struct Table {
     rounds: Rounds,
@@ -39,21 +51,8 @@ impl Table {
         self.rounds.step(self.now, event)
     }
 
-    fn introduction(&self, id: Id) -> Introduction {
-        let _ = self;
-        Introduction {
-            protocol: PROTOCOL,
-            run_id: "job".into(),
-            name: format!("node{id}"),
-            pid: 100,
-            is_host: id == 1,
-            nodes: (2, 2),
-            node_rank: None,
-        }
-    }
-
     fn enter(&mut self, id: Id, nodes: (u32, u32)) -> Vec<Action> {
-        let who = Introduction { nodes, ..self.introduction(id) };
+        let who = Introduction { nodes, ..introduction(id) };
         self.step(Event::Entered(id, who))
     }
 
@@ -158,11 +157,8 @@ fn ranks_follow_the_host_the_names_and_the_roles() {
 #[test]
 fn a_rank_that_was_given_beforehand_is_kept_and_given_once() {
     let mut table = Table::new(settings(2, 2));
-    let who = |id: Id, node_rank| Introduction {
-        node_rank: Some(node_rank),
-        name: format!("node{id}"),
-        ..Table::new(settings(2, 2)).introduction(id)
-    };
+    let who =
+        |id: Id, node_rank| Introduction { node_rank: Some(node_rank), name: format!("node{id}"), ..introduction(id) };
     table.step(Event::Entered(7, who(7, 1)));
     let text = refused(&table.step(Event::Entered(8, who(8, 1)))).expect("refused");
     assert_eq!(text, "node rank 1 is taken by node7 (agent 100): give each node its own --node-rank");
@@ -177,7 +173,7 @@ fn a_rank_that_was_given_beforehand_is_kept_and_given_once() {
 #[test]
 fn who_does_not_belong_here_is_told_why() {
     let mut table = Table::new(settings(2, 2));
-    let who = table.introduction(1);
+    let who = introduction(1);
     let stranger = Introduction { run_id: "other".into(), ..who.clone() };
     let text = refused(&table.step(Event::Entered(1, stranger))).expect("refused");
     assert!(text.contains("that of job \"job\", not of job \"other\""), "{text}");
@@ -455,6 +451,61 @@ fn the_last_failure_is_none_if_a_node_was_lost() {
 }
 
 #[test]
+fn a_newcomer_does_not_undo_the_last_failure() {
+    let mut table = Table::running(2, 3);
+    table.step(Event::Lost(3, "gone".into()));
+    table.join(1, Some(0));
+    table.join(2, Some(0));
+    assert_eq!(table.fail_for_good(1, 1), []);
+    table.enter(4, (2, 3));
+    assert_eq!(over(&table.join(4, None)), []);
+    table.pass(LOSS_GRACE, &[1, 2, 4]);
+    assert_eq!(table.rounds.closed(), Some("rank 1 exited with 1 on node1, and no restart is left"));
+}
+
+#[test]
+fn nor_does_a_node_that_begins_again() {
+    let mut table = Table::running(2, 3);
+    assert_eq!(table.fail_for_good(1, 0), []);
+    assert_eq!(begun(&table.join(2, Some(0))), []);
+    assert_eq!(table.rounds.closed(), Some("rank 1 exited with 1 on node1, and no restart is left"));
+}
+
+#[test]
+fn a_note_in_the_store_does_not_hasten_the_last_failure() {
+    let mut table = Table::running(2, 3);
+    table.fail_for_good(1, 0);
+    table.step(Event::Announced { text: "rank 2 wrote /remote_error".into(), grace: Duration::ZERO });
+    assert_eq!(over(&table.step(Event::Lost(3, "gone".into()))).len(), 2);
+}
+
+#[test]
+fn a_newcomer_does_not_interrupt_a_round_that_a_node_has_finished_and_left() {
+    let mut table = Table::running(1, 2);
+    table.step(Event::Finished(2, 0));
+    table.step(Event::Left(2, "it has waited long enough".into()));
+    table.enter(3, (1, 2));
+    assert_eq!(over(&table.join(3, None)), []);
+}
+
+#[test]
+fn an_agent_that_comes_again_takes_its_own_place() {
+    let mut table = Table::new(settings(2, 2));
+    let who = |id: Id| Introduction { node_rank: Some(u32::try_from(id).expect("small") - 1), ..introduction(id) };
+    for id in [1, 2] {
+        table.step(Event::Entered(id, who(id)));
+        table.join(id, None);
+    }
+    // Only it has seen its connection break.
+    let actions = table.step(Event::Entered(7, who(2)));
+    assert!(actions.contains(&Action::Drop(2)), "{actions:?}");
+    assert_eq!(refused(&actions), None);
+    assert_eq!(over(&actions).iter().map(|(id, kind, _)| (*id, *kind)).collect::<Vec<_>>(), [(1, Kind::Membership)]);
+    table.join(7, None);
+    assert_eq!(begun(&table.join(1, Some(0))).len(), 2);
+}
+
+#[test]
 fn a_job_of_one_node_ends_at_once() {
     let mut table = Table::running(1, 1);
     let text = "rank 1 exited with 1 on node1, and no restart is left".into();
@@ -468,7 +519,7 @@ fn a_node_that_has_finished_may_lose_its_connection() {
     table.step(Event::Lost(2, "gone".into()));
     table.enter(7, (2, 2));
     // Another agent of the same process, as far as the host knows: the names are the same.
-    let who = Introduction { nodes: (2, 2), ..table.introduction(2) };
+    let who = Introduction { nodes: (2, 2), ..introduction(2) };
     table.step(Event::Entered(8, who));
     assert_eq!(table.step(Event::Finished(8, 0)), []);
     let ended = over(&table.step(Event::Finished(7, 0)));
@@ -486,7 +537,7 @@ fn a_node_that_has_finished_and_lost_its_connection_comes_back_too() {
     let mut table = Table::running(2, 2);
     table.step(Event::Finished(2, 0));
     table.step(Event::Lost(2, "gone".into()));
-    table.step(Event::Entered(8, Introduction { nodes: (2, 2), ..table.introduction(2) }));
+    table.step(Event::Entered(8, Introduction { nodes: (2, 2), ..introduction(2) }));
     table.step(Event::Finished(8, 0));
     assert_eq!(over(&table.fail(1, 0, 1)).len(), 2);
     table.join(1, Some(0));
@@ -499,7 +550,7 @@ fn a_node_that_has_finished_hears_that_its_round_was_over() {
     table.step(Event::Finished(2, 0));
     table.step(Event::Lost(2, "gone".into()));
     table.fail(1, 0, 1);
-    table.step(Event::Entered(8, Introduction { nodes: (2, 2), ..table.introduction(2) }));
+    table.step(Event::Entered(8, Introduction { nodes: (2, 2), ..introduction(2) }));
     let actions = table.step(Event::Finished(8, 0));
     assert_eq!(over(&actions), [(8, Kind::Failure, "rank 1 exited with 1 on node1".into())]);
 }

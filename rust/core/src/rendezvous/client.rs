@@ -256,6 +256,9 @@ impl Talker {
             }
             // What the host has said counts before what the clock says of its silence.
             let is_due = ready.contains(&TIMER);
+            // Two looks may have reported the same.
+            ready.sort_unstable();
+            ready.dedup();
             for token in ready.drain(..) {
                 match token {
                     WAKE if !self.obey() => return,
@@ -394,8 +397,11 @@ impl Talker {
     fn serve(&mut self) {
         let Some(link) = &mut self.link else { return };
         if !link.is_connected {
-            if let Err(error) = link.stream.connected() {
-                return self.try_others(error);
+            match link.stream.connected() {
+                Ok(true) => {}
+                // What was reported was of a former connection.
+                Ok(false) => return,
+                Err(error) => return self.try_others(error),
             }
             link.is_connected = true;
             link.turn_ends = None;
@@ -453,14 +459,12 @@ impl Talker {
         }
     }
 
+    /// The connection has ended.
     fn lost(&mut self, text: &str) {
-        let is_new = self.link.as_ref().is_some_and(|link| !link.has_echoed || link.input.is_empty());
-        let was_welcome = self.member.is_up();
-        match &self.link {
-            Some(link) if link.has_echoed && !was_welcome && is_new => {
-                return self.estranged("is a TCPStore of torch: a torchrun hosts it, or a script does");
-            }
-            _ => {}
+        // A host that knows the opcode says more than the echo. It may be gone before, but it was there before, then.
+        let has_only_echoed = self.link.as_ref().is_some_and(|link| link.has_echoed && link.input.is_empty());
+        if has_only_echoed && !self.member.was_welcome() {
+            return self.estranged("is a TCPStore of torch: a torchrun hosts it, or a script does");
         }
         self.hang_up();
         self.step(Event::Disconnected(text.to_owned()));

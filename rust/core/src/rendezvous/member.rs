@@ -162,6 +162,9 @@ pub struct Member {
     pause: Duration,
     was_welcome: bool,
     last_round: Option<u64>,
+    /// The last round was told over the connection that there is: the next one has a larger number. Over another connection, it may be
+    /// another host's.
+    is_round_of_link: bool,
     /// The round in which its workers have succeeded.
     finished: Option<u64>,
     last_step: Instant,
@@ -181,6 +184,7 @@ impl Member {
             pause: FIRST_PAUSE,
             was_welcome: false,
             last_round: None,
+            is_round_of_link: false,
             finished: None,
             last_step: now,
             actions: Vec::new(),
@@ -191,6 +195,12 @@ impl Member {
     #[must_use]
     pub fn is_up(&self) -> bool {
         matches!(self.link, Link::Up { .. })
+    }
+
+    /// Whether a host has welcomed it at any time.
+    #[must_use]
+    pub fn was_welcome(&self) -> bool {
+        self.was_welcome
     }
 
     /// How it stands.
@@ -358,6 +368,7 @@ impl Member {
                     let silence = silence.min(ENDLESS);
                     self.link = Link::Up { heard: now, beat_at: now + silence / BEATS_PER_SILENCE, silence };
                     self.was_welcome = true;
+                    self.is_round_of_link = false;
                     if self.has_finished()
                         && let Some(round) = self.finished
                     {
@@ -369,10 +380,11 @@ impl Member {
                 }
             }
             Notice::Begin(place) => {
-                let is_new = self.last_round.is_none_or(|last| place.round > last);
+                let is_new = !self.is_round_of_link || self.last_round.is_none_or(|last| place.round > last);
                 if self.wish.is_some() && is_new {
                     self.wish = None;
                     self.last_round = Some(place.round);
+                    self.is_round_of_link = true;
                     self.standing = Standing::Placed(place);
                 }
             }

@@ -291,6 +291,12 @@ impl Rounds {
     // ---- of agents
 
     fn enter(&mut self, now: Instant, id: Id, mut who: Introduction) {
+        // Its former connection is broken, and only it has noticed.
+        let is_same = |member: &Member| (&member.who.name, member.who.pid) == (&who.name, who.pid);
+        if let Some(former) = self.members.iter().find(|(_, member)| is_same(member)).map(|(former, _)| *former) {
+            self.actions.push(Action::Drop(former));
+            self.remove(now, former, "was lost: it came over another connection");
+        }
         if let Some(text) = self.objection(&who) {
             self.tell(id, Notice::Refused { text });
             return self.actions.push(Action::Drop(id));
@@ -357,6 +363,9 @@ impl Rounds {
                 self.tell(id, Notice::Begin(place));
             }
             Seat::Running(_) | Seat::Finished(_) => {
+                if let Some(pending) = self.pending.take_if(|pending| pending.is_final) {
+                    return self.close_for_good(&pending.cause);
+                }
                 let text = format!("{} starts its workers again", member.label());
                 let cause = Cause { kind: Kind::Failure, node: member.who.name.clone(), at_ns: None, text };
                 self.end_round(now, &cause);
@@ -406,7 +415,9 @@ impl Rounds {
     /// Whether the running round would be larger with one more, and may be interrupted for that.
     fn has_room(&self) -> bool {
         let running = self.members.values().filter(|member| member.is_in()).count();
-        let is_ending = self.members.values().any(|member| matches!(member.seat, Seat::Finished(_)));
+        let has_finished = |member: &Member| matches!(member.seat, Seat::Finished(_));
+        let is_ending =
+            self.pending.is_some() || !self.gone_finished.is_empty() || self.members.values().any(has_finished);
         let is_allowed = self.settings.most_membership_changes.is_none_or(|most| self.membership_changes < most);
         running < self.most_nodes() && !is_ending && is_allowed
     }

@@ -16,8 +16,9 @@ use crate::sys::timer::after;
 const DUMP_KEY: &[u8] = b"/exception_dump";
 /// It takes them 15 s at most, by default.
 const DUMP_GRACE: Duration = Duration::from_secs(20);
-/// What it leaves when a collective has failed.
+/// What it leaves when a collective has failed. Its process ends then, by itself: its exit says more.
 const ERROR_KEY: &[u8] = b"/remote_error";
+const ERROR_GRACE: Duration = Duration::from_secs(1);
 
 /// The rendezvous at this store's port.
 pub(super) struct Agents {
@@ -190,7 +191,7 @@ impl Worker {
     fn notice(&mut self, key: &Key, value: &[u8]) {
         let grace = match &**key {
             DUMP_KEY => DUMP_GRACE,
-            ERROR_KEY => Duration::ZERO,
+            ERROR_KEY => ERROR_GRACE,
             _ => return,
         };
         // The rank as an int of the machine.

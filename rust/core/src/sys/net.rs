@@ -104,9 +104,14 @@ impl Stream {
         }
     }
 
-    /// Whether [`Stream::connect`] has succeeded.
-    pub fn connected(&self) -> io::Result<()> {
-        Ok(sockopt::socket_error(&self.0)??)
+    /// Whether [`Stream::connect`] has succeeded; `false` while it goes on.
+    pub fn connected(&self) -> io::Result<bool> {
+        sockopt::socket_error(&self.0)??;
+        match getpeername(&self.0) {
+            Ok(peer) => Ok(peer.is_some()),
+            Err(rustix::io::Errno::NOTCONN) => Ok(false),
+            Err(error) => Err(error.into()),
+        }
     }
 
     /// Its address on this side.

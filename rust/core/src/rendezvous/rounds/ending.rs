@@ -28,9 +28,10 @@ impl Rounds {
             return;
         }
         if member.is_in() {
-            let is_alone = self.members.values().filter(|member| member.is_in()).count() == 1;
             match is_final {
-                true if is_alone => self.close_for_good(&cause),
+                true if self.members.values().filter(|member| member.is_in()).count() == 1 => {
+                    self.close_for_good(&cause);
+                }
                 true => self.expect_end(now + LOSS_GRACE, cause, true),
                 false if self.pending.as_ref().is_some_and(|pending| pending.is_final) => {}
                 false => self.end_round(now, &cause),
@@ -53,13 +54,13 @@ impl Rounds {
         if !matches!(self.phase, Phase::Running) {
             return;
         }
-        let known = self.pending.take();
-        let at = known.as_ref().map_or(at, |known| at.min(known.at));
-        self.pending = match known {
-            Some(known) if known.is_final || !is_final => Some(Pending { at, ..known }),
-            _ => Some(Pending { at, cause, is_final }),
+        let pending = match self.pending.take() {
+            Some(known) if known.is_final && !is_final => known,
+            Some(known) if known.is_final == is_final => Pending { at: at.min(known.at), ..known },
+            _ => Pending { at, cause, is_final },
         };
-        self.expect_by(at);
+        self.expect_by(pending.at);
+        self.pending = Some(pending);
     }
 
     pub(super) fn end_round(&mut self, now: Instant, cause: &Cause) {
