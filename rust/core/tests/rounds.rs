@@ -489,23 +489,6 @@ fn a_newcomer_does_not_interrupt_a_round_that_a_node_has_finished_and_left() {
 }
 
 #[test]
-fn an_agent_that_comes_again_takes_its_own_place() {
-    let mut table = Table::new(settings(2, 2));
-    let who = |id: Id| Introduction { node_rank: Some(u32::try_from(id).expect("small") - 1), ..introduction(id) };
-    for id in [1, 2] {
-        table.step(Event::Entered(id, who(id)));
-        table.join(id, None);
-    }
-    // Only it has seen its connection break.
-    let actions = table.step(Event::Entered(7, who(2)));
-    assert!(actions.contains(&Action::Drop(2)), "{actions:?}");
-    assert_eq!(refused(&actions), None);
-    assert_eq!(over(&actions).iter().map(|(id, kind, _)| (*id, *kind)).collect::<Vec<_>>(), [(1, Kind::Membership)]);
-    table.join(7, None);
-    assert_eq!(begun(&table.join(1, Some(0))).len(), 2);
-}
-
-#[test]
 fn a_job_of_one_node_ends_at_once() {
     let mut table = Table::running(1, 1);
     let text = "rank 1 exited with 1 on node1, and no restart is left".into();

@@ -291,12 +291,6 @@ impl Rounds {
     // ---- of agents
 
     fn enter(&mut self, now: Instant, id: Id, mut who: Introduction) {
-        // Its former connection is broken, and only it has noticed.
-        let is_same = |member: &Member| (&member.who.name, member.who.pid) == (&who.name, who.pid);
-        if let Some(former) = self.members.iter().find(|(_, member)| is_same(member)).map(|(former, _)| *former) {
-            self.actions.push(Action::Drop(former));
-            self.remove(now, former, "was lost: it came over another connection");
-        }
         if let Some(text) = self.objection(&who) {
             self.tell(id, Notice::Refused { text });
             return self.actions.push(Action::Drop(id));
