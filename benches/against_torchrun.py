@@ -82,17 +82,20 @@ def measure_restarts_of_two_nodes(
     launcher: str, program: str, workers: int = 4, failures: int = 4
 ) -> dict[str, list[float]]:
     """Milliseconds from a worker's exit to the last worker of both nodes starting again."""
-    with tempfile.TemporaryDirectory() as name, socket.socket() as probe:
-        folder = Path(name)
-        probe.bind(("127.0.0.1", 0))
+    with socket.create_server(("127.0.0.1", 0)) as probe:  # given back: torchrun binds the port itself
         port = probe.getsockname()[1]
-        probe.close()  # torchrun binds the port itself
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         node = joining(launcher, port, workers, f"--max-restarts={failures}", program, "worker", name, str(failures))
         nodes = [
             subprocess.Popen(node, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             for _ in range(2)
         ]
-        ends = [node.wait(timeout=120) for node in nodes]
+        try:
+            ends = [node.wait(timeout=120) for node in nodes]
+        finally:
+            for job in nodes:
+                job.kill()  # nothing to one that has ended
         assert ends == [0, 0], f"{launcher} ended with {ends}"
         restarted = [
             (all_started_at(folder, attempt + 1, 2 * workers) - failed_at(folder, attempt, 2 * workers)) / 1e6

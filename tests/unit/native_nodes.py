@@ -15,7 +15,7 @@ from ferroelastic.rendezvous import (
     RendezvousParameters,
 )
 from ferroelastic.rendezvous._agent_store import AgentStore
-from ferroelastic.rendezvous._native import NativeRendezvous, NativeRendezvousInfo
+from ferroelastic.rendezvous._native import Interruption, NativeRendezvous, NativeRendezvousInfo
 from ferroelastic.rendezvous.registry import get_rendezvous_handler
 
 if TYPE_CHECKING:
@@ -85,6 +85,14 @@ def is_told(handler: NativeRendezvous) -> bool:
     """Whether the descriptor of a node that is in a round becomes readable."""
     assert handler.news_fd is not None
     return bool(select.select([handler.news_fd], [], [], LONG_S)[0])
+
+
+def told(handler: NativeRendezvous) -> Interruption:
+    """Wait until a node that is in a round is told why it is over."""
+    assert is_told(handler)
+    interruption = handler.interruption()
+    assert interruption is not None
+    return interruption
 
 
 def has_news(handler: NativeRendezvous) -> bool:

@@ -9,7 +9,7 @@ import time
 import pytest
 from tests.conftest import eventually
 from tests.faults.harness import LONG_S
-from tests.unit.native_nodes import Nodes, is_told
+from tests.unit.native_nodes import Nodes, told
 
 from ferroelastic.rendezvous import (
     RendezvousClosedError,
@@ -85,9 +85,7 @@ class TestTheEnd:
 
         with pytest.raises(OSError, match="no space left"):
             end_by(OSError("no space left\nat all"))
-        assert is_told(guest)
-        interruption = guest.interruption()
-        assert interruption is not None
+        interruption = told(guest)
         assert interruption.is_final
         assert interruption.text.endswith("its agent has ended: no space left")
 
@@ -96,9 +94,7 @@ class TestTheEnd:
         guest = nodes.guest(host, (1, 2))
         nodes.meet(host, guest)
         guest.say_farewell("its agent was ended by SIGTERM")
-        assert is_told(host)
-        interruption = host.interruption()
-        assert interruption is not None
+        interruption = told(host)
         assert (interruption.is_failure, interruption.is_final) == (False, False)
         assert interruption.text.endswith("left: its agent was ended by SIGTERM")
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from tests.conftest import eventually
 from tests.faults.harness import LONG_S, free_port
-from tests.unit.native_nodes import Nodes, has_news, is_told, place_of, refuses, store_of
+from tests.unit.native_nodes import Nodes, has_news, is_told, place_of, refuses, store_of, told
 
 from ferroelastic import _rust
 from ferroelastic.rendezvous import (
@@ -200,9 +200,7 @@ class TestTwoNodes:
         guest = nodes.guest(host)
         nodes.meet(host, guest)
         guest.report_failure(time.time_ns(), "rank 1 exited with code 7", is_final=True)
-        assert is_told(host)
-        interruption = host.interruption()
-        assert interruption is not None
+        interruption = told(host)
         assert interruption.is_final
         assert "rank 1 exited with code 7" in interruption.text
         assert host.is_closed()
@@ -238,9 +236,7 @@ class TestTwoNodes:
             handler.introduce("trainer", 2)
         nodes.meet(host, guest)
         guest.leave("its machine is needed")
-        assert is_told(host)
-        interruption = host.interruption()
-        assert interruption is not None
+        interruption = told(host)
         assert (interruption.is_failure, interruption.is_final) == (False, False)
         assert "left: its machine is needed" in interruption.text
         (info,) = nodes.meet(host)
@@ -276,9 +272,7 @@ class TestTwoNodes:
         guest = nodes.guest(host, (1, 2))
         nodes.meet(host, guest)
         guest.leave("bye")
-        assert is_told(host)
-        interruption = host.interruption()
-        assert interruption is not None
+        interruption = told(host)
         assert interruption.is_final
         assert "after 0 membership changes" in interruption.text
 

@@ -45,6 +45,20 @@ struct View {
     is_closed: bool,
 }
 
+impl View {
+    /// Of an agent that has not asked for anything.
+    fn new() -> Self {
+        Self {
+            standing: Standing::Idle,
+            joins_under_way: 0,
+            address: None,
+            remarks: Vec::new(),
+            failure: None,
+            is_closed: false,
+        }
+    }
+}
+
 #[derive(Debug)]
 struct Shared {
     view: Published<View>,
@@ -85,15 +99,7 @@ impl Client {
         let wake = WakeFd::new().map_err(|source| Error::os("create", "an eventfd", source))?;
         let alarm = WakeFd::new().map_err(|source| Error::os("create", "an eventfd", source))?;
         let wake = Arc::new(wake);
-        let view = View {
-            standing: Standing::Idle,
-            joins_under_way: 0,
-            address: None,
-            remarks: Vec::new(),
-            failure: None,
-            is_closed: false,
-        };
-        let shared = Arc::new(Shared { view: Published::new(view), alarm });
+        let shared = Arc::new(Shared { view: Published::new(View::new()), alarm });
         let (calls, inbox) = channel();
         let talker = Talker::new((host.to_owned(), port), who, settings, inbox, Arc::clone(&wake), Arc::clone(&shared))
             .map_err(|source| Error::os("create", "the poller of a rendezvous", source))?;
@@ -542,16 +548,8 @@ mod tests {
         let connect_timeout = Duration::from_secs(60);
         let settings = Settings { endpoint: "host".into(), connect_timeout, is_host: false };
         let wake = Arc::new(WakeFd::new().expect("wake"));
-        let view = View {
-            standing: Standing::Idle,
-            joins_under_way: 0,
-            address: None,
-            remarks: Vec::new(),
-            failure: None,
-            is_closed: false,
-        };
         let alarm = WakeFd::new().expect("alarm");
-        let shared = Arc::new(Shared { view: Published::new(view), alarm });
+        let shared = Arc::new(Shared { view: Published::new(View::new()), alarm });
         let (calls, inbox) = channel();
         let endpoint = (dead.ip().to_string(), dead.port());
         let mut talker = Talker::new(endpoint, who, settings, inbox, Arc::clone(&wake), shared).expect("talker");
