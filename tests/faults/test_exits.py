@@ -5,15 +5,19 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import sys
 import time
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
+from urllib.request import urlopen
 
 import pytest
-from tests.faults.harness import ALONE, LONG_S, Launcher, gone_at_ns
+from tests.conftest import eventually
+from tests.faults.harness import ALONE, LONG_S, Launcher, free_port, gone_at_ns
 
 from ferroelastic.multiprocessing import DefaultLogsSpecs, PContext, RunProcsResult, start_processes
+from ferroelastic.utils.process_state import read_proc_state
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -213,3 +217,31 @@ def test_a_status_that_somebody_else_took_is_a_failure(launch: Launcher, how: st
     assert job.end() == 0, job.errors
     assert job.lines(1) == ["lost"]
     assert "exit status of process" in job.errors
+
+
+# ---- at the same time as something else
+
+
+def test_a_probe_that_comes_with_an_exit_is_answered(launch: Launcher) -> None:
+    """The engine finds both in one turn: it is stopped while they happen."""
+    port = free_port()
+    job = launch(
+        "--max-restarts=1",
+        *launch.shell("echo $$; exec sleep 1000"),
+        nproc=1,
+        launcher=ALONE,
+        env={"TORCHELASTIC_HEALTH_CHECK_PORT": str(port)},
+    )
+    worker = job.watch(int(job.lines(1)[0]))
+    job.settle(1)
+    with socket.create_connection(("127.0.0.1", port), LONG_S) as probe:
+        # Connections are accepted in their order: with this answer, the probe's has been too.
+        urlopen(f"http://127.0.0.1:{port}/readyz", timeout=LONG_S).close()
+        job.send(signal.SIGSTOP)
+        assert eventually(lambda: read_proc_state(job.process.pid) == "T")
+        worker.kill()
+        probe.sendall(b"GET /readyz HTTP/1.1\r\nHost: the-agent\r\n\r\n")
+        job.send(signal.SIGCONT)
+        assert probe.recv(4096).startswith(b"HTTP/1.1 "), job.story
+    job.watch(int(job.lines(1)[0])).kill()
+    assert job.end() == 128 + signal.SIGKILL, job.story

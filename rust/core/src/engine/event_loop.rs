@@ -237,7 +237,10 @@ impl EventLoop {
                 break;
             }
             seen = ready.len();
-            self.poller.wait(false, ready).map_err(|source| Error::os("wait for", "events", source))?;
+            let mut further = Vec::new();
+            self.poller.wait(false, &mut further).map_err(|source| Error::os("wait for", "events", source))?;
+            // The others are among `ready`, or are reported again: nothing is dealt with twice in one turn.
+            ready.extend(further.into_iter().filter(|token| matches!(Token::unpack(*token), Token::Process(_))));
         }
         for (group, ended) in batches {
             self.note_ended(group, ended);
