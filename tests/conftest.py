@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 # A function worker that is spawned imports the test's module by its name, `tests.integration.test_...`.
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+# torch's stores look up the name of each address that they meet, which takes as long as the resolver wants: 5 s for a query that is
+# lost. Over TCP most resolvers refuse at once. Jobs that tests start inherit it.
+os.environ.setdefault("RES_OPTIONS", "use-vc timeout:1 attempts:1")
+
 _SETTLE_S = 5.0
 _HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 

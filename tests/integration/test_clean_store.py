@@ -36,10 +36,21 @@ dist = pytest.importorskip("torch.distributed")
 RUN_ID = "run"
 
 
+def _multi_tenant_store(port: int) -> Any:
+    return dist.TCPStore("localhost", port, is_master=True, wait_for_workers=False, multi_tenant=True)
+
+
 @contextmanager
 def server() -> Iterator[Any]:
     """A store that handlers in this process share when they are given its port."""
-    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False, multi_tenant=True)
+    while True:
+        store = _multi_tenant_store(0)
+        try:
+            _multi_tenant_store(store.port)
+            break
+        except dist.DistNetworkError:
+            # torch keeps servers by port, and where an earlier one of this process had the same it does not find the new one.
+            continue
     try:
         yield store
     finally:
