@@ -19,7 +19,6 @@ __all__ = [
     "custom_device_count",
     "next_rendezvous",
     "start_worker_server",
-    "start_worker_store",
     "xpu_device_count",
 ]
 
@@ -88,15 +87,7 @@ def next_rendezvous(
         previous,
         local_addr=local_addr,
         has_fixed_port=static is not None and isinstance(handler, static.StaticTCPRendezvous),
-        start_server=start_worker_store,
     )
-
-
-def start_worker_store() -> Any:
-    """Start an empty store for workers on a free port; its ``port`` is where it listens, and it lives as long as the object."""
-    distributed = _import("torch.distributed", "the workers' store")
-    # It listens on all interfaces; the name is only what its own client connects to.
-    return distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
 
 
 def start_worker_server(socket_path: str) -> Any:

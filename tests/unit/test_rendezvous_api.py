@@ -307,12 +307,18 @@ class TestWorkerStore:
             previous,
             local_addr="this.node",
             has_fixed_port=has_fixed_port,
-            start_server=lambda: mock.Mock(port=4711),
         )
 
     @staticmethod
     def address(info: RendezvousInfo) -> tuple[str, int]:
         return info.bootstrap_store_info.master_addr, info.bootstrap_store_info.master_port
+
+    @staticmethod
+    def port(info: RendezvousInfo) -> int:
+        """Of the store that this node hosts."""
+        assert isinstance(info, RenewedRendezvousInfo)
+        assert info.server is not None
+        return info.server.port
 
     def test_a_store_of_the_workers_own_is_left_alone(self) -> None:
         handler = Handler(MemoryStore())
@@ -353,7 +359,7 @@ class TestWorkerStore:
         assert first is handler.info
         second = self.join(handler, first)
         assert isinstance(second, RenewedRendezvousInfo)
-        assert self.address(second) == ("this.node", 4711)
+        assert self.address(second) == ("this.node", self.port(second))
         assert store.values == {}
         third = self.join(handler, second)
         assert isinstance(third, RenewedRendezvousInfo)
@@ -370,10 +376,11 @@ class TestWorkerStore:
         first = in_threads(3, lambda rank: self.join(handlers[rank]))
         assert first == [handler.info for handler in handlers]
         second = in_threads(3, lambda rank: self.join(handlers[rank], first[rank]))
-        assert [self.address(info) for info in second] == [("this.node", 4711)] * 3
+        assert [self.address(info) for info in second] == [("this.node", self.port(second[0]))] * 3
         assert [info.server is not None for info in second] == [True, False, False]
         third = in_threads(3, lambda rank: self.join(handlers[rank], second[rank]))
-        assert [self.address(info) for info in third] == [("this.node", 4711)] * 3
+        assert [self.address(info) for info in third] == [("this.node", self.port(third[0]))] * 3
+        assert self.port(third[0]) != self.port(second[0])
 
     def test_all_nodes_move_also_where_one_is_new(self) -> None:
         # The newcomer, here rank 0, has no former address to compare with; the count of rounds is in the store.
@@ -381,7 +388,7 @@ class TestWorkerStore:
         first = in_threads(2, lambda rank: self.join(Handler(store.clone(), rank, 2)))
         previous = [None, first[0], first[1]]
         second = in_threads(3, lambda rank: self.join(Handler(store.clone(), rank, 3), previous[rank]))
-        assert [self.address(info) for info in second] == [("this.node", 4711)] * 3
+        assert [self.address(info) for info in second] == [("this.node", self.port(second[0]))] * 3
 
     def test_a_node_that_does_not_come_is_named(self) -> None:
         store = MemoryStore(timeout_s=0.05)

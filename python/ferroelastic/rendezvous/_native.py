@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ferroelastic._wait import wait_for_event
 from ferroelastic.rendezvous._agent_store import AgentStore
-from ferroelastic.rendezvous._native_settings import LOOPBACK, NativeSettings, endpoint_text
+from ferroelastic.rendezvous._native_settings import NativeSettings, endpoint_text
+from ferroelastic.rendezvous._store_server import LOOPBACK
 from ferroelastic.rendezvous.api import (
     RendezvousClosedError,
     RendezvousConnectionError,

@@ -1,10 +1,11 @@
-"""What a user can say about the native rendezvous, and where it listens."""
+"""What a user can say about the native rendezvous, and where it is hosted."""
 
 from __future__ import annotations
 
 import errno
 from typing import TYPE_CHECKING
 
+from ferroelastic.rendezvous._store_server import LOOPBACK, start_store
 from ferroelastic.rendezvous.api import RendezvousConnectionError
 from ferroelastic.rendezvous.utils import _matches_machine_hostname, parse_rendezvous_endpoint
 from ferroelastic.utils.logging import get_logger
@@ -13,12 +14,9 @@ if TYPE_CHECKING:
     from ferroelastic import _rust
     from ferroelastic.rendezvous.api import RendezvousParameters
 
-__all__ = ["LOOPBACK", "NativeSettings", "endpoint_text"]
+__all__ = ["NativeSettings", "endpoint_text"]
 
 logger = get_logger(__name__)
-
-LOOPBACK = {"localhost": "127.0.0.1", "127.0.0.1": "127.0.0.1", "::1": "::1"}
-"""Names of this machine that no other machine can reach -> their address."""
 
 _DEFAULT_PORT = 29400
 _DEFAULT_STATIC_TIMEOUT_S = 600
@@ -77,41 +75,29 @@ class NativeSettings:
         Raises:
             RendezvousConnectionError: the port cannot be listened at.
         """
-        from ferroelastic import _rust
-
-        error: OSError | None = None
-        for host in self._addresses(address):
-            try:
-                return _rust.StoreServer(
-                    host,
-                    self.port,
-                    run_id=run_id,
-                    min_nodes=nodes[0],
-                    max_nodes=nodes[1],
-                    last_call_s=self.last_call_s,
-                    silence_s=self.silence_s,
-                    address=address,
-                    most_membership_changes=self.most_membership_changes,
-                )
-            except OSError as failed:  # noqa: PERF203 - two addresses at most
-                error = failed
-                if failed.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
-                    break
-        is_in_use = error is not None and error.errno == errno.EADDRINUSE
-        if is_in_use and self.is_host is None and not self.is_alone:
-            # One of several agents on this machine: the first one hosts.
-            return None
-        reason = _owner_of(self.port) if is_in_use else error
-        raise RendezvousConnectionError(
-            f"the rendezvous cannot be hosted at {endpoint_text(self.host, self.port)}: {reason}"
-        ) from error
-
-    def _addresses(self, address: str | None) -> list[str]:
-        """Where to listen: where everybody can come, or where nobody else can if that is what the endpoint and the workers are told."""
+        # Where nobody else can come, if that is what the endpoint and the workers are told.
         loopback = LOOPBACK.get(self.host)
-        if loopback is None or LOOPBACK.get(address or self.host) != loopback:
-            return ["::", "0.0.0.0"]  # noqa: S104 - the other nodes come from anywhere
-        return [loopback]
+        try:
+            return start_store(
+                self.port,
+                loopback=loopback if LOOPBACK.get(address or self.host) == loopback else None,
+                run_id=run_id,
+                min_nodes=nodes[0],
+                max_nodes=nodes[1],
+                last_call_s=self.last_call_s,
+                silence_s=self.silence_s,
+                address=address,
+                most_membership_changes=self.most_membership_changes,
+            )
+        except OSError as error:
+            is_in_use = error.errno == errno.EADDRINUSE
+            if is_in_use and self.is_host is None and not self.is_alone:
+                # One of several agents on this machine: the first one hosts.
+                return None
+            reason = _owner_of(self.port) if is_in_use else error
+            raise RendezvousConnectionError(
+                f"the rendezvous cannot be hosted at {endpoint_text(self.host, self.port)}: {reason}"
+            ) from error
 
 
 def endpoint_text(host: str, port: int) -> str:

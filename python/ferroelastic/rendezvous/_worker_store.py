@@ -19,6 +19,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ferroelastic._compat import family
+from ferroelastic.rendezvous._store_server import start_store
 from ferroelastic.rendezvous.api import (
     RendezvousConnectionError,
     RendezvousInfo,
@@ -34,6 +35,7 @@ from ferroelastic.utils.store import DistStoreError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from ferroelastic import _rust
     from ferroelastic.rendezvous.api import RendezvousHandler
 
 __all__ = ["RenewedRendezvousInfo", "next_rendezvous"]
@@ -54,7 +56,9 @@ class RenewedRendezvousInfo(RendezvousInfo):
         server: the store, if this node hosts it; it lives as long as this object.
     """
 
-    def __init__(self, info: RendezvousInfo, bootstrap_store_info: RendezvousStoreInfo, server: object) -> None:
+    def __init__(
+        self, info: RendezvousInfo, bootstrap_store_info: RendezvousStoreInfo, server: _rust.StoreServer | None
+    ) -> None:
         super().__init__(info.store, info.rank, info.world_size, bootstrap_store_info)
         self.handler_address = _address(info)
         self.server = server
@@ -66,7 +70,6 @@ def next_rendezvous(
     *,
     local_addr: str | None,
     has_fixed_port: bool,
-    start_server: Callable[[], Any],
 ) -> RendezvousInfo:
     """Join the next round with an empty store for the workers.
 
@@ -75,7 +78,6 @@ def next_rendezvous(
         previous: what the former round returned here; ``None`` in the first.
         local_addr: address of this node; by default its host name.
         has_fixed_port: the workers' store has to stay at the port that the handler says (torch's static rendezvous).
-        start_server: starts a store and returns it; its ``port`` is where it listens.
 
     Raises:
         RendezvousTimeoutError: not all nodes of the round came within the store's timeout.
@@ -94,7 +96,7 @@ def next_rendezvous(
         if store is not None:
             _empty_store(store, handler.get_run_id(), info)
             return info
-    return _move_store(info, previous, local_addr=local_addr, has_fixed_port=has_fixed_port, start_server=start_server)
+    return _move_store(info, previous, local_addr=local_addr, has_fixed_port=has_fixed_port)
 
 
 def _forget_store(handler: Any) -> RendezvousInfo:
@@ -147,12 +149,11 @@ def _move_store(
     *,
     local_addr: str | None,
     has_fixed_port: bool,
-    start_server: Callable[[], Any],
 ) -> RendezvousInfo:
     """Let rank 0 start a store if any node was given the address of the former round."""
     given = _address(info)
     is_stale = previous is not None and given == getattr(previous, "handler_address", _address(previous))
-    servers: list[Any] = []
+    servers: list[_rust.StoreServer] = []
 
     def start() -> str:
         if has_fixed_port or (local_addr is None and _matches_machine_hostname(given[0])):
@@ -160,7 +161,7 @@ def _move_store(
         else:
             host = local_addr or fq_hostname()
         _forget_ranks(info)
-        servers.append(start_server())
+        servers.append(start_store())
         return f"{host}:{servers[0].port}"
 
     def start_if_stale() -> str:
