@@ -8,7 +8,7 @@ use std::net::{SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
 use ferroelastic_benches::print_percentiles;
-use ferroelastic_core::rendezvous::message::{Introduction, Join, Notice, PROTOCOL, Request, UPGRADE, decode, encode};
+use ferroelastic_core::rendezvous::message::{Introduction, Join, Notice, Request, UPGRADE, decode, encode};
 use ferroelastic_core::rendezvous::rounds::Settings;
 use ferroelastic_core::store::StoreServer;
 use ferroelastic_core::store::wire::{Limits, MAGIC};
@@ -34,15 +34,7 @@ impl Agent {
         hello.push(PING);
         hello.extend_from_slice(&NONCE);
         hello.push(UPGRADE);
-        let who = Introduction {
-            protocol: PROTOCOL,
-            run_id: "job".into(),
-            name: format!("node{number:04}"),
-            pid: 1,
-            is_host: false,
-            nodes: (nodes, nodes),
-            node_rank: None,
-        };
+        let who = Introduction::new("job".into(), format!("node{number:04}"), (nodes, nodes));
         encode(&Request::Enter(who), &mut hello);
         stream.write_all(&hello).expect("write");
         let mut echo = [0; 4];

@@ -422,6 +422,61 @@ def handler(argv: Sequence[str], stdout: str | None = None) -> SubprocessHandler
     return get_subprocess_handler(argv[0], tuple(argv[1:]), {"ADDED": "x"}, stdout or "", "", 0)
 
 
+@pytest.mark.parametrize("start_method", ["", "fork", "spawn"])
+def test_two_signals_that_come_together_while_workers_start_leave_none(tmp_path: Path, start_method: str) -> None:
+    """The second raises where the answer to the first begins: then the workers are stopped all the same."""
+    done = subprocess.run(
+        [sys.executable, "-c", TWO_SIGNALS, str(tmp_path / "pids"), start_method],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.stdout == "SIGHUP\n", done.stdout + done.stderr
+    pids = [int(line) for line in content(tmp_path / "pids").split()]
+    assert len(pids) == 2
+    assert all(ends_soon(pid) for pid in pids)
+
+
+# The engine's own hooks, which end what is left when the process does, are not to help.
+TWO_SIGNALS = """
+import os, signal, sys, time
+from ferroelastic.multiprocessing import DefaultLogsSpecs, SignalException, start_processes
+from ferroelastic.multiprocessing import _multiprocess_context, _subprocess_context
+
+path, start_method = sys.argv[1:]
+both = {signal.SIGHUP, signal.SIGTERM}
+
+def interrupt(pids):
+    with open(path, "w") as file:
+        print(*pids, file=file)
+    signal.pthread_sigmask(signal.SIG_BLOCK, both)
+    for number in both:
+        os.kill(os.getpid(), number)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, both)
+
+def spawn(commands, groups):
+    real_spawn(commands, groups)
+    interrupt(groups[0].pids)
+
+def start(self, processes):
+    real_start(self, processes)
+    interrupt([process.pid for process in processes])
+
+real_spawn, real_start = _subprocess_context.spawn, _multiprocess_context.MultiprocessContext._start_processes
+_subprocess_context.spawn, _multiprocess_context.MultiprocessContext._start_processes = spawn, start
+entrypoint, args = (time.sleep, (1000,)) if start_method else ("sleep", ("1000",))
+try:
+    start_processes(
+        "w", entrypoint, {0: args, 1: args}, {0: {}, 1: {}}, DefaultLogsSpecs(os.devnull), start_method=start_method or "spawn"
+    )
+except SignalException as error:
+    gone = all(not os.path.exists(f"/proc/{pid}") for pid in map(int, open(path).read().split()))
+    print(error.sigval.name if gone else "they run", flush=True)
+os._exit(0)
+"""
+
+
 def test_a_handler_of_its_own(tmp_path: Path) -> None:
     own = handler(["sh", "-c", "echo $ADDED; exit 4"], str(tmp_path / "out"))
     assert own.proc.wait(60) == 4

@@ -17,6 +17,7 @@ from ferroelastic.agent.server import LocalElasticAgent, WorkerSpec, WorkerState
 from ferroelastic.multiprocessing import DefaultLogsSpecs, Std
 from ferroelastic.rendezvous import RendezvousParameters
 from ferroelastic.rendezvous._native import NativeRendezvous
+from ferroelastic.utils.process_state import read_proc_state
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,6 +25,12 @@ if TYPE_CHECKING:
 
 PATIENCE_S = 60.0
 MOST_RANKS = 4
+
+# Ends when it is told to, with the exit code that it is told; does not mind SIGTERM if it is to be stubborn.
+WORKER = """
+[ -e "$1/stubborn.$RANK" ] && { trap '' TERM; : > "$1/is-stubborn.$RANK"; }
+read code < "$1/gate.$RANK"; exit "$code"
+"""
 
 
 class Node:
@@ -41,12 +48,12 @@ class Node:
             local_world_size=2,
             rdzv_handler=self.handler,
             entrypoint="/bin/sh",
-            args=("-c", f'read code < "{folder}/gate.$RANK"; exit "$code"'),
+            args=("-c", WORKER, "worker", str(folder)),
             max_restarts=max_restarts,
             monitor_interval=600,
         )
         logs = DefaultLogsSpecs(str(folder / f"logs.{is_host}"), redirects=Std.NONE)
-        self.agent = LocalElasticAgent(spec, logs, exit_barrier_timeout=PATIENCE_S, shutdown_timeout=5)
+        self.agent = LocalElasticAgent(spec, logs, exit_barrier_timeout=PATIENCE_S, shutdown_timeout=int(PATIENCE_S))
         self.outcome: Any = None
         self.thread = threading.Thread(target=self._run)
         self.thread.start()
@@ -145,6 +152,24 @@ def test_a_failure_is_told_by_both(job: Job) -> None:
         assert (restarts["last"]["cause"], restarts["last"]["reason"]) == ("failure", told)
         assert node.restarts() == {"failure": 1, "membership": 0}
         assert node.agent._remaining_restarts == 2
+    for rank in range(4):
+        job.let_end(rank, code=0)
+    assert [node.ends().state for node in (host, guest)] == [WorkerState.SUCCEEDED] * 2
+
+
+def test_a_failure_is_told_before_the_peers_of_the_worker_have_gone(job: Job) -> None:
+    (job.folder / "stubborn.3").touch()
+    host, guest = job.node(), job.node()
+    workers = [worker["pid"] for worker in host.runs_round(1)["workers"]]
+    stubborn = guest.runs_round(1)["workers"][1]["pid"]
+    assert eventually((job.folder / "is-stubborn.3").exists, PATIENCE_S)
+    job.let_end(2, code=7)
+    assert eventually(lambda: all(read_proc_state(pid) in {None, "Z"} for pid in workers), PATIENCE_S)
+    assert read_proc_state(stubborn) not in {None, "Z"}
+    (job.folder / "stubborn.3").unlink()
+    job.let_end(3, code=0)
+    for node in (host, guest):
+        assert node.runs_round(2)["restarts"]["failure"] == 1
     for rank in range(4):
         job.let_end(rank, code=0)
     assert [node.ends().state for node in (host, guest)] == [WorkerState.SUCCEEDED] * 2

@@ -81,9 +81,12 @@ class PContext(_compat.TorchVirtual, ABC):
     Attributes:
         shutdown_timeout: seconds between the stop signal and SIGKILL where workers are stopped because one has failed.
             Set it before :meth:`start`.
+        on_first_failure: called once with the first failure, as soon as it is seen: its peers are being stopped, and may take as
+            long as the grace.
     """
 
     shutdown_timeout: float = 30
+    on_first_failure: Callable[[ProcessFailure], object] | None = None
 
     def __init__(
         self,
@@ -307,6 +310,11 @@ class PContext(_compat.TorchVirtual, ABC):
 
     def _first_failure(self) -> ProcessFailure:
         return min(self._failures.values(), key=failed_at_ns)
+
+    def _tell_first_failure(self) -> None:
+        tell, self.on_first_failure = self.on_first_failure, None
+        if tell is not None and self._failures:
+            tell(self._first_failure())
 
 
 def _kill_wait_s(grace_s: float) -> float:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import signal
 from typing import TYPE_CHECKING, Any
 
+from ferroelastic._compat import family
+from ferroelastic.multiprocessing._signals import SignalException
 from ferroelastic.multiprocessing._std import _validate_full_rank
 
 if TYPE_CHECKING:
@@ -88,9 +90,21 @@ def start_processes(
             duplicate_stderr_filters=duplicate_stderr_filters,
         )
     context.shutdown_timeout = shutdown_timeout
+    interrupting: tuple[type[BaseException], ...] = (*family(SignalException), KeyboardInterrupt)
     try:
         context.start()
     except BaseException as error:
-        context.close(getattr(error, "sigval", None) or signal.SIGTERM, shutdown_timeout)
+        another: BaseException | None = None
+        while True:
+            try:
+                context.close(
+                    getattr(error, "sigval", None) or signal.SIGTERM, 0 if another is not None else shutdown_timeout
+                )
+                break
+            except interrupting as caught:
+                # It came with the first signal (SIGTERM and SIGHUP often do), or soon after, and before close() could take it.
+                another = another or caught
+        if another is not None and not isinstance(error, interrupting):
+            raise another from error
         raise
     return context

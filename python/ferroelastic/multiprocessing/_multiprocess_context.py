@@ -7,10 +7,12 @@ import signal
 import warnings
 from typing import TYPE_CHECKING, Any
 
+from ferroelastic._compat import family
 from ferroelastic._engine import get_engine
 from ferroelastic.multiprocessing._context import PContext, RunProcsResult
 from ferroelastic.multiprocessing._entry import Task, _wrap, load_return_value
 from ferroelastic.multiprocessing._processes import cpus_for
+from ferroelastic.multiprocessing._signals import SignalException
 from ferroelastic.utils.logging import get_logger
 
 if TYPE_CHECKING:
@@ -97,16 +99,23 @@ class MultiprocessContext(PContext):
         import multiprocessing
         import tempfile
 
+        interrupting: tuple[type[BaseException], ...] = (*family(SignalException), KeyboardInterrupt)
         context = multiprocessing.get_context(self.start_method)
         self._return_folder = tempfile.mkdtemp(prefix="ferroelastic_")
         self._pc = _ProcessSet([self._make_process(context, rank) for rank in range(self.nprocs)])
         try:
             self._start_processes(self._pc.processes)
             self._observe(self._pc.processes)
-        except BaseException:
-            if not self._groups:
-                _kill(self._pc.processes)
-                self._pc = None
+        except BaseException as error:
+            another: BaseException | None = None
+            while not self._groups and self._pc is not None:
+                try:
+                    _kill(self._pc.processes)
+                    self._pc = None
+                except interrupting as caught:  # noqa: PERF203 - the one that came with the first, see `start_processes`
+                    another = another or caught
+            if another is not None and not isinstance(error, interrupting):
+                raise another from error
             raise
 
     def _make_process(self, context: BaseContext, rank: int) -> BaseProcess:
@@ -198,6 +207,7 @@ class MultiprocessContext(PContext):
         self._capture_exits()
         if self._running_local_ranks and not self._failures:
             return None
+        self._tell_first_failure()
         if not self._failures:
             self._load_return_values()
         self.close(timeout=self.shutdown_timeout)

@@ -102,6 +102,7 @@ class SubprocessContext(PContext):
         self._capture_process_failures(done)
         if self._running_local_ranks and not self._failures:
             return None
+        self._tell_first_failure()
         self.close(timeout=self.shutdown_timeout)
         self._capture_process_failures(done)
         if self._failures:

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use ferroelastic_core::published::Wake;
 use ferroelastic_core::rendezvous::Client;
 use ferroelastic_core::rendezvous::member::{self, Call, Failure, Standing};
-use ferroelastic_core::rendezvous::message::{Introduction, Join, Kind, PROTOCOL, Place, Request, encode};
+use ferroelastic_core::rendezvous::message::{Introduction, Join, Kind, Place, Request, encode};
 use ferroelastic_core::rendezvous::rounds::Settings;
 use ferroelastic_core::store::StoreServer;
 use ferroelastic_core::store::wire::{Limits, MAGIC};
@@ -29,16 +29,7 @@ fn host(min_nodes: u32, max_nodes: u32, silence: Duration) -> StoreServer {
 }
 
 fn introduction(name: &str, nodes: (u32, u32)) -> Introduction {
-    let pid = std::process::id();
-    Introduction {
-        protocol: PROTOCOL,
-        run_id: "job".into(),
-        name: name.into(),
-        pid,
-        is_host: false,
-        nodes,
-        node_rank: None,
-    }
+    Introduction::new("job".into(), name.into(), nodes)
 }
 
 fn agent(port: u16, name: &str, nodes: (u32, u32)) -> Client {

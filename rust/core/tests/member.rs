@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use ferroelastic_core::rendezvous::member::{self, Call, Failure, Member, Standing};
-use ferroelastic_core::rendezvous::message::{Cause, Kind, Notice, Place, Request};
+use ferroelastic_core::rendezvous::message::{self, Cause, Kind, Notice, Place, Request, encode};
 
 const SECOND: Duration = Duration::from_secs(1);
 const SILENCE: Duration = Duration::from_secs(5);
@@ -49,6 +49,36 @@ fn a_host_that_does_not_answer_is_given_up_after_the_connect_timeout() {
     assert_eq!(due - start, 60 * SECOND);
     assert_eq!(member.step(due, member::Event::Tick), [member::Action::Disconnect]);
     assert!(matches!(member.standing(), Standing::Failed(Failure::Unreachable(_))));
+}
+
+#[test]
+fn why_a_host_was_not_reached_is_said_also_if_the_last_attempt_has_no_time() {
+    let (mut member, start) = member(false);
+    member.step(start, join());
+    let text = "connection refused".into();
+    member.step(start, member::Event::NotConnected { text, is_refused: true });
+    let later = start + 60 * SECOND;
+    // The attempt is under way when the time is over.
+    member.step(start + 59 * SECOND, member::Event::Tick);
+    member.step(later, member::Event::Tick);
+    let text = "the host of the rendezvous at host:29400 was not reached within 60 s: connection refused";
+    assert_eq!(*member.standing(), Standing::Failed(Failure::Unreachable(text.into())));
+}
+
+#[test]
+fn what_an_agent_says_fits_into_a_message() {
+    let long = "x".repeat(1 << 20);
+    let calls =
+        [Call::Failed { at_ns: 1, text: long.clone(), is_final: true }, Call::Close(long.clone()), Call::Leave(long)];
+    for call in calls {
+        let (mut member, now) = member(false);
+        placed(&mut member, now);
+        let actions = member.step(now, member::Event::Call(call));
+        let member::Action::Send(request) = &actions[0] else { panic!("{actions:?}") };
+        let mut frame = Vec::new();
+        encode(request, &mut frame);
+        assert!(message::decode::<Request>(&mut frame).expect("a message").is_some());
+    }
 }
 
 fn place() -> Place {

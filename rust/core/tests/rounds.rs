@@ -29,6 +29,8 @@ fn introduction(id: Id) -> Introduction {
         run_id: "job".into(),
         name: format!("node{id}"),
         pid: 100,
+        membership: id,
+        connection: id,
         is_host: id == 1,
         nodes: (2, 2),
         node_rank: None,
@@ -488,6 +490,56 @@ fn a_newcomer_does_not_interrupt_a_round_that_a_node_has_finished_and_left() {
     assert_eq!(over(&table.join(3, None)), []);
 }
 
+/// Agent 2, over a connection that is later or earlier than its first.
+fn again(connection: u64, node_rank: Option<u32>) -> Introduction {
+    Introduction { connection, node_rank, ..introduction(2) }
+}
+
+#[test]
+fn an_agent_that_comes_again_takes_its_own_place() {
+    for node_ranks in [[None; 2], [Some(0), Some(1)]] {
+        let mut table = Table::new(settings(2, 2));
+        table.step(Event::Entered(1, Introduction { node_rank: node_ranks[0], ..introduction(1) }));
+        table.step(Event::Entered(2, again(2, node_ranks[1])));
+        table.join(1, None);
+        table.join(2, None);
+        // One that it has given up, and that was slower.
+        assert_eq!(table.step(Event::Entered(7, again(1, node_ranks[1]))), [Action::Drop(7)]);
+        // Only it has seen its connection break.
+        let actions = table.step(Event::Entered(8, again(3, node_ranks[1])));
+        assert!(actions.contains(&Action::Drop(2)), "{actions:?}");
+        assert_eq!(refused(&actions), None);
+        assert_eq!(
+            over(&actions).iter().map(|(id, kind, _)| (*id, *kind)).collect::<Vec<_>>(),
+            [(1, Kind::Membership)]
+        );
+        assert_eq!(table.step(Event::Lost(2, "dropped".into())), []);
+        table.join(8, None);
+        assert_eq!(begun(&table.join(1, Some(0))).len(), 2);
+    }
+}
+
+#[test]
+fn a_node_that_has_finished_and_comes_again_has_finished() {
+    let mut table = Table::running(2, 2);
+    table.step(Event::Finished(2, 0));
+    table.step(Event::Entered(8, again(3, None)));
+    assert_eq!(table.step(Event::Finished(8, 0)), []);
+    assert!(table.step(Event::Finished(1, 0)).contains(&Action::Tell(8, Notice::Released)));
+}
+
+#[test]
+fn of_two_last_failures_the_first_is_named_whichever_is_heard_first() {
+    for order in [[1, 2], [2, 1]] {
+        let mut table = Table::running(2, 2);
+        for id in order {
+            table.step(Event::Failed { id, round: 0, at_ns: id, text: format!("rank {id} fell"), is_final: true });
+        }
+        table.pass(SECOND, &[1, 2]);
+        assert_eq!(table.rounds.closed(), Some("rank 1 fell on node1, and no restart is left"));
+    }
+}
+
 #[test]
 fn a_job_of_one_node_ends_at_once() {
     let mut table = Table::running(1, 1);
@@ -501,7 +553,7 @@ fn a_node_that_has_finished_may_lose_its_connection() {
     table.step(Event::Finished(2, 0));
     table.step(Event::Lost(2, "gone".into()));
     table.enter(7, (2, 2));
-    // Another agent of the same process, as far as the host knows: the names are the same.
+    // The same agent, over another connection.
     let who = Introduction { nodes: (2, 2), ..introduction(2) };
     table.step(Event::Entered(8, who));
     assert_eq!(table.step(Event::Finished(8, 0)), []);

@@ -4,7 +4,7 @@ use std::os::fd::{AsRawFd, RawFd};
 
 use ferroelastic_core::rendezvous;
 use ferroelastic_core::rendezvous::member::{self, Call, Failure};
-use ferroelastic_core::rendezvous::message::{self, Introduction, Kind, PROTOCOL};
+use ferroelastic_core::rendezvous::message::{self, Introduction, Kind};
 use ferroelastic_core::store::client::endpoint;
 use pyo3::prelude::*;
 
@@ -125,9 +125,8 @@ impl RendezvousClient {
     ) -> PyResult<Self> {
         let connect_timeout = span("connect_timeout_s", connect_timeout_s)?;
         let settings = member::Settings { endpoint: endpoint(host, port), connect_timeout, is_host };
-        let (pid, nodes) = (std::process::id(), (min_nodes, max_nodes));
-        let name = name.unwrap_or_default();
-        let who = Introduction { protocol: PROTOCOL, run_id, name, pid, is_host, nodes, node_rank };
+        let who = Introduction::new(run_id, name.unwrap_or_default(), (min_nodes, max_nodes));
+        let who = Introduction { is_host, node_rank, ..who };
         detached(py, || rendezvous::Client::start(host, port, who, settings)).map(Self)
     }
 

@@ -300,6 +300,7 @@ class LocalElasticAgent(SimpleElasticAgent):
             duplicate_stderr_filters=spec.duplicate_stderr_filters,
             shutdown_timeout=self._shutdown_timeout,
         )
+        self._pcontext.on_first_failure = self._tell_first_failure
         if hasattr(self._worker_watchdog, "set_workers"):
             self._worker_watchdog.set_workers(_watchdog.workers_with_folders(self._pcontext, worker_group.workers))
         return self._pcontext.pids()
@@ -451,6 +452,14 @@ class LocalElasticAgent(SimpleElasticAgent):
             return RunResult(state=WorkerState.FAILED, failures=failures)
         return_values = {ranks[local_rank]: value for local_rank, value in result.return_values.items()}
         return RunResult(state=WorkerState.SUCCEEDED, return_values=return_values)
+
+    def _tell_first_failure(self, failure: ProcessFailure) -> None:
+        """Tell the other nodes at once: all stop their workers at the same time, however long those of this node take."""
+        interruption = self._interruption()
+        if interruption is None or interruption.is_failure:
+            workers = self._worker_group.workers
+            rank = next(worker.global_rank for worker in workers if worker.local_rank == failure.local_rank)
+            self._report_failure(RunResult(state=WorkerState.FAILED, failures={rank: failure}))
 
     def _explain_expiries(self, role: str, failures: dict[int, ProcessFailure]) -> None:
         """Say of the workers that a watchdog has ended why it has."""

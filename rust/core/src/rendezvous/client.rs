@@ -434,6 +434,7 @@ impl Talker {
     fn introduce(&mut self) {
         let Some(link) = &mut self.link else { return };
         let address = link.stream.local_address().ok().map(|address| address.ip().to_canonical());
+        self.who.connection += 1;
         let mut who = self.who.clone();
         if who.name.is_empty() {
             who.name = address.map_or_else(String::new, |address| address.to_string());
@@ -516,7 +517,6 @@ mod tests {
     use std::net::{Ipv4Addr, TcpListener, TcpStream};
 
     use super::*;
-    use crate::rendezvous::message::PROTOCOL;
 
     /// A listener that takes no more connections, as a machine behind a broken route: what asks for one gets no answer.
     fn silent() -> (TcpListener, Vec<TcpStream>) {
@@ -536,15 +536,7 @@ mod tests {
         let (dead, _queued) = silent();
         let live = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("bind");
         let [dead, there] = [&dead, &live].map(|listener| listener.local_addr().expect("address"));
-        let who = Introduction {
-            protocol: PROTOCOL,
-            run_id: "job".into(),
-            name: "node".into(),
-            pid: 1,
-            is_host: false,
-            nodes: (1, 1),
-            node_rank: None,
-        };
+        let who = Introduction::new("job".into(), "node".into(), (1, 1));
         let connect_timeout = Duration::from_secs(60);
         let settings = Settings { endpoint: "host".into(), connect_timeout, is_host: false };
         let wake = Arc::new(WakeFd::new().expect("wake"));

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::message::{Cause, Join, Kind, Notice, Place, Request};
+use super::message::{Cause, Join, Kind, MOST_TEXT_BYTES, Notice, Place, Request, bounded};
 use crate::sys::timer::{ENDLESS, later};
 
 /// Of the silence after which the other side is taken for lost, an agent is silent for no more than this part.
@@ -160,6 +160,8 @@ pub struct Member {
     /// Until when it is tried to reach the host.
     connect_until: Instant,
     pause: Duration,
+    /// Why it was not reached so far.
+    unreached: Option<String>,
     was_welcome: bool,
     last_round: Option<u64>,
     /// The last round was told over the connection that there is: the next one has a larger number. Over another connection, it may be
@@ -182,6 +184,7 @@ impl Member {
             wish: None,
             connect_until: now,
             pause: FIRST_PAUSE,
+            unreached: None,
             was_welcome: false,
             last_round: None,
             is_round_of_link: false,
@@ -269,7 +272,7 @@ impl Member {
             }
             Call::Failed { at_ns, text, is_final } => {
                 if let Some(round) = self.last_round {
-                    self.send(Request::Failed { round, at_ns, text, is_final });
+                    self.send(Request::Failed { round, at_ns, text: short(&text), is_final });
                 }
             }
             Call::Finished => {
@@ -279,9 +282,9 @@ impl Member {
                     self.send(Request::Finished { round });
                 }
             }
-            Call::Close(text) => self.send(Request::Close { text }),
+            Call::Close(text) => self.send(Request::Close { text: short(&text) }),
             Call::Leave(text) => {
-                self.send(Request::Leave { text });
+                self.send(Request::Leave { text: short(&text) });
                 self.wish = None;
                 self.link = Link::Down;
                 self.actions.push(Action::Disconnect);
@@ -310,6 +313,7 @@ impl Member {
     fn connect(&mut self, now: Instant) {
         self.connect_until = later(now, self.settings.connect_timeout);
         self.pause = FIRST_PAUSE;
+        self.unreached = None;
         self.link = Link::Connecting;
         self.actions.push(Action::Connect);
     }
@@ -330,6 +334,7 @@ impl Member {
                 format!("the host of the rendezvous at {endpoint} was not reached within {tried_s:.0} s: {text}");
             return self.fail(Failure::Unreachable(text));
         }
+        self.unreached = Some(text.to_owned());
         self.link = Link::Pausing { next: (now + self.pause).min(self.connect_until) };
         self.pause = (self.pause * 2).min(LONGEST_PAUSE);
     }
@@ -455,7 +460,9 @@ impl Member {
             }
             Link::Connecting | Link::Entering if now >= self.connect_until => {
                 self.actions.push(Action::Disconnect);
-                self.not_connected(now, "no answer", false);
+                // The last attempt has no time left for an answer.
+                let text = self.unreached.take();
+                self.not_connected(now, text.as_deref().unwrap_or("no answer"), false);
             }
             Link::Up { heard, silence, .. } if !self.settings.is_host && now >= heard + silence => {
                 self.actions.push(Action::Disconnect);
@@ -471,4 +478,9 @@ impl Member {
             self.fail(Failure::TimedOut("the host was not there to say who did".into()));
         }
     }
+}
+
+/// What fits into a message.
+fn short(text: &str) -> String {
+    bounded(text, MOST_TEXT_BYTES).to_owned()
 }

@@ -3,7 +3,8 @@
 //! An agent begins like any client of the store, so that a store which is not ours can be told from no store at all, and then sends the
 //! opcode [`UPGRADE`]. From there on both sides send frames: a length of 4 bytes, little-endian, and as much JSON.
 
-use std::time::Duration;
+use std::hash::{BuildHasher, RandomState};
+use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
@@ -30,12 +31,28 @@ pub struct Introduction {
     pub name: String,
     /// Process id there.
     pub pid: u32,
+    /// Which membership this is: the same in all its connections, and no other's. Two agents of one process look alike otherwise.
+    pub membership: u64,
+    /// Which connection of the membership this is; later ones have larger numbers.
+    pub connection: u64,
     /// Whether it runs in the process that hosts the rendezvous.
     pub is_host: bool,
     /// Fewest and most nodes of a round, as it was told.
     pub nodes: (u32, u32),
     /// The rank it was given beforehand (static rendezvous).
     pub node_rank: Option<u32>,
+}
+
+impl Introduction {
+    /// Of a new membership of this process.
+    #[must_use]
+    pub fn new(run_id: String, name: String, nodes: (u32, u32)) -> Self {
+        let pid = std::process::id();
+        // Forked processes have the same random state, and each its own pid.
+        let membership = RandomState::new().hash_one((pid, SystemTime::now()));
+        let protocol = PROTOCOL;
+        Self { protocol, run_id, name, pid, membership, connection: 0, is_host: false, nodes, node_rank: None }
+    }
 }
 
 /// An agent is ready for a round: its workers of the former one are gone.

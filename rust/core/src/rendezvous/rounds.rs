@@ -189,9 +189,9 @@ pub struct Rounds {
     membership_changes: u64,
     cause: Option<Cause>,
     pending: Option<Pending>,
-    /// Agents whose workers have succeeded in this round and whose connection has ended, by name and pid: they may come back to hear how
-    /// it goes on.
-    gone_finished: HashMap<(String, u32), Place>,
+    /// Agents whose workers have succeeded in this round and whose connection has ended, by membership: they may come back to hear how it
+    /// goes on.
+    gone_finished: HashMap<u64, Place>,
     last_step: Instant,
     /// Nothing is due before this. What is heard moves deadlines away, so it may be that nothing is due then either: that is found out then, and not
     /// with each message, of which there are as many as agents.
@@ -291,6 +291,19 @@ impl Rounds {
     // ---- of agents
 
     fn enter(&mut self, now: Instant, id: Id, mut who: Introduction) {
+        let same = self.members.iter().find(|(_, member)| member.who.membership == who.membership);
+        if let Some((former, is_later)) = same.map(|(id, member)| (*id, member.who.connection < who.connection)) {
+            if !is_later {
+                // Said twice, or by a connection that it has given up.
+                if former != id {
+                    self.actions.push(Action::Drop(id));
+                }
+                return;
+            }
+            // Only it has noticed that its former connection is broken.
+            self.actions.push(Action::Drop(former));
+            self.remove(now, former, "was lost: it came over another connection");
+        }
         if let Some(text) = self.objection(&who) {
             self.tell(id, Notice::Refused { text });
             return self.actions.push(Action::Drop(id));
@@ -424,7 +437,7 @@ impl Rounds {
                 self.sit(id, Seat::Finished(place));
             }
             // It says so again: its connection had ended.
-            Seat::Away => match self.gone_finished.remove(&(member.who.name.clone(), member.who.pid)) {
+            Seat::Away => match self.gone_finished.remove(&member.who.membership) {
                 Some(place) => {
                     member.last = Some((place.round, place.group_rank));
                     self.sit(id, Seat::Finished(place));
@@ -471,7 +484,7 @@ impl Rounds {
             (Phase::Running, Seat::Running(_)) => self.end_round(now, &lost),
             // Its workers have succeeded: it is not missed.
             (Phase::Running, Seat::Finished(place)) => {
-                self.gone_finished.insert((member.who.name, member.who.pid), place);
+                self.gone_finished.insert(member.who.membership, place);
                 self.release_if_all_finished();
             }
             (Phase::Gathering { since, .. }, Seat::Returning) => {

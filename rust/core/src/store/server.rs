@@ -410,7 +410,7 @@ mod tests {
     use super::*;
     use crate::rendezvous::Client;
     use crate::rendezvous::member::{self, Call, Standing};
-    use crate::rendezvous::message::{Introduction, PROTOCOL};
+    use crate::rendezvous::message::Introduction;
 
     const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -443,15 +443,7 @@ mod tests {
             most_membership_changes: None,
         }));
         let port = server.address().port();
-        let who = Introduction {
-            protocol: PROTOCOL,
-            run_id: "job".into(),
-            name: "a".into(),
-            pid: std::process::id(),
-            is_host: true,
-            nodes: (1, 1),
-            node_rank: None,
-        };
+        let who = Introduction { is_host: true, ..Introduction::new("job".into(), "a".into(), (1, 1)) };
         let settings =
             member::Settings { endpoint: format!("127.0.0.1:{port}"), connect_timeout: PATIENCE, is_host: true };
         let agent = Client::start("127.0.0.1", port, who, settings).expect("client");

@@ -92,19 +92,10 @@ mod tests {
     use std::time::{Duration, Instant};
 
     use super::*;
-    use crate::rendezvous::message::{Introduction, Join, PROTOCOL, encode};
+    use crate::rendezvous::message::{Introduction, Join, encode};
 
     fn enter() -> Request {
-        let (run_id, name) = ("job".into(), "a".into());
-        Request::Enter(Introduction {
-            protocol: PROTOCOL,
-            run_id,
-            name,
-            pid: 1,
-            is_host: false,
-            nodes: (1, 1),
-            node_rank: None,
-        })
+        Request::Enter(Introduction::new("job".into(), "a".into(), (1, 1)))
     }
 
     fn join(local_world_size: u64) -> Request {

@@ -59,6 +59,11 @@ impl Client {
         Ok(delivered)
     }
 
+    /// Whether a signal would reach the process that asked.
+    pub(crate) fn can_be_signalled(&self, pid: i32) -> bool {
+        self.hold.as_ref().is_some_and(|hold| !self.has_ended(pid) && matches!(hold.signal(0), Ok(true)))
+    }
+
     pub(crate) fn hold(&self) -> Option<&Leader> {
         self.hold.as_ref()
     }

@@ -473,13 +473,15 @@ impl Server {
     fn strike(&mut self, mut expiry: Expiry) {
         expiry.signalled_ns = Moment::now().monotonic_ns;
         self.reports.note_cause(&expiry);
-        let signalled = self.clients.get(expiry.pid).map_or(Ok(false), |client| client.signal(expiry.signal));
+        let client = self.clients.get(expiry.pid);
+        // The worker first: if it waits for its helper, it could take the helper's end for its own, and end as a success.
         if expiry.worker != expiry.pid
-            && matches!(signalled, Ok(true))
+            && client.is_some_and(|client| client.can_be_signalled(expiry.pid))
             && let Some((_, Some(hold))) = self.workers.iter().find(|(worker, _)| worker.pid == expiry.worker)
         {
             let _ = hold.signal(expiry.signal);
         }
+        let signalled = client.map_or(Ok(false), |client| client.signal(expiry.signal));
         expiry.outcome = match signalled {
             Ok(true) => Outcome::Signalled,
             Ok(false) => Outcome::Gone,

@@ -453,6 +453,8 @@ impl Job {
                     run_id: "job".into(),
                     name: self.agents[index].name.clone(),
                     pid: u32::try_from(index).expect("small"),
+                    membership: u64::try_from(index).expect("small"),
+                    connection: link,
                     is_host: index == 0,
                     nodes: (self.min_nodes, self.max_nodes),
                     node_rank: None,

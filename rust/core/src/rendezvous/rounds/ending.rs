@@ -56,7 +56,12 @@ impl Rounds {
         }
         let pending = match self.pending.take() {
             Some(known) if known.is_final && !is_final => known,
-            Some(known) if known.is_final == is_final => Pending { at: at.min(known.at), ..known },
+            Some(known) if known.is_final == is_final => {
+                // What happened first counts, whichever was heard of first.
+                let is_earlier = cause.at_ns.is_some_and(|at_ns| known.cause.at_ns.is_none_or(|known| at_ns < known));
+                let cause = if is_earlier { cause } else { known.cause };
+                Pending { at: at.min(known.at), cause, is_final }
+            }
             _ => Pending { at, cause, is_final },
         };
         self.expect_by(pending.at);
