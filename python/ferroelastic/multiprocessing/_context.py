@@ -153,7 +153,7 @@ class PContext(_compat.TorchVirtual, ABC):
         Which signals these are is told by the variable ``TORCHELASTIC_SIGNALS_TO_HANDLE``.
 
         Raises:
-            OSError: a worker cannot be started.
+            OSError: a worker cannot be started; :meth:`close` ends those that were.
         """
         install_signal_handlers(os.environ.get(_SIGNALS_ENV, _DEFAULT_SIGNALS))
         self._start()

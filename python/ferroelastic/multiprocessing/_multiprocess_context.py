@@ -7,12 +7,10 @@ import signal
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from ferroelastic._compat import family
 from ferroelastic._engine import get_engine
 from ferroelastic.multiprocessing._context import PContext, RunProcsResult
 from ferroelastic.multiprocessing._entry import Task, _wrap, load_return_value
 from ferroelastic.multiprocessing._processes import cpus_for
-from ferroelastic.multiprocessing._signals import SignalException
 from ferroelastic.utils.logging import get_logger
 
 if TYPE_CHECKING:
@@ -99,24 +97,11 @@ class MultiprocessContext(PContext):
         import multiprocessing
         import tempfile
 
-        interrupting: tuple[type[BaseException], ...] = (*family(SignalException), KeyboardInterrupt)
         context = multiprocessing.get_context(self.start_method)
         self._return_folder = tempfile.mkdtemp(prefix="ferroelastic_")
         self._pc = _ProcessSet([self._make_process(context, rank) for rank in range(self.nprocs)])
-        try:
-            self._start_processes(self._pc.processes)
-            self._observe(self._pc.processes)
-        except BaseException as error:
-            another: BaseException | None = None
-            while not self._groups and self._pc is not None:
-                try:
-                    _kill(self._pc.processes)
-                    self._pc = None
-                except interrupting as caught:  # noqa: PERF203 - the one that came with the first, see `start_processes`
-                    another = another or caught
-            if another is not None and not isinstance(error, interrupting):
-                raise another from error
-            raise
+        self._start_processes(self._pc.processes)
+        self._observe(self._pc.processes)
 
     def _make_process(self, context: BaseContext, rank: int) -> BaseProcess:
         task = Task(
@@ -192,7 +177,7 @@ class MultiprocessContext(PContext):
         )
         for rank in sorted(self._running_local_ranks):
             process = self._pc.processes[rank]
-            if rank in exits or rank not in self._observed_ranks:
+            if rank in exits or (rank not in self._observed_ranks and process.exitcode is not None):
                 self._note_end(rank, int(process.pid or 0), self._reap(process), exits.get(rank))
 
     def _reap(self, process: BaseProcess) -> int:
@@ -248,6 +233,10 @@ class MultiprocessContext(PContext):
         try:
             if self._group is not None:
                 self._stop_group(self._group, death_sig, timeout)
+            elif self._pc is not None and any(process.exitcode is None for process in self._pc.processes):
+                # The start has failed: the engine does not know them, and some may not have been started.
+                _kill(self._pc.processes)
+                self._pc = None
         finally:
             self._capture_exits()
             if self._return_folder is not None:

@@ -154,6 +154,14 @@ pub struct Cause {
     pub text: String,
 }
 
+impl Cause {
+    /// Whether this is known to have happened before `other`, of which it may not be known when it happened.
+    #[must_use]
+    pub fn is_before(&self, other: &Self) -> bool {
+        self.at_ns.is_some_and(|at_ns| other.at_ns.is_none_or(|other| at_ns < other))
+    }
+}
+
 /// From the host to an agent.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Notice {

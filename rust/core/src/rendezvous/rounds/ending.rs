@@ -43,7 +43,7 @@ impl Rounds {
                 return self.close_for_good(&cause);
             }
             // It was first, and heard of second.
-            if known.at_ns.is_none_or(|known| at_ns < known) {
+            if cause.is_before(known) {
                 *known = cause;
             }
         }
@@ -58,8 +58,7 @@ impl Rounds {
             Some(known) if known.is_final && !is_final => known,
             Some(known) if known.is_final == is_final => {
                 // What happened first counts, whichever was heard of first.
-                let is_earlier = cause.at_ns.is_some_and(|at_ns| known.cause.at_ns.is_none_or(|known| at_ns < known));
-                let cause = if is_earlier { cause } else { known.cause };
+                let cause = if cause.is_before(&known.cause) { cause } else { known.cause };
                 Pending { at: at.min(known.at), cause, is_final }
             }
             _ => Pending { at, cause, is_final },

@@ -1,0 +1,137 @@
+//! What a round has ended of: of which failure, or of a node that is lost; and what ends the job.
+
+use std::time::Duration;
+
+use ferroelastic_core::rendezvous::message::{Kind, Notice};
+use ferroelastic_core::rendezvous::rounds::{Action, Event};
+
+use crate::table::{LOSS_GRACE, MOMENT, SECOND, SILENCE, Table, begun, over};
+
+#[test]
+fn a_note_of_a_worker_in_the_store_is_a_failure() {
+    let mut table = Table::running(2, 2);
+    let ended =
+        over(&table.step(Event::Announced { text: "rank 3 wrote /remote_error".into(), grace: Duration::ZERO }));
+    assert_eq!(ended.len(), 2);
+    assert_eq!(ended[0].1, Kind::Failure);
+}
+
+#[test]
+fn after_a_note_that_workers_write_evidence_they_have_time_for_it() {
+    let mut table = Table::running(2, 2);
+    let grace = 20 * SECOND;
+    assert_eq!(table.step(Event::Announced { text: "rank 3 wrote /exception_dump".into(), grace }), []);
+    assert_eq!(table.pass(grace.saturating_sub(MOMENT), &[1, 2]), []);
+    assert_eq!(over(&table.pass(2 * MOMENT, &[1, 2])).len(), 2);
+    // A worker that fails meanwhile ends the round before.
+    table.join(1, Some(0));
+    table.join(2, Some(0));
+    table.step(Event::Announced { text: "rank 3 wrote /exception_dump".into(), grace });
+    assert_eq!(over(&table.fail(1, 1, 1)).len(), 2);
+    table.join(1, Some(1));
+    table.join(2, Some(1));
+    assert_eq!(table.pass(2 * grace, &[1, 2]), []);
+}
+
+#[test]
+fn of_two_notes_the_earlier_deadline_counts() {
+    let mut table = Table::running(2, 2);
+    let grace = 20 * SECOND;
+    table.step(Event::Announced { text: "rank 3 wrote /exception_dump".into(), grace });
+    let error = Event::Announced { text: "rank 3 wrote /remote_error".into(), grace: Duration::ZERO };
+    assert_eq!(over(&table.step(error)).len(), 2);
+}
+
+#[test]
+fn workers_that_fail_because_their_peers_are_lost_have_not_failed() {
+    let mut table = Table::running(2, 3);
+    // Heard of before the loss.
+    assert_eq!(over(&table.fail(1, 0, 1)).len(), 3);
+    table.join(1, Some(0));
+    table.step(Event::Lost(3, "its connection broke".into()));
+    let places = begun(&table.join(2, Some(0)));
+    assert_eq!(places.len(), 2);
+    assert!(places.iter().all(|(_, place)| (place.failures, place.membership_changes) == (0, 1)));
+    let cause = places[0].1.cause.clone().expect("a cause");
+    assert_eq!(
+        (cause.kind, cause.text.as_str()),
+        (Kind::Membership, "node3 (agent 100) was lost: its connection broke")
+    );
+}
+
+#[test]
+fn a_node_that_is_lost_long_after_a_failure_does_not_explain_it() {
+    let mut table = Table::running(2, 3);
+    table.fail(1, 0, 1);
+    table.join(1, Some(0));
+    table.pass(SILENCE, &[1, 2, 3]);
+    table.step(Event::Lost(3, "its connection broke".into()));
+    let places = begun(&table.join(2, Some(0)));
+    assert!(places.iter().all(|(_, place)| (place.failures, place.membership_changes) == (1, 0)));
+}
+
+#[test]
+fn the_last_failure_is_none_if_a_node_was_lost() {
+    let mut table = Table::running(2, 3);
+    assert_eq!(table.fail_for_good(1, 0), []);
+    // Nor does another failure of the same round make it less final.
+    assert_eq!(table.fail(2, 0, 1), []);
+    let ended = over(&table.step(Event::Lost(3, "its connection broke".into())));
+    assert_eq!(
+        ended.iter().map(|(id, kind, _)| (*id, *kind)).collect::<Vec<_>>(),
+        [1, 2].map(|id| (id, Kind::Membership))
+    );
+    // Heard of after the loss.
+    assert_eq!(table.fail_for_good(2, 0), []);
+    table.pass(LOSS_GRACE, &[1, 2]);
+    table.join(1, Some(0));
+    assert_eq!(begun(&table.join(2, Some(0))).len(), 2);
+}
+
+#[test]
+fn a_newcomer_does_not_undo_the_last_failure() {
+    let mut table = Table::running(2, 3);
+    table.step(Event::Lost(3, "gone".into()));
+    table.join(1, Some(0));
+    table.join(2, Some(0));
+    assert_eq!(table.fail_for_good(1, 1), []);
+    table.enter(4, (2, 3));
+    assert_eq!(over(&table.join(4, None)), []);
+    table.pass(LOSS_GRACE, &[1, 2, 4]);
+    assert_eq!(table.rounds.closed(), Some("rank 1 exited with 1 on node1, and no restart is left"));
+}
+
+#[test]
+fn nor_does_a_node_that_begins_again() {
+    let mut table = Table::running(2, 3);
+    assert_eq!(table.fail_for_good(1, 0), []);
+    assert_eq!(begun(&table.join(2, Some(0))), []);
+    assert_eq!(table.rounds.closed(), Some("rank 1 exited with 1 on node1, and no restart is left"));
+}
+
+#[test]
+fn a_note_in_the_store_does_not_hasten_the_last_failure() {
+    let mut table = Table::running(2, 3);
+    table.fail_for_good(1, 0);
+    table.step(Event::Announced { text: "rank 2 wrote /remote_error".into(), grace: Duration::ZERO });
+    assert_eq!(over(&table.step(Event::Lost(3, "gone".into()))).len(), 2);
+}
+
+#[test]
+fn of_two_last_failures_the_first_is_named_whichever_is_heard_first() {
+    for order in [[1, 2], [2, 1]] {
+        let mut table = Table::running(2, 2);
+        for id in order {
+            table.step(Event::Failed { id, round: 0, at_ns: id, text: format!("rank {id} fell"), is_final: true });
+        }
+        table.pass(SECOND, &[1, 2]);
+        assert_eq!(table.rounds.closed(), Some("rank 1 fell on node1, and no restart is left"));
+    }
+}
+
+#[test]
+fn a_job_of_one_node_ends_at_once() {
+    let mut table = Table::running(1, 1);
+    let text = "rank 1 exited with 1 on node1, and no restart is left".into();
+    assert_eq!(table.fail_for_good(1, 0), [Action::Tell(1, Notice::Closed { text, is_spare: false })]);
+}

@@ -1,0 +1,129 @@
+//! A rendezvous, its clock, and what it says.
+
+use std::time::{Duration, Instant};
+
+use ferroelastic_core::rendezvous::message::{Introduction, Join, Kind, Notice, PROTOCOL, Place};
+use ferroelastic_core::rendezvous::rounds::{Action, Event, Id, Rounds, Settings};
+
+pub(crate) const SECOND: Duration = Duration::from_secs(1);
+pub(crate) const SILENCE: Duration = Duration::from_secs(5);
+pub(crate) const JOIN_TIMEOUT: Duration = Duration::from_secs(600);
+pub(crate) const LOSS_GRACE: Duration = Duration::from_millis(250);
+pub(crate) const MOMENT: Duration = Duration::from_millis(10);
+
+pub(crate) fn settings(min_nodes: u32, max_nodes: u32) -> Settings {
+    Settings {
+        run_id: "job".into(),
+        min_nodes,
+        max_nodes,
+        last_call: 30 * SECOND,
+        silence: SILENCE,
+        address: None,
+        most_membership_changes: None,
+    }
+}
+
+pub(crate) fn introduction(id: Id) -> Introduction {
+    Introduction {
+        protocol: PROTOCOL,
+        run_id: "job".into(),
+        name: format!("node{id}"),
+        pid: 100,
+        membership: id,
+        connection: id,
+        is_host: id == 1,
+        nodes: (2, 2),
+        node_rank: None,
+    }
+}
+
+/// A rendezvous and the time. Agents have the numbers from 1; that of the host is number 1.
+pub(crate) struct Table {
+    pub(crate) rounds: Rounds,
+    pub(crate) now: Instant,
+}
+
+impl Table {
+    pub(crate) fn new(settings: Settings) -> Self {
+        let now = Instant::now();
+        Self { rounds: Rounds::new(settings, now), now }
+    }
+
+    pub(crate) fn step(&mut self, event: Event) -> Vec<Action> {
+        self.rounds.step(self.now, event)
+    }
+
+    pub(crate) fn enter(&mut self, id: Id, nodes: (u32, u32)) -> Vec<Action> {
+        let who = Introduction { nodes, ..introduction(id) };
+        self.step(Event::Entered(id, who))
+    }
+
+    pub(crate) fn join(&mut self, id: Id, after: Option<u64>) -> Vec<Action> {
+        self.join_as(id, after, "default", 2)
+    }
+
+    pub(crate) fn join_as(&mut self, id: Id, after: Option<u64>, role: &str, local_world_size: u64) -> Vec<Action> {
+        self.step(Event::Joined(id, Join { after, role: role.into(), local_world_size, timeout: JOIN_TIMEOUT }))
+    }
+
+    pub(crate) fn fail(&mut self, id: Id, round: u64, at_ns: u64) -> Vec<Action> {
+        self.step(Event::Failed { id, round, at_ns, text: format!("rank {id} exited with 1"), is_final: false })
+    }
+
+    pub(crate) fn fail_for_good(&mut self, id: Id, round: u64) -> Vec<Action> {
+        self.step(Event::Failed { id, round, at_ns: 1, text: format!("rank {id} exited with 1"), is_final: true })
+    }
+
+    /// So many agents in their first round.
+    pub(crate) fn running(min_nodes: u32, max_nodes: u32) -> Self {
+        let mut table = Self::new(settings(min_nodes, max_nodes));
+        for id in 1..=u64::from(max_nodes) {
+            table.enter(id, (min_nodes, max_nodes));
+        }
+        let last: Vec<_> = (1..=u64::from(max_nodes)).map(|id| table.join(id, None)).collect();
+        assert_eq!(begun(last.last().expect("one")).len(), max_nodes as usize);
+        table
+    }
+
+    /// Lets time pass as it does: with a tick whenever one is due, and beats of those who live.
+    pub(crate) fn pass(&mut self, time: Duration, living: &[Id]) -> Vec<Action> {
+        let end = self.now + time;
+        let mut actions = Vec::new();
+        loop {
+            let beat = self.now + SECOND;
+            let next = self.rounds.next_tick().unwrap_or(end).min(beat).min(end);
+            self.now = next.max(self.now);
+            for id in living {
+                actions.extend(self.step(Event::Beat(*id)));
+            }
+            actions.extend(self.step(Event::Tick));
+            if self.now >= end {
+                actions.retain(|action| !matches!(action, Action::Tell(_, Notice::Beat)));
+                return actions;
+            }
+        }
+    }
+}
+
+pub(crate) fn begun(actions: &[Action]) -> Vec<(Id, Place)> {
+    let begun = actions.iter().filter_map(|action| match action {
+        Action::Tell(id, Notice::Begin(place)) => Some((*id, place.clone())),
+        _ => None,
+    });
+    begun.collect()
+}
+
+pub(crate) fn over(actions: &[Action]) -> Vec<(Id, Kind, String)> {
+    let over = actions.iter().filter_map(|action| match action {
+        Action::Tell(id, Notice::Over { cause, .. }) => Some((*id, cause.kind, cause.text.clone())),
+        _ => None,
+    });
+    over.collect()
+}
+
+pub(crate) fn refused(actions: &[Action]) -> Option<String> {
+    actions.iter().find_map(|action| match action {
+        Action::Tell(_, Notice::Refused { text }) => Some(text.clone()),
+        _ => None,
+    })
+}
