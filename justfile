@@ -49,6 +49,18 @@ bench:
 bench-torchrun *options: setup
     {{ bin }}/python benches/against_torchrun.py {{ options }}
 
+# the end of a job whose standard error is full, and of one whose standard error is read
+bench-full-console *options: setup
+    {{ bin }}/python benches/full_console.py {{ options }}
+
+# random faults to the agent, its guard and its workers: just campaign --number 1000
+campaign *options: setup
+    {{ bin }}/python -m tests.faults.campaign {{ options }}
+
+# a table of jobs that were stopped in every state, by every signal; with --side torchrun the other one
+stops *options: setup
+    {{ bin }}/python -m tests.faults.stopping {{ options }}
+
 # restarts of real trainings that come back, under both launchers
 bench-restarts *options: setup
     {{ bin }}/python benches/restarts.py {{ options }}

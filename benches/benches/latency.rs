@@ -19,7 +19,7 @@ use ferroelastic_core::sys::spawn::Command;
 use ferroelastic_core::sys::wait::Status;
 
 const PATIENCE: Duration = Duration::from_secs(10);
-const PLAN: StopPlan = StopPlan { signal: 15, grace: PATIENCE, kill_wait: PATIENCE };
+const PLAN: StopPlan = StopPlan { linger: Duration::ZERO, signal: 15, grace: PATIENCE, kill_wait: PATIENCE };
 const KILLED: Status = Status::Signalled { signal: 9, core_dumped: false };
 
 fn sleeper() -> Command {

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ferroelastic import _rust
 
-__all__ = ["get_engine"]
+__all__ = ["get_engine", "report"]
 
 _PIDFD_ENV = "FERROELASTIC_PIDFD"
 _CLOSE_TIMEOUT_S = 5.0
@@ -42,6 +42,17 @@ def get_engine() -> _rust.Engine:
             _engine = _rust.Engine(pidfd=os.environ.get(_PIDFD_ENV, "1") != "0")
             _owner_pid = os.getpid()
         return _engine
+
+
+def report() -> None:
+    """Log what the engine has to say."""
+    engine = _engine
+    if engine is None or _owner_pid != os.getpid():
+        return
+    for remark in engine.take_remarks():
+        from ferroelastic.utils.logging import get_logger
+
+        get_logger(__name__).warning("%s", remark)
 
 
 def _set_hooks() -> None:

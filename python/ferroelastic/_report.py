@@ -4,7 +4,6 @@ import contextlib
 import errno
 import os
 import re
-import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from typing import Any
@@ -53,9 +52,9 @@ def exit_code(returncode: int | None) -> int:
 
 
 def _print(text: str) -> None:
-    from ferroelastic._console import write
+    from ferroelastic._console import stderr
 
-    write(sys.stderr, f"{text}\n")
+    stderr().write(f"{text}\n")
 
 
 def _describe(error: BaseException, args: Namespace | None) -> str:

@@ -16,6 +16,7 @@ __all__ = [
     "BeatSlot",
     "Cause",
     "Command",
+    "Console",
     "Engine",
     "Exit",
     "Expiry",
@@ -23,6 +24,7 @@ __all__ = [
     "Group",
     "Guard",
     "HealthServer",
+    "Leftover",
     "Place",
     "RendezvousClient",
     "SpawnError",
@@ -38,6 +40,10 @@ __all__ = [
     "WatchdogCounts",
     "__version__",
     "arm_parent_death_signal",
+    "create_cgroup",
+    "find_detached",
+    "remove_cgroup",
+    "stand_guard",
 ]
 
 __version__: str
@@ -124,6 +130,17 @@ class Survivor:
     """``/proc/PID/wchan``, or ``""`` where it cannot be read."""
 
 @final
+class Leftover:
+    """A process of a worker's group that was signalled because it had not finished within ``linger_s`` of :meth:`Group.stop`."""
+
+    index: int
+    """Index of the worker whose process group it belongs to."""
+    pid: int
+    """Process id."""
+    command: str
+    """Its command line, or its name where that is empty."""
+
+@final
 class StopReport:
     """What a finished stop found."""
 
@@ -133,6 +150,8 @@ class StopReport:
     """From the first signal until every process group was verified empty, or the last deadline passed."""
     killed: list[int]
     """Indexes whose process group did not go within the grace and got SIGKILL."""
+    overdue: list[Leftover]
+    """Processes that had not finished within ``linger_s``, as they were when they got the signal."""
     survivors: list[Survivor]
     """Empty when every process group was verified empty."""
 
@@ -176,13 +195,19 @@ class Group:
     def signal(self, index: int, signal: int, *, leader_only: bool = False) -> bool:
         """Send ``signal`` to the process group of one worker (or to its leader alone). ``False`` if nothing was there."""
 
-    def stop(self, signal: int, grace_s: float, kill_wait_s: float) -> None:
+    def stop(self, signal: int, grace_s: float, kill_wait_s: float, *, linger_s: float = 0.0) -> None:
         """Begin to stop the whole group, in parallel, under one deadline; returns at once.
 
         Each process group gets SIGCONT if stopped, then ``signal``, after ``grace_s`` SIGKILL, also where its leader is
-        already dead. Finished when every group is verified empty, or ``kill_wait_s`` after the SIGKILL. Wait with
-        :meth:`wait`; the outcome is :meth:`stop_report`. Calling it again while it runs changes nothing; after it finished
-        it is a no-op.
+        already dead. SIGKILL goes to the leader first, and to the rest of its group 100 ms later: helpers that clean up after the leader
+        (Python's resource tracker) see its end. Finished when every group is verified empty, or ``kill_wait_s`` after the first SIGKILL.
+        Wait with :meth:`wait`; the outcome is :meth:`stop_report`. A stop that is under way or over stays as it is.
+
+        Args:
+            signal: what asks the processes to end. SIGKILL has no grace.
+            grace_s: from that signal to SIGKILL.
+            kill_wait_s: from SIGKILL to giving up on processes that the kernel does not let go.
+            linger_s: time to finish before ``signal`` is sent, for what a worker that has succeeded leaves in its group.
         """
 
     def stop_on_failure(self, signal: int, grace_s: float, kill_wait_s: float) -> None:
@@ -193,7 +218,7 @@ class Group:
         """
 
     def hurry(self) -> None:
-        """End the grace of a running :meth:`stop` now: SIGKILL at once."""
+        """Send SIGKILL now, if a :meth:`stop` is under way: its linger time and its grace are over."""
 
     def stop_report(self) -> StopReport | None:
         """The outcome of the stop, or ``None`` while it runs or if there was none."""
@@ -311,29 +336,132 @@ class Engine:
             ValueError: ``timeout_s`` is negative or not a number.
         """
 
+    def adopt_guard(self, guard: Guard) -> None:
+        """Take a guard over: it is told of all workers from now on. One that is lost is replaced, up to 16 times.
+
+        Raises:
+            ValueError: it was handed over before.
+        """
+
+    def use_cgroup(self, folder: str | None) -> None:
+        """Let workers be born in this cgroup from now on (``CLONE_INTO_CGROUP``, Linux 5.7 on x86-64; elsewhere they are born outside).
+
+        ``None`` lets them be born in that of this process again.
+
+        Raises:
+            OSError: it is not there.
+        """
+
+    def dismiss_guard(self, timeout_s: float) -> bool:
+        """Kill the guard, because this process ends as it should. ``False`` if it was not gone after ``timeout_s`` seconds."""
+
+    def take_remarks(self) -> list[str]:
+        """What there is for the log since the last call, as sentences: the loss of the guard."""
+
     def close(self, timeout_s: float = 5.0) -> bool:
         """End the thread; workers that still run get SIGKILL. ``False`` if it did not end within ``timeout_s``."""
 
 @final
-class Guard:
-    """A small forked process that ends what the kernel does not end with a killed agent: the workers' own children.
+class Console:
+    """Writes to somebody else's terminal, pipe, socket or file without waiting for its reader.
 
-    When this process ends without :meth:`dismiss`, the guard kills every process whose environment holds ``name=value``, then
-    goes. A helper that wants to outlive the run removes the variable from its environment.
+    Opens the file behind the descriptor again, without blocking, so that the description which others share keeps its flags; where that is not
+    possible, asks for room before each write.
+
+    Args:
+        fd: descriptor to write to; it is duplicated.
+
+    Raises:
+        OSError: the descriptor is not open.
+    """
+
+    def __new__(cls, fd: int) -> Console: ...
+    def write(self, data: bytes) -> int:
+        """Write as much as there is room for.
+
+        Returns:
+            How many bytes were written; less than all where the reader does not keep up.
+
+        Raises:
+            OSError: the reader is gone (``EPIPE``), or the disk is full.
+        """
+
+@final
+class Guard:
+    """A small process that outlives a killed agent by a moment, to end what the kernel does not end with it: the workers' own children.
+
+    It is forked where this process has one thread, else executed. It ignores all signals. When this process is gone and has not dismissed it
+    (:meth:`Engine.dismiss_guard`), it kills what lives in the sessions of the workers, in the run's cgroup, and what carries the run's mark in
+    its environment; 100 ms later than the workers, so that helpers which clean up after them can.
 
     Args:
         name: environment variable that marks the run.
-        value: its value, unique to this run.
+        token: what stands for this run in its value, between colons.
+        argv: program that calls :func:`stand_guard`, with the line to this process as descriptor 0. Used where this process cannot be forked, and to
+            replace a guard that was lost.
+        env: its whole environment; without the mark.
+        keep_detached: spare processes that have left the sessions of the workers.
+        cgroup: folder of the run's cgroup.
 
     Raises:
-        OSError: this process has more than one thread, whose locks the child would inherit; or ``fork(2)`` failed.
+        OSError: neither worked.
     """
 
     pid: int
     """Process id of the guard."""
-    def __new__(cls, name: str, value: str) -> Guard: ...
-    def dismiss(self) -> None:
-        """This process ends as it should: the guard goes and touches nobody. Once is enough, twice does nothing."""
+    forked: bool
+    """Whether it was forked."""
+    def __new__(
+        cls,
+        name: str,
+        token: str,
+        argv: Sequence[str],
+        env: Mapping[str, str],
+        *,
+        keep_detached: bool = False,
+        cgroup: str | None = None,
+    ) -> Guard: ...
+
+def stand_guard(name: str, token: str, *, keep_detached: bool = False, cgroup: str | None = None) -> None:
+    """What an executed guard process runs: returns when the agent is gone and what it left has ended. The arguments are those of :class:`Guard`.
+
+    Closes all descriptors but 0, and ignores all signals.
+    """
+
+def create_cgroup(name: str) -> str:
+    """Make a cgroup (version 2) below that of this process and return its folder.
+
+    Raises:
+        OSError: there is no version 2, or this process may not make one (it is not root, and nothing was delegated to its user).
+    """
+
+def remove_cgroup(folder: str) -> None:
+    """Remove a cgroup and those below it. Processes that live on go to the cgroup above.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
+
+def find_detached(
+    name: str,
+    token: str,
+    *,
+    sessions: Sequence[int] = (),
+    cgroup: str | None = None,
+    not_in_session: int = 0,
+) -> list[tuple[int, str]]:
+    """Find the living processes of a run, by the mark in their environment, their session and their cgroup.
+
+    Args:
+        name: as for :class:`Guard`.
+        token: as for :class:`Guard`.
+        sessions: process ids of workers that have ended, which were their sessions' numbers.
+        cgroup: as for :class:`Guard`.
+        not_in_session: processes of this session, the agent's, are none of them.
+
+    Returns:
+        Process id and command line of each. Guard processes are left out.
+    """
 
 def arm_parent_death_signal(signal: int) -> None:
     """``prctl(PR_SET_PDEATHSIG)`` for the calling process: it gets ``signal`` when the *thread* that created it ends."""

@@ -44,11 +44,36 @@ def check_numbers(args: Namespace) -> None:
         )
 
 
-def check_signals(names: str) -> None:
-    """Check ``--signals-to-handle``.
+def check_detached(args: Namespace) -> None:
+    """Check that helpers are not both to be spared and to be ended.
+
+    Raises:
+        UsageError: they are.
+    """
+    if args.keep_detached and args.end_detached:
+        raise UsageError("--keep-detached and --end-detached exclude each other; leave one out")
+
+
+def check_signals(handled: str, forwarded: str) -> None:
+    """Check ``--signals-to-handle`` and ``--signals-to-forward``.
 
     Args:
-        names: names of signals, separated by commas. An empty one is none.
+        handled: names of signals, separated by commas. An empty one is none.
+        forwarded: likewise.
+
+    Raises:
+        UsageError: a name is no signal, or one that no process can handle, or in both lists.
+    """
+    both = _check_signal_names("signals_to_handle", handled) & _check_signal_names("signals_to_forward", forwarded)
+    if both:
+        raise UsageError(
+            f"{named('signals_to_forward', forwarded)}: {', '.join(sorted(both))} also ends the job "
+            f"({named('signals_to_handle', handled)}), and so goes to the workers anyhow; leave it out of one of the two"
+        )
+
+
+def _check_signal_names(dest: str, names: str) -> set[str]:
+    """Check one list of signals and return its names.
 
     Raises:
         UsageError: one is no signal, or one that no process can handle.
@@ -56,15 +81,15 @@ def check_signals(names: str) -> None:
     import signal
 
     known = signal.Signals.__members__
-    for name in filter(None, map(str.strip, names.split(","))):
+    listed = set(filter(None, map(str.strip, names.split(","))))
+    for name in sorted(listed):
         if name in ("SIGKILL", "SIGSTOP"):
-            raise UsageError(
-                f"{named('signals_to_handle', names)}: {name} cannot be handled by a process; leave it out"
-            )
+            raise UsageError(f"{named(dest, names)}: {name} cannot be handled by a process; leave it out")
         if name not in known:
             guess = f"SIG{name.upper().removeprefix('SIG')}"
             remedy = f"write {guess}" if guess in known else "give names such as SIGTERM,SIGUSR1"
-            raise UsageError(f"{named('signals_to_handle', names)}: {name!r} is not a signal of this system; {remedy}")
+            raise UsageError(f"{named(dest, names)}: {name!r} is not a signal of this system; {remedy}")
+    return listed
 
 
 def parse_ranks(text: str) -> set[int] | None:

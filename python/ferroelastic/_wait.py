@@ -11,6 +11,8 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
+from ferroelastic import _engine, _signals
+
 if TYPE_CHECKING:
     from ferroelastic import _rust
 
@@ -71,6 +73,7 @@ def wait_for_event(
 
     Raises:
         RuntimeError: the engine was closed or has failed.
+        SignalException: the agent was told to end, and nobody has dealt with that yet.
         BaseException: whatever a signal handler raises.
     """
     deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
@@ -91,6 +94,9 @@ def wait_for_event(
         if former[0] != pipe.write_fd:  # else a signal handler is itself waiting: what it gets is for the same owner
             pipe.forward_fd = former[0]
         while True:
+            _signals.report()
+            _engine.report()
+            _signals.raise_pending()
             # The descriptor is set before the group is looked at: a signal from here on makes the pipe readable.
             outcome = group.wait(generation, _remaining(deadline), pipe.read_fd, news_fd)
             if outcome != "wake":

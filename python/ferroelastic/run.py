@@ -12,11 +12,11 @@ Intended differences:
 * GPUs are counted by asking the driver and not through torch: with a CPU-only torch on a host with GPUs ``gpu`` and
   ``auto`` count them.
 * ``--help`` and usage errors import no torch.
-* When ``ferrorun`` is killed, its workers and their children end too; who wants to outlive it removes
-  ``FERROELASTIC_RUN`` from its environment.
+* When ``ferrorun`` is killed, its workers and their children end too. Helpers that have left the session of their worker end after a failure,
+  before a restart and on a stop; ``--keep-detached`` and ``--end-detached`` change that.
 
-:func:`main` called by a program raises as torch's does; :func:`cli` is the console script and turns what it raises into
-exit codes.
+:func:`main` called by a program raises as torch's does; :func:`cli` turns what it raises into exit codes; :func:`console` is the console
+script.
 """
 
 import importlib
@@ -24,19 +24,21 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ferroelastic._arguments import get_args_parser
 from ferroelastic._usage import UsageError, named
 
 if TYPE_CHECKING:
-    from ferroelastic import _rust
+    from ferroelastic import _leftovers
     from ferroelastic.launcher.api import LaunchConfig
     from ferroelastic.multiprocessing import LogsSpecs
 
 __all__ = [
     "cli",
     "config_from_args",
+    "console",
     "determine_local_world_size",
     "get_args_parser",
     "get_rdzv_endpoint",
@@ -47,8 +49,6 @@ __all__ = [
     "run",
     "run_script_path",
 ]
-
-_RUN_MARK = "FERROELASTIC_RUN"
 
 # Names that torch's module has too, loaded when they are first used: --help and a usage error need none of them.
 _LATE = {
@@ -198,7 +198,7 @@ def config_from_args(args: Namespace) -> tuple["LaunchConfig", Callable[..., Any
     if not 0 < min_nodes <= max_nodes:
         raise UsageError(f"{named('nnodes', args.nnodes)} must have 0 < MIN <= MAX; give e.g. 1:4")
     _usage.check_numbers(args)
-    _usage.check_signals(args.signals_to_handle)
+    _usage.check_signals(args.signals_to_handle, args.signals_to_forward)
     _usage.check_rendezvous_backend(args.rdzv_backend)
     static = args.rdzv_backend == "static"
     if static and not 0 <= args.node_rank < max_nodes:
@@ -253,6 +253,7 @@ def config_from_args(args: Namespace) -> tuple["LaunchConfig", Callable[..., Any
         event_log_handler=args.event_log_handler,
         numa_options=_numa_options(args.numa_binding),
         signals_to_handle=args.signals_to_handle,
+        signals_to_forward=getattr(args, "signals_to_forward", ""),
         duplicate_stdout_filters=args.duplicate_stdout_filters,
         duplicate_stderr_filters=args.duplicate_stderr_filters,
         virtual_local_rank=args.virtual_local_rank,
@@ -385,53 +386,50 @@ def cli(args: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: the command line cannot be parsed (code 2), or ``--help`` was asked for (code 0).
     """
-    from ferroelastic import _usage
+    from ferroelastic import _process
+
+    with ExitStack() as cleanup:
+        _process.prepare(cleanup)
+        return _cli(args, cleanup)
+
+
+def console() -> NoReturn:
+    """Do what :func:`cli` does, and end this process with its exit code."""
+    from ferroelastic import _process
+
+    # Never closed: up to the end no signal changes the exit code.
+    cleanup = ExitStack()
+    _process.prepare(cleanup)
+    _process.leave(_cli(None, cleanup))
+
+
+def _cli(args: Sequence[str] | None, cleanup: ExitStack) -> int:
+    from ferroelastic import _process, _signals, _usage
 
     parsed: Namespace | None = None
-    guard = None
+    this_run: _leftovers.Run | None = None
     try:
         parsed = parse_args(args)
         _usage.check_target(parsed)
         _usage.check_log_dir(parsed.log_dir)
+        _usage.check_signals(parsed.signals_to_handle, parsed.signals_to_forward)
+        _usage.check_detached(parsed)
         _show_logs()
-        guard = _start_guard()
+        _process.take_signals(parsed.signals_to_handle, parsed.signals_to_forward, cleanup)
+        from ferroelastic import _leftovers as leftovers
+
+        this_run = leftovers.begin(keep_detached=parsed.keep_detached, end_detached=parsed.end_detached)
         _late("record")(run)(parsed)
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - each has an exit code
+        _signals.conclude()
         from ferroelastic import _report
 
         return _report.report(error, parsed)
     finally:
-        _release_signals()
-        if guard is not None:
-            guard.dismiss()
+        _signals.report()
+        if this_run is not None:
+            this_run.finish()
     return 0
-
-
-def _start_guard() -> "_rust.Guard | None":
-    """Have somebody end the workers' own children if this process is killed; the workers themselves the kernel ends.
-
-    The guard knows them by ``FERROELASTIC_RUN`` in their environment.
-    """
-    from ferroelastic import _rust
-
-    os.environ[_RUN_MARK] = os.urandom(16).hex()
-    try:
-        return _rust.Guard(_RUN_MARK, os.environ[_RUN_MARK])
-    except OSError as error:  # a program that calls cli() with threads of its own
-        import logging
-
-        logging.getLogger("ferroelastic").info("no guard for the workers' children: %s", error)
-        return None
-
-
-def _release_signals() -> None:
-    """Let a signal end this process as usual, now that there are no workers to stop."""
-    import signal
-
-    for number in signal.valid_signals():
-        handler = signal.getsignal(number)
-        if callable(handler) and str(getattr(handler, "__module__", "")).startswith("ferroelastic."):
-            signal.signal(number, signal.SIG_DFL)
 
 
 def _show_logs() -> None:
@@ -457,4 +455,4 @@ def _show_logs() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli())
+    console()

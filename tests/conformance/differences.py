@@ -93,11 +93,29 @@ DIFFERENCES: dict[str, Difference] = {
         "stops the process group of each worker until it is empty",
         "they hold on to GPU memory and ports",
     ),
-    "second-signal-kills": Difference(
+    "second-signal": Difference(
         "SimpleElasticAgent.run",
         "starts the shutdown again with the full timeout when a second signal comes, and raises that",
-        "kills the workers at once, and raises the first signal",
-        "who signals twice wants it to end",
+        "goes on with the shutdown, which keeps its deadline, and raises the first signal. Only a second SIGINT or SIGQUIT shortens the grace",
+        "machines send signals twice (Slurm, timeout, the end of a login session); impatience is a person's",
+    ),
+    "signal-in-a-stop": Difference(
+        "PContext.close",
+        "a handler raises in the middle of it, and workers are left to run",
+        "goes on to its end, with the deadline that it has, and raises the signal then",
+        "workers that save have the time that they were given",
+    ),
+    "handlers-are-restored": Difference(
+        "PContext.start, SimpleElasticAgent.run, launch_agent",
+        "handlers of signals stay installed for ever",
+        "the handlers of before come back",
+        "Ctrl-C in a program that has run a job raises KeyboardInterrupt again, which no `except Exception` swallows",
+    ),
+    "success-leaves-time": Difference(
+        "PContext.wait",
+        "processes that a worker which succeeded leaves in its group are not looked after",
+        "they have the grace period to finish, and are ended after it, with a line that names them",
+        "an upload or a checkpoint writer may finish, and nothing is left behind",
     ),
     "older-shutdown": Difference(
         "SimpleElasticAgent._shutdown",

@@ -515,15 +515,24 @@ def test_a_context_that_was_written_for_torch(impl: Implementation, tmp_path: Pa
     ],
 )
 def test_which_signals_are_handled(
-    shell: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, variable: str | None, expected: set[str]
+    impl: Implementation,
+    shell: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    variable: str | None,
+    expected: set[str],
 ) -> None:
     if variable is not None:
         monkeypatch.setenv("TORCHELASTIC_SIGNALS_TO_HANDLE", variable)
     watched = [getattr(signal, f"SIG{name}") for name in ("TERM", "INT", "HUP", "QUIT", "USR1", "USR2")]
     before = {number: signal.getsignal(number) for number in watched}
-    finished(shell("exit 0"))
-    changed = {number.name for number in watched if signal.getsignal(number) is not before[number]}
-    assert changed == expected
+
+    def changed() -> set[str]:
+        return {number.name for number in watched if signal.getsignal(number) is not before[number]}
+
+    context = shell("exit 0")
+    assert changed() == expected
+    finished(context)
+    assert changed() == impl.expect("handlers-are-restored", torch=expected, ours=set())
 
 
 def test_a_signal_raises_while_waiting(impl: Implementation, shell: Callable[..., Any], tmp_path: Path) -> None:
@@ -534,6 +543,37 @@ def test_a_signal_raises_while_waiting(impl: Implementation, shell: Callable[...
     assert raised.value.sigval is signal.SIGTERM
     context.close(raised.value.sigval, 30)
     assert context.subprocess_handlers[0].proc.poll() == -signal.SIGTERM
+
+
+def test_a_signal_while_closing(impl: Implementation, shell: Callable[..., Any], tmp_path: Path) -> None:
+    """The worker saves when it is told to end, and has the time to."""
+    os.mkfifo(tmp_path / "ready")
+    script = f"trap 'sleep 0.5; : > {tmp_path}/saved; exit 0' TERM; : > {tmp_path}/ready; while :; do sleep 0.01; done"
+    context = shell(script)
+    (tmp_path / "ready").read_text()
+    timer = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.start()
+    with pytest.raises(impl.mp.SignalException):
+        context.close(signal.SIGTERM, 30)
+    timer.join()
+    was_saved = (tmp_path / "saved").exists()
+    assert was_saved == impl.expect("signal-in-a-stop", torch=False, ours=True)
+    context.close(signal.SIGTERM, 30)
+
+
+def test_what_a_worker_that_succeeded_leaves_may_finish(
+    impl: Implementation, shell: Callable[..., Any], tmp_path: Path
+) -> None:
+    """It is done before the result is there; torch does not wait for it."""
+    os.mkfifo(tmp_path / "go")
+    context = shell(f"(read line < {tmp_path}/go; sleep 0.3; : > {tmp_path}/saved) & exit 0")
+    thread = threading.Thread(target=(tmp_path / "go").write_text, args=("\n",))
+    thread.start()
+    assert not finished(context).is_failed()
+    was_saved = (tmp_path / "saved").exists()
+    thread.join()
+    assert was_saved == impl.expect("success-leaves-time", torch=False, ours=True)
+    assert eventually((tmp_path / "saved").exists)
 
 
 def tell_and_wait(context: Any, fifo: Path) -> None:

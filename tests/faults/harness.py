@@ -184,9 +184,13 @@ class Job:
 
     def guard(self) -> Process:
         """The process that ``ferrorun`` has left to look after its workers' children."""
-        pids = [pid for pid in self.processes() if _read(pid, "comm").strip() == b"ferro-guard"]
+        pids = self.guards()
         assert len(pids) == 1, f"guards of {self.command}: {pids}"
         return self.watch(pids[0])
+
+    def guards(self) -> list[int]:
+        """Process ids of all that ``ferrorun`` has left for that."""
+        return [pid for pid in self.processes() if _read(pid, "comm").strip() == b"ferro-guard"]
 
     def clean_up(self) -> dict[int, str]:
         """End whatever is left, and tell what that was; of a job that still runs, a test has failed as it is."""

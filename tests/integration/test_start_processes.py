@@ -213,36 +213,55 @@ def test_a_signal_ends_the_wait_at_once(launch: Launcher, later: Callable[..., N
 
 def test_which_signals_are_handled_can_be_chosen(launch: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGUSR1")
-    before = signal.getsignal(signal.SIGTERM)
-    launch("exit 0")
-    assert signal.getsignal(signal.SIGTERM) is before
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    context = launch("exit 0")
+    assert signal.getsignal(signal.SIGTERM) is before[signal.SIGTERM]
     with pytest.raises(SignalException):
         signal.raise_signal(signal.SIGUSR1)
+    context.close()
+    assert {number: signal.getsignal(number) for number in before} == before
 
 
-def test_a_signal_while_closing_ends_the_grace(launch: Launcher, fifo: Path, later: Callable[..., None]) -> None:
-    context = launch(f"trap '' TERM; : > {fifo}; exec sleep 1000")
+def test_a_signal_while_closing_is_raised_when_all_is_closed(
+    launch: Launcher, fifo: Path, later: Callable[..., None], tmp_path: Path
+) -> None:
+    """The worker takes its time to save, and has it."""
+    context = launch(f"trap 'sleep 0.3; : > {tmp_path}/saved; exit 0' TERM; : > {fifo}; while :; do sleep 0.01; done")
     assert content(fifo) == ""
     later(0.1, os.kill, os.getpid(), signal.SIGTERM)
-    start = time.monotonic()
     with pytest.raises(SignalException):
         context.close(timeout=600)
-    assert time.monotonic() - start < SOON_S
+    assert (tmp_path / "saved").exists()
     assert not any(map(is_alive, context.pids().values()))
     assert all(tail.stopped() for tail in context._tail_logs)
 
 
-def test_a_second_signal_while_answering_the_first_only_ends_the_grace(
+def test_a_second_interrupt_while_closing_ends_the_grace(
     launch: Launcher, fifo: Path, later: Callable[..., None]
 ) -> None:
     context = launch(f"trap '' TERM; : > {fifo}; exec sleep 1000")
     assert content(fifo) == ""
     later(0.1, os.kill, os.getpid(), signal.SIGINT)
+    later(0.2, os.kill, os.getpid(), signal.SIGINT)
+    start = time.monotonic()
+    with pytest.raises(SignalException):
+        context.close(timeout=600)
+    assert time.monotonic() - start < SOON_S
+    assert not any(map(is_alive, context.pids().values()))
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGQUIT])
+def test_a_second_interrupt_while_answering_the_first_only_ends_the_grace(
+    launch: Launcher, fifo: Path, later: Callable[..., None], first: signal.Signals
+) -> None:
+    context = launch(f"trap '' INT QUIT; : > {fifo}; exec sleep 1000")
+    assert content(fifo) == ""
+    later(0.1, os.kill, os.getpid(), signal.SIGINT)
     start = time.monotonic()
     try:
-        signal.raise_signal(signal.SIGTERM)
-    except SignalException as first:
-        context.close(first.sigval, 600)
+        signal.raise_signal(first)
+    except SignalException as caught:
+        context.close(caught.sigval, 600)
     assert time.monotonic() - start < SOON_S
     assert not any(map(is_alive, context.pids().values()))
 
@@ -250,12 +269,18 @@ def test_a_second_signal_while_answering_the_first_only_ends_the_grace(
 def test_a_signal_while_a_failure_is_cleaned_up_is_not_lost(
     launch: Launcher, fifo: Path, later: Callable[..., None]
 ) -> None:
-    context = launch(f"trap '' TERM; : > {fifo}; exec sleep 1000", f"read x < {fifo}; exit 7", shutdown_timeout=600)
-    later(0.3, os.kill, os.getpid(), signal.SIGTERM)
+    context = launch(
+        f"trap 'sleep 1; exit 0' TERM; : > {fifo}; while :; do sleep 0.01; done",
+        f"read x < {fifo}; exit 7",
+        shutdown_timeout=600,
+    )
+    later(0.5, os.kill, os.getpid(), signal.SIGTERM)
     with pytest.raises(SignalException):
         context.wait()
     assert not any(map(is_alive, context.pids().values()))
-    assert finished(context).failures[1].exitcode == 7
+    result = finished(context)
+    assert result.failures[1].exitcode == 7
+    assert result.stopped[0].exitcode == 0
 
 
 def test_close_twice_and_before_start(launch: Launcher, tmp_path: Path) -> None:

@@ -68,6 +68,10 @@ COMMAND_LINES = [
 ]
 
 
+ADDED: dict[str, Any] = {"signals_to_forward": "", "keep_detached": False, "end_detached": False}
+"""Options that torch has not. Each is off by default."""
+
+
 @pytest.fixture(autouse=True)
 def _no_pet_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
@@ -105,10 +109,13 @@ def test_every_option_is_torchs() -> None:
     torch_run = pytest.importorskip("torch.distributed.run")
 
     ours, theirs = _facts(get_args_parser()), _facts(torch_run.get_args_parser())
+    added = {fact["dest"]: fact["default"] for fact in ours if fact["dest"] in ADDED}
+    ours = [fact for fact in ours if fact["dest"] not in ADDED]
 
     assert [fact["dest"] for fact in ours] == [fact["dest"] for fact in theirs]
     for mine, its in zip(ours, theirs, strict=True):
         assert mine == its
+    assert added == ADDED
 
 
 @pytest.mark.usefixtures("_environment")
@@ -116,7 +123,7 @@ def test_every_option_is_torchs() -> None:
 def test_a_command_line_means_the_same_as_to_torch(line: list[str]) -> None:
     torch_run = pytest.importorskip("torch.distributed.run")
 
-    assert vars(parse_args(line)) == vars(torch_run.parse_args(line))
+    assert vars(parse_args(line)) == {**vars(torch_run.parse_args(line)), **ADDED}
 
 
 def test_the_numa_choices_are_the_modes() -> None:

@@ -49,7 +49,10 @@ def _fields(cls: Any) -> list[tuple[str, Any, Any]]:
 def test_the_fields_are_torchs() -> None:
     theirs = pytest.importorskip("torch.distributed.launcher.api")
 
-    assert _fields(LaunchConfig) == _fields(theirs.LaunchConfig)
+    ours = _fields(LaunchConfig)
+    added = ours[len(_fields(theirs.LaunchConfig)) :]
+    assert ours == [*_fields(theirs.LaunchConfig), *added]
+    assert [name for name, *_ in added] == ["signals_to_forward"]
 
 
 def test_the_rendezvous_timeout() -> None:

@@ -117,6 +117,7 @@ LINES = [
 def _comparable(config: Any, logs: Any) -> dict[str, Any]:
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     del fields["logs_specs"]
+    assert fields.pop("signals_to_forward", "") == ""  # not in torch
     numa = fields.pop("numa_options")
     fields["numa"] = numa and (numa.affinity_mode.value, numa.should_fall_back_if_binding_fails)
     fields["logs"] = (logs._root_log_dir, logs._redirects, logs._tee, logs._local_ranks_filter)
@@ -215,8 +216,15 @@ def test_a_bad_value_of_a_variable_is_named_by_the_variable(tmp_path: Path, monk
 
 
 def test_blank_signals_are_none() -> None:
-    _usage.check_signals("")
-    _usage.check_signals(" SIGTERM , ,SIGUSR1,")
+    _usage.check_signals("", " ")
+    _usage.check_signals(" SIGTERM , ,SIGUSR1,", "SIGUSR2,")
+
+
+def test_a_signal_cannot_both_end_the_job_and_be_passed_on() -> None:
+    with pytest.raises(UsageError, match=r"^--signals-to-forward='SIGUSR1,SIGTERM': SIGTERM also ends the job"):
+        _usage.check_signals("SIGTERM", "SIGUSR1,SIGTERM")
+    with pytest.raises(UsageError, match=r"^--signals-to-forward='SIGNO': 'SIGNO' is not a signal"):
+        _usage.check_signals("SIGTERM", "SIGNO")
 
 
 def test_an_event_handler_of_a_program_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

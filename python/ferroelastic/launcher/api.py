@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ferroelastic.rendezvous.registry as rdzv_registry
-from ferroelastic import events, metrics
+from ferroelastic import _signals, events, metrics
 from ferroelastic._compat import family
+from ferroelastic._signals import DEFAULT_SIGNALS, SignalException
 from ferroelastic.agent.server.api import RunResult, WorkerSpec
 from ferroelastic.agent.server.health_check_server import HealthCheckServer
 from ferroelastic.agent.server.local_elastic_agent import LocalElasticAgent
-from ferroelastic.multiprocessing import DefaultLogsSpecs, LogsSpecs, SignalException
+from ferroelastic.multiprocessing import DefaultLogsSpecs, LogsSpecs
 from ferroelastic.multiprocessing.errors import ChildFailedError
 from ferroelastic.numa.binding import NumaOptions
 from ferroelastic.rendezvous import RendezvousParameters
@@ -32,7 +33,6 @@ logger = get_logger(__name__)
 _SHUTDOWN_TIMEOUT_VARIABLE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 _DEFAULT_SHUTDOWN_TIMEOUT_S = 30
 _DEFAULT_RENDEZVOUS_TIMEOUT_S = 900
-_DEFAULT_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT"
 
 
 @dataclass
@@ -63,6 +63,7 @@ class LaunchConfig:
         duplicate_stdout_filters: strings; lines of the workers' output with one of them are also written to one file.
         duplicate_stderr_filters: likewise for standard error.
         virtual_local_rank: give each worker ``LOCAL_RANK=0`` and one visible device.
+        signals_to_forward: names of the signals that are passed on to the workers and end nothing, separated by commas. Not in torch.
         shutdown_timeout: grace in seconds between the stop signal and SIGKILL. Default
             ``$TORCH_ELASTIC_SHUTDOWN_TIMEOUT``, else 30.
 
@@ -88,11 +89,12 @@ class LaunchConfig:
     local_addr: str | None = None
     event_log_handler: str = "null"
     numa_options: NumaOptions | None = None
-    signals_to_handle: str = _DEFAULT_SIGNALS
+    signals_to_handle: str = DEFAULT_SIGNALS
     duplicate_stdout_filters: list[str] | None = None
     duplicate_stderr_filters: list[str] | None = None
     virtual_local_rank: bool = False
     shutdown_timeout: int | None = None
+    signals_to_forward: str = ""
 
     def __post_init__(self) -> None:
         """Fill in what depends on other fields and on the environment."""
@@ -221,11 +223,22 @@ def launch_agent(
         local_addr=config.local_addr,
         **config.rdzv_configs,
     )
+    names = _newer(config, "signals_to_handle", DEFAULT_SIGNALS)
+    # For code that installs handlers where the workers are started.
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = names
+    with _signals.Handling(names, forward=_newer(config, "signals_to_forward", "")):
+        return _launch(config, entrypoint, args, rdzv_parameters, entrypoint_name, health_check_server)
+
+
+def _launch(
+    config: LaunchConfig,
+    entrypoint: Callable[..., Any] | str | None,
+    args: list[Any],
+    rdzv_parameters: RendezvousParameters,
+    entrypoint_name: str,
+    health_check_server: HealthCheckServer | None,
+) -> dict[int, Any]:
     master_addr, master_port = _get_addr_and_port(rdzv_parameters)
-
-    # The handlers are installed where the workers are started, which is told this way.
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = _newer(config, "signals_to_handle", _DEFAULT_SIGNALS)
-
     spec = WorkerSpec(
         role=config.role,
         local_world_size=config.nproc_per_node,
@@ -323,7 +336,8 @@ def _log_config(config: LaunchConfig, entrypoint_name: str) -> None:
         "metrics_cfg": config.metrics_cfg,
         "event_log_handler": config.event_log_handler,
         "numa_options": _newer(config, "numa_options", None),
-        "signals_to_handle": _newer(config, "signals_to_handle", _DEFAULT_SIGNALS),
+        "signals_to_handle": _newer(config, "signals_to_handle", DEFAULT_SIGNALS),
+        "signals_to_forward": _newer(config, "signals_to_forward", ""),
         "duplicate_stdout_filters": _newer(config, "duplicate_stdout_filters", None),
         "duplicate_stderr_filters": _newer(config, "duplicate_stderr_filters", None),
     }

@@ -13,10 +13,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TextIO
 
-from ferroelastic import _compat
+from ferroelastic import _compat, _signals
+from ferroelastic._signals import SignalException
 from ferroelastic._wait import wait_for_event
-from ferroelastic.multiprocessing._signals import SignalException, install_signal_handlers
 from ferroelastic.multiprocessing._std import _validate_full_rank
+from ferroelastic.multiprocessing._stopping import kill_wait_s, stop_group
 from ferroelastic.multiprocessing.errors import ProcessFailure
 from ferroelastic.multiprocessing.errors._failures import failed_at_ns
 from ferroelastic.multiprocessing.tail_log import TailLog
@@ -33,8 +34,9 @@ __all__ = ["PContext", "RunProcsResult"]
 logger = get_logger(__name__)
 
 _SIGNALS_ENV = "TORCHELASTIC_SIGNALS_TO_HANDLE"
-_DEFAULT_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT"
-_LEAST_KILL_WAIT_S = 5.0
+_OVERDUE_GRACE_S = 5.0
+_CONSOLE_PATIENCE_S = 0.5
+_LEAST_CONSOLE_PATIENCE_S = 0.05
 
 
 @dataclass
@@ -118,7 +120,11 @@ class PContext(_compat.TorchVirtual, ABC):
         self._running_local_ranks: set[int] = set(range(nprocs))
         self._failures: dict[int, ProcessFailure] = {}
         self._stopped: dict[int, ProcessFailure] = {}
-        self._survivors_reported = False
+        self._stop_reported = False
+        # What a rank that has succeeded leaves in its process group has this time to finish.
+        self._linger_s = 0.0
+        self._handling: _signals.Handling | None = None
+        self._tails_give_up_at: float | None = None
         self._tail_logs = [
             TailLog(name, logs_dest.tee_stdouts, sys.stdout, log_line_prefixes),
             TailLog(name, logs_dest.tee_stderrs, sys.stderr, log_line_prefixes),
@@ -148,14 +154,22 @@ class PContext(_compat.TorchVirtual, ABC):
         return self._groups[0] if self._groups else None
 
     def start(self) -> None:
-        """Start the workers, and on the main thread make the agent's signals raise :class:`SignalException`.
+        """Start the workers, and on the main thread make the agent's signals raise :class:`SignalException` until :meth:`close`.
 
         Which signals these are is told by the variable ``TORCHELASTIC_SIGNALS_TO_HANDLE``.
 
         Raises:
             OSError: a worker cannot be started; :meth:`close` ends those that were.
         """
-        install_signal_handlers(os.environ.get(_SIGNALS_ENV, _DEFAULT_SIGNALS))
+        if threading.current_thread() is not threading.main_thread():
+            logger.warning(
+                "Failed to register signal handlers since torchelastic is running on a child thread. "
+                "This could lead to orphaned worker processes if the torchrun is terminated."
+            )
+        _warn_of_ignored_sigchld()
+        names = os.environ.get(_SIGNALS_ENV, _signals.DEFAULT_SIGNALS)
+        self._handling = _signals.Handling(names, receiver=self._pass_on)
+        self._handling.install()
         self._start()
         for tail_log in self._tail_logs:
             tail_log.start()
@@ -209,19 +223,60 @@ class PContext(_compat.TorchVirtual, ABC):
     def close(self, death_sig: signal.Signals | None = None, timeout: float = 30) -> None:
         """Stop the workers, finish their logs and let go of all files. Safe to call again, and after a failed start.
 
-        Stopping covers the whole process group of each worker, also of one that has ended. A signal that arrives meanwhile
-        ends the grace: SIGKILL follows at once. Its exception is raised when all is closed, unless this call is itself
-        the answer to such a signal.
+        Stopping covers the whole process group of each worker, also of one that has ended. A signal that arrives meanwhile does not shorten
+        the grace, unless it is the second SIGINT or SIGQUIT: then SIGKILL follows at once. A first signal is raised as
+        :class:`SignalException` when all is closed, unless an agent that runs these workers deals with it.
 
         Args:
             death_sig: what to send first; SIGTERM if not given.
             timeout: seconds until SIGKILL; the processes have as long again (at least 5) to go after that.
         """
-        with ExitStack() as stack:
-            stack.callback(self._close_files)
-            for tail_log in self._tail_logs:
-                stack.callback(tail_log.stop)
-            self._close(death_sig or signal.SIGTERM, timeout)
+        is_answer = isinstance(sys.exc_info()[1], _compat.family(SignalException))
+        pending: SignalException | None = None
+        with _signals.shielded(self._hurry):
+            with ExitStack() as stack:
+                stack.callback(self._close_files)
+                for tail_log in self._tail_logs:
+                    stack.callback(self._stop_tail, tail_log)
+                self._close(death_sig or signal.SIGTERM, timeout)
+            if self._handling is not None:
+                pending = self._handling.restore()
+                self._handling = None  # it refers to this object
+        if pending is not None and not is_answer:
+            raise pending
+
+    def _close_after_exits(self) -> None:
+        """Close after all workers have succeeded, or one has failed."""
+        if not self._failures:
+            self._linger_s = self.shutdown_timeout
+        self.close(timeout=self.shutdown_timeout)
+
+    def begin_stop(self, death_sig: signal.Signals, timeout: float) -> None:
+        """Send the workers the signal to end and return; :meth:`close` does the rest.
+
+        Args:
+            death_sig: the signal.
+            timeout: seconds until SIGKILL.
+        """
+        if self._group is not None:
+            self._group.stop(death_sig, timeout, kill_wait_s(timeout))
+
+    def _stop_tail(self, tail_log: TailLog) -> None:
+        """Let a tail write what is left. All of them together wait for a console that takes nothing for no longer than one would."""
+        if self._tails_give_up_at is None:
+            self._tails_give_up_at = time.monotonic() + _CONSOLE_PATIENCE_S
+        tail_log.stop(max(_LEAST_CONSOLE_PATIENCE_S, self._tails_give_up_at - time.monotonic()))
+
+    def _hurry(self) -> None:
+        if self._group is not None:
+            self._group.hurry()
+
+    def _pass_on(self, number: int) -> int:
+        """Send a signal to the workers, not to their children; return how many were there to get it."""
+        group = self._group
+        return (
+            0 if group is None else sum(group.signal(rank, number, leader_only=True) for rank in range(len(group.pids)))
+        )
 
     def _close_files(self) -> None:
         for filtered in (self.filtered_stdout, self.filtered_stderr):
@@ -230,51 +285,27 @@ class PContext(_compat.TorchVirtual, ABC):
 
     def _arm(self, group: _rust.Group) -> None:
         """Have the engine stop the peers of the first worker that fails, whatever Python is doing then."""
-        group.stop_on_failure(signal.SIGTERM, self.shutdown_timeout, _kill_wait_s(self.shutdown_timeout))
+        group.stop_on_failure(signal.SIGTERM, self.shutdown_timeout, kill_wait_s(self.shutdown_timeout))
 
     def _stop_group(self, group: _rust.Group, death_sig: signal.Signals, timeout: float) -> None:
         """Stop all process groups and wait until they are empty or the last deadline has passed."""
-        interrupting: tuple[type[BaseException], ...] = (*_compat.family(SignalException), KeyboardInterrupt)
-        answering_signal = isinstance(sys.exc_info()[1], interrupting)
-        first_signal: BaseException | None = None
-        report: _rust.StopReport | None = None
-        begun = False
-        while report is None:
-            try:
-                if not begun:
-                    self._announce_stop(group, death_sig)
-                    group.stop(death_sig, timeout, _kill_wait_s(timeout))
-                    begun = True
-                if first_signal is not None:
-                    group.hurry()
-                generation = group.generation
-                report = group.stop_report()
-                if report is None:
-                    wait_for_event(group, generation)
-            except interrupting as error:  # noqa: PERF203 - this is what the loop is for
-                first_signal = first_signal or error
-                # A second signal that came with the first (SIGTERM and SIGHUP often do) raises at the next call: this one,
-                # rather than one outside of the loop.
-                try:  # noqa: SIM105 - `suppress` is itself called, and its call is not covered
-                    group.hurry()
-                except interrupting:
-                    pass
-        self._report_stop(report)
-        if first_signal is not None and not answering_signal:
-            raise first_signal
-
-    def _announce_stop(self, group: _rust.Group, death_sig: signal.Signals) -> None:
-        if group.stop_report() is None:
-            ended = {ended.index for ended in group.exits()}
-            for index, pid in enumerate(group.pids):
-                if index not in ended:
-                    logger.warning("Sending process %s closing signal %s", pid, signal.Signals(death_sig).name)
+        grace_s = timeout if self._linger_s == 0 else min(timeout, _OVERDUE_GRACE_S)
+        self._report_stop(stop_group(group, death_sig, grace_s, linger_s=self._linger_s))
 
     def _report_stop(self, report: _rust.StopReport) -> None:
-        if self._survivors_reported:
+        if self._stop_reported:
             return
-        self._survivors_reported = True
-        if report.killed:
+        self._stop_reported = True
+        for leftover in report.overdue:
+            logger.warning(
+                "Worker %s succeeded and left process %s (%s) in its process group; it had not finished after %g s "
+                "(--shutdown-timeout) and was ended",
+                leftover.index,
+                leftover.pid,
+                leftover.command,
+                self._linger_s,
+            )
+        if report.killed and not report.overdue:
             logger.warning("Workers %s did not end in time and were killed", report.killed)
         for survivor in report.survivors:
             logger.error(
@@ -317,5 +348,9 @@ class PContext(_compat.TorchVirtual, ABC):
             tell(self._first_failure())
 
 
-def _kill_wait_s(grace_s: float) -> float:
-    return max(_LEAST_KILL_WAIT_S, grace_s)
+def _warn_of_ignored_sigchld() -> None:
+    if signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:
+        logger.warning(
+            "This process ignores SIGCHLD, so that the kernel throws exit statuses away: before Linux 6.15 workers seem to fail. "
+            "Set it to signal.SIG_DFL before the workers start"
+        )

@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ferroelastic._signals import forget_in_child
 from ferroelastic.multiprocessing._std import get_std_cm
 
 if TYPE_CHECKING:
@@ -90,11 +91,7 @@ def _become_worker(task: Task) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     if task.forked:
         signal.set_wakeup_fd(-1)
-        for signum in signal.valid_signals():
-            # By name, which catches torch's own as well.
-            if getattr(signal.getsignal(signum), "__name__", None) == "_terminate_process_handler":
-                default = signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL
-                signal.signal(signum, default)
+        forget_in_child(signal.valid_signals())
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     if task.cpus is not None:
         os.sched_setaffinity(0, task.cpus)

@@ -6,7 +6,7 @@ import signal
 from typing import TYPE_CHECKING, Any
 
 from ferroelastic._compat import family
-from ferroelastic.multiprocessing._signals import SignalException
+from ferroelastic._signals import SignalException
 from ferroelastic.multiprocessing._std import _validate_full_rank
 
 if TYPE_CHECKING:
@@ -97,12 +97,10 @@ def start_processes(
         another: BaseException | None = None
         while True:
             try:
-                context.close(
-                    getattr(error, "sigval", None) or signal.SIGTERM, 0 if another is not None else shutdown_timeout
-                )
+                context.close(getattr(error, "sigval", None) or signal.SIGTERM, shutdown_timeout)
                 break
             except interrupting as caught:
-                # It came with the first signal (SIGTERM and SIGHUP often do), or soon after, and before close() could take it.
+                # Of a handler that is not ours, before close() could take it.
                 another = another or caught
         if another is not None and not isinstance(error, interrupting):
             raise another from error

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ferroelastic._engine import get_engine
 from ferroelastic.multiprocessing._context import PContext, RunProcsResult
 from ferroelastic.multiprocessing._entry import Task, _wrap, load_return_value
-from ferroelastic.multiprocessing._processes import cpus_for
+from ferroelastic.multiprocessing._processes import cpus_for, exit_code, lost_status
 from ferroelastic.utils.logging import get_logger
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from multiprocessing.context import BaseContext
     from multiprocessing.process import BaseProcess
 
+    from ferroelastic import _rust
     from ferroelastic.multiprocessing._logs import LogsSpecs
     from ferroelastic.numa.binding import NumaOptions
 
@@ -27,7 +28,6 @@ logger = get_logger(__name__)
 
 _PARALLEL_START_ENV = "TORCH_MP_PARALLEL_START"
 _REAP_TIMEOUT_S = 5.0
-_UNKNOWN_STATUS = 255
 
 
 class _ProcessSet:
@@ -178,13 +178,16 @@ class MultiprocessContext(PContext):
         for rank in sorted(self._running_local_ranks):
             process = self._pc.processes[rank]
             if rank in exits or (rank not in self._observed_ranks and process.exitcode is not None):
-                self._note_end(rank, int(process.pid or 0), self._reap(process), exits.get(rank))
+                self._note_end(rank, int(process.pid or 0), self._reap(process, exits.get(rank)), exits.get(rank))
 
-    def _reap(self, process: BaseProcess) -> int:
+    def _reap(self, process: BaseProcess, ended: _rust.Exit | None) -> int:
         # It has ended, so this does not wait; but a fork server may still have to pass the exit code on. With a timeout,
         # `join` of an own child would wait for the end of a pipe, which the child's children may hold.
         process.join(_REAP_TIMEOUT_S if self.start_method == "forkserver" else None)
-        return _UNKNOWN_STATUS if process.exitcode is None else process.exitcode
+        if process.exitcode is not None:
+            return process.exitcode
+        # Somebody else has reaped it, and the kernel may still know.
+        return lost_status(int(process.pid or 0)) if ended is None else exit_code(ended)
 
     def _poll(self) -> RunProcsResult | None:
         if self._pc is None:
@@ -195,7 +198,7 @@ class MultiprocessContext(PContext):
         self._tell_first_failure()
         if not self._failures:
             self._load_return_values()
-        self.close(timeout=self.shutdown_timeout)
+        self._close_after_exits()
         self._capture_exits()
         if self._failures:
             first = self._first_failure()

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from ferroelastic import _rust
     from ferroelastic.numa.binding import NumaOptions
 
-__all__ = ["NativeProcess", "cpus_for", "exit_code", "make_command", "spawn"]
+__all__ = ["NativeProcess", "cpus_for", "exit_code", "lost_status", "make_command", "spawn"]
 
 logger = get_logger(__name__)
 
-_UNKNOWN_STATUS = 255
+UNKNOWN_STATUS = 255
 
 
 def cpus_for(local_rank: int, numa_options: NumaOptions | None) -> list[int] | None:
@@ -85,16 +85,21 @@ def spawn(commands: Sequence[_rust.Command], groups: list[_rust.Group]) -> None:
 
 def exit_code(ended: _rust.Exit) -> int:
     """The exit code, or minus the signal, of a process that this one has started."""
-    if ended.returncode is not None:
-        return ended.returncode
-    # Popen says 0 here, which makes a success of a failed job.
+    return ended.returncode if ended.returncode is not None else lost_status(ended.pid)
+
+
+def lost_status(pid: int) -> int:
+    """Return the exit code that stands for one that nobody can tell. Popen says 0, which makes a success of a failed job."""
+    ignored = signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN
     logger.error(
-        "the exit status of process %s is lost, because this process ignores SIGCHLD or waits for all of its children;"
-        " taken as a failure with code %s",
-        ended.pid,
-        _UNKNOWN_STATUS,
+        "The exit status of process %s is not known: %s. From Linux 6.15 on the kernel would tell it; taken as a failure with code %s",
+        pid,
+        "this process ignores SIGCHLD"
+        if ignored
+        else "another part of this program has waited for it, with waitpid(-1) perhaps",
+        UNKNOWN_STATUS,
     )
-    return _UNKNOWN_STATUS
+    return UNKNOWN_STATUS
 
 
 class NativeProcess:

@@ -103,7 +103,7 @@ class SubprocessContext(PContext):
         if self._running_local_ranks and not self._failures:
             return None
         self._tell_first_failure()
-        self.close(timeout=self.shutdown_timeout)
+        self._close_after_exits()
         self._capture_process_failures(done)
         if self._failures:
             first = self._first_failure()

@@ -11,11 +11,11 @@ Differences:
 * Function workers return through files, and a ``KeyboardInterrupt`` in one is not a success.
 """
 
+from ferroelastic._signals import SignalException, _terminate_process_handler
 from ferroelastic.multiprocessing._context import PContext, RunProcsResult
 from ferroelastic.multiprocessing._entry import _wrap
 from ferroelastic.multiprocessing._logs import DefaultLogsSpecs, LogsDest, LogsSpecs
 from ferroelastic.multiprocessing._multiprocess_context import MultiprocessContext
-from ferroelastic.multiprocessing._signals import SignalException, _terminate_process_handler
 from ferroelastic.multiprocessing._std import Std, _validate_full_rank, get_std_cm, to_map
 from ferroelastic.multiprocessing._subprocess_context import SubprocessContext
 from ferroelastic.multiprocessing.tail_log import TailLog

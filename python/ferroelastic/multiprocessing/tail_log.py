@@ -13,9 +13,8 @@ import threading
 from typing import TYPE_CHECKING, TextIO
 
 from ferroelastic._compat import family
-from ferroelastic._console import has_room
 from ferroelastic._engine import get_engine
-from ferroelastic.multiprocessing._signals import SignalException
+from ferroelastic._signals import SignalException
 from ferroelastic.utils.logging import get_logger
 
 if TYPE_CHECKING:
@@ -135,19 +134,23 @@ class TailLog:
         default = f"[{self._name}{local_rank}]:"
         return self._log_line_prefixes.get(local_rank, default) if self._log_line_prefixes else default
 
-    def stop(self) -> None:
-        """Write what the files still hold, and end. A console that takes nothing for some seconds is given up."""
+    def stop(self, patience_s: float = _FINISH_TIMEOUT_S) -> None:
+        """Write what the files still hold, and end.
+
+        Args:
+            patience_s: a console that takes nothing for so many seconds is given up. Not in torch.
+        """
         tail, self._tail = self._tail, None
         try:
             if tail is not None:
-                report = tail.finish(_FINISH_TIMEOUT_S)
+                report = tail.finish(patience_s)
                 if report.dropped_bytes:
                     logger.warning(
-                        "%s bytes of the logs of %s were not shown, because the console took nothing for %s seconds;"
+                        "%s bytes of the logs of %s were not shown, because the console took nothing for %g s;"
                         " they are in the log files",
                         report.dropped_bytes,
                         self._name,
-                        _FINISH_TIMEOUT_S,
+                        patience_s,
                     )
                 if self._threadpool is not None:
                     self._threadpool.expect(report.bytes)
@@ -224,7 +227,7 @@ class _LineWriter:
             return
         if self._expected is None:
             self._expected = 0
-        if has_room(self._write_fd, _FINISH_TIMEOUT_S):
+        if _has_room(self._write_fd, _FINISH_TIMEOUT_S):
             os.write(self._write_fd, b"\n")
         if wait:
             self._thread.join(_FINISH_TIMEOUT_S)
@@ -256,6 +259,14 @@ class _LineWriter:
             except Exception:
                 failed = True
                 logger.exception("failed to copy log lines to %r", dst)
+
+
+def _has_room(fd: int, timeout_s: float) -> bool:
+    import select
+
+    poller = select.poll()
+    poller.register(fd, select.POLLOUT)
+    return bool(poller.poll(timeout_s * 1000))
 
 
 def _write_lines(lines: Sequence[bytes], headers: Sequence[str], dst: TextIO, keep: Callable[[str], bool]) -> None:

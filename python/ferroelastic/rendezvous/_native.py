@@ -16,6 +16,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
+from ferroelastic import _signals
 from ferroelastic._wait import wait_for_event
 from ferroelastic.rendezvous._agent_store import AgentStore
 from ferroelastic.rendezvous._native_settings import NativeSettings, endpoint_text
@@ -276,7 +277,7 @@ class NativeRendezvous(RendezvousHandler):
     def wait_for_others(self, timeout_s: float) -> bool:
         """Say that the workers of this node have succeeded, and wait until all others have.
 
-        The node that hosts the rendezvous waits for as long as they take: without it they cannot go on.
+        The node that hosts the rendezvous waits for as long as they take, unless it is told to end: without it they cannot go on.
 
         Args:
             timeout_s: how long another node waits, in seconds.
@@ -302,7 +303,7 @@ class NativeRendezvous(RendezvousHandler):
                 return standing.state != "over"
             if wait_for_event(client, generation, left_s):
                 left_s = None if left_s is None else max(0.0, deadline - time.monotonic())
-            elif self._is_host:
+            elif self._is_host and _signals.received() is None:
                 logger.warning(
                     "the workers of other nodes did not succeed within %g s: this node hosts the rendezvous and stays for them",
                     timeout_s,

@@ -6,7 +6,10 @@ use ferroelastic_core::supervise::{Action, Ended, Event, GroupState, Moment, Sto
 use ferroelastic_core::sys::wait::{Status, Usage};
 use proptest::prelude::*;
 
-const PLAN: StopPlan = StopPlan { signal: 15, grace: Duration::from_secs(30), kill_wait: Duration::from_secs(5) };
+const PLAN: StopPlan =
+    StopPlan { linger: Duration::ZERO, signal: 15, grace: Duration::from_secs(30), kill_wait: Duration::from_secs(5) };
+/// From the SIGKILL of the leaders to that of their groups.
+const GROUP_KILL_DELAY: Duration = Duration::from_millis(100);
 
 fn ended(index: usize, status: Status) -> Ended {
     let at = Moment { instant: Instant::now(), monotonic_ns: 0, realtime_ns: 0 };
@@ -83,7 +86,63 @@ fn without_grace_sigkill_follows_at_the_first_tick() {
     let mut group = GroupState::new(1);
     let now = Instant::now();
     group.step(now, Event::Stop(StopPlan { grace: Duration::ZERO, ..PLAN }));
-    assert_eq!(group.step(now, Event::Tick), [Action::Kill { index: 0 }]);
+    assert_eq!(group.step(now, Event::Tick), [Action::KillLeader { index: 0 }]);
+}
+
+#[test]
+fn the_group_of_a_killed_leader_has_a_moment_to_clean_up() {
+    let mut group = GroupState::new(2);
+    let start = Instant::now();
+    group.step(start, Event::Ended(vec![ended(1, Status::Exited(0))]));
+    group.step(start, Event::Stop(PLAN));
+    group.step(start, Event::Looked { index: 1, anybody: true });
+    let killed = start + PLAN.grace;
+    let actions = group.step(killed, Event::Tick);
+    assert!(actions.starts_with(&[Action::KillLeader { index: 0 }, Action::Kill { index: 1 }]), "{actions:?}");
+    let actions = group.step(killed, Event::Ended(vec![ended(0, Status::Signalled { signal: 9, core_dumped: false })]));
+    assert_eq!(actions, [Action::Look { index: 0 }]);
+    assert_eq!(group.step(killed, Event::Looked { index: 0, anybody: true }), []);
+    assert!(group.next_tick().is_some_and(|due| due <= killed + GROUP_KILL_DELAY));
+    let before = group.step(killed + Duration::from_millis(99), Event::Tick);
+    assert!(!before.contains(&Action::Kill { index: 0 }), "{before:?}");
+    assert!(group.step(killed + GROUP_KILL_DELAY, Event::Tick).contains(&Action::Kill { index: 0 }));
+}
+
+#[test]
+fn a_stop_without_time_to_kill_spares_no_group() {
+    let mut group = GroupState::new(1);
+    let now = Instant::now();
+    let plan = StopPlan { signal: libc::SIGKILL, kill_wait: Duration::ZERO, ..PLAN };
+    assert!(group.step(now, Event::Stop(plan)).contains(&Action::Kill { index: 0 }));
+}
+
+#[test]
+fn nobody_is_signalled_in_the_linger_time() {
+    let plan = StopPlan { linger: Duration::from_secs(7), ..PLAN };
+    let start = Instant::now();
+    let mut group = GroupState::new(2);
+    group.step(start, Event::Ended(vec![ended(0, Status::Exited(0)), ended(1, Status::Exited(0))]));
+    let actions = group.step(start, Event::Stop(plan));
+    assert_eq!(actions, [Action::Look { index: 0 }, Action::Look { index: 1 }]);
+    group.step(start, Event::Looked { index: 0, anybody: false });
+    group.step(start, Event::Looked { index: 1, anybody: true });
+    assert_eq!(group.step(start, Event::Stop(PLAN)), [], "another stop does not shorten it");
+    let end = start + plan.linger;
+    let actions = group.step(end, Event::Tick);
+    assert!(actions.starts_with(&[Action::Overdue { index: 1 }, Action::Terminate { index: 1, signal: 15 }]));
+    group.step(end, Event::Looked { index: 1, anybody: true });
+    let actions = group.step(end + PLAN.grace, Event::Tick);
+    assert!(actions.contains(&Action::Kill { index: 1 }), "{actions:?}");
+}
+
+#[test]
+fn hurry_ends_the_linger_time() {
+    let start = Instant::now();
+    let mut group = GroupState::new(1);
+    group.step(start, Event::Ended(vec![ended(0, Status::Exited(0))]));
+    group.step(start, Event::Stop(StopPlan { linger: Duration::MAX, ..PLAN }));
+    group.step(start, Event::Looked { index: 0, anybody: true });
+    assert_eq!(group.step(start, Event::Hurry), [Action::Kill { index: 0 }]);
 }
 
 #[test]
@@ -92,7 +151,7 @@ fn an_endless_grace_has_no_deadline() {
     let now = Instant::now();
     group.step(now, Event::Stop(StopPlan { grace: Duration::MAX, ..PLAN }));
     assert_eq!(group.next_tick(), None);
-    assert_eq!(group.step(now, Event::Hurry), [Action::Kill { index: 0 }]);
+    assert_eq!(group.step(now, Event::Hurry), [Action::KillLeader { index: 0 }]);
 }
 
 #[test]
@@ -102,7 +161,8 @@ fn who_is_there_at_the_last_deadline_is_named() {
     group.step(start, Event::Stop(PLAN));
     group.step(start, Event::Ended(vec![ended(0, Status::Exited(0))]));
     group.step(start, Event::Looked { index: 0, anybody: false });
-    assert_eq!(group.step(start + PLAN.grace, Event::Tick), [Action::Kill { index: 1 }]);
+    assert_eq!(group.step(start + PLAN.grace, Event::Tick), [Action::KillLeader { index: 1 }]);
+    assert_eq!(group.step(start + PLAN.grace + GROUP_KILL_DELAY, Event::Tick), [Action::Kill { index: 1 }]);
     let actions = group.step(start + PLAN.grace + PLAN.kill_wait, Event::Tick);
     let [Action::Finished(stopped)] = actions.as_slice() else { panic!("{actions:?}") };
     assert_eq!((stopped.killed.as_slice(), stopped.unfinished.as_slice()), ([1].as_slice(), [1].as_slice()));
@@ -130,36 +190,52 @@ fn actor() -> impl Strategy<Value = Actor> {
 }
 
 proptest! {
-    /// Whatever the workers do: all are asked, none is killed before the grace is over, and the stop ends exactly when the last group is
-    /// empty or at its last deadline.
+    /// Whatever the workers do: nobody is asked in the linger time, all that are left are asked then, none is killed before the grace is
+    /// over, no group before its leader, and the stop ends exactly when the last group is empty or at its last deadline.
     #[test]
-    fn a_stop_always_ends_and_never_kills_early(actors in prop::collection::vec(actor(), 1..6)) {
+    fn a_stop_always_ends_and_never_kills_early(
+        actors in prop::collection::vec(actor(), 1..6),
+        linger in prop::sample::select(vec![0u64, 2_000]),
+    ) {
         let start = Instant::now();
         let at = |ms: u64| start + Duration::from_millis(ms);
+        let (grace_over, last) = (linger + 30_000, linger + 35_000);
         let mut group = GroupState::new(actors.len());
         let dead: Vec<Ended> = (0..actors.len()).filter(|index| actors[*index].dead_already).map(|index| ended(index, Status::Exited(0))).collect();
         group.step(start, Event::Ended(dead));
         let mut leader_gone: Vec<Option<u64>> = actors.iter().map(|actor| actor.dead_already.then_some(0)).collect();
+        let mut leader_killed_at: Vec<Option<u64>> = vec![None; actors.len()];
         let mut killed_at: Vec<Option<u64>> = vec![None; actors.len()];
-        let mut queue = group.step(start, Event::Stop(PLAN));
+        let mut empty: Vec<bool> = vec![false; actors.len()];
+        let mut queue = group.step(start, Event::Stop(StopPlan { linger: Duration::from_millis(linger), ..PLAN }));
         let mut asked = vec![0; actors.len()];
         let mut finished = None;
         for now in 0u64..=40_000 {
             loop {
                 while let Some(action) = queue.pop() {
                     match action {
+                        Action::Overdue { index } => {
+                            prop_assert_eq!(now, linger);
+                            prop_assert!(!empty[index]);
+                        }
                         Action::Terminate { index, signal } => {
-                            prop_assert_eq!(signal, 15);
+                            prop_assert_eq!((signal, now), (15, linger));
                             asked[index] += 1;
                         }
+                        Action::KillLeader { index } => {
+                            prop_assert_eq!(now, grace_over);
+                            leader_killed_at[index] = Some(now);
+                        }
                         Action::Kill { index } => {
-                            prop_assert!(now >= 30_000, "killed at {} ms", now);
+                            let earliest = leader_killed_at[index].map_or(grace_over, |at| at + 100);
+                            prop_assert!(now >= earliest, "killed at {} ms", now);
                             killed_at[index].get_or_insert(now);
                         }
                         Action::Look { index } => {
                             let gone = leader_gone[index].expect("only orphaned groups are looked at");
                             let killed = killed_at[index].is_some() && !actors[index].unkillable;
                             let anybody = now < gone + actors[index].orphans_for && !killed;
+                            empty[index] |= !anybody;
                             queue.extend(group.step(at(now), Event::Looked { index, anybody }));
                         }
                         Action::Finished(stopped) => finished = Some((now, stopped)),
@@ -168,7 +244,7 @@ proptest! {
                 let mut news = Vec::new();
                 for (index, actor) in actors.iter().enumerate() {
                     let obeyed = actor.obeys_after.is_some_and(|ms| ms <= now);
-                    let killed = killed_at[index].is_some() && !actor.unkillable;
+                    let killed = (leader_killed_at[index].or(killed_at[index])).is_some() && !actor.unkillable;
                     if leader_gone[index].is_none() && (obeyed || killed) {
                         leader_gone[index] = Some(now);
                         news.push(ended(index, Status::Exited(0)));
@@ -188,21 +264,24 @@ proptest! {
                 break;
             }
         }
-        prop_assert_eq!(asked, vec![1; actors.len()]);
         let (now, stopped) = finished.expect("every stop ends");
-        prop_assert!(now <= 35_000);
+        prop_assert!(asked.iter().all(|times| *times <= 1));
+        if linger == 0 {
+            prop_assert_eq!(asked, vec![1; actors.len()]);
+        }
+        prop_assert!(now <= last);
         let expected: Vec<usize> = (0..actors.len())
             .filter(|index| {
                 let actor = &actors[*index];
                 let gone = leader_gone[*index].map(|gone| if actor.unkillable || killed_at[*index].is_none() { gone + actor.orphans_for } else { gone });
                 // The last look may lie up to the longest pause before the deadline.
-                gone.is_none_or(|gone| gone > 35_000)
+                gone.is_none_or(|gone| gone > last)
             })
             .collect();
         for index in expected {
             prop_assert!(stopped.unfinished.contains(&index));
         }
-        if now < 35_000 {
+        if now < last {
             prop_assert!(stopped.unfinished.is_empty());
         }
         prop_assert_eq!(group.next_tick(), None);

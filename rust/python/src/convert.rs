@@ -1,5 +1,6 @@
 //! Python's numbers and strings to the core's types.
 
+use std::collections::HashMap;
 use std::ffi::CString;
 use std::os::unix::ffi::OsStringExt;
 use std::path::PathBuf;
@@ -23,6 +24,17 @@ pub(crate) fn duration(name: &str, seconds: Option<f64>) -> PyResult<Option<Dura
 /// As [`duration`], for what cannot be left out; no limit is the longest duration there is.
 pub(crate) fn span(name: &str, seconds: f64) -> PyResult<Duration> {
     Ok(duration(name, Some(seconds))?.unwrap_or(Duration::MAX))
+}
+
+/// An environment for the kernel: `NAME=value` each.
+pub(crate) fn environment(env: HashMap<PathBuf, PathBuf>) -> PyResult<Vec<CString>> {
+    let entry = |(name, value): (PathBuf, PathBuf)| {
+        let mut entry = name.into_os_string();
+        entry.push("=");
+        entry.push(value);
+        c_string("env", entry.into())
+    };
+    env.into_iter().map(entry).collect()
 }
 
 /// A string for the kernel: in the file system's encoding, without NUL.

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::os::fd::{OwnedFd, RawFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use ferroelastic_core::logs::TailSpec;
 use ferroelastic_core::sys::fd;
@@ -12,9 +12,10 @@ use ferroelastic_core::watchdog::Config;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
-use crate::convert::{c_string, span};
+use crate::convert::{c_string, environment, span};
 use crate::errors::{detached, os, to_python};
 use crate::group::Group;
+use crate::guard::Guard;
 use crate::health::HealthServer;
 use crate::tail::Tail;
 use crate::watchdog::Watchdog;
@@ -41,20 +42,15 @@ impl Command {
         if cpus.as_ref().is_some_and(Vec::is_empty) {
             return Err(PyValueError::new_err("cpus must name a CPU or be None, got an empty sequence"));
         }
-        let entry = |(name, value): (PathBuf, PathBuf)| {
-            let mut entry = name.into_os_string();
-            entry.push("=");
-            entry.push(value);
-            c_string("env", entry.into())
-        };
         let stdio = |path: Option<PathBuf>| path.map_or(Stdio::Inherit, Stdio::File);
         Ok(Self(spawn::Command {
             argv: argv.into_iter().map(|word| c_string("argv", word)).collect::<PyResult<_>>()?,
-            env: env.into_iter().map(entry).collect::<PyResult<_>>()?,
+            env: environment(env)?,
             stdout: stdio(stdout),
             stderr: stdio(stderr),
             cwd: cwd.map(|cwd| c_string("cwd", cwd)).transpose()?,
             cpus,
+            ..spawn::Command::default()
         }))
     }
 }
@@ -125,6 +121,24 @@ impl Engine {
     fn health_server(&self, py: Python<'_>, host: &str, port: u16, timeout_s: f64) -> PyResult<HealthServer> {
         let timeout = span("timeout_s", timeout_s)?;
         detached(py, || self.0.health_server(host, port, timeout)).map(HealthServer::new)
+    }
+
+    fn adopt_guard(&self, py: Python<'_>, guard: &Guard) -> PyResult<()> {
+        let (guard, program) = guard.take()?;
+        detached(py, || self.0.adopt_guard(guard, program))
+    }
+
+    fn use_cgroup(&self, py: Python<'_>, folder: Option<&str>) -> PyResult<()> {
+        detached(py, || self.0.use_cgroup(folder.map(Path::new)))
+    }
+
+    fn dismiss_guard(&self, py: Python<'_>, timeout_s: f64) -> PyResult<bool> {
+        let timeout = span("timeout_s", timeout_s)?;
+        detached(py, || self.0.dismiss_guard(timeout))
+    }
+
+    fn take_remarks(&self, py: Python<'_>) -> PyResult<Vec<String>> {
+        self.0.take_remarks().map_err(|error| to_python(py, error))
     }
 
     #[pyo3(signature = (timeout_s=5.0))]

@@ -77,12 +77,22 @@ pub(crate) struct Survivor {
     wait_channel: String,
 }
 
+/// A process that was signalled because it had not finished in the linger time.
+#[pyclass(frozen, get_all, module = "ferroelastic._rust")]
+#[derive(Clone)]
+pub(crate) struct Leftover {
+    index: usize,
+    pid: i32,
+    command: String,
+}
+
 /// What a finished stop found.
 #[pyclass(frozen, get_all, module = "ferroelastic._rust")]
 pub(crate) struct StopReport {
     signalled_ns: u64,
     elapsed_s: f64,
     killed: Vec<usize>,
+    overdue: Vec<Leftover>,
     survivors: Vec<Survivor>,
 }
 
@@ -94,10 +104,16 @@ impl From<engine::StopReport> for StopReport {
             state: survivor.state.to_string(),
             wait_channel: survivor.wait_channel,
         };
+        let leftover = |leftover: engine::Leftover| Leftover {
+            index: leftover.index,
+            pid: leftover.pid,
+            command: leftover.command,
+        };
         Self {
             signalled_ns: report.signalled_ns,
             elapsed_s: report.elapsed.as_secs_f64(),
             killed: report.killed,
+            overdue: report.overdue.into_iter().map(leftover).collect(),
             survivors: report.survivors.into_iter().map(survivor).collect(),
         }
     }
@@ -135,8 +151,13 @@ pub(crate) fn waited(
     })
 }
 
-fn plan(signal: i32, grace_s: f64, kill_wait_s: f64) -> PyResult<StopPlan> {
-    Ok(StopPlan { signal, grace: span("grace_s", grace_s)?, kill_wait: span("kill_wait_s", kill_wait_s)? })
+fn plan(signal: i32, grace_s: f64, kill_wait_s: f64, linger_s: f64) -> PyResult<StopPlan> {
+    Ok(StopPlan {
+        linger: span("linger_s", linger_s)?,
+        signal,
+        grace: span("grace_s", grace_s)?,
+        kill_wait: span("kill_wait_s", kill_wait_s)?,
+    })
 }
 
 #[pymethods]
@@ -176,13 +197,14 @@ impl Group {
         detached(py, || self.0.signal(index, signal, leader_only))
     }
 
-    fn stop(&self, py: Python<'_>, signal: i32, grace_s: f64, kill_wait_s: f64) -> PyResult<()> {
-        let plan = plan(signal, grace_s, kill_wait_s)?;
+    #[pyo3(signature = (signal, grace_s, kill_wait_s, *, linger_s=0.0))]
+    fn stop(&self, py: Python<'_>, signal: i32, grace_s: f64, kill_wait_s: f64, linger_s: f64) -> PyResult<()> {
+        let plan = plan(signal, grace_s, kill_wait_s, linger_s)?;
         detached(py, || self.0.stop(plan))
     }
 
     fn stop_on_failure(&self, py: Python<'_>, signal: i32, grace_s: f64, kill_wait_s: f64) -> PyResult<()> {
-        let plan = plan(signal, grace_s, kill_wait_s)?;
+        let plan = plan(signal, grace_s, kill_wait_s, 0.0)?;
         detached(py, || self.0.stop_on_failure(plan))
     }
 

@@ -1,10 +1,19 @@
-//! `Guard`.
+//! `Guard`, and what the guard process runs.
 
+use std::collections::HashMap;
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
-use ferroelastic_core::sys::guard;
+use ferroelastic_core::sys::cgroup;
+use ferroelastic_core::sys::fd;
+use ferroelastic_core::sys::guard::{self, Orders, Program};
+use ferroelastic_core::sys::leftovers::{Mark, Query, find};
+use ferroelastic_core::sys::spawn::SpawnStack;
+use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
+use crate::convert::{c_string, environment};
 use crate::errors::{os, to_python};
 
 /// A process that ends what a killed agent leaves behind.
@@ -12,22 +21,96 @@ use crate::errors::{os, to_python};
 pub(crate) struct Guard {
     #[pyo3(get)]
     pid: i32,
-    guard: Mutex<Option<guard::Guard>>,
+    #[pyo3(get)]
+    forked: bool,
+    parts: Mutex<Option<(guard::Guard, Program)>>,
+}
+
+impl Guard {
+    /// The guard itself, for the engine.
+    pub(crate) fn take(&self) -> PyResult<(guard::Guard, Program)> {
+        let parts = self.parts.lock().unwrap_or_else(PoisonError::into_inner).take();
+        parts.ok_or_else(|| PyValueError::new_err(format!("the guard process {} was handed over already", self.pid)))
+    }
 }
 
 #[pymethods]
 impl Guard {
     #[new]
-    fn new(py: Python<'_>, name: &str, value: &str) -> PyResult<Self> {
-        let started = guard::Guard::start(format!("{name}={value}").as_bytes());
-        let guard = started.map_err(|source| to_python(py, os("start", "the guard process".into(), source)))?;
-        Ok(Self { pid: guard.pid(), guard: Mutex::new(Some(guard)) })
+    #[pyo3(signature = (name, token, argv, env, *, keep_detached=false, cgroup=None))]
+    fn new(
+        py: Python<'_>,
+        name: String,
+        token: String,
+        argv: Vec<PathBuf>,
+        env: HashMap<PathBuf, PathBuf>,
+        keep_detached: bool,
+        cgroup: Option<PathBuf>,
+    ) -> PyResult<Self> {
+        let program = Program {
+            argv: argv.into_iter().map(|word| c_string("argv", word)).collect::<PyResult<_>>()?,
+            env: environment(env)?,
+        };
+        let failed = |source| to_python(py, os("start", "the guard process".into(), source));
+        let forked = guard::Guard::can_fork().map_err(failed)?;
+        let guard = if forked {
+            guard::Guard::fork(&Orders { mark: Mark { name, token }, keep_detached, cgroup }).map_err(failed)?
+        } else {
+            py.detach(|| guard::Guard::execute(&program, true, &mut SpawnStack::new()))
+                .map_err(|error| to_python(py, error))?
+        };
+        Ok(Self { pid: guard.pid(), forked, parts: Mutex::new(Some((guard, program))) })
     }
+}
 
-    fn dismiss(&self, py: Python<'_>) -> PyResult<()> {
-        let guard = self.guard.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let Some(guard) = guard else { return Ok(()) };
-        let dismissed = py.detach(|| guard.dismiss());
-        dismissed.map_err(|source| to_python(py, os("dismiss", format!("the guard process {}", self.pid), source)))
-    }
+/// What an executed guard process runs.
+#[pyfunction]
+#[pyo3(signature = (name, token, *, keep_detached=false, cgroup=None))]
+pub(crate) fn stand_guard(
+    py: Python<'_>,
+    name: String,
+    token: String,
+    keep_detached: bool,
+    cgroup: Option<PathBuf>,
+) -> PyResult<()> {
+    let line = fd::duplicate(0).map_err(|source| to_python(py, os("use", "descriptor 0".into(), source)))?;
+    py.detach(|| guard::stand(line, &Orders { mark: Mark { name, token }, keep_detached, cgroup }));
+    Ok(())
+}
+
+/// Makes a cgroup below this process's own, for the workers of a run.
+#[pyfunction]
+pub(crate) fn create_cgroup(py: Python<'_>, name: &str) -> PyResult<OsString> {
+    let created = py.detach(|| cgroup::create(name));
+    // Not as a path: that would import pathlib.
+    created.map(PathBuf::into_os_string).map_err(|source| to_python(py, os("create", format!("cgroup {name}"), source)))
+}
+
+/// Removes a cgroup; processes that live on go to the one above it.
+#[pyfunction]
+pub(crate) fn remove_cgroup(py: Python<'_>, folder: &str) -> PyResult<()> {
+    let removed = py.detach(|| cgroup::remove(Path::new(folder)));
+    removed.map_err(|source| to_python(py, os("remove", format!("cgroup {folder}"), source)))
+}
+
+/// The living processes of a run that no process group of a worker leads to.
+#[pyfunction]
+#[pyo3(signature = (name, token, *, sessions=vec![], cgroup=None, not_in_session=0), text_signature = "(name, token, *, sessions=(), cgroup=None, not_in_session=0)")]
+pub(crate) fn find_detached(
+    py: Python<'_>,
+    name: String,
+    token: String,
+    sessions: Vec<i32>,
+    cgroup: Option<&str>,
+    not_in_session: i32,
+) -> Vec<(i32, String)> {
+    use ferroelastic_core::sys::leftovers::Session;
+    use ferroelastic_core::sys::procfs::command;
+
+    py.detach(|| {
+        let mark = Mark { name, token };
+        let sessions: Vec<Session> = sessions.into_iter().map(|leader| Session { leader, pidfd: None }).collect();
+        let query = Query { mark: Some(&mark), sessions: &sessions, cgroup: cgroup.map(Path::new), not_in_session };
+        find(&query).into_iter().map(|found| (found.pid, command(found.pid))).collect()
+    })
 }

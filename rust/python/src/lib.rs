@@ -2,6 +2,7 @@
 //!
 //! Takes arguments, calls ferroelastic-core, maps errors. Decides nothing.
 
+mod console;
 mod convert;
 mod engine;
 mod errors;
@@ -26,13 +27,15 @@ mod _rust {
     #[pymodule_export]
     use super::arm_parent_death_signal;
     #[pymodule_export]
+    use super::console::Console;
+    #[pymodule_export]
     use super::engine::{Command, Engine};
     #[pymodule_export]
     use super::errors::{ForkedError, SpawnError};
     #[pymodule_export]
-    use super::group::{Exit, Group, StopReport, Survivor};
+    use super::group::{Exit, Group, Leftover, StopReport, Survivor};
     #[pymodule_export]
-    use super::guard::Guard;
+    use super::guard::{Guard, create_cgroup, find_detached, remove_cgroup, stand_guard};
     #[pymodule_export]
     use super::health::HealthServer;
     #[pymodule_export]

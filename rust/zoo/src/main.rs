@@ -6,7 +6,7 @@ use std::io::Write;
 use std::process::exit;
 
 const USAGE: &str = "usage: zoo exit N | signal N | sleep | deaf | stop | exit-at MONOTONIC_NS N \
-    | orphan N | deaf-orphan N | escape N | flood LINES WIDTH | facts | worker FOLDER FAILURES";
+    | orphan N | deaf-orphan N | escape N | regroup N | cleaner FILE | finisher FILE | flood LINES WIDTH | facts | worker FOLDER FAILURES";
 
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -36,6 +36,9 @@ fn main() {
         ["orphan", code] => leave_behind(number(code), Orphan::Obedient),
         ["deaf-orphan", code] => leave_behind(number(code), Orphan::Deaf),
         ["escape", code] => leave_behind(number(code), Orphan::OwnSession),
+        ["regroup", code] => leave_behind(number(code), Orphan::OwnGroup),
+        ["cleaner", file] => cleaner(file),
+        ["finisher", file] => finisher(file),
         ["flood", lines, width] => flood(number(lines), number(width)),
         ["facts"] => facts(),
         ["worker", folder, failures] => worker(folder, number(failures)),
@@ -70,17 +73,44 @@ enum Orphan {
     Obedient,
     Deaf,
     OwnSession,
+    OwnGroup,
 }
 
 /// Forks a child that stays, says its pid once it is settled, and exits.
 fn leave_behind(code: i32, kind: Orphan) -> ! {
-    let child = sys::fork_settled(|| match kind {
-        Orphan::Obedient => {}
-        Orphan::Deaf => sys::ignore(libc::SIGTERM),
-        Orphan::OwnSession => sys::new_session(),
-    });
+    let child = sys::fork_settled(
+        || match kind {
+            Orphan::Obedient => {}
+            Orphan::Deaf => sys::ignore(libc::SIGTERM),
+            Orphan::OwnSession => sys::new_session(),
+            Orphan::OwnGroup => sys::new_group(),
+        },
+        || pause(),
+    );
     say(&child.to_string());
     exit(code)
+}
+
+/// Ignores SIGTERM and has a helper that does so too, and that leaves `file` when this process is gone: like Python's resource tracker.
+fn cleaner(file: &str) -> ! {
+    sys::ignore(libc::SIGTERM);
+    let parent = std::process::id();
+    sys::fork_settled(|| (), || leave_when_orphaned(parent, file, 0));
+    say("ready");
+    pause()
+}
+
+/// Exits with 0, and has a helper that leaves `file` some time later, unless SIGTERM ends it.
+fn finisher(file: &str) -> ! {
+    let parent = std::process::id();
+    sys::fork_settled(|| (), || leave_when_orphaned(parent, file, 50_000_000));
+    exit(0)
+}
+
+fn leave_when_orphaned(parent: u32, file: &str, after_ns: i64) {
+    sys::wait_for_orphanage(parent);
+    sys::wait_until(i64::try_from(sys::monotonic_ns()).unwrap_or(0) + after_ns);
+    let _ = std::fs::write(file, "");
 }
 
 /// Numbered lines of a fixed width, as fast as the stream takes them.

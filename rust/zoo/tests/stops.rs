@@ -4,6 +4,7 @@ mod support;
 
 use std::time::Duration;
 
+use ferroelastic_core::supervise::StopPlan;
 use ferroelastic_core::sys::wait::Status;
 use support::{Lines, PATIENCE, all_exits, engines, is_alive, plan, stopped, zoo};
 
@@ -123,6 +124,56 @@ fn what_the_kernel_does_not_let_go_is_named() {
         assert!(is_alive(escaped));
         let pid = rustix::process::Pid::from_raw(escaped).expect("a pid");
         rustix::process::kill_process(pid, rustix::process::Signal::KILL).expect("kill");
+    }
+}
+
+#[test]
+fn a_helper_that_cleans_up_after_a_killed_worker_has_the_time_to() {
+    for engine in engines() {
+        let folder = tempfile::tempdir().expect("tempdir");
+        let mut lines = Lines::new(folder.path(), "ready");
+        let cleaned = folder.path().join("cleaned");
+        let command = lines.of(zoo(&["cleaner", cleaned.to_str().expect("UTF-8")]));
+        let group = engine.spawn(vec![command]).expect("spawn");
+        assert_eq!(lines.next(), "ready");
+        group.stop(plan(Duration::from_millis(50))).expect("stop");
+        let report = stopped(&group);
+        assert_eq!(report.killed, [0]);
+        assert!(report.survivors.is_empty());
+        assert!(cleaned.exists());
+    }
+}
+
+#[test]
+fn what_a_worker_has_left_may_finish_in_the_linger_time() {
+    for engine in engines() {
+        let folder = tempfile::tempdir().expect("tempdir");
+        let finished = folder.path().join("finished");
+        let group = engine.spawn(vec![zoo(&["finisher", finished.to_str().expect("UTF-8")])]).expect("spawn");
+        assert_eq!(all_exits(&group)[0].status, Status::Exited(0));
+        group.stop(StopPlan { linger: PATIENCE, ..plan(Duration::ZERO) }).expect("stop");
+        let report = stopped(&group);
+        assert!(report.killed.is_empty() && report.overdue.is_empty(), "{report:?}");
+        assert!(finished.exists());
+    }
+}
+
+#[test]
+fn what_has_not_finished_in_the_linger_time_is_named_and_ended() {
+    for engine in engines() {
+        let folder = tempfile::tempdir().expect("tempdir");
+        let mut lines = Lines::new(folder.path(), "pid");
+        let group = engine.spawn(vec![lines.of(zoo(&["orphan", "0"]))]).expect("spawn");
+        let orphan: i32 = lines.next().parse().expect("a pid");
+        assert_eq!(all_exits(&group)[0].status, Status::Exited(0));
+        let linger = Duration::from_millis(100);
+        group.stop(StopPlan { linger, ..plan(PATIENCE) }).expect("stop");
+        let report = stopped(&group);
+        assert!(report.elapsed >= linger);
+        let [overdue] = report.overdue.as_slice() else { panic!("{report:?}") };
+        assert_eq!((overdue.index, overdue.pid), (0, orphan));
+        assert!(overdue.command.ends_with("zoo orphan 0"), "{overdue:?}");
+        assert!(!is_alive(orphan));
     }
 }
 

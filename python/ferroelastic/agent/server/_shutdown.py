@@ -1,15 +1,15 @@
-"""The shutdown at the end of an agent's run: signals make it quicker and do not skip it."""
+"""The shutdown at the end of an agent's run: no signal skips it."""
 
 from __future__ import annotations
 
-import signal
 from typing import TYPE_CHECKING, Any
 
 from ferroelastic._compat import family
-from ferroelastic.multiprocessing._signals import SignalException
+from ferroelastic._signals import SignalException
 from ferroelastic.utils.logging import get_logger
 
 if TYPE_CHECKING:
+    import signal
     from collections.abc import Callable
 
     from ferroelastic.agent.server._activity import Activity
@@ -24,6 +24,8 @@ def shut_down(
 ) -> BaseException | None:
     """Call an agent's ``_shutdown`` until it comes to its end.
 
+    The agent's own handlers do not raise here. Those of others may, and a shutdown that has begun keeps its deadline.
+
     Args:
         shutdown: the method.
         death_sig: what to send the workers first; by default what the method chooses.
@@ -31,7 +33,7 @@ def shut_down(
         activity: is told that the agent is busy with it.
 
     Returns:
-        The last :class:`SignalException` that interrupted it, if one did: from then on the workers get SIGKILL at once.
+        The last :class:`SignalException` that interrupted it, if one did.
     """
     interruption: BaseException | None = None
     while True:
@@ -39,9 +41,8 @@ def shut_down(
             activity.busy("stopping")
             _call(shutdown, death_sig, timeout)
         except family(SignalException) as error:  # noqa: PERF203 - a loop over interruptions
-            logger.warning("Received %s death signal while shutting down, killing workers", error.sigval)
+            logger.warning("Received %s death signal while shutting down", error.sigval)
             interruption = error
-            death_sig, timeout = signal.SIGKILL, 0
         else:
             return interruption
 

@@ -4,8 +4,8 @@ Intended differences:
 
 * The agent waits in one method, ``SimpleElasticAgent._wait_for_event``, which subclasses may override.
 * Workers of a restart find an empty store (see ``ferroelastic.rendezvous._worker_store``).
-* However ``run()`` ends, the workers are shut down once, with the agent's shutdown timeout; a signal meanwhile makes it quicker
-  and does not skip it.
+* However ``run()`` ends, the workers are shut down once, with the agent's shutdown timeout. A signal meanwhile does not skip it, and
+  changes neither its deadline nor the outcome. Handlers of signals are installed for the run and restored after it.
 * A node that the rendezvous does not need ends with a result that succeeded (torch returns ``None``), and a worker that was stuck
   is a failure (torch's launcher exits with 0).
 * A signal is seen at once also while the agent waits for others in the store.
@@ -25,7 +25,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import ferroelastic.utils.store as store_util
+from ferroelastic import _signals
 from ferroelastic._compat import TorchVirtual, family
+from ferroelastic._signals import SignalException
 from ferroelastic.agent.server._activity import Activity, cause_of, failed_first_at_ns
 from ferroelastic.agent.server._ranks import agree_on_ranks
 from ferroelastic.agent.server._shutdown import shut_down
@@ -40,7 +42,6 @@ from ferroelastic.agent.server._workers import (
 from ferroelastic.events import Event, EventSource, record
 from ferroelastic.events._record import has_listener
 from ferroelastic.metrics import prof, put_metric
-from ferroelastic.multiprocessing._signals import SignalException
 from ferroelastic.rendezvous import RendezvousClosedError, RendezvousGracefulExitError
 from ferroelastic.rendezvous._worker_store import RenewedRendezvousInfo
 from ferroelastic.utils import interruptible
@@ -65,6 +66,7 @@ __all__ = [
 ]
 
 DEFAULT_ROLE = "default"
+_SIGNALS_ENV = "TORCHELASTIC_SIGNALS_TO_HANDLE"
 _TERMINAL_STATE_SYNC_ID = "torchelastic/agent/terminal_state"
 
 logger = get_logger(__name__)
@@ -110,6 +112,7 @@ class SimpleElasticAgent(ElasticAgent):
         self._shutdown_timeout = shutdown_timeout
         self._total_execution_time = 0
         self._in_exit_barrier = False
+        self._has_left_exit_barrier = False
         self._activity = Activity()
         # Also keeps alive the workers' store, where this node hosts one that the handler does not know of.
         self._rdzv_info: RendezvousInfo | None = None
@@ -145,6 +148,13 @@ class SimpleElasticAgent(ElasticAgent):
         Sleeps all the time. An agent that can be told of exits returns earlier.
         """
         time.sleep(timeout_s)
+
+    def _begin_stop(self, death_sig: signal.Signals) -> None:
+        """Send the workers a signal to end, if that can be done without waiting for them. The stop itself comes later."""
+
+    def _outcome_before_signal(self) -> RunResult | None:
+        """Return how the run had ended when the first signal came, if it had: then the signal changes nothing."""
+        return None
 
     @prof
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
@@ -242,6 +252,11 @@ class SimpleElasticAgent(ElasticAgent):
     @prof
     def _initialize_workers(self, worker_group: WorkerGroup) -> None:
         """Meet the other nodes and start workers; there must be none."""
+        signalled = _signals.received()
+        if signalled is not None:
+            # During the stop before: there is to be no other round.
+            raise signalled
+        _signals.resume()
         spec = worker_group.spec
         logger.info("[%s] Rendezvous'ing worker group", spec.role)
         with self._activity.waiting("rendezvous"), self._activity.phase("rendezvous"):
@@ -270,7 +285,15 @@ class SimpleElasticAgent(ElasticAgent):
     @prof
     def run(self, role: str = DEFAULT_ROLE) -> RunResult:
         """Run the workers until they end. See :meth:`ElasticAgent.run`."""
+        with _signals.Handling(os.environ.get(_SIGNALS_ENV, _signals.DEFAULT_SIGNALS)):
+            try:
+                return self._run(role)
+            finally:
+                _signals.conclude()
+
+    def _run(self, role: str) -> RunResult:
         start = time.monotonic()
+        signalled: BaseException | None = None
         death_sig: signal.Signals | None = None
         is_unwinding = True
         try:
@@ -284,12 +307,14 @@ class SimpleElasticAgent(ElasticAgent):
             result = RunResult(state=WorkerState.SUCCEEDED)
             is_unwinding = False
         except family(SignalException) as error:
-            death_sig = error.sigval
-            logger.warning("Received %s death signal, shutting down workers", death_sig)
+            _signals.conclude()
+            signalled, death_sig = error, error.sigval
+            # First the signals: a log handler may wait for whoever reads it.
             teller = self._teller()
             if teller is not None:
                 teller.say_farewell(f"its agent was ended by {error.sigval.name}")
-            raise
+            self._begin_stop(error.sigval)
+            logger.warning("Received %s death signal, shutting down workers", death_sig)
         finally:
             interruption = shut_down(self._shutdown, death_sig, self._shutdown_timeout, self._activity)
             self._activity.idle()
@@ -297,6 +322,13 @@ class SimpleElasticAgent(ElasticAgent):
             self._total_execution_time = int(time.monotonic() - start)
             if interruption is not None and not is_unwinding:
                 raise interruption
+        if signalled is not None:
+            outcome = self._outcome_before_signal()
+            if outcome is None:
+                raise signalled
+            result = outcome
+            self._record_metrics(result)
+            self._record_worker_events(result)
         return result
 
     def get_event_failed(self) -> Event:
@@ -433,6 +465,8 @@ class SimpleElasticAgent(ElasticAgent):
                     role,
                     self._exit_barrier_timeout,
                 )
+                if _signals.received() is not None:
+                    _signals.conclude()  # it came when these workers had succeeded
                 self._exit_barrier()
                 interruption = self._interruption()
                 if interruption is None or interruption.is_final:
@@ -459,6 +493,7 @@ class SimpleElasticAgent(ElasticAgent):
         if self._remaining_restarts <= 0:
             self._activity.busy("stopping")
             self._stop_workers(group)
+            _signals.conclude()  # the outcome stands: no signal changes it
             teller = self._teller()
             interruption = None if teller is None else teller.verdict()
             if interruption is not None and not interruption.is_failure:
@@ -515,6 +550,7 @@ class SimpleElasticAgent(ElasticAgent):
             raise RendezvousClosedError(f"the job has ended: {interruption.text}")
         if interruption.is_failure and self._remaining_restarts <= 0:
             raise RendezvousClosedError(f"the job has ended: {interruption.text}, and no restart is left")
+        self._begin_stop(signal.SIGTERM)
         logger.warning("[%s] %s; will restart worker group", role, interruption.text)
         self._activity.restarting("failure" if interruption.is_failure else "membership", interruption.text)
         self._restart_workers(self._worker_group)
@@ -534,10 +570,13 @@ class SimpleElasticAgent(ElasticAgent):
 
         An agent that left early would look like a node that is gone, and take its store along.
         """
+        timeout_s = self._exit_barrier_timeout
+        if _signals.received() is not None:
+            timeout_s = min(timeout_s, self._shutdown_timeout)
         logger.info(
             "Local worker group finished (%s). Waiting %s seconds for other agents to finish",
             self._worker_group.state,
-            self._exit_barrier_timeout,
+            timeout_s,
         )
         start = time.monotonic()
         world_size: Any = self._worker_group.group_world_size
@@ -549,20 +588,21 @@ class SimpleElasticAgent(ElasticAgent):
                 store=store,
                 world_size=world_size,
                 key_prefix=_TERMINAL_STATE_SYNC_ID,
-                barrier_timeout=self._exit_barrier_timeout,
+                barrier_timeout=timeout_s,
             )
 
         self._in_exit_barrier = True
         try:
             with self._activity.waiting("exit barrier"):
                 if teller is not None:
-                    teller.wait_for_others(self._exit_barrier_timeout)
+                    teller.wait_for_others(timeout_s)
                 elif world_size == 1:  # no one to wait for
                     barrier(self._store)
                 else:
                     interruptible.call(barrier, _own_connection(self._store))
             logger.info("Done waiting for other agents. Elapsed: %s seconds", time.monotonic() - start)
         except family(SignalException) as error:
+            self._has_left_exit_barrier = world_size != 1
             logger.warning("Got termination signal: %s", error.sigval)
             raise
         except Exception:

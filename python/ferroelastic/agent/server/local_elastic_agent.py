@@ -21,6 +21,7 @@ import time
 from string import Template
 from typing import TYPE_CHECKING, Any
 
+from ferroelastic import _leftovers, _signals
 from ferroelastic._wait import wait_for_event
 from ferroelastic.agent.server import _watchdog
 from ferroelastic.agent.server.api import (
@@ -35,6 +36,7 @@ from ferroelastic.agent.server.health_check_server import HealthCheckServer, cre
 from ferroelastic.events import Event, EventSource, record
 from ferroelastic.metrics.api import prof
 from ferroelastic.multiprocessing import LogsSpecs, PContext, ProcessFailure, start_processes
+from ferroelastic.multiprocessing._stopping import stop_group
 from ferroelastic.utils import macros
 from ferroelastic.utils.hostname import fq_hostname
 from ferroelastic.utils.logging import get_logger
@@ -43,6 +45,7 @@ from ferroelastic.utils.process_state import is_uninterruptible_state, read_proc
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from ferroelastic import _rust
     from ferroelastic.events import EventMetadataValue
 
 __all__ = [
@@ -65,6 +68,7 @@ TORCHELASTIC_UNINTERRUPTIBLE_STATE_TIMEOUT = "TORCHELASTIC_UNINTERRUPTIBLE_STATE
 """Environment variable: seconds that a worker may sleep uninterruptibly; unset, unreadable or not positive means without limit."""
 
 _HEALTH_TIMEOUT_S = 60
+_LEAST_DETACHED_GRACE_S = 1.0
 _STUCK_EXIT_CODE = 1  # it has none of its own, and the job must not end with 0
 
 
@@ -135,6 +139,7 @@ class LocalElasticAgent(SimpleElasticAgent):
         # Value of the port's variable that was refused: once is enough to say so.
         self._refused_health_check_port: str | None = None
         self._stopping_workers_only = False
+        self._may_have_detached = False
         self._uninterruptible_state_timeout = _resolve_uninterruptible_state_timeout(uninterruptible_state_timeout)
         # By pid, the monotonic time at which it was first seen in uninterruptible sleep.
         self._uninterruptible_state_first_seen: dict[int, float] = {}
@@ -248,6 +253,34 @@ class LocalElasticAgent(SimpleElasticAgent):
         }
         record(Event(name=name, source=EventSource.AGENT, metadata=metadata), spec.event_log_handler)
 
+    def _begin_stop(self, death_sig: signal.Signals) -> None:
+        begin_stop = getattr(self._pcontext, "begin_stop", None)
+        if begin_stop is not None:
+            begin_stop(death_sig, self._shutdown_timeout)
+
+    def _outcome_before_signal(self) -> RunResult | None:
+        group: _rust.Group | None = getattr(self._pcontext, "_group", None)
+        worker_group = self._worker_group
+        if group is None or self._has_left_exit_barrier or worker_group.state == WorkerState.STOPPED:
+            return None
+        exits = [ended for ended in group.exits() if _signals.was_before_signal(ended.monotonic_ns)]
+        has_failed = any(ended.returncode != 0 and not ended.stopped for ended in exits)
+        # What functions have returned is gone by now.
+        has_succeeded = (
+            len(exits) == len(group.pids) and not has_failed and isinstance(worker_group.spec.entrypoint, str)
+        )
+        if not has_succeeded and not (has_failed and self._remaining_restarts <= 0):
+            return None
+        # The signal may have come while they were being started.
+        pids = self._pcontext.pids() if self._pcontext else {}
+        for worker in worker_group.workers:
+            worker.id = pids.get(worker.local_rank)
+        result = self._monitor_workers(worker_group)
+        if result.state not in {WorkerState.SUCCEEDED, WorkerState.FAILED}:
+            return None
+        worker_group.state = result.state
+        return result
+
     @prof
     def _stop_workers(self, worker_group: WorkerGroup) -> None:  # noqa: ARG002 - torch's signature
         # Through `_shutdown`, which subclasses override; but the health server is to answer during a restart.
@@ -256,6 +289,7 @@ class LocalElasticAgent(SimpleElasticAgent):
             self._shutdown(timeout=self._shutdown_timeout)
         finally:
             self._stopping_workers_only = False
+        self._deal_with_detached(has_succeeded=False)
         group = getattr(self._pcontext, "_group", None)
         report = None if group is None else group.stop_report()
         if report is not None:  # the engine may have begun by itself, before the agent looked
@@ -287,6 +321,7 @@ class LocalElasticAgent(SimpleElasticAgent):
         self._setup_local_watchdog(envs=envs)
         self._setup_healthcheck()
         self._seen_generation = None
+        self._may_have_detached = True
         self._pcontext = start_processes(
             name=spec.role,
             entrypoint=spec.entrypoint,
@@ -357,9 +392,39 @@ class LocalElasticAgent(SimpleElasticAgent):
             if self._pcontext:
                 with self._activity.allowing(_longest_stop_s(timeout)):
                     self._pcontext.close(death_sig, timeout)
+            if not self._stopping_workers_only:
+                self._deal_with_detached(has_succeeded=self._worker_group.state == WorkerState.SUCCEEDED)
         finally:
             if not self._stopping_workers_only:
                 self._stop_servers()
+
+    def _deal_with_detached(self, *, has_succeeded: bool) -> None:
+        """End the helpers that left the session of their worker, or say that they go on; under ``ferrorun`` only.
+
+        After the workers, which may need them to save. They share the workers' deadline.
+        """
+        run = _leftovers.current()
+        if run is None or run.keep_detached or self._pcontext is None or not self._may_have_detached:
+            return
+        self._may_have_detached = False
+        sessions = list(self._pcontext.pids().values())
+        if has_succeeded and not run.end_detached:
+            found = run.find_detached(sessions)
+            if found:
+                helpers = _leftovers.describe(found)
+                logger.warning(
+                    "Helpers that left the session of their worker go on: %s; --end-detached ends them", helpers
+                )
+            return
+        group = run.detach(sessions)
+        if group is None:
+            return
+        workers: _rust.Group | None = getattr(self._pcontext, "_group", None)
+        report = None if workers is None else workers.stop_report()
+        elapsed_s = 0.0 if report is None else report.elapsed_s
+        grace_s = max(self._shutdown_timeout - elapsed_s, min(self._shutdown_timeout, _LEAST_DETACHED_GRACE_S))
+        with _signals.shielded(group.hurry), self._activity.allowing(_longest_stop_s(grace_s)):
+            stop_group(group, signal.SIGTERM, grace_s)
 
     def _stop_servers(self) -> None:
         if self._worker_watchdog is not None:

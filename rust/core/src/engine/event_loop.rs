@@ -1,11 +1,13 @@
 //! The loop of the supervision thread.
 
 use std::collections::{BTreeMap, HashMap};
+use std::os::fd::{AsFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{Receiver, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use super::guard::{Post, Remarks};
 use super::processes::{GroupEntry, Process, Reaper};
 use super::request::{Observed, Reply, Request, Started};
 use crate::error::{Error, Result, panic_text};
@@ -35,6 +37,7 @@ enum Token {
     TimerClient { watchdog: u64, pid: u64 },
     HealthListener(u64),
     HealthConnection(u64),
+    Guard,
 }
 
 impl Token {
@@ -53,6 +56,7 @@ impl Token {
             Self::TimerClient { watchdog, pid } => (6, watchdog << Self::PID_BITS | pid),
             Self::HealthListener(id) => (7, id),
             Self::HealthConnection(id) => (8, id),
+            Self::Guard => (9, 0),
         };
         kind << Self::KIND_SHIFT | id
     }
@@ -68,6 +72,7 @@ impl Token {
             5 => Self::Fifo(id),
             7 => Self::HealthListener(id),
             8 => Self::HealthConnection(id),
+            9 => Self::Guard,
             _ => Self::TimerClient { watchdog: id >> Self::PID_BITS, pid: id & ((1 << Self::PID_BITS) - 1) },
         }
     }
@@ -91,6 +96,9 @@ pub(super) struct EventLoop {
     finishing_tails: HashMap<u64, Reply<TailReport>>,
     watchdogs: BTreeMap<u64, Server>,
     health: health::Servers,
+    guard: Post,
+    /// Where workers are born, if the run has a cgroup.
+    cgroup: Option<OwnedFd>,
     last_id: u64,
     closing: bool,
 }
@@ -101,6 +109,7 @@ impl EventLoop {
         to_self: Sender<Request>,
         wake: Arc<WakeFd>,
         support: Support,
+        remarks: Remarks,
     ) -> Result<Self> {
         let poller = Poller::new().map_err(|source| Error::os("create", "an epoll instance", source))?;
         let timer = Timer::new().map_err(|source| Error::os("create", "a timerfd", source))?;
@@ -126,6 +135,8 @@ impl EventLoop {
                 listener: |server| Token::HealthListener(server).pack(),
                 connection: |connection| Token::HealthConnection(connection).pack(),
             }),
+            guard: Post::new(remarks),
+            cgroup: None,
             last_id: 0,
             closing: false,
         })
@@ -141,6 +152,10 @@ impl EventLoop {
             Ok(Err(error)) => Some(error.to_string()),
             Err(panic) => Some(panic_text(&*panic)),
         };
+        if failure.is_some() {
+            // Its line stays open until the process ends: then it ends what is left of the workers.
+            std::mem::forget(std::mem::replace(&mut self.guard, Post::new(Remarks::default())));
+        }
         for group in self.groups.values() {
             if failure.is_some() {
                 for process in &group.processes {
@@ -179,6 +194,7 @@ impl EventLoop {
                     }
                     Token::HealthListener(server) => self.health.acceptable(server),
                     Token::HealthConnection(connection) => self.health.ready(connection),
+                    Token::Guard => self.guard_ended(),
                     Token::Process(_) => {}
                 }
             }
@@ -198,6 +214,14 @@ impl EventLoop {
             self.answer_probes();
         }
         Ok(())
+    }
+
+    fn guard_ended(&mut self) {
+        let leaders = self.groups.values().flat_map(|group| group.processes.iter().map(|process| &process.leader));
+        let token = Token::Guard.pack();
+        if self.guard.ended(&self.poller, token, self.support.pidfd, &mut self.stack, leaders) {
+            self.groups.values().for_each(|group| group.view.nudge());
+        }
     }
 
     fn answer_probes(&mut self) {
@@ -375,6 +399,11 @@ impl EventLoop {
                 let exits = self.groups.values().map(|group| group.state.exits());
                 request.serve(&mut self.health, &self.poller, id, exits);
             }
+            Request::AdoptGuard { guard, program, reply } => {
+                let _ = reply.send(self.guard.adopt(guard, program, &self.poller, Token::Guard.pack()));
+            }
+            Request::UseCgroup { folder } => self.cgroup = folder,
+            Request::DismissGuard { reply } => self.guard.dismiss(reply),
             Request::Close { kill_wait } => {
                 self.closing = true;
                 self.kill_everybody(kill_wait);
@@ -384,7 +413,7 @@ impl EventLoop {
 
     fn kill_everybody(&mut self, kill_wait: Duration) {
         let now = Instant::now();
-        let plan = StopPlan { signal: libc::SIGKILL, grace: Duration::ZERO, kill_wait };
+        let plan = StopPlan { linger: Duration::ZERO, signal: libc::SIGKILL, grace: Duration::ZERO, kill_wait };
         for group in self.groups.values_mut() {
             group.step(now, Event::Stop(plan));
             group.step(now, Event::Hurry);
@@ -394,7 +423,8 @@ impl EventLoop {
     fn spawn_group(&mut self, commands: &[Command]) -> Result<Started> {
         let mut processes = Vec::with_capacity(commands.len());
         for (index, command) in commands.iter().enumerate() {
-            match spawn(command, index, self.support.pidfd, &mut self.stack) {
+            let cgroup = self.cgroup.as_ref().map(AsFd::as_fd);
+            match spawn(command, index, self.support.pidfd, cgroup, &mut self.stack) {
                 Ok(spawned) => processes.push(Process {
                     id: self.next_id(),
                     leader: Leader::spawned(spawned.pid, spawned.pidfd, self.support),
@@ -454,6 +484,9 @@ impl EventLoop {
                 return Err(Error::os("watch", object, source));
             }
         }
+        for Process { leader, .. } in &entry.processes {
+            self.guard.hold(leader.pid(), leader.pidfd());
+        }
         self.groups.insert(id, entry);
         Ok(started)
     }
@@ -487,6 +520,9 @@ impl EventLoop {
             && let Some(group) = self.groups.remove(&id)
         {
             group.reap_held();
+            for Process { leader, .. } in &group.processes {
+                self.guard.release(leader.pid());
+            }
         }
     }
 

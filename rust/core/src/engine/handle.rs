@@ -1,12 +1,13 @@
 //! Handles on the engine, its groups and its tails.
 
 use std::os::fd::{BorrowedFd, OwnedFd};
-use std::sync::mpsc::{Receiver, Sender, channel, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::event_loop::EventLoop;
+use super::guard::Remarks;
 use super::request::{Observed, Reply, Request, Started};
 use super::view::{StopReport, View};
 use crate::error::{Error, Result};
@@ -58,6 +59,17 @@ impl Line {
         self.tell(request(reply))?;
         answer.recv().map_err(|_| Error::Closed)
     }
+
+    /// As [`Line::ask`]; `false` if there is no answer within `timeout`.
+    pub(super) fn ask_within(&self, timeout: Duration, request: impl FnOnce(Reply<()>) -> Request) -> Result<bool> {
+        let (reply, answer) = sync_channel(1);
+        self.tell(request(reply))?;
+        match answer.recv_timeout(timeout) {
+            Ok(()) => Ok(true),
+            Err(RecvTimeoutError::Timeout) => Ok(false),
+            Err(RecvTimeoutError::Disconnected) => Err(Error::Closed),
+        }
+    }
 }
 
 impl Drop for Line {
@@ -76,6 +88,7 @@ impl Drop for Line {
 pub struct Engine {
     line: Arc<Line>,
     support: Support,
+    remarks: Remarks,
 }
 
 impl Engine {
@@ -89,7 +102,8 @@ impl Engine {
         let (requests, inbox) = channel();
         let (finish, finished) = sync_channel(1);
         let wake = Arc::new(WakeFd::new().map_err(|source| Error::os("create", "an eventfd", source))?);
-        let event_loop = EventLoop::new(inbox, requests.clone(), Arc::clone(&wake), support)?;
+        let remarks = Remarks::default();
+        let event_loop = EventLoop::new(inbox, requests.clone(), Arc::clone(&wake), support, remarks.clone())?;
         let thread = std::thread::Builder::new()
             .name("ferro-sup".into())
             .spawn(move || {
@@ -102,11 +116,15 @@ impl Engine {
             wake,
             ends: Some(Ends { requests, thread: Mutex::new(Some(thread)), finished: Mutex::new(finished) }),
         };
-        Ok(Self { line: Arc::new(line), support })
+        Ok(Self { line: Arc::new(line), support, remarks })
     }
 
     pub(super) fn line(&self) -> &Arc<Line> {
         &self.line
+    }
+
+    pub(super) fn remarks(&self) -> &Remarks {
+        &self.remarks
     }
 
     /// What the engine makes use of.
@@ -145,7 +163,7 @@ impl Engine {
         let _ = self.line.tell(Request::Close { kill_wait: timeout });
         let finished = ends.finished.lock().unwrap_or_else(PoisonError::into_inner);
         let left = timeout.saturating_sub(began.elapsed()) + Duration::from_millis(100);
-        let ended = !matches!(finished.recv_timeout(left), Err(std::sync::mpsc::RecvTimeoutError::Timeout));
+        let ended = !matches!(finished.recv_timeout(left), Err(RecvTimeoutError::Timeout));
         let thread = ends.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let (true, Some(thread)) = (ended, thread) {
             // It has said its last word: this does not take long. Its panics are caught inside.

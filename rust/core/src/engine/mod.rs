@@ -5,6 +5,7 @@
 //! held across a wait.
 
 mod event_loop;
+mod guard;
 mod handle;
 mod health;
 mod processes;
@@ -14,5 +15,5 @@ mod watchdog;
 
 pub use handle::{Engine, Group, Tail};
 pub use health::HealthServer;
-pub use view::{StopReport, Survivor};
+pub use view::{Leftover, StopReport, Survivor};
 pub use watchdog::Watchdog;

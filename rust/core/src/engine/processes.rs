@@ -4,11 +4,11 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::view::{StopReport, Survivor, View};
+use super::view::{Leftover, StopReport, Survivor, View};
 use crate::supervise::{Action, Ended, Event, GroupState, Moment, Stopped};
 use crate::sys::process::Leader;
 use crate::sys::procfs;
-use crate::sys::wait::{Block, Collect, Status, Usage, wait};
+use crate::sys::wait::{Block, Collect, Status, Usage, reaped_status, wait};
 
 /// Who collects the exit status of a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,11 +39,20 @@ pub(super) struct GroupEntry {
     pub(super) view: Arc<View>,
     pub(super) reaper: Reaper,
     pub(super) released: bool,
+    /// Processes that outlived the linger time of the stop.
+    overdue: Vec<Leftover>,
 }
 
 impl GroupEntry {
     pub(super) fn new(processes: Vec<Process>, reaper: Reaper) -> Self {
-        Self { state: GroupState::new(processes.len()), processes, view: Arc::default(), reaper, released: false }
+        Self {
+            state: GroupState::new(processes.len()),
+            processes,
+            view: Arc::default(),
+            reaper,
+            released: false,
+            overdue: Vec::new(),
+        }
     }
 
     /// How the process at `index` ended, or `None` if it has not.
@@ -56,6 +65,9 @@ impl GroupEntry {
         };
         let (status, usage) = match wait(leader.pid(), collect, Block::No) {
             Ok(None) => return None,
+            Ok(Some((Status::Unknown, usage))) => {
+                (leader.pidfd().and_then(reaped_status).unwrap_or(Status::Unknown), usage)
+            }
             Ok(Some(ended)) => ended,
             Err(_) => (Status::Unknown, Usage::default()),
         };
@@ -86,15 +98,28 @@ impl GroupEntry {
     }
 
     /// Sends the signal of an action; `false` if it is another kind of action.
-    fn send(&self, action: &Action) -> bool {
+    fn send(&mut self, action: &Action) -> bool {
         match *action {
+            Action::Overdue { index } => self.note_overdue(index),
             Action::Terminate { index, signal } => self.terminate(index, signal),
+            Action::KillLeader { index } => {
+                let _ = self.processes[index].leader.signal(libc::SIGKILL);
+            }
             Action::Kill { index } => {
                 let _ = self.processes[index].leader.signal_group(libc::SIGKILL);
             }
             Action::Look { .. } | Action::Finished(_) => return false,
         }
         true
+    }
+
+    fn note_overdue(&mut self, index: usize) {
+        let members = self.processes[index].leader.living_members().into_iter();
+        self.overdue.extend(members.map(|member| Leftover {
+            index,
+            pid: member.pid,
+            command: procfs::command(member.pid),
+        }));
     }
 
     fn terminate(&self, index: usize, signal: i32) {
@@ -122,6 +147,7 @@ impl GroupEntry {
             signalled_ns: Moment::now().monotonic_ns.saturating_sub(since_then),
             elapsed: stopped.elapsed,
             killed: stopped.killed.clone(),
+            overdue: std::mem::take(&mut self.overdue),
             survivors: survivors.collect(),
         };
         self.reap_held();

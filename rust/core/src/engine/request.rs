@@ -14,6 +14,7 @@ use crate::logs::{TailReport, TailSpec};
 use crate::supervise::{Event, Moment};
 use crate::sys::beats::Page;
 use crate::sys::fifo::Fifo;
+use crate::sys::guard::{Guard, Program};
 use crate::sys::spawn::Command;
 use crate::sys::wait::{Status, Usage};
 use crate::watchdog::{Config, Gathered, Reports};
@@ -100,6 +101,17 @@ pub(super) enum Request {
         reply: Option<Reply<()>>,
     },
     Health(HealthRequest),
+    AdoptGuard {
+        guard: Guard,
+        program: Program,
+        reply: Reply<Result<()>>,
+    },
+    UseCgroup {
+        folder: Option<OwnedFd>,
+    },
+    DismissGuard {
+        reply: Reply<()>,
+    },
     Close {
         kill_wait: Duration,
     },

@@ -20,6 +20,17 @@ pub struct Survivor {
     pub wait_channel: String,
 }
 
+/// A process of a worker's group that was signalled because it had not finished in the linger time.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Leftover {
+    /// The worker whose process group it belongs to.
+    pub index: usize,
+    /// Process id.
+    pub pid: i32,
+    /// Its command line, or its name where that is empty.
+    pub command: String,
+}
+
 /// What a finished stop found.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StopReport {
@@ -29,6 +40,8 @@ pub struct StopReport {
     pub elapsed: Duration,
     /// Workers whose process group outlived the grace and got SIGKILL.
     pub killed: Vec<usize>,
+    /// Processes that outlived the linger time.
+    pub overdue: Vec<Leftover>,
     /// Empty when every process group was verified empty.
     pub survivors: Vec<Survivor>,
 }
@@ -61,6 +74,11 @@ impl View {
 
     pub(super) fn publish_report(&self, report: StopReport) {
         self.0.publish(|news| news.report = Some(report));
+    }
+
+    /// Wakes those who wait: there is something to be read elsewhere.
+    pub(super) fn nudge(&self) {
+        self.0.publish(|_| {});
     }
 
     pub(super) fn publish_closed(&self, failure: Option<String>) {

@@ -31,7 +31,7 @@ pub enum Event {
     Stop(StopPlan),
     /// Stop the group at the first failure, or now if there was one.
     StopOnFailure(StopPlan),
-    /// End the grace of a running stop now.
+    /// Send SIGKILL now, if a stop is under way: its linger time and its grace are over.
     Hurry,
     /// The answer to [`Action::Look`].
     Looked {

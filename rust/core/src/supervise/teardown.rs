@@ -7,7 +7,9 @@ use crate::sys::wait::Status;
 /// How to stop a group.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StopPlan {
-    /// The signal that asks to end.
+    /// Time to finish without any signal. Zero signals at once.
+    pub linger: Duration,
+    /// The signal that asks to end. SIGKILL has no grace.
     pub signal: i32,
     /// From that signal to SIGKILL. `Duration::MAX` never kills.
     pub grace: Duration,
@@ -38,6 +40,16 @@ pub enum Action {
         /// Which signal.
         signal: i32,
     },
+    /// Note the members of this group: they have outlived the linger time, and are signalled next.
+    Overdue {
+        /// Whose group.
+        index: usize,
+    },
+    /// Send SIGKILL to the leader of a process group alone.
+    KillLeader {
+        /// Which worker.
+        index: usize,
+    },
     /// Send SIGKILL to the process group of a worker.
     Kill {
         /// Whose group.
@@ -57,9 +69,19 @@ pub enum Action {
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
 const LONGEST_PAUSE: Duration = Duration::from_millis(32);
 
+/// From the SIGKILL of a leader to that of its group. A worker's helpers see its end and clean up: Python's resource tracker, which
+/// ignores SIGTERM, unlinks the shared memory of a killed worker.
+const GROUP_KILL_DELAY: Duration = Duration::from_millis(100);
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {
+    /// Nobody was signalled yet.
+    Linger,
+    /// Everybody has the signal of the plan.
     Grace,
+    /// Leaders have SIGKILL; their groups get it at this moment.
+    KillingLeaders(Instant),
+    /// All groups have SIGKILL.
     Killing,
     Over,
 }
@@ -88,31 +110,52 @@ pub(super) struct Teardown {
 impl Teardown {
     /// Begins: everybody is asked to end, also the group of a leader that is already dead.
     pub(super) fn begin(now: Instant, plan: StopPlan, leader_ended: &[bool]) -> (Self, Vec<Action>) {
-        let signal = plan.signal;
-        let all = 0..leader_ended.len();
-        let mut actions: Vec<Action> = all.clone().map(|index| Action::Terminate { index, signal }).collect();
         let members = leader_ended.iter().map(|ended| if *ended { Self::orphaned() } else { Member::Led }).collect();
-        actions.extend(all.filter(|index| leader_ended[*index]).map(|index| Action::Look { index }));
-        let teardown = Self {
-            plan,
-            phase: Phase::Grace,
-            began: now,
-            deadline: now.checked_add(plan.grace),
-            members,
-            killed: Vec::new(),
+        let mut teardown = Self { plan, phase: Phase::Linger, began: now, deadline: None, members, killed: Vec::new() };
+        let mut actions = if plan.linger.is_zero() {
+            teardown.signal(now)
+        } else {
+            teardown.deadline = now.checked_add(plan.linger);
+            Vec::new()
         };
+        let dead = (0..leader_ended.len()).filter(|index| leader_ended[*index]);
+        actions.extend(dead.map(|index| Action::Look { index }));
         (teardown, actions)
+    }
+
+    /// Sends the signal of the plan to everybody that is left; the grace begins.
+    fn signal(&mut self, now: Instant) -> Vec<Action> {
+        let signal = self.plan.signal;
+        if signal == libc::SIGKILL {
+            return self.kill(now);
+        }
+        self.phase = Phase::Grace;
+        self.deadline = now.checked_add(self.plan.grace);
+        self.unfinished().into_iter().map(|index| Action::Terminate { index, signal }).collect()
+    }
+
+    /// Sends SIGKILL: to leaders first, and to groups whose leader is dead.
+    fn kill(&mut self, now: Instant) -> Vec<Action> {
+        let delay = GROUP_KILL_DELAY.min(self.plan.kill_wait / 2);
+        self.deadline = now.checked_add(self.plan.kill_wait);
+        self.killed = self.unfinished();
+        if delay.is_zero() {
+            self.phase = Phase::Killing;
+            return self.killed.iter().map(|index| Action::Kill { index: *index }).collect();
+        }
+        self.phase = Phase::KillingLeaders(now + delay);
+        let kill = |index: &usize| match self.members[*index] {
+            Member::Led => Action::KillLeader { index: *index },
+            Member::Orphaned { .. } | Member::Empty => Action::Kill { index: *index },
+        };
+        self.killed.iter().map(kill).collect()
     }
 
     /// Whether this stop may be why a worker ended. SIGKILL is no reaction to another signal: where this stop has not sent it, somebody
     /// else has, the out-of-memory killer for one.
     pub(super) fn explains(&self, status: Status) -> bool {
-        match status {
-            Status::Signalled { signal: libc::SIGKILL, .. } => {
-                self.plan.signal == libc::SIGKILL || self.phase != Phase::Grace
-            }
-            _ => true,
-        }
+        let is_kill = matches!(status, Status::Signalled { signal: libc::SIGKILL, .. });
+        !(self.phase == Phase::Linger || (self.phase == Phase::Grace && is_kill))
     }
 
     /// The leader of a group has ended.
@@ -138,27 +181,33 @@ impl Teardown {
         // Somebody may have joined the group since it was killed.
         match self.phase {
             Phase::Killing => vec![Action::Kill { index }],
-            Phase::Grace | Phase::Over => Vec::new(),
+            Phase::Linger | Phase::Grace | Phase::KillingLeaders(_) | Phase::Over => Vec::new(),
         }
     }
 
-    /// Ends the grace now.
+    /// Kills now.
     pub(super) fn hurry(&mut self, now: Instant) -> Vec<Action> {
-        if self.phase != Phase::Grace {
-            return Vec::new();
+        match self.phase {
+            Phase::Linger | Phase::Grace => self.kill(now),
+            Phase::KillingLeaders(_) | Phase::Killing | Phase::Over => Vec::new(),
         }
-        self.deadline = Some(now);
-        self.tick(now)
     }
 
     /// Time has passed.
     pub(super) fn tick(&mut self, now: Instant) -> Vec<Action> {
         let mut actions = Vec::new();
-        if self.phase == Phase::Grace && self.deadline.is_some_and(|deadline| deadline <= now) {
-            self.phase = Phase::Killing;
-            self.deadline = now.checked_add(self.plan.kill_wait);
-            self.killed = self.unfinished();
-            actions.extend(self.killed.iter().map(|index| Action::Kill { index: *index }));
+        let is_due = self.deadline.is_some_and(|deadline| deadline <= now);
+        match self.phase {
+            Phase::Linger if is_due => {
+                actions.extend(self.unfinished().into_iter().map(|index| Action::Overdue { index }));
+                actions.extend(self.signal(now));
+            }
+            Phase::Grace if is_due => actions.extend(self.kill(now)),
+            Phase::KillingLeaders(at) if at <= now => {
+                self.phase = Phase::Killing;
+                actions.extend(self.unfinished().into_iter().map(|index| Action::Kill { index }));
+            }
+            _ => {}
         }
         for (index, member) in self.members.iter_mut().enumerate() {
             if let Member::Orphaned { look_at, .. } = member
@@ -196,7 +245,11 @@ impl Teardown {
             Member::Orphaned { look_at, .. } => *look_at,
             Member::Led | Member::Empty => None,
         });
-        looks.chain(self.deadline).min()
+        let group_kill = match self.phase {
+            Phase::KillingLeaders(at) => Some(at),
+            _ => None,
+        };
+        looks.chain(self.deadline).chain(group_kill).min()
     }
 
     fn unfinished(&self) -> Vec<usize> {

@@ -1,51 +1,114 @@
 //! A process that outlives a killed agent by a moment, to end what the kernel does not end with it.
 //!
 //! `PR_SET_PDEATHSIG` reaches the workers and nobody else: data loader processes, servers and helpers that workers have started live on and
-//! hold their GPUs. All of them have inherited an environment variable that marks the run. When the agent ends without a
-//! farewell, the guard kills every process that carries the mark. Who wants to outlive the run removes the variable.
+//! hold their GPUs. The agent tells the guard of each worker: its pid, which is the number of its session, and its pidfd. When the agent is
+//! gone, the guard kills what is left of these sessions, of the run's cgroup, and what carries the run's mark in its environment.
+//!
+//! The guard decides nothing else. An agent that ends as it should kills it.
 
-use std::ffi::c_int;
+mod stand;
+
+use std::ffi::CString;
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open, pidfd_send_signal};
+use rustix::net::{AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags, SocketType};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
+use super::leftovers::Mark;
+use super::process::pidfd_send_signal;
+use super::spawn::{Command, SpawnStack, Stdio, spawn};
 use super::wait::{Block, Collect, wait};
+use crate::error::Result;
 
-/// How often the guard looks for marked processes at most: who forks while being killed is found by the next look.
-const MOST_LOOKS: usize = 100;
+pub use stand::stand;
+
+/// What a guard is to end when its agent is gone.
+#[derive(Clone, Debug)]
+pub struct Orders {
+    /// Marks the run's processes in their environment.
+    pub mark: Mark,
+    /// Processes that have left the sessions of the workers live on.
+    pub keep_detached: bool,
+    /// The run's cgroup, if it has one.
+    pub cgroup: Option<PathBuf>,
+}
+
+/// A program that calls [`stand`] with its descriptor 0, for an agent that cannot be forked.
+#[derive(Clone, Debug)]
+pub struct Program {
+    /// Program and arguments.
+    pub argv: Vec<CString>,
+    /// The whole environment, as `NAME=value`. The run's mark is not in it.
+    pub env: Vec<CString>,
+}
 
 /// The agent's end of a guard.
 #[derive(Debug)]
 pub struct Guard {
+    owner: u32,
     pid: i32,
+    pidfd: Option<OwnedFd>,
     line: OwnedFd,
 }
 
+/// What the agent tells the guard: a worker was started, or is gone with all of its session.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+enum Word {
+    Hold = b'H',
+    Release = b'R',
+}
+
+const MESSAGE_BYTES: usize = 5;
+
 impl Guard {
-    /// Forks the guard. `mark` is the `NAME=value` that marks the run in the environment of its processes.
-    ///
-    /// The child is this program without an exec, so there must be no other thread, whose locks it would inherit: `ResourceBusy` otherwise.
-    pub fn start(mark: &[u8]) -> io::Result<Self> {
-        if fs::read_dir("/proc/self/task")?.count() > 1 {
+    /// Whether this process can be forked: there is no other thread, whose locks the child would inherit.
+    pub fn can_fork() -> io::Result<bool> {
+        Ok(fs::read_dir("/proc/self/task")?.count() == 1)
+    }
+
+    /// Forks the guard. It is this program without an exec, so there must be no other thread: `ResourceBusy` otherwise.
+    pub fn fork(orders: &Orders) -> io::Result<Self> {
+        if !Self::can_fork()? {
             return Err(io::ErrorKind::ResourceBusy.into());
         }
-        let (theirs, ours) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
+        let (theirs, ours) = line()?;
         // SAFETY: there is one thread, so the child may use whatever the parent may. It does not return from this branch.
         match unsafe { libc::fork() } {
             -1 => Err(io::Error::last_os_error()),
             0 => {
                 drop(ours);
-                let farewell = std::panic::catch_unwind(|| stand_guard(&theirs)).unwrap_or(false);
-                if !farewell {
-                    kill_marked(mark);
-                }
+                let _ = std::panic::catch_unwind(|| stand(theirs, orders));
                 // SAFETY: ends the process without running what the parent's libraries have registered for its end.
                 unsafe { libc::_exit(0) }
             }
-            pid => Ok(Self { pid, line: ours }),
+            pid => {
+                let pidfd = Pid::from_raw(pid).and_then(|raw| pidfd_open(raw, PidfdFlags::empty()).ok());
+                Ok(Self { owner: std::process::id(), pid, pidfd, line: ours })
+            }
         }
+    }
+
+    /// Executes the guard.
+    pub fn execute(program: &Program, pidfd: bool, stack: &mut SpawnStack) -> Result<Self> {
+        let (theirs, ours) = line().map_err(|source| crate::Error::os("create", "the line to a guard", source))?;
+        let command = Command {
+            argv: program.argv.clone(),
+            env: program.env.clone(),
+            stdin: Some(Arc::new(theirs)),
+            stdout: Stdio::File("/dev/null".into()),
+            stderr: Stdio::File("/dev/null".into()),
+            outlives_agent: true,
+            ..Command::default()
+        };
+        let spawned = spawn(&command, 0, pidfd, None, stack)?;
+        Ok(Self { owner: std::process::id(), pid: spawned.pid, pidfd: spawned.pidfd, line: ours })
     }
 
     /// Process id of the guard.
@@ -54,69 +117,88 @@ impl Guard {
         self.pid
     }
 
-    /// The agent ends as it should: the guard goes, and touches nobody.
-    pub fn dismiss(self) -> io::Result<()> {
-        rustix::io::write(&self.line, b"x")?;
-        wait(self.pid, Collect::Reap, Block::Yes)?;
+    /// A descriptor that is readable once the guard has ended, or is about to.
+    #[must_use]
+    pub fn end_fd(&self) -> BorrowedFd<'_> {
+        self.pidfd.as_ref().unwrap_or(&self.line).as_fd()
+    }
+
+    /// A worker was started.
+    pub fn hold(&self, leader: i32, pidfd: Option<BorrowedFd<'_>>) {
+        let with = pidfd.is_some_and(|pidfd| self.send(Word::Hold, leader, Some(pidfd)).is_ok());
+        if !with {
+            // Without pidfds, or with too many descriptors on their way.
+            let _ = self.send(Word::Hold, leader, None);
+        }
+    }
+
+    /// A worker is gone, and so is its session.
+    pub fn release(&self, leader: i32) {
+        let _ = self.send(Word::Release, leader, None);
+    }
+
+    /// Never waits: a guard that does not read (it is suspended) is not told.
+    fn send(&self, word: Word, leader: i32, pidfd: Option<BorrowedFd<'_>>) -> io::Result<()> {
+        let mut message = [word as u8; MESSAGE_BYTES];
+        message[1..].copy_from_slice(&leader.to_ne_bytes());
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
+        let fds = pidfd.map(|pidfd| [pidfd]);
+        if let Some(fds) = &fds {
+            ancillary.push(SendAncillaryMessage::ScmRights(fds));
+        }
+        let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+        rustix::net::sendmsg(&self.line, &[io::IoSlice::new(&message)], &mut ancillary, flags)?;
         Ok(())
     }
-}
 
-/// Waits for a farewell (`true`) or for the end of the agent (`false`).
-fn stand_guard(line: &OwnedFd) -> bool {
-    // SAFETY: integers, a string that ends in NUL; SIG_IGN runs no code of ours. Descriptor 0 is the line, all others are closed:
-    // who reads the agent's output must see its end.
-    unsafe {
-        libc::setsid();
-        libc::prctl(libc::PR_SET_NAME, c"ferro-guard".as_ptr());
-        for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT, libc::SIGPIPE] {
-            libc::signal(signal, libc::SIG_IGN);
-        }
-        libc::dup2(line.as_fd().as_raw_fd(), 0);
-        if libc::syscall(libc::SYS_close_range, 1u32, u32::MAX, 0u32) < 0 {
-            let highest = libc::sysconf(libc::_SC_OPEN_MAX).clamp(64, 65_536);
-            for fd in 1..c_int::try_from(highest).unwrap_or(64) {
-                libc::close(fd);
+    /// Collects the guard if it has ended; `true` if it has.
+    #[must_use]
+    pub fn has_ended(&self) -> bool {
+        !matches!(wait(self.pid, Collect::Reap, Block::No), Ok(None))
+    }
+
+    /// Kills the guard; it touches nobody. It is collected by [`Guard::has_ended`].
+    pub fn kill(&self) {
+        match &self.pidfd {
+            Some(pidfd) => {
+                let _ = pidfd_send_signal(pidfd.as_fd(), libc::SIGKILL, 0);
             }
+            // SAFETY: takes integers. The number is the guard's until it is collected.
+            None => unsafe {
+                libc::kill(self.pid, libc::SIGKILL);
+            },
         }
     }
-    let mut byte = 0u8;
-    loop {
-        // SAFETY: one byte that is valid for writes.
-        match unsafe { libc::read(0, (&raw mut byte).cast(), 1) } {
-            -1 if io::Error::last_os_error().kind() == io::ErrorKind::Interrupted => {}
-            count => return count == 1,
+
+    /// Kills the guard and waits until it is gone, for at most `timeout`; `false` if it is not.
+    #[must_use]
+    pub fn dismiss(self, timeout: Duration) -> bool {
+        let began = Instant::now();
+        self.kill();
+        loop {
+            if self.has_ended() {
+                return true;
+            }
+            let left = timeout.saturating_sub(began.elapsed());
+            if left.is_zero() {
+                return false;
+            }
+            let _ = super::poller::wait_readable([Some(&self.end_fd() as &dyn AsFd)], Some(left));
         }
     }
 }
 
-/// Kills every process with the mark in its environment, until there is none.
-fn kill_marked(mark: &[u8]) {
-    let own = i32::try_from(std::process::id()).unwrap_or(0);
-    for _ in 0..MOST_LOOKS {
-        let Ok(entries) = fs::read_dir("/proc") else { return };
-        let pids = entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
-        let found = pids.filter(|pid| *pid != own && kill_if_marked(*pid, mark)).count();
-        if found == 0 {
-            return;
+impl Drop for Guard {
+    /// A guard that nobody has dismissed has nothing to guard. In a forked child it is somebody else's.
+    fn drop(&mut self) {
+        if std::process::id() == self.owner {
+            self.kill();
+            let _ = self.has_ended();
         }
     }
 }
 
-/// Whether the process has the mark; if so it was killed.
-fn kill_if_marked(pid: i32, mark: &[u8]) -> bool {
-    let marked = || {
-        let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
-        environment.split(|byte| *byte == 0).any(|entry| entry == mark)
-    };
-    let Some(raw) = Pid::from_raw(pid) else { return false };
-    if !marked() {
-        return false;
-    }
-    match pidfd_open(raw, PidfdFlags::empty()) {
-        // Looked at again with the process held: the number may have gone to somebody else in between.
-        Ok(process) => marked() && pidfd_send_signal(&process, Signal::KILL).is_ok(),
-        Err(rustix::io::Errno::SRCH) => false,
-        Err(_) => kill_process(raw, Signal::KILL).is_ok(),
-    }
+fn line() -> io::Result<(OwnedFd, OwnedFd)> {
+    Ok(rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?)
 }

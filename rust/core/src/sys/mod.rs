@@ -1,10 +1,12 @@
 //! Safe wrappers over the kernel: the only place for `unsafe` and raw system calls.
 
 pub mod beats;
+pub mod cgroup;
 pub mod console;
 pub mod fd;
 pub mod fifo;
 pub mod guard;
+pub mod leftovers;
 pub mod net;
 pub mod notify;
 pub mod poller;

@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 
 use super::process::{PIDFD_SIGNAL_PROCESS_GROUP, pidfd_send_signal};
 use super::spawn::SpawnStack;
-use super::wait::{Block, Collect, Status, wait};
+use super::wait::{Block, Collect, wait};
 use super::{poller, sigmask};
 
 /// The features that decide how exits are noticed and groups are signalled.
@@ -33,13 +33,15 @@ const NOTHING_WORKS: u8 = 2;
 #[must_use]
 pub fn probe() -> Support {
     match run_probe() {
-        Ok(Status::Exited(PIDFD_WORKS)) => Support { pidfd: true, group_signals: false },
-        Ok(Status::Exited(GROUP_SIGNALS_WORK)) => Support { pidfd: true, group_signals: true },
+        Ok(PIDFD_WORKS) => Support { pidfd: true, group_signals: false },
+        Ok(GROUP_SIGNALS_WORK) => Support { pidfd: true, group_signals: true },
         _ => Support::NONE,
     }
 }
 
-fn run_probe() -> io::Result<Status> {
+/// The answer comes through the memory that both share, not as an exit status: that is lost where SIGCHLD is ignored.
+fn run_probe() -> io::Result<u8> {
+    let mut answer = NOTHING_WORKS;
     let mut stack = SpawnStack::new();
     let mut raw_pidfd: c_int = -1;
     let blocked = sigmask::block_all();
@@ -50,7 +52,7 @@ fn run_probe() -> io::Result<Status> {
             probe_child,
             stack.top(),
             flags,
-            std::ptr::null_mut(),
+            (&raw mut answer).cast(),
             &raw mut raw_pidfd,
             std::ptr::null_mut::<c_void>(),
             std::ptr::null_mut::<c_void>(),
@@ -64,13 +66,15 @@ fn run_probe() -> io::Result<Status> {
     // SAFETY: the kernel has stored a new descriptor there that nobody else owns; the check comes first.
     let pidfd = (raw_pidfd >= 0).then(|| unsafe { OwnedFd::from_raw_fd(raw_pidfd) });
     let readable = pidfd.as_ref().is_some_and(|pidfd| matches!(poller::wait_readable([Some(pidfd)], None), Ok([true])));
-    let status = wait(pid, Collect::Reap, Block::Yes)?.map_or(Status::Unknown, |(status, _)| status);
-    Ok(if readable { status } else { Status::Unknown })
+    wait(pid, Collect::Reap, Block::Yes)?;
+    // SAFETY: the child, which has ended, was the only one to write it.
+    let answer = unsafe { std::ptr::read_volatile(&raw const answer) };
+    Ok(if readable { answer } else { NOTHING_WORKS })
 }
 
 /// Runs in the throw-away child, which shares the agent's memory: nothing but system calls.
-extern "C" fn probe_child(_: *mut c_void) -> c_int {
-    // SAFETY: integers only; the descriptor is checked before it is wrapped, and the child exits without unwinding.
+extern "C" fn probe_child(result: *mut c_void) -> c_int {
+    // SAFETY: `result` is the parent's, which stands still until this process ends; the rest are integers. The descriptor is checked before it is wrapped, and the child exits without unwinding.
     unsafe {
         libc::setsid();
         let raw = libc::syscall(libc::SYS_pidfd_open, libc::getpid(), 0u32);
@@ -87,6 +91,7 @@ extern "C" fn probe_child(_: *mut c_void) -> c_int {
             }
             _ => NOTHING_WORKS,
         };
-        libc::_exit(c_int::from(answer))
+        std::ptr::write_volatile(result.cast::<u8>(), answer);
+        libc::_exit(0)
     }
 }

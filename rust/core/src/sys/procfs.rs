@@ -69,6 +69,16 @@ pub fn wait_channel(pid: i32) -> String {
     }
 }
 
+/// The command line of a process, its words separated by spaces; its name where that is empty. Empty if it does not exist.
+#[must_use]
+pub fn command(pid: i32) -> String {
+    let read = |name| fs::read(format!("/proc/{pid}/{name}")).unwrap_or_default();
+    let line = read("cmdline");
+    let words: Vec<_> = line.split(|byte| *byte == 0).filter(|word| !word.is_empty()).collect();
+    let text = if words.is_empty() { read("comm") } else { words.join(&b' ') };
+    String::from_utf8_lossy(&text).trim_end().to_owned()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

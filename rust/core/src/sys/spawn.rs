@@ -6,9 +6,10 @@
 
 use std::ffi::{CStr, CString, OsStr, c_char, c_int, c_void};
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use rustix::fs::{Mode, OFlags};
 
@@ -26,12 +27,14 @@ pub enum Stdio {
 }
 
 /// How to start one process.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default)]
 pub struct Command {
     /// Program and arguments. A program without a slash is looked up in the `PATH` of `env`.
     pub argv: Vec<CString>,
     /// The whole environment, as `NAME=value`.
     pub env: Vec<CString>,
+    /// Standard input, the agent's if none.
+    pub stdin: Option<Arc<OwnedFd>>,
     /// Standard output.
     pub stdout: Stdio,
     /// Standard error.
@@ -40,6 +43,8 @@ pub struct Command {
     pub cwd: Option<CString>,
     /// Logical CPUs the process may run on, the agent's if none.
     pub cpus: Option<Vec<usize>>,
+    /// The process is not killed when the thread that spawned it ends.
+    pub outlives_agent: bool,
 }
 
 /// A process that was just started: the leader of its own session and process group.
@@ -57,6 +62,7 @@ pub struct Spawned {
 enum Stage {
     Setsid = 1,
     DeathSignal,
+    Stdin,
     Stdout,
     Stderr,
     Affinity,
@@ -65,13 +71,22 @@ enum Stage {
 }
 
 impl Stage {
-    const ALL: [Self; 7] =
-        [Self::Setsid, Self::DeathSignal, Self::Stdout, Self::Stderr, Self::Affinity, Self::Chdir, Self::Execve];
+    const ALL: [Self; 8] = [
+        Self::Setsid,
+        Self::DeathSignal,
+        Self::Stdin,
+        Self::Stdout,
+        Self::Stderr,
+        Self::Affinity,
+        Self::Chdir,
+        Self::Execve,
+    ];
 
     fn name(self) -> &'static str {
         match self {
             Self::Setsid => "setsid",
             Self::DeathSignal => "prctl(PR_SET_PDEATHSIG)",
+            Self::Stdin => "dup2 stdin",
             Self::Stdout => "dup2 stdout",
             Self::Stderr => "dup2 stderr",
             Self::Affinity => "sched_setaffinity",
@@ -86,8 +101,10 @@ struct ChildPlan {
     programs: Vec<*const c_char>,
     argv: Vec<*const c_char>,
     envp: Vec<*const c_char>,
+    stdin: RawFd,
     stdout: RawFd,
     stderr: RawFd,
+    outlives_agent: bool,
     cwd: *const c_char,
     cpus: Vec<u64>,
     agent: libc::pid_t,
@@ -111,6 +128,11 @@ impl SpawnStack {
     pub(super) fn top(&mut self) -> *mut c_void {
         self.0.as_mut_ptr_range().end.cast()
     }
+
+    #[cfg(target_arch = "x86_64")]
+    fn base(&mut self) -> *mut c_void {
+        self.0.as_mut_ptr().cast()
+    }
 }
 
 impl Default for SpawnStack {
@@ -121,9 +143,15 @@ impl Default for SpawnStack {
 
 /// Starts `command`. `index` only serves the error.
 ///
-/// The process has its own session, an empty signal mask, default dispositions, no descriptor but its standard streams, and
-/// is killed with SIGKILL when the *calling thread* ends: call it from a thread that lives as long as the agent.
-pub fn spawn(command: &Command, index: usize, pidfd: bool, stack: &mut SpawnStack) -> Result<Spawned, SpawnError> {
+/// The process has its own session, an empty signal mask, default dispositions, no descriptor but its standard streams, and,
+/// unless it is to outlive the agent, is killed with SIGKILL when the *calling thread* ends: call it from a thread that lives as long as the agent.
+pub fn spawn(
+    command: &Command,
+    index: usize,
+    pidfd: bool,
+    cgroup: Option<BorrowedFd<'_>>,
+    stack: &mut SpawnStack,
+) -> Result<Spawned, SpawnError> {
     let fail = |stage, object: &OsStr, source: io::Error| SpawnError {
         index,
         stage,
@@ -147,8 +175,10 @@ pub fn spawn(command: &Command, index: usize, pidfd: bool, stack: &mut SpawnStac
         programs: pointers(&candidates),
         argv: pointers(&command.argv),
         envp: pointers(&command.env),
+        stdin: command.stdin.as_ref().map_or(-1, AsRawFd::as_raw_fd),
         stdout: stdout.as_ref().map_or(-1, AsRawFd::as_raw_fd),
         stderr: stderr.as_ref().map_or(-1, AsRawFd::as_raw_fd),
+        outlives_agent: command.outlives_agent,
         cwd: command.cwd.as_ref().map_or(std::ptr::null(), |cwd| cwd.as_ptr()),
         cpus: command.cpus.as_deref().map(cpu_mask).unwrap_or_default(),
         agent: i32::try_from(std::process::id()).unwrap_or(-1),
@@ -159,25 +189,9 @@ pub fn spawn(command: &Command, index: usize, pidfd: bool, stack: &mut SpawnStac
     // While the child borrows this memory no handler of the agent may run in it.
     let blocked = sigmask::block_all();
     let mut raw_pidfd: c_int = -1;
-    let flags = libc::CLONE_VM | libc::CLONE_VFORK | libc::SIGCHLD | if pidfd { libc::CLONE_PIDFD } else { 0 };
-    // SAFETY: the child runs `child_main` on its own stack and touches only `plan`, which outlives it because CLONE_VFORK holds this
-    // thread until the child has executed or exited. It has its own descriptor table and dispositions (no CLONE_FILES, no CLONE_SIGHAND).
-    let pid = unsafe {
-        libc::clone(
-            child_main,
-            stack.top(),
-            flags,
-            (&raw mut plan).cast(),
-            &raw mut raw_pidfd,
-            std::ptr::null_mut::<c_void>(),
-            std::ptr::null_mut::<c_void>(),
-        )
-    };
-    let clone_error = io::Error::last_os_error();
+    let cloned = clone_child(&mut plan, stack, pidfd.then_some(&mut raw_pidfd), cgroup);
     drop(blocked);
-    if pid < 0 {
-        return Err(fail("clone", program_name, clone_error));
-    }
+    let pid = cloned.map_err(|source| fail("clone", program_name, source))?;
     // SAFETY: with CLONE_PIDFD the kernel has stored a new descriptor there that nobody else owns.
     let pidfd = (pidfd && raw_pidfd >= 0).then(|| unsafe { OwnedFd::from_raw_fd(raw_pidfd) });
 
@@ -193,6 +207,104 @@ pub fn spawn(command: &Command, index: usize, pidfd: bool, stack: &mut SpawnStac
         _ => program_name,
     };
     Err(fail(stage.name(), object, io::Error::from_raw_os_error(errno)))
+}
+
+/// Starts the child and returns when it has executed its program or has exited.
+fn clone_child(
+    plan: &mut ChildPlan,
+    stack: &mut SpawnStack,
+    pidfd: Option<&mut c_int>,
+    cgroup: Option<BorrowedFd<'_>>,
+) -> io::Result<libc::pid_t> {
+    let plan = std::ptr::from_mut(plan).cast::<c_void>();
+    let flags = libc::CLONE_VM | libc::CLONE_VFORK | if pidfd.is_some() { libc::CLONE_PIDFD } else { 0 };
+    let pidfd = pidfd.map_or(std::ptr::null_mut(), std::ptr::from_mut);
+    if let Some(cgroup) = cgroup {
+        // SAFETY: the child runs `child_main` on its own stack and touches only `plan`, which outlives it because CLONE_VFORK holds this
+        // thread until the child has executed or exited. It has its own descriptor table and dispositions (no CLONE_FILES, no
+        // CLONE_SIGHAND).
+        if let Ok(pid) = unsafe { clone_into_cgroup(flags, stack, plan, pidfd, cgroup) } {
+            return Ok(pid);
+        }
+        // Outside of it is better than not at all: an old kernel, a policy, a cgroup that somebody has removed.
+    }
+    // SAFETY: as above.
+    let pid = unsafe {
+        libc::clone(
+            child_main,
+            stack.top(),
+            flags | libc::SIGCHLD,
+            plan,
+            pidfd,
+            std::ptr::null_mut::<c_void>(),
+            std::ptr::null_mut::<c_void>(),
+        )
+    };
+    if pid < 0 { Err(io::Error::last_os_error()) } else { Ok(pid) }
+}
+
+/// `clone3(2)` with `CLONE_INTO_CGROUP` (Linux 5.7): the child is born in the cgroup. To move it there afterwards takes 10 ms, because the kernel
+/// waits for all its CPUs then, and what the child has started by that time stays outside.
+///
+/// libc has no wrapper that takes a stack, so this is the system call itself.
+///
+/// # Safety
+///
+/// As for `clone(2)` with `child_main`; `plan` is a [`ChildPlan`].
+#[cfg(target_arch = "x86_64")]
+unsafe fn clone_into_cgroup(
+    flags: c_int,
+    stack: &mut SpawnStack,
+    plan: *mut c_void,
+    pidfd: *mut c_int,
+    cgroup: BorrowedFd<'_>,
+) -> io::Result<libc::pid_t> {
+    // libc's constant has the type of the 32 bits that it does not fit in.
+    const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+    // SAFETY: plain integers, for which zeros are valid.
+    let mut arguments: libc::clone_args = unsafe { std::mem::zeroed() };
+    arguments.flags = u64::from(flags.cast_unsigned()) | CLONE_INTO_CGROUP;
+    arguments.pidfd = pidfd as u64;
+    arguments.exit_signal = u64::from(libc::SIGCHLD.cast_unsigned());
+    arguments.stack = stack.base() as u64;
+    arguments.stack_size = SpawnStack::BYTES as u64;
+    arguments.cgroup = u64::from(cgroup.as_raw_fd().cast_unsigned());
+    let result: i64;
+    // SAFETY: in the parent the kernel changes rax, rcx and r11 only. The child is on its own stack, whose end is a multiple of 16; it
+    // calls `child_main`, which does not return.
+    unsafe {
+        std::arch::asm!(
+            "syscall",
+            "test rax, rax",
+            "jnz 2f",
+            "xor ebp, ebp",
+            "mov rdi, {plan}",
+            "call {entry}",
+            "ud2",
+            "2:",
+            plan = in(reg) plan,
+            entry = in(reg) child_main as extern "C" fn(*mut c_void) -> c_int,
+            inout("rax") libc::SYS_clone3 => result,
+            in("rdi") &raw mut arguments,
+            in("rsi") size_of::<libc::clone_args>(),
+            out("rcx") _,
+            out("r11") _,
+        );
+    }
+    let error = || io::Error::from_raw_os_error(i32::try_from(-result).unwrap_or(libc::EINVAL));
+    libc::pid_t::try_from(result).ok().filter(|pid| *pid > 0).ok_or_else(error)
+}
+
+/// Written for x86-64 only.
+#[cfg(not(target_arch = "x86_64"))]
+unsafe fn clone_into_cgroup(
+    _flags: c_int,
+    _stack: &mut SpawnStack,
+    _plan: *mut c_void,
+    _pidfd: *mut c_int,
+    _cgroup: BorrowedFd<'_>,
+) -> io::Result<libc::pid_t> {
+    Err(io::ErrorKind::Unsupported.into())
 }
 
 /// Runs in the child. Async-signal-safe calls only: no allocation, no lock, no panic, no return.
@@ -221,12 +333,17 @@ extern "C" fn child_main(argument: *mut c_void) -> c_int {
         if libc::setsid() < 0 {
             failed(Stage::Setsid);
         }
-        if libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) < 0 {
-            failed(Stage::DeathSignal);
+        if !(*plan).outlives_agent {
+            if libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) < 0 {
+                failed(Stage::DeathSignal);
+            }
+            // The agent may have died before the signal was armed.
+            if libc::getppid() != (*plan).agent {
+                libc::_exit(127);
+            }
         }
-        // The agent may have died before the signal was armed.
-        if libc::getppid() != (*plan).agent {
-            libc::_exit(127);
+        if (*plan).stdin >= 0 && libc::dup2((*plan).stdin, 0) < 0 {
+            failed(Stage::Stdin);
         }
         if (*plan).stdout >= 0 && libc::dup2((*plan).stdout, 1) < 0 {
             failed(Stage::Stdout);

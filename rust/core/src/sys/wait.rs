@@ -2,6 +2,7 @@
 
 use std::io;
 use std::mem::MaybeUninit;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::time::Duration;
 
 /// How a process ended.
@@ -57,6 +58,9 @@ pub enum Block {
     No,
 }
 
+/// How often [`reaped_status`] looks.
+const MOST_LOOKS: usize = 100;
+
 /// Status of a child, or `None` while it runs. A process that is not (or no longer) a child gives [`Status::Unknown`].
 pub fn wait(pid: i32, collect: Collect, block: Block) -> io::Result<Option<(Status, Usage)>> {
     let mut options = libc::WEXITED;
@@ -92,6 +96,38 @@ pub fn wait(pid: i32, collect: Collect, block: Block) -> io::Result<Option<(Stat
         code => Status::Signalled { signal: si_status, core_dumped: code == libc::CLD_DUMPED },
     };
     Ok(Some((status, usage_from(&usage))))
+}
+
+/// Status of a process that somebody else has reaped, or whose status the kernel threw away because `SIGCHLD` is ignored.
+///
+/// `PIDFD_GET_INFO` with `PIDFD_INFO_EXIT` (Linux 6.15): a pidfd that was opened before the reap keeps the status. `None` on older kernels.
+/// The status is there a moment after the pidfd became readable, so this looks a few times.
+#[must_use]
+pub fn reaped_status(pidfd: BorrowedFd<'_>) -> Option<Status> {
+    for _ in 0..MOST_LOOKS {
+        // SAFETY: a plain C structure, for which zeros are valid.
+        let mut info: libc::pidfd_info = unsafe { std::mem::zeroed() };
+        info.mask = u64::from(libc::PIDFD_INFO_EXIT);
+        // SAFETY: the descriptor is open, the structure valid for writes and of the size that the request's number holds.
+        let result = unsafe { libc::ioctl(pidfd.as_raw_fd(), libc::PIDFD_GET_INFO, &raw mut info) };
+        if result == 0 && info.mask & u64::from(libc::PIDFD_INFO_EXIT) != 0 {
+            return Some(status_from(info.exit_code));
+        }
+        if result != 0 && io::Error::last_os_error().raw_os_error() != Some(libc::ESRCH) {
+            return None; // the kernel does not know the request
+        }
+        std::thread::yield_now();
+    }
+    None
+}
+
+/// Takes a status word of `wait(2)` apart.
+fn status_from(word: i32) -> Status {
+    if libc::WIFSIGNALED(word) {
+        Status::Signalled { signal: libc::WTERMSIG(word), core_dumped: libc::WCOREDUMP(word) }
+    } else {
+        Status::Exited(u8::try_from(libc::WEXITSTATUS(word)).unwrap_or(u8::MAX))
+    }
 }
 
 fn usage_from(usage: &libc::rusage) -> Usage {

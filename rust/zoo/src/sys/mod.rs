@@ -65,8 +65,8 @@ pub(crate) fn identity() -> ([i32; 4], c_int) {
     }
 }
 
-/// Forks; the child runs `settle` and stays. Returns its pid once it is settled.
-pub(crate) fn fork_settled(settle: impl FnOnce()) -> i32 {
+/// Forks; the child runs `settle`, then `stay`, and exits. Returns its pid once it is settled.
+pub(crate) fn fork_settled(settle: impl FnOnce(), stay: impl FnOnce()) -> i32 {
     let mut pipe = [0; 2];
     // SAFETY: the array has room for two descriptors; this process has one thread, so the child may do anything.
     let child = unsafe {
@@ -78,12 +78,26 @@ pub(crate) fn fork_settled(settle: impl FnOnce()) -> i32 {
         settle();
         // SAFETY: one byte that is valid for reads.
         unsafe { libc::write(write, c"x".as_ptr().cast(), 1) };
-        crate::pause()
+        stay();
+        std::process::exit(0)
     }
     let mut byte = 0u8;
     // SAFETY: one byte that is valid for writes.
     unsafe { libc::read(read, (&raw mut byte).cast(), 1) };
     child
+}
+
+/// Waits until this process's `parent` is gone.
+pub(crate) fn wait_for_orphanage(parent: u32) {
+    // SAFETY: takes nothing.
+    while unsafe { libc::getppid() }.cast_unsigned() == parent {
+        wait_until(i64::try_from(monotonic_ns()).unwrap_or(0) + 500_000);
+    }
+}
+
+pub(crate) fn new_group() {
+    // SAFETY: takes integers.
+    unsafe { libc::setpgid(0, 0) };
 }
 
 pub(crate) fn new_session() {

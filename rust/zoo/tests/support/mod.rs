@@ -62,7 +62,7 @@ impl Lines {
 }
 
 pub(crate) fn plan(grace: Duration) -> StopPlan {
-    StopPlan { signal: 15, grace, kill_wait: PATIENCE }
+    StopPlan { linger: Duration::ZERO, signal: 15, grace, kill_wait: PATIENCE }
 }
 
 /// Waits until `fact` holds of the group.

@@ -1,0 +1,181 @@
+"""What a run of ``ferrorun`` may leave on this host: helpers that left their worker's session, and the guard process that ends them.
+
+All processes of a run inherit an environment variable that marks it. Runs nest: ``ferrorun`` in a worker of another one adds its own
+token to the value.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING
+
+from ferroelastic._engine import get_engine, report
+from ferroelastic.utils.logging import get_logger
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ferroelastic import _rust
+
+__all__ = ["Run", "begin", "current"]
+
+logger = get_logger(__name__)
+
+MARK = "FERROELASTIC_RUN"
+_CGROUP_ENV = "FERROELASTIC_CGROUP"
+_DISMISS_TIMEOUT_S = 1.0
+_OPTIONS = "--keep-detached spares them"
+
+# Loads the native module alone: neither the package nor a site folder is imported.
+_GUARD_PROGRAM = """
+import sys
+from importlib.machinery import ExtensionFileLoader
+from importlib.util import module_from_spec, spec_from_file_location
+path, name, token, keep_detached, cgroup = sys.argv[1:]
+spec = spec_from_file_location("_rust", path, loader=ExtensionFileLoader("_rust", path))
+native = module_from_spec(spec)
+spec.loader.exec_module(native)
+native.stand_guard(name, token, keep_detached=keep_detached == "1", cgroup=cgroup or None)
+"""
+
+
+class Run:
+    """One run of ``ferrorun`` on this host.
+
+    Args:
+        keep_detached: never end helpers that left their worker's session.
+        end_detached: end them after a success as well.
+    """
+
+    def __init__(self, *, keep_detached: bool, end_detached: bool) -> None:
+        self.token = os.urandom(16).hex()
+        self.keep_detached = keep_detached
+        self.end_detached = end_detached
+        self._has_guard = False
+        self._cgroup: str | None = None
+        self._outer_mark: str | None = None
+
+    def start_guard(self) -> None:
+        """Have somebody end what is left if this process is killed. The workers themselves the kernel ends."""
+        from ferroelastic import _rust
+
+        environment = dict(os.environ)
+        self._outer_mark = outer = environment.pop(MARK, None)
+        os.environ[MARK] = f"{outer}:{self.token}" if outer else self.token
+        argv = [sys.executable, "-I", "-S", "-c", _GUARD_PROGRAM, _rust.__file__ or "", MARK, self.token]
+        self._cgroup = _make_cgroup(self.token)
+        argv += [str(int(self.keep_detached)), self._cgroup or ""]
+        try:
+            guard = _rust.Guard(
+                MARK, self.token, argv, environment, keep_detached=self.keep_detached, cgroup=self._cgroup
+            )
+            get_engine().adopt_guard(guard)
+        except OSError as error:
+            logger.warning(
+                "No guard process: if this process is killed, children of its workers may live on (%s)", error
+            )
+        else:
+            self._has_guard = True
+        if self._cgroup is not None:
+            get_engine().use_cgroup(self._cgroup)
+
+    def finish(self) -> None:
+        """Let the guard go: this process ends as it should. Never raises, and never waits for long."""
+        global _current  # noqa: PLW0603 - see begin
+        _current = None
+        if self._outer_mark is None:
+            os.environ.pop(MARK, None)
+        else:
+            os.environ[MARK] = self._outer_mark
+        report()
+        if self._has_guard:
+            self._has_guard = False
+            self._dismiss_guard()
+        if self._cgroup is not None:
+            from ferroelastic import _rust
+
+            try:
+                get_engine().use_cgroup(None)
+                _rust.remove_cgroup(self._cgroup)
+            except (OSError, RuntimeError) as error:
+                logger.info("Left the cgroup of this run behind: %s", error)
+            self._cgroup = None
+
+    def _dismiss_guard(self) -> None:
+        try:
+            if not get_engine().dismiss_guard(_DISMISS_TIMEOUT_S):
+                logger.warning("The guard process does not end; left it behind")
+        except (OSError, RuntimeError) as error:
+            logger.warning("Could not dismiss the guard process: %s", error)
+
+    def find_detached(self, sessions: Sequence[int]) -> list[tuple[int, str]]:
+        """Return process id and command line of helpers that left their worker's process group.
+
+        Args:
+            sessions: process ids of the workers, all of which have ended.
+        """
+        from ferroelastic import _rust
+
+        return _rust.find_detached(
+            MARK, self.token, sessions=sessions, cgroup=self._cgroup, not_in_session=os.getsid(0)
+        )
+
+    def detach(self, sessions: Sequence[int]) -> _rust.Group | None:
+        """Take hold of the helpers that are to be ended, as a group; ``None`` if there are none.
+
+        Args:
+            sessions: as for :meth:`find_detached`.
+        """
+        found = self.find_detached(sessions)
+        while found:
+            pids = [pid for pid, _ in found]
+            try:
+                group = get_engine().observe(pids)
+            except OSError:  # one has ended meanwhile
+                found = self.find_detached(sessions)
+                continue
+            # Looked at again with the processes held: a number may have gone to somebody else in between.
+            again = {pid for pid, _ in self.find_detached(sessions)}
+            if all(pid in again for pid in pids):
+                logger.warning(
+                    "Ending helpers that left the process group of their worker: %s; %s", describe(found), _OPTIONS
+                )
+                return group
+            found = [(pid, command) for pid, command in found if pid in again]
+        return None
+
+
+def _make_cgroup(token: str) -> str | None:
+    """Make a cgroup for the workers where that can be done: nobody leaves it unseen."""
+    if os.environ.get(_CGROUP_ENV, "1") == "0":
+        return None
+    from ferroelastic import _rust
+
+    try:
+        return _rust.create_cgroup(f"ferrorun-{token}")
+    except OSError as error:
+        logger.info("No cgroup for the workers: %s", error)
+        return None
+
+
+def describe(found: Sequence[tuple[int, str]]) -> str:
+    """Return processes as text: ``123 (python upload.py), 124 (sleep 9)``."""
+    return ", ".join(f"{pid} ({command[:_LONGEST_COMMAND]})" for pid, command in found)
+
+
+_LONGEST_COMMAND = 80
+_current: Run | None = None
+
+
+def begin(*, keep_detached: bool, end_detached: bool) -> Run:
+    """Begin a run, with a guard process."""
+    global _current  # noqa: PLW0603 - a process runs one job
+    _current = Run(keep_detached=keep_detached, end_detached=end_detached)
+    _current.start_guard()
+    return _current
+
+
+def current() -> Run | None:
+    """Return the run of this process, if it is ``ferrorun``."""
+    return _current

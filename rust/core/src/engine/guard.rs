@@ -1,0 +1,149 @@
+//! The engine's part in the guard process: it tells it of workers, notices its loss and starts another one.
+
+use std::os::fd::BorrowedFd;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use super::handle::Engine;
+use super::request::{Reply, Request};
+use crate::error::{Error, Result};
+use crate::sys::cgroup;
+use crate::sys::guard::{Guard, Program};
+use crate::sys::poller::{Interest, Poller};
+use crate::sys::process::Leader;
+use crate::sys::spawn::SpawnStack;
+
+/// So often a lost guard is replaced. Somebody who kills each one means it.
+const MOST_REPLACEMENTS: u32 = 16;
+
+/// What the engine has to say to its owner's log.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Remarks(Arc<Mutex<Vec<String>>>);
+
+impl Remarks {
+    fn add(&self, text: String) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(text);
+    }
+
+    pub(super) fn take(&self) -> Vec<String> {
+        std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+/// The guard of this engine's workers, if there is one.
+#[derive(Debug)]
+pub(super) struct Post {
+    guard: Option<Guard>,
+    program: Option<Program>,
+    replaced: u32,
+    dismissing: Option<Reply<()>>,
+    remarks: Remarks,
+}
+
+impl Post {
+    pub(super) fn new(remarks: Remarks) -> Self {
+        Self { guard: None, program: None, replaced: 0, dismissing: None, remarks }
+    }
+
+    /// Takes over a guard. `program` starts another one when it is lost.
+    pub(super) fn adopt(&mut self, guard: Guard, program: Program, poller: &Poller, token: u64) -> Result<()> {
+        let watched = poller.add(guard.end_fd(), token, Interest::Readable);
+        watched.map_err(|source| Error::os("watch", format!("the guard process {}", guard.pid()), source))?;
+        (self.guard, self.program) = (Some(guard), Some(program));
+        Ok(())
+    }
+
+    pub(super) fn hold(&self, leader: i32, pidfd: Option<BorrowedFd<'_>>) {
+        if let Some(guard) = &self.guard {
+            guard.hold(leader, pidfd);
+        }
+    }
+
+    pub(super) fn release(&self, leader: i32) {
+        if let Some(guard) = &self.guard {
+            guard.release(leader);
+        }
+    }
+
+    /// Kills the guard; the answer comes when it is gone.
+    pub(super) fn dismiss(&mut self, reply: Reply<()>) {
+        match &self.guard {
+            Some(guard) => {
+                guard.kill();
+                self.dismissing = Some(reply);
+            }
+            None => {
+                let _ = reply.send(());
+            }
+        }
+    }
+
+    /// The guard has ended, or is about to: `true` if it was lost, and there is something to say about it.
+    pub(super) fn ended<'a>(
+        &mut self,
+        poller: &Poller,
+        token: u64,
+        pidfd: bool,
+        stack: &mut SpawnStack,
+        leaders: impl Iterator<Item = &'a Leader>,
+    ) -> bool {
+        let Some(guard) = self.guard.take_if(|guard| guard.has_ended()) else { return false };
+        let _ = poller.remove(guard.end_fd());
+        if let Some(reply) = self.dismissing.take() {
+            let _ = reply.send(());
+            return false;
+        }
+        let lost = guard.pid();
+        drop(guard);
+        let Some(program) = self.program.take() else { return false };
+        self.replaced += 1;
+        if self.replaced > MOST_REPLACEMENTS {
+            self.remarks.add(format!(
+                "The guard process {lost} was ended like {MOST_REPLACEMENTS} before it; none is started any more"
+            ));
+            return true;
+        }
+        let replaced = Guard::execute(&program, pidfd, stack).and_then(|guard| {
+            let pid = guard.pid();
+            self.adopt(guard, program, poller, token)?;
+            Ok(pid)
+        });
+        match replaced {
+            Ok(pid) => {
+                leaders.for_each(|leader| self.hold(leader.pid(), leader.pidfd()));
+                self.remarks.add(format!("The guard process {lost} was ended by somebody; started another one, {pid}"));
+            }
+            Err(error) => {
+                self.remarks
+                    .add(format!("The guard process {lost} was ended by somebody, and there is no other one: {error}"));
+            }
+        }
+        true
+    }
+}
+
+impl Engine {
+    /// Hands a guard over to the engine, which tells it of all workers from now on.
+    pub fn adopt_guard(&self, guard: Guard, program: Program) -> Result<()> {
+        self.line().ask(|reply| Request::AdoptGuard { guard, program, reply })?
+    }
+
+    /// Workers are born in this cgroup from now on, where the kernel can do that; `None` lets them be born in the agent's.
+    pub fn use_cgroup(&self, folder: Option<&Path>) -> Result<()> {
+        let failed = |source| Error::os("open", format!("cgroup {folder:?}"), source);
+        let folder = folder.map(cgroup::open).transpose().map_err(failed)?;
+        self.line().tell(Request::UseCgroup { folder })
+    }
+
+    /// Kills the guard: this process ends as it should. `false` if the guard was not gone within `timeout`.
+    pub fn dismiss_guard(&self, timeout: Duration) -> Result<bool> {
+        self.line().ask_within(timeout, |reply| Request::DismissGuard { reply })
+    }
+
+    /// What the engine had to say since the last call.
+    pub fn take_remarks(&self) -> Result<Vec<String>> {
+        self.line().check_owner()?;
+        Ok(self.remarks().take())
+    }
+}
