@@ -77,8 +77,8 @@ class Run:
             )
         else:
             self._has_guard = True
-        if self._cgroup is not None:
-            get_engine().use_cgroup(self._cgroup)
+        if self._cgroup is not None and not get_engine().use_cgroup(self._cgroup):
+            self._remove_cgroup(self._cgroup)
 
     def finish(self) -> None:
         """Let the guard go: this process ends as it should. Never raises, and never waits for long."""
@@ -93,14 +93,17 @@ class Run:
             self._has_guard = False
             self._dismiss_guard()
         if self._cgroup is not None:
-            from ferroelastic import _rust
+            self._remove_cgroup(self._cgroup)
 
-            try:
-                get_engine().use_cgroup(None)
-                _rust.remove_cgroup(self._cgroup)
-            except (OSError, RuntimeError) as error:
-                logger.info("Left the cgroup of this run behind: %s", error)
-            self._cgroup = None
+    def _remove_cgroup(self, folder: str) -> None:
+        from ferroelastic import _rust
+
+        self._cgroup = None
+        try:
+            get_engine().use_cgroup(None)
+            _rust.remove_cgroup(folder)
+        except (OSError, RuntimeError) as error:
+            logger.info("Left the cgroup of this run behind: %s", error)
 
     def _dismiss_guard(self) -> None:
         try:
@@ -109,34 +112,35 @@ class Run:
         except (OSError, RuntimeError) as error:
             logger.warning("Could not dismiss the guard process: %s", error)
 
-    def find_detached(self, sessions: Sequence[int]) -> list[tuple[int, str]]:
+    def find_detached(self, sessions: Sequence[int], *, are_native: bool) -> list[tuple[int, str]]:
         """Return process id and command line of helpers that left their worker's process group.
 
         Args:
             sessions: process ids of the workers, all of which have ended.
+            are_native: the engine has started the workers, in the cgroup if there is one; otherwise ``multiprocessing`` has.
         """
         from ferroelastic import _rust
 
-        return _rust.find_detached(
-            MARK, self.token, sessions=sessions, cgroup=self._cgroup, not_in_session=os.getsid(0)
-        )
+        cgroup = self._cgroup if are_native else None
+        return _rust.find_detached(MARK, self.token, sessions=sessions, cgroup=cgroup, not_in_session=os.getsid(0))
 
-    def detach(self, sessions: Sequence[int]) -> _rust.Group | None:
+    def hold_detached(self, sessions: Sequence[int], *, are_native: bool) -> _rust.Group | None:
         """Take hold of the helpers that are to be ended, as a group; ``None`` if there are none.
 
         Args:
             sessions: as for :meth:`find_detached`.
+            are_native: likewise.
         """
-        found = self.find_detached(sessions)
+        found = self.find_detached(sessions, are_native=are_native)
         while found:
             pids = [pid for pid, _ in found]
             try:
                 group = get_engine().observe(pids)
             except OSError:  # one has ended meanwhile
-                found = self.find_detached(sessions)
+                found = self.find_detached(sessions, are_native=are_native)
                 continue
             # Looked at again with the processes held: a number may have gone to somebody else in between.
-            again = {pid for pid, _ in self.find_detached(sessions)}
+            again = {pid for pid, _ in self.find_detached(sessions, are_native=are_native)}
             if all(pid in again for pid in pids):
                 logger.warning(
                     "Ending helpers that left the process group of their worker: %s; %s", describe(found), _OPTIONS

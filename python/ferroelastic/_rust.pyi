@@ -343,10 +343,11 @@ class Engine:
             ValueError: it was handed over before.
         """
 
-    def use_cgroup(self, folder: str | None) -> None:
-        """Let workers be born in this cgroup from now on (``CLONE_INTO_CGROUP``, Linux 5.7 on x86-64; elsewhere they are born outside).
+    def use_cgroup(self, folder: str | None) -> bool:
+        """Let workers be born in this cgroup from now on; ``None`` lets them be born in that of this process again.
 
-        ``None`` lets them be born in that of this process again.
+        Returns:
+            Whether the kernel can do that (``CLONE_INTO_CGROUP``, Linux 5.7, on x86-64). It is tried with a process that ends at once.
 
         Raises:
             OSError: it is not there.
@@ -450,13 +451,13 @@ def find_detached(
     cgroup: str | None = None,
     not_in_session: int = 0,
 ) -> list[tuple[int, str]]:
-    """Find the living processes of a run, by the mark in their environment, their session and their cgroup.
+    """Find the living processes of a run, by their cgroup, or else by the mark in their environment and by their session.
 
     Args:
         name: as for :class:`Guard`.
         token: as for :class:`Guard`.
         sessions: process ids of workers that have ended, which were their sessions' numbers.
-        cgroup: as for :class:`Guard`.
+        cgroup: folder of a cgroup that all workers were born in. Then nothing else is looked at, which takes a tenth of the time.
         not_in_session: processes of this session, the agent's, are none of them.
 
     Returns:

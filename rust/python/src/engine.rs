@@ -128,7 +128,7 @@ impl Engine {
         detached(py, || self.0.adopt_guard(guard, program))
     }
 
-    fn use_cgroup(&self, py: Python<'_>, folder: Option<&str>) -> PyResult<()> {
+    fn use_cgroup(&self, py: Python<'_>, folder: Option<&str>) -> PyResult<bool> {
         detached(py, || self.0.use_cgroup(folder.map(Path::new)))
     }
 

@@ -408,15 +408,16 @@ class LocalElasticAgent(SimpleElasticAgent):
             return
         self._may_have_detached = False
         sessions = list(self._pcontext.pids().values())
+        are_native = isinstance(self._worker_group.spec.entrypoint, str)
         if has_succeeded and not run.end_detached:
-            found = run.find_detached(sessions)
+            found = run.find_detached(sessions, are_native=are_native)
             if found:
                 helpers = _leftovers.describe(found)
                 logger.warning(
                     "Helpers that left the session of their worker go on: %s; --end-detached ends them", helpers
                 )
             return
-        group = run.detach(sessions)
+        group = run.hold_detached(sessions, are_native=are_native)
         if group is None:
             return
         workers: _rust.Group | None = getattr(self._pcontext, "_group", None)

@@ -19,7 +19,7 @@ use crate::sys::poller::{Interest, Poller};
 use crate::sys::probe::Support;
 use crate::sys::process::Leader;
 use crate::sys::sigmask;
-use crate::sys::spawn::{Command, SpawnStack, spawn};
+use crate::sys::spawn::{Command, SpawnStack, can_be_born_in, spawn};
 use crate::sys::timer::Timer;
 use crate::sys::wait::{Block, Collect, Status, Usage, wait};
 use crate::sys::wake::WakeFd;
@@ -402,7 +402,11 @@ impl EventLoop {
             Request::AdoptGuard { guard, program, reply } => {
                 let _ = reply.send(self.guard.adopt(guard, program, &self.poller, Token::Guard.pack()));
             }
-            Request::UseCgroup { folder } => self.cgroup = folder,
+            Request::UseCgroup { folder, reply } => {
+                let wanted = folder.is_some();
+                self.cgroup = folder.filter(|folder| can_be_born_in(folder.as_fd(), &mut self.stack));
+                let _ = reply.send(self.cgroup.is_some() == wanted);
+            }
             Request::DismissGuard { reply } => self.guard.dismiss(reply),
             Request::Close { kill_wait } => {
                 self.closing = true;

@@ -129,11 +129,11 @@ impl Engine {
         self.line().ask(|reply| Request::AdoptGuard { guard, program, reply })?
     }
 
-    /// Workers are born in this cgroup from now on, where the kernel can do that; `None` lets them be born in the agent's.
-    pub fn use_cgroup(&self, folder: Option<&Path>) -> Result<()> {
+    /// Workers are born in this cgroup from now on; `None` lets them be born in the agent's. `false` if the kernel cannot do that.
+    pub fn use_cgroup(&self, folder: Option<&Path>) -> Result<bool> {
         let failed = |source| Error::os("open", format!("cgroup {folder:?}"), source);
         let folder = folder.map(cgroup::open).transpose().map_err(failed)?;
-        self.line().tell(Request::UseCgroup { folder })
+        self.line().ask(|reply| Request::UseCgroup { folder, reply })
     }
 
     /// Kills the guard: this process ends as it should. `false` if the guard was not gone within `timeout`.

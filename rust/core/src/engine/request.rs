@@ -108,6 +108,7 @@ pub(super) enum Request {
     },
     UseCgroup {
         folder: Option<OwnedFd>,
+        reply: Reply<bool>,
     },
     DismissGuard {
         reply: Reply<()>,

@@ -88,13 +88,11 @@ impl Found {
 #[must_use]
 pub fn find(query: &Query<'_>) -> Vec<Found> {
     let own = i32::try_from(std::process::id()).unwrap_or(0);
+    let in_cgroup = query.cgroup.map(cgroup::members).unwrap_or_default();
     let sessions: Vec<i32> =
         query.sessions.iter().filter(|session| session.is_current()).map(|session| session.leader).collect();
-    let in_cgroup = query.cgroup.map(cgroup::members).unwrap_or_default();
-    let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };
-    entries
-        .flatten()
-        .filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok())
+    let pids = if query.mark.is_none() && sessions.is_empty() { in_cgroup.clone() } else { all_pids() };
+    pids.into_iter()
         .filter(|pid| *pid != own)
         .filter_map(procfs::stat)
         .filter(|stat| !stat.is_dead() && !is_kernel_thread(*stat) && stat.session != query.not_in_session)
@@ -106,6 +104,11 @@ pub fn find(query: &Query<'_>) -> Vec<Found> {
         .filter(|stat| !is_guard(stat.pid))
         .map(|stat| Found { pid: stat.pid, started: stat.started })
         .collect()
+}
+
+fn all_pids() -> Vec<i32> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
 }
 
 fn is_kernel_thread(stat: Stat) -> bool {

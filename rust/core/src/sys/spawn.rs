@@ -307,6 +307,34 @@ unsafe fn clone_into_cgroup(
     Err(io::ErrorKind::Unsupported.into())
 }
 
+/// Whether a process can be born in this cgroup, found by trying it with one that ends at once.
+pub fn can_be_born_in(cgroup: BorrowedFd<'_>, stack: &mut SpawnStack) -> bool {
+    let nothing = vec![std::ptr::null()];
+    let mut plan = ChildPlan {
+        programs: nothing.clone(),
+        argv: nothing.clone(),
+        envp: nothing,
+        stdin: -1,
+        stdout: -1,
+        stderr: -1,
+        outlives_agent: true,
+        cwd: std::ptr::null(),
+        cpus: Vec::new(),
+        agent: 0,
+        highest_fd: 0,
+        failure: (0, 0),
+    };
+    let blocked = sigmask::block_all();
+    let flags = libc::CLONE_VM | libc::CLONE_VFORK;
+    // SAFETY: as in `clone_child`. Without a program to execute the child exits.
+    let cloned = unsafe { clone_into_cgroup(flags, stack, (&raw mut plan).cast(), std::ptr::null_mut(), cgroup) };
+    drop(blocked);
+    if let Ok(pid) = cloned {
+        let _ = super::wait::wait(pid, super::wait::Collect::Reap, super::wait::Block::Yes);
+    }
+    cloned.is_ok()
+}
+
 /// Runs in the child. Async-signal-safe calls only: no allocation, no lock, no panic, no return.
 extern "C" fn child_main(argument: *mut c_void) -> c_int {
     let plan: *mut ChildPlan = argument.cast();
