@@ -180,14 +180,14 @@ def get_args_parser() -> ArgumentParser:
         "--signals-to-handle",
         type=str,
         default="SIGTERM,SIGINT,SIGHUP,SIGQUIT",
-        help="Signals to ferrorun that end the job; they are passed on to the workers. "
+        help="Signals to ferrorun that end the job; they are forwarded to the workers. "
         "SIGUSR1 and SIGUSR2 are usual additions under Slurm. All others that would end ferrorun are ignored.",
     )
     option(
         "--signals-to-forward",
         type=str,
         default="",
-        help="Signals to ferrorun that are passed on to the workers (not to their children) and end nothing, "
+        help="Signals to ferrorun that are forwarded to the workers (not to their children) and end nothing, "
         "e.g. SIGUSR1. Not in torchrun.",
     )
     option(
@@ -199,10 +199,10 @@ def get_args_parser() -> ArgumentParser:
     )
     flag(
         "--keep-detached",
-        help="Spare helpers that have left the session of their worker (setsid), whatever happens. By default they end after a failure, "
-        "before a restart and on a stop, and go on after a success. Not in torchrun.",
+        help="Never end helper processes that left their worker's process group (setsid, setpgid). By default they end after a failure, "
+        "before a restart and on a stop, and keep running after a success. Not in torchrun.",
     )
-    flag("--end-detached", help="End such helpers after a success as well. Not in torchrun.")
+    flag("--end-detached", help="End such helper processes after a success as well. Not in torchrun.")
     flag(
         "--virtual-local-rank",
         help="Give every worker LOCAL_RANK=0 and, in CUDA_VISIBLE_DEVICES, only its own GPU.",

@@ -63,7 +63,7 @@ class Console:
             self._take(console)
             if not self._kept and self._lost_lines:
                 lost, self._lost_lines = self._lost_lines, 0
-                self._kept += f"ferrorun: {lost} lines of its log were lost here, because nobody read them\n".encode()
+                self._kept += f"ferrorun: {lost} log lines were lost here, because standard error was full\n".encode()
                 self._take(console)
         except OSError:  # nobody will read it any more, or the disk is full
             self._kept.clear()

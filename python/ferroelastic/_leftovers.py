@@ -25,7 +25,7 @@ logger = get_logger(__name__)
 MARK = "FERROELASTIC_RUN"
 _CGROUP_ENV = "FERROELASTIC_CGROUP"
 _DISMISS_TIMEOUT_S = 1.0
-_OPTIONS = "--keep-detached spares them"
+_OPTIONS = "--keep-detached keeps them"
 
 # Loads the native module alone: neither the package nor a site folder is imported.
 _GUARD_PROGRAM = """
@@ -73,7 +73,8 @@ class Run:
             get_engine().adopt_guard(guard)
         except OSError as error:
             logger.warning(
-                "No guard process: if this process is killed, children of its workers may live on (%s)", error
+                "Failed to start the guard process (%s): if ferrorun is killed, helper processes of its workers may survive",
+                error,
             )
         else:
             self._has_guard = True
@@ -108,9 +109,9 @@ class Run:
     def _dismiss_guard(self) -> None:
         try:
             if not get_engine().dismiss_guard(_DISMISS_TIMEOUT_S):
-                logger.warning("The guard process does not end; left it behind")
+                logger.warning("The guard process did not end within %g s; it is left behind", _DISMISS_TIMEOUT_S)
         except (OSError, RuntimeError) as error:
-            logger.warning("Could not dismiss the guard process: %s", error)
+            logger.warning("Failed to end the guard process: %s", error)
 
     def find_detached(self, sessions: Sequence[int], *, are_native: bool) -> list[tuple[int, str]]:
         """Return process id and command line of helpers that left their worker's process group.
@@ -143,7 +144,7 @@ class Run:
             again = {pid for pid, _ in self.find_detached(sessions, are_native=are_native)}
             if all(pid in again for pid in pids):
                 logger.warning(
-                    "Ending helpers that left the process group of their worker: %s; %s", describe(found), _OPTIONS
+                    "Ending helper processes that left their worker's process group: %s; %s", describe(found), _OPTIONS
                 )
                 return group
             found = [(pid, command) for pid, command in found if pid in again]

@@ -39,7 +39,7 @@ def take_signals(handled: str, forwarded: str, cleanup: ExitStack) -> None:
 
     Args:
         handled: comma-separated names of the signals that end the job.
-        forwarded: likewise of those that are passed on to the workers.
+        forwarded: likewise of those that are forwarded to the workers.
         cleanup: gets what brings the former dispositions back.
     """
     if threading.current_thread() is not threading.main_thread():

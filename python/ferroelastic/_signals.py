@@ -19,7 +19,7 @@ import signal
 import threading
 import time
 import weakref
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from ferroelastic._compat import TorchCompatible
@@ -127,7 +127,8 @@ def _terminate_process_handler(signum: int, frame: FrameType | None) -> None:
         state.is_pending = not state.is_concluded
     if state.interrupts == _IMPATIENCE and not is_again and signum in _IMPATIENT:  # once: a storm is to cost little
         for shorten in _shorten:
-            shorten()
+            with suppress(OSError, RuntimeError):  # the engine is closed; where a handler runs, nothing catches
+                shorten()
     if state.is_concluded or _shorten or not state.is_pending or not (is_first or is_again):
         return
     if _is_in_logging(frame):
@@ -172,16 +173,20 @@ def _note_handler(signum: int, _frame: FrameType | None) -> None:
         _noted.add(signum)
         name = _name(signum)
         _remarks.append(
-            f"Ignored {name}: it would end this process, and with it the workers. --signals-to-handle={name} lets it end "
-            f"the job, --signals-to-forward={name} passes it on to the workers"
+            f"Ignored {name}: its default action would end this process and the workers. To end the job with it, use "
+            f"--signals-to-handle={name}; to forward it to the workers, use --signals-to-forward={name}"
         )
 
 
 def _forward_handler(signum: int, _frame: FrameType | None) -> None:
-    """Pass a signal on to the workers."""
-    receivers = [handling.receiver for handling in _active if handling.receiver is not None]
-    if sum(receiver(signum) for receiver in receivers) == 0:
-        _remarks.append(f"{_name(signum)} was not passed on: no worker runs")
+    """Forward a signal to the workers."""
+    reached = 0
+    for handling in _active:
+        if handling.receiver is not None:
+            with suppress(OSError, RuntimeError):  # as above
+                reached += handling.receiver(signum)
+    if reached == 0:
+        _remarks.append(f"{_name(signum)} was not forwarded: no worker is running")
 
 
 def _name(signum: int) -> str:
@@ -212,8 +217,8 @@ class Handling:
 
     Args:
         names: comma-separated names of the signals that raise :class:`SignalException`: ``"SIGTERM,SIGINT"``.
-        forward: comma-separated names of signals that are passed on to the workers.
-        receiver: called with each signal that is passed on; returns how many workers were there to get it.
+        forward: comma-separated names of signals that are forwarded to the workers.
+        receiver: called with each forwarded signal; returns the number of workers that it reached.
     """
 
     def __init__(

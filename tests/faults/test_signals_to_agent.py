@@ -217,6 +217,29 @@ def test_a_signal_while_the_last_lines_are_copied_is_not_lost(tmp_path: Path) ->
         native.finish(0.0)
 
 
+def test_a_signal_while_detached_helpers_are_looked_for_does_not_spare_them(
+    zoo: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shutdown looks for them again. The worker had failed before the signal came, and that is the outcome."""
+
+    class Run:
+        keep_detached = end_detached = False
+        looks = 0
+
+        def hold_detached(self, _sessions: list[int], *, are_native: bool) -> None:
+            assert are_native
+            self.looks += 1
+            if self.looks == 1:
+                signal.raise_signal(signal.SIGTERM)
+
+    run = Run()
+    monkeypatch.setattr("ferroelastic._leftovers.current", lambda: run)
+    spec = WorkerSpec("a", 1, AloneRendezvous(), entrypoint=zoo, args=("exit", "3"), max_restarts=0)
+    result = LocalElasticAgent(spec, DefaultLogsSpecs(str(tmp_path))).run()
+    assert run.looks == 2
+    assert [failure.exitcode for failure in result.failures.values()] == [3]
+
+
 def test_a_signal_during_the_start_is_handed_on_with_the_grace_that_was_asked_for(zoo: str) -> None:
     closed: list[tuple[object, ...]] = []
 

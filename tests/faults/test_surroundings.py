@@ -185,7 +185,7 @@ def test_lines_that_were_lost_are_counted_once() -> None:
     kept = [int(line.split()[1]) for line in lines if line.startswith("line ")]
     assert kept == list(range(len(kept)))
     assert 0 < len(kept) < 3000
-    lost = f"ferrorun: {3000 - len(kept)} lines of its log were lost here, because nobody read them"
+    lost = f"ferrorun: {3000 - len(kept)} log lines were lost here, because standard error was full"
     assert lines[len(kept) :] == [lost, "next", "last"]
 
 

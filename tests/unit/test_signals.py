@@ -209,7 +209,7 @@ def test_a_signal_is_passed_on(caplog: pytest.LogCaptureFixture) -> None:
     with Handling("SIGTERM", forward="SIGUSR1,SIGUSR2"):
         signal.raise_signal(signal.SIGUSR1)
         _signals.report()
-        assert caplog.messages == ["SIGUSR1 was not passed on: no worker runs"]
+        assert caplog.messages == ["SIGUSR1 was not forwarded: no worker is running"]
         inner = Handling("SIGTERM", receiver=receive)
         inner.install()
         signal.raise_signal(signal.SIGUSR2)

@@ -63,7 +63,7 @@ class LaunchConfig:
         duplicate_stdout_filters: strings; lines of the workers' output with one of them are also written to one file.
         duplicate_stderr_filters: likewise for standard error.
         virtual_local_rank: give each worker ``LOCAL_RANK=0`` and one visible device.
-        signals_to_forward: names of the signals that are passed on to the workers and end nothing, separated by commas. Not in torch.
+        signals_to_forward: names of the signals that are forwarded to the workers and end nothing, separated by commas. Not in torch.
         shutdown_timeout: grace in seconds between the stop signal and SIGKILL. Default
             ``$TORCH_ELASTIC_SHUTDOWN_TIMEOUT``, else 30.
 

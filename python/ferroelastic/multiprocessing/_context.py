@@ -351,6 +351,6 @@ class PContext(_compat.TorchVirtual, ABC):
 def _warn_of_ignored_sigchld() -> None:
     if signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:
         logger.warning(
-            "This process ignores SIGCHLD, so that the kernel throws exit statuses away: before Linux 6.15 workers seem to fail. "
-            "Set it to signal.SIG_DFL before the workers start"
+            "This process ignores SIGCHLD, so the kernel discards exit statuses: before Linux 6.15 every worker is reported as failed. "
+            "Set SIGCHLD to signal.SIG_DFL before the workers start"
         )

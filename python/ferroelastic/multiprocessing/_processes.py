@@ -91,12 +91,15 @@ def exit_code(ended: _rust.Exit) -> int:
 def lost_status(pid: int) -> int:
     """Return the exit code that stands for one that nobody can tell. Popen says 0, which makes a success of a failed job."""
     ignored = signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN
-    logger.error(
-        "The exit status of process %s is not known: %s. From Linux 6.15 on the kernel would tell it; taken as a failure with code %s",
-        pid,
+    reason = (
         "this process ignores SIGCHLD"
         if ignored
-        else "another part of this program has waited for it, with waitpid(-1) perhaps",
+        else "another part of this program has reaped it, perhaps with waitpid(-1)"
+    )
+    logger.error(
+        "The exit status of process %s is unknown, because %s. It is reported as exit code %s. Linux 6.15 and later keep the status",
+        pid,
+        reason,
         UNKNOWN_STATUS,
     )
     return UNKNOWN_STATUS

@@ -406,19 +406,21 @@ class LocalElasticAgent(SimpleElasticAgent):
         run = _leftovers.current()
         if run is None or run.keep_detached or self._pcontext is None or not self._may_have_detached:
             return
-        self._may_have_detached = False
         sessions = list(self._pcontext.pids().values())
         are_native = isinstance(self._worker_group.spec.entrypoint, str)
         if has_succeeded and not run.end_detached:
+            self._may_have_detached = False
             found = run.find_detached(sessions, are_native=are_native)
             if found:
                 helpers = _leftovers.describe(found)
                 logger.warning(
-                    "Helpers that left the session of their worker go on: %s; --end-detached ends them", helpers
+                    "Helper processes that left their worker's process group keep running: %s; --end-detached ends them",
+                    helpers,
                 )
             return
         group = run.hold_detached(sessions, are_native=are_native)
         if group is None:
+            self._may_have_detached = False
             return
         workers: _rust.Group | None = getattr(self._pcontext, "_group", None)
         report = None if workers is None else workers.stop_report()
@@ -426,6 +428,8 @@ class LocalElasticAgent(SimpleElasticAgent):
         grace_s = max(self._shutdown_timeout - elapsed_s, min(self._shutdown_timeout, _LEAST_DETACHED_GRACE_S))
         with _signals.shielded(group.hurry), self._activity.allowing(_longest_stop_s(grace_s)):
             stop_group(group, signal.SIGTERM, grace_s)
+            # Not before: a signal that leaves this method early lets the shutdown begin again.
+            self._may_have_detached = False
 
     def _stop_servers(self) -> None:
         if self._worker_watchdog is not None:

@@ -100,7 +100,7 @@ impl Post {
         self.replaced += 1;
         if self.replaced > MOST_REPLACEMENTS {
             self.remarks.add(format!(
-                "The guard process {lost} was ended like {MOST_REPLACEMENTS} before it; none is started any more"
+                "The guard process {lost} has ended, like {MOST_REPLACEMENTS} before it; no further one is started"
             ));
             return true;
         }
@@ -112,11 +112,13 @@ impl Post {
         match replaced {
             Ok(pid) => {
                 leaders.for_each(|leader| self.hold(leader.pid(), leader.pidfd()));
-                self.remarks.add(format!("The guard process {lost} was ended by somebody; started another one, {pid}"));
+                self.remarks
+                    .add(format!("The guard process {lost} has ended unexpectedly; started a new one (pid {pid})"));
             }
             Err(error) => {
-                self.remarks
-                    .add(format!("The guard process {lost} was ended by somebody, and there is no other one: {error}"));
+                self.remarks.add(format!(
+                    "The guard process {lost} has ended unexpectedly, and a new one cannot be started: {error}"
+                ));
             }
         }
         true
