@@ -10,6 +10,7 @@ import select
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -20,6 +21,7 @@ from tests.faults.harness import ALONE, LONG_S, Job, Launcher
 from ferroelastic._signals import Handling
 from ferroelastic.agent.server import LocalElasticAgent, WorkerSpec
 from ferroelastic.multiprocessing import DefaultLogsSpecs, PContext, SignalException, start_processes
+from ferroelastic.multiprocessing.errors import ProcessFailure
 from ferroelastic.multiprocessing.tail_log import TailLog
 
 pytestmark = pytest.mark.engine
@@ -237,6 +239,24 @@ def test_a_signal_while_detached_helpers_are_looked_for_does_not_spare_them(
     spec = WorkerSpec("a", 1, AloneRendezvous(), entrypoint=zoo, args=("exit", "3"), max_restarts=0)
     result = LocalElasticAgent(spec, DefaultLogsSpecs(str(tmp_path))).run()
     assert run.looks == 2
+    assert [failure.exitcode for failure in result.failures.values()] == [3]
+
+
+def test_a_signal_while_a_failure_is_noted_does_not_lose_it(
+    zoo: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+
+    def failure(**fields: Any) -> ProcessFailure:
+        made.append(fields)
+        if len(made) == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return ProcessFailure(**fields)
+
+    monkeypatch.setattr("ferroelastic.multiprocessing._context.ProcessFailure", failure)
+    spec = WorkerSpec("a", 1, AloneRendezvous(), entrypoint=zoo, args=("exit", "3"), max_restarts=0)
+    result = LocalElasticAgent(spec, DefaultLogsSpecs(str(tmp_path))).run()
+    assert len(made) == 2
     assert [failure.exitcode for failure in result.failures.values()] == [3]
 
 

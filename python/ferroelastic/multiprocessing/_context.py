@@ -319,7 +319,6 @@ class PContext(_compat.TorchVirtual, ABC):
 
     def _note_end(self, local_rank: int, pid: int, exitcode: int, ended: _rust.Exit | None) -> None:
         """Enter the end of one worker among the failures or the stopped."""
-        self._running_local_ranks.discard(local_rank)
         was_stopped = ended is not None and ended.stopped
         if exitcode != 0 or was_stopped:
             (self._stopped if was_stopped else self._failures)[local_rank] = ProcessFailure(
@@ -329,6 +328,8 @@ class PContext(_compat.TorchVirtual, ABC):
                 error_file=self.error_files[local_rank],
                 exit=ended,
             )
+        # Last: a signal handler may raise anywhere before, and then the end is entered by the next look.
+        self._running_local_ranks.discard(local_rank)
 
     def _result(self, return_values: dict[int, Any]) -> RunProcsResult:
         return RunProcsResult(
