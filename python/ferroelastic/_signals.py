@@ -362,12 +362,13 @@ def resume() -> None:
 
 
 def raise_pending() -> None:
-    """Raise the ending signal that has come, unless it was dealt with or something is being stopped.
+    """Raise the ending signal that has come, unless it was dealt with or something is being stopped. On the main thread only.
 
     Raises:
         SignalException: it has come.
     """
-    if _active and _state.is_pending and not _shorten and _state.first is not None:
+    is_main = threading.current_thread() is threading.main_thread()
+    if is_main and _active and _state.is_pending and not _shorten and _state.first is not None:
         _state.is_raised = True
         raise _exception(_state.first)
 

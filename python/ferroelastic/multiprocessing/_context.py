@@ -204,12 +204,12 @@ class PContext(_compat.TorchVirtual, ABC):
             The outcome, or ``None`` if the workers still run after ``timeout``.
         """
         if timeout == 0:
-            return self._poll()
+            return self._look()
         deadline = math.inf if timeout < 0 else time.monotonic() + timeout
         while True:
             group = self._group
             generation = 0 if group is None else group.generation
-            result = self._poll()
+            result = self._look()
             if result is not None:
                 return result
             remaining = deadline - time.monotonic()
@@ -219,6 +219,14 @@ class PContext(_compat.TorchVirtual, ABC):
                 wait_for_event(group, generation, remaining)
             else:  # a subclass written for torch: it can only be asked
                 threading.Event().wait(min(period, remaining))
+
+    def _look(self) -> RunProcsResult | None:
+        """Look at the workers; a signal meanwhile is raised after it, if they still run, so that nothing is noted by halves."""
+        with _signals.shielded(self._hurry):
+            result = self._poll()
+        if result is None:
+            _signals.raise_pending()
+        return result
 
     def close(self, death_sig: signal.Signals | None = None, timeout: float = 30) -> None:
         """Stop the workers, finish their logs and let go of all files. Safe to call again, and after a failed start.
