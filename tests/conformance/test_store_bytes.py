@@ -201,10 +201,14 @@ class TestStart:
 
     @pytest.mark.parametrize("cut", range(1, 5))
     def test_in_two_segments(self, impl: Implementation, connect: Connections, cut: int) -> None:
-        other, client = connect(), connect(VALIDATE[:cut])
-        assert other.is_open()  # by now the first part was read
-        client.send(VALIDATE[cut:])
-        assert client.is_open() is impl.expect("store-start-in-pieces", torch=False, ours=True)
+        def is_taken() -> bool:
+            other, client = connect(), connect(VALIDATE[:cut])
+            assert other.is_open()  # by now the first part was read; by torch's server on most days
+            client.send(VALIDATE[cut:])
+            return client.is_open()
+
+        always_taken = all(is_taken() for _ in range(5))
+        assert always_taken is impl.expect("store-start-in-pieces", torch=False, ours=True)
 
     def test_of_somebody_else(self, impl: Implementation, connect: Connections) -> None:
         other, client = connect(), connect(b"GET / HTTP/1.1\r\n")

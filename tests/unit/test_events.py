@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 import sys
+import threading
 import types
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -156,6 +158,17 @@ def test_a_rendezvous_event_tells_who_and_what() -> None:
 
 def test_the_host_name_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hostname, "_known", None)
-    with mock.patch("socket.getfqdn", return_value="host.domain") as getfqdn:
+    with mock.patch("socket.gethostbyaddr", return_value=("host", ["alias", "host.domain"], [])) as look_up:
         assert [hostname.fq_hostname() for _ in range(3)] == ["host.domain"] * 3
-    getfqdn.assert_called_once()
+    look_up.assert_called_once()
+
+
+def test_a_resolver_that_does_not_answer_is_not_awaited(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = threading.Event()
+    monkeypatch.setattr(hostname, "_known", None)
+    monkeypatch.setattr(hostname, "_PATIENCE_S", 0.01)
+    monkeypatch.setattr("socket.gethostbyaddr", lambda _name: (str(answers.wait(60)), [], []))
+    try:
+        assert hostname.fq_hostname() == socket.gethostname()
+    finally:
+        answers.set()
