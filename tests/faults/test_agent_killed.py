@@ -151,16 +151,21 @@ def test_an_escaped_helper_when_the_agent_ends_by_itself(
 
 
 def test_escaped_helpers_of_an_attempt_are_gone_before_the_next_one(launch: Launcher) -> None:
-    script = """
+    gate = launch.gate()
+    script = f"""
         if [ "$TORCHELASTIC_RESTART_COUNT" = 1 ]; then
             # One that init has yet to reap is gone.
             grep -q '^State:[[:space:]]*[^ZX[:space:]]' "/proc/$(cat "$DIR/escaped.$RANK")/status" && touch "$DIR/found"
             exit 0
         fi
         "$ZOO" escape 0 > "$DIR/escaped.$RANK"
+        echo ready
+        read x < {gate.path}
         exit 3
     """
     job = launch("--max-restarts=1", *launch.shell(script))
+    ready(job, 2)
+    gate.let_pass(2)
     assert job.end() == 0
     assert len(launch.pids("escaped.*")) == 2
     assert not (launch.folder / "found").exists()

@@ -109,7 +109,8 @@ pub(crate) fn find_detached(
 
     py.detach(|| {
         let mark = Mark { name, token };
-        let sessions: Vec<Session> = sessions.into_iter().map(|leader| Session { leader, pidfd: None }).collect();
+        let sessions: Vec<Session> =
+            sessions.into_iter().map(|leader| Session { leader, pidfd: None, started: None }).collect();
         let query = match cgroup.map(Path::new) {
             Some(cgroup) => Query { mark: None, sessions: &[], cgroup: Some(cgroup), not_in_session },
             None => Query { mark: Some(&mark), sessions: &sessions, cgroup: None, not_in_session },

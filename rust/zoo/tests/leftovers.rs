@@ -67,14 +67,12 @@ fn the_session_of_the_agent_is_spared() {
 #[test]
 fn a_session_is_known_by_its_leader_and_no_longer_when_the_number_is_somebody_elses() {
     let (worker, helper) = escaped(|command| command);
-    let of = |leader| pids(&Query { sessions: &[Session { leader, pidfd: None }], ..nothing() });
-    assert!(of(worker).is_empty(), "the helper has left it");
-    assert!(of(helper).is_empty(), "the leader lives, and nobody says that it is ours");
-    let raw = rustix::process::Pid::from_raw(helper).expect("a pid");
-    let pidfd = rustix::process::pidfd_open(raw, rustix::process::PidfdFlags::empty()).ok();
-    if pidfd.is_some() {
-        assert_eq!(pids(&Query { sessions: &[Session { leader: helper, pidfd }], ..nothing() }), [helper]);
-    }
+    let of = |leader, started| pids(&Query { sessions: &[Session { leader, pidfd: None, started }], ..nothing() });
+    assert!(of(worker, None).is_empty(), "the helper has left it");
+    let started = ferroelastic_core::sys::procfs::stat(helper).expect("alive").started;
+    assert!(of(helper, None).is_empty(), "the leader lives, and nobody says that it is ours");
+    assert!(of(helper, Some(started + 1)).is_empty(), "a later process of the same number");
+    assert_eq!(of(helper, Some(started)), [helper]);
     end(helper);
 }
 

@@ -32,17 +32,18 @@ pub struct Session {
     pub leader: i32,
     /// Its pidfd, if there are pidfds.
     pub pidfd: Option<OwnedFd>,
+    /// When it was started, in clock ticks since boot; `None` if it had ended before that was asked.
+    pub started: Option<u64>,
 }
 
 impl Session {
     /// Whether the number still means this session. It goes to nobody else while somebody is in the session; a process that has it now
     /// and is not the leader has got it after the session was gone.
     fn is_current(&self) -> bool {
-        let leader_exists = match &self.pidfd {
-            Some(pidfd) => pidfd_send_signal(pidfd.as_fd(), 0, 0).unwrap_or(false),
-            None => false,
-        };
-        leader_exists || procfs::stat(self.leader).is_none_or(Stat::is_dead)
+        match procfs::stat(self.leader).filter(|stat| !stat.is_dead()) {
+            Some(stat) => Some(stat.started) == self.started,
+            None => true,
+        }
     }
 }
 

@@ -15,6 +15,7 @@ use crate::sys::cgroup;
 use crate::sys::leftovers::{GUARD_NAME, Query, Session, find};
 use crate::sys::poller::wait_readable;
 use crate::sys::process::pidfd_send_signal;
+use crate::sys::procfs;
 
 /// As in a stop: helpers that clean up after a killed worker have this time.
 const KILL_DELAY: Duration = Duration::from_millis(100);
@@ -105,7 +106,9 @@ fn receive(line: &OwnedFd) -> io::Result<Option<(Word, Session)>> {
     }
     let [word, leader @ ..] = bytes;
     let word = if word == Word::Release as u8 { Word::Release } else { Word::Hold };
-    Ok((count == MESSAGE_BYTES).then(|| (word, Session { leader: i32::from_ne_bytes(leader), pidfd })))
+    let leader = i32::from_ne_bytes(leader);
+    let started = procfs::stat(leader).map(|stat| stat.started);
+    Ok((count == MESSAGE_BYTES).then(|| (word, Session { leader, pidfd, started })))
 }
 
 /// Kills what a killed agent has left, until there is nothing.
