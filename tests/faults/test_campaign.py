@@ -11,7 +11,6 @@ from tests.faults.campaign_cases import make
 if TYPE_CHECKING:
     from pathlib import Path
 
-pytestmark = pytest.mark.engine
 
 SEED = 0
 NUMBER = 40
