@@ -37,11 +37,14 @@ class Console:
             return
         data = text.encode(getattr(stream, "encoding", None) or "utf-8", "backslashreplace")
         self.flush()
-        if len(self._kept) + len(data) > _MOST_KEPT_BYTES:
+        if self._kept and len(self._kept) + len(data) > _MOST_KEPT_BYTES:
             self._lost_lines += data.count(b"\n")
-        else:
-            self._kept += data
+            return
+        self._kept += data
         self.flush()
+        # A long text goes to a reader that keeps up, whatever its length; only what is kept has a limit.
+        self._lost_lines += self._kept.count(b"\n", _MOST_KEPT_BYTES)
+        del self._kept[_MOST_KEPT_BYTES:]
 
     def flush(self) -> None:
         """Write what was kept, as far as there is room for it."""

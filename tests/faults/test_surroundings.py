@@ -17,6 +17,7 @@ from tests.faults.harness import FERRORUN, LONG_S, Job, Launcher, gone_at_ns
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
 STREAMS = ("<&-", ">&-", "2>&-")
 COMBINATIONS = [chosen for count in (1, 2, 3) for chosen in itertools.combinations(STREAMS, count)]
@@ -187,6 +188,15 @@ def test_lines_that_were_lost_are_counted_once() -> None:
     assert 0 < len(kept) < 3000
     lost = f"ferrorun: {3000 - len(kept)} log lines were lost here, because standard error was full"
     assert lines[len(kept) :] == [lost, "next", "last"]
+
+
+def test_a_long_report_reaches_a_console_that_takes_it(tmp_path: Path) -> None:
+    """It is longer than what is kept for one that does not."""
+    path = tmp_path / "errors"
+    program = "from ferroelastic import _console, _rust; _console.stderr().write('line\\n' * 50_000)"
+    with path.open("wb") as stderr:
+        subprocess.run([sys.executable, "-c", program], stderr=stderr, check=True)
+    assert path.read_text() == "line\n" * 50_000
 
 
 def test_the_resource_tracker_of_a_killed_worker_cleans_up(launch: Launcher) -> None:

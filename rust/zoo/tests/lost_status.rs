@@ -17,8 +17,7 @@ fn pidfds_keep_statuses() -> bool {
 #[test]
 fn the_kernel_still_tells_the_status() {
     let before = probe::probe();
-    // SAFETY: SIG_IGN runs no code of ours.
-    unsafe { libc::signal(libc::SIGCHLD, libc::SIG_IGN) };
+    support::sys::ignore_children();
     assert_eq!(probe::probe(), before, "what works does not depend on it");
     for engine in engines() {
         let is_told = engine.support().pidfd && pidfds_keep_statuses();

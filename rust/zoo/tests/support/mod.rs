@@ -1,6 +1,8 @@
 //! What the engine's tests share.
 #![allow(dead_code, reason = "each test program uses some of it")]
 
+pub(crate) mod sys;
+
 use std::ffi::CString;
 use std::fs::File;
 use std::io::{BufRead, BufReader};
