@@ -178,6 +178,37 @@ def test_a_deaf_escaped_helper_has_what_is_left_of_the_grace(launch: Launcher) -
     assert not is_alive(int(launch.read("escaped")))
 
 
+DAEMON = """
+import os, signal, sys, time
+
+if os.fork():
+    while not os.path.exists(os.environ["DIR"] + "/daemon"):
+        time.sleep(0.01)
+    sys.exit(3)
+os.setsid()
+if os.fork():
+    sys.exit()
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+with open(os.environ["DIR"] + "/daemon.part", "w") as file:
+    file.write(str(os.getpid()))
+os.rename(file.name, os.environ["DIR"] + "/daemon")
+if signal.sigtimedwait([signal.SIGTERM], 120) is None:
+    sys.exit()
+time.sleep(0.3)
+open(os.environ["DIR"] + "/saved", "w").close()
+"""
+
+
+@pytest.mark.parametrize("env", [{}, WITHOUT_CGROUP], ids=["cgroup", "marks"])
+def test_a_daemon_that_leads_no_group_has_the_grace_period_too(launch: Launcher, env: dict[str, str]) -> None:
+    job = launch(*launch.python(DAEMON), nproc=1, env=env)
+    assert job.end() == 3
+    daemon = int(launch.read("daemon"))
+    assert not is_alive(daemon)
+    assert (launch.folder / "saved").exists()
+    assert f"{daemon} (" in job.errors
+
+
 # ---- the guard
 
 

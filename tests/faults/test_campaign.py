@@ -11,6 +11,7 @@ from tests.faults.campaign_cases import make
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.engine
 
 SEED = 0
 NUMBER = 40

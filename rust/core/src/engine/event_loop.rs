@@ -495,13 +495,18 @@ impl EventLoop {
         Ok(started)
     }
 
-    /// Without pidfds: one thread that blocks in `waitid` until the process has ended, and leaves the zombie.
+    /// Without pidfds: one thread that blocks in `waitid` until the process has ended, and leaves the zombie. It looks at the process
+    /// again and again if that is not a child.
     fn wait_in_a_thread(&self, process: &Process) -> std::io::Result<()> {
-        let (id, pid) = (process.id, process.leader.pid());
+        let (id, leader) = (process.id, process.leader.try_clone()?);
         let (to_engine, wake) = (Arc::clone(&self.ended), Arc::clone(&self.wake));
         let waiting = move || {
             let (status, usage) = loop {
-                match wait(pid, Collect::Observe, Block::Yes) {
+                match wait(leader.pid(), Collect::Observe, Block::Yes) {
+                    Ok(Some((Status::Unknown, usage))) => {
+                        leader.wait_as_stranger();
+                        break (Status::Unknown, usage);
+                    }
                     Ok(Some(ended)) => break ended,
                     Ok(None) => {}
                     Err(_) => break (Status::Unknown, Usage::default()),

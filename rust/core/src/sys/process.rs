@@ -4,10 +4,12 @@
 //!
 //! - a *pidfd* names the process itself. From Linux 6.9 on it also signals the whole group the process leads, even when the leader
 //!   was reaped, and answers ESRCH when nobody is left in it.
-//! - on older kernels the leader is left a zombie until its group is empty: a zombie keeps its number.
+//! - on older kernels the leader is left a zombie until its group is empty: a zombie keeps its number. A process that somebody else
+//!   may reap is told from a later one by the time at which it was started.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
 
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
@@ -17,12 +19,18 @@ use super::procfs::{self, Stat};
 /// `PIDFD_SIGNAL_PROCESS_GROUP`, Linux 6.9.
 pub(super) const PIDFD_SIGNAL_PROCESS_GROUP: libc::c_uint = 4;
 
+/// Pauses between two looks at a process that is not our child.
+const FIRST_PAUSE: Duration = Duration::from_millis(1);
+const LONGEST_PAUSE: Duration = Duration::from_millis(32);
+
 /// A process that leads (or is about to lead) a process group.
 #[derive(Debug)]
 pub struct Leader {
     pid: i32,
     pidfd: Option<OwnedFd>,
     group_signals: bool,
+    /// When it was started, in clock ticks since boot, where no pidfd names it.
+    started: Option<u64>,
 }
 
 impl Leader {
@@ -30,7 +38,8 @@ impl Leader {
     #[must_use]
     pub fn spawned(pid: i32, pidfd: Option<OwnedFd>, support: Support) -> Self {
         let group_signals = support.group_signals && pidfd.is_some();
-        Self { pid, pidfd, group_signals }
+        let started = if pidfd.is_none() { procfs::stat(pid).map(|stat| stat.started) } else { None };
+        Self { pid, pidfd, group_signals, started }
     }
 
     /// Takes hold of a running process.
@@ -48,7 +57,7 @@ impl Leader {
     /// A second hold on the same process.
     pub fn try_clone(&self) -> io::Result<Self> {
         let pidfd = self.pidfd.as_ref().map(OwnedFd::try_clone).transpose()?;
-        Ok(Self { pid: self.pid, pidfd, group_signals: self.group_signals })
+        Ok(Self { pid: self.pid, pidfd, group_signals: self.group_signals, started: self.started })
     }
 
     /// Process id.
@@ -73,6 +82,7 @@ impl Leader {
     pub fn signal(&self, signal: i32) -> io::Result<bool> {
         match &self.pidfd {
             Some(pidfd) => pidfd_send_signal(pidfd.as_fd(), signal, 0),
+            None if !self.holds_its_number() => Ok(false),
             // SAFETY: takes integers. The number is still the leader's: it is alive, or a zombie that we have not collected.
             None => found(unsafe { libc::kill(self.pid, signal) }),
         }
@@ -86,6 +96,20 @@ impl Leader {
             _ => found(unsafe { libc::killpg(self.pid, signal) })?,
         };
         Ok(delivered || self.signal(signal)?)
+    }
+
+    /// Whether the number is still this process's, dead or alive.
+    fn holds_its_number(&self) -> bool {
+        self.started.is_none_or(|started| procfs::stat(self.pid).is_some_and(|stat| stat.started == started))
+    }
+
+    /// Waits for the end of a process that is not our child, without a pidfd: the kernel has no event for that.
+    pub fn wait_as_stranger(&self) {
+        let mut pause = FIRST_PAUSE;
+        while procfs::stat(self.pid).is_some_and(|stat| !stat.is_dead()) && self.holds_its_number() {
+            std::thread::sleep(pause);
+            pause = (pause * 2).min(LONGEST_PAUSE);
+        }
     }
 
     /// Whether the leader is stopped (SIGSTOP, SIGTSTP, a debugger).
