@@ -381,11 +381,16 @@ class _Stop:
         return (self.folder / name).exists()
 
     def wait(self, condition: Callable[[], bool], what: str) -> None:
+        is_true = False
+
         def is_over() -> bool:
-            return condition() or any(job.agent.is_gone() for job in self.jobs)
+            nonlocal is_true
+            is_true = condition()
+            return is_true or any(job.agent.is_gone() for job in self.jobs)
 
         # torchrun waits for ever for a reader of its standard error.
-        if not eventually(is_over, 40 if self.side == "torchrun" else LONG_S) or not condition():
+        eventually(is_over, 40 if self.side == "torchrun" else LONG_S)
+        if not is_true:
             ended = [job.process.poll() for job in self.jobs]
             raise _NotReachedError(f"not reached: {what}; the agents ended with {ended}")
 

@@ -347,7 +347,9 @@ def test_a_signal_ends_the_wait_at_once(tmp_path: Path) -> None:
 
 
 def test_what_a_worker_left_in_its_group_is_ended(tmp_path: Path) -> None:
-    assert not run(tmp_path, "spawn", start_grandchild, (str(tmp_path / "pid"),)).is_failed()
+    with started(tmp_path, "spawn", start_grandchild, (str(tmp_path / "pid"),)) as context:
+        context.shutdown_timeout = 0.1
+        assert not finished(context).is_failed()
     assert read_proc_state(int(content(tmp_path / "pid"))) in {None, "Z"}
 
 

@@ -171,6 +171,7 @@ def test_a_deaf_grandchild_of_a_dead_worker_is_killed_too(launch: Launcher, fifo
 
 def test_close_reaches_what_a_finished_worker_left_in_its_group(launch: Launcher, tmp_path: Path) -> None:
     context = launch(f"sleep 1000 & echo $! > {tmp_path}/pid")
+    context.shutdown_timeout = 0.1
     assert not finished(context).is_failed()
     assert not is_alive(int(content(tmp_path / "pid")))
 

@@ -81,8 +81,8 @@ class PContext(_compat.TorchVirtual, ABC):
         OSError: a log file or folder cannot be made.
 
     Attributes:
-        shutdown_timeout: seconds between the stop signal and SIGKILL where workers are stopped because one has failed.
-            Set it before :meth:`start`.
+        shutdown_timeout: seconds between the stop signal and SIGKILL where workers are stopped because one has failed, and
+            after a success the seconds in which processes that the workers left in their groups may finish. Set it before :meth:`start`.
         on_first_failure: called once with the first failure, as soon as it is seen: its peers are being stopped, and may take as
             long as the grace.
     """

@@ -47,7 +47,8 @@ def start_processes(
         duplicate_stdout_filters: if not empty, teed lines of standard output with one of these strings also go to
             ``filtered_stdout.log``.
         duplicate_stderr_filters: likewise for standard error.
-        shutdown_timeout: when one worker fails, seconds that the others have after SIGTERM before SIGKILL.
+        shutdown_timeout: when one worker fails, seconds that the others have after SIGTERM before SIGKILL; when all succeed, seconds
+            that processes have to finish which the workers left in their groups.
 
     Returns:
         The running workers: a ``SubprocessContext`` or a ``MultiprocessContext``.
