@@ -190,8 +190,9 @@ def measure_tee(
     output = b"".join(chunks)
     expected = [0] * workers
     for line in output.decode().splitlines():
-        head, number = line.split("]:")
-        rank = int(head.removeprefix("[default"))
+        head, _, number = line.partition("]:")
+        assert head[8:].isdigit(), f"{launcher}: torn line {line!r}"
+        rank = int(head[8:])
         assert number == f"{expected[rank]:0{width}}", f"{launcher}: torn or lost line {line!r}"
         expected[rank] += 1
     assert expected == [lines] * workers, f"{launcher}: {expected} lines of {lines} each"
