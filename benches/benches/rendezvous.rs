@@ -98,7 +98,7 @@ fn restart(nodes: u32, rounds: u64) {
     for round in 0..rounds {
         let failed = Instant::now();
         let text = "rank 0 exited with code 1".into();
-        agents[0].say(&Request::Failed { round, at_ns: 1, text, is_final: false });
+        agents[0].say(&Request::Failed { round, at_ns: 1, text, code: 1, is_final: false });
         for agent in &mut agents {
             assert!(matches!(agent.hear(), Notice::Over { round: ended, .. } if ended == round));
         }

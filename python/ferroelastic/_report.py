@@ -23,8 +23,8 @@ def report(error: BaseException, args: Namespace | None) -> int:
         args: the parsed command line, or ``None`` if it could not be parsed.
 
     Returns:
-        The code of the worker that failed first, 128+n for signal n to it or to this process, 2 for a usage error,
-        else 1.
+        The code of the worker that failed first, on any node; 128+n for signal n to it or to this process; 2 for a usage
+        error, else 1.
     """
     if isinstance(error, KeyboardInterrupt):
         return _SIGNAL_BASE + 2
@@ -35,13 +35,14 @@ def report(error: BaseException, args: Namespace | None) -> int:
     if first_failure is not None:  # ChildFailedError
         _, failure = first_failure()
         _print(str(error).strip("\n"))
-        return exit_code(failure.exitcode)
+        return getattr(error, "exit_code", None) or exit_code(failure.exitcode)
     if os.environ.get("LOGLEVEL", "").upper() == "DEBUG":
         import traceback
 
         traceback.print_exception(error)
     _print(f"ferrorun: error: {' '.join(_describe(error, args).split())}")
-    return _USAGE if isinstance(error, ValueError) else _FAILURE
+    code: int | None = getattr(error, "exit_code", None)  # JobFailedError
+    return code or (_USAGE if isinstance(error, ValueError) else _FAILURE)
 
 
 def exit_code(returncode: int | None) -> int:
@@ -79,7 +80,8 @@ def _is_expected(error: BaseException) -> bool:
     """Tell failures of the surroundings, which a text explains, from those that only a traceback does."""
     if isinstance(error, ModuleNotFoundError) and error.name == "torch":
         return True
-    return isinstance(error, OSError) or "Rendezvous" in type(error).__name__ or type(error) is RuntimeError
+    names = [cls.__name__ for cls in type(error).__mro__]
+    return isinstance(error, OSError) or "RendezvousError" in names or type(error) is RuntimeError
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

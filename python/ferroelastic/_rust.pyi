@@ -343,6 +343,13 @@ class Engine:
             ValueError: it was handed over before.
         """
 
+    def watch_lease(self, client: RendezvousClient) -> None:
+        """Have the guard end the workers when their lease is over, also while this process is suspended.
+
+        Args:
+            client: this node's membership. Replaces the former one.
+        """
+
     def use_cgroup(self, folder: str | None) -> bool:
         """Let workers be born in this cgroup from now on; ``None`` lets them be born in that of this process again.
 
@@ -592,7 +599,7 @@ class StoreServer:
         min_nodes: int = 1,
         max_nodes: int = 1,
         last_call_s: float = 30.0,
-        silence_s: float = 5.0,
+        silence_s: float = 15.0,
         address: str | None = None,
         most_membership_changes: int | None = None,
         most_key_bytes: int = 8192,
@@ -684,6 +691,7 @@ class RendezvousClient:
         node_rank: the rank of this node, where it is given beforehand.
         is_host: the host is in this process, and need not be told that this agent lives.
         connect_timeout_s: how long it is tried to reach the host, in seconds.
+        settings: other settings that must be the same on all nodes, by the name of their option.
     """
 
     generation: int
@@ -692,6 +700,9 @@ class RendezvousClient:
     """Readable while there are remarks, and from when a round, or the rendezvous, is over until the next :meth:`join`. For ``Group.wait(news_fd=...)``."""
     address: str | None
     """Address of this node by which it reaches the host, once it does."""
+    stop_within_s: float | None
+    """Seconds within which the workers of this node must be gone, because the host has not answered for so long that others will have
+    their ranks then; ``None`` while it answers."""
     def __new__(
         cls,
         host: str,
@@ -704,6 +715,7 @@ class RendezvousClient:
         node_rank: int | None = None,
         is_host: bool = False,
         connect_timeout_s: float = 60.0,
+        settings: dict[str, str] | None = None,
     ) -> RendezvousClient: ...
     def join(self, role: str, local_world_size: int, timeout_s: float) -> None:
         """Take part in the next round; there are no workers now.
@@ -714,20 +726,26 @@ class RendezvousClient:
             timeout_s: how long to wait for the round to begin, in seconds.
         """
 
-    def fail(self, at_ns: int, text: str, is_final: bool) -> None:
+    def fail(self, at_ns: int, text: str, exit_code: int, is_final: bool) -> None:
         """Tell the others that a worker has failed: the round is over for all.
 
         Args:
             at_ns: when, in nanoseconds since the epoch.
             text: which worker, and how.
+            exit_code: that of the job, if this failure ends it.
             is_final: there will be no other round.
         """
 
     def finish(self) -> None:
         """Tell the others that all workers of this node have succeeded."""
 
-    def end(self, text: str) -> None:
-        """Let there be no other round, for anybody, for the reason ``text``."""
+    def end(self, text: str, exit_code: int) -> None:
+        """Let there be no other round, for anybody.
+
+        Args:
+            text: why.
+            exit_code: that of the job.
+        """
 
     def leave(self, text: str) -> None:
         """Go, for the reason ``text``; the others may go on."""
@@ -765,15 +783,19 @@ class Standing:
         "timed out",
         "unreachable",
         "refused",
+        "late",
     ]
     """``placed``: in a round. ``over``: it is over, stop the workers and join again. ``released``: all workers of all nodes have succeeded.
-    ``closed``: there will be no other round; ``spare`` if there was no need for this node. The last three: it cannot take part."""
+    ``closed``: there will be no other round, because the job has failed; ``spare``: it has succeeded without this node. The last four: it
+    cannot take part; ``late``: the job of this host had ended, or was about to, when the agent came."""
     place: Place | None
     """Its place, when it is ``placed``; that which it had, when the round is ``over``."""
     cause: Cause | None
     """Why the round is ``over``."""
     text: str
     """Why, in words. When ``timed out``, the nodes that came, separated by commas."""
+    exit_code: int | None
+    """That of the job, when it is ``closed`` or a ``spare``."""
 
 @final
 class Place:
@@ -814,6 +836,8 @@ class Cause:
     """When, in nanoseconds since the epoch, if a worker failed."""
     text: str
     """What happened."""
+    exit_code: int
+    """That of the job, if it ends of this."""
 
 @final
 class Watchdog:

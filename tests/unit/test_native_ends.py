@@ -93,7 +93,7 @@ class TestTheEnd:
         host = nodes.host((1, 2))
         guest = nodes.guest(host, (1, 2))
         nodes.meet(host, guest)
-        guest.say_farewell("its agent was ended by SIGTERM")
+        guest.say_farewell("its agent was ended by SIGTERM", 143)
         interruption = told(host)
         assert (interruption.is_failure, interruption.is_final) == (False, False)
         assert interruption.text.endswith("left: its agent was ended by SIGTERM")

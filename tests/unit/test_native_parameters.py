@@ -39,7 +39,7 @@ def made() -> Iterator[list[NativeRendezvous]]:
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
-        ({}, {"join_timeout_s": 600, "connect_timeout_s": 60, "last_call_s": 30, "silence_s": 5, "is_host": None}),
+        ({}, {"join_timeout_s": 600, "connect_timeout_s": 60, "last_call_s": 30, "silence_s": 15, "is_host": None}),
         ({"join_timeout": "7"}, {"join_timeout_s": 7}),
         ({"join_timeout": None}, {"join_timeout_s": 600}),
         ({"read_timeout": " 8 "}, {"connect_timeout_s": 8}),

@@ -44,7 +44,7 @@ class TestOneNode:
 
     def test_who_says_what_its_workers_are_has_their_ranks(self, nodes: Nodes) -> None:
         handler = nodes()
-        handler.introduce("trainer", 4)
+        handler.introduce("trainer", 4, 3)
         place = place_of(handler.next_rendezvous())
         assert (place.round, place.first_rank, place.world_size, place.first_role_rank, place.role_world_size) == (
             *(0, 0, 4),
@@ -159,8 +159,8 @@ class TestTwoNodes:
     def test_ranks_follow_from_what_each_has(self, nodes: Nodes) -> None:
         host = nodes.host()
         guest = nodes.guest(host)
-        host.introduce("reader", 1)
-        guest.introduce("trainer", 3)
+        host.introduce("reader", 1, 3)
+        guest.introduce("trainer", 3, 3)
         first, second = (place_of(info) for info in nodes.meet(host, guest))
         assert [(place.first_rank, place.world_size) for place in (first, second)] == [(0, 4), (1, 4)]
         assert [(place.first_role_rank, place.role_world_size) for place in (first, second)] == [(0, 1), (0, 3)]
@@ -175,7 +175,7 @@ class TestTwoNodes:
         host = nodes.host()
         guest = nodes.guest(host)
         for handler in (host, guest):
-            handler.introduce("trainer", 2)
+            handler.introduce("trainer", 2, 3)
         first, _ = nodes.meet(host, guest)
         first.store.set("old", "")
         guest.report_failure(time.time_ns(), "rank 3 exited with code 7", is_final=False)
@@ -233,7 +233,7 @@ class TestTwoNodes:
         host = nodes.host((1, 2))
         guest = nodes.guest(host, (1, 2))
         for handler in (host, guest):
-            handler.introduce("trainer", 2)
+            handler.introduce("trainer", 2, 3)
         nodes.meet(host, guest)
         guest.leave("its machine is needed")
         interruption = told(host)
@@ -245,7 +245,7 @@ class TestTwoNodes:
 
     def test_a_node_that_comes_later_is_one_too(self, nodes: Nodes) -> None:
         host = nodes.host((1, 2), last_call_timeout=1)
-        host.introduce("trainer", 2)
+        host.introduce("trainer", 2, 3)
         nodes.meet(host)
         late = nodes.guest(host, (1, 2))
         joining = nodes.joins(late)
@@ -283,7 +283,10 @@ class TestTwoNodes:
         joining = nodes.waits(spare, host)
         assert (host.num_nodes_waiting(), spare.is_closed()) == (0, False)
         assert host.wait_for_others(LONG_S)
-        with pytest.raises(RendezvousGracefulExitError, match="this node was a spare: the job has succeeded"):
+        with pytest.raises(
+            RendezvousGracefulExitError,
+            match="this node was a spare, and no worker was started on it: the job has succeeded",
+        ):
             joining.result(LONG_S)
         assert (host.is_closed(), spare.is_closed()) == (True, True)
 

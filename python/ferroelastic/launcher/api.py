@@ -285,7 +285,7 @@ def _run_agent(
         shutdown_rdzv = False
         leave = getattr(spec.rdzv_handler, "leave", None)
         if leave is not None:
-            leave(f"its agent was ended by {error.sigval.name}")
+            leave(f"its agent was ended by {error.sigval.name}", 128 + error.sigval)
         events.record(agent.get_event_failed(), config.event_log_handler)
         raise
     except Exception:
@@ -302,7 +302,10 @@ def _outputs(agent: LocalElasticAgent, config: LaunchConfig, entrypoint_name: st
     # The agent succeeded in running; whether the workers did is another matter.
     events.record(agent.get_event_succeeded(), config.event_log_handler)
     if result.is_failed():
-        raise _failure_of(result, entrypoint_name)
+        error = _failure_of(result, entrypoint_name)
+        # Where workers of several nodes fail, that of the first counts on all nodes.
+        error.exit_code = getattr(agent, "job_exit_code", None)  # type: ignore[attr-defined]  # for ferrorun
+        raise error
     return result.return_values
 
 

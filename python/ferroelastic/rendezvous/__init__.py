@@ -6,6 +6,7 @@ out-of-tree ones are loaded when one is asked for, not at import.
 
 from ferroelastic.rendezvous import registry as _registry  # noqa: F401 - registers the built-in backends
 from ferroelastic.rendezvous.api import (
+    JobFailedError,
     RendezvousClosedError,
     RendezvousConnectionError,
     RendezvousError,
@@ -22,6 +23,7 @@ from ferroelastic.rendezvous.api import (
 )
 
 __all__ = [
+    "JobFailedError",
     "RendezvousClosedError",
     "RendezvousConnectionError",
     "RendezvousError",

@@ -14,14 +14,17 @@ from __future__ import annotations
 import os
 import sys
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
-from ferroelastic import _signals
+from ferroelastic import _leftovers, _signals
+from ferroelastic._engine import get_engine
 from ferroelastic._wait import wait_for_event
 from ferroelastic.rendezvous._agent_store import AgentStore
 from ferroelastic.rendezvous._native_settings import NativeSettings, endpoint_text
 from ferroelastic.rendezvous._store_server import LOOPBACK
 from ferroelastic.rendezvous.api import (
+    JobFailedError,
     RendezvousClosedError,
     RendezvousConnectionError,
     RendezvousGracefulExitError,
@@ -42,6 +45,7 @@ __all__ = ["Interruption", "NativeRendezvous", "NativeRendezvousInfo"]
 logger = get_logger(__name__)
 
 _LET_THE_OTHERS_GO_S = 2.0
+_NEXT_HOST_PAUSE_S = 0.25
 _ENDED = ("closed", "released", "spare")
 
 
@@ -54,6 +58,10 @@ class Interruption(NamedTuple):
     """There will be no other round."""
     text: str
     """What happened, and where."""
+    exit_code: int = 1
+    """That of the job, if it ends of this."""
+    stop_within_s: float | None = None
+    """Within so many seconds the workers of this node must be gone, because others will have their ranks then."""
 
 
 class NativeRendezvousInfo(RendezvousInfo):
@@ -73,7 +81,7 @@ class NativeRendezvousInfo(RendezvousInfo):
 class NativeRendezvous(RendezvousHandler):
     """An agent's part in a rendezvous, and the rendezvous itself on the node that hosts it.
 
-    ``params.config`` takes torch's names: ``join_timeout`` (600 s), ``last_call_timeout`` (30 s), ``heartbeat_timeout`` (5 s: an agent or a
+    ``params.config`` takes torch's names: ``join_timeout`` (600 s), ``last_call_timeout`` (30 s), ``heartbeat_timeout`` (15 s: an agent or a
     host that was silent for so long is lost; also ``heartbeat``, or else ``keep_alive_interval`` times ``keep_alive_max_attempt``), ``read_timeout`` (60 s: how long
     it is tried to reach the host), ``is_host``, and for ``static`` ``rank`` and ``timeout``. Besides, ``max_membership_changes``: how often
     nodes may come and go (no limit). ``close_timeout`` is checked and has no use: to close is one message. Of others it is warned.
@@ -100,11 +108,12 @@ class NativeRendezvous(RendezvousHandler):
         self._run_id = params.run_id or random_uuid()
         self._nodes = (params.min_nodes, params.max_nodes)
         self._local_addr = params.local_addr
-        settings = NativeSettings(params)
+        self._settings = settings = NativeSettings(params)
         self._join_timeout_s = settings.join_timeout_s
         self._connect_timeout_s = settings.connect_timeout_s
         self._node_rank = settings.node_rank
         self._role: tuple[str, int] = ("default", 1)
+        self._must_be_equal: dict[str, str] = {"--rdzv-backend": self._backend}
         self._is_introduced = False
         self._is_closed = False
         self._has_finished = False
@@ -114,19 +123,22 @@ class NativeRendezvous(RendezvousHandler):
         host, self._port = settings.host, settings.port
         self._is_host = False
         if settings.may_host:
-            self._server = settings.listen(self._run_id, self._nodes, self._local_addr)
-            self._is_host = self._server is not None
-        if self._server is not None:
-            self._port = self._server.port
-            place = endpoint_text(host, self._port)
-            logger.info("process %d hosts the rendezvous of run %s at %s", os.getpid(), self._run_id, place)
-        elif self._port == 0:
+            self._try_to_host()
+        if self._server is None and self._port == 0:
             raise ValueError(
                 f"the endpoint {params.endpoint!r} has port 0, and only the node that hosts the rendezvous can take a free one; "
                 "give the port of the host"
             )
         # The numeric address: with the name, a client would try the other family first.
         self._host = LOOPBACK.get(host, host)
+
+    def _try_to_host(self) -> None:
+        self._server = self._settings.listen(self._run_id, self._nodes, self._local_addr)
+        self._is_host = self._server is not None
+        if self._server is not None:
+            self._port = self._server.port
+            place = endpoint_text(self._settings.host, self._port)
+            logger.info("process %d hosts the rendezvous of run %s at %s", os.getpid(), self._run_id, place)
 
     def get_backend(self) -> str:
         """Return ``c10d`` or ``static``."""
@@ -137,38 +149,69 @@ class NativeRendezvous(RendezvousHandler):
         """The workers are clients of the store at the endpoint."""
         return True
 
-    def introduce(self, role: str, local_world_size: int) -> None:
+    def introduce(self, role: str, local_world_size: int, max_restarts: int) -> None:
         """Say what the workers of this node are, so that the rendezvous can assign their ranks.
 
         Args:
             role: their role.
             local_world_size: how many there are.
+            max_restarts: how often they are started again. Nodes that have another number are refused.
         """
         self._role = (role, local_world_size)
+        self._must_be_equal["--max-restarts"] = str(max_restarts)
         self._is_introduced = True
 
     def next_rendezvous(self) -> RendezvousInfo:
         """Wait for the next round and take part in it. There must be no workers of the former one.
 
+        An agent that comes when the job at the endpoint has ended looks for the next host, for as long as it waits for other nodes.
+
         Raises:
+            JobFailedError: the job has failed.
             RendezvousClosedError: there will be no other round.
-            RendezvousGracefulExitError: the job has ended, and this node was a spare.
-            RendezvousTimeoutError: not enough nodes came within ``join_timeout``.
+            RendezvousGracefulExitError: the job has succeeded, and this node was a spare.
+            RendezvousTimeoutError: not enough nodes came within ``join_timeout``, or no next host did.
             RendezvousConnectionError: the host cannot be reached, is gone, or refuses this node.
         """
         if self._is_closed:
             raise RendezvousClosedError(f"the rendezvous {self._run_id!r} is closed")
-        client = self._get_client()
         self._has_finished = False
+        deadline, ended = 0.0, ""  # of the look for the next host
         while True:
-            client.join(*self._role, self._join_timeout_s)
+            client = self._get_client()
+            client.join(*self._role, max(0.0, deadline - time.monotonic()) if ended else self._join_timeout_s)
             standing = self._settled(client)
             if standing.state == "placed" and standing.place is not None:
                 return self._info(standing.place)
             if self._is_closed:  # by another thread
                 raise RendezvousClosedError(f"the rendezvous {self._run_id!r} is closed")
-            if standing.state != "over":  # else the round was over before it was looked at: join the next
+            if standing.state == "late" and not ended:
+                self._say_that_it_is_late(standing.text)
+                deadline, ended = time.monotonic() + self._join_timeout_s, standing.text
+            if ended and standing.state in ("late", "unreachable", "timed out"):
+                self._look_for_the_next_host(ended, deadline)
+            elif standing.state != "over":  # else the round was over before it was looked at: join the next
                 raise self._error(standing)
+
+    def _say_that_it_is_late(self, text: str) -> None:
+        logger.warning(
+            "the job %r at %s had ended when this node came (%s): waiting for the next host there, for %g s",
+            *(self._run_id, endpoint_text(self._host, self._port), text, self._join_timeout_s),
+        )
+
+    def _look_for_the_next_host(self, ended: str, deadline: float) -> None:
+        client, self._client = self._client, None
+        if client is not None:
+            client.close()
+        if time.monotonic() >= deadline:
+            raise RendezvousTimeoutError(
+                f"the job {self._run_id!r} at {endpoint_text(self._host, self._port)} had ended when this node came ({ended}), and "
+                f"no other host came within {self._join_timeout_s:g} s"
+            )
+        time.sleep(_NEXT_HOST_PAUSE_S)
+        if self._settings.may_host and self._server is None:
+            with suppress(RendezvousConnectionError):  # the former host still has the port
+                self._try_to_host()
 
     def _get_client(self) -> _rust.RendezvousClient:
         if self._client is None:
@@ -186,7 +229,11 @@ class NativeRendezvous(RendezvousHandler):
                 node_rank=self._node_rank,
                 is_host=self._is_host,
                 connect_timeout_s=self._connect_timeout_s,
+                settings=self._must_be_equal,
             )
+            if _leftovers.current() is not None:
+                # Its guard ends the workers in time, also while this process is suspended.
+                get_engine().watch_lease(self._client)
         return self._client
 
     def _settled(self, client: _rust.RendezvousClient) -> _rust.Standing:
@@ -216,9 +263,11 @@ class NativeRendezvous(RendezvousHandler):
 
     def _error(self, standing: _rust.Standing) -> Exception:
         if standing.state == "closed":
-            return RendezvousClosedError(f"the job has ended: {standing.text}")
+            return JobFailedError(f"the job has ended: {standing.text}", standing.exit_code or 1)
         if standing.state == "spare":
-            return RendezvousGracefulExitError(f"this node was a spare: {standing.text}")
+            return RendezvousGracefulExitError(
+                f"this node was a spare, and no worker was started on it: {standing.text}"
+            )
         if standing.state == "timed out":
             min_nodes, _ = self._nodes
             return RendezvousTimeoutError(
@@ -242,21 +291,23 @@ class NativeRendezvous(RendezvousHandler):
         _log_remarks(client)
         standing = client.standing()
         if standing.state == "over" and standing.cause is not None:
-            return Interruption(standing.cause.kind == "failure", is_final=False, text=standing.text)
+            is_failure, exit_code = standing.cause.kind == "failure", standing.cause.exit_code
+            return Interruption(is_failure, False, standing.text, exit_code, client.stop_within_s)
         if standing.state == "closed":
-            return Interruption(is_failure=True, is_final=True, text=standing.text)
+            return Interruption(True, True, standing.text, standing.exit_code or 1)
         return None
 
-    def report_failure(self, at_ns: int, text: str, *, is_final: bool) -> None:
+    def report_failure(self, at_ns: int, text: str, *, exit_code: int = 1, is_final: bool) -> None:
         """Tell all agents that a worker has failed.
 
         Args:
             at_ns: when, in nanoseconds since the epoch.
             text: which one, and how.
+            exit_code: that of the job, if this failure ends it.
             is_final: this agent has no restart left.
         """
         if self._client is not None:
-            self._client.fail(at_ns, text, is_final)
+            self._client.fail(at_ns, text, exit_code, is_final)
 
     def verdict(self) -> Interruption | None:
         """Wait for what becomes of the job after a last failure: it ends, unless a lost node is why the worker failed.
@@ -320,7 +371,7 @@ class NativeRendezvous(RendezvousHandler):
         """Let there be no other round: for any node, if this one has taken part, else for this one."""
         self._is_closed = True
         if self._client is not None:
-            self._client.end("its agent has closed the rendezvous")
+            self._client.end("its agent has closed the rendezvous", 1)
 
     def num_nodes_waiting(self) -> int:
         """Return 1 if the workers are to be started again: a node waits, a worker of another node has failed, or a node was lost."""
@@ -330,22 +381,24 @@ class NativeRendezvous(RendezvousHandler):
         """Return the id of the job."""
         return self._run_id
 
-    def say_farewell(self, reason: str) -> None:
+    def say_farewell(self, reason: str, exit_code: int) -> None:
         """Tell the others that this node goes, before its workers are stopped: so theirs do not seem to fail.
 
         Args:
             reason: why, for the others.
+            exit_code: that of the job, if it ends without this node.
         """
         if self._client is not None and os.getpid() == self._owner_pid:
             if self._is_host:
-                self._client.end(f"it hosts the rendezvous, and left: {reason}")
+                self._client.end(f"it hosts the rendezvous, and left: {reason}", exit_code)
             self._client.leave(reason)
 
-    def leave(self, reason: str) -> None:
+    def leave(self, reason: str, exit_code: int = 1) -> None:
         """Go. The others go on without this node, unless it hosts the rendezvous.
 
         Args:
             reason: why, for the others.
+            exit_code: that of the job, if it ends without this node.
         """
         self._is_closed = True
         client, self._client = self._client, None
@@ -354,7 +407,7 @@ class NativeRendezvous(RendezvousHandler):
             return
         if client is not None:
             if server is not None:
-                client.end(f"it hosts the rendezvous, and left: {reason}")
+                client.end(f"it hosts the rendezvous, and left: {reason}", exit_code)
             client.leave(reason)
             client.close()
         if server is not None:
@@ -372,7 +425,7 @@ class NativeRendezvous(RendezvousHandler):
         reason = "its agent has ended" if error is None else f"its agent has ended: {_first_line(error)}"
         client = self._client
         if client is not None and not self._has_finished and client.standing().state in ("placed", "over"):
-            client.end(reason)
+            client.end(reason, 1)
         self.leave(reason)
         return True
 

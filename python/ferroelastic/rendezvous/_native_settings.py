@@ -20,7 +20,6 @@ logger = get_logger(__name__)
 
 _DEFAULT_PORT = 29400
 _DEFAULT_STATIC_TIMEOUT_S = 600
-_DEFAULT_SILENCE_S = 5
 _OF_C10D = ("join_timeout", "last_call_timeout", "close_timeout", "read_timeout", "is_host", "store_type")
 _OF_STATIC = ("rank", "timeout")
 _OF_BOTH = ("heartbeat_timeout", "heartbeat", "keep_alive_interval", "keep_alive_max_attempt", "max_membership_changes")
@@ -130,11 +129,9 @@ def _seconds(params: RendezvousParameters, key: str, default: int) -> int:
 
 
 def _silence_s(params: RendezvousParameters) -> int:
-    """Return after how many seconds of silence a node is lost. The option that is closest to it counts."""
+    """Return after how many seconds of silence a node is lost. The option that is closest to it counts; the defaults are torch's."""
     attempts = _number(params, "keep_alive_max_attempt", 3, 1, "number of attempts; give a whole number from 1")
     silence_s = _seconds(params, "keep_alive_interval", 5) * (attempts or 1)
-    if params.get("keep_alive_interval") is None and params.get("keep_alive_max_attempt") is None:
-        silence_s = _DEFAULT_SILENCE_S
     return _seconds(params, "heartbeat_timeout", _seconds(params, "heartbeat", silence_s))
 
 

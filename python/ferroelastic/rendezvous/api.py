@@ -43,6 +43,19 @@ class RendezvousClosedError(RendezvousError):
     """The rendezvous is closed."""
 
 
+class JobFailedError(RendezvousClosedError):
+    """The job has failed, also for nodes whose own workers have not. Not in torch.
+
+    Args:
+        text: what happened first, and on which node.
+        exit_code: that of the job, the same on all nodes.
+    """
+
+    def __init__(self, text: str, exit_code: int = 1) -> None:
+        super().__init__(text)
+        self.exit_code = exit_code
+
+
 class RendezvousTimeoutError(RendezvousError):
     """The rendezvous did not complete in time."""
 

@@ -6,7 +6,7 @@ use ferroelastic_core::rendezvous::member::{self, Call, Failure, Member, Standin
 use ferroelastic_core::rendezvous::message::{self, Cause, Kind, Notice, Place, Request, encode};
 
 const SECOND: Duration = Duration::from_secs(1);
-const SILENCE: Duration = Duration::from_secs(5);
+const SILENCE: Duration = Duration::from_secs(15);
 const JOIN_TIMEOUT: Duration = Duration::from_secs(600);
 
 fn member(is_host: bool) -> (Member, Instant) {
@@ -27,7 +27,8 @@ fn a_host_that_is_not_up_is_tried_again_until_the_connect_timeout() {
     let mut attempts = 1;
     while *member.standing() == Standing::Joining {
         let refused = member::Event::NotConnected { text: "connection refused".into(), is_refused: true };
-        assert_eq!(member.step(now, refused), []);
+        let actions = member.step(now, refused);
+        assert!(actions.iter().all(|action| matches!(action, member::Action::Remark(_))), "{actions:?}");
         if let Some(next) = member.next_tick().filter(|_| *member.standing() == Standing::Joining) {
             assert!(next - now <= SECOND / 4);
             now = next;
@@ -68,8 +69,11 @@ fn why_a_host_was_not_reached_is_said_also_if_the_last_attempt_has_no_time() {
 #[test]
 fn what_an_agent_says_fits_into_a_message() {
     let long = "x".repeat(1 << 20);
-    let calls =
-        [Call::Failed { at_ns: 1, text: long.clone(), is_final: true }, Call::Close(long.clone()), Call::Leave(long)];
+    let calls = [
+        Call::Failed { at_ns: 1, text: long.clone(), code: 1, is_final: true },
+        Call::Close { text: long.clone(), code: 1 },
+        Call::Leave(long),
+    ];
     for call in calls {
         let (mut member, now) = member(false);
         placed(&mut member, now);
@@ -106,26 +110,110 @@ fn placed(member: &mut Member, now: Instant) {
     assert!(matches!(member.standing(), Standing::Placed(_)));
 }
 
-#[test]
-fn an_agent_beats_and_notices_a_silent_host() {
-    let (mut member, start) = member(false);
-    placed(&mut member, start);
-    let mut beats = 0;
-    let mut now = start;
+/// Lets time pass until the agent stands otherwise, with a host that answers the first beats.
+fn beats_until_over(member: &mut Member, start: Instant, answered: u64) -> (u64, Instant) {
+    let (mut sent, mut now) = (0, start);
     while matches!(member.standing(), Standing::Placed(_)) {
         now = member.next_tick().expect("a deadline");
-        let actions = member.step(now, member::Event::Tick);
-        beats += usize::from(actions == [member::Action::Send(Request::Beat)]);
+        for action in member.step(now, member::Event::Tick) {
+            if let member::Action::Send(Request::Beat { number }) = action {
+                sent = number;
+                if number <= answered {
+                    member.step(now + SECOND / 2, member::Event::Received(Notice::Beat { number }));
+                }
+            }
+        }
     }
-    assert_eq!((beats, now - start), (3, SILENCE));
-    assert!(
-        matches!(member.standing(), Standing::Over(place, cause) if place.round == 4 && cause.kind == Kind::Membership)
-    );
-    // It was paused, and the host was not silent.
-    let (mut member, start) = self::member(false);
+    (sent, now)
+}
+
+#[test]
+fn an_agent_that_the_host_does_not_answer_stops_its_workers_before_it_is_lost() {
+    let (mut member, start) = member(false);
     placed(&mut member, start);
-    assert_eq!(member.step(start + 60 * SECOND, member::Event::Tick), [member::Action::Send(Request::Beat)]);
+    let lease = member.lease().expect("a lease");
+    assert_eq!((lease.stop_at - start, lease.kill_at - start), (12 * SECOND, Duration::from_millis(14_250)));
+    let (beats, now) = beats_until_over(&mut member, start, 3);
+    // Counted from when the third beat was sent, and not from when it was answered.
+    assert_eq!((beats, now - start), (14, 15 * SECOND));
+    let Standing::Over(place, cause) = member.standing() else { panic!("{:?}", member.standing()) };
+    assert_eq!((place.round, cause.kind), (4, Kind::Membership));
+    assert_eq!(member.lease().expect("it goes on").kill_at - start, Duration::from_millis(17_250));
+    assert_eq!(member.step(now, join()), [member::Action::Connect]);
+    assert_eq!(member.lease(), None);
+}
+
+#[test]
+fn the_lease_goes_on_while_the_agent_is_suspended() {
+    for (pause, is_over) in [(9, false), (13, true)] {
+        let (mut member, start) = self::member(false);
+        placed(&mut member, start);
+        let now = start + pause * SECOND;
+        // Its workers were killed meanwhile: that is no failure.
+        let text = "rank 0 was killed".into();
+        let actions = member.step(now, member::Event::Call(Call::Failed { at_ns: 1, text, code: 137, is_final: true }));
+        let has_told = actions.iter().any(|action| matches!(action, member::Action::Send(Request::Failed { .. })));
+        assert_eq!((has_told, matches!(member.standing(), Standing::Over(..))), (!is_over, is_over), "{pause}");
+    }
+}
+
+#[test]
+fn an_answer_counts_for_the_beat_that_it_answers() {
+    let (mut member, start) = member(false);
+    placed(&mut member, start);
+    for beat in 1..=3 {
+        let now = start + beat * SECOND;
+        assert_eq!(
+            member.step(now, member::Event::Tick),
+            [member::Action::Send(Request::Beat { number: beat.into() })]
+        );
+    }
+    let renewed = |member: &Member| member.lease().expect("a lease").renewed - start;
+    for (answer, expected) in [(1, 1), (1, 1), (3, 3), (2, 3)] {
+        member.step(start + 4 * SECOND, member::Event::Received(Notice::Beat { number: answer }));
+        assert_eq!(renewed(&member), expected * SECOND, "{answer}");
+    }
+    member.step(start + 4 * SECOND, member::Event::Received(Notice::Probe));
+    assert_eq!(renewed(&member), 3 * SECOND);
+}
+
+#[test]
+fn the_workers_of_others_are_waited_for_without_a_lease() {
+    let (mut member, start) = member(false);
+    placed(&mut member, start);
+    member.step(start, member::Event::Call(Call::Finished));
+    member.step(start + 13 * SECOND, member::Event::Tick);
     assert!(matches!(member.standing(), Standing::Placed(_)));
+}
+
+#[test]
+fn whoever_does_not_reach_the_host_is_told_why() {
+    let (mut member, start) = member(false);
+    member.step(start, join());
+    let mut told = Vec::new();
+    for second in 0..60 {
+        let text = if second < 40 { "connection refused" } else { "no route to host" }.to_owned();
+        let refused = member::Event::NotConnected { text, is_refused: true };
+        let actions = member.step(start + second * SECOND, refused);
+        told.extend(actions.into_iter().filter_map(|action| match action {
+            member::Action::Remark(text) => Some(text),
+            _ => None,
+        }));
+    }
+    let text = "the host of the rendezvous at host:29400 is not reached: connection refused; trying for 50 s more (read_timeout)";
+    assert_eq!(told[0], text);
+    assert!(told.len() == 2 && told[1].contains("no route to host"), "{told:?}");
+}
+
+#[test]
+fn an_agent_that_comes_late_is_told_so() {
+    let (mut member, now) = member(false);
+    member.step(now, join());
+    member.step(now, member::Event::Connected);
+    let text = String::from("the job has succeeded");
+    let actions = member.step(now, member::Event::Received(Notice::Late { text: text.clone() }));
+    assert_eq!(actions, [member::Action::Disconnect]);
+    assert_eq!(*member.standing(), Standing::Failed(Failure::Late(text)));
 }
 
 #[test]
@@ -164,7 +252,7 @@ fn an_agent_that_is_heard_waits_as_long_as_the_host_lets_it() {
     let end = now + 3 * JOIN_TIMEOUT;
     while now < end {
         now = member.next_tick().expect("a deadline");
-        member.step(now, member::Event::Received(Notice::Beat));
+        member.step(now, member::Event::Received(Notice::Probe));
     }
     assert_eq!(*member.standing(), Standing::Joining);
     // A connection that ends is made again, and the time begins anew.
@@ -197,8 +285,8 @@ fn only_an_agent_that_has_finished_is_released() {
     member.step(now, member::Event::Received(Notice::Released));
     assert!(matches!(member.standing(), Standing::Placed(_)));
     let text = String::from("the job has succeeded");
-    member.step(now, member::Event::Received(Notice::Closed { text: text.clone(), is_spare: true }));
-    assert_eq!(*member.standing(), Standing::Closed { text, is_spare: false });
+    member.step(now, member::Event::Received(Notice::Closed { text: text.clone(), code: 0 }));
+    assert_eq!(*member.standing(), Standing::Closed { text, code: 1 });
 }
 
 #[test]
@@ -209,7 +297,8 @@ fn another_host_has_rounds_of_its_own() {
     member.step(now, member::Event::Disconnected("it broke".into()));
     member.step(now, member::Event::Connected);
     member.step(now, member::Event::Received(Notice::Welcome { silence: SILENCE }));
-    let cause = Cause { kind: Kind::Membership, node: String::new(), at_ns: None, text: "it is another one".into() };
+    let cause =
+        Cause { kind: Kind::Membership, node: String::new(), at_ns: None, text: "it is another one".into(), code: 1 };
     member.step(now, member::Event::Received(Notice::Over { round: 4, cause }));
     member.step(now, join());
     let place = Place { round: 0, ..place() };

@@ -46,7 +46,7 @@ fn spares_wait_and_leave_in_peace() {
 #[test]
 fn whatever_goes_wrong_rounds_do_not_mix_and_everything_ends() {
     let mut ends: BTreeMap<String, usize> = BTreeMap::new();
-    for seed in 0..4000 {
+    for seed in 0..1500 {
         let mut random = Random::new(seed);
         let max_nodes = u32::try_from(1 + random.below(6)).expect("small");
         let min_nodes = u32::try_from(1 + random.below(u64::from(max_nodes))).expect("small");
@@ -67,8 +67,8 @@ fn whatever_goes_wrong_rounds_do_not_mix_and_everything_ends() {
         }
     }
     // That the schedules are not all of one kind.
-    for how in ["released", "closed", "failed", "timed out", "killed"] {
-        assert!(ends.get(&format!("Ended({how:?})")).is_some_and(|count| *count > 100), "{ends:?}");
+    for how in ["released", "closed", "failed", "timed out", "killed", "left", "late"] {
+        assert!(ends.get(&format!("Ended({how:?})")).is_some_and(|count| *count > 30), "{ends:?}");
     }
 }
 

@@ -17,6 +17,7 @@ use crate::errors::{detached, os, to_python};
 use crate::group::Group;
 use crate::guard::Guard;
 use crate::health::HealthServer;
+use crate::rendezvous::RendezvousClient;
 use crate::tail::Tail;
 use crate::watchdog::Watchdog;
 
@@ -126,6 +127,10 @@ impl Engine {
     fn adopt_guard(&self, py: Python<'_>, guard: &Guard) -> PyResult<()> {
         let (guard, program) = guard.take()?;
         detached(py, || self.0.adopt_guard(guard, program))
+    }
+
+    fn watch_lease(&self, py: Python<'_>, client: &RendezvousClient) -> PyResult<()> {
+        detached(py, || self.0.watch_lease(client.lease()))
     }
 
     fn use_cgroup(&self, py: Python<'_>, folder: Option<&str>) -> PyResult<bool> {

@@ -1,11 +1,14 @@
 //! `RendezvousClient` and what it tells.
 
+use std::collections::BTreeMap;
 use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
 
 use ferroelastic_core::rendezvous;
 use ferroelastic_core::rendezvous::member::{self, Call, Failure};
 use ferroelastic_core::rendezvous::message::{self, Introduction, Kind};
 use ferroelastic_core::store::client::endpoint;
+use ferroelastic_core::sys::lease::LeasePage;
 use pyo3::prelude::*;
 
 use crate::convert::span;
@@ -55,6 +58,7 @@ pub(crate) struct Cause {
     node: String,
     at_ns: Option<u64>,
     text: String,
+    exit_code: i32,
 }
 
 impl From<message::Cause> for Cause {
@@ -63,7 +67,7 @@ impl From<message::Cause> for Cause {
             Kind::Failure => "failure",
             Kind::Membership => "membership",
         };
-        Self { kind, node: cause.node, at_ns: cause.at_ns, text: cause.text }
+        Self { kind, node: cause.node, at_ns: cause.at_ns, text: cause.text, exit_code: cause.code }
     }
 }
 
@@ -74,6 +78,7 @@ pub(crate) struct Standing {
     place: Option<Place>,
     cause: Option<Cause>,
     text: String,
+    exit_code: Option<i32>,
 }
 
 impl From<member::Standing> for Standing {
@@ -85,19 +90,21 @@ impl From<member::Standing> for Standing {
             S::Over(place, cause) => (Some(place.clone()), Some(cause.clone())),
             _ => (None, None),
         };
+        let exit_code = if let S::Closed { code, .. } = &standing { Some(*code) } else { None };
         let (state, text) = match standing {
             S::Idle => ("idle", String::new()),
             S::Joining => ("joining", String::new()),
             S::Placed(_) => ("placed", String::new()),
             S::Over(_, cause) => ("over", cause.text),
             S::Released => ("released", String::new()),
-            S::Closed { text, is_spare: false } => ("closed", text),
-            S::Closed { text, is_spare: true } => ("spare", text),
+            S::Closed { text, code: 0 } => ("spare", text),
+            S::Closed { text, .. } => ("closed", text),
             S::Failed(Failure::TimedOut(text)) => ("timed out", text),
             S::Failed(Failure::Unreachable(text)) => ("unreachable", text),
             S::Failed(Failure::Refused(text)) => ("refused", text),
+            S::Failed(Failure::Late(text)) => ("late", text),
         };
-        Self { state, place: place.map(Place::from), cause: cause.map(Cause::from), text }
+        Self { state, place: place.map(Place::from), cause: cause.map(Cause::from), text, exit_code }
     }
 }
 
@@ -109,7 +116,7 @@ pub(crate) struct RendezvousClient(rendezvous::Client);
 impl RendezvousClient {
     #[new]
     #[pyo3(signature = (host, port, run_id, *, min_nodes=1, max_nodes=1, name=None, node_rank=None, is_host=false,
-        connect_timeout_s=60.0))]
+        connect_timeout_s=60.0, settings=None))]
     #[expect(clippy::too_many_arguments, reason = "keywords in Python")]
     fn new(
         py: Python<'_>,
@@ -122,11 +129,12 @@ impl RendezvousClient {
         node_rank: Option<u32>,
         is_host: bool,
         connect_timeout_s: f64,
+        settings: Option<BTreeMap<String, String>>,
     ) -> PyResult<Self> {
         let connect_timeout = span("connect_timeout_s", connect_timeout_s)?;
-        let settings = member::Settings { endpoint: endpoint(host, port), connect_timeout, is_host };
         let who = Introduction::new(run_id, name.unwrap_or_default(), (min_nodes, max_nodes));
-        let who = Introduction { is_host, node_rank, ..who };
+        let who = Introduction { is_host, node_rank, settings: settings.unwrap_or_default(), ..who };
+        let settings = member::Settings { endpoint: endpoint(host, port), connect_timeout, is_host };
         detached(py, || rendezvous::Client::start(host, port, who, settings)).map(Self)
     }
 
@@ -135,16 +143,16 @@ impl RendezvousClient {
         self.call(py, Call::Join { role, local_world_size, timeout })
     }
 
-    fn fail(&self, py: Python<'_>, at_ns: u64, text: String, is_final: bool) -> PyResult<()> {
-        self.call(py, Call::Failed { at_ns, text, is_final })
+    fn fail(&self, py: Python<'_>, at_ns: u64, text: String, exit_code: i32, is_final: bool) -> PyResult<()> {
+        self.call(py, Call::Failed { at_ns, text, code: exit_code, is_final })
     }
 
     fn finish(&self, py: Python<'_>) -> PyResult<()> {
         self.call(py, Call::Finished)
     }
 
-    fn end(&self, py: Python<'_>, text: String) -> PyResult<()> {
-        self.call(py, Call::Close(text))
+    fn end(&self, py: Python<'_>, text: String, exit_code: i32) -> PyResult<()> {
+        self.call(py, Call::Close { text, code: exit_code })
     }
 
     fn leave(&self, py: Python<'_>, text: String) -> PyResult<()> {
@@ -163,6 +171,11 @@ impl RendezvousClient {
     #[getter]
     fn alarm_fd(&self) -> RawFd {
         self.0.alarm().as_raw_fd()
+    }
+
+    #[getter]
+    fn stop_within_s(&self) -> Option<f64> {
+        self.0.lapsed_left().map(|left| left.as_secs_f64())
     }
 
     #[getter]
@@ -192,6 +205,11 @@ impl RendezvousClient {
 }
 
 impl RendezvousClient {
+    /// Until when the workers may run, for the engine.
+    pub(crate) fn lease(&self) -> Arc<LeasePage> {
+        Arc::clone(self.0.lease())
+    }
+
     fn call(&self, py: Python<'_>, call: Call) -> PyResult<()> {
         detached(py, || self.0.call(call))
     }

@@ -22,7 +22,7 @@ pub(crate) struct StoreServer(store::StoreServer);
 #[pymethods]
 impl StoreServer {
     #[new]
-    #[pyo3(signature = (host, port=0, *, run_id=None, min_nodes=1, max_nodes=1, last_call_s=30.0, silence_s=5.0,
+    #[pyo3(signature = (host, port=0, *, run_id=None, min_nodes=1, max_nodes=1, last_call_s=30.0, silence_s=15.0,
         address=None, most_membership_changes=None, most_key_bytes=8192, most_value_bytes=8_388_608, most_keys=131_072,
         most_request_bytes=268_435_456, most_reply_bytes=268_435_456))]
     #[expect(clippy::too_many_arguments, reason = "keywords in Python")]

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ferroelastic import _rust
     from ferroelastic.agent.server._workers import RunResult, Worker, WorkerSpec
 
-__all__ = ["Activity", "cause_of", "failed_first_at_ns"]
+__all__ = ["Activity", "cause_of", "exit_code_of", "failed_first_at_ns"]
 
 _WAITING = None
 
@@ -166,3 +166,13 @@ def cause_of(result: RunResult) -> str:
     how = f"exited with code {failure.exitcode}" if failure.exitcode >= 0 else f"was ended by {failure.signal_name()}"
     more = f", and {len(result.failures) - 1} more failed" if len(result.failures) > 1 else ""
     return f"rank {rank} (pid {failure.pid}) {how}{more}"
+
+
+def exit_code_of(result: RunResult) -> int:
+    """Return the exit code of a job that ends of this: that of the worker that failed first, 128+n for signal n."""
+    if not result.failures:
+        return 1
+    from ferroelastic._report import exit_code
+    from ferroelastic.multiprocessing.errors._failures import failed_at_ns
+
+    return exit_code(min(result.failures.values(), key=failed_at_ns).exitcode)

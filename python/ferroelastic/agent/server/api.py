@@ -28,7 +28,7 @@ import ferroelastic.utils.store as store_util
 from ferroelastic import _signals
 from ferroelastic._compat import TorchVirtual, family
 from ferroelastic._signals import SignalException
-from ferroelastic.agent.server._activity import Activity, cause_of, failed_first_at_ns
+from ferroelastic.agent.server._activity import Activity, cause_of, exit_code_of, failed_first_at_ns
 from ferroelastic.agent.server._ranks import agree_on_ranks
 from ferroelastic.agent.server._shutdown import shut_down
 from ferroelastic.agent.server._workers import (
@@ -42,7 +42,7 @@ from ferroelastic.agent.server._workers import (
 from ferroelastic.events import Event, EventSource, record
 from ferroelastic.events._record import has_listener
 from ferroelastic.metrics import prof, put_metric
-from ferroelastic.rendezvous import RendezvousClosedError, RendezvousGracefulExitError
+from ferroelastic.rendezvous import JobFailedError, RendezvousGracefulExitError
 from ferroelastic.rendezvous._worker_store import RenewedRendezvousInfo
 from ferroelastic.utils import interruptible
 from ferroelastic.utils.hostname import fq_hostname as _get_fq_hostname
@@ -107,6 +107,7 @@ class SimpleElasticAgent(ElasticAgent):
     def __init__(self, spec: WorkerSpec, exit_barrier_timeout: float = 300, shutdown_timeout: int = 30) -> None:
         self._worker_group = WorkerGroup(spec)
         self._remaining_restarts = spec.max_restarts
+        self.job_exit_code: int | None = None
         self._store: Store | None = None
         self._exit_barrier_timeout = exit_barrier_timeout
         self._shutdown_timeout = shutdown_timeout
@@ -149,8 +150,13 @@ class SimpleElasticAgent(ElasticAgent):
         """
         time.sleep(timeout_s)
 
-    def _begin_stop(self, death_sig: signal.Signals) -> None:
-        """Send the workers a signal to end, if that can be done without waiting for them. The stop itself comes later."""
+    def _begin_stop(self, death_sig: signal.Signals, within_s: float | None = None) -> None:
+        """Send the workers a signal to end, if that can be done without waiting for them. The stop itself comes later.
+
+        Args:
+            death_sig: the signal.
+            within_s: seconds within which they must be gone; ``None`` leaves them the grace period.
+        """
 
     def _outcome_before_signal(self) -> RunResult | None:
         """Return how the run had ended when the first signal came, if it had: then the signal changes nothing."""
@@ -209,7 +215,7 @@ class SimpleElasticAgent(ElasticAgent):
     def _next_rendezvous(self, spec: WorkerSpec) -> RendezvousInfo:
         teller = self._teller()
         if teller is not None:
-            teller.introduce(spec.role, spec.local_world_size)
+            teller.introduce(spec.role, spec.local_world_size, spec.max_restarts)
         if "torch.distributed" in sys.modules:
             from ferroelastic import _torch
 
@@ -303,7 +309,7 @@ class SimpleElasticAgent(ElasticAgent):
             self._record_worker_events(result)
             is_unwinding = False
         except family(RendezvousGracefulExitError) as error:
-            logger.info("Rendezvous gracefully exited: %s", error)
+            logger.warning("Rendezvous gracefully exited: %s", error)
             result = RunResult(state=WorkerState.SUCCEEDED)
             is_unwinding = False
         except family(SignalException) as error:
@@ -312,7 +318,7 @@ class SimpleElasticAgent(ElasticAgent):
             # First the signals: a log handler may wait for whoever reads it.
             teller = self._teller()
             if teller is not None:
-                teller.say_farewell(f"its agent was ended by {error.sigval.name}")
+                teller.say_farewell(f"its agent was ended by {error.sigval.name}", 128 + error.sigval)
             self._begin_stop(error.sigval)
             logger.warning("Received %s death signal, shutting down workers", death_sig)
         finally:
@@ -469,7 +475,7 @@ class SimpleElasticAgent(ElasticAgent):
                     _signals.conclude()  # it came when these workers had succeeded
                 self._exit_barrier()
                 interruption = self._interruption()
-                if interruption is None or interruption.is_final:
+                if interruption is None:
                     return result
                 self._obey(interruption)
             elif state in (WorkerState.UNHEALTHY, WorkerState.FAILED):
@@ -499,6 +505,8 @@ class SimpleElasticAgent(ElasticAgent):
             if interruption is not None and not interruption.is_failure:
                 self._obey(interruption)
                 return True
+            # Workers of another node may have failed before.
+            self.job_exit_code = None if interruption is None else interruption.exit_code
             group.state = WorkerState.FAILED
             return False
         logger.info(
@@ -543,14 +551,15 @@ class SimpleElasticAgent(ElasticAgent):
         """Start the workers again because of what happened elsewhere.
 
         Raises:
-            RendezvousClosedError: there will be no other round, or no restart is left.
+            JobFailedError: there will be no other round, or no restart is left.
         """
         role = self._worker_group.spec.role
         if interruption.is_final:
-            raise RendezvousClosedError(f"the job has ended: {interruption.text}")
+            raise JobFailedError(f"the job has ended: {interruption.text}", interruption.exit_code)
         if interruption.is_failure and self._remaining_restarts <= 0:
-            raise RendezvousClosedError(f"the job has ended: {interruption.text}, and no restart is left")
-        self._begin_stop(signal.SIGTERM)
+            text = f"the job has ended: {interruption.text}, and no restart is left"
+            raise JobFailedError(text, interruption.exit_code)
+        self._begin_stop(signal.SIGTERM, interruption.stop_within_s)
         logger.warning("[%s] %s; will restart worker group", role, interruption.text)
         self._activity.restarting("failure" if interruption.is_failure else "membership", interruption.text)
         self._restart_workers(self._worker_group)
@@ -562,6 +571,7 @@ class SimpleElasticAgent(ElasticAgent):
             teller.report_failure(
                 failed_first_at_ns(result) or time.time_ns(),
                 cause_of(result),
+                exit_code=exit_code_of(result),
                 is_final=self._remaining_restarts <= 0,
             )
 

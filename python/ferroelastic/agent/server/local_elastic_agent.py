@@ -69,6 +69,8 @@ TORCHELASTIC_UNINTERRUPTIBLE_STATE_TIMEOUT = "TORCHELASTIC_UNINTERRUPTIBLE_STATE
 
 _HEALTH_TIMEOUT_S = 60
 _LEAST_DETACHED_GRACE_S = 1.0
+_KILL_TIME_S = 0.25
+"""So long SIGKILL takes, at most, to end workers that must be gone by a certain time."""
 _STUCK_EXIT_CODE = 1  # it has none of its own, and the job must not end with 0
 
 
@@ -253,10 +255,12 @@ class LocalElasticAgent(SimpleElasticAgent):
         }
         record(Event(name=name, source=EventSource.AGENT, metadata=metadata), spec.event_log_handler)
 
-    def _begin_stop(self, death_sig: signal.Signals) -> None:
+    def _begin_stop(self, death_sig: signal.Signals, within_s: float | None = None) -> None:
         begin_stop = getattr(self._pcontext, "begin_stop", None)
         if begin_stop is not None:
-            begin_stop(death_sig, self._shutdown_timeout)
+            # The deadline of a stop does not move any more.
+            limit_s = self._shutdown_timeout if within_s is None else max(0.0, within_s - _KILL_TIME_S)
+            begin_stop(death_sig, min(self._shutdown_timeout, limit_s))
 
     def _outcome_before_signal(self) -> RunResult | None:
         group: _rust.Group | None = getattr(self._pcontext, "_group", None)

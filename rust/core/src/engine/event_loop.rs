@@ -402,6 +402,7 @@ impl EventLoop {
             Request::AdoptGuard { guard, program, reply } => {
                 let _ = reply.send(self.guard.adopt(guard, program, &self.poller, Token::Guard.pack()));
             }
+            Request::WatchLease(page) => self.guard.watch_lease(page),
             Request::UseCgroup { folder, reply } => {
                 let wanted = folder.is_some();
                 self.cgroup = folder.filter(|folder| can_be_born_in(folder.as_fd(), &mut self.stack));

@@ -10,6 +10,7 @@ use super::request::{Reply, Request};
 use crate::error::{Error, Result};
 use crate::sys::cgroup;
 use crate::sys::guard::{Guard, Program};
+use crate::sys::lease::LeasePage;
 use crate::sys::poller::{Interest, Poller};
 use crate::sys::process::Leader;
 use crate::sys::spawn::SpawnStack;
@@ -38,20 +39,32 @@ pub(super) struct Post {
     program: Option<Program>,
     replaced: u32,
     dismissing: Option<Reply<()>>,
+    lease: Option<Arc<LeasePage>>,
     remarks: Remarks,
 }
 
 impl Post {
     pub(super) fn new(remarks: Remarks) -> Self {
-        Self { guard: None, program: None, replaced: 0, dismissing: None, remarks }
+        Self { guard: None, program: None, replaced: 0, dismissing: None, lease: None, remarks }
     }
 
     /// Takes over a guard. `program` starts another one when it is lost.
     pub(super) fn adopt(&mut self, guard: Guard, program: Program, poller: &Poller, token: u64) -> Result<()> {
         let watched = poller.add(guard.end_fd(), token, Interest::Readable);
         watched.map_err(|source| Error::os("watch", format!("the guard process {}", guard.pid()), source))?;
+        if let Some(page) = &self.lease {
+            guard.watch_lease(page);
+        }
         (self.guard, self.program) = (Some(guard), Some(program));
         Ok(())
+    }
+
+    /// The workers may run as long as this page says.
+    pub(super) fn watch_lease(&mut self, page: Arc<LeasePage>) {
+        if let Some(guard) = &self.guard {
+            guard.watch_lease(&page);
+        }
+        self.lease = Some(page);
     }
 
     pub(super) fn hold(&self, leader: i32, pidfd: Option<BorrowedFd<'_>>) {
@@ -129,6 +142,11 @@ impl Engine {
     /// Hands a guard over to the engine, which tells it of all workers from now on.
     pub fn adopt_guard(&self, guard: Guard, program: Program) -> Result<()> {
         self.line().ask(|reply| Request::AdoptGuard { guard, program, reply })?
+    }
+
+    /// The guard ends the workers when this page says that they may not run any longer, also while this process is suspended.
+    pub fn watch_lease(&self, page: Arc<LeasePage>) -> Result<()> {
+        self.line().tell(Request::WatchLease(page))
     }
 
     /// Workers are born in this cgroup from now on; `None` lets them be born in the agent's. `false` if the kernel cannot do that.

@@ -15,6 +15,7 @@ use crate::supervise::{Event, Moment};
 use crate::sys::beats::Page;
 use crate::sys::fifo::Fifo;
 use crate::sys::guard::{Guard, Program};
+use crate::sys::lease::LeasePage;
 use crate::sys::spawn::Command;
 use crate::sys::wait::{Status, Usage};
 use crate::watchdog::{Config, Gathered, Reports};
@@ -106,6 +107,7 @@ pub(super) enum Request {
         program: Program,
         reply: Reply<Result<()>>,
     },
+    WatchLease(Arc<LeasePage>),
     UseCgroup {
         folder: Option<OwnedFd>,
         reply: Reply<bool>,

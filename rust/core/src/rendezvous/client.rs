@@ -8,12 +8,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use super::member::{Action, Call, Event, Member, Settings, Standing};
+use super::member::{self, Action, Call, Event, Member, Settings, Standing};
 use super::message::{self, Introduction, Notice, Request, UPGRADE};
 use crate::error::{Error, Result, panic_text};
 use crate::published::{Published, Wake};
 use crate::store::client::endpoint;
 use crate::store::wire::{MAGIC, opcode};
+use crate::sys::lease::LeasePage;
 use crate::sys::net::Stream;
 use crate::sys::poller::{Interest, Poller};
 use crate::sys::sigmask;
@@ -64,6 +65,9 @@ struct Shared {
     view: Published<View>,
     /// Readable while there is something that an agent whose workers run has to look at.
     alarm: WakeFd,
+    /// Until when the workers may run.
+    lease: Arc<LeasePage>,
+    endpoint: String,
 }
 
 impl Shared {
@@ -99,7 +103,9 @@ impl Client {
         let wake = WakeFd::new().map_err(|source| Error::os("create", "an eventfd", source))?;
         let alarm = WakeFd::new().map_err(|source| Error::os("create", "an eventfd", source))?;
         let wake = Arc::new(wake);
-        let shared = Arc::new(Shared { view: Published::new(View::new()), alarm });
+        let lease = LeasePage::create().map_err(|source| Error::os("create", "the page of a lease", source))?;
+        let (lease, endpoint) = (Arc::new(lease), settings.endpoint.clone());
+        let shared = Arc::new(Shared { view: Published::new(View::new()), alarm, lease, endpoint });
         let (calls, inbox) = channel();
         let talker = Talker::new((host.to_owned(), port), who, settings, inbox, Arc::clone(&wake), Arc::clone(&shared))
             .map_err(|source| Error::os("create", "the poller of a rendezvous", source))?;
@@ -123,10 +129,29 @@ impl Client {
     pub fn standing(&self) -> Result<Standing> {
         self.check_owner()?;
         // What is known from before a wish to join says nothing about it.
-        Ok(self.shared.view.read(|view| match view.joins_under_way {
+        let standing = self.shared.view.read(|view| match view.joins_under_way {
             0 => view.standing.clone(),
             _ => Standing::Joining,
-        }))
+        });
+        // After a suspension of this process its thread may not have looked yet.
+        Ok(match standing {
+            Standing::Placed(place) if self.shared.lease.is_over() => {
+                Standing::Over(place, member::lapsed(&self.shared.endpoint))
+            }
+            standing => standing,
+        })
+    }
+
+    /// Until when the workers of this node may run; somebody who kills them then need not be able to ask.
+    #[must_use]
+    pub fn lease(&self) -> &Arc<LeasePage> {
+        &self.shared.lease
+    }
+
+    /// How long the workers of this node may still run, if the lease has lapsed.
+    #[must_use]
+    pub fn lapsed_left(&self) -> Option<Duration> {
+        self.shared.lease.left().filter(|_| self.shared.lease.is_over())
     }
 
     /// The address of this node by which it reaches the host, once it does.
@@ -248,6 +273,7 @@ impl Talker {
         sigmask::block_all().forever();
         let shared = Arc::clone(&self.shared);
         let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.talk()));
+        shared.lease.set(None, None);
         shared.publish(|view| {
             view.is_closed = true;
             view.failure = ended.err().map(|panic| panic_text(&*panic));
@@ -327,6 +353,10 @@ impl Talker {
 
     /// Publishes how the agent stands, if that has changed.
     fn show(&mut self) {
+        let lease = self.member.lease();
+        let may_lapse = self.member.has_running_workers() || self.member.has_lapsed();
+        let stop_at = lease.filter(|_| may_lapse).map(|lease| lease.stop_at);
+        self.shared.lease.set(stop_at, lease.map(|lease| lease.kill_at));
         let standing = self.member.standing();
         if *standing == self.shown {
             return;
@@ -459,7 +489,13 @@ impl Talker {
                 link.has_echoed = true;
             }
             match message::decode::<Notice>(&mut link.input) {
-                Ok(Some(notice)) => self.step(Event::Received(notice)),
+                Ok(Some(notice)) => {
+                    if let Notice::Welcome { silence } = &notice {
+                        // Without it a broken network is noticed by what is said, or not.
+                        let _ = link.stream.set_patience(*silence);
+                    }
+                    self.step(Event::Received(notice));
+                }
                 Ok(None) => return,
                 Err(garbled) => return self.lost(&format!("what it said is garbled: {garbled}")),
             }
@@ -541,7 +577,9 @@ mod tests {
         let settings = Settings { endpoint: "host".into(), connect_timeout, is_host: false };
         let wake = Arc::new(WakeFd::new().expect("wake"));
         let alarm = WakeFd::new().expect("alarm");
-        let shared = Arc::new(Shared { view: Published::new(View::new()), alarm });
+        let lease = Arc::new(LeasePage::create().expect("page"));
+        let endpoint = settings.endpoint.clone();
+        let shared = Arc::new(Shared { view: Published::new(View::new()), alarm, lease, endpoint });
         let (calls, inbox) = channel();
         let endpoint = (dead.ip().to_string(), dead.port());
         let mut talker = Talker::new(endpoint, who, settings, inbox, Arc::clone(&wake), shared).expect("talker");

@@ -1,16 +1,23 @@
 //! What one agent does in a rendezvous: when it connects, what it says, and what it makes of the answers. Pure: events in, actions out.
 
+mod link;
+
 use std::time::{Duration, Instant};
 
-use super::message::{Cause, Join, Kind, MOST_TEXT_BYTES, Notice, Place, Request, bounded};
-use crate::sys::timer::{ENDLESS, later};
+use link::Link;
 
-/// Of the silence after which the other side is taken for lost, an agent is silent for no more than this part.
-const BEATS_PER_SILENCE: u32 = 3;
+use super::message::{Cause, Join, Kind, MOST_TEXT_BYTES, Notice, Place, Request};
+use crate::sys::timer::{ENDLESS, later};
+use crate::text::bounded;
+
+pub use link::Lease;
 
 /// Between attempts to connect to a host that is not up yet. Nothing tells when it is.
 const FIRST_PAUSE: Duration = Duration::from_millis(5);
 const LONGEST_PAUSE: Duration = Duration::from_millis(250);
+
+/// Whoever has not reached the host for so long is told why, and again when the reason has changed.
+const EXPLAIN_AFTER: Duration = Duration::from_secs(10);
 
 /// What an agent was told.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -41,13 +48,20 @@ pub enum Call {
         at_ns: u64,
         /// Who, and how.
         text: String,
+        /// Exit code of the job if this ends it.
+        code: i32,
         /// There is no restart left.
         is_final: bool,
     },
     /// All workers have succeeded.
     Finished,
     /// There shall be no other round.
-    Close(String),
+    Close {
+        /// Why.
+        text: String,
+        /// Exit code of the job.
+        code: i32,
+    },
     /// Go.
     Leave(String),
 }
@@ -98,6 +112,8 @@ pub enum Failure {
     Unreachable(String),
     /// The host does not want it.
     Refused(String),
+    /// The job of this host had ended, or was about to, when the agent came. There may be another host.
+    Late(String),
 }
 
 /// How it stands.
@@ -117,28 +133,11 @@ pub enum Standing {
     Closed {
         /// Why.
         text: String,
-        /// It was a spare that is not needed.
-        is_spare: bool,
+        /// Exit code of the job; 0 if it was a spare that is not needed.
+        code: i32,
     },
     /// It cannot take part.
     Failed(Failure),
-}
-
-#[derive(Debug)]
-enum Link {
-    Down,
-    /// Between two attempts to connect.
-    Pausing {
-        next: Instant,
-    },
-    Connecting,
-    /// The host has not said anything yet.
-    Entering,
-    Up {
-        heard: Instant,
-        beat_at: Instant,
-        silence: Duration,
-    },
 }
 
 /// A round that is asked for.
@@ -162,6 +161,9 @@ pub struct Member {
     pause: Duration,
     /// Why it was not reached so far.
     unreached: Option<String>,
+    /// When people are told that it was not reached, and of which reason they know.
+    explain_at: Instant,
+    explained: Option<String>,
     was_welcome: bool,
     last_round: Option<u64>,
     /// The last round was told over the connection that there is: the next one has a larger number. Over another connection, it may be
@@ -185,6 +187,8 @@ impl Member {
             connect_until: now,
             pause: FIRST_PAUSE,
             unreached: None,
+            explain_at: now,
+            explained: None,
             was_welcome: false,
             last_round: None,
             is_round_of_link: false,
@@ -197,7 +201,7 @@ impl Member {
     /// Whether the host has welcomed it, and they talk.
     #[must_use]
     pub fn is_up(&self) -> bool {
-        matches!(self.link, Link::Up { .. })
+        matches!(self.link, Link::Up(_))
     }
 
     /// Whether a host has welcomed it at any time.
@@ -212,13 +216,21 @@ impl Member {
         &self.standing
     }
 
+    /// Until when the workers of its round may run, by its own clock; `None` while the host sees to that.
+    #[must_use]
+    pub fn lease(&self) -> Option<Lease> {
+        if self.settings.is_host { None } else { self.link.lease() }
+    }
+
     /// Takes in what happened; says what follows from it.
     pub fn step(&mut self, now: Instant, event: Event) -> Vec<Action> {
         self.forgive_own_pause(now);
         self.last_step = now;
+        // What its workers do after the end of its lease says nothing about the job.
+        self.look_at_lease(now);
         match event {
             Event::Call(call) => self.call(now, call),
-            Event::Connected => self.link = Link::Entering,
+            Event::Connected => self.link = Link::Entering { since: now },
             Event::NotConnected { text, is_refused } => self.not_connected(now, &text, is_refused),
             Event::Stranger(text) => {
                 self.link = Link::Down;
@@ -235,11 +247,11 @@ impl Member {
     /// When the next [`Event::Tick`] is due.
     #[must_use]
     pub fn next_tick(&self) -> Option<Instant> {
-        let link = match self.link {
-            Link::Pausing { next } => Some(next),
-            Link::Connecting | Link::Entering => Some(self.connect_until),
-            Link::Up { heard, beat_at, silence } if !self.settings.is_host => Some(beat_at.min(heard + silence)),
-            Link::Up { .. } | Link::Down => None,
+        let link = match &self.link {
+            Link::Pausing { next } => Some(*next),
+            Link::Connecting | Link::Entering { .. } => Some(self.connect_until),
+            Link::Up(up) if !self.settings.is_host => Some(up.next_tick(self.has_running_workers())),
+            Link::Up(_) | Link::Lapsed(_) | Link::Down => None,
         };
         link.into_iter().chain(self.give_up_at()).min()
     }
@@ -255,6 +267,18 @@ impl Member {
         matches!(&self.standing, Standing::Placed(place) if self.finished == Some(place.round))
     }
 
+    /// Whether this node is in a round, and its workers have not succeeded.
+    #[must_use]
+    pub fn has_running_workers(&self) -> bool {
+        matches!(self.standing, Standing::Placed(_)) && !self.has_finished()
+    }
+
+    /// Whether it has given up its connection because the host did not answer, and has no other yet.
+    #[must_use]
+    pub fn has_lapsed(&self) -> bool {
+        matches!(self.link, Link::Lapsed(_))
+    }
+
     fn call(&mut self, now: Instant, call: Call) {
         match call {
             Call::Join { role, local_world_size, timeout } => {
@@ -265,14 +289,14 @@ impl Member {
                 self.finished = None;
                 self.wish = Some(Wish { role, local_world_size, timeout, deadline: later(now, timeout) });
                 match self.link {
-                    Link::Down => self.connect(now),
-                    Link::Up { .. } => self.ask(now),
-                    Link::Pausing { .. } | Link::Connecting | Link::Entering => {}
+                    Link::Down | Link::Lapsed(_) => self.connect(now),
+                    Link::Up(_) => self.ask(now),
+                    Link::Pausing { .. } | Link::Connecting | Link::Entering { .. } => {}
                 }
             }
-            Call::Failed { at_ns, text, is_final } => {
+            Call::Failed { at_ns, text, code, is_final } => {
                 if let Some(round) = self.last_round {
-                    self.send(Request::Failed { round, at_ns, text: short(&text), is_final });
+                    self.send(Request::Failed { round, at_ns, text: short(&text), code, is_final });
                 }
             }
             Call::Finished => {
@@ -282,7 +306,7 @@ impl Member {
                     self.send(Request::Finished { round });
                 }
             }
-            Call::Close(text) => self.send(Request::Close { text: short(&text) }),
+            Call::Close { text, code } => self.send(Request::Close { text: short(&text), code }),
             Call::Leave(text) => {
                 self.send(Request::Leave { text: short(&text) });
                 self.wish = None;
@@ -293,7 +317,7 @@ impl Member {
     }
 
     fn send(&mut self, request: Request) {
-        if matches!(self.link, Link::Up { .. }) {
+        if matches!(self.link, Link::Up(_)) {
             self.actions.push(Action::Send(request));
         }
     }
@@ -314,6 +338,7 @@ impl Member {
         self.connect_until = later(now, self.settings.connect_timeout);
         self.pause = FIRST_PAUSE;
         self.unreached = None;
+        self.explain_at = now + EXPLAIN_AFTER;
         self.link = Link::Connecting;
         self.actions.push(Action::Connect);
     }
@@ -334,13 +359,21 @@ impl Member {
                 format!("the host of the rendezvous at {endpoint} was not reached within {tried_s:.0} s: {text}");
             return self.fail(Failure::Unreachable(text));
         }
+        if now >= self.explain_at && self.explained.as_deref() != Some(text) {
+            let left_s = self.connect_until.saturating_duration_since(now).as_secs_f64();
+            self.actions.push(Action::Remark(format!(
+                "the host of the rendezvous at {endpoint} is not reached: {text}; trying for {left_s:.0} s more (read_timeout)"
+            )));
+            self.explained = Some(text.to_owned());
+            self.explain_at = now + EXPLAIN_AFTER;
+        }
         self.unreached = Some(text.to_owned());
         self.link = Link::Pausing { next: (now + self.pause).min(self.connect_until) };
         self.pause = (self.pause * 2).min(LONGEST_PAUSE);
     }
 
     fn disconnected(&mut self, now: Instant, text: &str) {
-        let was_up = matches!(self.link, Link::Up { .. });
+        let was_up = matches!(self.link, Link::Up(_));
         self.link = Link::Down;
         let lost = format!("the connection to the rendezvous at {} was lost: {text}", self.settings.endpoint);
         if self.has_finished() {
@@ -351,7 +384,7 @@ impl Member {
                 self.not_connected(now, text, false);
             }
         } else if let Standing::Placed(place) = &self.standing {
-            let cause = Cause { kind: Kind::Membership, node: String::new(), at_ns: None, text: lost };
+            let cause = Cause { kind: Kind::Membership, node: String::new(), at_ns: None, text: lost, code: 1 };
             self.standing = Standing::Over(place.clone(), cause);
         } else if let Some(wish) = &mut self.wish {
             if was_up {
@@ -364,14 +397,14 @@ impl Member {
     }
 
     fn receive(&mut self, now: Instant, notice: Notice) {
-        if let Link::Up { heard, .. } = &mut self.link {
-            *heard = now;
+        if let Link::Up(up) = &mut self.link {
+            up.hear(now);
         }
         match notice {
             Notice::Welcome { silence } => {
-                if matches!(self.link, Link::Entering) {
-                    let silence = silence.min(ENDLESS);
-                    self.link = Link::Up { heard: now, beat_at: now + silence / BEATS_PER_SILENCE, silence };
+                if let Link::Entering { since } = self.link {
+                    self.link = Link::up(since, now, silence.min(ENDLESS));
+                    self.explained = None;
                     self.was_welcome = true;
                     self.is_round_of_link = false;
                     if self.has_finished()
@@ -411,12 +444,18 @@ impl Member {
                     self.standing = Standing::Released;
                 }
             }
-            Notice::Closed { text, is_spare } => {
+            Notice::Closed { text, code } => {
                 self.wish = None;
-                let is_spare = is_spare && (self.has_finished() || !matches!(self.standing, Standing::Placed(_)));
                 if self.standing != Standing::Released {
-                    self.standing = Standing::Closed { text, is_spare };
+                    // A job whose workers of this node have not succeeded has not.
+                    let code = if code == 0 && self.has_running_workers() { 1 } else { code };
+                    self.standing = Standing::Closed { text, code };
                 }
+            }
+            Notice::Late { text } => {
+                self.link = Link::Down;
+                self.actions.push(Action::Disconnect);
+                self.fail(Failure::Late(text));
             }
             Notice::Refused { text } => {
                 self.link = Link::Down;
@@ -429,7 +468,12 @@ impl Member {
                 self.disconnected(now, &text);
             }
             Notice::Remark { text } => self.actions.push(Action::Remark(text)),
-            Notice::Beat => {}
+            Notice::Beat { number } => {
+                if let Link::Up(up) = &mut self.link {
+                    up.answered(number);
+                }
+            }
+            Notice::Probe => {}
         }
     }
 
@@ -444,33 +488,43 @@ impl Member {
     /// This process was stopped: that it has heard nothing meanwhile says nothing about the host.
     fn forgive_own_pause(&mut self, now: Instant) {
         let due = self.next_tick().map(|due| due.max(self.last_step));
-        if let Link::Up { heard, beat_at, silence } = &mut self.link
-            && due.is_some_and(|due| now > due + *silence / 2)
-        {
-            *heard = now;
-            *beat_at = now;
+        if let (Link::Up(up), Some(due)) = (&mut self.link, due) {
+            up.forgive_pause(now, due);
         }
     }
 
+    /// Its workers run, and the host may have taken this node for lost: they end before others take their ranks.
+    fn look_at_lease(&mut self, now: Instant) {
+        let Some(lease) = self.lease().filter(|lease| self.has_running_workers() && now >= lease.stop_at) else {
+            return;
+        };
+        if let Standing::Placed(place) = &self.standing {
+            self.standing = Standing::Over(place.clone(), lapsed(&self.settings.endpoint));
+        }
+        self.link = Link::Lapsed(lease);
+        self.actions.push(Action::Disconnect);
+    }
+
     fn look_at_clock(&mut self, now: Instant) {
-        match self.link {
-            Link::Pausing { next } if now >= next => {
+        let may_lapse = self.has_running_workers();
+        match &mut self.link {
+            Link::Pausing { next } if now >= *next => {
                 self.link = Link::Connecting;
                 self.actions.push(Action::Connect);
             }
-            Link::Connecting | Link::Entering if now >= self.connect_until => {
+            Link::Connecting | Link::Entering { .. } if now >= self.connect_until => {
                 self.actions.push(Action::Disconnect);
                 // The last attempt has no time left for an answer.
                 let text = self.unreached.take();
                 self.not_connected(now, text.as_deref().unwrap_or("no answer"), false);
             }
-            Link::Up { heard, silence, .. } if !self.settings.is_host && now >= heard + silence => {
-                self.actions.push(Action::Disconnect);
-                self.disconnected(now, &format!("it was silent for {:.1} s", silence.as_secs_f64()));
-            }
-            Link::Up { ref mut beat_at, silence, .. } if !self.settings.is_host && now >= *beat_at => {
-                *beat_at = now + silence / BEATS_PER_SILENCE;
-                self.send(Request::Beat);
+            Link::Up(up) if !self.settings.is_host => {
+                if let Some(silence) = up.is_silent(now).filter(|_| !may_lapse) {
+                    self.actions.push(Action::Disconnect);
+                    self.disconnected(now, &format!("it was silent for {:.1} s", silence.as_secs_f64()));
+                } else if let Some(number) = up.beat(now) {
+                    self.send(Request::Beat { number });
+                }
             }
             _ => {}
         }
@@ -478,6 +532,14 @@ impl Member {
             self.fail(Failure::TimedOut("the host was not there to say who did".into()));
         }
     }
+}
+
+/// Why a round is over for a node whose lease is.
+pub(super) fn lapsed(endpoint: &str) -> Cause {
+    let text = format!(
+        "the host of the rendezvous at {endpoint} has not answered for too long (heartbeat_timeout): this node stops its workers before others take their ranks"
+    );
+    Cause { kind: Kind::Membership, node: String::new(), at_ns: None, text, code: 1 }
 }
 
 /// What fits into a message.

@@ -3,16 +3,19 @@
 //! An agent begins like any client of the store, so that a store which is not ours can be told from no store at all, and then sends the
 //! opcode [`UPGRADE`]. From there on both sides send frames: a length of 4 bytes, little-endian, and as much JSON.
 
+use std::collections::BTreeMap;
 use std::hash::{BuildHasher, RandomState};
 use std::time::{Duration, SystemTime};
 
-use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use serde::{Deserialize, Deserializer, Serialize, de::DeserializeOwned};
+
+use crate::text::printable;
 
 /// Opcode of the store's protocol that no `TCPStore` has: torch's server ends the connection.
 pub const UPGRADE: u8 = 0xFE;
 
 /// Version of the messages. Agents of another version are refused.
-pub const PROTOCOL: u32 = 1;
+pub const PROTOCOL: u32 = 2;
 
 /// Longest frame. The longest message carries the cause of a failure.
 pub const MOST_FRAME_BYTES: usize = 64 * 1024;
@@ -28,6 +31,7 @@ pub struct Introduction {
     /// The job.
     pub run_id: String,
     /// Address of the node, or what the user calls it.
+    #[serde(deserialize_with = "shown")]
     pub name: String,
     /// Process id there.
     pub pid: u32,
@@ -41,6 +45,9 @@ pub struct Introduction {
     pub nodes: (u32, u32),
     /// The rank it was given beforehand (static rendezvous).
     pub node_rank: Option<u32>,
+    /// Other settings that must be the same on all nodes, by the name of their option.
+    #[serde(default)]
+    pub settings: BTreeMap<String, String>,
 }
 
 impl Introduction {
@@ -51,7 +58,19 @@ impl Introduction {
         // Forked processes have the same random state, and each its own pid.
         let membership = RandomState::new().hash_one((pid, SystemTime::now()));
         let protocol = PROTOCOL;
-        Self { protocol, run_id, name, pid, membership, connection: 0, is_host: false, nodes, node_rank: None }
+        let settings = BTreeMap::new();
+        Self {
+            protocol,
+            run_id,
+            name,
+            pid,
+            membership,
+            connection: 0,
+            is_host: false,
+            nodes,
+            node_rank: None,
+            settings,
+        }
     }
 }
 
@@ -82,7 +101,10 @@ pub enum Request {
         /// When, as nanoseconds of the wall clock.
         at_ns: u64,
         /// Who, and how.
+        #[serde(deserialize_with = "shown")]
         text: String,
+        /// Exit code of the job if this failure ends it.
+        code: i32,
         /// I will not come back.
         is_final: bool,
     },
@@ -94,15 +116,22 @@ pub enum Request {
     /// There shall be no other round.
     Close {
         /// Why.
+        #[serde(deserialize_with = "shown")]
         text: String,
+        /// Exit code of the job.
+        code: i32,
     },
     /// I go; the others may go on.
     Leave {
         /// Why.
+        #[serde(deserialize_with = "shown")]
         text: String,
     },
     /// I am there.
-    Beat,
+    Beat {
+        /// Which beat of this connection.
+        number: u64,
+    },
 }
 
 /// A place in a round.
@@ -147,11 +176,15 @@ pub struct Cause {
     /// What it counts as.
     pub kind: Kind,
     /// The node it happened on, as [`Introduction::name`].
+    #[serde(deserialize_with = "shown")]
     pub node: String,
     /// When, as nanoseconds of the wall clock, where that is known.
     pub at_ns: Option<u64>,
     /// What happened.
+    #[serde(deserialize_with = "shown")]
     pub text: String,
+    /// Exit code of the job, if it ends of this.
+    pub code: i32,
 }
 
 impl Cause {
@@ -182,8 +215,10 @@ pub enum Notice {
     /// The round did not begin in time.
     TimedOut {
         /// Nodes that are there.
+        #[serde(deserialize_with = "shown_list")]
         waiting: Vec<String>,
         /// Why the round before it ended.
+        #[serde(deserialize_with = "shown_option")]
         cause: Option<String>,
     },
     /// All workers of all nodes have succeeded.
@@ -191,27 +226,42 @@ pub enum Notice {
     /// There will be no other round.
     Closed {
         /// Why.
+        #[serde(deserialize_with = "shown")]
         text: String,
-        /// The agent was a spare that is not needed.
-        is_spare: bool,
+        /// Exit code of the job; 0 for a spare of a job that has succeeded.
+        code: i32,
+    },
+    /// The job has ended, or was about to, when the agent came.
+    Late {
+        /// How it ended.
+        #[serde(deserialize_with = "shown")]
+        text: String,
     },
     /// The host does not want this agent.
     Refused {
         /// Why.
+        #[serde(deserialize_with = "shown")]
         text: String,
     },
     /// The host has taken this agent for lost. It may come again, as another one.
     Dropped {
         /// Why.
+        #[serde(deserialize_with = "shown")]
         text: String,
     },
-    /// Something that people should know; for the host's own agent.
+    /// Something that people should know.
     Remark {
         /// What.
+        #[serde(deserialize_with = "shown")]
         text: String,
     },
-    /// I am there.
-    Beat,
+    /// The answer to a beat.
+    Beat {
+        /// That of the beat.
+        number: u64,
+    },
+    /// Needs no answer but that of the machine, which acknowledges it.
+    Probe,
 }
 
 /// Why what came is no message.
@@ -250,9 +300,15 @@ pub fn decode<M: DeserializeOwned>(frames: &mut Vec<u8>) -> Result<Option<M>, Ga
     Ok(Some(message))
 }
 
-/// The beginning of `text`, no more than `most` bytes of it.
-#[must_use]
-pub fn bounded(text: &str, most: usize) -> &str {
-    let end = (0..=text.len().min(most)).rev().find(|end| text.is_char_boundary(*end));
-    &text[..end.unwrap_or(0)]
+/// Text of another process, which is shown to people.
+fn shown<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
+    String::deserialize(deserializer).map(|text| printable(&text))
+}
+
+fn shown_list<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
+    Vec::<String>::deserialize(deserializer).map(|texts| texts.iter().map(|text| printable(text)).collect())
+}
+
+fn shown_option<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
+    Option::<String>::deserialize(deserializer).map(|text| text.as_deref().map(printable))
 }

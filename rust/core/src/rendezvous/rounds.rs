@@ -5,21 +5,21 @@
 
 mod clock;
 mod ending;
+mod entry;
+mod reasons;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::time::{Duration, Instant};
 
 use ending::Pending;
 
-use super::message::{Cause, Introduction, Join, Kind, MOST_TEXT_BYTES, Notice, PROTOCOL, Place, Request, bounded};
+use super::message::{Cause, Introduction, Join, Kind, MOST_TEXT_BYTES, Notice, Place, Request};
 use super::seating::{self, Candidate, Round};
 use crate::sys::timer::ENDLESS;
+use crate::text::bounded;
 
 /// So many nodes are named to somebody who has waited for more of them.
 const MOST_NAMES: usize = 32;
-
-/// Longest name of a node.
-const MOST_NAME_BYTES: usize = 256;
 
 /// An agent's connection, by a number of the caller's.
 pub type Id = u64;
@@ -60,19 +60,21 @@ pub enum Event {
         at_ns: u64,
         /// Who, and how.
         text: String,
+        /// Exit code of the job if this ends it.
+        code: i32,
         /// It does not come back.
         is_final: bool,
     },
     /// All its workers have succeeded in this round.
     Finished(Id, u64),
-    /// It ends the job.
-    Closed(Id, String),
+    /// It ends the job, with this exit code.
+    Closed(Id, String, i32),
     /// It goes.
     Left(Id, String),
     /// Its connection has ended.
     Lost(Id, String),
-    /// It is there.
-    Beat(Id),
+    /// It is there, and says so for the so-manieth time.
+    Beat(Id, u64),
     /// A worker has left word of a failure in the store.
     Announced {
         /// What it wrote.
@@ -82,6 +84,8 @@ pub enum Event {
     },
     /// Something that is no agent of this package came to the endpoint.
     Stranger(String),
+    /// What became of an [`Action::Examine`]: whether the agent's machine has acknowledged all that was sent to it.
+    Examined(Id, bool),
     /// A deadline may have passed.
     Tick,
 }
@@ -93,6 +97,8 @@ pub enum Action {
     RenewStore,
     /// Send this.
     Tell(Id, Notice),
+    /// See whether the agent's machine answers, and say so with [`Event::Examined`].
+    Examine(Id),
     /// End the connection.
     Drop(Id),
 }
@@ -150,6 +156,12 @@ struct Member {
     /// The round it took part in last, and its rank there.
     last: Option<(u64, u64)>,
     seat: Seat,
+    /// It came when workers had succeeded already: the round that it might have joined will not be.
+    is_late: bool,
+    /// How far it was looked into its silence.
+    doubt: Doubt,
+    /// What it was told last about why it waits.
+    told: Option<String>,
 }
 
 impl Member {
@@ -160,6 +172,30 @@ impl Member {
     fn is_in(&self) -> bool {
         matches!(self.seat, Seat::Running(_) | Seat::Finished(_))
     }
+
+    fn is_waiting(&self) -> bool {
+        matches!(self.seat, Seat::Waiting { .. })
+    }
+}
+
+/// Why an agent is not a member any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Gone {
+    /// It said so.
+    Left,
+    /// It was lost at this time: now if its connection has ended, when it was last heard if it is silent.
+    Lost(Instant),
+}
+
+/// What is known of a silent agent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Doubt {
+    /// It is not silent.
+    None,
+    /// It was sent something, to see whether its machine acknowledges that.
+    Probed,
+    /// Its machine was looked at.
+    Examined,
 }
 
 #[derive(Debug)]
@@ -172,8 +208,8 @@ enum Phase {
     Running,
     Closed {
         why: String,
-        /// All workers have succeeded.
-        is_success: bool,
+        /// Exit code of the job.
+        code: i32,
     },
 }
 
@@ -192,6 +228,12 @@ pub struct Rounds {
     /// Agents whose workers have succeeded in this round and whose connection has ended, by membership: they may come back to hear how it
     /// goes on.
     gone_finished: HashMap<u64, Place>,
+    /// Memberships that have ever waited for a round: to them the end of the job is news.
+    known: HashSet<u64>,
+    /// Agents that were given the rank of another one, which was not heard of since.
+    contenders: Vec<(Id, Introduction)>,
+    /// When those who wait are told why, if that has changed, and what they were told.
+    explain_at: Option<Instant>,
     last_step: Instant,
     /// Nothing is due before this. What is heard moves deadlines away, so it may be that nothing is due then either: that is found out then, and not
     /// with each message, of which there are as many as agents.
@@ -215,6 +257,9 @@ impl Rounds {
             cause: None,
             pending: None,
             gone_finished: HashMap::new(),
+            known: HashSet::new(),
+            contenders: Vec::new(),
+            explain_at: None,
             last_step: now,
             due: None,
             tally: Tally::default(),
@@ -232,31 +277,37 @@ impl Rounds {
                 self.hear(now, id);
                 self.join(now, id, join);
             }
-            Event::Failed { id, round, at_ns, text, is_final } => {
+            Event::Failed { id, round, at_ns, text, code, is_final } => {
                 self.hear(now, id);
-                self.fail(now, id, round, at_ns, &text, is_final);
+                let node = self.members.get(&id).map(|member| member.who.name.clone()).unwrap_or_default();
+                let text = format!("{} on {node}", bounded(&text, MOST_TEXT_BYTES));
+                let cause = Cause { kind: Kind::Failure, node, at_ns: Some(at_ns), text, code };
+                self.fail(now, id, round, cause, is_final);
             }
             Event::Finished(id, round) => {
                 self.hear(now, id);
                 self.finish(id, round);
             }
-            Event::Closed(id, text) => {
+            Event::Closed(id, text, code) => {
                 if let Some(member) = self.members.get(&id) {
                     let text = format!("{}: {}", member.label(), bounded(&text, MOST_TEXT_BYTES));
-                    self.close(&text);
+                    self.close(&text, code);
                 }
             }
-            Event::Left(id, text) => self.remove(now, id, &format!("left: {}", bounded(&text, MOST_TEXT_BYTES))),
-            Event::Lost(id, text) => self.remove(now, id, &format!("was lost: {text}")),
-            Event::Beat(id) => {
+            Event::Left(id, text) => {
+                self.remove(now, id, &format!("left: {}", bounded(&text, MOST_TEXT_BYTES)), Gone::Left);
+            }
+            Event::Lost(id, text) => self.remove(now, id, &format!("was lost: {text}"), Gone::Lost(now)),
+            Event::Beat(id, number) => {
                 self.hear(now, id);
-                self.tell(id, Notice::Beat);
+                self.tell(id, Notice::Beat { number });
             }
             Event::Announced { text, grace } => {
-                let cause = Cause { kind: Kind::Failure, node: String::new(), at_ns: None, text };
-                self.expect_end(now + grace, cause, false);
+                let cause = Cause { kind: Kind::Failure, node: String::new(), at_ns: None, text, code: 1 };
+                self.expect_end(now, now + grace, cause, false);
             }
             Event::Stranger(text) => self.remark(&text),
+            Event::Examined(id, is_acknowledged) => self.examined(now, id, is_acknowledged),
             Event::Tick => {}
         }
         self.look_at_clock(now);
@@ -290,78 +341,11 @@ impl Rounds {
 
     // ---- of agents
 
-    fn enter(&mut self, now: Instant, id: Id, mut who: Introduction) {
-        let same = self.members.iter().find(|(_, member)| member.who.membership == who.membership);
-        if let Some((former, is_later)) = same.map(|(id, member)| (*id, member.who.connection < who.connection)) {
-            if !is_later {
-                // Said twice, or by a connection that it has given up.
-                if former != id {
-                    self.actions.push(Action::Drop(id));
-                }
-                return;
-            }
-            // Only it has noticed that its former connection is broken.
-            self.actions.push(Action::Drop(former));
-            self.remove(now, former, "was lost: it came over another connection");
-        }
-        if let Some(text) = self.objection(&who) {
-            self.tell(id, Notice::Refused { text });
-            return self.actions.push(Action::Drop(id));
-        }
-        who.name.truncate(bounded(&who.name, MOST_NAME_BYTES).len());
-        if !who.is_host {
-            self.expect_by(now + self.settings.silence);
-        }
-        self.members.insert(id, Member { who, heard: now, last: None, seat: Seat::Away });
-        self.tell(id, Notice::Welcome { silence: self.settings.silence });
-        if let Phase::Closed { why, is_success } = &self.phase {
-            // To a job that has succeeded nobody is late.
-            let (text, is_spare) = (why.clone(), *is_success);
-            self.tell(id, Notice::Closed { text, is_spare });
-        }
-    }
-
-    /// Why an agent does not belong here.
-    fn objection(&self, who: &Introduction) -> Option<String> {
-        let settings = &self.settings;
-        if who.protocol != PROTOCOL {
-            return Some(format!(
-                "its agents speak version {PROTOCOL} of the protocol, this one version {}: install the same ferroelastic on all nodes",
-                who.protocol
-            ));
-        }
-        if who.run_id != settings.run_id {
-            return Some(format!(
-                "it is that of job {:?}, not of job {:?}: give all nodes the same --rdzv-id, or this job another endpoint",
-                settings.run_id,
-                bounded(&who.run_id, MOST_TEXT_BYTES)
-            ));
-        }
-        if who.nodes != (settings.min_nodes, settings.max_nodes) {
-            return Some(format!(
-                "its job has --nnodes={}:{}, this node was started with --nnodes={}:{}: give all nodes the same",
-                settings.min_nodes, settings.max_nodes, who.nodes.0, who.nodes.1
-            ));
-        }
-        let rank = who.node_rank?;
-        if rank >= settings.max_nodes {
-            return Some(format!("node rank {rank} is not below the number of nodes, {}", settings.max_nodes));
-        }
-        let holder = self.members.values().find(|member| member.who.node_rank == Some(rank))?;
-        Some(format!("node rank {rank} is taken by {}: give each node its own --node-rank", holder.label()))
-    }
-
-    fn hear(&mut self, now: Instant, id: Id) {
-        if let Some(member) = self.members.get_mut(&id) {
-            member.heard = now;
-        }
-    }
-
     fn join(&mut self, now: Instant, id: Id, join: Join) {
-        let Some(member) = self.members.get_mut(&id) else { return };
-        if let Phase::Closed { why, is_success } = &self.phase {
-            let (text, is_spare) = (why.clone(), *is_success);
-            return self.tell(id, Notice::Closed { text, is_spare });
+        let Some(member) = self.members.get(&id) else { return };
+        if matches!(self.phase, Phase::Closed { .. }) {
+            let notice = self.end_for(member);
+            return self.tell(id, notice);
         }
         match &member.seat {
             Seat::Running(place) | Seat::Finished(place) if join.after != Some(place.round) => {
@@ -374,7 +358,7 @@ impl Rounds {
                     return self.close_for_good(&pending.cause);
                 }
                 let text = format!("{} starts its workers again", member.label());
-                let cause = Cause { kind: Kind::Failure, node: member.who.name.clone(), at_ns: None, text };
+                let cause = Cause { kind: Kind::Failure, node: member.who.name.clone(), at_ns: None, text, code: 1 };
                 self.end_round(now, &cause);
                 self.wait(now, id, join);
             }
@@ -390,22 +374,30 @@ impl Rounds {
 
     fn wait(&mut self, now: Instant, id: Id, join: Join) {
         self.take_seat(id, join, now);
+        let is_late = self.has_succeeded_anywhere();
         let Some(member) = self.members.get(&id) else { return };
+        self.known.insert(member.who.membership);
         let newcomer = member.label();
         match self.phase {
             Phase::Gathering { .. } => self.try_begin(now),
             Phase::Running if self.has_room() => {
                 let text = format!("{newcomer} joins");
                 let node = self.members[&id].who.name.clone();
-                self.end_round(now, &Cause { kind: Kind::Membership, node, at_ns: None, text });
+                self.end_round(now, &Cause { kind: Kind::Membership, node, at_ns: None, text, code: 1 });
             }
-            Phase::Running => self.remark(&format!("{newcomer} waits as a spare")),
+            Phase::Running => {
+                if let Some(member) = self.members.get_mut(&id) {
+                    member.is_late = is_late;
+                }
+                self.tell_spare(id);
+            }
             Phase::Closed { .. } => {}
         }
     }
 
     fn take_seat(&mut self, id: Id, join: Join, since: Instant) {
         self.sit(id, Seat::Waiting { join, since });
+        self.expect_explanation(self.last_step);
         if let Some(deadline) = self.members.get(&id).and_then(|member| self.join_deadline(member)) {
             self.expect_by(deadline);
         }
@@ -421,12 +413,22 @@ impl Rounds {
 
     /// Whether the running round would be larger with one more, and may be interrupted for that.
     fn has_room(&self) -> bool {
-        let running = self.members.values().filter(|member| member.is_in()).count();
+        let is_ending = self.pending.is_some() || self.has_succeeded_anywhere();
+        self.running() < self.most_nodes() && !is_ending && self.may_change_membership()
+    }
+
+    /// Nodes of the running round.
+    fn running(&self) -> usize {
+        self.members.values().filter(|member| member.is_in()).count()
+    }
+
+    fn has_succeeded_anywhere(&self) -> bool {
         let has_finished = |member: &Member| matches!(member.seat, Seat::Finished(_));
-        let is_ending =
-            self.pending.is_some() || !self.gone_finished.is_empty() || self.members.values().any(has_finished);
-        let is_allowed = self.settings.most_membership_changes.is_none_or(|most| self.membership_changes < most);
-        running < self.most_nodes() && !is_ending && is_allowed
+        !self.gone_finished.is_empty() || self.members.values().any(has_finished)
+    }
+
+    fn may_change_membership(&self) -> bool {
+        self.settings.most_membership_changes.is_none_or(|most| self.membership_changes < most)
     }
 
     fn finish(&mut self, id: Id, round: u64) {
@@ -449,7 +451,7 @@ impl Rounds {
                         self.sit(id, Seat::Returning);
                     }
                     let text = "the connection had ended before its workers did".to_owned();
-                    let lost = Cause { kind: Kind::Membership, node: String::new(), at_ns: None, text };
+                    let lost = Cause { kind: Kind::Membership, node: String::new(), at_ns: None, text, code: 1 };
                     let cause = self.cause.clone().unwrap_or(lost);
                     return self.tell(id, Notice::Over { round, cause });
                 }
@@ -464,31 +466,25 @@ impl Rounds {
         if !matches!(self.phase, Phase::Running) || self.tally.running > 0 {
             return;
         }
-        for (id, member) in &self.members {
-            let notice = match member.seat {
-                Seat::Finished(_) => Notice::Released,
-                _ => Notice::Closed { text: "the job has succeeded".into(), is_spare: true },
-            };
-            self.actions.push(Action::Tell(*id, notice));
-        }
-        self.pending = None;
-        self.phase = Phase::Closed { why: "the job has succeeded".into(), is_success: true };
+        self.end("the job has succeeded", 0);
     }
 
-    fn remove(&mut self, now: Instant, id: Id, how: &str) {
-        let Some(member) = self.members.remove(&id) else { return };
+    fn remove(&mut self, now: Instant, id: Id, how: &str, gone: Gone) {
+        let Some(member) = self.members.remove(&id) else {
+            return self.contenders.retain(|(contender, _)| *contender != id);
+        };
         self.tally.subtract(&member.seat);
         let text = format!("{} {how}", member.label());
-        let lost = Cause { kind: Kind::Membership, node: member.who.name.clone(), at_ns: None, text };
+        let lost = Cause { kind: Kind::Membership, node: member.who.name.clone(), at_ns: None, text, code: 1 };
         match (&self.phase, member.seat) {
-            (Phase::Running, Seat::Running(_)) => self.end_round(now, &lost),
+            (Phase::Running, Seat::Running(_)) => self.lose(now, &lost, gone),
             // Its workers have succeeded: it is not missed.
             (Phase::Running, Seat::Finished(place)) => {
                 self.gone_finished.insert(member.who.membership, place);
                 self.release_if_all_finished();
             }
             (Phase::Gathering { since, .. }, Seat::Returning) => {
-                if now < *since + self.settings.silence {
+                if gone.explains(*since) {
                     self.explain_failure(lost);
                 }
                 self.try_begin(now);
@@ -496,6 +492,7 @@ impl Rounds {
             (Phase::Gathering { .. }, _) => self.try_begin(now),
             (Phase::Running | Phase::Closed { .. }, _) => {}
         }
+        self.admit_contenders(now, member.who.node_rank);
     }
 
     // ---- of rounds
@@ -509,7 +506,7 @@ impl Rounds {
     }
 
     fn waiting(&self) -> impl Iterator<Item = &Member> {
-        self.members.values().filter(|member| matches!(member.seat, Seat::Waiting { .. }))
+        self.members.values().filter(|member| member.is_waiting())
     }
 
     fn is_of_last_round(&self, member: &Member) -> bool {
@@ -558,19 +555,17 @@ impl Rounds {
         self.begun += 1;
         self.cause = None;
         self.phase = Phase::Running;
+        self.explain_at = None;
+        let spares: Vec<Id> = self.members.iter().filter(|(_, one)| one.is_waiting()).map(|(id, _)| *id).collect();
+        for id in spares {
+            self.tell_spare(id);
+        }
     }
 
     fn candidate<'a>(&self, id: Id, member: &'a Member) -> Option<Candidate<'a>> {
         let Seat::Waiting { join, since } = &member.seat else { return None };
         let former = member.last.filter(|_| self.is_of_last_round(member)).map(|(_, rank)| rank);
         Some(Candidate { id, who: &member.who, join, since: *since, former })
-    }
-
-    /// Lets the host's agent tell its user something.
-    fn remark(&mut self, text: &str) {
-        let hosts = self.members.iter().filter(|(_, member)| member.who.is_host).map(|(id, _)| *id);
-        let remarks = hosts.map(|id| Action::Tell(id, Notice::Remark { text: text.to_owned() }));
-        self.actions.extend(remarks);
     }
 
     fn tell(&mut self, id: Id, notice: Notice) {
@@ -585,11 +580,13 @@ impl Event {
         match request {
             Request::Enter(who) => Self::Entered(id, who),
             Request::Join(join) => Self::Joined(id, join),
-            Request::Failed { round, at_ns, text, is_final } => Self::Failed { id, round, at_ns, text, is_final },
+            Request::Failed { round, at_ns, text, code, is_final } => {
+                Self::Failed { id, round, at_ns, text, code, is_final }
+            }
             Request::Finished { round } => Self::Finished(id, round),
-            Request::Close { text } => Self::Closed(id, text),
+            Request::Close { text, code } => Self::Closed(id, text, code),
             Request::Leave { text } => Self::Left(id, text),
-            Request::Beat => Self::Beat(id),
+            Request::Beat { number } => Self::Beat(id, number),
         }
     }
 }

@@ -7,10 +7,11 @@ use super::connection::{Connection, Protocol};
 use super::server::{Peer, Worker};
 use super::talk::Talk;
 use super::wire::{Key, Request as StoreRequest};
-use crate::rendezvous::message::{self, MOST_TEXT_BYTES, Notice, Request, bounded};
+use crate::rendezvous::message::{self, MOST_TEXT_BYTES, Notice, Request};
 use crate::rendezvous::rounds::{Action, Event, Rounds, Settings};
 use crate::rendezvous::stranger::{self, Verdict};
 use crate::sys::timer::after;
+use crate::text::bounded;
 
 /// What NCCL's watchdog leaves for the other ranks when it gives up. They write down what they know, and abort.
 const DUMP_KEY: &[u8] = b"/exception_dump";
@@ -59,6 +60,8 @@ impl Worker {
         agents.visitors.push_back((after(agents.silence), peer));
         if let Some(connection) = self.connections.get_mut(&peer) {
             connection.protocol = Protocol::Agent(Talk::new(rest));
+            // Without it a broken network is noticed by what is said, or not.
+            let _ = connection.stream.set_patience(agents.silence);
         }
         self.listen_to(peer);
         self.set_timer();
@@ -109,7 +112,7 @@ impl Worker {
     pub(super) fn decide(&mut self, event: Event) {
         let Some(agents) = &mut self.agents else { return };
         let mut actions = agents.rounds.step(Instant::now(), event);
-        let mut dropped = Vec::new();
+        let (mut dropped, mut doubtful) = (Vec::new(), Vec::new());
         for action in actions.drain(..) {
             match action {
                 Action::RenewStore => self.renew(),
@@ -119,10 +122,17 @@ impl Worker {
                         self.to_flush.push(peer);
                     }
                 }
+                Action::Examine(peer) => doubtful.push(peer),
                 Action::Drop(peer) => dropped.push(peer),
             }
         }
         self.flush();
+        for peer in doubtful {
+            let stream = self.connections.get(&peer).map(|connection| &connection.stream);
+            if let Some(is_acknowledged) = stream.and_then(|stream| stream.is_acknowledged().ok()) {
+                self.decide(Event::Examined(peer, is_acknowledged));
+            }
+        }
         for peer in dropped {
             self.end(peer);
         }
@@ -136,7 +146,7 @@ impl Worker {
 
     /// Tells all agents that there is nobody any more who decides.
     pub(super) fn say_farewell(&mut self, text: &str) {
-        let notice = Notice::Closed { text: bounded(text, MOST_TEXT_BYTES).to_owned(), is_spare: false };
+        let notice = Notice::Closed { text: bounded(text, MOST_TEXT_BYTES).to_owned(), code: 1 };
         for connection in self.connections.values_mut().filter(|connection| connection.has_entered()) {
             message::encode(&notice, connection.output());
             // Whoever has no room for it finds the connection ended.

@@ -463,7 +463,7 @@ mod tests {
         stands(|standing| matches!(standing, Standing::Placed(_)));
         server.tell(|_| panic!("on purpose"));
         let standing = stands(|standing| !matches!(standing, Standing::Placed(_)));
-        let Standing::Closed { text, is_spare: false } = standing else { panic!("it is {standing:?}") };
+        let Standing::Closed { text, code: 1 } = standing else { panic!("it is {standing:?}") };
         assert_eq!(text, "the agent that hosts the rendezvous has failed: the thread ferro-store panicked: on purpose");
     }
 }

@@ -120,7 +120,13 @@ mod tests {
 
     #[test]
     fn how_the_stream_is_cut_makes_no_difference() {
-        let said = [enter(), join(8), Request::Beat, Request::Finished { round: 3 }, Request::Beat];
+        let said = [
+            enter(),
+            join(8),
+            Request::Beat { number: 1 },
+            Request::Finished { round: 3 },
+            Request::Beat { number: 1 },
+        ];
         let stream = stream(&said);
         for size in 1..stream.len() {
             let (mut talk, mut requests) = (Talk::new(stream[..size].to_vec()), Vec::new());
@@ -137,7 +143,7 @@ mod tests {
     #[test]
     fn many_small_messages_cost_what_each_costs() {
         const MANY: usize = 400_000;
-        let beats = stream(&[Request::Beat]).repeat(MANY);
+        let beats = stream(&[Request::Beat { number: 1 }]).repeat(MANY);
         let mut talk = Talk::new(stream(&[enter()]));
         talk.feed(&beats);
         let begin = Instant::now();
@@ -149,7 +155,7 @@ mod tests {
     #[test]
     fn who_says_what_may_not_be_said_is_in_breach() {
         let breach = |said: &[Request]| heard(&mut Talk::new(stream(said))).expect_err("a breach").to_string();
-        assert_eq!(breach(&[Request::Beat]), "it did not say who it is first");
+        assert_eq!(breach(&[Request::Beat { number: 1 }]), "it did not say who it is first");
         assert_eq!(breach(&[enter(), join(1), enter()]), "it said a second time who it is");
         assert!(heard(&mut Talk::new(stream(&[enter(), join(MOST_WORKERS)]))).is_ok());
         assert_eq!(

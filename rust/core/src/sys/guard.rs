@@ -4,6 +4,9 @@
 //! hold their GPUs. The agent tells the guard of each worker: its pid, which is the number of its session, and its pidfd. When the agent is
 //! gone, the guard kills what is left of these sessions, of the run's cgroup, and what carries the run's mark in its environment.
 //!
+//! An agent that is suspended cannot end its workers either. Where others wait for it no longer than a lease lasts, the guard ends the
+//! workers with the lease.
+//!
 //! The guard decides nothing else. An agent that ends as it should kills it.
 
 mod stand;
@@ -20,6 +23,7 @@ use std::time::{Duration, Instant};
 use rustix::net::{AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags, SocketType};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
+use super::lease::LeasePage;
 use super::leftovers::Mark;
 use super::process::pidfd_send_signal;
 use super::spawn::{Command, SpawnStack, Stdio, spawn};
@@ -57,12 +61,13 @@ pub struct Guard {
     line: OwnedFd,
 }
 
-/// What the agent tells the guard: a worker was started, or is gone with all of its session.
+/// What the agent tells the guard: a worker was started, or is gone with all of its session; or where it reads until when they may run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 enum Word {
     Hold = b'H',
     Release = b'R',
+    Lease = b'L',
 }
 
 const MESSAGE_BYTES: usize = 5;
@@ -137,13 +142,18 @@ impl Guard {
         let _ = self.send(Word::Release, leader, None);
     }
 
+    /// From now on the workers may run as long as this page says. That counts also while the agent is suspended.
+    pub fn watch_lease(&self, page: &LeasePage) {
+        let _ = self.send(Word::Lease, 0, Some(page.as_fd()));
+    }
+
     /// Never waits: a guard that does not read (it is suspended) is not told.
-    fn send(&self, word: Word, leader: i32, pidfd: Option<BorrowedFd<'_>>) -> io::Result<()> {
+    fn send(&self, word: Word, leader: i32, fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
         let mut message = [word as u8; MESSAGE_BYTES];
         message[1..].copy_from_slice(&leader.to_ne_bytes());
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let mut ancillary = SendAncillaryBuffer::new(&mut space);
-        let fds = pidfd.map(|pidfd| [pidfd]);
+        let fds = fd.map(|fd| [fd]);
         if let Some(fds) = &fds {
             ancillary.push(SendAncillaryMessage::ScmRights(fds));
         }

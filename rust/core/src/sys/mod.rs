@@ -6,6 +6,7 @@ pub mod console;
 pub mod fd;
 pub mod fifo;
 pub mod guard;
+pub mod lease;
 pub mod leftovers;
 pub mod net;
 pub mod notify;

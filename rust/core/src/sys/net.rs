@@ -3,6 +3,7 @@
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::time::Duration;
 
 use rustix::net::{
     AddressFamily, RecvFlags, SendFlags, Shutdown, SocketFlags, SocketType, accept_with, bind, connect, getpeername,
@@ -11,6 +12,9 @@ use rustix::net::{
 
 /// Connections that the kernel completes before they are accepted; it takes the least of this and `somaxconn`.
 const BACKLOG: i32 = 4096;
+
+/// Longest pause between two probes of a silent connection: the kernel takes no longer one.
+const MOST_KEEPALIVE: Duration = Duration::from_secs(32_767);
 
 /// A socket that listens.
 #[derive(Debug)]
@@ -150,6 +154,50 @@ impl Stream {
     /// Sends what is written at once: small replies must not wait for more (`TCP_NODELAY`).
     pub fn set_nodelay(&self) -> io::Result<()> {
         Ok(sockopt::set_tcp_nodelay(&self.0, true)?)
+    }
+
+    /// Ends the connection when the peer's machine has acknowledged nothing for so long, with something to acknowledge or without
+    /// (`TCP_USER_TIMEOUT`, `SO_KEEPALIVE`). Until then what is lost is sent again at least each second, where the kernel can
+    /// (`TCP_RTO_MAX_MS`, Linux 6.15): its own pauses double, and after an interruption of 9 s the next attempt may be 6 s away.
+    pub fn set_patience(&self, patience: Duration) -> io::Result<()> {
+        const TCP_RTO_MAX_MS: libc::c_int = 44;
+        const PROBES: u32 = 5;
+        let rto_max_ms: libc::c_int = 1000;
+        let milliseconds = u32::try_from(patience.as_millis()).unwrap_or(u32::MAX).max(1);
+        sockopt::set_tcp_user_timeout(&self.0, milliseconds)?;
+        let pause = (patience / PROBES).clamp(Duration::from_secs(1), MOST_KEEPALIVE);
+        sockopt::set_tcp_keepidle(&self.0, pause)?;
+        sockopt::set_tcp_keepintvl(&self.0, pause)?;
+        sockopt::set_socket_keepalive(&self.0, true)?;
+        // SAFETY: an integer of the size that is given. An older kernel says ENOPROTOOPT.
+        unsafe {
+            libc::setsockopt(
+                self.0.as_raw_fd(),
+                libc::IPPROTO_TCP,
+                TCP_RTO_MAX_MS,
+                (&raw const rto_max_ms).cast(),
+                libc::socklen_t::try_from(size_of_val(&rto_max_ms)).unwrap_or(0),
+            );
+        }
+        Ok(())
+    }
+
+    /// Whether the peer's machine has acknowledged all that was sent (`TCP_INFO`). It does that for a process that is suspended.
+    pub fn is_acknowledged(&self) -> io::Result<bool> {
+        // SAFETY: a plain C structure, for which zeros are valid.
+        let mut info: libc::tcp_info = unsafe { std::mem::zeroed() };
+        let mut length = libc::socklen_t::try_from(size_of_val(&info)).unwrap_or(0);
+        // SAFETY: the descriptor is open, the structure valid for writes of this length.
+        let result = unsafe {
+            libc::getsockopt(
+                self.0.as_raw_fd(),
+                libc::IPPROTO_TCP,
+                libc::TCP_INFO,
+                (&raw mut info).cast(),
+                &raw mut length,
+            )
+        };
+        if result == 0 { Ok(info.tcpi_unacked == 0) } else { Err(io::Error::last_os_error()) }
     }
 
     /// Tells the peer that nothing more comes.

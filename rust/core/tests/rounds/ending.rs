@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use ferroelastic_core::rendezvous::message::{Kind, Notice};
+use ferroelastic_core::rendezvous::message::{Kind, Notice, Place};
 use ferroelastic_core::rendezvous::rounds::{Action, Event};
 
 use crate::table::{LOSS_GRACE, MOMENT, SECOND, SILENCE, Table, begun, over};
@@ -60,14 +60,67 @@ fn workers_that_fail_because_their_peers_are_lost_have_not_failed() {
 }
 
 #[test]
-fn a_node_that_is_lost_long_after_a_failure_does_not_explain_it() {
+fn a_node_that_is_lost_a_while_after_a_failure_does_not_explain_it() {
     let mut table = Table::running(2, 3);
     table.fail(1, 0, 1);
     table.join(1, Some(0));
-    table.pass(SILENCE, &[1, 2, 3]);
+    table.pass(LOSS_GRACE + MOMENT, &[1, 2, 3]);
     table.step(Event::Lost(3, "its connection broke".into()));
     let places = begun(&table.join(2, Some(0)));
     assert!(places.iter().all(|(_, place)| (place.failures, place.membership_changes) == (1, 0)));
+}
+
+#[test]
+fn a_silence_dates_back_to_when_the_node_was_heard_last() {
+    for (quiet_since, failures) in [(Duration::ZERO, 0), (4 * SECOND, 1)] {
+        let mut table = Table::running(2, 3);
+        table.fail(1, 0, 1);
+        table.join(1, Some(0));
+        table.join(2, Some(0));
+        table.pass(quiet_since, &[1, 2, 3]);
+        let places = begun(&table.pass(SILENCE + SECOND, &[1, 2]));
+        assert_eq!(places.len(), 2);
+        let counts = |place: &Place| (place.failures, place.membership_changes);
+        assert!(places.iter().all(|(_, place)| counts(place) == (failures, 1 - failures)), "{places:?}");
+    }
+}
+
+#[test]
+fn a_node_that_leaves_explains_no_failure() {
+    let mut table = Table::running(2, 3);
+    table.fail(1, 0, 1);
+    table.step(Event::Left(3, "its agent was ended by SIGTERM".into()));
+    table.join(1, Some(0));
+    let places = begun(&table.join(2, Some(0)));
+    assert!(places.iter().all(|(_, place)| (place.failures, place.membership_changes) == (1, 0)));
+    // Nor does it save a job whose last failure has been.
+    let mut table = Table::running(2, 3);
+    assert_eq!(table.fail_for_good(1, 0), []);
+    assert_eq!(over(&table.step(Event::Left(3, "its agent was ended by SIGTERM".into()))), []);
+    table.pass(LOSS_GRACE, &[1, 2]);
+    assert_eq!(table.rounds.closed(), Some("rank 1 exited with 1 on node1, and no restart is left"));
+    // A note of a failure is one, also if its worker has not ended by then.
+    let mut table = Table::running(2, 3);
+    table.step(Event::Announced { text: "rank 3 wrote /exception_dump".into(), grace: 20 * SECOND });
+    let ended = over(&table.step(Event::Left(3, "its agent was ended by SIGTERM".into())));
+    assert_eq!(ended.iter().map(|(_, kind, _)| *kind).collect::<Vec<_>>(), [Kind::Failure; 2]);
+}
+
+#[test]
+fn each_failure_counts_though_a_node_is_lost_each_time_workers_are_stopped() {
+    let mut table = Table::running(2, 3);
+    for round in 0..3 {
+        table.fail(1, round, 1);
+        table.join(1, Some(round));
+        let stopping = 3 + round;
+        table.pass(SECOND, &[1, 2, stopping]);
+        table.step(Event::Lost(stopping, "it was killed".into()));
+        table.enter(stopping + 1, (2, 3));
+        table.join(stopping + 1, None);
+        let places = begun(&table.join(2, Some(round)));
+        assert!(places.iter().all(|(_, place)| place.failures == round + 1), "{places:?}");
+        assert_eq!(places.len(), 3);
+    }
 }
 
 #[test]
@@ -122,7 +175,14 @@ fn of_two_last_failures_the_first_is_named_whichever_is_heard_first() {
     for order in [[1, 2], [2, 1]] {
         let mut table = Table::running(2, 2);
         for id in order {
-            table.step(Event::Failed { id, round: 0, at_ns: id, text: format!("rank {id} fell"), is_final: true });
+            table.step(Event::Failed {
+                id,
+                round: 0,
+                at_ns: id,
+                text: format!("rank {id} fell"),
+                code: 7,
+                is_final: true,
+            });
         }
         table.pass(SECOND, &[1, 2]);
         assert_eq!(table.rounds.closed(), Some("rank 1 fell on node1, and no restart is left"));
@@ -133,5 +193,5 @@ fn of_two_last_failures_the_first_is_named_whichever_is_heard_first() {
 fn a_job_of_one_node_ends_at_once() {
     let mut table = Table::running(1, 1);
     let text = "rank 1 exited with 1 on node1, and no restart is left".into();
-    assert_eq!(table.fail_for_good(1, 0), [Action::Tell(1, Notice::Closed { text, is_spare: false })]);
+    assert_eq!(table.fail_for_good(1, 0), [Action::Tell(1, Notice::Closed { text, code: 7 })]);
 }

@@ -7,7 +7,9 @@ use std::time::Duration;
 
 use ferroelastic_core::rendezvous::message::{Introduction, Join, Kind, Notice};
 use ferroelastic_core::rendezvous::rounds::{Action, Event, Id, Settings};
-use table::{JOIN_TIMEOUT, LOSS_GRACE, MOMENT, SECOND, SILENCE, Table, begun, introduction, over, refused, settings};
+use table::{
+    JOIN_TIMEOUT, LOSS_GRACE, MOMENT, SECOND, SILENCE, Table, begun, introduction, over, refused, remarks, settings,
+};
 
 #[test]
 fn the_store_is_emptied_before_anybody_begins() {
@@ -43,7 +45,8 @@ fn a_rank_that_was_given_beforehand_is_kept_and_given_once() {
     let who =
         |id: Id, node_rank| Introduction { node_rank: Some(node_rank), name: format!("node{id}"), ..introduction(id) };
     table.step(Event::Entered(7, who(7, 1)));
-    let text = refused(&table.step(Event::Entered(8, who(8, 1)))).expect("refused");
+    assert_eq!(refused(&table.step(Event::Entered(8, who(8, 1)))), None);
+    let text = refused(&table.step(Event::Beat(7, 1))).expect("refused");
     assert_eq!(text, "node rank 1 is taken by node7 (agent 100): give each node its own --node-rank");
     let text = refused(&table.step(Event::Entered(9, who(9, 2)))).expect("refused");
     assert_eq!(text, "node rank 2 is not below the number of nodes, 2");
@@ -139,8 +142,12 @@ fn survivors_that_are_too_few_wait_for_another_or_until_the_join_timeout() {
 fn a_spare_takes_the_place_of_a_node_that_is_lost() {
     let mut table = Table::running(2, 2);
     table.enter(3, (2, 2));
-    let text = "node3 (agent 100) waits as a spare".to_owned();
-    assert_eq!(table.join(3, None), [Action::Tell(1, Notice::Remark { text })]);
+    let why = "2 of 2 nodes run, and --nnodes allows no more";
+    let told = [
+        (3, format!("this node waits as a spare, and no worker is started: {why}")),
+        (1, format!("node3 (agent 100) waits as a spare: {why}")),
+    ];
+    assert_eq!(remarks(&table.join(3, None)), told);
     table.pass(2 * JOIN_TIMEOUT, &[1, 2, 3]);
     table.step(Event::Lost(2, "gone".into()));
     let places = begun(&table.join(1, Some(0)));
@@ -179,7 +186,7 @@ fn a_newcomer_does_not_interrupt_workers_that_are_about_to_succeed() {
     table.enter(4, (1, 3));
     assert_eq!(begun(&table.join(4, None)), []);
     let actions = table.step(Event::Finished(1, 1));
-    let spare = Notice::Closed { text: "the job has succeeded".into(), is_spare: true };
+    let spare = Notice::Late { text: "the job has succeeded".into() };
     let told = [(1, Notice::Released), (2, Notice::Released), (4, spare)];
     assert_eq!(actions, told.map(|(id, notice)| Action::Tell(id, notice)));
 }
@@ -210,9 +217,7 @@ fn a_failure_without_a_restart_left_closes_the_job_for_all() {
     assert_eq!(table.fail_for_good(2, 0), []);
     let actions = table.pass(LOSS_GRACE, &[1, 2]);
     let text = "rank 2 exited with 1 on node2, and no restart is left".to_owned();
-    assert_eq!(actions[0], Action::Tell(1, Notice::Closed { text: text.clone(), is_spare: false }));
-    table.enter(3, (2, 2));
-    assert_eq!(table.join(3, None), [Action::Tell(3, Notice::Closed { text, is_spare: false })]);
+    assert_eq!(actions, [1, 2].map(|id| Action::Tell(id, Notice::Closed { text: text.clone(), code: 7 })));
 }
 
 #[test]
@@ -237,7 +242,7 @@ fn a_silent_node_is_lost_after_the_silence_and_not_before() {
     let mut table = Table::running(1, 3);
     assert_eq!(table.pass(SILENCE.saturating_sub(MOMENT), &[1, 2]), []);
     let actions = table.pass(2 * MOMENT, &[1, 2]);
-    assert!(matches!(&actions[0], Action::Tell(3, Notice::Dropped { text }) if text.contains("silent for 5.0 s")));
+    assert!(matches!(&actions[0], Action::Tell(3, Notice::Dropped { text }) if text.contains("silent for 15.0 s")));
     assert_eq!(actions[1], Action::Drop(3));
     assert_eq!(over(&actions).len(), 2);
 }
@@ -313,10 +318,10 @@ fn a_node_that_has_finished_may_lose_its_connection() {
     assert_eq!(ended.iter().map(|(id, ..)| *id).collect::<Vec<_>>(), [7], "no worker of its was in this round");
     let actions = table.step(Event::Finished(1, 0));
     assert!(actions.contains(&Action::Tell(8, Notice::Released)), "{actions:?}");
-    // And to a job that has succeeded nobody is late.
+    // Who comes now is late.
     let late = table.enter(9, (2, 2));
     let text = "the job has succeeded".into();
-    assert!(late.contains(&Action::Tell(9, Notice::Closed { text, is_spare: true })), "{late:?}");
+    assert_eq!(late[late.len() - 2..], [Action::Tell(9, Notice::Late { text }), Action::Drop(9)]);
 }
 
 #[test]
@@ -364,4 +369,144 @@ fn of_many_who_wait_some_are_named() {
     let actions = table.pass(JOIN_TIMEOUT, &(1..=99).collect::<Vec<_>>());
     let Action::Tell(1, Notice::TimedOut { waiting, .. }) = &actions[0] else { panic!("{actions:?}") };
     assert_eq!((waiting.len(), waiting[32].as_str()), (33, "67 more"));
+}
+
+#[test]
+fn who_comes_after_the_end_was_no_spare() {
+    for is_success in [true, false] {
+        let mut table = Table::running(2, 2);
+        table.enter(3, (2, 2));
+        table.join(3, None);
+        if is_success {
+            table.step(Event::Finished(1, 0));
+            table.step(Event::Finished(2, 0));
+        } else {
+            table.fail_for_good(2, 0);
+            table.pass(LOSS_GRACE, &[1, 2, 3]);
+        }
+        let actions = table.enter(4, (2, 2));
+        let text = table.rounds.closed().expect("the end").to_owned();
+        assert_eq!(actions[1..], [Action::Tell(4, Notice::Late { text: text.clone() }), Action::Drop(4)]);
+        // An agent that was there before, and whose connection broke, hears how the job has ended.
+        table.step(Event::Lost(3, "gone".into()));
+        let code = if is_success { 0 } else { 7 };
+        assert_eq!(table.enter(3, (2, 2)).last(), Some(&Action::Tell(3, Notice::Closed { text, code })));
+    }
+}
+
+#[test]
+fn all_nodes_hear_of_the_failure_and_its_exit_code() {
+    let mut table = Table::running(3, 3);
+    table.enter(4, (3, 3));
+    table.join(4, None);
+    // Its workers have succeeded, which changes nothing.
+    table.step(Event::Finished(1, 0));
+    table.fail_for_good(2, 0);
+    let text = "rank 2 exited with 1 on node2, and no restart is left".to_owned();
+    let told = [1, 2, 3, 4].map(|id| Action::Tell(id, Notice::Closed { text: text.clone(), code: 7 }));
+    assert_eq!(table.pass(LOSS_GRACE, &[1, 2, 3, 4]), told);
+}
+
+#[test]
+fn settings_that_differ_are_refused_with_both_values() {
+    let who = |id, restarts: &str| {
+        let settings = [("--max-restarts".to_owned(), restarts.to_owned())].into();
+        Introduction { settings, ..introduction(id) }
+    };
+    let text = "its job has --max-restarts=3, this node was started with --max-restarts=1: give all nodes the same";
+    let mut table = Table::new(settings(2, 2));
+    table.step(Event::Entered(1, who(1, "3")));
+    assert_eq!(refused(&table.step(Event::Entered(2, who(2, "1")))).as_deref(), Some(text));
+    assert_eq!(refused(&table.step(Event::Entered(3, who(3, "3")))), None);
+    // The host's count, also if it comes later.
+    let mut table = Table::new(settings(2, 2));
+    table.step(Event::Entered(2, who(2, "1")));
+    table.join(2, None);
+    let actions = table.step(Event::Entered(1, who(1, "3")));
+    assert_eq!(refused(&actions).as_deref(), Some(text));
+    assert!(actions.contains(&Action::Drop(2)), "{actions:?}");
+    assert_eq!(begun(&table.join(1, None)), []);
+}
+
+#[test]
+fn whoever_is_turned_away_is_reported_by_the_host() {
+    let mut table = Table::new(settings(2, 2));
+    table.enter(1, (2, 2));
+    let actions = table.enter(2, (1, 4));
+    let (host, text) = &remarks(&actions)[0];
+    assert!(*host == 1 && text.starts_with("node2 (agent 100) was turned away: its job has --nnodes=2:2"), "{text}");
+}
+
+#[test]
+fn whoever_waits_is_told_why_and_again_when_that_has_changed() {
+    let mut table = Table::new(settings(3, 4));
+    table.enter(1, (3, 4));
+    table.join(1, None);
+    let told = |actions: &[Action]| remarks(actions).into_iter().map(|(_, text)| text).collect::<Vec<_>>();
+    let one = "waiting for nodes: 1 of 3 have come (node1 (agent 100))";
+    assert_eq!(told(&table.listen(60 * SECOND, &[1])), [one]);
+    table.enter(2, (3, 4));
+    table.join(2, None);
+    let two = "waiting for nodes: 2 of 3 have come (node1 (agent 100), node2 (agent 100))";
+    assert_eq!(told(&table.listen(60 * SECOND, &[1, 2])), [two; 2]);
+    table.enter(3, (3, 4));
+    table.join(3, None);
+    let enough = "3 nodes have come, which are enough; waiting for others, up to 4, until the last call";
+    assert_eq!(told(&table.listen(20 * SECOND, &[1, 2, 3])), [enough; 3]);
+    assert_eq!(begun(&table.pass(20 * SECOND, &[1, 2, 3])).len(), 3);
+    table.fail(1, 0, 1);
+    table.join(1, Some(0));
+    table.join(2, Some(0));
+    let stop = "waiting for nodes that stop their workers: node3 (agent 100)";
+    assert_eq!(told(&table.listen(60 * SECOND, &[1, 2, 3])), [stop; 2]);
+}
+
+#[test]
+fn a_spare_that_may_not_join_is_told_why() {
+    let mut table = Table::new(Settings { most_membership_changes: Some(0), ..settings(1, 2) });
+    table.enter(1, (1, 2));
+    table.join(1, None);
+    table.pass(60 * SECOND, &[1]);
+    table.enter(2, (1, 2));
+    let told = remarks(&table.join(2, None));
+    let why = "1 of 2 nodes run, but no membership change is left (max_membership_changes)";
+    assert!(told[0].0 == 2 && told[0].1.ends_with(why), "{told:?}");
+}
+
+#[test]
+fn the_replacement_of_a_silent_node_waits_until_that_is_lost() {
+    let mut table = Table::new(settings(2, 2));
+    let who = |id: Id, rank| Introduction { node_rank: Some(rank), ..introduction(id) };
+    for (id, rank) in [(1, 0), (2, 1)] {
+        table.step(Event::Entered(id, who(id, rank)));
+        table.join(id, None);
+    }
+    table.pass(3 * SECOND, &[1]);
+    let actions = table.step(Event::Entered(7, who(7, 1)));
+    let text = "node rank 1 is held by node2 (agent 100), heard of 3.0 s ago: waiting until that node is heard of again or is lost";
+    assert_eq!(actions, [Action::Tell(7, Notice::Remark { text: text.into() })]);
+    // One that goes in the meantime is not taken in later.
+    table.step(Event::Entered(6, who(6, 1)));
+    table.step(Event::Lost(6, "gone".into()));
+    let actions = table.pass(SILENCE, &[1]);
+    assert_eq!(over(&actions).len(), 1);
+    assert!(actions.contains(&Action::Tell(7, Notice::Welcome { silence: SILENCE })), "{actions:?}");
+    table.join(1, Some(0));
+    let ranks: Vec<_> = begun(&table.join(7, None)).iter().map(|(id, place)| (*id, place.group_rank)).collect();
+    assert_eq!(ranks, [(1, 0), (7, 1)]);
+}
+
+#[test]
+fn the_silence_of_a_node_is_looked_into_and_reported() {
+    let mut table = Table::running(1, 2);
+    let actions = table.listen(SILENCE / 2, &[1]);
+    let probe = actions.iter().position(|action| *action == Action::Tell(2, Notice::Probe)).expect("a probe");
+    assert!(actions[probe..].contains(&Action::Examine(2)), "{actions:?}");
+    for (is_acknowledged, guess) in [(true, "the agent is suspended or stuck"), (false, "network to it is down")] {
+        let told = remarks(&table.step(Event::Examined(2, is_acknowledged)));
+        assert!(told[0].0 == 1 && told[0].1.contains(guess), "{told:?}");
+    }
+    // It goes on.
+    assert_eq!(over(&table.pass(SILENCE, &[1, 2])), []);
+    assert_eq!(table.step(Event::Examined(2, true)), []);
 }

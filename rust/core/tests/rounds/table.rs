@@ -1,12 +1,13 @@
 //! A rendezvous, its clock, and what it says.
 
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use ferroelastic_core::rendezvous::message::{Introduction, Join, Kind, Notice, PROTOCOL, Place};
 use ferroelastic_core::rendezvous::rounds::{Action, Event, Id, Rounds, Settings};
 
 pub(crate) const SECOND: Duration = Duration::from_secs(1);
-pub(crate) const SILENCE: Duration = Duration::from_secs(5);
+pub(crate) const SILENCE: Duration = Duration::from_secs(15);
 pub(crate) const JOIN_TIMEOUT: Duration = Duration::from_secs(600);
 pub(crate) const LOSS_GRACE: Duration = Duration::from_millis(250);
 pub(crate) const MOMENT: Duration = Duration::from_millis(10);
@@ -34,6 +35,7 @@ pub(crate) fn introduction(id: Id) -> Introduction {
         is_host: id == 1,
         nodes: (2, 2),
         node_rank: None,
+        settings: BTreeMap::new(),
     }
 }
 
@@ -67,11 +69,25 @@ impl Table {
     }
 
     pub(crate) fn fail(&mut self, id: Id, round: u64, at_ns: u64) -> Vec<Action> {
-        self.step(Event::Failed { id, round, at_ns, text: format!("rank {id} exited with 1"), is_final: false })
+        self.step(Event::Failed {
+            id,
+            round,
+            at_ns,
+            text: format!("rank {id} exited with 1"),
+            code: 7,
+            is_final: false,
+        })
     }
 
     pub(crate) fn fail_for_good(&mut self, id: Id, round: u64) -> Vec<Action> {
-        self.step(Event::Failed { id, round, at_ns: 1, text: format!("rank {id} exited with 1"), is_final: true })
+        self.step(Event::Failed {
+            id,
+            round,
+            at_ns: 1,
+            text: format!("rank {id} exited with 1"),
+            code: 7,
+            is_final: true,
+        })
     }
 
     /// So many agents in their first round.
@@ -85,24 +101,43 @@ impl Table {
         table
     }
 
-    /// Lets time pass as it does: with a tick whenever one is due, and beats of those who live.
-    pub(crate) fn pass(&mut self, time: Duration, living: &[Id]) -> Vec<Action> {
+    /// As [`Table::pass`], with what is said besides.
+    pub(crate) fn listen(&mut self, time: Duration, living: &[Id]) -> Vec<Action> {
         let end = self.now + time;
         let mut actions = Vec::new();
         loop {
-            let beat = self.now + SECOND;
-            let next = self.rounds.next_tick().unwrap_or(end).min(beat).min(end);
+            let next = self.rounds.next_tick().unwrap_or(end).min(self.now + SECOND).min(end);
             self.now = next.max(self.now);
             for id in living {
-                actions.extend(self.step(Event::Beat(*id)));
+                actions.extend(self.step(Event::Beat(*id, 0)));
             }
             actions.extend(self.step(Event::Tick));
             if self.now >= end {
-                actions.retain(|action| !matches!(action, Action::Tell(_, Notice::Beat)));
                 return actions;
             }
         }
     }
+
+    /// Lets time pass as it does: with a tick whenever one is due, and beats of those who live.
+    pub(crate) fn pass(&mut self, time: Duration, living: &[Id]) -> Vec<Action> {
+        let mut actions = self.listen(time, living);
+        actions.retain(|action| !is_small_talk(action));
+        actions
+    }
+}
+
+/// What is said without anything having been decided.
+fn is_small_talk(action: &Action) -> bool {
+    use Notice::{Beat, Probe, Remark};
+    matches!(action, Action::Examine(_) | Action::Tell(_, Beat { .. } | Probe | Remark { .. }))
+}
+
+pub(crate) fn remarks(actions: &[Action]) -> Vec<(Id, String)> {
+    let remarks = actions.iter().filter_map(|action| match action {
+        Action::Tell(id, Notice::Remark { text }) => Some((*id, text.clone())),
+        _ => None,
+    });
+    remarks.collect()
 }
 
 pub(crate) fn begun(actions: &[Action]) -> Vec<(Id, Place)> {

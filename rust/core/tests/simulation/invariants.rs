@@ -32,4 +32,19 @@ impl Job {
             assert_eq!(same(place), same(&places[0]));
         }
     }
+
+    /// A silent agent is taken for lost, and others may have its ranks: its workers have been ended, by itself or by its guard, which reads
+    /// the lease also while the agent is suspended.
+    pub(super) fn check_that_its_workers_are_gone(&self, link: u64) {
+        let Some(index) = self.links.get(&link) else { return };
+        let agent = &self.agents[*index];
+        let runs = matches!(agent.work, Work::Running(_) | Work::Stopping { .. });
+        let may_run = agent.member.lease().is_some_and(|lease| self.now < lease.kill_at);
+        assert!(
+            !(runs && may_run && agent.is_alive && agent.link == Some(link)),
+            "{} is lost, and its workers may run: {:?}",
+            agent.name,
+            agent.member.lease()
+        );
+    }
 }

@@ -1,7 +1,9 @@
 //! A job under a virtual clock and a virtual network: the host's decisions, every agent's, and what goes wrong between them.
 
+mod counts;
 mod invariants;
 mod random;
+mod running;
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap};
@@ -11,11 +13,12 @@ use ferroelastic_core::rendezvous::member::{self, Call, Failure, Member, Standin
 use ferroelastic_core::rendezvous::message::{Introduction, Kind, Notice, PROTOCOL, Place, Request};
 use ferroelastic_core::rendezvous::rounds::{self, Rounds};
 
+use counts::Counts;
 pub(crate) use random::Random;
 
 pub(crate) const MS: Duration = Duration::from_millis(1);
 pub(crate) const SECOND: Duration = Duration::from_secs(1);
-const SILENCE: Duration = Duration::from_secs(5);
+const SILENCE: Duration = Duration::from_secs(15);
 const LAST_CALL: Duration = Duration::from_secs(30);
 pub(crate) const JOIN_TIMEOUT: Duration = Duration::from_secs(600);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(60);
@@ -81,6 +84,7 @@ enum Happening {
     ToHost(u64, Request),
     ToAgent(usize, u64, Notice),
     HostSeesEnd(u64),
+    Examined(u64, bool),
     AgentSeesEnd(usize, u64),
     AgentTick(usize, u64),
     /// It goes on after a pause, with what came meanwhile.
@@ -91,6 +95,8 @@ enum Happening {
     Kill(usize),
     Cut(usize, Duration),
     Pause(usize, Duration),
+    /// Its agent is told to end.
+    Leave(usize),
 }
 
 pub(crate) struct Job {
@@ -116,6 +122,7 @@ pub(crate) struct Job {
     pub(crate) begun: Vec<(u64, Vec<Place>)>,
     /// When the last agent ended that was not killed.
     pub(crate) finished_at: Instant,
+    counts: Counts,
 }
 
 impl Job {
@@ -149,6 +156,7 @@ impl Job {
             messages: 0,
             begun: Vec::new(),
             finished_at: start,
+            counts: Counts::default(),
         };
         for index in 0..agents {
             job.add_agent(Duration::ZERO);
@@ -180,7 +188,7 @@ impl Job {
     }
 
     fn disturb(&mut self, index: usize, at: Duration) {
-        match self.random.below(3) {
+        match self.random.below(4) {
             0 => {
                 self.later(at, Happening::Kill(index));
                 if self.random.chance(50) {
@@ -193,10 +201,11 @@ impl Job {
                 let length = if self.random.chance(20) { SECOND * 3000 } else { self.random.between(MS, SECOND * 30) };
                 self.later(at, Happening::Cut(index, length));
             }
-            _ => {
+            2 => {
                 let length = self.random.between(MS, SECOND * 30);
                 self.later(at, Happening::Pause(index, length));
             }
+            _ => self.later(at, Happening::Leave(index)),
         }
     }
 
@@ -259,7 +268,8 @@ impl Job {
         agent.tick += 1;
         let tick = agent.tick;
         let next = agent.member.next_tick();
-        let waits = matches!(agent.member.standing(), Standing::Joining) && agent.is_alive;
+        let has_ended = matches!(agent.work, Work::Ended(_));
+        let waits = matches!(agent.member.standing(), Standing::Joining) && agent.is_alive && !has_ended;
         // The host's own agent leaves it to the host: they are one process.
         let is_with_host = index == 0 && agent.member.is_up();
         assert!(!waits || is_with_host || next.is_some(), "agent {index} waits without a deadline");
@@ -321,7 +331,7 @@ impl Job {
             (Standing::Over(..), Work::Running(_)) => self.stop_workers(index, false),
             (Standing::Over(_, cause), Work::Verdict) if cause.kind == Kind::Failure => {
                 self.set_work(index, Work::Ended("failed"));
-                self.step_agent(index, member::Event::Call(Call::Close("no restart is left".into())));
+                self.step_agent(index, member::Event::Call(Call::Close { text: "no restart is left".into(), code: 1 }));
             }
             (Standing::Over(..), Work::Verdict) => {
                 self.set_work(index, Work::Meeting);
@@ -346,6 +356,7 @@ impl Job {
                     Failure::TimedOut(_) => "timed out",
                     Failure::Unreachable(_) => "unreachable",
                     Failure::Refused(_) => "refused",
+                    Failure::Late(_) => "late",
                 };
                 self.set_work(index, Work::Ended(how));
             }
@@ -391,17 +402,27 @@ impl Job {
     // ---- of the host
 
     fn step_host(&mut self, event: rounds::Event) {
+        self.note(&event);
         let actions = self.rounds.step(self.now, event);
         let mut begun: Option<(u64, Vec<Place>)> = None;
         for action in actions {
             match action {
                 rounds::Action::RenewStore => self.check_that_nobody_runs(),
                 rounds::Action::Tell(link, notice) => {
+                    if matches!(notice, Notice::Dropped { .. }) {
+                        self.check_that_its_workers_are_gone(link);
+                        // It has been silent since then, at the latest.
+                        self.note_loss(self.now.checked_sub(SILENCE).expect("it has been silent"));
+                    }
                     if let Notice::Begin(place) = &notice {
                         let (_, places) = begun.get_or_insert((place.round, Vec::new()));
                         places.push(place.clone());
                     }
                     self.send_to_agent(link, notice);
+                }
+                rounds::Action::Examine(link) => {
+                    let is_cut = self.links.get(&link).is_some_and(|index| self.now < self.agents[*index].cut_until);
+                    self.later(Duration::ZERO, Happening::Examined(link, !is_cut));
                 }
                 rounds::Action::Drop(link) => {
                     if let Some(index) = self.links.remove(&link) {
@@ -416,6 +437,7 @@ impl Job {
             && self.begun.last().is_none_or(|(last, _)| *last < round)
         {
             self.check_places(&places);
+            self.check_counts(&places[0]);
             self.begun.push((round, places));
         }
         self.host_tick += 1;
@@ -458,6 +480,7 @@ impl Job {
                     is_host: index == 0,
                     nodes: (self.min_nodes, self.max_nodes),
                     node_rank: None,
+                    settings: BTreeMap::new(),
                 };
                 self.send_to_host(index, Request::Enter(who));
             }
@@ -499,34 +522,51 @@ impl Job {
                 }
             }
             Happening::WorkersEnd(index, turn, fails) => self.workers_end(index, turn, fails),
-            Happening::WorkersAreGone(index, turn) => {
-                if self.agents[index].turn != turn || !self.agents[index].is_alive {
-                    return;
-                }
-                if let Work::Stopping { is_last: true } = self.agents[index].work {
-                    self.set_work(index, Work::Verdict);
-                    // It looks at how it stands.
-                    self.step_agent(index, member::Event::Tick);
-                } else {
-                    self.set_work(index, Work::Meeting);
-                    self.ask_to_join(index);
-                }
+            Happening::WorkersAreGone(index, turn) => self.workers_are_gone(index, turn),
+            Happening::Examined(link, is_acknowledged) => {
+                self.step_host(rounds::Event::Examined(link, is_acknowledged));
             }
+            Happening::Leave(index) => self.leave(index),
             Happening::Cut(index, length) => self.agents[index].cut_until = self.now + length,
             Happening::Pause(index, length) => self.agents[index].paused_until = self.now + length,
-            Happening::Kill(index) => {
-                if self.agents[index].is_alive {
-                    self.agents[index].is_alive = false;
-                    self.agents[index].work = Work::Ended("killed");
-                    // The kernel says so, unless the power is gone.
-                    if let Some(link) = self.agents[index].link
-                        && self.random.chance(70)
-                    {
-                        let at = self.arrival(index, link, true);
-                        self.later(at, Happening::HostSeesEnd(link));
-                    }
-                }
-            }
+            Happening::Kill(index) => self.kill(index),
+        }
+    }
+
+    fn workers_are_gone(&mut self, index: usize, turn: u64) {
+        if self.agents[index].turn != turn || !self.agents[index].is_alive {
+            return;
+        }
+        if let Work::Stopping { is_last: true } = self.agents[index].work {
+            self.set_work(index, Work::Verdict);
+            // It looks at how it stands.
+            self.step_agent(index, member::Event::Tick);
+        } else {
+            self.set_work(index, Work::Meeting);
+            self.ask_to_join(index);
+        }
+    }
+
+    fn leave(&mut self, index: usize) {
+        if self.agents[index].is_alive {
+            self.set_work(index, Work::Ended("left"));
+            self.step_agent(index, member::Event::Call(Call::Leave("it was told to end".into())));
+            self.agents[index].is_alive = false;
+        }
+    }
+
+    fn kill(&mut self, index: usize) {
+        if !self.agents[index].is_alive {
+            return;
+        }
+        self.agents[index].is_alive = false;
+        self.agents[index].work = Work::Ended("killed");
+        // The kernel says so, unless the power is gone.
+        if let Some(link) = self.agents[index].link
+            && self.random.chance(70)
+        {
+            let at = self.arrival(index, link, true);
+            self.later(at, Happening::HostSeesEnd(link));
         }
     }
 
@@ -538,7 +578,7 @@ impl Job {
         }
         if fails {
             let is_final = self.random.chance(self.faults.last);
-            let call = Call::Failed { at_ns: 1, text: "rank 0 exited with 1".into(), is_final };
+            let call = Call::Failed { at_ns: 1, text: "rank 0 exited with 1".into(), code: 1, is_final };
             self.step_agent(index, member::Event::Call(call));
             if self.agents[index].is_alive && self.agents[index].turn == turn {
                 self.stop_workers(index, is_final);
@@ -547,52 +587,5 @@ impl Job {
             self.set_work(index, Work::Barrier(place));
             self.step_agent(index, member::Event::Call(Call::Finished));
         }
-    }
-
-    /// The next thing happens. Says whether there was one.
-    fn advance(&mut self) -> bool {
-        let Some(Reverse((at, number))) = self.queue.pop() else { return false };
-        self.now = self.now.max(at);
-        let happening = self.happenings.remove(&number).expect("once");
-        self.happen(happening);
-        true
-    }
-
-    /// Runs until nobody is left.
-    pub(crate) fn run(&mut self) {
-        while self.agents.iter().any(|agent| agent.is_alive) {
-            if !self.advance() {
-                let alive = self.agents.iter().filter(|agent| agent.is_alive);
-                let stuck: Vec<_> = alive.map(|agent| (&agent.member, agent.link)).collect();
-                panic!("nothing happens any more: {:?} {:?}", self.ends(), stuck);
-            }
-            assert!(self.now < self.start + Duration::from_secs(2500), "it does not end: {:?}", self.ends());
-        }
-    }
-
-    /// Runs until so many rounds have begun, and every agent's workers run.
-    pub(crate) fn run_until_all_work(&mut self, rounds: usize) {
-        while self.begun.len() < rounds || !self.agents.iter().all(|agent| matches!(agent.work, Work::Running(_))) {
-            assert!(self.advance(), "nothing happens any more: {:?}", self.ends());
-        }
-    }
-
-    /// Workers of an agent fail now.
-    pub(crate) fn fail_workers(&mut self, index: usize) {
-        self.workers_end(index, self.agents[index].turn, true);
-    }
-
-    /// What has become of each agent.
-    pub(crate) fn ends(&self) -> Vec<(&str, &Work)> {
-        self.agents.iter().map(|agent| (agent.name.as_str(), &agent.work)).collect()
-    }
-
-    /// How many agents have ended that way.
-    pub(crate) fn count_ended(&self, how: &'static str) -> usize {
-        self.agents.iter().filter(|agent| agent.work == Work::Ended(how)).count()
-    }
-
-    pub(crate) fn all_ended(&self, how: &'static str) -> bool {
-        self.count_ended(how) == self.agents.len()
     }
 }

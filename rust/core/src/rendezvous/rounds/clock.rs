@@ -1,9 +1,15 @@
 //! What becomes due: silences, last calls, join timeouts, and failures that were announced.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use super::{Action, Id, MOST_NAMES, Member, Phase, Rounds, Seat};
+use super::{Action, Doubt, Gone, Id, MOST_NAMES, Member, Phase, Rounds, Seat};
 use crate::rendezvous::message::Notice;
+
+/// After this part of the silence with which an agent is lost, its machine is asked whether it is there.
+const DOUBTFUL_PART: u32 = 3;
+
+/// The machine has so long to answer.
+const ANSWER_TIME: Duration = Duration::from_secs(1);
 
 impl Rounds {
     /// Something is due at this time, and may be before.
@@ -11,17 +17,69 @@ impl Rounds {
         self.due = Some(self.due.map_or(at, |due| due.min(at)));
     }
 
+    /// An agent that was heard now may be silent from now on.
+    pub(super) fn expect_silence(&mut self, now: Instant) {
+        self.expect_by(now + self.settings.silence / DOUBTFUL_PART);
+    }
+
     /// The earliest deadline that there is. To find it all members are looked at.
     fn earliest(&self) -> Option<Instant> {
         let silences = self.members.values().filter(|member| !member.who.is_host);
-        let silences = silences.map(|member| member.heard + self.settings.silence);
+        let silences = silences.map(|member| member.heard + self.patience(member));
         let last_call = match self.phase {
             Phase::Gathering { last_call, .. } => last_call.filter(|_| self.tally.returning == 0),
             _ => None,
         };
         let waits = self.members.values().filter_map(|member| self.join_deadline(member));
         let pending = self.pending.as_ref().map(|pending| pending.at);
-        silences.chain(waits).chain(last_call).chain(pending).min()
+        silences.chain(waits).chain(last_call).chain(pending).chain(self.explain_at).min()
+    }
+
+    /// For how long an agent may be silent until something is done about it.
+    fn patience(&self, member: &Member) -> Duration {
+        let silence = self.settings.silence;
+        match member.doubt {
+            Doubt::None => silence / DOUBTFUL_PART,
+            Doubt::Probed => (silence / DOUBTFUL_PART + ANSWER_TIME).min(silence),
+            Doubt::Examined => silence,
+        }
+    }
+
+    /// Looks into the silence of an agent: has its machine gone, or only stopped the agent? That is for people to know; either way it is
+    /// lost when it has been silent for long enough.
+    fn doubt(&mut self, now: Instant) {
+        let is_due = |member: &Member| {
+            let is_doubtful = matches!(member.doubt, Doubt::None | Doubt::Probed);
+            !member.who.is_host && is_doubtful && now >= member.heard + self.patience(member)
+        };
+        let doubtful: Vec<Id> = self.members.iter().filter(|(_, member)| is_due(member)).map(|(id, _)| *id).collect();
+        for id in doubtful {
+            let Some(member) = self.members.get_mut(&id) else { continue };
+            if member.doubt == Doubt::None {
+                member.doubt = Doubt::Probed;
+                self.tell(id, Notice::Probe);
+            } else {
+                member.doubt = Doubt::Examined;
+                self.actions.push(Action::Examine(id));
+            }
+        }
+    }
+
+    pub(super) fn examined(&mut self, now: Instant, id: Id, is_acknowledged: bool) {
+        let Some(member) = self.members.get(&id).filter(|member| member.doubt == Doubt::Examined) else { return };
+        let (silent, silence) = (now.saturating_duration_since(member.heard), self.settings.silence);
+        let guess = if is_acknowledged {
+            "its machine answers, so the agent is suspended or stuck"
+        } else {
+            "its machine does not answer either, or the network to it is down"
+        };
+        let text = format!(
+            "{} has been silent for {:.1} s: {guess}; it is lost after {:.1} s (heartbeat_timeout)",
+            member.label(),
+            silent.as_secs_f64(),
+            silence.as_secs_f64()
+        );
+        self.remark(&text);
     }
 
     /// When an agent that waits is told that it has waited in vain. Spares wait as long as there is a round.
@@ -35,9 +93,9 @@ impl Rounds {
 
     /// This process was stopped, or its machine was: it has heard nobody meanwhile, and nobody is to blame for that.
     pub(super) fn forgive_own_pause(&mut self, now: Instant) {
-        if self.due.is_some_and(|due| now > due.max(self.last_step) + self.settings.silence / 2) {
+        if self.due.is_some_and(|due| now > due.max(self.last_step) + self.settings.silence / 4) {
             for member in self.members.values_mut() {
-                member.heard = now;
+                (member.heard, member.doubt) = (now, Doubt::None);
             }
         }
     }
@@ -59,8 +117,10 @@ impl Rounds {
             let text = format!("it was silent for {:.1} s", silence.as_secs_f64());
             self.tell(id, Notice::Dropped { text: format!("this node was taken for lost: {text}") });
             self.actions.push(Action::Drop(id));
-            self.remove(now, id, &format!("was lost: {text}"));
+            let heard = self.members.get(&id).map_or(now, |member| member.heard);
+            self.remove(now, id, &format!("was lost: {text}"), Gone::Lost(heard));
         }
+        self.doubt(now);
         if let Some(pending) = self.pending.take_if(|pending| now >= pending.at) {
             if pending.is_final {
                 self.close_for_good(&pending.cause);
@@ -69,6 +129,7 @@ impl Rounds {
             }
         }
         self.try_begin(now);
+        self.explain(now);
         let is_late = |member: &Member| self.join_deadline(member).is_some_and(|deadline| now >= deadline);
         let late: Vec<Id> = self.members.iter().filter(|(_, member)| is_late(member)).map(|(id, _)| *id).collect();
         if late.is_empty() {

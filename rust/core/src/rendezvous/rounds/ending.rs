@@ -2,16 +2,18 @@
 
 use std::time::{Duration, Instant};
 
-use super::{Action, Id, Phase, Rounds, Seat};
-use crate::rendezvous::message::{Cause, Kind, MOST_TEXT_BYTES, Notice, bounded};
+use super::{Action, Gone, Id, Member, Phase, Rounds, Seat};
+use crate::rendezvous::message::{Cause, Kind, Notice};
 
-/// After a worker's failure that is to end the job, how long it is waited for word of a lost node, which would explain it: workers fail
-/// with their peers, and their agent may be heard first.
+/// A node that is lost so long after a worker's failure, or before it, explains it: workers fail with their peers, and their agent may
+/// be heard first. A last failure ends the job after this time.
 const LOSS_GRACE: Duration = Duration::from_millis(250);
 
 /// A failure that ends the round by a time at the latest.
 #[derive(Debug)]
 pub(super) struct Pending {
+    /// When it was heard of.
+    since: Instant,
     pub(super) at: Instant,
     pub(super) cause: Cause,
     /// It ends the job.
@@ -19,11 +21,8 @@ pub(super) struct Pending {
 }
 
 impl Rounds {
-    pub(super) fn fail(&mut self, now: Instant, id: Id, round: u64, at_ns: u64, text: &str, is_final: bool) {
+    pub(super) fn fail(&mut self, now: Instant, id: Id, round: u64, cause: Cause, is_final: bool) {
         let Some(member) = self.members.get(&id) else { return };
-        let node = member.who.name.clone();
-        let text = format!("{} on {node}", bounded(text, MOST_TEXT_BYTES));
-        let cause = Cause { kind: Kind::Failure, node, at_ns: Some(at_ns), text };
         if self.begun != round + 1 {
             return;
         }
@@ -32,7 +31,7 @@ impl Rounds {
                 true if self.members.values().filter(|member| member.is_in()).count() == 1 => {
                     self.close_for_good(&cause);
                 }
-                true => self.expect_end(now + LOSS_GRACE, cause, true),
+                true => self.expect_end(now, now + LOSS_GRACE, cause, true),
                 false if self.pending.as_ref().is_some_and(|pending| pending.is_final) => {}
                 false => self.end_round(now, &cause),
             }
@@ -50,7 +49,7 @@ impl Rounds {
     }
 
     /// The running round ends of `cause`, unless it ends before. What ends the job counts more than what does not.
-    pub(super) fn expect_end(&mut self, at: Instant, cause: Cause, is_final: bool) {
+    pub(super) fn expect_end(&mut self, since: Instant, at: Instant, cause: Cause, is_final: bool) {
         if !matches!(self.phase, Phase::Running) {
             return;
         }
@@ -59,12 +58,26 @@ impl Rounds {
             Some(known) if known.is_final == is_final => {
                 // What happened first counts, whichever was heard of first.
                 let cause = if cause.is_before(&known.cause) { cause } else { known.cause };
-                Pending { at: at.min(known.at), cause, is_final }
+                Pending { since: since.min(known.since), at: at.min(known.at), cause, is_final }
             }
-            _ => Pending { at, cause, is_final },
+            _ => Pending { since, at, cause, is_final },
         };
         self.expect_by(pending.at);
         self.pending = Some(pending);
+    }
+
+    /// A node of the running round is gone. That explains a failure of this time, and no other.
+    pub(super) fn lose(&mut self, now: Instant, lost: &Cause, gone: Gone) {
+        match self.pending.take() {
+            Some(pending) if !gone.explains(pending.since) => {
+                if pending.is_final {
+                    self.pending = Some(pending);
+                } else {
+                    self.end_round(now, &pending.cause);
+                }
+            }
+            _ => self.end_round(now, lost),
+        }
     }
 
     pub(super) fn end_round(&mut self, now: Instant, cause: &Cause) {
@@ -84,10 +97,12 @@ impl Rounds {
         self.pending = None;
         self.gone_finished.clear();
         self.phase = Phase::Gathering { since: now, last_call: None };
+        self.members.values_mut().for_each(|member| member.is_late = false);
         // Spares have waited without a deadline.
         if let Some(deadline) = self.members.values().filter_map(|member| self.join_deadline(member)).min() {
             self.expect_by(deadline);
         }
+        self.expect_explanation(now);
         self.try_begin(now);
     }
 
@@ -99,7 +114,7 @@ impl Rounds {
         }
         if self.settings.most_membership_changes.is_some_and(|most| self.membership_changes > most) {
             let text = format!("{}, after {} membership changes", cause.text, self.membership_changes - 1);
-            self.close(&text);
+            self.close(&text, cause.code);
             return false;
         }
         self.cause = Some(cause);
@@ -107,20 +122,37 @@ impl Rounds {
     }
 
     pub(super) fn close_for_good(&mut self, cause: &Cause) {
-        self.close(&format!("{}, and no restart is left", cause.text));
+        self.close(&format!("{}, and no restart is left", cause.text), cause.code);
     }
 
-    pub(super) fn close(&mut self, text: &str) {
-        if self.closed().is_some() {
-            return;
+    /// Ends the job, unless it has ended. It has not succeeded, whatever the code says.
+    pub(super) fn close(&mut self, text: &str, code: i32) {
+        if self.closed().is_none() {
+            self.end(text, if code == 0 { 1 } else { code });
         }
-        let is_running = matches!(self.phase, Phase::Running);
-        for (id, member) in &self.members {
-            let is_spare = is_running && matches!(member.seat, Seat::Waiting { .. });
-            self.actions.push(Action::Tell(*id, Notice::Closed { text: text.into(), is_spare }));
-        }
+    }
+
+    pub(super) fn end(&mut self, text: &str, code: i32) {
+        self.phase = Phase::Closed { why: text.into(), code };
         self.pending = None;
-        self.phase = Phase::Closed { why: text.into(), is_success: false };
+        self.explain_at = None;
+        let notices = self.members.iter().map(|(id, member)| Action::Tell(*id, self.end_for(member)));
+        let notices: Vec<_> = notices.collect();
+        self.actions.extend(notices);
+    }
+
+    /// What the end of the job means for one agent.
+    pub(super) fn end_for(&self, member: &Member) -> Notice {
+        let Phase::Closed { why, code } = &self.phase else { return Notice::Released };
+        let membership = member.who.membership;
+        let has_finished = matches!(member.seat, Seat::Finished(_)) || self.gone_finished.contains_key(&membership);
+        if *code == 0 && has_finished {
+            return Notice::Released;
+        }
+        if member.is_late || !self.known.contains(&membership) {
+            return Notice::Late { text: why.clone() };
+        }
+        Notice::Closed { text: why.clone(), code: *code }
     }
 
     /// A node is lost from a round that is just over: if that ended because a worker failed, it is why the worker did.
@@ -129,5 +161,12 @@ impl Rounds {
             self.failures -= 1;
             self.count(lost);
         }
+    }
+}
+
+impl Gone {
+    /// Whether workers may have failed at `since` because of this.
+    pub(super) fn explains(self, since: Instant) -> bool {
+        matches!(self, Self::Lost(at) if at <= since + LOSS_GRACE)
     }
 }

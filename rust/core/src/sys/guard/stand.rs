@@ -1,6 +1,5 @@
 //! What the guard process does.
 
-use std::collections::BTreeMap;
 use std::ffi::c_int;
 use std::io::{self, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -9,9 +8,13 @@ use std::time::{Duration, Instant};
 
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, RecvMsg};
 use rustix::process::{PidfdFlags, pidfd_open};
+use rustix::time::{
+    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create, timerfd_settime,
+};
 
 use super::{MESSAGE_BYTES, Orders, Word};
 use crate::sys::cgroup;
+use crate::sys::lease::{LeasePage, now_ns};
 use crate::sys::leftovers::{GUARD_NAME, Query, Session, find};
 use crate::sys::poller::wait_readable;
 use crate::sys::process::pidfd_send_signal;
@@ -32,7 +35,7 @@ pub fn stand(line: OwnedFd, orders: &Orders) {
     let agent = rustix::process::getppid();
     let line = isolate(line);
     let agent = agent.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
-    let held = listen(&line, agent.as_ref());
+    let held = listen(&line, agent.as_ref(), orders);
     sweep(&held, orders);
 }
 
@@ -70,50 +73,116 @@ fn isolate(line: OwnedFd) -> OwnedFd {
     }
 }
 
-/// Takes note of the workers until the agent is gone.
-fn listen(line: &OwnedFd, agent: Option<&OwnedFd>) -> Vec<Session> {
-    let mut held = BTreeMap::new();
+/// What the agent has told.
+#[derive(Default)]
+struct Held {
+    sessions: Vec<Session>,
+    lease: Option<LeasePage>,
+    /// The end of a lease for which the workers have been ended.
+    ended_at_ns: Option<u64>,
+}
+
+impl Held {
+    fn release(&mut self, leader: i32) {
+        self.sessions.retain(|session| session.leader != leader);
+    }
+
+    /// When the workers are to be ended, if there is such a time.
+    fn due_ns(&self) -> Option<u64> {
+        let due_ns = self.lease.as_ref().and_then(LeasePage::kill_at_ns);
+        due_ns.filter(|due_ns| self.ended_at_ns != Some(*due_ns) && !self.sessions.is_empty())
+    }
+}
+
+/// Takes note of the workers until the agent is gone. Ends them when their lease is over.
+fn listen(line: &OwnedFd, agent: Option<&OwnedFd>, orders: &Orders) -> Vec<Session> {
+    let mut held = Held::default();
+    let timer = timerfd_create(TimerfdClockId::Boottime, TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK).ok();
     loop {
-        let ready = wait_readable([Some(line as &dyn AsFd), agent.map(|agent| agent as &dyn AsFd)], None);
-        let Ok([has_message, is_gone]) = ready else { break };
+        let due_ns = held.due_ns();
+        if let Some(timer) = &timer {
+            // An absolute time of 0 disarms it. The lease may have been renewed by then: that is seen then.
+            set_absolute(timer, due_ns.unwrap_or(0));
+        }
+        let timer = timer.as_ref().map(|timer| timer as &dyn AsFd);
+        let ready = wait_readable([Some(line as &dyn AsFd), agent.map(|agent| agent as &dyn AsFd), timer], None);
+        let Ok([has_message, is_gone, _]) = ready else { break };
         // The line first: what the agent has said before its end counts.
         if has_message {
             match receive(line) {
-                Ok(Some((Word::Hold, session))) => drop(held.insert(session.leader, session)),
-                Ok(Some((Word::Release, session))) => drop(held.remove(&session.leader)),
+                Ok(Some(Message::Hold(session))) => {
+                    held.release(session.leader);
+                    held.sessions.push(session);
+                }
+                Ok(Some(Message::Release(leader))) => held.release(leader),
+                Ok(Some(Message::Lease(page))) => held.lease = page,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Ok(None) | Err(_) => break,
             }
         } else if is_gone {
             break;
+        } else if let Some(due_ns) = held.due_ns().filter(|due_ns| now_ns() >= *due_ns) {
+            held.ended_at_ns = Some(due_ns);
+            kill_all(&held.sessions, orders);
         }
     }
-    held.into_values().collect()
+    held.sessions
+}
+
+fn set_absolute(timer: &OwnedFd, at_ns: u64) {
+    const NS: u64 = 1_000_000_000;
+    let zero = Timespec { tv_sec: 0, tv_nsec: 0 };
+    let part = |ns: u64| i64::try_from(ns).unwrap_or(i64::MAX);
+    let it_value = Timespec { tv_sec: part(at_ns / NS), tv_nsec: part(at_ns % NS) };
+    // It fails for a descriptor that is none.
+    let _ = timerfd_settime(timer, TimerfdTimerFlags::ABSTIME, &Itimerspec { it_interval: zero, it_value });
+}
+
+enum Message {
+    Hold(Session),
+    Release(i32),
+    Lease(Option<LeasePage>),
 }
 
 /// The next message; `None` at the end of the line.
-fn receive(line: &OwnedFd) -> io::Result<Option<(Word, Session)>> {
+fn receive(line: &OwnedFd) -> io::Result<Option<Message>> {
     let mut bytes = [0u8; MESSAGE_BYTES];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
     let RecvMsg { bytes: count, .. } =
         rustix::net::recvmsg(line, &mut [IoSliceMut::new(&mut bytes)], &mut ancillary, RecvFlags::CMSG_CLOEXEC)?;
-    let mut pidfd = None;
+    let mut fd = None;
     for message in ancillary.drain() {
         if let RecvAncillaryMessage::ScmRights(fds) = message {
-            pidfd = fds.last();
+            fd = fds.last();
         }
     }
+    if count != MESSAGE_BYTES {
+        return Ok(None);
+    }
     let [word, leader @ ..] = bytes;
-    let word = if word == Word::Release as u8 { Word::Release } else { Word::Hold };
     let leader = i32::from_ne_bytes(leader);
-    let started = procfs::stat(leader).map(|stat| stat.started);
-    Ok((count == MESSAGE_BYTES).then(|| (word, Session { leader, pidfd, started })))
+    Ok(Some(if word == Word::Release as u8 {
+        Message::Release(leader)
+    } else if word == Word::Lease as u8 {
+        Message::Lease(fd.and_then(|fd| LeasePage::open(fd).ok()))
+    } else {
+        let started = procfs::stat(leader).map(|stat| stat.started);
+        Message::Hold(Session { leader, pidfd: fd, started })
+    }))
 }
 
 /// Kills what a killed agent has left, until there is nothing.
 fn sweep(held: &[Session], orders: &Orders) {
-    // The kernel has done this for all that have not changed their death signal.
+    kill_all(held, orders);
+    if let Some(folder) = &orders.cgroup {
+        let _ = cgroup::remove(folder);
+    }
+}
+
+/// Kills the workers and what they have started, until there is nothing left.
+fn kill_all(held: &[Session], orders: &Orders) {
+    // The kernel has done this where the agent was killed, for all that have not changed their death signal.
     for pidfd in held.iter().filter_map(|session| session.pidfd.as_ref()) {
         let _ = pidfd_send_signal(pidfd.as_fd(), libc::SIGKILL, 0);
     }
@@ -140,8 +209,5 @@ fn sweep(held: &[Session], orders: &Orders) {
         }
         std::thread::sleep(pause);
         pause = (pause * 2).min(LONGEST_PAUSE);
-    }
-    if let Some(folder) = folder {
-        let _ = cgroup::remove(folder);
     }
 }
