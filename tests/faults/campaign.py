@@ -267,7 +267,7 @@ class _Trial:
         if case.failures + kills > case.restarts:
             codes |= {FAILED} if case.failures else set()
             codes |= {128 + KILL} if kills else set()
-        if self.sent["agent", TERM, node]:
+        if any(self.sent["agent", TERM, other] for other in range(case.nodes)):  # the end of the host is that of all
             codes.add(128 + TERM)
         if node in self.told_early:  # nobody has asked for the signal yet: it does what it does to any program
             codes.add(-TERM)
@@ -275,7 +275,7 @@ class _Trial:
             codes.add(-KILL)
         if case.nodes > 1:
             codes.add(1)
-            # Its own workers may have succeeded when the other node fails.
+            # Its own workers may have succeeded when the agent that knows of the others is killed.
             codes |= {0} if any(self.has_succeeded(name) for name in self.of_node("ready", node)) else set()
         return codes
 

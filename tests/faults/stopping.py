@@ -352,11 +352,10 @@ class _Stop:
         case, of_signal = self.case, 128 + self.case.number
         if case.state == "success":
             return {0}
-        # The end of the host is the end of the job, with code 1, unless an agent's own signal comes first.
-        lost_host = {1} if node != self.host and self.order[0] == self.host else set()
         if case.state == "failure":
-            return {FAILED} if node == case.nodes - 1 else {1, of_signal}
-        return {of_signal} | lost_host
+            return {FAILED} if node == case.nodes - 1 else {FAILED, of_signal}
+        # Also that of an agent which hears of the end of the host before its own signal comes.
+        return {of_signal}
 
     def to_save(self) -> list[tuple[str, int]]:
         """Name and pid of those who have something to save: workers that were ready and did not end before, and helpers."""
