@@ -400,6 +400,22 @@ def test_the_environment_of_a_function(start: Callable[..., Any], tmp_path: Path
     assert "MY_VARIABLE" not in os.environ
 
 
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_function_that_has_returned_is_held_until_all_have(
+    start: Callable[..., Any], tmp_path: Path, method: str
+) -> None:
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    arguments = (str(tmp_path), str(gate))
+    context = start(workers.return_and_note_the_end, arguments, arguments, start_method=method)
+    assert eventually((tmp_path / "returned 0").exists, 60)
+    assert context.wait(0) is None
+    with open(gate, "w"):
+        pass
+    assert sorted(finished(context).return_values) == [0, 1]
+    assert [content(tmp_path / f"end of {rank}") for rank in range(2)] == ["returned 0,returned 1"] * 2
+
+
 def test_functions_are_stopped(impl: Implementation, start: Callable[..., Any], tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "ready")
     context = start(workers.announce_and_wait, (str(tmp_path / "ready"),))

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
@@ -85,3 +86,28 @@ def by_rank(*functions_and_arguments: tuple[Any, ...]) -> Any:
     """Call the function that is meant for the rank of this worker."""
     function, *arguments = functions_and_arguments[int(os.environ["RANK"])]
     return function(*arguments)
+
+
+class Told:
+    """A value whose sending leaves a file."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        Path(self.path).touch()
+        return Told, (self.path,)
+
+
+def return_and_note_the_end(folder: str, gate: str) -> Told:
+    """Rank 1 returns when ``gate`` is opened. At its end, each rank notes which ranks have returned by then."""
+    rank = os.environ["RANK"]
+
+    def note() -> None:
+        returned = sorted(path.name for path in Path(folder).glob("returned *"))
+        Path(folder, f"end of {rank}").write_text(",".join(returned))
+
+    Finalize(None, note, exitpriority=0)
+    if rank == "1":
+        Path(gate).read_text()
+    return Told(str(Path(folder, f"returned {rank}")))

@@ -16,6 +16,8 @@ from ferroelastic.multiprocessing._std import get_std_cm
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from ferroelastic.multiprocessing._hold import Hold
+
 __all__ = ["Task", "load_return_value"]
 
 
@@ -29,6 +31,7 @@ class Task:
     stdout: str
     stderr: str
     return_file: str
+    hold: Hold
     parent_pid: int | None
     """Process that the worker must be a child of; ``None`` if another one (a fork server) creates it."""
     cpus: Sequence[int] | None
@@ -54,7 +57,13 @@ def _wrap(task: Task) -> None:
 
     with get_std_cm(task.stdout, redirect_stdout), get_std_cm(task.stderr, redirect_stderr):
         try:
-            record(run)(*task.args)
+            try:
+                record(run)(*task.args)
+            except SystemExit as exit_request:
+                if exit_request.code is not None and not _is_zero(exit_request.code):
+                    raise
+            _flush()
+            task.hold.wait()
         except KeyboardInterrupt:
             _print_traceback()
             # To end by the signal, as every Python program does: exit code 0 would hide it.
@@ -62,7 +71,7 @@ def _wrap(task: Task) -> None:
             _flush()
             os.kill(os.getpid(), signal.SIGINT)
         except SystemExit as exit_request:
-            if exit_request.code is None or isinstance(exit_request.code, int):
+            if isinstance(exit_request.code, int):
                 raise
             print(exit_request.code, file=sys.stderr)  # noqa: T201 - what the interpreter does with it
             sys.exit(1)
@@ -72,6 +81,10 @@ def _wrap(task: Task) -> None:
             sys.exit(1)
         finally:
             _flush()
+
+
+def _is_zero(code: object) -> bool:
+    return isinstance(code, int) and code == 0
 
 
 def _become_worker(task: Task) -> None:

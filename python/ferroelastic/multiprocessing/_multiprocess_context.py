@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ferroelastic._engine import get_engine
 from ferroelastic.multiprocessing._context import PContext, RunProcsResult
 from ferroelastic.multiprocessing._entry import Task, _wrap, load_return_value
+from ferroelastic.multiprocessing._hold import Hold
 from ferroelastic.multiprocessing._processes import cpus_for, exit_code, lost_status
 from ferroelastic.utils.logging import get_logger
 
@@ -44,7 +45,7 @@ class MultiprocessContext(PContext):
     """Workers that run a function in processes of ``multiprocessing``. Mirrors torch's ``MultiprocessContext``.
 
     Python starts and reaps the processes, the engine observes and stops them. Each worker leaves its return value in a file
-    and ends; where torch reports one failed rank, all that failed are reported.
+    and is held until all have returned or one has failed. Where torch reports one failed rank, all that failed are reported.
 
     Args:
         name: see :class:`PContext`.
@@ -90,6 +91,7 @@ class MultiprocessContext(PContext):
         self._pc: _ProcessSet | None = None
         self._return_folder: str | None = None
         self._observed_ranks: list[int] = []
+        self._hold: Hold | None = None
 
     def _start(self) -> None:
         if self._pc:
@@ -99,11 +101,12 @@ class MultiprocessContext(PContext):
 
         context = multiprocessing.get_context(self.start_method)
         self._return_folder = tempfile.mkdtemp(prefix="ferroelastic_")
-        self._pc = _ProcessSet([self._make_process(context, rank) for rank in range(self.nprocs)])
+        self._hold = hold = Hold(self.nprocs)
+        self._pc = _ProcessSet([self._make_process(context, rank, hold) for rank in range(self.nprocs)])
         self._start_processes(self._pc.processes)
         self._observe(self._pc.processes)
 
-    def _make_process(self, context: BaseContext, rank: int) -> BaseProcess:
+    def _make_process(self, context: BaseContext, rank: int, hold: Hold) -> BaseProcess:
         task = Task(
             fn=self.entrypoint,
             args=self.args[rank],
@@ -111,6 +114,7 @@ class MultiprocessContext(PContext):
             stdout=self.stdouts[rank],
             stderr=self.stderrs[rank],
             return_file=os.path.join(str(self._return_folder), f"{rank}.pickle"),
+            hold=hold,
             parent_pid=None if self.start_method == "forkserver" else os.getpid(),
             cpus=cpus_for(rank, self._numa_options),
             forked=self.start_method == "fork",
@@ -178,7 +182,11 @@ class MultiprocessContext(PContext):
         for rank in sorted(self._running_local_ranks):
             process = self._pc.processes[rank]
             if rank in exits or (rank not in self._observed_ranks and process.exitcode is not None):
-                self._note_end(rank, int(process.pid or 0), self._reap(process, exits.get(rank)), exits.get(rank))
+                code = self._reap(process, exits.get(rank))
+                if self._hold is not None:
+                    # It counts as arrived, however it has ended with 0; one that has failed makes waiting pointless.
+                    (self._hold.arrive if code == 0 else self._hold.release)()
+                self._note_end(rank, int(process.pid or 0), code, exits.get(rank))
 
     def _reap(self, process: BaseProcess, ended: _rust.Exit | None) -> int:
         # It has ended, so this does not wait; but a fork server may still have to pass the exit code on. With a timeout,
@@ -232,8 +240,17 @@ class MultiprocessContext(PContext):
             raise AssertionError("the workers were not started; call start() first")
         return dict(enumerate(self._pc.pids()))
 
+    def begin_stop(self, death_sig: signal.Signals, timeout: float) -> None:
+        """Send the workers the signal to end, let those go that are held, and return; :meth:`close` does the rest."""
+        super().begin_stop(death_sig, timeout)
+        if self._hold is not None:
+            self._hold.release()
+
     def _close(self, death_sig: signal.Signals, timeout: float = 30) -> None:
         try:
+            if self._hold is not None:
+                # A handler of the function for the signal to end would keep a worker here for the whole grace.
+                self._hold.release()
             if self._group is not None:
                 self._stop_group(self._group, death_sig, timeout)
             elif self._pc is not None and any(process.exitcode is None for process in self._pc.processes):
@@ -242,6 +259,8 @@ class MultiprocessContext(PContext):
                 self._pc = None
         finally:
             self._capture_exits()
+            if self._hold is not None:
+                self._hold.close()
             if self._return_folder is not None:
                 import shutil
 

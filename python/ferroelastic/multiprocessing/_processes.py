@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ferroelastic._engine import get_engine
 from ferroelastic._wait import wait_for_event
+from ferroelastic.multiprocessing._debuggers import followed
 from ferroelastic.utils.logging import get_logger
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def make_command(
     local_rank: int,
     numa_options: NumaOptions | None,
 ) -> tuple[tuple[str, ...], _rust.Command]:
-    """Argument vector and native command of one worker.
+    """Argument vector and native command of one worker; a debugger that is attached to this process follows into it.
 
     Args:
         entrypoint: program.
@@ -58,7 +59,7 @@ def make_command(
 
     argv = (entrypoint, *map(str, args))
     command = _rust.Command(
-        argv,
+        followed(argv),
         {**os.environ, **env},
         stdout=stdout or None,
         stderr=stderr or None,
