@@ -8,6 +8,7 @@ from typing import Any
 __all__ = ["Hold"]
 
 _ARRIVAL = b"\0"
+_COUNTER_BYTES = 8
 
 
 class Hold:
@@ -45,8 +46,8 @@ class Hold:
         return {
             "number": self._number,
             "pipe_id": self._pipe_id,
-            "arrival": DupFd(self._arrival_fd),  # type: ignore[no-untyped-call]  # of the standard library
-            "release": DupFd(self._release_fd),  # type: ignore[no-untyped-call]
+            "arrival": DupFd(self._arrival_fd),
+            "release": DupFd(self._release_fd),
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -67,7 +68,7 @@ class Hold:
         except OSError:
             return
         self.arrive()
-        os.eventfd_read(self._release_fd)
+        os.read(self._release_fd, _COUNTER_BYTES)  # unlike os.eventfd_read, it goes on after a signal
 
     def arrive(self) -> None:
         """Count one worker as arrived: the caller, or one that has ended with exit code 0 without having returned."""

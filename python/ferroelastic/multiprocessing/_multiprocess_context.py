@@ -183,9 +183,8 @@ class MultiprocessContext(PContext):
             process = self._pc.processes[rank]
             if rank in exits or (rank not in self._observed_ranks and process.exitcode is not None):
                 code = self._reap(process, exits.get(rank))
-                if self._hold is not None:
-                    # It counts as arrived, however it has ended with 0; one that has failed makes waiting pointless.
-                    (self._hold.arrive if code == 0 else self._hold.release)()
+                if self._hold is not None and code == 0:
+                    self._hold.arrive()  # it may have ended without doing so itself
                 self._note_end(rank, int(process.pid or 0), code, exits.get(rank))
 
     def _reap(self, process: BaseProcess, ended: _rust.Exit | None) -> int:
