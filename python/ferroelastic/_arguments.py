@@ -197,6 +197,13 @@ def get_args_parser() -> ArgumentParser:
         help="Seconds that workers have between the signal to end and SIGKILL. "
         "Default $TORCH_ELASTIC_SHUTDOWN_TIMEOUT, else 30.",
     )
+    option(
+        "--interactive-rank",
+        type=int,
+        default=None,
+        help="Give the terminal to the worker with this local rank: it reads what is typed, and its output is neither teed nor redirected. "
+        "For breakpoint() and questions. Not in torchrun.",
+    )
     flag(
         "--keep-detached",
         help="Never end helper processes that left their worker's process group (setsid, setpgid). By default they end after a failure, "

@@ -54,6 +54,29 @@ def check_detached(args: Namespace) -> None:
         raise UsageError("--keep-detached and --end-detached exclude each other; leave one out")
 
 
+def check_interactive_rank(args: Namespace, nproc_per_node: int) -> None:
+    """Check that the worker that is to have the terminal exists, and that there is a terminal.
+
+    Args:
+        args: the command line, perhaps of a parser of torch's, which lacks the option.
+        nproc_per_node: number of workers on this node.
+
+    Raises:
+        UsageError: one of them does not.
+    """
+    rank = getattr(args, "interactive_rank", None)
+    if rank is None:
+        return
+    if not 0 <= rank < nproc_per_node:
+        raise UsageError(
+            f"{named('interactive_rank', rank)} is no local rank of this node; give 0 to {nproc_per_node - 1}"
+        )
+    if not os.isatty(0):
+        from ferroelastic.multiprocessing._terminal import NO_TERMINAL
+
+        raise UsageError(f"{named('interactive_rank', rank)}: {NO_TERMINAL}")
+
+
 def check_signals(handled: str, forwarded: str) -> None:
     """Check ``--signals-to-handle`` and ``--signals-to-forward``.
 

@@ -12,6 +12,7 @@ Intended differences:
 * GPUs are counted by asking the driver and not through torch: with a CPU-only torch on a host with GPUs ``gpu`` and
   ``auto`` count them.
 * ``--help`` and usage errors import no torch.
+* ``--interactive-rank`` gives the terminal to one worker.
 * When ``ferrorun`` is killed, its workers and their children end too. Helpers that have left the session of their worker end after a failure,
   before a restart and on a stop; ``--keep-detached`` and ``--end-detached`` change that.
 
@@ -220,6 +221,7 @@ def config_from_args(args: Namespace) -> tuple["LaunchConfig", Callable[..., Any
     nproc_per_node = determine_local_world_size(args.nproc_per_node)
     if nproc_per_node < 1:
         raise UsageError(f"{named('nproc_per_node', args.nproc_per_node)} must be > 0; give the number of workers")
+    _usage.check_interactive_rank(args, nproc_per_node)
     rdzv_configs = _usage.parse_rendezvous_conf(args.rdzv_conf)
     if static:
         rdzv_configs["rank"] = args.node_rank
@@ -258,6 +260,7 @@ def config_from_args(args: Namespace) -> tuple["LaunchConfig", Callable[..., Any
         duplicate_stderr_filters=args.duplicate_stderr_filters,
         virtual_local_rank=args.virtual_local_rank,
         shutdown_timeout=args.shutdown_timeout,
+        interactive_rank=getattr(args, "interactive_rank", None),
     )
     if nproc_per_node > 1 and "OMP_NUM_THREADS" not in os.environ:
         # Workers inherit it. As many threads as CPUs in each of many workers would be slower than one.

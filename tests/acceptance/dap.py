@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import TracebackType
 
+    from typing_extensions import Self
+
 PATIENCE_S = 120.0
 
 
@@ -17,17 +19,16 @@ class Session:
     """One connection to a debug adapter, attached to one process.
 
     Args:
-        host: where the adapter listens.
-        port: its port.
+        address: host and port of the adapter.
         options: what ``attach`` is told besides.
         source: script with breakpoints.
         lines: where they are.
     """
 
     def __init__(
-        self, host: str, port: int, options: dict[str, Any], source: str = "", lines: Sequence[int] = ()
+        self, address: tuple[str, int], options: dict[str, Any], source: str = "", lines: Sequence[int] = ()
     ) -> None:
-        self._socket = socket.create_connection((host, port), timeout=PATIENCE_S)
+        self._socket = socket.create_connection(address, timeout=PATIENCE_S)
         self._stream = self._socket.makefile("rb")
         self._number = 0
         self._events: list[dict[str, Any]] = []
@@ -41,7 +42,7 @@ class Session:
         self.answer_to(self.ask("configurationDone"))
         self.answer_to(attached)
 
-    def __enter__(self) -> Session:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

@@ -80,12 +80,12 @@ def test_debugpy_stops_at_a_breakpoint_in_each_worker(tmp_path: Path, debugged: 
     script, arguments = job(tmp_path)
     process, address = debugged(*arguments)
     answers: list[int] = []
-    with Session(*address, {"justMyCode": False, "subProcess": True}) as launcher:
+    with Session(address, {"justMyCode": False, "subProcess": True}) as launcher:
         followed = [launcher.event("debugpyAttach") for _ in range(2)]
 
         def debug(options: dict[str, Any]) -> None:
             place = options.pop("connect")
-            with Session(place["host"], place["port"], options, str(script), [LINE]) as worker:
+            with Session((place["host"], place["port"]), options, str(script), [LINE]) as worker:
                 stop = worker.event("stopped")
                 assert stop["reason"] == "breakpoint"
                 trace = worker.answer_to(worker.ask("stackTrace", threadId=stop["threadId"]))
@@ -110,7 +110,7 @@ def test_debugpy_stops_at_a_breakpoint_in_each_worker(tmp_path: Path, debugged: 
 def test_debugpy_that_is_not_to_follow_leaves_the_workers_alone(tmp_path: Path, debugged: Any) -> None:
     _, arguments = job(tmp_path)
     process, address = debugged("--configure-subProcess", "False", *arguments)
-    with Session(*address, {"justMyCode": False, "subProcess": False}) as launcher:
+    with Session(address, {"justMyCode": False, "subProcess": False}) as launcher:
         launcher.event("terminated")
         assert not any(event["event"] == "debugpyAttach" for event in launcher._events)
     assert process.wait(PATIENCE_S) == 0, output(tmp_path)

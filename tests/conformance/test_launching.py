@@ -49,6 +49,7 @@ class TestLaunchConfig:
         values = {field.name: getattr(made, field.name) for field in dataclasses.fields(made)}
         assert isinstance(values.pop("logs_specs"), impl.mp.DefaultLogsSpecs)
         assert values.pop("signals_to_forward", "") == ""  # not in torch
+        assert values.pop("interactive_rank", None) is None  # not in torch
         assert values == {
             "min_nodes": 1,
             "max_nodes": 2,
@@ -537,6 +538,7 @@ def as_data(module: Any, line: list[str]) -> Any:
         name: value for name, value in vars(fields["logs_specs"]).items() if name.startswith(("_r", "_tee", "_local"))
     }
     assert fields.pop("signals_to_forward", "") == ""  # not in torch
+    assert fields.pop("interactive_rank", None) is None  # not in torch
     options = fields["numa_options"]
     fields["numa_options"] = options and (options.affinity_mode.value, options.should_fall_back_if_binding_fails)
     return fields, getattr(entrypoint, "__name__", entrypoint), arguments

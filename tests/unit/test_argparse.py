@@ -68,7 +68,12 @@ COMMAND_LINES = [
 ]
 
 
-ADDED: dict[str, Any] = {"signals_to_forward": "", "keep_detached": False, "end_detached": False}
+ADDED: dict[str, Any] = {
+    "signals_to_forward": "",
+    "interactive_rank": None,
+    "keep_detached": False,
+    "end_detached": False,
+}
 """Options that torch has not. Each is off by default."""
 
 

@@ -52,7 +52,7 @@ def test_the_fields_are_torchs() -> None:
     ours = _fields(LaunchConfig)
     added = ours[len(_fields(theirs.LaunchConfig)) :]
     assert ours == [*_fields(theirs.LaunchConfig), *added]
-    assert [name for name, *_ in added] == ["signals_to_forward"]
+    assert [name for name, *_ in added] == ["signals_to_forward", "interactive_rank"]
 
 
 def test_the_rendezvous_timeout() -> None:

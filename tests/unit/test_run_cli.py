@@ -118,6 +118,7 @@ def _comparable(config: Any, logs: Any) -> dict[str, Any]:
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     del fields["logs_specs"]
     assert fields.pop("signals_to_forward", "") == ""  # not in torch
+    assert fields.pop("interactive_rank", None) is None  # not in torch
     numa = fields.pop("numa_options")
     fields["numa"] = numa and (numa.affinity_mode.value, numa.should_fall_back_if_binding_fails)
     fields["logs"] = (logs._root_log_dir, logs._redirects, logs._tee, logs._local_ranks_filter)

@@ -64,11 +64,12 @@ class LaunchConfig:
         duplicate_stderr_filters: likewise for standard error.
         virtual_local_rank: give each worker ``LOCAL_RANK=0`` and one visible device.
         signals_to_forward: names of the signals that are forwarded to the workers and end nothing, separated by commas. Not in torch.
+        interactive_rank: local rank that gets the terminal on standard input; ``None`` gives it to nobody. Not in torch.
         shutdown_timeout: grace in seconds between the stop signal and SIGKILL. Default
             ``$TORCH_ELASTIC_SHUTDOWN_TIMEOUT``, else 30.
 
     Raises:
-        ValueError: the shutdown timeout, given or from the environment, is no whole number of seconds from 0.
+        ValueError: ``interactive_rank`` is no local rank, or the shutdown timeout, given or from the environment, is no whole number of seconds from 0.
     """
 
     min_nodes: int
@@ -95,6 +96,7 @@ class LaunchConfig:
     virtual_local_rank: bool = False
     shutdown_timeout: int | None = None
     signals_to_forward: str = ""
+    interactive_rank: int | None = None
 
     def __post_init__(self) -> None:
         """Fill in what depends on other fields and on the environment."""
@@ -104,6 +106,10 @@ class LaunchConfig:
             self.rdzv_configs.setdefault("timeout", _DEFAULT_RENDEZVOUS_TIMEOUT_S)
         if self.logs_specs is None:
             self.logs_specs = DefaultLogsSpecs()
+        if self.interactive_rank is not None and not 0 <= self.interactive_rank < self.nproc_per_node:
+            raise ValueError(
+                f"interactive_rank={self.interactive_rank} is no local rank; give 0 to {self.nproc_per_node - 1}"
+            )
         self.shutdown_timeout = _resolve_shutdown_timeout(self.shutdown_timeout)
 
 
@@ -256,6 +262,7 @@ def _launch(
         duplicate_stderr_filters=_newer(config, "duplicate_stderr_filters", None),
         virtual_local_rank=_newer(config, "virtual_local_rank", False),
     )
+    interactive_rank = _newer(config, "interactive_rank", None)
     agent = LocalElasticAgent(
         spec=spec,
         logs_specs=config.logs_specs,  # type: ignore[arg-type]  # __post_init__ has set it
@@ -263,6 +270,8 @@ def _launch(
         log_line_prefix_template=config.log_line_prefix_template,
         shutdown_timeout=_resolve_shutdown_timeout(_newer(config, "shutdown_timeout", None)),
         health_check_server=health_check_server,
+        # Only where it is asked for: a class that takes the agent's place may have torch's parameters.
+        **({} if interactive_rank is None else {"interactive_rank": interactive_rank}),
     )
     if health_check_server is not None:
         # A server that was started before there was an agent has a proxy for the callback.
@@ -341,6 +350,7 @@ def _log_config(config: LaunchConfig, entrypoint_name: str) -> None:
         "numa_options": _newer(config, "numa_options", None),
         "signals_to_handle": _newer(config, "signals_to_handle", DEFAULT_SIGNALS),
         "signals_to_forward": _newer(config, "signals_to_forward", ""),
+        "interactive_rank": _newer(config, "interactive_rank", None),
         "duplicate_stdout_filters": _newer(config, "duplicate_stdout_filters", None),
         "duplicate_stderr_filters": _newer(config, "duplicate_stderr_filters", None),
     }

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from ferroelastic import _rust
     from ferroelastic.multiprocessing._logs import LogsSpecs
+    from ferroelastic.multiprocessing._terminal import Terminal
 
 __all__ = ["PContext", "RunProcsResult"]
 
@@ -83,11 +84,13 @@ class PContext(_compat.TorchVirtual, ABC):
     Attributes:
         shutdown_timeout: seconds between the stop signal and SIGKILL where workers are stopped because one has failed, and
             after a success the seconds in which processes that the workers left in their groups may finish. Set it before :meth:`start`.
+        interactive_rank: local rank that gets the terminal on standard input; ``None`` gives it to nobody. Set it before :meth:`start`.
         on_first_failure: called once with the first failure, as soon as it is seen: its peers are being stopped, and may take as
             long as the grace.
     """
 
     shutdown_timeout: float = 30
+    interactive_rank: int | None = None
     on_first_failure: Callable[[ProcessFailure], object] | None = None
 
     def __init__(
@@ -125,6 +128,7 @@ class PContext(_compat.TorchVirtual, ABC):
         self._linger_s = 0.0
         self._handling: _signals.Handling | None = None
         self._tails_give_up_at: float | None = None
+        self._terminal: Terminal | None = None
         self._tail_logs = [
             TailLog(name, logs_dest.tee_stdouts, sys.stdout, log_line_prefixes),
             TailLog(name, logs_dest.tee_stderrs, sys.stderr, log_line_prefixes),
@@ -160,6 +164,7 @@ class PContext(_compat.TorchVirtual, ABC):
 
         Raises:
             OSError: a worker cannot be started; :meth:`close` ends those that were.
+            ValueError: there is an interactive rank, and standard input is no terminal.
         """
         if threading.current_thread() is not threading.main_thread():
             logger.warning(
@@ -170,6 +175,11 @@ class PContext(_compat.TorchVirtual, ABC):
         names = os.environ.get(_SIGNALS_ENV, _signals.DEFAULT_SIGNALS)
         self._handling = _signals.Handling(names, receiver=self._pass_on)
         self._handling.install()
+        if self.interactive_rank is not None:
+            from ferroelastic.multiprocessing._terminal import Terminal
+
+            self._terminal = Terminal()
+            self._terminal.start()
         self._start()
         for tail_log in self._tail_logs:
             tail_log.start()
@@ -246,6 +256,8 @@ class PContext(_compat.TorchVirtual, ABC):
                 stack.callback(self._close_files)
                 for tail_log in self._tail_logs:
                     stack.callback(self._stop_tail, tail_log)
+                if self._terminal is not None:
+                    stack.callback(self._terminal.close)
                 self._close(death_sig or signal.SIGTERM, timeout)
             if self._handling is not None:
                 pending = self._handling.restore()
@@ -258,6 +270,9 @@ class PContext(_compat.TorchVirtual, ABC):
         if not self._failures:
             self._linger_s = self.shutdown_timeout
         self.close(timeout=self.shutdown_timeout)
+
+    def _terminal_of(self, local_rank: int) -> Terminal | None:
+        return self._terminal if local_rank == self.interactive_rank else None
 
     def begin_stop(self, death_sig: signal.Signals, timeout: float) -> None:
         """Send the workers the signal to end and return; :meth:`close` does the rest.

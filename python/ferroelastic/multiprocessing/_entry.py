@@ -32,6 +32,8 @@ class Task:
     stderr: str
     return_file: str
     hold: Hold
+    terminal: tuple[str, list[int]] | None
+    """What it takes as its controlling terminal, and for which standard streams."""
     parent_pid: int | None
     """Process that the worker must be a child of; ``None`` if another one (a fork server) creates it."""
     cpus: Sequence[int] | None
@@ -106,6 +108,12 @@ def _become_worker(task: Task) -> None:
         signal.set_wakeup_fd(-1)
         forget_in_child(signal.valid_signals())
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    if task.terminal is not None:
+        from ferroelastic.multiprocessing._on_terminal import take_terminal
+
+        take_terminal(*task.terminal)
+        # multiprocessing has put the null device in its place.
+        sys.stdin = open(0, closefd=False)  # noqa: SIM115 - as long as the process
     if task.cpus is not None:
         os.sched_setaffinity(0, task.cpus)
         for thread in os.listdir("/proc/self/task"):  # libraries that were imported on the way here have threads

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ferroelastic._compat import family
 from ferroelastic._signals import SignalException
+from ferroelastic.multiprocessing._logs import InteractiveLogsSpecs
 from ferroelastic.multiprocessing._std import _validate_full_rank
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def start_processes(
     duplicate_stderr_filters: list[str] | None = None,
     *,
     shutdown_timeout: float = 30,
+    interactive_rank: int | None = None,
 ) -> PContext:
     """Start one worker for each entry of ``args`` and ``envs``. Mirrors torch's ``start_processes``.
 
@@ -49,17 +51,24 @@ def start_processes(
         duplicate_stderr_filters: likewise for standard error.
         shutdown_timeout: when one worker fails, seconds that the others have after SIGTERM before SIGKILL; when all succeed, seconds
             that processes have to finish which the workers left in their groups.
+        interactive_rank: local rank that gets the terminal on standard input of this process: it is the worker's controlling terminal,
+            and none of its streams goes to a file. ``None`` gives it to nobody.
 
     Returns:
         The running workers: a ``SubprocessContext`` or a ``MultiprocessContext``.
 
     Raises:
         RuntimeError: ``args`` and ``envs`` do not have the same local ranks, without a gap.
+        ValueError: ``interactive_rank`` is no local rank, or standard input is no terminal.
         OSError: a worker or a log file cannot be started or made; nothing is left behind.
     """
     nprocs = len(args)
     _validate_full_rank(args, nprocs, "args")
     _validate_full_rank(envs, nprocs, "envs")
+    if interactive_rank is not None:
+        if interactive_rank not in args:
+            raise ValueError(f"interactive_rank={interactive_rank} is no local rank; give 0 to {nprocs - 1}")
+        logs_specs = InteractiveLogsSpecs(logs_specs, interactive_rank)
     context: PContext
     if isinstance(entrypoint, str):
         from ferroelastic.multiprocessing._subprocess_context import SubprocessContext
@@ -91,6 +100,7 @@ def start_processes(
             duplicate_stderr_filters=duplicate_stderr_filters,
         )
     context.shutdown_timeout = shutdown_timeout
+    context.interactive_rank = interactive_rank
     interrupting: tuple[type[BaseException], ...] = (*family(SignalException), KeyboardInterrupt)
     try:
         context.start()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
+from copy import copy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ from ferroelastic.utils.logging import get_logger
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-__all__ = ["DefaultLogsSpecs", "LogsDest", "LogsSpecs"]
+__all__ = ["DefaultLogsSpecs", "InteractiveLogsSpecs", "LogsDest", "LogsSpecs"]
 
 logger = get_logger(__name__)
 
@@ -211,6 +212,35 @@ class DefaultLogsSpecs(LogsSpecs):
         )
 
     __hash__ = None  # type: ignore[assignment]  # compared by value and not frozen, as torch's
+
+
+class InteractiveLogsSpecs(LogsSpecs):
+    """The logs of other specs, except that both streams of one local rank go to the console, and to no file.
+
+    Args:
+        specs: decides where all other output goes.
+        local_rank: the rank that has the terminal.
+    """
+
+    def __init__(self, specs: LogsSpecs, local_rank: int) -> None:
+        self._specs = specs
+        self._local_rank = local_rank
+
+    def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
+        """See :meth:`LogsSpecs.reify`."""
+        dest = copy(self._specs.reify(envs))
+        console = {self._local_rank: _CONSOLE}
+        dest.stdouts, dest.stderrs = {**dest.stdouts, **console}, {**dest.stderrs, **console}
+        dest.tee_stdouts, dest.tee_stderrs = map(self._others, (dest.tee_stdouts, dest.tee_stderrs))
+        return dest
+
+    def _others(self, paths: dict[int, str]) -> dict[int, str]:
+        return {local_rank: path for local_rank, path in paths.items() if local_rank != self._local_rank}
+
+    @property
+    def root_log_dir(self) -> str:
+        """The folder under which logs are written."""
+        return self._specs.root_log_dir
 
 
 def _attempt_names(name: str) -> Iterator[str]:

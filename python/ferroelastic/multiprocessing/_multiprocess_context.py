@@ -107,6 +107,7 @@ class MultiprocessContext(PContext):
         self._observe(self._pc.processes)
 
     def _make_process(self, context: BaseContext, rank: int, hold: Hold) -> BaseProcess:
+        terminal = self._terminal_of(rank)
         task = Task(
             fn=self.entrypoint,
             args=self.args[rank],
@@ -115,6 +116,7 @@ class MultiprocessContext(PContext):
             stderr=self.stderrs[rank],
             return_file=os.path.join(str(self._return_folder), f"{rank}.pickle"),
             hold=hold,
+            terminal=None if terminal is None else (terminal.path, terminal.descriptors),
             parent_pid=None if self.start_method == "forkserver" else os.getpid(),
             cpus=cpus_for(rank, self._numa_options),
             forked=self.start_method == "fork",

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from ferroelastic import _rust
+    from ferroelastic.multiprocessing._terminal import Terminal
     from ferroelastic.numa.binding import NumaOptions
 
 __all__ = ["NativeProcess", "cpus_for", "exit_code", "lost_status", "make_command", "spawn"]
@@ -43,6 +44,7 @@ def make_command(
     stderr: str | None,
     local_rank: int,
     numa_options: NumaOptions | None,
+    terminal: Terminal | None = None,
 ) -> tuple[tuple[str, ...], _rust.Command]:
     """Argument vector and native command of one worker; a debugger that is attached to this process follows into it.
 
@@ -54,12 +56,14 @@ def make_command(
         stderr: likewise for standard error.
         local_rank: position of the worker on this host.
         numa_options: which CPUs it is bound to.
+        terminal: what it takes as its controlling terminal; ``None`` gives it none.
     """
     from ferroelastic import _rust
 
     argv = (entrypoint, *map(str, args))
+    executed = followed(argv)
     command = _rust.Command(
-        followed(argv),
+        executed if terminal is None else terminal.command(executed),
         {**os.environ, **env},
         stdout=stdout or None,
         stderr=stderr or None,

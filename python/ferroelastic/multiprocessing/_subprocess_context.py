@@ -80,6 +80,7 @@ class SubprocessContext(PContext):
                     self.stderrs[rank],
                     rank,
                     self._numa_options,
+                    self._terminal_of(rank),
                 )
                 for rank in ranks
             ),

@@ -114,6 +114,7 @@ class LocalElasticAgent(SimpleElasticAgent):
         health_check_server: a started server to stop at the end, instead of one on ``TORCHELASTIC_HEALTH_CHECK_PORT``.
         uninterruptible_state_timeout: seconds a worker may sleep uninterruptibly in the kernel before the job is ended;
             0 means no limit, ``None`` takes ``TORCHELASTIC_UNINTERRUPTIBLE_STATE_TIMEOUT``.
+        interactive_rank: local rank that gets the terminal on standard input; ``None`` gives it to nobody.
     """
 
     def __init__(
@@ -126,6 +127,8 @@ class LocalElasticAgent(SimpleElasticAgent):
         shutdown_timeout: int = 30,
         health_check_server: HealthCheckServer | None = None,
         uninterruptible_state_timeout: float | None = None,
+        *,
+        interactive_rank: int | None = None,
     ) -> None:
         super().__init__(spec, exit_barrier_timeout, shutdown_timeout)
         self._start_method = start_method
@@ -137,6 +140,7 @@ class LocalElasticAgent(SimpleElasticAgent):
         self._worker_watchdog: Any = None
         self._made_up_timer_file: str | None = None
         self._logs_specs = logs_specs
+        self._interactive_rank = interactive_rank
         self._health_check_server = health_check_server
         # Value of the port's variable that was refused: once is enough to say so.
         self._refused_health_check_port: str | None = None
@@ -338,6 +342,7 @@ class LocalElasticAgent(SimpleElasticAgent):
             duplicate_stdout_filters=spec.duplicate_stdout_filters,
             duplicate_stderr_filters=spec.duplicate_stderr_filters,
             shutdown_timeout=self._shutdown_timeout,
+            **({} if self._interactive_rank is None else {"interactive_rank": self._interactive_rank}),
         )
         self._pcontext.on_first_failure = self._tell_first_failure
         if hasattr(self._worker_watchdog, "set_workers"):
