@@ -55,6 +55,13 @@ def test_the_fields_are_torchs() -> None:
     assert [name for name, *_ in added] == ["signals_to_forward", "interactive_rank"]
 
 
+@pytest.mark.parametrize("rank", [-1, 2])
+def test_the_interactive_rank_is_one_of_this_node(rank: int) -> None:
+    assert _config(interactive_rank=1).interactive_rank == 1
+    with pytest.raises(ValueError, match=rf"^interactive_rank={rank} is no local rank; give 0 to 1$"):
+        _config(interactive_rank=rank)
+
+
 def test_the_rendezvous_timeout() -> None:
     assert _config().rdzv_configs == {"timeout": 900}
     assert _config(rdzv_configs={"timeout": 5}).rdzv_configs == {"timeout": 5}
