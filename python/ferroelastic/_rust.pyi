@@ -234,13 +234,17 @@ class TailReport:
     broken_lines: int
     """Lines longer than 1 MiB that had to be broken up."""
     dropped_bytes: int
-    """Bytes of the files that never reached the console because it took nothing for the whole of the timeout (they are in the files)."""
+    """Bytes of the files that never reached the console (they are in the files): it took nothing for the whole of the timeout, or failed."""
+    console_error: str | None
+    """Why the console failed: its reader has closed it, or its disk is full."""
+    unread: list[tuple[str, str]]
+    """Files that could not be opened, and why."""
 
 @final
 class Tail:
     r"""Follows growing log files and copies their lines, whole and prefixed, to a console. Mirrors ``TailLog``.
 
-    Woken by inotify, never polling (where no inotify instance is to be had, by a 20 ms timer). The
+    Woken by inotify, never polling (files for which no inotify watch is to be had are looked at every 20 ms). The
     files are the buffer: a console that takes nothing costs no memory and loses no line. ``\n``, ``\r\n`` and ``\r`` end a
     line, as Python's universal newlines.
     """
@@ -294,16 +298,21 @@ class Engine:
         *,
         console_fd: int,
         only_lines_with: Sequence[str] = (),
+        whole_lines_only: bool = False,
     ) -> Tail:
         """Follow ``files`` (path, line prefix) from their beginning; a file that does not exist is created.
+
+        A file that cannot be opened is tried again until the end, and named in :attr:`TailReport.unread` if it never could be.
 
         Args:
             files: paths and the prefix of each.
             console_fd: descriptor that the lines are written to; it is duplicated.
             only_lines_with: if not empty, copy only lines that contain one of these strings.
+            whole_lines_only: show no line before it is whole. Otherwise the beginning of a line (a prompt, dots of progress) is shown
+                after 100 ms, and goes on in place if nothing else was written meanwhile. With ``only_lines_with`` lines are always whole.
 
         Raises:
-            OSError: a file cannot be opened or created.
+            OSError: the console cannot be opened.
         """
 
     def watchdog(self, path: str, *, evidence_s: float = 0.0, py_spy: str | None = None) -> Watchdog:
