@@ -33,6 +33,8 @@ class Task:
     """Process that the worker must be a child of; ``None`` if another one (a fork server) creates it."""
     cpus: Sequence[int] | None
     forked: bool
+    open_files: int | None = None
+    """Soft limit of open descriptors; ``None`` leaves that of the agent."""
 
 
 def _wrap(task: Task) -> None:
@@ -93,6 +95,11 @@ def _become_worker(task: Task) -> None:
         signal.set_wakeup_fd(-1)
         forget_in_child(signal.valid_signals())
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    if task.open_files is not None:
+        import resource
+
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (task.open_files, hard))
     if task.cpus is not None:
         os.sched_setaffinity(0, task.cpus)
         for thread in os.listdir("/proc/self/task"):  # libraries that were imported on the way here have threads

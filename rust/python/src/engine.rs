@@ -28,7 +28,8 @@ pub(crate) struct Command(spawn::Command);
 #[pymethods]
 impl Command {
     #[new]
-    #[pyo3(signature = (argv, env, *, stdout=None, stderr=None, cwd=None, cpus=None))]
+    #[pyo3(signature = (argv, env, *, stdout=None, stderr=None, cwd=None, cpus=None, open_files=None, foreground=false))]
+    #[expect(clippy::too_many_arguments, reason = "keywords in Python")]
     fn new(
         argv: Vec<PathBuf>,
         env: HashMap<PathBuf, PathBuf>,
@@ -36,6 +37,8 @@ impl Command {
         stderr: Option<PathBuf>,
         cwd: Option<PathBuf>,
         cpus: Option<Vec<usize>>,
+        open_files: Option<u64>,
+        foreground: bool,
     ) -> PyResult<Self> {
         if argv.is_empty() {
             return Err(PyValueError::new_err("argv must name a program, got an empty sequence"));
@@ -51,6 +54,8 @@ impl Command {
             stderr: stdio(stderr),
             cwd: cwd.map(|cwd| c_string("cwd", cwd)).transpose()?,
             cpus,
+            open_files,
+            foreground,
             ..spawn::Command::default()
         }))
     }
