@@ -180,7 +180,7 @@ def test_a_folder_instead_of_a_file_is_logged_once(tmp_path: Path, caplog: pytes
         tail = TailLog("t", {0: str(tmp_path)}, console).start()
         tail.stop()
         assert [record.levelname for record in caplog.records] == ["WARNING"]
-        assert "IsADirectoryError" in caplog.text
+        assert "Is a directory" in caplog.text
 
 
 def _of_gzip(tmp_path: Path) -> IO[str]:
