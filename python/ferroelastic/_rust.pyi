@@ -859,7 +859,8 @@ class Watchdog:
 
     The worker that such a process descends from is signalled, too. The engine thread reads the pipe, keeps the deadlines on the monotonic clock (a request names wall clock time, which is
     converted when it is read, so that a step of the clock moves no deadline) and signals through a pidfd that was opened when the
-    process first asked. Only this process, its descendants and the process groups of its workers are ever signalled.
+    process first asked. Only the workers that :meth:`workers` names, their descendants and their sessions
+    are ever signalled; before workers are named, this process and its descendants.
     """
 
     path: str
@@ -920,13 +921,13 @@ class WatchdogCounts:
     unknown_version: int
     """Requests of another version of the wire format."""
     refused: int
-    """Timers over the limit of 65,536, and heartbeats whose slot is not their process's own."""
+    """Timers over the limit of 65,536, those of processes that do not exist, and heartbeats whose slot is not their process's own."""
     expired: int
     """Timers that expired."""
     armed: int
     """Timers that are armed now."""
     last_broken: str
-    """The newest line that was not understood and why, shortened; empty if there was none."""
+    """The newest line that was not understood or was refused, and why, shortened; empty if there was none."""
 
 @final
 class Expiry:
@@ -943,7 +944,7 @@ class Expiry:
     signalled_ns: int
     """``CLOCK_MONOTONIC`` just before the signal; 0 if none was sent."""
     outcome: Literal["signalled", "no signal", "gone", "not ours", "denied"]
-    """What became of it. ``not ours``: the process is none of this agent's, and is left alone."""
+    """What became of it. ``not ours``: the process is none of this agent's workers, nor started by one, and is left alone."""
     worker: int
     """Pid of the worker that the process is or descends from; 0 if none was named."""
     evidence: list[str]
