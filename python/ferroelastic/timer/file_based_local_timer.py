@@ -361,7 +361,9 @@ class FileTimerServer:
         elif expiry.outcome == "gone":
             logger.info("Process with pid=%s does not exist. Skipping", expiry.pid)
         else:
-            stranger = "it is no worker of this agent nor started by one (a worker in another pid namespace has other numbers)"
+            stranger = (
+                "it is no worker of this agent nor started by one (a worker in another pid namespace has other numbers)"
+            )
             reason = stranger if expiry.outcome == "not ours" else "permission denied"
             logger.error(
                 "timer %r of process %s has expired, but it is left alone: %s", expiry.scope, expiry.pid, reason

@@ -14,6 +14,7 @@ pub mod poller;
 pub mod probe;
 pub mod process;
 pub mod procfs;
+pub mod resolve;
 pub mod sigmask;
 pub mod spawn;
 pub mod timer;
