@@ -364,6 +364,13 @@ class Engine:
             client: this node's membership. Replaces the former one.
         """
 
+    def own_orphans(self) -> None:
+        """Say that this process has no children of its own in other sessions than its own.
+
+        Where it is PID 1 or a subreaper, the engine collects the zombies that workers leave to it: those in sessions of workers, and from
+        now on those in all other sessions.
+        """
+
     def use_cgroup(self, folder: str | None) -> bool:
         """Let workers be born in this cgroup from now on; ``None`` lets them be born in that of this process again.
 

@@ -39,7 +39,16 @@ def deaf(launch: Launcher) -> Iterator[tuple[str, ...]]:
         mounts = (
             f"mount --bind {conf} /etc/resolv.conf && mount --bind {switch} /etc/nsswitch.conf && hostname unknown-host"
         )
-        prefix = ("unshare", "--mount", "--uts", "--", "/bin/sh", "-c", f'{mounts} && unset RES_OPTIONS && exec "$@"', "sh")
+        prefix = (
+            "unshare",
+            "--mount",
+            "--uts",
+            "--",
+            "/bin/sh",
+            "-c",
+            f'{mounts} && unset RES_OPTIONS && exec "$@"',
+            "sh",
+        )
         if subprocess.run([*prefix, "true"], check=False, capture_output=True).returncode != 0:
             pytest.skip("no mount namespace to be had")
         yield prefix

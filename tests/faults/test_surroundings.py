@@ -337,3 +337,47 @@ def read_exactly(job: Job, size: int) -> bytes:
         assert ready, job.story
         taken += os.read(job.process.stdout.fileno(), size - len(taken))
     return taken
+
+
+# ---- as PID 1
+
+ORPHANS = """
+import os, sys, time
+own_session = sys.argv[1] == "session"
+for _ in range(20):
+    if os.fork() == 0:
+        if own_session:
+            os.setsid()
+        if os.fork() == 0:
+            os._exit(0)  # its parent may be gone before or after
+        os._exit(0)
+    os.wait()
+def zombies():
+    states = []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{name}/stat") as stat:
+                states.append(stat.read().rpartition(")")[2].split()[0])
+        except OSError:
+            pass
+    return states.count("Z")
+deadline = time.monotonic() + 60
+while zombies() and time.monotonic() < deadline:
+    time.sleep(0.05)
+os.write(1, f"{zombies()} zombies\\n".encode())
+"""
+
+
+@pytest.mark.parametrize("where", ["group", "session"])
+@pytest.mark.parametrize("env", [{}, {"FERROELASTIC_PIDFD": "0"}], ids=["pidfds", "no pidfds"])
+def test_orphans_of_workers_are_reaped_by_an_agent_that_is_the_init_process(
+    launch: Launcher, where: str, env: dict[str, str]
+) -> None:
+    alone = ("unshare", "--pid", "--fork", "--mount-proc")
+    if os.geteuid() != 0 or subprocess.run([*alone, "true"], check=False, capture_output=True).returncode != 0:
+        pytest.skip("no pid namespace to be had")
+    job = launch.start(
+        *alone, *FERRORUN, "--standalone", "--nproc-per-node=1", launch.write("orphans.py", ORPHANS), where, env=env
+    )
+    assert job.lines(1) == ["0 zombies"], job.story
+    assert job.end() == 0

@@ -140,6 +140,10 @@ impl Engine {
         detached(py, || self.0.watch_lease(client.lease()))
     }
 
+    fn own_orphans(&self, py: Python<'_>) -> PyResult<()> {
+        detached(py, || self.0.own_orphans())
+    }
+
     fn use_cgroup(&self, py: Python<'_>, folder: Option<&str>) -> PyResult<bool> {
         detached(py, || self.0.use_cgroup(folder.map(Path::new)))
     }
