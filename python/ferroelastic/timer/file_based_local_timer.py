@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ferroelastic.timer._pipe import Pipe
 from ferroelastic.timer.api import TimerClient, TimerRequest
 from ferroelastic.timer.debug_info_logging import log_debug_info_for_expired_timers
+from ferroelastic.utils import threads
 from ferroelastic.utils.logging import get_logger
 
 if TYPE_CHECKING:
@@ -271,7 +272,7 @@ class FileTimerServer:
             return
         logger.info("Starting %s... daemon=%s, file_path=%s", type(self).__name__, self._daemon, self._file_path)
         self._watchdog_thread = threading.Thread(target=self._watchdog_loop, name="ferro-timer", daemon=self._daemon)
-        self._watchdog_thread.start()
+        threads.start(self._watchdog_thread)
         # The thread must be gone before the interpreter is; the engine's own hook runs after this one, which is registered later.
         atexit.register(self._close)
         self._log_event("watchdog started", None)

@@ -10,6 +10,8 @@ import socket
 import threading
 from contextlib import suppress
 
+from ferroelastic.utils import threads
+
 __all__ = ["begin_look_up", "fq_hostname", "hostname_for_report"]
 
 _PATIENCE_S = 0.5
@@ -23,7 +25,7 @@ class _LookUp:
         self.short_name = socket.gethostname()
         self.found: str | None = None
         self.thread = threading.Thread(target=self._ask, name="ferro-resolver", daemon=True)
-        self.thread.start()
+        threads.start(self.thread)
 
     def _ask(self) -> None:
         # As bytes: of text Python would make an internationalised name, with modules that are loaded for that alone.

@@ -21,6 +21,7 @@ use crate::sys::probe::Support;
 use crate::sys::process::Leader;
 use crate::sys::sigmask;
 use crate::sys::spawn::{Command, SpawnStack, can_be_born_in, spawn};
+use crate::sys::threads;
 use crate::sys::timer::Timer;
 use crate::sys::wait::{Block, Collect, Status, Usage, wait};
 use crate::sys::wake::WakeFd;
@@ -318,7 +319,7 @@ impl EventLoop {
                 let _ = to_engine.send(Request::Gathered { watchdog: watchdog_id, gathered });
                 wake.wake();
             };
-            if std::thread::Builder::new().name("ferro-evidence".into()).spawn(gathering).is_err() {
+            if threads::builder("ferro-evidence").spawn(gathering).is_err() {
                 watchdog.gathered(&nothing);
             }
         }
@@ -534,8 +535,7 @@ impl EventLoop {
             drop(to_engine);
             wake.wake();
         };
-        let builder = std::thread::Builder::new().name("ferro-wait".into()).stack_size(64 * 1024);
-        builder.spawn(waiting).map(drop)
+        threads::builder("ferro-wait").spawn(waiting).map(drop)
     }
 
     /// Lets go of a group that nobody holds any more, once all its processes have ended.

@@ -13,6 +13,7 @@ use super::talker::Talker;
 use crate::error::{Error, Result};
 use crate::published::{Published, Wake};
 use crate::sys::lease::LeasePage;
+use crate::sys::threads;
 use crate::sys::wake::WakeFd;
 
 const THREAD: &str = "ferro-rdzv";
@@ -93,7 +94,7 @@ impl Client {
         let (calls, inbox) = channel();
         let talker = Talker::new((host.to_owned(), port), who, settings, inbox, Arc::clone(&wake), Arc::clone(&shared))
             .map_err(|source| Error::os("create", "the poller of a rendezvous", source))?;
-        let thread = std::thread::Builder::new().name(THREAD.into()).spawn(move || talker.run());
+        let thread = threads::builder(THREAD).spawn(move || talker.run());
         let thread = thread.map_err(|source| Error::os("start", "the thread of a rendezvous", source))?;
         Ok(Self { calls, wake, shared, thread: Mutex::new(Some(thread)), owner: std::process::id() })
     }

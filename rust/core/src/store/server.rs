@@ -19,6 +19,7 @@ use crate::rendezvous::rounds::{Event, Settings};
 use crate::sys::net::Listener;
 use crate::sys::poller::{Interest, Poller};
 use crate::sys::sigmask;
+use crate::sys::threads;
 use crate::sys::timer::{Timer, after};
 use crate::sys::wake::WakeFd;
 
@@ -59,7 +60,7 @@ impl StoreServer {
         let wake = Arc::new(WakeFd::new().map_err(|source| Error::os("create", "an eventfd", source))?);
         let (orders, inbox) = channel();
         let worker = Worker::new(listener, limits, rendezvous, inbox, Arc::clone(&wake))?;
-        let thread = std::thread::Builder::new().name(THREAD.into()).spawn(move || worker.run());
+        let thread = threads::builder(THREAD).spawn(move || worker.run());
         let thread = thread.map_err(|source| Error::os("start", "the store's thread", source))?;
         Ok(Self { address, orders, wake, thread: Mutex::new(Some(thread)), owner: std::process::id() })
     }

@@ -17,6 +17,7 @@ pub mod procfs;
 pub mod resolve;
 pub mod sigmask;
 pub mod spawn;
+pub mod threads;
 pub mod timer;
 pub mod usage;
 pub mod wait;

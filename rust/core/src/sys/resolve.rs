@@ -7,6 +7,7 @@ use std::sync::mpsc::channel;
 use std::time::Duration;
 
 use super::sigmask;
+use super::threads;
 
 /// Asks for the addresses of a host and hands them to `done`: at once for a numeric address, else from another thread, later.
 pub fn resolve(
@@ -24,7 +25,7 @@ pub fn resolve(
         sigmask::block_all().forever();
         done((host.as_str(), port).to_socket_addrs().map(Iterator::collect));
     };
-    std::thread::Builder::new().name("ferro-resolve".into()).spawn(ask).map(drop)
+    threads::builder("ferro-resolve").spawn(ask).map(drop)
 }
 
 /// The addresses of a host; `TimedOut` if the resolver takes longer than `timeout`.
