@@ -112,6 +112,7 @@ fn tail(engine: &Engine, rounds: usize) {
             files: files.iter().map(|file| (file.clone(), b"[default0]:".to_vec())).collect(),
             console: writer.into(),
             only_lines_with: Vec::new(),
+            whole_lines_only: false,
         };
         let tail = engine.tail(spec).expect("tail");
         let reading = std::thread::spawn(move || {

@@ -78,6 +78,7 @@ class Run:
             )
         else:
             self._has_guard = True
+        get_engine().own_orphans()
         if self._cgroup is not None and not get_engine().use_cgroup(self._cgroup):
             self._remove_cgroup(self._cgroup)
 

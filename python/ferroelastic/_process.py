@@ -13,25 +13,56 @@ from ferroelastic import _signals
 if TYPE_CHECKING:
     from contextlib import ExitStack
 
-__all__ = ["leave", "prepare", "take_signals"]
+__all__ = ["leave", "open_files_of_workers", "prepare", "take_signals"]
+
+_MOST_OPEN_FILES = 1 << 20
+_former_open_files: int | None = None
 
 
 def prepare(cleanup: ExitStack) -> None:
     """Make this process fit to supervise others, whatever its parent has left to it.
 
-    Standard streams that are closed are opened on the null device, so that no descriptor of the engine takes their number. No signal is
-    blocked, and ``SIGCHLD`` is not ignored, so that exit statuses can be collected.
+    Standard streams that are closed are opened on the null device, so that no descriptor of the engine takes their number. The soft limit of
+    open descriptors becomes the hard one; workers keep the former limit. No signal is blocked, and ``SIGCHLD`` is not ignored, so that exit
+    statuses can be collected.
 
     Args:
         cleanup: gets what brings the former dispositions back.
     """
     _open_standard_streams()
+    _raise_open_files(cleanup)
     if threading.current_thread() is not threading.main_thread():
         return
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     if signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         cleanup.callback(signal.signal, signal.SIGCHLD, signal.SIG_IGN)
+
+
+def open_files_of_workers() -> int | None:
+    """Return the soft limit of open descriptors that workers have, or ``None`` where it is that of this process."""
+    return _former_open_files
+
+
+def _raise_open_files(cleanup: ExitStack) -> None:
+    global _former_open_files  # noqa: PLW0603 - a limit of this process
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _MOST_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_OPEN_FILES)
+    if soft == resource.RLIM_INFINITY or soft >= most:
+        return
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    _former_open_files = soft
+    cleanup.callback(_lower_open_files, soft, hard)
+
+
+def _lower_open_files(soft: int, hard: int) -> None:
+    global _former_open_files  # noqa: PLW0603 - a limit of this process
+    import resource
+
+    _former_open_files = None
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def take_signals(handled: str, forwarded: str, cleanup: ExitStack) -> None:

@@ -73,6 +73,9 @@ class Command:
         stderr: likewise for standard error.
         cwd: working directory; ``None`` inherits.
         cpus: logical CPUs the process may run on (``sched_setaffinity(2)``, set before exec); ``None`` inherits.
+        open_files: soft limit of its open descriptors (``RLIMIT_NOFILE``), the hard limit at most; ``None`` inherits.
+        foreground: leave the process in the agent's session, and make its process group the foreground one of the terminal that is its
+            standard input (``tcsetpgrp(3)``). Otherwise it has a session of its own.
 
     Raises:
         ValueError: ``argv`` is empty, a string holds a NUL byte, or ``cpus`` is empty.
@@ -87,6 +90,8 @@ class Command:
         stderr: str | None = None,
         cwd: str | None = None,
         cpus: Sequence[int] | None = None,
+        open_files: int | None = None,
+        foreground: bool = False,
     ) -> Command: ...
 
 @final
@@ -234,13 +239,17 @@ class TailReport:
     broken_lines: int
     """Lines longer than 1 MiB that had to be broken up."""
     dropped_bytes: int
-    """Bytes of the files that never reached the console because it took nothing for the whole of the timeout (they are in the files)."""
+    """Bytes of the files that never reached the console (they are in the files): it took nothing for the whole of the timeout, or failed."""
+    console_error: str | None
+    """Why the console failed: its reader has closed it, or its disk is full."""
+    unread: list[tuple[str, str]]
+    """Files that could not be opened, and why."""
 
 @final
 class Tail:
     r"""Follows growing log files and copies their lines, whole and prefixed, to a console. Mirrors ``TailLog``.
 
-    Woken by inotify, never polling (where no inotify instance is to be had, by a 20 ms timer). The
+    Woken by inotify, never polling (files for which no inotify watch is to be had are looked at every 20 ms). The
     files are the buffer: a console that takes nothing costs no memory and loses no line. ``\n``, ``\r\n`` and ``\r`` end a
     line, as Python's universal newlines.
     """
@@ -294,16 +303,21 @@ class Engine:
         *,
         console_fd: int,
         only_lines_with: Sequence[str] = (),
+        whole_lines_only: bool = False,
     ) -> Tail:
         """Follow ``files`` (path, line prefix) from their beginning; a file that does not exist is created.
+
+        A file that cannot be opened is tried again until the end, and named in :attr:`TailReport.unread` if it never could be.
 
         Args:
             files: paths and the prefix of each.
             console_fd: descriptor that the lines are written to; it is duplicated.
             only_lines_with: if not empty, copy only lines that contain one of these strings.
+            whole_lines_only: show no line before it is whole. Otherwise the beginning of a line (a prompt, dots of progress) is shown
+                after 100 ms, and goes on in place if nothing else was written meanwhile. With ``only_lines_with`` lines are always whole.
 
         Raises:
-            OSError: a file cannot be opened or created.
+            OSError: the console cannot be opened.
         """
 
     def watchdog(self, path: str, *, evidence_s: float = 0.0, py_spy: str | None = None) -> Watchdog:
@@ -348,6 +362,13 @@ class Engine:
 
         Args:
             client: this node's membership. Replaces the former one.
+        """
+
+    def own_orphans(self) -> None:
+        """Say that this process has no children of its own in other sessions than its own.
+
+        Where it is PID 1 or a subreaper, the engine collects the zombies that workers leave to it: those in sessions of workers, and from
+        now on those in all other sessions.
         """
 
     def use_cgroup(self, folder: str | None) -> bool:
@@ -845,7 +866,8 @@ class Watchdog:
 
     The worker that such a process descends from is signalled, too. The engine thread reads the pipe, keeps the deadlines on the monotonic clock (a request names wall clock time, which is
     converted when it is read, so that a step of the clock moves no deadline) and signals through a pidfd that was opened when the
-    process first asked. Only this process, its descendants and the process groups of its workers are ever signalled.
+    process first asked. Only the workers that :meth:`workers` names, their descendants and their sessions
+    are ever signalled; before workers are named, this process and its descendants.
     """
 
     path: str
@@ -906,13 +928,13 @@ class WatchdogCounts:
     unknown_version: int
     """Requests of another version of the wire format."""
     refused: int
-    """Timers over the limit of 65,536, and heartbeats whose slot is not their process's own."""
+    """Timers over the limit of 65,536, those of processes that do not exist, and heartbeats whose slot is not their process's own."""
     expired: int
     """Timers that expired."""
     armed: int
     """Timers that are armed now."""
     last_broken: str
-    """The newest line that was not understood and why, shortened; empty if there was none."""
+    """The newest line that was not understood or was refused, and why, shortened; empty if there was none."""
 
 @final
 class Expiry:
@@ -929,7 +951,7 @@ class Expiry:
     signalled_ns: int
     """``CLOCK_MONOTONIC`` just before the signal; 0 if none was sent."""
     outcome: Literal["signalled", "no signal", "gone", "not ours", "denied"]
-    """What became of it. ``not ours``: the process is none of this agent's, and is left alone."""
+    """What became of it. ``not ours``: the process is none of this agent's workers, nor started by one, and is left alone."""
     worker: int
     """Pid of the worker that the process is or descends from; 0 if none was named."""
     evidence: list[str]

@@ -312,3 +312,24 @@ def check_log_dir(log_dir: str | None) -> None:
         import errno
 
         raise OSError(errno.EACCES, os.strerror(errno.EACCES), log_dir)
+
+
+def check_local_addr(address: str | None) -> None:
+    """Refuse an address of this node that is none.
+
+    Raises:
+        UsageError: the name is not known. A name server that does not answer is no reason.
+    """
+    if not address:
+        return
+    import socket
+
+    from ferroelastic.utils import interruptible
+
+    try:
+        interruptible.call(socket.getaddrinfo, address, None)
+    except (OSError, ValueError) as error:
+        if getattr(error, "errno", socket.EAI_NONAME) == socket.EAI_NONAME:
+            raise UsageError(
+                f"{named('local_addr', address)} is not known as a host; give an address or a name of this machine"
+            ) from None

@@ -201,6 +201,7 @@ def config_from_args(args: Namespace) -> tuple["LaunchConfig", Callable[..., Any
     _usage.check_numbers(args)
     _usage.check_signals(args.signals_to_handle, args.signals_to_forward)
     _usage.check_rendezvous_backend(args.rdzv_backend)
+    _usage.check_local_addr(args.local_addr)
     static = args.rdzv_backend == "static"
     if static and not 0 <= args.node_rank < max_nodes:
         raise UsageError(

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import itertools
 import os
+import resource
+import select
 import signal
+import socket
 import subprocess
 import sys
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from tests.conftest import eventually
 from tests.faults.harness import FERRORUN, LONG_S, Job, Launcher, gone_at_ns
+from tests.faults.stopping import port_for_one
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
 STREAMS = ("<&-", ">&-", "2>&-")
 COMBINATIONS = [chosen for count in (1, 2, 3) for chosen in itertools.combinations(STREAMS, count)]
@@ -224,3 +229,155 @@ while True:
     assert job.end() == 128 + signal.SIGTERM
     assert len(gone_at_ns(watched)) == len(watched)
     assert [name for name in names if os.path.exists(f"/dev/shm/{name}")] == []
+
+
+# ---- descriptors and watches
+
+
+def test_the_agent_has_all_descriptors_that_it_may_and_workers_have_their_own_limit(launch: Launcher) -> None:
+    gate = launch.gate()
+    line = (
+        *FERRORUN,
+        "--standalone",
+        "--nproc-per-node=2",
+        *launch.shell(f"ulimit -Sn; ulimit -Hn; read x < {gate.path}"),
+    )
+    job = launch.start(*through_shell('ulimit -Sn 300; ulimit -Hn 700; exec "$@"', *line))
+    assert job.lines(4) == ["300", "300", "700", "700"]
+    limits = resource.prlimit(job.agent.pid, resource.RLIMIT_NOFILE)
+    assert limits == (700, 700)
+    gate.let_pass(2)
+    assert job.end() == 0
+
+
+def test_function_workers_have_their_own_limit_too(launch: Launcher) -> None:
+    script = launch.write(
+        "limit.py", "import os, resource\nos.write(1, f'{resource.getrlimit(resource.RLIMIT_NOFILE)[0]}\\n'.encode())\n"
+    )
+    line = (*FERRORUN, "--standalone", "--nproc-per-node=2", "--run-path", script)
+    job = launch.start(*through_shell('ulimit -Sn 300; exec "$@"', *line))
+    assert job.lines(2) == ["300", "300"]
+    assert job.end() == 0
+
+
+def test_idle_connections_of_a_neighbour_do_not_keep_nodes_from_meeting(launch: Launcher) -> None:
+    port = port_for_one()
+    address = ("--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--nnodes=2", "--nproc-per-node=1")
+    workers = launch.shell("exit 0")
+    host = launch.start(
+        *through_shell('ulimit -n 128; exec "$@"', *FERRORUN, *address, "--rdzv-conf=is_host=1", *workers)
+    )
+    with ExitStack() as idle:
+        assert eventually(lambda: is_listening(port), LONG_S)
+        for _ in range(200):
+            idle.enter_context(socket.create_connection(("127.0.0.1", port)))
+        guest = launch.start(*FERRORUN, *address, "--rdzv-conf=is_host=0", *workers)
+        assert [host.end(), guest.end()] == [0, 0], host.story
+    assert "file descriptors ran short: closed" in host.errors, host.errors
+
+
+def is_listening(port: int) -> bool:
+    with suppress(OSError):
+        socket.create_connection(("127.0.0.1", port)).close()
+        return True
+    return False
+
+
+def test_output_is_shown_where_no_file_can_be_watched(launch: Launcher) -> None:
+    """The user's inotify instances are used up."""
+    instances = Path("/proc/sys/fs/inotify/max_user_instances")
+    if int(instances.read_text()) > 4096:
+        pytest.skip("too many inotify instances to use them up")
+    libc = ctypes.CDLL(None, use_errno=True)
+    taken: list[int] = []
+    try:
+        while (descriptor := libc.inotify_init1(os.O_CLOEXEC)) >= 0:
+            taken.append(descriptor)
+        job = launch("--tee=3", *launch.shell("echo seen; echo also >&2"))
+        assert job.end() == 0
+    finally:
+        for descriptor in taken:
+            os.close(descriptor)
+    assert sorted(job.output.decode().splitlines()) == ["[default0]:seen", "[default1]:seen"]
+    assert "[default1]:also" in job.errors
+    assert "Traceback" not in job.errors
+
+
+def test_a_console_whose_reader_is_gone_is_not_a_slow_one(launch: Launcher) -> None:
+    gate = launch.gate()
+    job = launch("--tee=1", *launch.shell(f"echo ready; read x < {gate.path}; echo more"))
+    assert job.lines(2) == ["[default0]:ready", "[default1]:ready"]
+    assert job.process.stdout is not None
+    job.process.stdout.close()
+    gate.let_pass(2)
+    gone_at_ns([job.agent])
+    assert job.process.wait() == 0
+    assert "because the console cannot be written to any more (Broken pipe" in job.errors, job.errors
+    assert "took nothing" not in job.errors
+
+
+# ---- lines without end
+
+
+def test_a_prompt_is_shown_before_it_is_answered(launch: Launcher) -> None:
+    gate = launch.gate()
+    job = launch("--tee=3", *launch.shell(f"printf '(Pdb) '; read x < {gate.path}; echo done"), nproc=1)
+    assert job.process.stdout is not None
+    assert read_exactly(job, len("[default0]:(Pdb) ")) == b"[default0]:(Pdb) "
+    gate.let_pass()
+    assert read_exactly(job, len("done\n")) == b"done\n"
+    assert job.end() == 0
+
+
+def read_exactly(job: Job, size: int) -> bytes:
+    assert job.process.stdout is not None
+    taken = b""
+    while len(taken) < size:
+        ready, _, _ = select.select([job.process.stdout], [], [], LONG_S)
+        assert ready, job.story
+        taken += os.read(job.process.stdout.fileno(), size - len(taken))
+    return taken
+
+
+# ---- as PID 1
+
+ORPHANS = """
+import os, sys, time
+own_session = sys.argv[1] == "session"
+for _ in range(20):
+    if os.fork() == 0:
+        if own_session:
+            os.setsid()
+        if os.fork() == 0:
+            os._exit(0)  # its parent may be gone before or after
+        os._exit(0)
+    os.wait()
+def zombies():
+    states = []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{name}/stat") as stat:
+                states.append(stat.read().rpartition(")")[2].split()[0])
+        except OSError:
+            pass
+    return states.count("Z")
+deadline = time.monotonic() + 60
+while zombies() and time.monotonic() < deadline:
+    time.sleep(0.05)
+os.write(1, f"{zombies()} zombies\\n".encode())
+"""
+
+
+@pytest.mark.parametrize("where", ["group", "session"])
+@pytest.mark.parametrize("env", [{}, {"FERROELASTIC_PIDFD": "0"}], ids=["pidfds", "no pidfds"])
+def test_orphans_of_workers_are_reaped_by_an_agent_that_is_the_init_process(
+    launch: Launcher, where: str, env: dict[str, str]
+) -> None:
+    alone = ("unshare", "--pid", "--fork", "--mount-proc")
+    if os.geteuid() != 0 or subprocess.run([*alone, "true"], check=False, capture_output=True).returncode != 0:
+        pytest.skip("no pid namespace to be had")
+    job = launch.start(
+        *alone, *FERRORUN, "--standalone", "--nproc-per-node=1", launch.write("orphans.py", ORPHANS), where, env=env
+    )
+    assert job.lines(1) == ["0 zombies"], job.story
+    assert job.end() == 0

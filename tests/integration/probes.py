@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 PATIENCE_S = 20.0
 
 
-def ask(port: int, path: str = "/livez", host: str = "127.0.0.1") -> tuple[int, str]:
+def ask(port: int, path: str = "/livez", host: str = "127.0.0.1", accept: str = "*/*") -> tuple[int, str]:
     connection = http.client.HTTPConnection(host, port, timeout=PATIENCE_S)
     try:
-        connection.request("GET", path)
+        connection.request("GET", path, headers={"Accept": accept})
         response = connection.getresponse()
         return response.status, response.read().decode()
     finally:

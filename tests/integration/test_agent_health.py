@@ -331,7 +331,10 @@ def test_metrics_are_read_by_prometheus(make: Callable[..., LocalElasticAgent]) 
     running = Running(make("exec sleep 1000"))
     wait_for_state(running, "running")
     families = {
-        family.name: family for family in parser.text_string_to_metric_families(ask(running.port, "/metrics")[1])
+        family.name: family
+        for family in parser.text_string_to_metric_families(
+            ask(running.port, "/metrics", accept="application/openmetrics-text")[1]
+        )
     }
     assert {(name, family.type, family.unit) for name, family in families.items()} == {
         ("ferroelastic_uptime_seconds", "gauge", "seconds"),

@@ -189,7 +189,7 @@ def test_a_copy_or_pickle_keeps_the_order_without_the_native_object() -> None:
 
 
 def test_the_report_has_torchs_layout(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ferroelastic.multiprocessing.errors._failures.fq_hostname", lambda: "node1")
+    monkeypatch.setattr("ferroelastic.multiprocessing.errors._failures.hostname_for_report", lambda: "node1")
     other, root = failure(1, exit=exit_at(200)), failure(-11, exit=exit_at(100))
     text = str(ChildFailedError("train.py", {3: other, 5: root}))
     stamp = r"\d{4}-\d\d-\d\d_\d\d:\d\d:\d\d"

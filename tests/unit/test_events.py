@@ -157,7 +157,7 @@ def test_a_rendezvous_event_tells_who_and_what() -> None:
 
 
 def test_the_host_name_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hostname, "_known", None)
+    monkeypatch.setattr(hostname, "_look_up", None)
     with mock.patch("socket.gethostbyaddr", return_value=("host", ["alias", "host.domain"], [])) as look_up:
         assert [hostname.fq_hostname() for _ in range(3)] == ["host.domain"] * 3
     look_up.assert_called_once()
@@ -165,10 +165,13 @@ def test_the_host_name_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_resolver_that_does_not_answer_is_not_awaited(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = threading.Event()
-    monkeypatch.setattr(hostname, "_known", None)
+    monkeypatch.setattr(hostname, "_look_up", None)
     monkeypatch.setattr(hostname, "_PATIENCE_S", 0.01)
     monkeypatch.setattr("socket.gethostbyaddr", lambda _name: (str(answers.wait(60)), [], []))
     try:
         assert hostname.fq_hostname() == socket.gethostname()
+        # It was asked before: a report does not wait at all, and never asks again.
+        monkeypatch.setattr(hostname, "_PATIENCE_S", 600)
+        assert hostname.hostname_for_report() == socket.gethostname()
     finally:
         answers.set()

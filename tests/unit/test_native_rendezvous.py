@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import subprocess
 import sys
@@ -423,3 +424,35 @@ with socket.create_server(("127.0.0.1", 0)) as server:
     print(server.getsockname()[1], flush=True)
     sys.stdin.read()
 """
+
+
+class TestTheAddressOfTheHost:
+    def test_workers_have_a_store_of_their_own_if_that_is_asked_for(
+        self, nodes: Nodes, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+        host = nodes.host()
+        guest = nodes.guest(host)
+        infos = nodes.meet(host, guest)
+        assert not host.use_agent_store
+        found = {(info.bootstrap_store_info.master_addr, info.bootstrap_store_info.master_port) for info in infos}
+        ((address, port),) = found
+        assert address == "127.0.0.1"
+        assert port not in {host._port, 0}
+
+    @pytest.mark.parametrize(("address", "is_named"), [("192.0.2.1", True), ("127.0.0.1", False)])
+    def test_a_host_at_the_address_of_another_machine_says_so(
+        self,
+        nodes: Nodes,
+        caplog: pytest.LogCaptureFixture,
+        monkeypatch: pytest.MonkeyPatch,
+        address: str,
+        is_named: bool,
+    ) -> None:
+        monkeypatch.setattr(logging.getLogger("ferroelastic"), "propagate", True)
+        host = nodes(f"{address}:0", (2, 2), is_host=True)
+        checked = [thread for thread in threading.enumerate() if thread.name == "ferro-address"]
+        for thread in checked:
+            thread.join(LONG_S)
+        assert (f"--rdzv-endpoint names {address}, which is no address of this machine" in caplog.text) == is_named
+        host.shutdown()

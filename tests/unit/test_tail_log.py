@@ -179,8 +179,8 @@ def test_a_folder_instead_of_a_file_is_logged_once(tmp_path: Path, caplog: pytes
         caplog.clear()
         tail = TailLog("t", {0: str(tmp_path)}, console).start()
         tail.stop()
-        assert [record.levelname for record in caplog.records] == ["ERROR"]
-        assert "IsADirectoryError" in caplog.text
+        assert [record.levelname for record in caplog.records] == ["WARNING"]
+        assert "Is a directory" in caplog.text
 
 
 def _of_gzip(tmp_path: Path) -> IO[str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ferroelastic._compat import torch_module
 from ferroelastic.events.api import NodeState, RdzvEvent
-from ferroelastic.utils.hostname import fq_hostname
+from ferroelastic.utils.hostname import hostname_for_report
 
 if TYPE_CHECKING:
     from ferroelastic.events.api import Event
@@ -106,7 +106,7 @@ def construct_and_record_rdzv_event(
         name=f"{os.path.basename(caller.co_filename)}:{name or caller.co_name}",
         run_id=run_id,
         message=message,
-        hostname=hostname or fq_hostname(),
+        hostname=hostname or hostname_for_report(),
         pid=pid or os.getpid(),
         node_state=node_state,
         master_endpoint=master_endpoint,

@@ -38,6 +38,8 @@ class Task:
     """Process that the worker must be a child of; ``None`` if another one (a fork server) creates it."""
     cpus: Sequence[int] | None
     forked: bool
+    open_files: int | None = None
+    """Soft limit of open descriptors; ``None`` leaves that of the agent."""
 
 
 def _wrap(task: Task) -> None:
@@ -114,6 +116,11 @@ def _become_worker(task: Task) -> None:
         take_terminal(*task.terminal)
         # multiprocessing has put the null device in its place.
         sys.stdin = open(0, closefd=False)  # noqa: SIM115 - as long as the process
+    if task.open_files is not None:
+        import resource
+
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (task.open_files, hard))
     if task.cpus is not None:
         os.sched_setaffinity(0, task.cpus)
         for thread in os.listdir("/proc/self/task"):  # libraries that were imported on the way here have threads

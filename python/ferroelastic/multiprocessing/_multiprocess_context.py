@@ -8,6 +8,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from ferroelastic._engine import get_engine
+from ferroelastic._process import open_files_of_workers
 from ferroelastic.multiprocessing._context import PContext, RunProcsResult
 from ferroelastic.multiprocessing._entry import Task, _wrap, load_return_value
 from ferroelastic.multiprocessing._hold import Hold
@@ -120,6 +121,7 @@ class MultiprocessContext(PContext):
             parent_pid=None if self.start_method == "forkserver" else os.getpid(),
             cpus=cpus_for(rank, self._numa_options),
             forked=self.start_method == "fork",
+            open_files=open_files_of_workers(),
         )
         process: BaseProcess = context.Process(target=_wrap, args=(task,), daemon=False)  # type: ignore[attr-defined]
         return process

@@ -8,6 +8,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from ferroelastic._engine import get_engine
+from ferroelastic._process import open_files_of_workers
 from ferroelastic._wait import wait_for_event
 from ferroelastic.multiprocessing._debuggers import followed
 from ferroelastic.utils.logging import get_logger
@@ -68,6 +69,7 @@ def make_command(
         stdout=stdout or None,
         stderr=stderr or None,
         cpus=cpus_for(local_rank, numa_options),
+        open_files=open_files_of_workers(),
     )
     return argv, command
 

@@ -1,7 +1,8 @@
 """Copying workers' log files to the console while they grow; mirrors ``torch.distributed.elastic.multiprocessing.tail_log``.
 
-Differences: files are followed natively and without polling (``interval_sec`` is accepted and not used), only whole
-lines are written, and all that a file held when ``stop`` was called is written before it returns. A log file that does not
+Differences: files are followed natively and without polling (``interval_sec`` is accepted and not used). Lines are written whole. A line
+that has no end is shown after 100 ms, with its prefix, and goes on in place if nothing else was written meanwhile (not with a filter, nor
+to a stream without descriptor). All that a file held when ``stop`` was called is written before it returns. A log file that does not
 exist is created.
 """
 
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, TextIO
 from ferroelastic._compat import family
 from ferroelastic._engine import get_engine
 from ferroelastic._signals import SignalException
+from ferroelastic.utils import threads
 from ferroelastic.utils.logging import get_logger
 
 if TYPE_CHECKING:
@@ -127,7 +129,7 @@ class TailLog:
                     only_lines_with=self._only_lines_with,
                 )
         except OSError as error:
-            logger.exception("error in log tailer for %s. %s", self._name, type(error).__qualname__)
+            logger.warning("The logs of %s are not shown, they are in the log files: %s", self._name, error)
         return self
 
     def _header(self, local_rank: int) -> str:
@@ -144,14 +146,7 @@ class TailLog:
         try:
             if tail is not None:
                 report = tail.finish(patience_s)
-                if report.dropped_bytes:
-                    logger.warning(
-                        "%s bytes of the logs of %s were not shown, because the console took nothing for %g s;"
-                        " they are in the log files",
-                        report.dropped_bytes,
-                        self._name,
-                        patience_s,
-                    )
+                self._tell_what_was_not_shown(report, patience_s)
                 if self._threadpool is not None:
                     self._threadpool.expect(report.bytes)
         except family(SignalException):
@@ -162,6 +157,18 @@ class TailLog:
             if self._threadpool is not None:
                 self._threadpool.shutdown(wait=True)
             self._stopped = True
+
+    def _tell_what_was_not_shown(self, report: _rust.TailReport, patience_s: float) -> None:
+        if report.dropped_bytes:
+            reason = f"took nothing for {patience_s:g} s"
+            if report.console_error is not None:
+                reason = f"cannot be written to any more ({report.console_error})"
+            logger.warning(
+                "%s bytes of the logs of %s were not shown, because the console %s; they are in the log files",
+                *(report.dropped_bytes, self._name, reason),
+            )
+        for path, reason in report.unread:
+            logger.warning("The log file %s of %s was not shown: %s", path, self._name, reason)
 
     def stopped(self) -> bool:
         """Whether :meth:`stop` has finished."""
@@ -204,13 +211,14 @@ class _LineWriter:
                 [(path, f"{position}:") for position, (path, _) in enumerate(files.values())],
                 console_fd=self._write_fd,
                 only_lines_with=only_lines_with,
+                whole_lines_only=True,  # each line carries the position of its file
             )
         except BaseException:
             self._close()
             raise
         headers = [header for _, header in files.values()]
         self._thread = threading.Thread(target=self._run, args=(headers, dst, keep), name="ferro-tail", daemon=True)
-        self._thread.start()
+        threads.start(self._thread)
         return tail
 
     def expect(self, total: int) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
@@ -33,6 +34,8 @@ from ferroelastic.rendezvous.api import (
     RendezvousStoreInfo,
     RendezvousTimeoutError,
 )
+from ferroelastic.rendezvous.utils import _matches_machine_hostname
+from ferroelastic.utils import interruptible, threads
 from ferroelastic.utils.ids import random_uuid
 from ferroelastic.utils.logging import get_logger
 
@@ -46,6 +49,7 @@ logger = get_logger(__name__)
 
 _LET_THE_OTHERS_GO_S = 2.0
 _NEXT_HOST_PAUSE_S = 0.25
+_OWN_STORE_ENV = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 _ENDED = ("closed", "released", "spare")
 
 
@@ -139,6 +143,20 @@ class NativeRendezvous(RendezvousHandler):
             self._port = self._server.port
             place = endpoint_text(self._settings.host, self._port)
             logger.info("process %d hosts the rendezvous of run %s at %s", os.getpid(), self._run_id, place)
+            if self._settings.is_host and self._nodes[1] > 1:
+                # To ask a resolver may take its time.
+                name = "ferro-address"
+                threads.start(threading.Thread(target=self._check_own_address, name=name, daemon=True))
+
+    def _check_own_address(self) -> None:
+        host = self._settings.host
+        if not _matches_machine_hostname(host):
+            option = "--master-addr" if self._backend == "static" else "--rdzv-endpoint"
+            logger.warning(
+                "this node hosts the rendezvous, but %s names %s, which is no address of this machine: other nodes look for the "
+                "rendezvous there; give them the address of this machine",
+                *(option, host),
+            )
 
     def get_backend(self) -> str:
         """Return ``c10d`` or ``static``."""
@@ -146,8 +164,8 @@ class NativeRendezvous(RendezvousHandler):
 
     @property
     def use_agent_store(self) -> bool:
-        """The workers are clients of the store at the endpoint."""
-        return True
+        """Whether the workers are clients of the store at the endpoint: not with ``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`` (c10d only, as in torch)."""
+        return self._backend == "static" or os.environ.get(_OWN_STORE_ENV, "0") != "1"
 
     def introduce(self, role: str, local_world_size: int, max_restarts: int) -> None:
         """Say what the workers of this node are, so that the rendezvous can assign their ranks.
@@ -254,9 +272,13 @@ class NativeRendezvous(RendezvousHandler):
                 raise RendezvousClosedError(f"the rendezvous {self._run_id!r} is closed") from None
 
     def _info(self, place: _rust.Place) -> RendezvousInfo:
-        master = RendezvousStoreInfo(place.address or self._host, self._port)
         prefix = f"torch.rendezvous.{self._run_id}.{place.round}"
         store = AgentStore(self._host, self._port, prefix)
+        if self.use_agent_store:
+            master = RendezvousStoreInfo(place.address or self._host, self._port)
+        else:
+            own_address = self._local_addr or self._get_client().address
+            master = interruptible.call(RendezvousStoreInfo.build, place.group_rank, store, own_address)
         if not self._is_introduced:
             return RendezvousInfo(store, place.group_rank, place.group_world_size, master)
         return NativeRendezvousInfo(place, store, master)

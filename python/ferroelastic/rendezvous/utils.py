@@ -88,8 +88,13 @@ def _matches_machine_hostname(host: str) -> bool:
 
 def _resolve(host: str) -> list[tuple[str, str]]:
     """Return the canonical name (or ``""``) and the address of each record of ``host``; none if it does not resolve."""
+    from ferroelastic.utils import interruptible
+
     try:
-        records = socket.getaddrinfo(host, None, proto=socket.IPPROTO_TCP, flags=socket.AI_CANONNAME)
+        # A name server may take minutes not to answer: a signal is not to wait for that.
+        records = interruptible.call(
+            socket.getaddrinfo, host, None, proto=socket.IPPROTO_TCP, flags=socket.AI_CANONNAME
+        )
     except (OSError, ValueError):
         return []
     return [(name, str(address[0])) for _, _, _, name, address in records]

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ferroelastic.timer._pipe import Pipe
 from ferroelastic.timer.api import TimerClient, TimerRequest
 from ferroelastic.timer.debug_info_logging import log_debug_info_for_expired_timers
+from ferroelastic.utils import threads
 from ferroelastic.utils.logging import get_logger
 
 if TYPE_CHECKING:
@@ -271,7 +272,7 @@ class FileTimerServer:
             return
         logger.info("Starting %s... daemon=%s, file_path=%s", type(self).__name__, self._daemon, self._file_path)
         self._watchdog_thread = threading.Thread(target=self._watchdog_loop, name="ferro-timer", daemon=self._daemon)
-        self._watchdog_thread.start()
+        threads.start(self._watchdog_thread)
         # The thread must be gone before the interpreter is; the engine's own hook runs after this one, which is registered later.
         atexit.register(self._close)
         self._log_event("watchdog started", None)
@@ -361,7 +362,10 @@ class FileTimerServer:
         elif expiry.outcome == "gone":
             logger.info("Process with pid=%s does not exist. Skipping", expiry.pid)
         else:
-            reason = "it is not of this job" if expiry.outcome == "not ours" else "permission denied"
+            stranger = (
+                "it is no worker of this agent nor started by one (a worker in another pid namespace has other numbers)"
+            )
+            reason = stranger if expiry.outcome == "not ours" else "permission denied"
             logger.error(
                 "timer %r of process %s has expired, but it is left alone: %s", expiry.scope, expiry.pid, reason
             )

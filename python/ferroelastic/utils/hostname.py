@@ -1,6 +1,6 @@
-"""The name of this host, looked up once per process.
+"""The name of this host, looked up once per process and in the background.
 
-torch asks the resolver again for every event and every failure; where DNS is slow, that stalls its agent's loop.
+torch asks the resolver again for every event and every failure; where DNS is slow, that stalls its agent's loop and its end.
 """
 
 from __future__ import annotations
@@ -10,32 +10,58 @@ import socket
 import threading
 from contextlib import suppress
 
-__all__ = ["fq_hostname"]
+from ferroelastic.utils import threads
+
+__all__ = ["begin_look_up", "fq_hostname", "hostname_for_report"]
 
 _PATIENCE_S = 0.5
-_known: tuple[int, str] | None = None
+
+
+class _LookUp:
+    """A look-up under way in a thread."""
+
+    def __init__(self) -> None:
+        self.pid = os.getpid()
+        self.short_name = socket.gethostname()
+        self.found: str | None = None
+        self.thread = threading.Thread(target=self._ask, name="ferro-resolver", daemon=True)
+        threads.start(self.thread)
+
+    def _ask(self) -> None:
+        # As bytes: of text Python would make an internationalised name, with modules that are loaded for that alone.
+        with suppress(OSError, UnicodeError):
+            hostname, aliases, _ = socket.gethostbyaddr(self.short_name.encode())  # type: ignore[arg-type]  # it takes both
+            self.found = next((one for one in (hostname, *aliases) if "." in one), hostname)
+
+
+_look_up: _LookUp | None = None
+
+
+def begin_look_up() -> bool:
+    """Begin to look up the name of this host; ``False`` if that was begun before."""
+    global _look_up  # noqa: PLW0603 - a process-wide cache
+    # A forked child may have gone to another UTS namespace: it asks for itself.
+    if _look_up is not None and _look_up.pid == os.getpid():
+        return False
+    _look_up = _LookUp()
+    return True
 
 
 def fq_hostname() -> str:
-    """Return the fully qualified name of this host. The first call in a process waits for DNS, half a second at most."""
-    global _known  # noqa: PLW0603 - a process-wide cache
-    # A forked child may have gone to another UTS namespace: it asks for itself.
-    if _known is None or _known[0] != os.getpid():
-        _known = (os.getpid(), _look_up(socket.gethostname()))
-    return _known[1]
+    """Return the fully qualified name of this host, or its short name if the resolver does not answer within half a second."""
+    begin_look_up()
+    assert _look_up is not None  # noqa: S101 - for the type checker
+    if _look_up.found is None:
+        _look_up.thread.join(_PATIENCE_S)
+    return _look_up.found or _look_up.short_name
 
 
-def _look_up(name: str) -> str:
-    """Return the fully qualified name of a host, or the name itself if the resolver does not answer in time."""
-    found: list[str] = []
+def hostname_for_report() -> str:
+    """Return the name of this host, for people. It waits for no resolver that was asked before (:func:`begin_look_up`).
 
-    def ask() -> None:
-        # As bytes: of text Python would make an internationalised name, with modules that are loaded for that alone.
-        with suppress(OSError, UnicodeError):
-            hostname, aliases, _ = socket.gethostbyaddr(name.encode())  # type: ignore[arg-type]  # it takes both
-            found.append(next((one for one in (hostname, *aliases) if "." in one), hostname))
-
-    thread = threading.Thread(target=ask, name="ferro-resolver", daemon=True)
-    thread.start()
-    thread.join(_PATIENCE_S)
-    return found[0] if found else name
+    Reports are made while a job fails, stops or ends.
+    """
+    if begin_look_up():
+        return fq_hostname()
+    assert _look_up is not None  # noqa: S101 - for the type checker
+    return _look_up.found or _look_up.short_name

@@ -13,6 +13,7 @@ import threading
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 from ferroelastic._wait import wait_for_event
+from ferroelastic.utils import threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -76,7 +77,7 @@ def call(function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
     try:
         helper = threading.Thread(target=body, name="ferro-wait", daemon=True)
         try:
-            helper.start()
+            threads.start(helper)
         except RuntimeError:  # no further thread to be had
             body()
         else:

@@ -28,7 +28,8 @@ pub(crate) struct Command(spawn::Command);
 #[pymethods]
 impl Command {
     #[new]
-    #[pyo3(signature = (argv, env, *, stdout=None, stderr=None, cwd=None, cpus=None))]
+    #[pyo3(signature = (argv, env, *, stdout=None, stderr=None, cwd=None, cpus=None, open_files=None, foreground=false))]
+    #[expect(clippy::too_many_arguments, reason = "keywords in Python")]
     fn new(
         argv: Vec<PathBuf>,
         env: HashMap<PathBuf, PathBuf>,
@@ -36,6 +37,8 @@ impl Command {
         stderr: Option<PathBuf>,
         cwd: Option<PathBuf>,
         cpus: Option<Vec<usize>>,
+        open_files: Option<u64>,
+        foreground: bool,
     ) -> PyResult<Self> {
         if argv.is_empty() {
             return Err(PyValueError::new_err("argv must name a program, got an empty sequence"));
@@ -51,6 +54,8 @@ impl Command {
             stderr: stdio(stderr),
             cwd: cwd.map(|cwd| c_string("cwd", cwd)).transpose()?,
             cpus,
+            open_files,
+            foreground,
             ..spawn::Command::default()
         }))
     }
@@ -95,8 +100,8 @@ impl Engine {
     }
 
     #[pyo3(
-        signature = (files, *, console_fd, only_lines_with=vec![]),
-        text_signature = "($self, files, *, console_fd, only_lines_with=())"
+        signature = (files, *, console_fd, only_lines_with=vec![], whole_lines_only=false),
+        text_signature = "($self, files, *, console_fd, only_lines_with=(), whole_lines_only=False)"
     )]
     fn tail(
         &self,
@@ -104,11 +109,13 @@ impl Engine {
         files: Vec<(PathBuf, String)>,
         console_fd: RawFd,
         only_lines_with: Vec<String>,
+        whole_lines_only: bool,
     ) -> PyResult<Tail> {
         let spec = TailSpec {
             files: files.into_iter().map(|(path, prefix)| (path, prefix.into_bytes())).collect(),
             console: duplicate(py, "console_fd", console_fd)?,
             only_lines_with: only_lines_with.into_iter().map(String::into_bytes).collect(),
+            whole_lines_only,
         };
         detached(py, || self.0.tail(spec)).map(Tail::new)
     }
@@ -131,6 +138,10 @@ impl Engine {
 
     fn watch_lease(&self, py: Python<'_>, client: &RendezvousClient) -> PyResult<()> {
         detached(py, || self.0.watch_lease(client.lease()))
+    }
+
+    fn own_orphans(&self, py: Python<'_>) -> PyResult<()> {
+        detached(py, || self.0.own_orphans())
     }
 
     fn use_cgroup(&self, py: Python<'_>, folder: Option<&str>) -> PyResult<bool> {

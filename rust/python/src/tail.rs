@@ -13,6 +13,8 @@ pub(crate) struct TailReport {
     bytes: u64,
     broken_lines: u64,
     dropped_bytes: u64,
+    console_error: Option<String>,
+    unread: Vec<(String, String)>,
 }
 
 impl From<logs::TailReport> for TailReport {
@@ -22,6 +24,8 @@ impl From<logs::TailReport> for TailReport {
             bytes: report.bytes,
             broken_lines: report.broken_lines,
             dropped_bytes: report.dropped_bytes,
+            console_error: report.console_error,
+            unread: report.unread.into_iter().map(|(path, why)| (path.display().to_string(), why)).collect(),
         }
     }
 }

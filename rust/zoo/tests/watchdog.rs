@@ -181,6 +181,27 @@ fn a_process_that_is_not_ours_is_never_signalled() {
 }
 
 #[test]
+fn beside_the_workers_of_an_agent_nobody_is_signalled() {
+    for setting in plain() {
+        let group = setting.sleepers(1);
+        let worker = group.pids()[0];
+        // A child of the agent that is no worker: its guard is one.
+        let mut helper = std::process::Command::new("sleep").arg("1000").spawn().expect("spawn");
+        let own = i32::try_from(std::process::id()).expect("pids fit");
+        setting.name_workers(&group);
+        for pid in [own, i32::try_from(helper.id()).expect("pids fit")] {
+            setting.acquire(pid, "attack", 0.0);
+            let expiry = setting.expiries(1).remove(0);
+            assert_eq!((expiry.pid, expiry.outcome, expiry.signalled_ns), (pid, Outcome::NotOurs, 0));
+        }
+        setting.acquire(worker, "late", 0.0);
+        assert_eq!(setting.expiries(1)[0].outcome, Outcome::Signalled);
+        assert_eq!(all_exits(&group)[0].status, KILLED);
+        helper.kill().and_then(|()| helper.wait()).expect("ended");
+    }
+}
+
+#[test]
 fn several_at_once_are_all_dealt_with() {
     for setting in plain() {
         let group = setting.sleepers(8);

@@ -45,7 +45,8 @@ from ferroelastic.metrics import prof, put_metric
 from ferroelastic.rendezvous import JobFailedError, RendezvousGracefulExitError
 from ferroelastic.rendezvous._worker_store import RenewedRendezvousInfo
 from ferroelastic.utils import interruptible
-from ferroelastic.utils.hostname import fq_hostname as _get_fq_hostname
+from ferroelastic.utils.hostname import begin_look_up
+from ferroelastic.utils.hostname import hostname_for_report as _get_fq_hostname
 from ferroelastic.utils.logging import get_logger
 
 if TYPE_CHECKING:
@@ -291,6 +292,7 @@ class SimpleElasticAgent(ElasticAgent):
     @prof
     def run(self, role: str = DEFAULT_ROLE) -> RunResult:
         """Run the workers until they end. See :meth:`ElasticAgent.run`."""
+        begin_look_up()
         with _signals.Handling(os.environ.get(_SIGNALS_ENV, _signals.DEFAULT_SIGNALS)):
             try:
                 return self._run(role)

@@ -11,6 +11,7 @@ import threading
 import weakref
 from typing import TYPE_CHECKING
 
+from ferroelastic.utils import threads
 from ferroelastic.utils.logging import get_logger
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ class HealthCheckServer:
         atexit.register(self.stop)
         thread = threading.Thread(target=_answer_questions, args=(native, self), name="ferro-health", daemon=True)
         try:
-            thread.start()
+            threads.start(thread)
         except RuntimeError as error:
             self.stop()
             log.error("no health checks will be answered: %s", error)  # noqa: TRY400 - the text says all

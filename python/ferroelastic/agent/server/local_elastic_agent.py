@@ -38,7 +38,7 @@ from ferroelastic.metrics.api import prof
 from ferroelastic.multiprocessing import LogsSpecs, PContext, ProcessFailure, start_processes
 from ferroelastic.multiprocessing._stopping import stop_group
 from ferroelastic.utils import macros
-from ferroelastic.utils.hostname import fq_hostname
+from ferroelastic.utils.hostname import hostname_for_report
 from ferroelastic.utils.logging import get_logger
 from ferroelastic.utils.process_state import is_uninterruptible_state, read_proc_state
 
@@ -231,7 +231,7 @@ class LocalElasticAgent(SimpleElasticAgent):
             server.stop()
 
     def _get_fq_hostname(self) -> str:
-        return fq_hostname()
+        return hostname_for_report()
 
     def _log_watchdog_event(self, name: str, request: Any | None) -> None:
         """Record what the watchdog did (``name``) about a worker's request."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ferroelastic._compat import TorchCompatible
-from ferroelastic.utils.hostname import fq_hostname
+from ferroelastic.utils.hostname import hostname_for_report
 from ferroelastic.utils.logging import get_logger
 
 if TYPE_CHECKING:
@@ -228,7 +228,7 @@ class ChildFailedError(TorchCompatible, Exception):
         lines = [
             f"[{idx}]:",
             f"  time      : {failure.timestamp_isoformat()}",
-            f"  host      : {fq_hostname()}",
+            f"  host      : {hostname_for_report()}",
             f"  rank      : {rank} (local_rank: {failure.local_rank})",
             f"  exitcode  : {failure.exitcode} (pid: {failure.pid})"
             + (f" ({ended_by})" if ended_by != NOT_AVAILABLE else ""),

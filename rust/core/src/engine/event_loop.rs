@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::guard::{Post, Remarks};
+use super::orphans::Orphans;
 use super::processes::{GroupEntry, Process, Reaper};
 use super::request::{Observed, Reply, Request, Started};
 use crate::error::{Error, Result, panic_text};
@@ -20,6 +21,7 @@ use crate::sys::probe::Support;
 use crate::sys::process::Leader;
 use crate::sys::sigmask;
 use crate::sys::spawn::{Command, SpawnStack, can_be_born_in, spawn};
+use crate::sys::threads;
 use crate::sys::timer::Timer;
 use crate::sys::wait::{Block, Collect, Status, Usage, wait};
 use crate::sys::wake::WakeFd;
@@ -97,6 +99,7 @@ pub(super) struct EventLoop {
     watchdogs: BTreeMap<u64, Server>,
     health: health::Servers,
     guard: Post,
+    orphans: Orphans,
     /// Where workers are born, if the run has a cgroup.
     cgroup: Option<OwnedFd>,
     last_id: u64,
@@ -136,6 +139,7 @@ impl EventLoop {
                 connection: |connection| Token::HealthConnection(connection).pack(),
             }),
             guard: Post::new(remarks),
+            orphans: Orphans::new(),
             cgroup: None,
             last_id: 0,
             closing: false,
@@ -210,10 +214,17 @@ impl EventLoop {
                     let _ = reply.send(report);
                 }
             }
+            self.reap_orphans(now);
             // Last: no probe delays a signal, a deadline or a log line.
             self.answer_probes();
         }
         Ok(())
+    }
+
+    fn reap_orphans(&mut self, now: Instant) {
+        let (groups, guard) = (&self.groups, self.guard.pid());
+        let is_worker = |pid| groups.values().any(|group| group.processes.iter().any(|one| one.leader.pid() == pid));
+        self.orphans.reap(now, |pid| Some(pid) == guard || is_worker(pid));
     }
 
     fn guard_ended(&mut self) {
@@ -289,7 +300,8 @@ impl EventLoop {
     fn next_tick(&mut self) -> Option<Instant> {
         let groups = self.groups.values().filter_map(|group| group.state.next_tick());
         let watchdogs = self.watchdogs.values_mut().filter_map(Server::next_tick);
-        groups.chain(self.tails.next_tick()).chain(self.health.next_tick()).chain(watchdogs).min()
+        let orphans = self.orphans.next_tick();
+        groups.chain(orphans).chain(self.tails.next_tick()).chain(self.health.next_tick()).chain(watchdogs).min()
     }
 
     /// Deals with expired timers.
@@ -307,7 +319,7 @@ impl EventLoop {
                 let _ = to_engine.send(Request::Gathered { watchdog: watchdog_id, gathered });
                 wake.wake();
             };
-            if std::thread::Builder::new().name("ferro-evidence".into()).spawn(gathering).is_err() {
+            if threads::builder("ferro-evidence").spawn(gathering).is_err() {
                 watchdog.gathered(&nothing);
             }
         }
@@ -403,6 +415,7 @@ impl EventLoop {
                 let _ = reply.send(self.guard.adopt(guard, program, &self.poller, Token::Guard.pack()));
             }
             Request::WatchLease(page) => self.guard.watch_lease(page),
+            Request::OwnOrphans => self.orphans.own_all(),
             Request::UseCgroup { folder, reply } => {
                 let wanted = folder.is_some();
                 self.cgroup = folder.filter(|folder| can_be_born_in(folder.as_fd(), &mut self.stack));
@@ -489,8 +502,10 @@ impl EventLoop {
                 return Err(Error::os("watch", object, source));
             }
         }
+        let now = Instant::now();
         for Process { leader, .. } in &entry.processes {
             self.guard.hold(leader.pid(), leader.pidfd());
+            self.orphans.expect(leader.pid(), now);
         }
         self.groups.insert(id, entry);
         Ok(started)
@@ -520,8 +535,7 @@ impl EventLoop {
             drop(to_engine);
             wake.wake();
         };
-        let builder = std::thread::Builder::new().name("ferro-wait".into()).stack_size(64 * 1024);
-        builder.spawn(waiting).map(drop)
+        threads::builder("ferro-wait").spawn(waiting).map(drop)
     }
 
     /// Lets go of a group that nobody holds any more, once all its processes have ended.

@@ -67,6 +67,11 @@ impl Post {
         self.lease = Some(page);
     }
 
+    /// Process id of the guard.
+    pub(super) fn pid(&self) -> Option<i32> {
+        self.guard.as_ref().map(Guard::pid)
+    }
+
     pub(super) fn hold(&self, leader: i32, pidfd: Option<BorrowedFd<'_>>) {
         if let Some(guard) = &self.guard {
             guard.hold(leader, pidfd);
@@ -147,6 +152,12 @@ impl Engine {
     /// The guard ends the workers when this page says that they may not run any longer, also while this process is suspended.
     pub fn watch_lease(&self, page: Arc<LeasePage>) -> Result<()> {
         self.line().tell(Request::WatchLease(page))
+    }
+
+    /// All orphans in other sessions than this process's own are of workers: this process has no such children of its own. Where it is PID 1 or a
+    /// subreaper, their zombies are collected.
+    pub fn own_orphans(&self) -> Result<()> {
+        self.line().tell(Request::OwnOrphans)
     }
 
     /// Workers are born in this cgroup from now on; `None` lets them be born in the agent's. `false` if the kernel cannot do that.

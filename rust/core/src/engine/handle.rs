@@ -16,6 +16,7 @@ use crate::published::Wake;
 use crate::supervise::{Event, Exit, StopPlan};
 use crate::sys::probe::{self, Support};
 use crate::sys::spawn::Command;
+use crate::sys::threads;
 use crate::sys::wake::WakeFd;
 
 /// The line to the engine thread. In a forked child, where that thread does not exist, it refuses work and its drop only closes.
@@ -104,13 +105,12 @@ impl Engine {
         let wake = Arc::new(WakeFd::new().map_err(|source| Error::os("create", "an eventfd", source))?);
         let remarks = Remarks::default();
         let event_loop = EventLoop::new(inbox, requests.clone(), Arc::clone(&wake), support, remarks.clone())?;
-        let thread = std::thread::Builder::new()
-            .name("ferro-sup".into())
-            .spawn(move || {
-                event_loop.run();
-                let _ = finish.send(());
-            })
-            .map_err(|source| Error::os("start", "the supervision thread", source))?;
+        let run = move || {
+            event_loop.run();
+            let _ = finish.send(());
+        };
+        let thread = threads::builder("ferro-sup").spawn(run);
+        let thread = thread.map_err(|source| Error::os("start", "the supervision thread", source))?;
         let line = Line {
             owner: std::process::id(),
             wake,

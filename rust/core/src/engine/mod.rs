@@ -8,6 +8,7 @@ mod event_loop;
 mod guard;
 mod handle;
 mod health;
+mod orphans;
 mod processes;
 mod request;
 mod view;

@@ -108,6 +108,7 @@ pub(super) enum Request {
         reply: Reply<Result<()>>,
     },
     WatchLease(Arc<LeasePage>),
+    OwnOrphans,
     UseCgroup {
         folder: Option<OwnedFd>,
         reply: Reply<bool>,

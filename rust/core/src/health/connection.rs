@@ -23,20 +23,23 @@ pub(super) enum Page {
     /// `/status`: the board.
     Status,
     /// `/metrics`: the figures.
-    Metrics,
+    Metrics {
+        /// In the format of `OpenMetrics`.
+        open: bool,
+    },
     /// Anything else.
     Other,
 }
 
 impl Page {
-    fn at(path: &str) -> Self {
-        match path {
+    fn of(request: &http::Request<'_>) -> Self {
+        match request.path {
             "/" => Self::Live("/"),
             "/healthz" => Self::Live("/healthz"),
             "/livez" => Self::Live("/livez"),
             "/readyz" => Self::Ready,
             "/status" => Self::Status,
-            "/metrics" => Self::Metrics,
+            "/metrics" => Self::Metrics { open: request.wants_openmetrics },
             _ => Self::Other,
         }
     }
@@ -47,7 +50,7 @@ impl Page {
             Self::Live(path) => path,
             Self::Ready => "/readyz",
             Self::Status => "/status",
-            Self::Metrics => "/metrics",
+            Self::Metrics { .. } => "/metrics",
             Self::Other => "other",
         }
     }
@@ -160,7 +163,7 @@ impl Connection {
             Received::Incomplete => Next::Wait,
             Received::Refused(status) => Next::Refuse(status),
             Received::Request(request) => {
-                (self.page, self.head_only) = (Page::at(request.path), request.head_only);
+                (self.page, self.head_only) = (Page::of(&request), request.head_only);
                 Next::Answer
             }
         };

@@ -25,6 +25,8 @@ pub struct Request<'a> {
     pub head_only: bool,
     /// The path, without the query.
     pub path: &'a str,
+    /// `OpenMetrics` is wanted, no less than plain text.
+    pub wants_openmetrics: bool,
 }
 
 /// Status of a response.
@@ -114,7 +116,27 @@ fn understand<'a>(request: &httparse::Request<'_, 'a>) -> Received<'a> {
         "HEAD" => true,
         _ => return Received::Refused(Status::MethodNotAllowed),
     };
-    Received::Request(Request { head_only, path: path_of(target) })
+    let accept = request.headers.iter().filter(|header| header.name.eq_ignore_ascii_case("accept"));
+    let ranges = accept.filter_map(|header| std::str::from_utf8(header.value).ok()).flat_map(|value| value.split(','));
+    let wants_openmetrics = prefers_openmetrics(ranges);
+    Received::Request(Request { head_only, path: path_of(target), wants_openmetrics })
+}
+
+/// Whether an `Accept` header names `OpenMetrics` with a weight that is not below that of plain text.
+fn prefers_openmetrics<'h>(ranges: impl Iterator<Item = &'h str>) -> bool {
+    let (mut openmetrics, mut plain) = (0.0, 0.0);
+    for range in ranges {
+        let mut parts = range.split(';').map(str::trim);
+        let kind = parts.next().unwrap_or_default().to_ascii_lowercase();
+        let weight = parts.find_map(|part| part.strip_prefix("q=").or_else(|| part.strip_prefix("Q=")));
+        let weight: f32 = weight.map_or(1.0, |weight| weight.trim().parse().unwrap_or(0.0));
+        match kind.as_str() {
+            "application/openmetrics-text" => openmetrics = weight.max(openmetrics),
+            "text/plain" | "text/*" => plain = weight.max(plain),
+            _ => {}
+        }
+    }
+    openmetrics > 0.0 && openmetrics >= plain
 }
 
 /// The path of `/path?query` and of `http://host/path?query`, which a proxy may send.
@@ -174,7 +196,30 @@ mod tests {
         assert_eq!(path("GET http://agent HTTP/1.1\r\nHost: agent\r\n\r\n"), "/");
         assert_eq!(path("GET HTTP://agent?x HTTP/1.1\r\nHost: agent\r\n\r\n"), "/");
         let head = parse(b"HEAD /livez HTTP/1.1\r\nHost: a\r\n\r\nGET / HTTP/1.1\r\n");
-        assert_eq!(head, Received::Request(Request { head_only: true, path: "/livez" }));
+        assert_eq!(head, Received::Request(Request { head_only: true, path: "/livez", wants_openmetrics: false }));
+    }
+
+    #[test]
+    fn the_format_of_metrics_is_what_was_asked_for() {
+        let wants = |accept: &str| {
+            let request = format!("GET /metrics HTTP/1.1\r\nHost: a\r\n{accept}\r\n");
+            let Received::Request(request) = parse(request.as_bytes()) else { panic!("{accept}") };
+            request.wants_openmetrics
+        };
+        let prometheus =
+            "Accept: application/openmetrics-text;version=1.0.0;q=0.6,text/plain;version=0.0.4;q=0.5,*/*;q=0.1\r\n";
+        assert!(wants(prometheus));
+        assert!(wants("accept: Application/OpenMetrics-Text\r\n"));
+        for accept in [
+            "",
+            "Accept: */*\r\n",
+            "Accept: text/plain;version=0.0.4\r\n",
+            "Accept: application/openmetrics-text;q=0\r\n",
+            "Accept: application/openmetrics-text;q=0.1,text/plain\r\n",
+            "Accept: text/html\r\n",
+        ] {
+            assert!(!wants(accept), "{accept}");
+        }
     }
 
     #[test]

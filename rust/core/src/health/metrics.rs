@@ -1,7 +1,7 @@
-//! Figures for Prometheus, in the text format of `OpenMetrics`.
+//! Figures for Prometheus, in the text format of `OpenMetrics` or in that before it.
 
-use std::collections::BTreeMap;
-use std::fmt;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::{self, Write as _};
 use std::time::{Duration, Instant};
 
 use prometheus_client::collector::Collector;
@@ -15,8 +15,11 @@ use super::status::{Board, WatchdogFigures};
 use super::vocabulary::{Cause, Dropped, Outcome, Phase, State};
 use crate::sys::usage::RunningUsage;
 
-/// Content type of [`text`](encode).
-pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+/// Content type of [`encode`].
+pub const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+/// Content type of [`plain`].
+pub const PLAIN: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 /// Upper bounds in seconds, from 100 µs to 10 minutes.
 const BUCKETS: [f64; 16] =
@@ -107,6 +110,33 @@ pub fn encode(
     registry.register_collector(Box::new(figures));
     let mut text = String::with_capacity(8192);
     text::encode(&mut text, &registry).expect("a String takes everything");
+    text
+}
+
+/// `OpenMetrics` as the text format 0.0.4. There, a counter is called what its sample is, and units and the end are not said.
+#[must_use]
+pub fn plain(openmetrics: &str) -> String {
+    let words = |line: &'_ str| -> Option<(String, String, String)> {
+        let mut words = line.strip_prefix("# ")?.splitn(3, ' ').map(str::to_owned);
+        Some((words.next()?, words.next()?, words.next().unwrap_or_default()))
+    };
+    let types = openmetrics.lines().filter_map(words).filter(|(what, ..)| what == "TYPE");
+    let counters: BTreeSet<String> = types.filter(|(.., kind)| kind == "counter").map(|(_, name, _)| name).collect();
+    let mut text = String::with_capacity(openmetrics.len());
+    for line in openmetrics.lines() {
+        match words(line) {
+            Some((what, name, rest)) if what == "HELP" || what == "TYPE" => {
+                let total = if counters.contains(&name) { "_total" } else { "" };
+                let _ = writeln!(text, "# {what} {name}{total} {rest}");
+            }
+            Some(_) => {}
+            None if line == "# EOF" => {}
+            None => {
+                text.push_str(line);
+                text.push('\n');
+            }
+        }
+    }
     text
 }
 
@@ -258,6 +288,18 @@ mod tests {
             assert!(text.lines().any(|found| found == line), "{line}\nis not in\n{text}");
         }
         assert!(text.ends_with("# EOF\n"));
+        let plain = plain(&text);
+        for line in [
+            "# TYPE ferroelastic_restarts_total counter",
+            "# HELP ferroelastic_rounds_total How often workers were started.",
+            "ferroelastic_restarts_total{cause=\"failure\"} 0",
+            "# TYPE ferroelastic_worker_cpu_seconds_total counter",
+            "# TYPE ferroelastic_restart_phase_seconds histogram",
+            "ferroelastic_restart_phase_seconds_count{phase=\"stop\"} 1",
+        ] {
+            assert!(plain.lines().any(|found| found == line), "{line}\nis not in\n{plain}");
+        }
+        assert!(!plain.contains("# UNIT") && !plain.contains("EOF"), "{plain}");
         let families = text.lines().filter(|line| line.starts_with("# TYPE")).count();
         assert_eq!(families, text.lines().filter(|line| line.starts_with("# HELP")).count());
     }

@@ -73,7 +73,7 @@ struct Server {
     usages: Option<(Instant, HashMap<i32, RunningUsage>)>,
     /// Made at most once in a turn.
     status: Option<Arc<[u8]>>,
-    metrics: Option<Arc<[u8]>>,
+    metrics: Option<Arc<str>>,
 }
 
 impl Server {
@@ -101,15 +101,15 @@ impl Server {
         self.status.clone().unwrap_or_default()
     }
 
-    fn metrics(&mut self, now: Instant, watchdog: &WatchdogOf<'_>) -> Arc<[u8]> {
+    fn metrics(&mut self, now: Instant, watchdog: &WatchdogOf<'_>) -> Arc<str> {
         if self.metrics.is_none() {
             self.refresh_usages(now);
             let usages = self.usages.as_ref().map(|(_, usages)| usages);
             let usage = |pid| usages?.get(&pid).copied();
             let text = metrics::encode(now, &self.board, &self.phases, &self.counts, self.watchdog(watchdog), usage);
-            self.metrics = Some(text.into_bytes().into());
+            self.metrics = Some(text.into());
         }
-        self.metrics.clone().unwrap_or_default()
+        self.metrics.clone().unwrap_or_else(|| "".into())
     }
 
     /// The verdict on the agent, if it is known now.
@@ -449,9 +449,13 @@ impl Servers {
                 let body = server.status(now, watchdog);
                 self.answer(id, now, poller, Status::Ok, JSON, &body);
             }
-            Page::Metrics => {
+            Page::Metrics { open } => {
                 let body = server.metrics(now, watchdog);
-                self.answer(id, now, poller, Status::Ok, metrics::CONTENT_TYPE, &body);
+                if open {
+                    self.answer(id, now, poller, Status::Ok, metrics::OPENMETRICS, body.as_bytes());
+                } else {
+                    self.answer(id, now, poller, Status::Ok, metrics::PLAIN, metrics::plain(&body).as_bytes());
+                }
             }
             Page::Other => {
                 let status = Status::NotFound;

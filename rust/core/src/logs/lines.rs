@@ -13,6 +13,15 @@ pub struct LineFormat {
     only_with: Vec<Finder<'static>>,
 }
 
+/// What is on the console already of the line that a chunk begins with.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Opening {
+    /// So many bytes of it.
+    pub shown: usize,
+    /// They are the last on the console: it goes on where they end.
+    pub in_place: bool,
+}
+
 /// What one call to [`LineFormat::format`] has done.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Formatted {
@@ -37,9 +46,17 @@ impl LineFormat {
     /// Appends the whole lines of `chunk` to `out`. `\n`, `\r\n` and `\r` end a line and come out as `\n`.
     ///
     /// What comes after the last line end is left for the next chunk, unless `last` says that there will be none. `after_return` is the
-    /// memory between the chunks of a stream: the former one ended in `\r`, so a `\n` at the start of this one belongs to it.
-    pub fn format(&self, chunk: &[u8], last: bool, after_return: &mut bool, out: &mut Vec<u8>) -> Formatted {
-        let mut done = Formatted::default();
+    /// memory between the chunks of a stream: the former one ended in `\r`, so a `\n` at the start of this one belongs to it. `opening`
+    /// says what was shown before its line was whole.
+    pub fn format(
+        &self,
+        chunk: &[u8],
+        last: bool,
+        after_return: &mut bool,
+        opening: Opening,
+        out: &mut Vec<u8>,
+    ) -> Formatted {
+        let (mut done, mut opening) = (Formatted::default(), opening);
         let mut rest = chunk;
         if *after_return && !rest.is_empty() {
             *after_return = false;
@@ -53,7 +70,7 @@ impl LineFormat {
             let end = if has_returns { memchr2(b'\n', b'\r', rest) } else { memchr(b'\n', rest) };
             match end {
                 Some(end) => {
-                    self.write(&rest[..end], &mut done, out);
+                    self.write(&rest[..end], &mut opening, &mut done, out);
                     let returned = rest[end] == b'\r';
                     rest = &rest[end + 1..];
                     if returned {
@@ -65,7 +82,7 @@ impl LineFormat {
                     }
                 }
                 None if rest.len() >= MAX_LINE => {
-                    self.write(&rest[..MAX_LINE], &mut done, out);
+                    self.write(&rest[..MAX_LINE], &mut opening, &mut done, out);
                     done.broken += 1;
                     rest = &rest[MAX_LINE..];
                 }
@@ -73,22 +90,39 @@ impl LineFormat {
             }
         }
         if last && !rest.is_empty() {
-            self.write(rest, &mut done, out);
+            self.write(rest, &mut opening, &mut done, out);
             rest = &[];
         }
         done.consumed = chunk.len() - rest.len();
         done
     }
 
-    fn write(&self, line: &[u8], done: &mut Formatted, out: &mut Vec<u8>) {
+    /// Appends what is new of a line that has no end yet.
+    pub fn format_piece(&self, piece: &[u8], opening: Opening, out: &mut Vec<u8>) {
+        if !opening.in_place {
+            out.extend_from_slice(&self.prefix);
+        }
+        out.extend_from_slice(&piece[opening.shown.min(piece.len())..]);
+    }
+
+    /// Whether lines may be shown before they are whole: a filter has to see all of a line.
+    #[must_use]
+    pub fn shows_pieces(&self) -> bool {
+        self.only_with.is_empty()
+    }
+
+    fn write(&self, line: &[u8], opening: &mut Opening, done: &mut Formatted, out: &mut Vec<u8>) {
+        let Opening { shown, in_place } = std::mem::take(opening);
         if !self.only_with.is_empty() && !self.only_with.iter().any(|needle| needle.find(line).is_some()) {
             return;
         }
-        out.reserve(self.prefix.len() + line.len() + 1);
-        out.extend_from_slice(&self.prefix);
-        out.extend_from_slice(line);
-        out.push(b'\n');
         done.lines += 1;
+        if shown > 0 && shown >= line.len() && !in_place {
+            return; // all of it was shown, and something else after it
+        }
+        out.reserve(self.prefix.len() + line.len() + 1);
+        self.format_piece(line, Opening { shown, in_place }, out);
+        out.push(b'\n');
     }
 }
 
@@ -100,7 +134,7 @@ mod tests {
 
     fn all_at_once(format: &LineFormat, bytes: &[u8]) -> Vec<u8> {
         let mut out = Vec::new();
-        format.format(bytes, true, &mut false, &mut out);
+        format.format(bytes, true, &mut false, Opening::default(), &mut out);
         out
     }
 
@@ -115,7 +149,7 @@ mod tests {
     fn an_unfinished_line_waits() {
         let format = LineFormat::new(b"", &[]);
         let mut out = Vec::new();
-        let done = format.format(b"whole\nhal", false, &mut false, &mut out);
+        let done = format.format(b"whole\nhal", false, &mut false, Opening::default(), &mut out);
         assert_eq!((out.as_slice(), done.consumed), (b"whole\n".as_slice(), 6));
     }
 
@@ -123,7 +157,7 @@ mod tests {
     fn a_line_without_end_is_broken_up() {
         let format = LineFormat::new(b"", &[]);
         let mut out = Vec::new();
-        let done = format.format(&vec![b'x'; MAX_LINE + 3], false, &mut false, &mut out);
+        let done = format.format(&vec![b'x'; MAX_LINE + 3], false, &mut false, Opening::default(), &mut out);
         assert_eq!((done.consumed, done.broken, out.len()), (MAX_LINE, 1, MAX_LINE + 1));
     }
 
@@ -131,6 +165,20 @@ mod tests {
     fn filters_keep_lines_with_any_of_the_strings() {
         let format = LineFormat::new(b">", &[b"apple".to_vec(), b"pear".to_vec()]);
         assert_eq!(all_at_once(&format, b"an apple\nplum\npears\n"), b">an apple\n>pears\n");
+    }
+
+    #[test]
+    fn a_line_goes_on_where_it_was_shown() {
+        let format = LineFormat::new(b"[r]:", &[]);
+        let whole = |opening| {
+            let mut out = Vec::new();
+            format.format(b"(Pdb) n\nnext\n", false, &mut false, opening, &mut out);
+            String::from_utf8(out).expect("text")
+        };
+        assert_eq!(whole(Opening { shown: 6, in_place: true }), "n\n[r]:next\n");
+        assert_eq!(whole(Opening { shown: 6, in_place: false }), "[r]:n\n[r]:next\n");
+        assert_eq!(whole(Opening { shown: 7, in_place: true }), "\n[r]:next\n");
+        assert_eq!(whole(Opening { shown: 7, in_place: false }), "[r]:next\n");
     }
 
     proptest! {
@@ -142,9 +190,9 @@ mod tests {
             cuts.sort_unstable();
             let (mut start, mut after_return, mut out) = (0, false, Vec::new());
             for cut in cuts {
-                start += format.format(&bytes[start..cut], false, &mut after_return, &mut out).consumed;
+                start += format.format(&bytes[start..cut], false, &mut after_return, Opening::default(), &mut out).consumed;
             }
-            format.format(&bytes[start..], true, &mut after_return, &mut out);
+            format.format(&bytes[start..], true, &mut after_return, Opening::default(), &mut out);
             prop_assert_eq!(out, all_at_once(&format, &bytes));
         }
     }

@@ -2,12 +2,12 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use rustix::fs::{Mode, OFlags};
 
-use super::lines::{LineFormat, MAX_LINE};
+use super::lines::{LineFormat, MAX_LINE, Opening};
 use crate::error::Error;
 use crate::sys::console::Console;
 
@@ -20,10 +20,12 @@ pub struct TailSpec {
     pub console: OwnedFd,
     /// If not empty, only lines with one of these strings.
     pub only_lines_with: Vec<Vec<u8>>,
+    /// Lines are shown only when they are whole, however long that takes.
+    pub whole_lines_only: bool,
 }
 
 /// What a finished tail has done.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct TailReport {
     /// Lines written to the console.
     pub lines: u64,
@@ -33,6 +35,10 @@ pub struct TailReport {
     pub broken_lines: u64,
     /// Bytes of the files that never reached the console.
     pub dropped_bytes: u64,
+    /// Why the console takes nothing any more, if it said so: its reader has closed it, the disk is full.
+    pub console_error: Option<String>,
+    /// Files that could not be read, and why.
+    pub unread: Vec<(PathBuf, String)>,
 }
 
 /// How far a call to [`Tail::pump`] came.
@@ -46,26 +52,64 @@ pub(super) enum Pumped {
     ConsoleFull,
 }
 
+/// The stream whose unfinished line is the last on a console: its tail, and its place there.
+pub(super) type OpenLine = Option<(u64, usize)>;
+
 #[derive(Debug)]
 struct Stream {
-    file: OwnedFd,
+    path: PathBuf,
+    /// `Err` says why there is none: it is tried again.
+    file: Result<OwnedFd, io::Error>,
     format: LineFormat,
     offset: u64,
     after_return: bool,
     dirty: bool,
+    /// Nothing tells when the file grows: it is looked at from time to time.
+    is_polled: bool,
+    /// Bytes of the line at `offset`, which has no end yet, that are on the console.
+    shown: usize,
+    /// When the rest of it is shown.
+    piece_due: Option<Instant>,
 }
+
+impl Stream {
+    fn open(path: &Path, format: LineFormat) -> Self {
+        Self {
+            path: path.to_owned(),
+            file: open_log(path),
+            format,
+            offset: 0,
+            after_return: false,
+            dirty: true,
+            is_polled: false,
+            shown: 0,
+            piece_due: None,
+        }
+    }
+}
+
+fn open_log(path: &Path) -> io::Result<OwnedFd> {
+    Ok(rustix::fs::open(path, OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC, Mode::from_raw_mode(0o666))?)
+}
+
+/// An unfinished line is shown this long after its first byte that is not.
+const PIECE_AGE: Duration = Duration::from_millis(100);
 
 /// Bytes read from one stream before the next has its turn; grows up to [`MAX_LINE`] for a line that does not fit.
 const CHUNK: usize = 256 * 1024;
 
+/// What a console is, whoever has opened it: device and number of its file.
+pub(super) type ConsoleKey = (u64, u64);
+
 #[derive(Debug)]
 pub(super) struct Tail {
     console: Console,
+    console_key: ConsoleKey,
     streams: Vec<Stream>,
+    whole_lines_only: bool,
     pending: Vec<u8>,
     written: usize,
     report: TailReport,
-    console_gone: bool,
     pub(super) finishing: Option<Finish>,
 }
 
@@ -79,33 +123,24 @@ pub(super) struct Finish {
 impl Tail {
     pub(super) fn open(spec: &TailSpec) -> Result<Self, Error> {
         let console = Console::new(spec.console.as_fd()).map_err(|source| Error::os("open", "the console", source))?;
-        let open = |path: &PathBuf| {
-            let flags = OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC;
-            rustix::fs::open(path, flags, Mode::from_raw_mode(0o666))
-                .map_err(|source| Error::os("open log file", path.display().to_string(), source))
-        };
-        let streams = spec
-            .files
-            .iter()
-            .map(|(path, prefix)| {
-                Ok(Stream {
-                    file: open(path)?,
-                    format: LineFormat::new(prefix, &spec.only_lines_with),
-                    offset: 0,
-                    after_return: false,
-                    dirty: true,
-                })
-            })
-            .collect::<Result<_, Error>>()?;
+        let console_key = rustix::fs::fstat(&console).map_or((0, 0), |stat| (stat.st_dev, stat.st_ino));
+        let streams = spec.files.iter();
+        let streams =
+            streams.map(|(path, prefix)| Stream::open(path, LineFormat::new(prefix, &spec.only_lines_with))).collect();
         Ok(Self {
             console,
+            console_key,
             streams,
+            whole_lines_only: spec.whole_lines_only,
             pending: Vec::new(),
             written: 0,
             report: TailReport::default(),
-            console_gone: false,
             finishing: None,
         })
+    }
+
+    pub(super) fn console_key(&self) -> ConsoleKey {
+        self.console_key
     }
 
     pub(super) fn console_fd(&self) -> BorrowedFd<'_> {
@@ -123,17 +158,41 @@ impl Tail {
         }
     }
 
-    /// Copies one chunk of each stream that has something new.
-    pub(super) fn pump(&mut self, scratch: &mut Vec<u8>) -> Pumped {
+    /// Nothing will tell when the file of a stream grows.
+    pub(super) fn poll(&mut self, stream: usize) {
+        self.streams[stream].is_polled = true;
+    }
+
+    /// Looks at the files of which nothing tells when they grow; `false` if there are none.
+    pub(super) fn mark_polled(&mut self) -> bool {
+        let mut has_polled = false;
+        for stream in self.streams.iter_mut().filter(|stream| stream.is_polled || stream.file.is_err()) {
+            stream.dirty = true;
+            has_polled = true;
+        }
+        has_polled
+    }
+
+    /// When the next unfinished line is shown.
+    pub(super) fn next_piece(&self) -> Option<Instant> {
+        self.streams.iter().filter_map(|stream| stream.piece_due).min()
+    }
+
+    /// Copies one chunk of each stream that has something new. `open` is the console's last line, if that has no end.
+    pub(super) fn pump(&mut self, id: u64, now: Instant, open: &mut OpenLine, scratch: &mut Vec<u8>) -> Pumped {
         if !self.flush() {
             return Pumped::ConsoleFull;
         }
         let last = self.finishing.is_some();
         for index in 0..self.streams.len() {
-            if !self.streams[index].dirty {
+            let stream = &self.streams[index];
+            if stream.dirty {
+                self.read_chunk((id, index), now, last, open, scratch);
+            } else if stream.piece_due.is_some_and(|due| now >= due) {
+                self.show_piece((id, index), open, scratch);
+            } else {
                 continue;
             }
-            self.read_chunk(index, last, scratch);
             if !self.flush() {
                 return Pumped::ConsoleFull;
             }
@@ -141,36 +200,80 @@ impl Tail {
         if self.streams.iter().any(|stream| stream.dirty) { Pumped::More } else { Pumped::Idle }
     }
 
-    fn read_chunk(&mut self, index: usize, last: bool, scratch: &mut Vec<u8>) {
-        let stream = &mut self.streams[index];
+    fn read_chunk(&mut self, at: (u64, usize), now: Instant, last: bool, open: &mut OpenLine, scratch: &mut Vec<u8>) {
+        let stream = &mut self.streams[at.1];
+        if stream.file.is_err() {
+            stream.file = open_log(&stream.path);
+        }
+        let Ok(file) = &stream.file else {
+            stream.dirty = false;
+            return;
+        };
         let mut size = CHUNK;
         loop {
             scratch.resize(size, 0);
-            let read = read_full(&stream.file, scratch, stream.offset);
+            let read = read_full(file, scratch, stream.offset);
             let at_end = read < size;
-            if read == 0
-                && rustix::fs::fstat(&stream.file).is_ok_and(|stat| stat.st_size.cast_unsigned() < stream.offset)
-            {
+            if read == 0 && rustix::fs::fstat(file).is_ok_and(|stat| stat.st_size.cast_unsigned() < stream.offset) {
                 // Truncated under us: what is written from now on starts at the beginning.
-                stream.offset = 0;
+                (stream.offset, stream.shown) = (0, 0);
             }
-            let done =
-                stream.format.format(&scratch[..read], last && at_end, &mut stream.after_return, &mut self.pending);
+            let in_place = *open == Some(at);
+            let before = self.pending.len();
+            if open.is_some() && !in_place {
+                self.pending.push(b'\n');
+            }
+            let begin = self.pending.len();
+            let opening = Opening { shown: stream.shown, in_place };
+            let (after_return, is_last) = (&mut stream.after_return, last && at_end);
+            let done = stream.format.format(&scratch[..read], is_last, after_return, opening, &mut self.pending);
+            if self.pending.len() == begin {
+                self.pending.truncate(before);
+            } else {
+                *open = None;
+            }
+            if done.consumed > 0 {
+                stream.shown = 0;
+            }
             stream.offset += done.consumed as u64;
             stream.dirty = !at_end;
             self.report.lines += done.lines;
             self.report.broken_lines += done.broken;
             if at_end || done.consumed > 0 || size > MAX_LINE {
+                let is_hidden = read - done.consumed > stream.shown;
+                let may_show = at_end && is_hidden && !self.whole_lines_only && stream.format.shows_pieces();
+                stream.piece_due = if may_show { stream.piece_due.or(now.checked_add(PIECE_AGE)) } else { None };
                 return;
             }
             size *= 2;
         }
     }
 
+    /// Shows what there is of a line that has no end yet.
+    fn show_piece(&mut self, at: (u64, usize), open: &mut OpenLine, scratch: &mut Vec<u8>) {
+        let stream = &mut self.streams[at.1];
+        stream.piece_due = None;
+        let Ok(file) = &stream.file else { return };
+        scratch.resize(MAX_LINE, 0);
+        let read = read_full(file, scratch, stream.offset);
+        let whole = memchr::memchr2(b'\n', b'\r', &scratch[..read]);
+        if read <= stream.shown || whole.is_some() {
+            return; // its end has come meanwhile: that is reported, too
+        }
+        let in_place = *open == Some(at);
+        if open.is_some() && !in_place {
+            self.pending.push(b'\n');
+        }
+        let opening = Opening { shown: stream.shown, in_place };
+        stream.format.format_piece(&scratch[..read], opening, &mut self.pending);
+        stream.shown = read;
+        *open = Some(at);
+    }
+
     /// Writes what is pending. `false` if the console takes nothing now.
     fn flush(&mut self) -> bool {
         while self.written < self.pending.len() {
-            if self.console_gone {
+            if self.report.console_error.is_some() {
                 self.report.dropped_bytes += (self.pending.len() - self.written) as u64;
                 break;
             }
@@ -185,7 +288,7 @@ impl Tail {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return false,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 // The reader has gone (EPIPE), the disk is full: the files go on.
-                Err(_) => self.console_gone = true,
+                Err(error) => self.report.console_error = Some(error.to_string()),
             }
         }
         self.pending.clear();
@@ -196,9 +299,15 @@ impl Tail {
     /// Ends the tail; what was not copied is counted.
     pub(super) fn report(mut self) -> TailReport {
         self.report.dropped_bytes += (self.pending.len() - self.written) as u64;
-        for stream in &self.streams {
-            let size = rustix::fs::fstat(&stream.file).map_or(0, |stat| stat.st_size.cast_unsigned());
-            self.report.dropped_bytes += size.saturating_sub(stream.offset);
+        for stream in self.streams {
+            match stream.file {
+                Ok(file) => {
+                    let size = rustix::fs::fstat(&file).map_or(0, |stat| stat.st_size.cast_unsigned());
+                    let shown = stream.offset + stream.shown as u64;
+                    self.report.dropped_bytes += size.saturating_sub(shown);
+                }
+                Err(error) => self.report.unread.push((stream.path, error.to_string())),
+            }
         }
         self.report
     }

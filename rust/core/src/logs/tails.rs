@@ -5,13 +5,14 @@ use std::os::fd::AsFd;
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
-use super::tail::{Finish, Pumped, Tail, TailReport, TailSpec};
+use super::tail::{ConsoleKey, Finish, OpenLine, Pumped, Tail, TailReport, TailSpec};
 use crate::error::Error;
 use crate::sys::notify::Notifier;
 use crate::sys::poller::{Interest, Poller};
 
-/// How often files are looked at where no inotify instance is to be had.
-const WITHOUT_NOTIFIER: Duration = Duration::from_millis(20);
+/// How often files are looked at of which nothing tells when they grow: there is no inotify instance or watch to be had, or the file
+/// could not be opened.
+const POLL_PAUSE: Duration = Duration::from_millis(20);
 
 /// After copying, reports are left to gather for this long: a worker that writes line by line must not wake the engine for each.
 const GATHER: Duration = Duration::from_millis(2);
@@ -26,6 +27,10 @@ pub(crate) struct Tails {
     runnable: BTreeSet<u64>,
     full: BTreeSet<u64>,
     watches: HashMap<i32, Vec<(u64, usize)>>,
+    /// When files are looked at that are not watched.
+    poll_at: Option<Instant>,
+    /// The last line of each console, where that has no end. Several tails may share a console.
+    open_lines: HashMap<ConsoleKey, OpenLine>,
     scratch: Vec<u8>,
 }
 
@@ -40,26 +45,25 @@ impl Tails {
             runnable: BTreeSet::new(),
             full: BTreeSet::new(),
             watches: HashMap::new(),
+            poll_at: None,
+            open_lines: HashMap::new(),
             scratch: Vec::new(),
         }
     }
 
     /// Starts to follow the files of `spec`.
     pub(crate) fn add(&mut self, id: u64, spec: &TailSpec, poller: &Poller) -> Result<(), Error> {
-        let tail = Tail::open(spec)?;
-        if let Some(notifier) = &self.notifier {
-            for (index, (path, _)) in spec.files.iter().enumerate() {
-                let watch = notifier.watch(path);
-                let watch = watch.map_err(|source| Error::os("watch", path.display().to_string(), source));
-                match watch {
-                    Ok(watch) => self.watches.entry(watch).or_default().push((id, index)),
-                    Err(error) => {
-                        self.unwatch(id);
-                        return Err(error);
-                    }
-                }
+        let mut tail = Tail::open(spec)?;
+        for (index, (path, _)) in spec.files.iter().enumerate() {
+            match self.notifier.as_ref().map(|notifier| notifier.watch(path)) {
+                Some(Ok(watch)) => self.watches.entry(watch).or_default().push((id, index)),
+                Some(Err(_)) | None => tail.poll(index),
             }
         }
+        if tail.mark_polled() {
+            self.poll_at.get_or_insert_with(Instant::now);
+        }
+        self.open_lines.entry(tail.console_key()).or_default();
         self.by_id.insert(id, tail);
         self.runnable.insert(id);
         self.listen(poller, true);
@@ -117,15 +121,14 @@ impl Tails {
         if self.resume_at.is_some_and(|at| at <= now) {
             self.resume_at = None;
             self.listen(poller, true);
-            if self.notifier.is_none() {
-                self.look_everywhere();
-            }
         }
+        self.look_at_clock(now);
         let mut ended = Vec::new();
         let turn: Vec<u64> = self.runnable.iter().copied().collect();
         for id in &turn {
             let Some(tail) = self.by_id.get_mut(id) else { continue };
-            match tail.pump(&mut self.scratch) {
+            let open = self.open_lines.entry(tail.console_key()).or_default();
+            match tail.pump(*id, now, open, &mut self.scratch) {
                 Pumped::More => {}
                 Pumped::Idle if tail.finishing.is_some() => ended.push(*id),
                 Pumped::Idle => {
@@ -146,8 +149,7 @@ impl Tails {
         ended.extend(self.full.iter().filter(|id| self.by_id.get(id).is_some_and(given_up)));
         if !turn.is_empty() && !self.by_id.is_empty() {
             self.listen(poller, false);
-            let pause = if self.notifier.is_some() { GATHER } else { WITHOUT_NOTIFIER };
-            self.resume_at = now.checked_add(pause);
+            self.resume_at = now.checked_add(GATHER);
         }
         ended.into_iter().filter_map(|id| Some((id, self.end(id, poller)?))).collect()
     }
@@ -160,7 +162,25 @@ impl Tails {
     /// When [`Tails::pump`] has something to do at the latest.
     pub(crate) fn next_tick(&self) -> Option<Instant> {
         let give_up = |id| self.by_id.get(id)?.finishing.as_ref()?.give_up;
-        self.full.iter().filter_map(give_up).chain(self.resume_at).min()
+        // A console that is full shows no piece of a line.
+        let pieces = self.by_id.iter().filter(|(id, _)| !self.full.contains(id));
+        let pieces = pieces.filter_map(|(_, tail)| tail.next_piece());
+        self.full.iter().filter_map(give_up).chain(pieces).chain(self.resume_at).chain(self.poll_at).min()
+    }
+
+    /// Files that are not watched are looked at, and unfinished lines shown, when that is due.
+    fn look_at_clock(&mut self, now: Instant) {
+        let is_poll = self.poll_at.take_if(|at| *at <= now).is_some();
+        for (id, tail) in &mut self.by_id {
+            let has_polled = is_poll && tail.mark_polled();
+            if has_polled {
+                self.poll_at = now.checked_add(POLL_PAUSE);
+            }
+            let has_piece = tail.next_piece().is_some_and(|due| due <= now);
+            if (has_polled || has_piece) && !self.full.contains(id) {
+                self.runnable.insert(*id);
+            }
+        }
     }
 
     fn look_everywhere(&mut self) {
@@ -179,8 +199,12 @@ impl Tails {
             let _ = poller.remove(tail.console_fd());
         }
         self.unwatch(id);
+        let key = tail.console_key();
+        if !self.by_id.values().any(|other| other.console_key() == key) {
+            self.open_lines.remove(&key);
+        }
         if self.by_id.is_empty() {
-            self.resume_at = None;
+            (self.resume_at, self.poll_at) = (None, None);
             self.listen(poller, false);
         }
         Some(tail.report())

@@ -204,6 +204,12 @@ impl Member {
         matches!(self.link, Link::Up(_))
     }
 
+    /// Whether it waits for a connection to be made.
+    #[must_use]
+    pub fn is_connecting(&self) -> bool {
+        matches!(self.link, Link::Connecting)
+    }
+
     /// Whether a host has welcomed it at any time.
     #[must_use]
     pub fn was_welcome(&self) -> bool {

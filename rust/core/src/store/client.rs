@@ -1,10 +1,11 @@
 //! A client of a store: of ours, or of torch's.
 
 use std::io::{self, ErrorKind, Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpStream, ToSocketAddrs};
+use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
 use super::wire::{MAGIC, opcode};
+use crate::sys::resolve::resolve_within;
 use crate::sys::timer::after;
 
 /// A server that lives answers at once that a wait is over. It need not have as long as the keys had.
@@ -308,7 +309,8 @@ impl Field<'_> {
 }
 
 fn connect_once(host: &str, port: u16, deadline: Instant) -> io::Result<TcpStream> {
-    connect_to_one(&(host, port).to_socket_addrs()?.collect::<Vec<_>>(), deadline)
+    let addresses = resolve_within(host, port, deadline.saturating_duration_since(Instant::now()))?;
+    connect_to_one(&addresses, deadline)
 }
 
 /// Tries one address after the other. None takes more than its share of the time, nor so much that the others are hardly tried: packets to

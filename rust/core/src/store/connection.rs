@@ -1,6 +1,7 @@
 //! A connection of the store: what it speaks, and what it is to be sent.
 
 use std::io::{self, ErrorKind};
+use std::time::Instant;
 
 use super::talk::Talk;
 use super::wire::{Decoder, empty};
@@ -22,12 +23,15 @@ pub(super) struct Connection {
     output: Vec<u8>,
     sent: usize,
     pub(super) interest: Interest,
+    /// When it came, as long as it has said nothing.
+    pub(super) silent_since: Option<Instant>,
 }
 
 impl Connection {
     pub(super) fn new(stream: Stream, decoder: Decoder) -> Self {
         let protocol = Protocol::Store(decoder);
-        Self { stream, protocol, output: Vec::new(), sent: 0, interest: Interest::Readable }
+        let silent_since = Some(Instant::now());
+        Self { stream, protocol, output: Vec::new(), sent: 0, interest: Interest::Readable, silent_since }
     }
 
     pub(super) fn unsent(&self) -> usize {

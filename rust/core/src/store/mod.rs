@@ -6,6 +6,7 @@
 mod agents;
 pub mod client;
 mod connection;
+mod door;
 pub mod server;
 pub mod state;
 mod talk;

@@ -13,29 +13,26 @@ use super::agents::Agents;
 use super::connection::{Connection, Protocol};
 pub use super::state::Peer;
 use super::state::{Reply, State};
-use super::wire::{Decoder, Limits, Request};
+use super::wire::{Limits, Request};
 use crate::error::{Error, Result};
 use crate::rendezvous::rounds::{Event, Settings};
 use crate::sys::net::Listener;
 use crate::sys::poller::{Interest, Poller};
 use crate::sys::sigmask;
+use crate::sys::threads;
 use crate::sys::timer::{Timer, after};
 use crate::sys::wake::WakeFd;
 
 const WAKE: u64 = 0;
-const LISTENER: u64 = 1;
+pub(super) const LISTENER: u64 = 1;
 const TIMER: u64 = 2;
 const FIRST_PEER: Peer = 3;
 
-/// What is read of a connection, and how many connections are accepted, before the others have their turn.
+/// What is read of a connection before the others have their turn.
 const CHUNK: usize = 64 * 1024;
-const ACCEPTED_PER_TURN: usize = 256;
 
 /// A connection whose replies are not taken is not read from beyond this.
 const MOST_UNSENT: usize = 1 << 20;
-
-/// How long it does not listen after a connection could not be accepted.
-const PAUSE: Duration = Duration::from_millis(100);
 
 /// What is said to a connection before the others have their turn.
 const REPLIED_PER_TURN: usize = 4 << 20;
@@ -63,7 +60,7 @@ impl StoreServer {
         let wake = Arc::new(WakeFd::new().map_err(|source| Error::os("create", "an eventfd", source))?);
         let (orders, inbox) = channel();
         let worker = Worker::new(listener, limits, rendezvous, inbox, Arc::clone(&wake))?;
-        let thread = std::thread::Builder::new().name(THREAD.into()).spawn(move || worker.run());
+        let thread = threads::builder(THREAD).spawn(move || worker.run());
         let thread = thread.map_err(|source| Error::os("start", "the store's thread", source))?;
         Ok(Self { address, orders, wake, thread: Mutex::new(Some(thread)), owner: std::process::id() })
     }
@@ -106,26 +103,26 @@ impl Drop for StoreServer {
 
 /// Everything the store's thread owns.
 pub(super) struct Worker {
-    listener: Option<Listener>,
+    pub(super) listener: Option<Listener>,
     /// Until when it does not listen.
-    listen_at: Option<Instant>,
-    limits: Limits,
+    pub(super) listen_at: Option<Instant>,
+    pub(super) limits: Limits,
     inbox: Receiver<Order>,
     wake: Arc<WakeFd>,
-    poller: Poller,
+    pub(super) poller: Poller,
     timer: Timer,
     pub(super) state: State,
     pub(super) agents: Option<Agents>,
     /// When it ends, whoever is still there.
     pub(super) close_at: Option<Instant>,
     pub(super) connections: HashMap<Peer, Connection>,
-    last_peer: Peer,
+    pub(super) last_peer: Peer,
     replies: Vec<Reply>,
     /// Those with something to send.
     pub(super) to_flush: Vec<Peer>,
     chunk: Vec<u8>,
     /// Holds a descriptor for when there is none.
-    spare: Option<WakeFd>,
+    pub(super) spare: Option<WakeFd>,
 }
 
 impl Worker {
@@ -253,65 +250,22 @@ impl Worker {
         self.state = State::new(&self.limits);
     }
 
-    fn accept(&mut self) {
-        for _ in 0..ACCEPTED_PER_TURN {
-            let Some(listener) = &self.listener else { return };
-            let stream = match listener.accept() {
-                Ok(stream) => stream,
-                Err(error) if error.kind() == ErrorKind::ConnectionAborted => continue,
-                Err(error) if error.kind() == ErrorKind::WouldBlock => return,
-                Err(error) => {
-                    let is_full = matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE));
-                    if !(is_full && self.turn_away()) {
-                        self.pause();
-                    }
-                    return;
-                }
-            };
-            self.last_peer += 1;
-            let peer = self.last_peer;
-            let _ = stream.set_nodelay();
-            if self.poller.add(&stream, peer, Interest::Readable).is_ok() {
-                self.connections.insert(peer, Connection::new(stream, Decoder::new(self.limits)));
-            }
-        }
-    }
-
-    /// No descriptor is to be had: the next connection is accepted on the spare one and dropped. Its client tries again later; left
-    /// where it is, it would be reported for ever. Whether that was done.
-    fn turn_away(&mut self) -> bool {
-        let is_done = self.spare.take().is_some() && self.listener.as_ref().is_some_and(|from| from.accept().is_ok());
-        self.spare = WakeFd::new().ok();
-        is_done
-    }
-
-    /// Connections cannot be accepted now, nor turned away: they are left where they are, and not reported for a while.
-    fn pause(&mut self) {
-        self.listen(Interest::Hangup);
-        self.listen_at = Some(Instant::now() + PAUSE);
-        self.set_timer();
-    }
-
-    fn listen(&self, interest: Interest) {
-        if let Some(listener) = &self.listener {
-            // It fails for a descriptor that is none.
-            let _ = self.poller.modify(listener, LISTENER, interest);
-        }
-    }
-
     /// A connection has bytes, or room for some.
     fn serve(&mut self, peer: Peer) {
         let Some(connection) = self.connections.get_mut(&peer) else { return };
         if connection.interest == Interest::Readable {
             match connection.stream.read(&mut self.chunk) {
                 Ok(0) => return self.end(peer),
-                Ok(read) => match &mut connection.protocol {
-                    Protocol::Store(decoder) => decoder.feed(&self.chunk[..read]),
-                    Protocol::Agent(talk) => {
-                        talk.feed(&self.chunk[..read]);
-                        return self.listen_to(peer);
+                Ok(read) => {
+                    connection.silent_since = None;
+                    match &mut connection.protocol {
+                        Protocol::Store(decoder) => decoder.feed(&self.chunk[..read]),
+                        Protocol::Agent(talk) => {
+                            talk.feed(&self.chunk[..read]);
+                            return self.listen_to(peer);
+                        }
                     }
-                },
+                }
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return,
                 Err(_) => return self.end(peer),
             }

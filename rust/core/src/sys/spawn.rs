@@ -43,14 +43,18 @@ pub struct Command {
     pub cwd: Option<CString>,
     /// Logical CPUs the process may run on, the agent's if none.
     pub cpus: Option<Vec<usize>>,
+    /// Soft limit of its open descriptors (`RLIMIT_NOFILE`), the agent's if none.
+    pub open_files: Option<u64>,
+    /// It stays in the agent's session, and its process group becomes the foreground one of the terminal that is its standard input.
+    pub foreground: bool,
     /// The process is not killed when the thread that spawned it ends.
     pub outlives_agent: bool,
 }
 
-/// A process that was just started: the leader of its own session and process group.
+/// A process that was just started: the leader of its own process group, and of its own session unless it is in the foreground.
 #[derive(Debug)]
 pub struct Spawned {
-    /// Process id, also its process group and session id.
+    /// Process id, also its process group.
     pub pid: i32,
     /// Its pidfd, if one was asked for.
     pub pidfd: Option<OwnedFd>,
@@ -61,6 +65,9 @@ pub struct Spawned {
 #[repr(u8)]
 enum Stage {
     Setsid = 1,
+    Setpgid,
+    Tcsetpgrp,
+    Limits,
     DeathSignal,
     Stdin,
     Stdout,
@@ -71,8 +78,11 @@ enum Stage {
 }
 
 impl Stage {
-    const ALL: [Self; 8] = [
+    const ALL: [Self; 11] = [
         Self::Setsid,
+        Self::Setpgid,
+        Self::Tcsetpgrp,
+        Self::Limits,
         Self::DeathSignal,
         Self::Stdin,
         Self::Stdout,
@@ -85,6 +95,9 @@ impl Stage {
     fn name(self) -> &'static str {
         match self {
             Self::Setsid => "setsid",
+            Self::Setpgid => "setpgid",
+            Self::Tcsetpgrp => "tcsetpgrp",
+            Self::Limits => "setrlimit(RLIMIT_NOFILE)",
             Self::DeathSignal => "prctl(PR_SET_PDEATHSIG)",
             Self::Stdin => "dup2 stdin",
             Self::Stdout => "dup2 stdout",
@@ -105,6 +118,8 @@ struct ChildPlan {
     stdout: RawFd,
     stderr: RawFd,
     outlives_agent: bool,
+    foreground: bool,
+    open_files: Option<libc::rlimit>,
     cwd: *const c_char,
     cpus: Vec<u64>,
     agent: libc::pid_t,
@@ -179,6 +194,8 @@ pub fn spawn(
         stdout: stdout.as_ref().map_or(-1, AsRawFd::as_raw_fd),
         stderr: stderr.as_ref().map_or(-1, AsRawFd::as_raw_fd),
         outlives_agent: command.outlives_agent,
+        foreground: command.foreground,
+        open_files: command.open_files.map(open_files_limit),
         cwd: command.cwd.as_ref().map_or(std::ptr::null(), |cwd| cwd.as_ptr()),
         cpus: command.cpus.as_deref().map(cpu_mask).unwrap_or_default(),
         agent: i32::try_from(std::process::id()).unwrap_or(-1),
@@ -318,6 +335,8 @@ pub fn can_be_born_in(cgroup: BorrowedFd<'_>, stack: &mut SpawnStack) -> bool {
         stdout: -1,
         stderr: -1,
         outlives_agent: true,
+        foreground: false,
+        open_files: None,
         cwd: std::ptr::null(),
         cpus: Vec::new(),
         agent: 0,
@@ -358,7 +377,11 @@ extern "C" fn child_main(argument: *mut c_void) -> c_int {
             );
             signal = signal.wrapping_add(1);
         }
-        if libc::setsid() < 0 {
+        if (*plan).foreground {
+            if libc::setpgid(0, 0) < 0 {
+                failed(Stage::Setpgid);
+            }
+        } else if libc::setsid() < 0 {
             failed(Stage::Setsid);
         }
         if !(*plan).outlives_agent {
@@ -373,11 +396,21 @@ extern "C" fn child_main(argument: *mut c_void) -> c_int {
         if (*plan).stdin >= 0 && libc::dup2((*plan).stdin, 0) < 0 {
             failed(Stage::Stdin);
         }
+        // Allowed from the background, because SIGTTOU is blocked.
+        if (*plan).foreground && libc::tcsetpgrp(0, libc::getpid()) < 0 {
+            failed(Stage::Tcsetpgrp);
+        }
         if (*plan).stdout >= 0 && libc::dup2((*plan).stdout, 1) < 0 {
             failed(Stage::Stdout);
         }
         if (*plan).stderr >= 0 && libc::dup2((*plan).stderr, 2) < 0 {
             failed(Stage::Stderr);
+        }
+        let open_files = &raw const (*plan).open_files;
+        if let Some(limit) = &*open_files
+            && libc::setrlimit(libc::RLIMIT_NOFILE, limit) < 0
+        {
+            failed(Stage::Limits);
         }
         let cpus = &raw const (*plan).cpus;
         if !(*cpus).is_empty() {
@@ -440,6 +473,12 @@ fn open_log(path: &Path) -> io::Result<OwnedFd> {
     let fd = rustix::fs::open(path, flags, Mode::from_raw_mode(0o666))?;
     // Above the standard streams, in case the agent runs with one of them closed: dup2 would then be no copy at all.
     Ok(rustix::io::fcntl_dupfd_cloexec(&fd, 3)?)
+}
+
+/// The soft limit of open descriptors, within the hard one.
+fn open_files_limit(soft: u64) -> libc::rlimit {
+    let hard = rustix::process::getrlimit(rustix::process::Resource::Nofile).maximum.unwrap_or(libc::RLIM_INFINITY);
+    libc::rlimit { rlim_cur: soft.min(hard), rlim_max: hard }
 }
 
 fn cpu_mask(cpus: &[usize]) -> Vec<u64> {

@@ -17,7 +17,8 @@ pub enum Outcome {
     NoSignal,
     /// The process had ended.
     Gone,
-    /// The process is neither this one nor a descendant of it nor in a worker's session: it is left alone.
+    /// The process is neither a worker nor a descendant of one nor in a worker's session: it is left alone. Where no workers were named, this
+    /// process and all its descendants count as workers.
     NotOurs,
     /// The kernel refused to signal it.
     Denied,

@@ -110,6 +110,8 @@ pub(crate) struct Server {
     deadlines: Deadlines,
     clients: Clients,
     workers: Vec<(WorkerProcess, Option<Leader>)>,
+    /// This is the watchdog of an agent: only its workers, and what they have started, are signalled.
+    has_named_workers: bool,
     counts: Counts,
     gathering: Option<Gathering>,
     gatherings: u64,
@@ -162,6 +164,7 @@ impl Server {
             deadlines: Deadlines::default(),
             clients: Clients::new(support),
             workers: Vec::new(),
+            has_named_workers: false,
             counts: Counts::default(),
             gathering: None,
             gatherings: 0,
@@ -267,8 +270,13 @@ impl Server {
             let (client, is_new) = match self.clients.known(pid, now.instant, &is_worker) {
                 Ok(known) => known,
                 Err(error) if error.raw_os_error() == Some(libc::ESRCH) => {
-                    // It has ended since.
                     self.deadlines.forget(pid);
+                    if !request.is_release() {
+                        self.counts.refused += 1;
+                        self.counts.last_broken = format!(
+                            "process {pid} does not exist: it has ended, or its number is that of another pid namespace"
+                        );
+                    }
                     return;
                 }
                 Err(error) => {
@@ -396,7 +404,11 @@ impl Server {
         // Without pidfds nobody has told of the end of a helper.
         self.client_ended(pid, poller);
         let is_gone = pid > 0 && self.clients.get(pid).is_none();
-        let kin = self.clients.get(pid).map_or(Kin::Foreign, |client| client.kin);
+        let kin = match self.clients.get(pid).map_or(Kin::Foreign, |client| client.kin) {
+            // Beside its workers an agent has nobody who may ask for its own end, or for that of its guard.
+            Kin::Ours { worker: 0 } if self.has_named_workers => Kin::Foreign,
+            kin => kin,
+        };
         let worker = if let Kin::Ours { worker } = kin { worker } else { 0 };
         for timer in timers {
             self.counts.expired += 1;
@@ -505,6 +517,7 @@ impl Server {
             (worker, hold)
         });
         self.workers = held.collect();
+        self.has_named_workers = true;
         self.clients.look_again(&|pid| self.workers.iter().any(|(worker, _)| worker.pid == pid));
     }
 

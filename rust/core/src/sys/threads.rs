@@ -1,0 +1,50 @@
+//! Starting threads whose stacks are of no thread that has ended.
+//!
+//! A forked child has the memory of all threads of its parent, and none of them. Whatever it destroys may wait for such a thread, which
+//! glibc knows by the address of its stack, and takes for ended. glibc gives the stacks of ended threads to new ones: a wait for a thread
+//! that never was here would become one for ours, which does not end. A larger stack than any of those is new memory.
+
+use std::sync::OnceLock;
+use std::thread::Builder;
+
+/// Stacks of the usual size, if there is no limit.
+const USUAL_BYTES: u64 = 8 << 20;
+
+/// A builder of a thread.
+pub fn builder(name: &str) -> Builder {
+    Builder::new().name(name.into()).stack_size(stack_bytes())
+}
+
+/// Twice what other threads have: memory that is reserved, not used.
+fn stack_bytes() -> usize {
+    static BYTES: OnceLock<usize> = OnceLock::new();
+    *BYTES.get_or_init(|| {
+        let limit = rustix::process::getrlimit(rustix::process::Resource::Stack).current.unwrap_or(0);
+        usize::try_from(2 * limit.clamp(USUAL_BYTES, 64 * USUAL_BYTES)).unwrap_or(16 << 20)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A thread is known by the address of its descriptor, which lies in its stack.
+    fn identity() -> u64 {
+        // SAFETY: it always succeeds.
+        unsafe { libc::pthread_self() }
+    }
+
+    #[test]
+    fn no_stack_is_that_of_an_ended_thread() {
+        const USUAL: usize = 8 << 20;
+        let usual = || Builder::new().stack_size(USUAL).spawn(identity).expect("spawn").join().expect("no panic");
+        let former = usual();
+        // The cache is there, and gives the stack of a thread that has ended to the next one of that size.
+        assert_eq!(usual(), former);
+        for _ in 0..8 {
+            let ours = builder("ours").spawn(identity).expect("spawn").join().expect("no panic");
+            assert_ne!(ours, former);
+        }
+        assert_eq!(usual(), former);
+    }
+}
