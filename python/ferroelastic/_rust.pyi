@@ -74,8 +74,6 @@ class Command:
         cwd: working directory; ``None`` inherits.
         cpus: logical CPUs the process may run on (``sched_setaffinity(2)``, set before exec); ``None`` inherits.
         open_files: soft limit of its open descriptors (``RLIMIT_NOFILE``), the hard limit at most; ``None`` inherits.
-        foreground: leave the process in the agent's session, and make its process group the foreground one of the terminal that is its
-            standard input (``tcsetpgrp(3)``). Otherwise it has a session of its own.
 
     Raises:
         ValueError: ``argv`` is empty, a string holds a NUL byte, or ``cpus`` is empty.
@@ -91,7 +89,6 @@ class Command:
         cwd: str | None = None,
         cpus: Sequence[int] | None = None,
         open_files: int | None = None,
-        foreground: bool = False,
     ) -> Command: ...
 
 @final

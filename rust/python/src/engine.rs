@@ -28,8 +28,7 @@ pub(crate) struct Command(spawn::Command);
 #[pymethods]
 impl Command {
     #[new]
-    #[pyo3(signature = (argv, env, *, stdout=None, stderr=None, cwd=None, cpus=None, open_files=None, foreground=false))]
-    #[expect(clippy::too_many_arguments, reason = "keywords in Python")]
+    #[pyo3(signature = (argv, env, *, stdout=None, stderr=None, cwd=None, cpus=None, open_files=None))]
     fn new(
         argv: Vec<PathBuf>,
         env: HashMap<PathBuf, PathBuf>,
@@ -38,7 +37,6 @@ impl Command {
         cwd: Option<PathBuf>,
         cpus: Option<Vec<usize>>,
         open_files: Option<u64>,
-        foreground: bool,
     ) -> PyResult<Self> {
         if argv.is_empty() {
             return Err(PyValueError::new_err("argv must name a program, got an empty sequence"));
@@ -55,7 +53,6 @@ impl Command {
             cwd: cwd.map(|cwd| c_string("cwd", cwd)).transpose()?,
             cpus,
             open_files,
-            foreground,
             ..spawn::Command::default()
         }))
     }

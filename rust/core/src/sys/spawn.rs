@@ -45,16 +45,14 @@ pub struct Command {
     pub cpus: Option<Vec<usize>>,
     /// Soft limit of its open descriptors (`RLIMIT_NOFILE`), the agent's if none.
     pub open_files: Option<u64>,
-    /// It stays in the agent's session, and its process group becomes the foreground one of the terminal that is its standard input.
-    pub foreground: bool,
     /// The process is not killed when the thread that spawned it ends.
     pub outlives_agent: bool,
 }
 
-/// A process that was just started: the leader of its own process group, and of its own session unless it is in the foreground.
+/// A process that was just started: the leader of its own session and process group.
 #[derive(Debug)]
 pub struct Spawned {
-    /// Process id, also its process group.
+    /// Process id, also its process group and session id.
     pub pid: i32,
     /// Its pidfd, if one was asked for.
     pub pidfd: Option<OwnedFd>,
@@ -65,8 +63,6 @@ pub struct Spawned {
 #[repr(u8)]
 enum Stage {
     Setsid = 1,
-    Setpgid,
-    Tcsetpgrp,
     Limits,
     DeathSignal,
     Stdin,
@@ -78,10 +74,8 @@ enum Stage {
 }
 
 impl Stage {
-    const ALL: [Self; 11] = [
+    const ALL: [Self; 9] = [
         Self::Setsid,
-        Self::Setpgid,
-        Self::Tcsetpgrp,
         Self::Limits,
         Self::DeathSignal,
         Self::Stdin,
@@ -95,8 +89,6 @@ impl Stage {
     fn name(self) -> &'static str {
         match self {
             Self::Setsid => "setsid",
-            Self::Setpgid => "setpgid",
-            Self::Tcsetpgrp => "tcsetpgrp",
             Self::Limits => "setrlimit(RLIMIT_NOFILE)",
             Self::DeathSignal => "prctl(PR_SET_PDEATHSIG)",
             Self::Stdin => "dup2 stdin",
@@ -118,7 +110,6 @@ struct ChildPlan {
     stdout: RawFd,
     stderr: RawFd,
     outlives_agent: bool,
-    foreground: bool,
     open_files: Option<libc::rlimit>,
     cwd: *const c_char,
     cpus: Vec<u64>,
@@ -194,7 +185,6 @@ pub fn spawn(
         stdout: stdout.as_ref().map_or(-1, AsRawFd::as_raw_fd),
         stderr: stderr.as_ref().map_or(-1, AsRawFd::as_raw_fd),
         outlives_agent: command.outlives_agent,
-        foreground: command.foreground,
         open_files: command.open_files.map(open_files_limit),
         cwd: command.cwd.as_ref().map_or(std::ptr::null(), |cwd| cwd.as_ptr()),
         cpus: command.cpus.as_deref().map(cpu_mask).unwrap_or_default(),
@@ -335,7 +325,6 @@ pub fn can_be_born_in(cgroup: BorrowedFd<'_>, stack: &mut SpawnStack) -> bool {
         stdout: -1,
         stderr: -1,
         outlives_agent: true,
-        foreground: false,
         open_files: None,
         cwd: std::ptr::null(),
         cpus: Vec::new(),
@@ -377,11 +366,7 @@ extern "C" fn child_main(argument: *mut c_void) -> c_int {
             );
             signal = signal.wrapping_add(1);
         }
-        if (*plan).foreground {
-            if libc::setpgid(0, 0) < 0 {
-                failed(Stage::Setpgid);
-            }
-        } else if libc::setsid() < 0 {
+        if libc::setsid() < 0 {
             failed(Stage::Setsid);
         }
         if !(*plan).outlives_agent {
@@ -395,10 +380,6 @@ extern "C" fn child_main(argument: *mut c_void) -> c_int {
         }
         if (*plan).stdin >= 0 && libc::dup2((*plan).stdin, 0) < 0 {
             failed(Stage::Stdin);
-        }
-        // Allowed from the background, because SIGTTOU is blocked.
-        if (*plan).foreground && libc::tcsetpgrp(0, libc::getpid()) < 0 {
-            failed(Stage::Tcsetpgrp);
         }
         if (*plan).stdout >= 0 && libc::dup2((*plan).stdout, 1) < 0 {
             failed(Stage::Stdout);

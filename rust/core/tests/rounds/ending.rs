@@ -86,6 +86,24 @@ fn a_silence_dates_back_to_when_the_node_was_heard_last() {
 }
 
 #[test]
+fn a_last_failure_waits_for_what_becomes_of_a_silent_node() {
+    for comes_back in [false, true] {
+        let mut table = Table::running(2, 3);
+        // Its guard has ended its workers, and with them those of others fail.
+        table.pass(SILENCE.saturating_sub(SECOND), &[1, 2]);
+        assert_eq!(table.fail_for_good(1, 0), []);
+        assert_eq!(table.pass(SECOND / 2, &[1, 2]), []);
+        if comes_back {
+            table.step(Event::Beat(3, 1));
+        }
+        let actions = table.pass(2 * SECOND, &[1, 2]);
+        assert_eq!(table.rounds.closed().is_some(), comes_back);
+        assert!(over(&actions).iter().all(|(_, kind, _)| *kind == Kind::Membership));
+        assert_eq!(over(&actions).len(), if comes_back { 0 } else { 2 });
+    }
+}
+
+#[test]
 fn a_node_that_leaves_explains_no_failure() {
     let mut table = Table::running(2, 3);
     table.fail(1, 0, 1);

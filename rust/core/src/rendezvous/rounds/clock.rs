@@ -31,7 +31,7 @@ impl Rounds {
             _ => None,
         };
         let waits = self.members.values().filter_map(|member| self.join_deadline(member));
-        let pending = self.pending.as_ref().map(|pending| pending.at);
+        let pending = self.pending.as_ref().map(|pending| self.silent_until().unwrap_or(pending.at).max(pending.at));
         silences.chain(waits).chain(last_call).chain(pending).chain(self.explain_at).min()
     }
 
@@ -43,6 +43,14 @@ impl Rounds {
             Doubt::Probed => (silence / DOUBTFUL_PART + ANSWER_TIME).min(silence),
             Doubt::Examined => silence,
         }
+    }
+
+    /// When the last of the nodes of this round that are silent now would be lost.
+    fn silent_until(&self) -> Option<Instant> {
+        let silent = self.members.values().filter(|member| {
+            matches!(member.seat, Seat::Running(_)) && member.doubt != Doubt::None && !member.who.is_host
+        });
+        silent.map(|member| member.heard + self.settings.silence).max()
     }
 
     /// Looks into the silence of an agent: has its machine gone, or only stopped the agent? That is for people to know; either way it is
@@ -121,7 +129,9 @@ impl Rounds {
             self.remove(now, id, &format!("was lost: {text}"), Gone::Lost(heard));
         }
         self.doubt(now);
-        if let Some(pending) = self.pending.take_if(|pending| now >= pending.at) {
+        // A silent node may have been lost before, which would explain it.
+        let is_silent = self.silent_until().is_some();
+        if let Some(pending) = self.pending.take_if(|pending| now >= pending.at && !is_silent) {
             if pending.is_final {
                 self.close_for_good(&pending.cause);
             } else {

@@ -86,6 +86,8 @@ impl Rounds {
         member.heard = now;
         if former != Doubt::None && !member.who.is_host {
             self.expect_silence(now);
+            // What has waited for it.
+            self.expect_by(now);
         }
         let Some(member) = self.members.get(&id) else { return };
         if self.contenders.is_empty() || member.who.node_rank.is_none() {
