@@ -8,6 +8,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from typing import Any
 
+from ferroelastic._text import format_traceback, message_of
 from ferroelastic._usage import named
 
 _USAGE = 2
@@ -34,12 +35,10 @@ def report(error: BaseException, args: Namespace | None) -> int:
     first_failure = getattr(error, "get_first_failure", None)
     if first_failure is not None:  # ChildFailedError
         _, failure = first_failure()
-        _print(str(error).strip("\n"))
+        _print(message_of(error).strip("\n"))
         return getattr(error, "exit_code", None) or exit_code(failure.exitcode)
     if os.environ.get("LOGLEVEL", "").upper() == "DEBUG":
-        import traceback
-
-        traceback.print_exception(error)
+        _print(format_traceback(error).rstrip("\n"))
     _print(f"ferrorun: error: {' '.join(_describe(error, args).split())}")
     code: int | None = getattr(error, "exit_code", None)  # JobFailedError
     return code or (_USAGE if isinstance(error, ValueError) else _FAILURE)
@@ -60,8 +59,8 @@ def _print(text: str) -> None:
 
 def _describe(error: BaseException, args: Namespace | None) -> str:
     if isinstance(error, ValueError):
-        return str(error)
-    if isinstance(error, ImportError) and "_rust" in str(error):
+        return message_of(error)
+    if isinstance(error, ImportError) and "_rust" in message_of(error):
         return (
             f"{error}; the native engine is missing, install a wheel of ferroelastic for this system, or use torchrun"
         )
@@ -92,7 +91,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 def _text_of(chain: list[BaseException]) -> str:
     """Return what all of a chain says: the outer text often only points to the inner one."""
-    texts = (re.sub(r"\[Errno \d+\] ", "", str(one)) for one in chain)
+    texts = (re.sub(r"\[Errno \d+\] ", "", message_of(one)) for one in chain)
     return ": ".join(dict.fromkeys(filter(None, texts)))
 
 
@@ -118,7 +117,7 @@ def _describe_log_dir(chain: list[BaseException], args: Namespace) -> str:
         if (
             isinstance(error, OSError)
             and error.errno != errno.EADDRINUSE  # of the watchdog's pipe
-            and (str(error.filename or "").startswith(args.log_dir) or args.log_dir in str(error))
+            and (str(error.filename or "").startswith(args.log_dir) or args.log_dir in message_of(error))
         ):
             reason = (error.strerror or "it is a file").lower()
             return (
@@ -131,7 +130,7 @@ def _describe_port(error: BaseException, chain: list[BaseException], args: Names
     """Describe a failure to get at the rendezvous' port, by the process that has it."""
     # Of a port no error has a file name; of the watchdog's pipe it has.
     in_use = any(
-        getattr(one, "errno", None) == errno.EADDRINUSE or "address already in use" in str(one).lower()
+        getattr(one, "errno", None) == errno.EADDRINUSE or "address already in use" in message_of(one).lower()
         for one in chain
         if getattr(one, "filename", None) is None
     )
@@ -145,7 +144,7 @@ def _describe_port(error: BaseException, chain: list[BaseException], args: Names
         return f"port {port} is in use by a process of another user; choose another with {flag}" if in_use else ""
     if in_use:
         return f"port {port} is in use by {owner}; end that process or choose another port with {flag}"
-    text = ": ".join(dict.fromkeys(str(one) for one in chain if str(one)))
+    text = ": ".join(dict.fromkeys(filter(None, map(message_of, chain))))
     return (
         f"{text}; port {port} of this host belongs to {owner}, choose another with {flag} if that is not the rendezvous"
     )

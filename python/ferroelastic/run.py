@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from ferroelastic._arguments import get_args_parser
 from ferroelastic._usage import UsageError, named
+from ferroelastic.argparse_util import check_env, env
 
 if TYPE_CHECKING:
     from ferroelastic import _leftovers
@@ -36,10 +37,12 @@ if TYPE_CHECKING:
     from ferroelastic.multiprocessing import LogsSpecs
 
 __all__ = [
+    "check_env",
     "cli",
     "config_from_args",
     "console",
     "determine_local_world_size",
+    "env",
     "get_args_parser",
     "get_rdzv_endpoint",
     "get_use_env",
@@ -52,13 +55,17 @@ __all__ = [
 
 # Names that torch's module has too, loaded when they are first used: --help and a usage error need none of them.
 _LATE = {
-    "DefaultLogsSpecs": "ferroelastic.multiprocessing",
-    "LaunchConfig": "ferroelastic.launcher.api",
-    "LogsSpecs": "ferroelastic.multiprocessing",
-    "Std": "ferroelastic.multiprocessing",
-    "elastic_launch": "ferroelastic.launcher.api",
-    "macros": "ferroelastic.utils",
-    "record": "ferroelastic.multiprocessing.errors",
+    "DefaultLogsSpecs": "ferroelastic.multiprocessing:DefaultLogsSpecs",
+    "LaunchConfig": "ferroelastic.launcher.api:LaunchConfig",
+    "LogsSpecs": "ferroelastic.multiprocessing:LogsSpecs",
+    "Std": "ferroelastic.multiprocessing:Std",
+    "_AffinityMode": "ferroelastic.numa.binding:AffinityMode",
+    "_NumaOptions": "ferroelastic.numa.binding:NumaOptions",
+    "_parse_rendezvous_config": "ferroelastic.rendezvous.utils:_parse_rendezvous_config",
+    "elastic_launch": "ferroelastic.launcher.api:elastic_launch",
+    "get_logger": "ferroelastic.utils.logging:get_logger",
+    "macros": "ferroelastic.utils:macros",
+    "record": "ferroelastic.multiprocessing.errors:record",
 }
 
 
@@ -70,7 +77,8 @@ def __getattr__(name: str) -> Any:
         return get_logger("ferroelastic.run")
     if name not in _LATE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_LATE[name]), name)
+    module, _, original = _LATE[name].partition(":")
+    return getattr(importlib.import_module(module), original)
 
 
 def _late(name: str) -> Any:

@@ -154,7 +154,7 @@ class TestHelpers:
             except AttributeError:
                 return None
 
-        assert name() == impl.expect("any-callable", torch=None, ours="partial")
+        assert name() == impl.expect("any-callable", torch=None, ours="give")
 
     @pytest.mark.parametrize(
         ("backend", "endpoint", "expected"),

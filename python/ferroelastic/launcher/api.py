@@ -14,10 +14,11 @@ from typing import Any
 
 import ferroelastic.rendezvous.registry as rdzv_registry
 from ferroelastic import _signals, events, metrics
-from ferroelastic._compat import family
+from ferroelastic._compat import family, newer
 from ferroelastic._signals import DEFAULT_SIGNALS, SignalException
+from ferroelastic._text import entrypoint_name
 from ferroelastic.agent.server.api import RunResult, WorkerSpec
-from ferroelastic.agent.server.health_check_server import HealthCheckServer
+from ferroelastic.agent.server.health_check_server import HealthCheckServer, create_healthcheck_server
 from ferroelastic.agent.server.local_elastic_agent import LocalElasticAgent
 from ferroelastic.multiprocessing import DefaultLogsSpecs, LogsSpecs
 from ferroelastic.multiprocessing.errors import ChildFailedError
@@ -26,7 +27,7 @@ from ferroelastic.rendezvous import RendezvousParameters
 from ferroelastic.rendezvous.utils import parse_rendezvous_endpoint
 from ferroelastic.utils.logging import get_logger
 
-__all__ = ["LaunchConfig", "elastic_launch", "launch_agent"]
+__all__ = ["LaunchConfig", "create_healthcheck_server", "elastic_launch", "launch_agent"]
 
 logger = get_logger(__name__)
 
@@ -157,7 +158,7 @@ class elastic_launch:  # noqa: N801 - torch's name
 def _get_entrypoint_name(entrypoint: Callable[..., Any] | str | None, args: list[Any]) -> str:
     """Return the name for reports: the function's, for this interpreter the script's, else the program's."""
     if callable(entrypoint):
-        return str(getattr(entrypoint, "__name__", None) or type(entrypoint).__name__)
+        return str(getattr(entrypoint, "__name__", None) or entrypoint_name(entrypoint))
     if entrypoint == sys.executable:
         return next((str(arg) for arg in args if str(arg)[:1] not in ("", "-")), "")
     return entrypoint or ""
@@ -223,10 +224,10 @@ def launch_agent(
         local_addr=config.local_addr,
         **config.rdzv_configs,
     )
-    names = _newer(config, "signals_to_handle", DEFAULT_SIGNALS)
+    names = newer(config, "signals_to_handle", DEFAULT_SIGNALS)
     # For code that installs handlers where the workers are started.
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = names
-    with _signals.Handling(names, forward=_newer(config, "signals_to_forward", "")):
+    with _signals.Handling(names, forward=newer(config, "signals_to_forward", "")):
         return _launch(config, entrypoint, args, rdzv_parameters, entrypoint_name, health_check_server)
 
 
@@ -251,17 +252,17 @@ def _launch(
         master_port=master_port,
         local_addr=config.local_addr,
         event_log_handler=config.event_log_handler,
-        numa_options=_newer(config, "numa_options", None),
-        duplicate_stdout_filters=_newer(config, "duplicate_stdout_filters", None),
-        duplicate_stderr_filters=_newer(config, "duplicate_stderr_filters", None),
-        virtual_local_rank=_newer(config, "virtual_local_rank", False),
+        numa_options=newer(config, "numa_options", None),
+        duplicate_stdout_filters=newer(config, "duplicate_stdout_filters", None),
+        duplicate_stderr_filters=newer(config, "duplicate_stderr_filters", None),
+        virtual_local_rank=newer(config, "virtual_local_rank", False),
     )
     agent = LocalElasticAgent(
         spec=spec,
         logs_specs=config.logs_specs,  # type: ignore[arg-type]  # __post_init__ has set it
         start_method=config.start_method,
         log_line_prefix_template=config.log_line_prefix_template,
-        shutdown_timeout=_resolve_shutdown_timeout(_newer(config, "shutdown_timeout", None)),
+        shutdown_timeout=_resolve_shutdown_timeout(newer(config, "shutdown_timeout", None)),
         health_check_server=health_check_server,
     )
     if health_check_server is not None:
@@ -318,11 +319,6 @@ def _failure_of(result: RunResult, entrypoint_name: str) -> Exception:
     )
 
 
-def _newer(config: Any, name: str, default: Any) -> Any:
-    """Return a field that configurations of older torch versions lack."""
-    return getattr(config, name, default)
-
-
 def _log_config(config: LaunchConfig, entrypoint_name: str) -> None:
     values = {
         "entrypoint": entrypoint_name,
@@ -338,11 +334,11 @@ def _log_config(config: LaunchConfig, entrypoint_name: str) -> None:
         "log_dir": getattr(config.logs_specs, "root_log_dir", None),
         "metrics_cfg": config.metrics_cfg,
         "event_log_handler": config.event_log_handler,
-        "numa_options": _newer(config, "numa_options", None),
-        "signals_to_handle": _newer(config, "signals_to_handle", DEFAULT_SIGNALS),
-        "signals_to_forward": _newer(config, "signals_to_forward", ""),
-        "duplicate_stdout_filters": _newer(config, "duplicate_stdout_filters", None),
-        "duplicate_stderr_filters": _newer(config, "duplicate_stderr_filters", None),
+        "numa_options": newer(config, "numa_options", None),
+        "signals_to_handle": newer(config, "signals_to_handle", DEFAULT_SIGNALS),
+        "signals_to_forward": newer(config, "signals_to_forward", ""),
+        "duplicate_stdout_filters": newer(config, "duplicate_stdout_filters", None),
+        "duplicate_stderr_filters": newer(config, "duplicate_stderr_filters", None),
     }
     lines = "\n".join(f"  {name:<24} : {value}" for name, value in values.items())
     logger.info("starting the agent with this configuration:\n%s", lines)

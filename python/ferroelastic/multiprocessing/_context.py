@@ -130,7 +130,16 @@ class PContext(_compat.TorchVirtual, ABC):
             TailLog(name, logs_dest.tee_stderrs, sys.stderr, log_line_prefixes),
         ]
 
-        def duplicate(path: str, tees: Mapping[int, str], filters: list[str]) -> TextIO:
+        def duplicate(stream: str, tees: Mapping[int, str], filters: list[str]) -> TextIO | None:
+            path = _compat.newer(logs_dest, f"filtered_{stream}", "")
+            if not path:
+                logger.warning(
+                    "duplicate_%s_filters are ignored: %s names no file filtered_%s; leave them out, or have its reify() name one",
+                    stream,
+                    type(logs_specs).__name__,
+                    stream,
+                )
+                return None
             # Line by line, as a tail of the filtered file expects.
             filtered = open(path, "w", errors="replace", buffering=1)  # noqa: SIM115 - closed by close()
             self._tail_logs.append(TailLog(name, tees, filtered, log_line_prefixes, only_lines_with=filters))
@@ -138,13 +147,9 @@ class PContext(_compat.TorchVirtual, ABC):
 
         try:
             if duplicate_stdout_filters:
-                self.filtered_stdout = duplicate(
-                    logs_dest.filtered_stdout, logs_dest.tee_stdouts, duplicate_stdout_filters
-                )
+                self.filtered_stdout = duplicate("stdout", logs_dest.tee_stdouts, duplicate_stdout_filters)
             if duplicate_stderr_filters:
-                self.filtered_stderr = duplicate(
-                    logs_dest.filtered_stderr, logs_dest.tee_stderrs, duplicate_stderr_filters
-                )
+                self.filtered_stderr = duplicate("stderr", logs_dest.tee_stderrs, duplicate_stderr_filters)
         except OSError:
             self._close_files()
             raise

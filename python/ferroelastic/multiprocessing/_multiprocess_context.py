@@ -8,6 +8,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from ferroelastic._engine import get_engine
+from ferroelastic._text import describe_error, entrypoint_name
 from ferroelastic.multiprocessing._context import PContext, RunProcsResult
 from ferroelastic.multiprocessing._entry import Task, _wrap, load_return_value
 from ferroelastic.multiprocessing._processes import cpus_for, exit_code, lost_status
@@ -207,7 +208,7 @@ class MultiprocessContext(PContext):
                 first.exitcode,
                 first.local_rank,
                 first.pid,
-                getattr(self.entrypoint, "__qualname__", self.entrypoint),
+                entrypoint_name(self.entrypoint),
                 self.start_method,
             )
             return self._result({})
@@ -222,7 +223,7 @@ class MultiprocessContext(PContext):
             except Exception as error:
                 self.close(timeout=self.shutdown_timeout)
                 raise RuntimeError(
-                    f"failed to read the return value of worker {rank}: {type(error).__name__}: {error};"
+                    f"failed to read the return value of worker {rank}: {describe_error(error)};"
                     " return something that this process can unpickle"
                 ) from error
 

@@ -158,7 +158,8 @@ def explain(failure: ProcessFailure, expiry: Expiry) -> None:
         return
     failure.message = "\n".join([cause, message, *details])
     if failure.error_file == NOT_AVAILABLE:
-        failure.error_file_data["message"] = failure.message
+        # A new one: failures of torch's class share theirs.
+        failure.error_file_data = {**failure.error_file_data, "message": failure.message}
 
 
 def _details(evidence: Sequence[str]) -> list[str]:

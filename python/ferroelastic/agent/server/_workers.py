@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import warnings
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from ferroelastic._compat import TorchCompatible
+from ferroelastic._text import entrypoint_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -79,24 +79,24 @@ class WorkerSpec(TorchCompatible):
             raise AssertionError(
                 f"max_restarts of role {self.role!r} must not be negative, got {self.max_restarts}: use 0 for no restarts"
             )
-        if self.fn:
+        if self.fn is not None:
             warnings.warn(
                 "WorkerSpec.fn will be deprecated, please use WorkerSpec.entrypoint instead",
                 category=DeprecationWarning,
                 stacklevel=3,
             )
             self.entrypoint = self.fn
-        if not self.entrypoint:
+        if self.entrypoint is None or (isinstance(self.entrypoint, str) and not self.entrypoint):
             raise AssertionError(f"role {self.role!r} has no entrypoint: pass a function or the path of a program")
 
     def get_entrypoint_name(self) -> str:
-        """Return the name of the function, or the file name of the program."""
-        if isinstance(self.entrypoint, str):
-            return os.path.basename(self.entrypoint)
+        """Return the name of the function, or the file name of the program.
+
+        A ``functools.partial`` has the name of its function, an instance with ``__call__`` that of its class.
+        """
         if self.entrypoint is None:
             raise AssertionError(f"role {self.role!r} has no entrypoint")
-        name: str = self.entrypoint.__qualname__
-        return name
+        return entrypoint_name(self.entrypoint)
 
 
 class Worker(TorchCompatible):
