@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["TorchCompatible", "TorchVirtual", "family", "mirrored", "newer", "register_virtual", "torch_module"]
 
 _PACKAGE = "ferroelastic"
-_UNDER_DISTRIBUTED = frozenset({"run", "launcher", "argparse_util"})
+_UNDER_DISTRIBUTED = frozenset({"run", "launch", "launcher", "argparse_util"})
 _making_dual = threading.Lock()
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import warnings
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -21,10 +22,12 @@ _MOST_FRAMES = 200
 
 def message_of(error: object) -> str:
     """Return ``str(error)``, or what stands for it where that raises."""
-    try:
+    with suppress(Exception):  # a user's __str__ may do anything
         return str(error)
-    except Exception:  # noqa: BLE001 - a user's __str__ may do anything
-        return "<no text: its __str__ raised>"
+    with suppress(Exception), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return str(error)
+    return "<no text: its __str__ raised>"
 
 
 def describe_error(error: BaseException) -> str:

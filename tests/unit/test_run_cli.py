@@ -307,7 +307,7 @@ def test_omp_num_threads_is_one_for_several_workers(
 RENDEZVOUS = [
     [],
     ["--standalone"],
-    ["--standalone", "--nnodes=2", "--rdzv-backend=static", "--rdzv-endpoint=h:1"],
+    ["--standalone", "--nnodes=1:2", "--rdzv-backend=static", "--rdzv-endpoint=h:1"],
     ["--master-port=1234"],
     ["--rdzv-endpoint=h:1"],
     ["--nnodes=2"],
@@ -380,7 +380,7 @@ def test_a_missing_target_starts_nothing(launch: Launch, tmp_path: Path, monkeyp
         (["-m", ".relative"], "module '.relative' is not found"),
         (["--no-python", "gone-command"], "command 'gone-command' is not in PATH; check its name or write its path"),
         (["--no-python", "local.sh"], "command 'local.sh' is not in PATH; write './local.sh'"),
-        (["--no-python", "./gone.sh"], "command './gone.sh' does not exist; check the path"),
+        (["--no-python", "./gone.sh"], f"command './gone.sh' does not exist in '{tmp_path}'; check the path"),
     ]
     for line, text in missing:
         with pytest.raises(UsageError) as raised:

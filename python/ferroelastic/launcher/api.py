@@ -14,6 +14,14 @@ from typing import Any
 
 import ferroelastic.rendezvous.registry as rdzv_registry
 from ferroelastic import _signals, events, metrics
+from ferroelastic._checks import (
+    check_iterable,
+    check_logs_specs,
+    check_number,
+    check_strings,
+    check_type,
+    check_whole_number,
+)
 from ferroelastic._compat import family, newer
 from ferroelastic._signals import DEFAULT_SIGNALS, SignalException
 from ferroelastic._text import entrypoint_name
@@ -70,6 +78,7 @@ class LaunchConfig:
 
     Raises:
         ValueError: the shutdown timeout, given or from the environment, is no whole number of seconds from 0.
+        TypeError: a value has a type that cannot work.
     """
 
     min_nodes: int
@@ -99,6 +108,7 @@ class LaunchConfig:
 
     def __post_init__(self) -> None:
         """Fill in what depends on other fields and on the environment."""
+        _check_types(self)
         if self.rdzv_timeout != -1:
             self.rdzv_configs["timeout"] = self.rdzv_timeout
         else:
@@ -108,8 +118,34 @@ class LaunchConfig:
         self.shutdown_timeout = _resolve_shutdown_timeout(self.shutdown_timeout)
 
 
+def _check_types(config: Any) -> None:
+    """Check a configuration, of torch's class as well.
+
+    Raises:
+        TypeError: a value has a type that cannot work; the text names it.
+    """
+    for name in ("min_nodes", "max_nodes", "nproc_per_node"):
+        check_whole_number(name, getattr(config, name))
+    check_number("max_restarts", config.max_restarts, "a number of restarts")
+    for name in ("monitor_interval", "rdzv_timeout"):
+        check_number(name, newer(config, name, 0))
+    for name in ("run_id", "role", "rdzv_backend", "signals_to_handle", "signals_to_forward", "event_log_handler"):
+        check_type(name, newer(config, name, ""), str, "a string")
+    for name in ("local_addr", "log_line_prefix_template"):
+        check_type(name, newer(config, name, None), (str, type(None)), "a string or None")
+    check_type("rdzv_configs", config.rdzv_configs, dict, "a dictionary")
+    if config.logs_specs is not None:
+        check_logs_specs("logs_specs", config.logs_specs)
+    numa_options = newer(config, "numa_options", None)
+    if numa_options is not None and not hasattr(numa_options, "affinity_mode"):
+        check_type("numa_options", numa_options, NumaOptions, "NumaOptions or None")
+    for name in ("duplicate_stdout_filters", "duplicate_stderr_filters"):
+        check_strings(name, newer(config, name, None))
+
+
 def _resolve_shutdown_timeout(given_s: int | None) -> int:
     if given_s is not None:
+        check_number("shutdown_timeout", given_s)
         if given_s < 0:
             raise ValueError(f"shutdown_timeout must be non-negative, got {given_s}; give whole seconds from 0")
         return given_s
@@ -205,7 +241,10 @@ def launch_agent(
         SignalException: this process was told to end; the workers were stopped.
         RuntimeError: the agent gave up on stuck workers, none of which had failed by itself.
         ValueError: the configuration is not usable.
+        TypeError: a value of it has a type that cannot work.
     """
+    _check_types(config)
+    check_iterable("args", args, "a list of arguments")
     if not config.run_id:
         import uuid
 

@@ -123,6 +123,8 @@ class PContext(_compat.TorchVirtual, ABC):
         self._stop_reported = False
         # What a rank that has succeeded leaves in its process group has this time to finish.
         self._linger_s = 0.0
+        # Seconds between the signal to end and SIGKILL, if a stop was begun before `close`.
+        self._grace_s: float | None = None
         self._handling: _signals.Handling | None = None
         self._tails_give_up_at: float | None = None
         self._tail_logs = [
@@ -272,6 +274,8 @@ class PContext(_compat.TorchVirtual, ABC):
             timeout: seconds until SIGKILL.
         """
         if self._group is not None:
+            # The deadline of a stop that is under way stays as it is.
+            self._grace_s = self.shutdown_timeout if self._failures else timeout
             self._group.stop(death_sig, timeout, kill_wait_s(timeout))
 
     def _stop_tail(self, tail_log: TailLog) -> None:
@@ -303,9 +307,9 @@ class PContext(_compat.TorchVirtual, ABC):
     def _stop_group(self, group: _rust.Group, death_sig: signal.Signals, timeout: float) -> None:
         """Stop all process groups and wait until they are empty or the last deadline has passed."""
         grace_s = timeout if self._linger_s == 0 else min(timeout, _OVERDUE_GRACE_S)
-        self._report_stop(stop_group(group, death_sig, grace_s, linger_s=self._linger_s))
+        self._report_stop(stop_group(group, death_sig, grace_s, linger_s=self._linger_s), self._grace_s or grace_s)
 
-    def _report_stop(self, report: _rust.StopReport) -> None:
+    def _report_stop(self, report: _rust.StopReport, grace_s: float) -> None:
         if self._stop_reported:
             return
         self._stop_reported = True
@@ -319,7 +323,14 @@ class PContext(_compat.TorchVirtual, ABC):
                 self._linger_s,
             )
         if report.killed and not report.overdue:
-            logger.warning("Workers %s did not end in time and were killed", report.killed)
+            killed = ", ".join(map(str, report.killed))
+            if report.elapsed_s < grace_s:
+                logger.warning(
+                    "Workers of local ranks %s were killed %.1f s after the signal to end: their grace period of %g s was cut short",
+                    *(killed, report.elapsed_s, grace_s),
+                )
+            else:
+                logger.warning("Workers of local ranks %s did not end within %g s and were killed", killed, grace_s)
         for survivor in report.survivors:
             logger.error(
                 "process %s of worker %s outlived SIGKILL (state %s%s) and is left behind: it holds on to what it has"

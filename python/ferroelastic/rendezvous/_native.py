@@ -294,7 +294,10 @@ class NativeRendezvous(RendezvousHandler):
                 f"{self._join_timeout_s:g} s: it takes {min_nodes}, {standing.text}"
             )
         if standing.state in ("unreachable", "refused"):
-            return RendezvousConnectionError(standing.text)
+            error = RendezvousConnectionError(standing.text)
+            # For ferrorun: whoever refuses a node is the rendezvous, and has said what to do.
+            error.was_refused = standing.state == "refused"  # type: ignore[attr-defined]
+            return error
         return RendezvousClosedError(f"the job is over: {standing.state}")
 
     @property

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
+from ferroelastic._checks import check_entrypoint, check_iterable, check_number, check_type, check_whole_number
 from ferroelastic._compat import TorchCompatible
 from ferroelastic._text import entrypoint_name
 
@@ -46,6 +47,7 @@ class WorkerSpec(TorchCompatible):
 
     Raises:
         AssertionError: a number is out of range, or there is no entrypoint.
+        TypeError: a value has a type that cannot work.
     """
 
     role: str
@@ -67,6 +69,11 @@ class WorkerSpec(TorchCompatible):
 
     def __post_init__(self) -> None:
         """Check the values."""
+        check_type("role", self.role, str, "a string")
+        check_whole_number(f"local_world_size of role {self.role!r}", self.local_world_size)
+        check_number(f"monitor_interval of role {self.role!r}", self.monitor_interval)
+        check_number(f"max_restarts of role {self.role!r}", self.max_restarts, "a number of restarts")
+        check_iterable(f"args of role {self.role!r}", self.args, "a tuple of arguments")
         if not self.local_world_size > 0:
             raise AssertionError(
                 f"local_world_size of role {self.role!r} must be positive, got {self.local_world_size}"
@@ -88,6 +95,7 @@ class WorkerSpec(TorchCompatible):
             self.entrypoint = self.fn
         if self.entrypoint is None or (isinstance(self.entrypoint, str) and not self.entrypoint):
             raise AssertionError(f"role {self.role!r} has no entrypoint: pass a function or the path of a program")
+        check_entrypoint(f"entrypoint of role {self.role!r}", self.entrypoint)
 
     def get_entrypoint_name(self) -> str:
         """Return the name of the function, or the file name of the program.

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import ferroelastic.utils.store as store_util
 from ferroelastic import _signals
+from ferroelastic._checks import check_number
 from ferroelastic._compat import TorchVirtual, family
 from ferroelastic._signals import SignalException
 from ferroelastic._text import format_traceback
@@ -110,6 +111,8 @@ class SimpleElasticAgent(ElasticAgent):
     """
 
     def __init__(self, spec: WorkerSpec, exit_barrier_timeout: float = 300, shutdown_timeout: int = 30) -> None:
+        check_number("exit_barrier_timeout", exit_barrier_timeout)
+        check_number("shutdown_timeout", shutdown_timeout)
         self._worker_group = WorkerGroup(spec)
         self._remaining_restarts = spec.max_restarts
         self.job_exit_code: int | None = None

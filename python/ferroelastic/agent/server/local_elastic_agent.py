@@ -23,6 +23,7 @@ from string import Template
 from typing import TYPE_CHECKING, Any
 
 from ferroelastic import _leftovers, _signals
+from ferroelastic._checks import check_logs_specs, check_type
 from ferroelastic._compat import newer
 from ferroelastic._wait import wait_for_event
 from ferroelastic.agent.server import _watchdog
@@ -131,6 +132,9 @@ class LocalElasticAgent(SimpleElasticAgent):
         uninterruptible_state_timeout: float | None = None,
     ) -> None:
         super().__init__(spec, exit_barrier_timeout, shutdown_timeout)
+        if logs_specs is not None:  # of a subclass that starts its workers itself
+            check_logs_specs("logs_specs", logs_specs)
+        check_type("log_line_prefix_template", log_line_prefix_template, (str, type(None)), "a string or None")
         self._start_method = start_method
         self._pcontext: PContext | None = None
         # Up to where the last look has seen the news of a context's group; a context that it has not seen is due for a look.
@@ -140,6 +144,8 @@ class LocalElasticAgent(SimpleElasticAgent):
         self._log_line_prefix_template = log_line_prefix_template
         self._worker_watchdog: Any = None
         self._made_up_timer_file: str | None = None
+        # Path of the pipe that is served.
+        self._timer_file = ""
         self._logs_specs = logs_specs
         self._health_check_server = health_check_server
         # Value of the port's variable that was refused: once is enough to say so.
@@ -179,9 +185,14 @@ class LocalElasticAgent(SimpleElasticAgent):
                     logger.warning("Empty envs variables, using empty run_id for FileTimerServer")
                 run_id = envs[0]["TORCHELASTIC_RUN_ID"] if envs else ""
                 self._worker_watchdog = _watchdog.start_server(watchdog_file, run_id, self._log_watchdog_event)
+                self._timer_file = watchdog_file
                 logger.info("FileTimerServer started")
             elif hasattr(self._worker_watchdog, "set_workers"):  # ours, and no subclass's own
-                self._worker_watchdog.start()  # makes the pipe anew, should somebody have removed it
+                watchdog_file = self._timer_file
+                moved_to = _make_up_timer_file()
+                server = _watchdog.renew(self._worker_watchdog, watchdog_file, moved_to, self._log_watchdog_event)
+                if server is not self._worker_watchdog:
+                    self._worker_watchdog, self._timer_file, watchdog_file = server, moved_to, moved_to
         else:
             logger.info(
                 "Environment variable '%s' not found. Do not start FileTimerServer.", TORCHELASTIC_ENABLE_FILE_TIMER
