@@ -32,6 +32,18 @@ DIFFERENCES: dict[str, Difference] = {
         "exits with the code of the worker that failed first, 128+n for signal n",
         "a scheduler decides by the exit code",
     ),
+    "standalone-alone": Difference(
+        "run --standalone --nnodes=2",
+        "waits for a second node, which cannot come",
+        "is a usage error",
+        "it can never begin",
+    ),
+    "arguments-of-the-script": Difference(
+        "run.parse_args, before Python 3.12",
+        "refuses arguments of the script that could be abbreviations of several options of the launcher",
+        "hands them on",
+        "what follows the script is the script's",
+    ),
     "no-launcher-traceback": Difference(
         "run, as a command",
         "shows the launcher's own traceback as well",

@@ -307,7 +307,10 @@ class PContext(_compat.TorchVirtual, ABC):
     def _stop_group(self, group: _rust.Group, death_sig: signal.Signals, timeout: float) -> None:
         """Stop all process groups and wait until they are empty or the last deadline has passed."""
         grace_s = timeout if self._linger_s == 0 else min(timeout, _OVERDUE_GRACE_S)
-        self._report_stop(stop_group(group, death_sig, grace_s, linger_s=self._linger_s), self._grace_s or grace_s)
+        report = stop_group(group, death_sig, grace_s, linger_s=self._linger_s)
+        if self._grace_s is None:
+            self._grace_s = self.shutdown_timeout if self._failures else grace_s
+        self._report_stop(report, self._grace_s)
 
     def _report_stop(self, report: _rust.StopReport, grace_s: float) -> None:
         if self._stop_reported:
