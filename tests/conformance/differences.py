@@ -331,6 +331,24 @@ DIFFERENCES: dict[str, Difference] = {
     "any-rank-number": Difference(
         "Std.from_str", "reads rank numbers of one digit", "reads any", "hosts have more than ten devices"
     ),
+    "log-level": Difference(
+        "utils.logging.get_logger",
+        "raises for LOGLEVEL=debug, and so does the import of torch.distributed.elastic",
+        "takes the name of a level in any case, or its number",
+        "other programs write it in lower case",
+    ),
+    "filters-are-lists": Difference(
+        "LaunchConfig.duplicate_stdout_filters, duplicate_stderr_filters",
+        "take a string for a list of letters",
+        "raise TypeError for a string",
+        "nobody looks for letters",
+    ),
+    "functions-of-sessions": Difference(
+        "start_processes, with a function of an interactive session and start method spawn or forkserver",
+        "starts workers, which fail because they cannot import the function",
+        "raises PicklingError, which names what works",
+        "a traceback of another process does not say what to do",
+    ),
     "strict-text": Difference(
         "Std.from_str", "overlooks a line break at the end", "does not", "no other text around a value is overlooked"
     ),

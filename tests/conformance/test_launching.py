@@ -105,6 +105,16 @@ class TestLaunchConfig:
             monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", variable)
         assert config(impl, tmp_path, shutdown_timeout=explicit).shutdown_timeout == expected
 
+    def test_filters_that_are_no_list(self, impl: Implementation, tmp_path: Path) -> None:
+        def is_refused() -> bool:
+            try:
+                config(impl, tmp_path, duplicate_stdout_filters="loss")
+            except TypeError:
+                return True
+            return False
+
+        assert is_refused() == impl.expect("filters-are-lists", torch=False, ours=True)
+
     def test_negative_shutdown_timeout(self, impl: Implementation, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="shutdown_timeout must be non-negative, got -1"):
             config(impl, tmp_path, shutdown_timeout=-1)

@@ -44,6 +44,11 @@ class TestWorkerSpec:
             stubs.spec(impl, **wrong)
         assert bool(str(raised.value)) == impl.expect("named-values", torch=False, ours=True)
 
+    def test_a_number_that_is_a_text_is_refused(self, impl: Implementation) -> None:
+        with pytest.raises(TypeError) as raised:
+            stubs.spec(impl, local_world_size="2")
+        assert ("local_world_size" in str(raised.value)) == impl.expect("named-values", torch=False, ours=True)
+
     def test_negative_restarts(self, impl: Implementation) -> None:
         def is_refused() -> bool:
             try:

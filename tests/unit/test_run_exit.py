@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from ferroelastic import _report, run
+from ferroelastic import _report, rendezvous, run
 from ferroelastic.multiprocessing import SignalException
 from ferroelastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
@@ -300,7 +300,7 @@ def test_a_refusal_has_one_remedy(
 ) -> None:
     """Who refuses a node is the rendezvous, and has said what to do: the owner of the port is of no interest."""
     port, _ = listener
-    error = RendezvousConnectionError("it is that of another job: give all nodes the same --rdzv-id")
+    error = rendezvous.RendezvousConnectionError("it is that of another job: give all nodes the same --rdzv-id")
     error.was_refused = True  # type: ignore[attr-defined]
     launch.error = error
     line = ["--log-dir", str(tmp_path), "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}", script]
