@@ -8,11 +8,10 @@ import sys
 import types
 from typing import TYPE_CHECKING
 
-import pytest
-
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import pytest
     from tests.conformance.implementations import Implementation
 
 LINES = "def train(number):\n    return number\n"

@@ -94,26 +94,21 @@ def renew(server: FileTimerServer, path: str, other_path: str, log_event: Callab
     try:
         server.start()
     except OSError as error:
-        reason = error.strerror or str(error)
+        reason = str(error.strerror or error)
     else:
         return server
     try:
         another = start_server(other_path, server._run_id, log_event)  # noqa: SLF001 - torch's name
     except OSError as error:
         logger.error(  # noqa: TRY400 - the text says all
-            "The watchdog's pipe %s is gone (%s), and none can be made at %s (%s): workers that set timers fail; remove what is at the first path",
-            path,
-            reason,
-            other_path,
-            error,
+            "%s, and %s: workers that set timers fail; remove what is at %s",
+            *(reason, str(error).partition("; ")[0], path),
         )
         return server
     server.stop()
     logger.warning(
-        "The watchdog's pipe %s was replaced by another file (%s): workers get a pipe at %s instead",
-        path,
-        reason,
-        other_path,
+        "%s, so workers get a pipe at %s; remove what is at %s to keep that path next time",
+        *(reason, other_path, path),
     )
     return another
 
