@@ -25,6 +25,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 # lost. Over TCP most resolvers refuse at once. Jobs that tests start inherit it.
 os.environ.setdefault("RES_OPTIONS", "use-vc timeout:1 attempts:1")
 
+# The launcher warns of an active environment that is not its own, which is that of whoever runs the tests.
+for _variable in ("VIRTUAL_ENV", "CONDA_PREFIX"):
+    os.environ.pop(_variable, None)
+
 _SETTLE_S = 5.0
 _HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 

@@ -1,14 +1,92 @@
 """The command line of ``ferrorun``."""
 
 import os
-from argparse import REMAINDER, Action, ArgumentError, ArgumentParser
+import sys
+from argparse import OPTIONAL, PARSER, REMAINDER, Action, ArgumentError, ArgumentParser
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from ferroelastic.argparse_util import check_env, env
 
 
 class _Parser(ArgumentParser):
-    """Reports an error in one line, and a bad ``PET_*`` value under the variable's name."""
+    """Reports an error in one line, and a bad ``PET_*`` value under the variable's name.
+
+    What follows the script is the script's, whatever it looks like. argparse looks for options of its own there too, and finds
+    ambiguous ones.
+    """
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        line = list(sys.argv[1:] if args is None else args)
+        script = self._script_index(line)
+        if script is None:
+            return super().parse_known_args(line, namespace)
+        parsed, unknown = super().parse_known_args(line[: script + 1], namespace)
+        arguments = line[script + 1 :]
+        # A "--" right after the script is for argparse, as in torchrun.
+        parsed.training_script_args = arguments[1:] if arguments[:1] == ["--"] else arguments
+        return parsed, unknown
+
+    def _script_index(self, line: Sequence[str]) -> int | None:
+        """Where the script is in a command line; ``None`` if there is none, or a program has added arguments that come after it."""
+        positional = [action for action in self._actions if not action.option_strings]
+        if [(action.dest, action.nargs) for action in positional] != [
+            ("training_script", None),
+            ("training_script_args", REMAINDER),
+        ]:
+            return None
+        index = 0
+        while index < len(line):
+            text = line[index]
+            index += 1
+            if text == "--":
+                return index if index < len(line) else None
+            if not self._looks_like_an_option(text):
+                return index - 1
+            index += self._values_after(text, line[index:])
+        return None
+
+    def _looks_like_an_option(self, text: str) -> bool:
+        if len(text) < 2 or text[0] != "-":  # noqa: PLR2004 - "-" is standard input
+            return False
+        if text in self._option_string_actions or text.partition("=")[0] in self._option_string_actions:
+            return True
+        if self._negative_number_matcher.match(text):
+            return False  # this parser has no options that look like numbers
+        return " " not in text or bool(self._get_option_tuples(text))
+
+    def _values_after(self, text: str, following: Sequence[str]) -> int:
+        """How many of the following arguments are values of an option."""
+        action: Action | None = self._option_string_actions.get(text)
+        if action is None:
+            # With its value, abbreviated, or several short ones in one; an unknown one is reported by argparse.
+            found = [] if "=" in text else self._get_option_tuples(text)
+            whole = [] if len(found) != 1 or not text.startswith("--") else found
+            action = whole[0][0] if whole else self._last_of_short(text)
+        if action is None:
+            return 0
+        values = 0
+        while (
+            values < len(following) and following[values] != "--" and not self._looks_like_an_option(following[values])
+        ):
+            values += 1
+        if action.nargs is None:
+            return min(1, values)
+        if isinstance(action.nargs, int):
+            return min(action.nargs, values)
+        if action.nargs in (REMAINDER, PARSER):
+            return len(following)
+        return min(1, values) if action.nargs == OPTIONAL else values
+
+    def _last_of_short(self, text: str) -> Action | None:
+        """The option that takes the next argument in ``-m``, ``-mr``; ``None`` if the value is in the same argument, as in ``-r3``."""
+        for position, letter in enumerate(text[1:], 1):
+            action = self._option_string_actions.get(f"-{letter}")
+            if text.startswith("--") or action is None:
+                return None
+            if action.nargs != 0:
+                return action if position == len(text) - 1 else None
+        return None
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}; see {self.prog} --help\n")

@@ -4,11 +4,12 @@ A program written for torch says ``except torch.distributed.elastic.multiprocess
 ``isinstance(result, torch.distributed.elastic.agent.server.RunResult)``. Both must hold for what this package raises and
 returns, without importing torch: everything here only looks into ``sys.modules``.
 
-Three tools:
+Four tools:
 
 * :class:`TorchCompatible`: data and exceptions. Its instances belong to a class derived from ours *and* torch's.
 * :func:`register_virtual`: abstract base classes. Ours becomes a virtual subclass of torch's.
 * :func:`family`: the other direction, for ``except family(X)`` and ``isinstance(x, family(X))``.
+* :func:`newer`: an attribute that objects of code written for torch, or for an older torch, lack.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["TorchCompatible", "TorchVirtual", "family", "mirrored", "register_virtual", "torch_module"]
+__all__ = ["TorchCompatible", "TorchVirtual", "family", "mirrored", "newer", "register_virtual", "torch_module"]
 
 _PACKAGE = "ferroelastic"
-_UNDER_DISTRIBUTED = frozenset({"run", "launcher", "argparse_util"})
+_UNDER_DISTRIBUTED = frozenset({"run", "launch", "launcher", "argparse_util"})
 _making_dual = threading.Lock()
 
 
@@ -81,6 +82,17 @@ def family(cls: type) -> tuple[type[Any], ...]:
     """
     counterpart = mirrored(cls)
     return (cls,) if counterpart is None else (cls, counterpart)
+
+
+def newer(thing: object, name: str, default: Any) -> Any:
+    """Return an attribute that not every version of torch has, or that only this package has.
+
+    Args:
+        thing: an object that code written for torch may have made.
+        name: name of the attribute.
+        default: what stands for it where it is missing.
+    """
+    return getattr(thing, name, default)
 
 
 def register_virtual(cls: type) -> None:

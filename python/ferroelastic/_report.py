@@ -8,7 +8,8 @@ from argparse import Namespace
 from collections.abc import Iterator
 from typing import Any
 
-from ferroelastic._usage import named
+from ferroelastic._text import format_traceback, message_of
+from ferroelastic._usage import UsageError, named, working_directory
 
 _USAGE = 2
 _FAILURE = 1
@@ -34,12 +35,10 @@ def report(error: BaseException, args: Namespace | None) -> int:
     first_failure = getattr(error, "get_first_failure", None)
     if first_failure is not None:  # ChildFailedError
         _, failure = first_failure()
-        _print(str(error).strip("\n"))
+        _print(message_of(error).strip("\n"))
         return getattr(error, "exit_code", None) or exit_code(failure.exitcode)
-    if os.environ.get("LOGLEVEL", "").upper() == "DEBUG":
-        import traceback
-
-        traceback.print_exception(error)
+    if not isinstance(error, UsageError) and os.environ.get("LOGLEVEL", "").upper() == "DEBUG":
+        _print(format_traceback(error).rstrip("\n"))
     _print(f"ferrorun: error: {' '.join(_describe(error, args).split())}")
     code: int | None = getattr(error, "exit_code", None)  # JobFailedError
     return code or (_USAGE if isinstance(error, ValueError) else _FAILURE)
@@ -60,12 +59,15 @@ def _print(text: str) -> None:
 
 def _describe(error: BaseException, args: Namespace | None) -> str:
     if isinstance(error, ValueError):
-        return str(error)
-    if isinstance(error, ImportError) and "_rust" in str(error):
+        return message_of(error)
+    if isinstance(error, ImportError) and "_rust" in message_of(error):
         return (
             f"{error}; the native engine is missing, install a wheel of ferroelastic for this system, or use torchrun"
         )
     chain = list(_chain(error))
+    text = _describe_working_directory(chain)
+    if text:
+        return text
     if args is not None:
         text = _describe_spawn(chain, args) or _describe_port(error, chain, args) or _describe_log_dir(chain, args)
         if text:
@@ -76,9 +78,26 @@ def _describe(error: BaseException, args: Namespace | None) -> str:
     return f"{type(error).__name__}: {text}; LOGLEVEL=DEBUG shows the traceback"
 
 
+def _describe_working_directory(chain: list[BaseException]) -> str:
+    """Describe that the working directory was deleted, which the system says without a name."""
+    is_relative = any(
+        isinstance(one, FileNotFoundError)
+        and getattr(one, "stage", None) is None  # of a program that was to be started
+        and not os.path.isabs(str(one.filename or ""))
+        for one in chain
+    )
+    if not is_relative:
+        return ""
+    try:
+        working_directory()
+    except UsageError as error:
+        return str(error)
+    return ""
+
+
 def _is_expected(error: BaseException) -> bool:
     """Tell failures of the surroundings, which a text explains, from those that only a traceback does."""
-    if isinstance(error, ModuleNotFoundError) and error.name == "torch":
+    if isinstance(error, ModuleNotFoundError) and error.name in ("torch", "etcd"):
         return True
     names = [cls.__name__ for cls in type(error).__mro__]
     return isinstance(error, OSError) or "RendezvousError" in names or type(error) is RuntimeError
@@ -91,9 +110,17 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _text_of(chain: list[BaseException]) -> str:
-    """Return what all of a chain says: the outer text often only points to the inner one."""
-    texts = (re.sub(r"\[Errno \d+\] ", "", str(one)) for one in chain)
-    return ": ".join(dict.fromkeys(filter(None, texts)))
+    """Return what all of a chain says, each thing once: the outer text often only points to the inner one, or repeats it."""
+    kept: list[str] = []
+    for one in chain:
+        text = " ".join(re.sub(r"\[Errno \d+\] ", "", message_of(one)).split())
+        # Of an error of the system the reason is enough, where somebody has said already what it is about.
+        reason = getattr(one, "strerror", None) or text
+        if any(text in other or reason in other for other in kept):
+            continue
+        kept = [other for other in kept if other not in text]
+        kept.append(text)
+    return ": ".join(filter(None, kept))
 
 
 def _describe_spawn(chain: list[BaseException], args: Namespace) -> str:
@@ -118,9 +145,10 @@ def _describe_log_dir(chain: list[BaseException], args: Namespace) -> str:
         if (
             isinstance(error, OSError)
             and error.errno != errno.EADDRINUSE  # of the watchdog's pipe
-            and (str(error.filename or "").startswith(args.log_dir) or args.log_dir in str(error))
+            and (str(error.filename or "").startswith(args.log_dir) or args.log_dir in message_of(error))
         ):
-            reason = (error.strerror or "it is a file").lower()
+            # Not its own text, which may hold the path and the remedy already.
+            reason = os.strerror(error.errno).lower() if error.errno else "it is a file"
             return (
                 f"log folder {named('log_dir', args.log_dir)} cannot be written: {reason}; give another with --log-dir"
             )
@@ -131,10 +159,12 @@ def _describe_port(error: BaseException, chain: list[BaseException], args: Names
     """Describe a failure to get at the rendezvous' port, by the process that has it."""
     # Of a port no error has a file name; of the watchdog's pipe it has.
     in_use = any(
-        getattr(one, "errno", None) == errno.EADDRINUSE or "address already in use" in str(one).lower()
+        getattr(one, "errno", None) == errno.EADDRINUSE or "address already in use" in message_of(one).lower()
         for one in chain
         if getattr(one, "filename", None) is None
     )
+    if getattr(error, "was_refused", False):
+        return ""
     if not in_use and not ("Rendezvous" in type(error).__name__ or isinstance(error, (ConnectionError, TimeoutError))):
         return ""
     host, port, flag = _endpoint(args)
@@ -145,14 +175,13 @@ def _describe_port(error: BaseException, chain: list[BaseException], args: Names
         return f"port {port} is in use by a process of another user; choose another with {flag}" if in_use else ""
     if in_use:
         return f"port {port} is in use by {owner}; end that process or choose another port with {flag}"
-    text = ": ".join(dict.fromkeys(str(one) for one in chain if str(one)))
-    return (
-        f"{text}; port {port} of this host belongs to {owner}, choose another with {flag} if that is not the rendezvous"
-    )
+    return f"{_text_of(chain)}; port {port} of this host belongs to {owner}, choose another with {flag} if that is not the rendezvous"
 
 
 def _endpoint(args: Namespace) -> tuple[str, int | None, str]:
-    """Return host and port of the rendezvous, and the option that changes the port."""
+    """Return host and port of the rendezvous, and the option that changes the port; no port if an agent does not listen there itself."""
+    if args.rdzv_backend not in ("static", "c10d"):
+        return "", None, ""
     if args.rdzv_backend == "static" and not args.rdzv_endpoint:
         return args.master_addr, args.master_port, "--master-port"
     from ferroelastic.rendezvous.utils import parse_rendezvous_endpoint

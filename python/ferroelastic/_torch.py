@@ -9,6 +9,9 @@ import importlib
 import sys
 from typing import TYPE_CHECKING, Any
 
+from ferroelastic._text import message_of
+from ferroelastic.rendezvous.api import RendezvousConnectionError
+
 if TYPE_CHECKING:
     from ferroelastic.rendezvous.api import RendezvousHandler, RendezvousInfo, RendezvousParameters
 
@@ -23,6 +26,10 @@ __all__ = [
 ]
 
 
+_ETCD_BACKENDS = ("etcd", "etcd-v2")
+_ETCD_V2 = "It needs an etcd with the v2 API (--enable-v2, up to etcd 3.5)"
+
+
 def _import(name: str, purpose: str) -> Any:
     try:
         return importlib.import_module(name)
@@ -34,6 +41,25 @@ def _import(name: str, purpose: str) -> Any:
         ) from None
 
 
+def _check_etcd(backend: str) -> None:
+    """Check that the client of an etcd is installed, which torch says late and without its package.
+
+    Raises:
+        ModuleNotFoundError: it is not.
+    """
+    from importlib.util import find_spec
+
+    try:
+        is_there = find_spec("etcd") is not None
+    except ValueError:  # it is loaded, and does not say where from
+        is_there = True
+    if not is_there:
+        raise ModuleNotFoundError(
+            f"rendezvous backend {backend!r} takes the package python-etcd, which is not installed: pip install python-etcd. {_ETCD_V2}",
+            name="etcd",
+        )
+
+
 def create_rendezvous_handler(params: RendezvousParameters) -> RendezvousHandler:
     """Make one of torch's rendezvous handlers, or one of a plug-in (entry point group ``torchrun.handlers``).
 
@@ -42,12 +68,15 @@ def create_rendezvous_handler(params: RendezvousParameters) -> RendezvousHandler
 
     Raises:
         ValueError: torch knows no such backend, or a parameter is wrong.
-        ModuleNotFoundError: torch is not installed.
-        RendezvousConnectionError: the backend cannot be reached (torch's class).
+        ModuleNotFoundError: torch is not installed, or python-etcd for a rendezvous over etcd.
+        RendezvousConnectionError: the backend cannot be reached.
     """
     purpose = f"rendezvous backend {params.backend!r}"
     rendezvous = _import("torch.distributed.elastic.rendezvous", purpose)
     registry = _import("torch.distributed.elastic.rendezvous.registry", purpose)
+    is_etcd = params.backend in _ETCD_BACKENDS
+    if is_etcd:
+        _check_etcd(params.backend)
     theirs = rendezvous.RendezvousParameters(
         backend=params.backend,
         endpoint=params.endpoint,
@@ -57,8 +86,28 @@ def create_rendezvous_handler(params: RendezvousParameters) -> RendezvousHandler
         local_addr=params.local_addr,
         **params.config,
     )
-    handler: RendezvousHandler = registry.get_rendezvous_handler(theirs)
+    try:
+        handler: RendezvousHandler = registry.get_rendezvous_handler(theirs)
+    except Exception as error:
+        if is_etcd and _is_of_etcd(error):
+            raise RendezvousConnectionError(
+                f"rendezvous backend {params.backend!r} cannot use the etcd at {params.endpoint!r}: {_innermost(error)}. {_ETCD_V2}"
+            ) from None
+        raise
     return handler
+
+
+def _is_of_etcd(error: Exception) -> bool:
+    """Tell failures of an etcd, of python-etcd's classes or of torch's, from wrong parameters."""
+    names = [cls.__name__ for cls in type(error).__mro__]
+    return "EtcdException" in names or "RendezvousConnectionError" in names
+
+
+def _innermost(error: BaseException) -> str:
+    """Return the first of a chain of reasons, in one line."""
+    while (inner := error.__cause__ or error.__context__) is not None:
+        error = inner
+    return " ".join((getattr(error, "strerror", None) or message_of(error)).split())
 
 
 def next_rendezvous(

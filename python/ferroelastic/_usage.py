@@ -246,6 +246,57 @@ def check_rendezvous_backend(name: str) -> None:
         )
 
 
+_warned_of_environment = False
+
+
+def warn_of_environment(remedy: str) -> None:
+    """Warn, once, of an active environment that is not that of this interpreter: workers do not run in it.
+
+    Args:
+        remedy: what to do, with ``{python}`` for the interpreter of the environment.
+    """
+    global _warned_of_environment  # noqa: PLW0603 - once per process
+    other = _other_environment()
+    if other is None or _warned_of_environment:
+        return
+    _warned_of_environment = True
+    from ferroelastic.utils.logging import get_logger
+
+    variable, folder = other
+    get_logger("ferroelastic.run").warning(
+        "%s=%s is active, but workers run with %s, the interpreter of this ferrorun; %s",
+        *(variable, folder, sys.executable, remedy.format(python=os.path.join(folder, "bin", "python"))),
+    )
+
+
+def _other_environment() -> tuple[str, str] | None:
+    """Return the variable and the folder of an environment that is active and not this interpreter's."""
+    own = {os.path.realpath(sys.prefix), os.path.realpath(sys.base_prefix)}
+    for variable in ("VIRTUAL_ENV", "CONDA_PREFIX"):
+        folder = os.environ.get(variable)
+        if not folder:
+            continue
+        if os.path.realpath(folder) not in own:
+            return variable, folder
+        if variable == "VIRTUAL_ENV":
+            return None  # what is active within a conda environment, which stays set
+    return None
+
+
+def working_directory() -> str:
+    """Return the working directory.
+
+    Raises:
+        UsageError: it was deleted.
+    """
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        raise UsageError(
+            f"the working directory {os.environ.get('PWD', '')!r} does not exist any more; change to one that exists"
+        ) from None
+
+
 def check_target(args: Namespace) -> None:
     """Check that there is something to run, before anything is started.
 
@@ -263,7 +314,7 @@ def check_target(args: Namespace) -> None:
     elif target.startswith("-"):
         return  # "-" is standard input, and Python knows its own options
     elif not os.path.exists(target):
-        raise UsageError(f"script {target!r} does not exist in {os.getcwd()!r}; check the path{_hint(target)}")
+        raise UsageError(f"script {target!r} does not exist in {working_directory()!r}; check the path{_hint(target)}")
     elif not os.access(target, os.R_OK):
         raise UsageError(f"script {target!r} cannot be read; allow it with chmod +r")
 
@@ -273,7 +324,8 @@ def _check_command(command: str) -> None:
 
     if "/" in command:
         if not os.path.exists(command):
-            raise UsageError(f"command {command!r} does not exist; check the path")
+            where = "" if os.path.isabs(command) else f" in {working_directory()!r}"
+            raise UsageError(f"command {command!r} does not exist{where}; check the path")
     elif shutil.which(command) is None:
         remedy = f"write './{command}'" if os.path.exists(command) else "check its name or write its path"
         raise UsageError(f"command {command!r} is not in PATH; {remedy}")
@@ -285,14 +337,15 @@ def _check_module(module: str) -> None:
 
     top = module.partition(".")[0]
     try:
-        # The worker looks in the working directory first, ferrorun need not have it in its path.
-        found = bool(top) and (find_spec(top) or PathFinder.find_spec(top, [os.getcwd()])) is not None
+        found = bool(top) and find_spec(top) is not None
     except ValueError:  # it is loaded and does not say where from
         found = True
-    if not found:
-        raise UsageError(
-            f"module {module!r} is not found in {os.getcwd()!r} nor installed; check its name or PYTHONPATH"
-        )
+    if found:
+        return
+    # The worker looks in the working directory first, ferrorun need not have it in its path.
+    here = working_directory()
+    if not top or PathFinder.find_spec(top, [here]) is None:
+        raise UsageError(f"module {module!r} is not found in {here!r} nor installed; check its name or PYTHONPATH")
 
 
 def _hint(target: str) -> str:

@@ -10,12 +10,12 @@ import os
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
-from ferroelastic.multiprocessing.errors import get_error_handler
+from ferroelastic.multiprocessing.errors import get_error_handler, record
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["worker_main"]
+__all__ = ["record", "worker_main"]
 
 TORCH_WORKER_SERVER_SOCKET = "TORCH_WORKER_SERVER_SOCKET"
 

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from ferroelastic._arguments import get_args_parser
 from ferroelastic._usage import UsageError, named
+from ferroelastic.argparse_util import check_env, env
 
 if TYPE_CHECKING:
     from ferroelastic import _leftovers
@@ -37,10 +38,12 @@ if TYPE_CHECKING:
     from ferroelastic.multiprocessing import LogsSpecs
 
 __all__ = [
+    "check_env",
     "cli",
     "config_from_args",
     "console",
     "determine_local_world_size",
+    "env",
     "get_args_parser",
     "get_rdzv_endpoint",
     "get_use_env",
@@ -53,13 +56,17 @@ __all__ = [
 
 # Names that torch's module has too, loaded when they are first used: --help and a usage error need none of them.
 _LATE = {
-    "DefaultLogsSpecs": "ferroelastic.multiprocessing",
-    "LaunchConfig": "ferroelastic.launcher.api",
-    "LogsSpecs": "ferroelastic.multiprocessing",
-    "Std": "ferroelastic.multiprocessing",
-    "elastic_launch": "ferroelastic.launcher.api",
-    "macros": "ferroelastic.utils",
-    "record": "ferroelastic.multiprocessing.errors",
+    "DefaultLogsSpecs": "ferroelastic.multiprocessing:DefaultLogsSpecs",
+    "LaunchConfig": "ferroelastic.launcher.api:LaunchConfig",
+    "LogsSpecs": "ferroelastic.multiprocessing:LogsSpecs",
+    "Std": "ferroelastic.multiprocessing:Std",
+    "_AffinityMode": "ferroelastic.numa.binding:AffinityMode",
+    "_NumaOptions": "ferroelastic.numa.binding:NumaOptions",
+    "_parse_rendezvous_config": "ferroelastic.rendezvous.utils:_parse_rendezvous_config",
+    "elastic_launch": "ferroelastic.launcher.api:elastic_launch",
+    "get_logger": "ferroelastic.utils.logging:get_logger",
+    "macros": "ferroelastic.utils:macros",
+    "record": "ferroelastic.multiprocessing.errors:record",
 }
 
 
@@ -71,7 +78,8 @@ def __getattr__(name: str) -> Any:
         return get_logger("ferroelastic.run")
     if name not in _LATE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_LATE[name]), name)
+    module, _, original = _LATE[name].partition(":")
+    return getattr(importlib.import_module(module), original)
 
 
 def _late(name: str) -> Any:
@@ -280,18 +288,38 @@ def _numa_options(mode: str | None) -> Any:
 
 def _entrypoint(args: Namespace) -> tuple[Callable[..., Any] | str, list[str]]:
     """Return what a worker runs and with which arguments."""
+    from ferroelastic import _usage
+
     entrypoint: Callable[..., Any] | str
     if args.run_path:
+        _usage.warn_of_environment("to run them in it, start {python} -m ferroelastic.run")
         entrypoint, arguments = run_script_path, [args.training_script]
     elif args.no_python:
         entrypoint, arguments = args.training_script, []
     else:
         # Unbuffered, so that a worker's last words reach the log however it ends.
-        entrypoint = os.getenv("PYTHON_EXEC", sys.executable)
+        entrypoint = _interpreter()
         arguments = ["-u", *(["-m"] if args.module else []), args.training_script]
     if not get_use_env(args):
         arguments.append(f"--local-rank={_late('macros').local_rank}")
     return entrypoint, [*arguments, *args.training_script_args]
+
+
+def _interpreter() -> str:
+    """Return the Python that runs the workers.
+
+    Raises:
+        UsageError: ``$PYTHON_EXEC`` is empty.
+    """
+    from ferroelastic import _usage
+
+    chosen = os.environ.get("PYTHON_EXEC")
+    if chosen is None:
+        _usage.warn_of_environment("to run them in it, set PYTHON_EXEC={python}")
+        return sys.executable
+    if not chosen:
+        raise UsageError("PYTHON_EXEC='' names no Python interpreter; unset it, or set it to the path of one")
+    return chosen
 
 
 def run_script_path(training_script: str, *training_script_args: str) -> None:
@@ -320,6 +348,7 @@ def run(args: Namespace) -> None:
     """
     _name_thread("pt_elastic")
     if args.standalone:
+        _check_standalone(args)
         _rendezvous_alone(args)
         _late("logger").info(
             "rendezvous: --rdzv-backend=%s --rdzv-endpoint=%s --rdzv-id=%s",
@@ -335,6 +364,19 @@ def run(args: Namespace) -> None:
         args.master_port = 29500
     config, entrypoint, arguments = config_from_args(args)
     _late("elastic_launch")(config=config, entrypoint=entrypoint)(*arguments)
+
+
+def _check_standalone(args: Namespace) -> None:
+    """Refuse a job on this node alone that waits for other nodes.
+
+    Raises:
+        UsageError: it would.
+    """
+    min_nodes, _ = parse_min_max_nnodes(args.nnodes)
+    if min_nodes > 1:
+        raise UsageError(
+            f"--standalone runs the job on this node alone, and {named('nnodes', args.nnodes)} waits for others; leave one of them out"
+        )
 
 
 def _rendezvous_alone(args: Namespace) -> None:
@@ -397,23 +439,29 @@ def cli(args: Sequence[str] | None = None) -> int:
         return _cli(args, cleanup)
 
 
-def console() -> NoReturn:
-    """Do what :func:`cli` does, and end this process with its exit code."""
+def console(parse: Callable[[Sequence[str] | None], Namespace] | None = None) -> NoReturn:
+    """Do what :func:`cli` does, and end this process with its exit code.
+
+    Args:
+        parse: parses the command line; by default :func:`parse_args`.
+    """
     from ferroelastic import _process
 
     # Never closed: up to the end no signal changes the exit code.
     cleanup = ExitStack()
     _process.prepare(cleanup)
-    _process.leave(_cli(None, cleanup))
+    _process.leave(_cli(None, cleanup, parse or parse_args))
 
 
-def _cli(args: Sequence[str] | None, cleanup: ExitStack) -> int:
+def _cli(
+    args: Sequence[str] | None, cleanup: ExitStack, parse: Callable[[Sequence[str] | None], Namespace] | None = None
+) -> int:
     from ferroelastic import _process, _signals, _usage
 
     parsed: Namespace | None = None
     this_run: _leftovers.Run | None = None
     try:
-        parsed = parse_args(args)
+        parsed = (parse or parse_args)(args)
         _usage.check_target(parsed)
         _usage.check_log_dir(parsed.log_dir)
         _usage.check_signals(parsed.signals_to_handle, parsed.signals_to_forward)
@@ -444,12 +492,13 @@ def _show_logs() -> None:
     """
     import logging
 
-    level = os.environ.get("LOGLEVEL", "WARNING")
+    from ferroelastic.utils.log_level import chosen_log_level
+
     logger = logging.getLogger("ferroelastic")
     try:
-        logger.setLevel(level)
-    except ValueError:
-        raise UsageError(f"LOGLEVEL={level!r} is not a level; use DEBUG, INFO, WARNING or ERROR") from None
+        logger.setLevel(chosen_log_level("WARNING"))
+    except ValueError as error:
+        raise UsageError(str(error)) from None
     if not logger.hasHandlers():
         from ferroelastic._console import ConsoleHandler
 

@@ -32,6 +32,18 @@ DIFFERENCES: dict[str, Difference] = {
         "exits with the code of the worker that failed first, 128+n for signal n",
         "a scheduler decides by the exit code",
     ),
+    "standalone-alone": Difference(
+        "run --standalone --nnodes=2",
+        "waits for a second node, which cannot come",
+        "is a usage error",
+        "it can never begin",
+    ),
+    "arguments-of-the-script": Difference(
+        "run.parse_args, before Python 3.12",
+        "refuses arguments of the script that could be abbreviations of several options of the launcher",
+        "hands them on",
+        "what follows the script is the script's",
+    ),
     "no-launcher-traceback": Difference(
         "run, as a command",
         "shows the launcher's own traceback as well",
@@ -116,6 +128,12 @@ DIFFERENCES: dict[str, Difference] = {
         "processes that a worker which succeeded leaves in its group are not looked after",
         "they have the grace period to finish, and are ended after it, with a line that names them",
         "an upload or a checkpoint writer may finish, and nothing is left behind",
+    ),
+    "restarts-of-a-run": Difference(
+        "SimpleElasticAgent.run, again",
+        "has the restarts that the former run has left",
+        "has max_restarts of its own",
+        "one job does not pay for another",
     ),
     "older-shutdown": Difference(
         "SimpleElasticAgent._shutdown",
@@ -313,14 +331,32 @@ DIFFERENCES: dict[str, Difference] = {
     "any-rank-number": Difference(
         "Std.from_str", "reads rank numbers of one digit", "reads any", "hosts have more than ten devices"
     ),
+    "log-level": Difference(
+        "utils.logging.get_logger",
+        "raises for LOGLEVEL=debug, and so does the import of torch.distributed.elastic",
+        "takes the name of a level in any case, or its number",
+        "other programs write it in lower case",
+    ),
+    "filters-are-lists": Difference(
+        "LaunchConfig.duplicate_stdout_filters, duplicate_stderr_filters",
+        "take a string for a list of letters",
+        "raise TypeError for a string",
+        "nobody looks for letters",
+    ),
+    "functions-of-sessions": Difference(
+        "start_processes, with a function of an interactive session and start method spawn or forkserver",
+        "starts workers, which fail because they cannot import the function",
+        "raises PicklingError, which names what works",
+        "a traceback of another process does not say what to do",
+    ),
     "strict-text": Difference(
         "Std.from_str", "overlooks a line break at the end", "does not", "no other text around a value is overlooked"
     ),
     "any-callable": Difference(
-        "launcher.api._get_entrypoint_name",
-        "fails for a callable without a name",
-        "uses its class's",
-        "a functools.partial is a function, too",
+        "launcher.api._get_entrypoint_name, WorkerSpec.entrypoint",
+        "fails for a callable without a name, or takes one that is false for none",
+        "gives the name of a partial's function, or of an instance's class",
+        "functools.partial and instances with __call__ are functions, too",
     ),
     "no-numactl": Difference(
         "NUMA binding", "runs the program numactl", "asks the kernel", "containers do not have the program"
@@ -414,7 +450,6 @@ DIFFERENCES: dict[str, Difference] = {
     ),
 }
 
-_IMPORTED = "something that torch's module imports for itself; it is to be had where it is defined"
 _OTHER_SYSTEMS = "Windows and macOS are not supported"
 _OWN_STORES = (
     "a store, or a backend of one, that belongs to torch is torch's to make; its handlers are used as they are"
@@ -447,15 +482,10 @@ ABSENT: dict[str, str] = {
     "multiprocessing.redirects:libc": "the C library is loaded by the first redirect, not at import",
     "numa.binding:_*": "CPUs are found in sysfs and bound by the kernel's call; there is no numactl to wrap a command in",
     "rendezvous.registry:_create_*_handler": _OWN_STORES,
+    "rendezvous.registry:create_handler": _OWN_STORES,
     "rendezvous.registry:_register_out_of_tree_handlers": "torch's registry loads plug-ins, when a backend is not known here",
     "rendezvous.utils:_PeriodicTimer": "keep-alives are sent by torch's handlers",
     "rendezvous.utils:_delay": "keep-alives are sent by torch's handlers",
-    "run:_AffinityMode": _IMPORTED,
-    "run:_NumaOptions": _IMPORTED,
-    "run:_parse_rendezvous_config": _IMPORTED,
-    "run:check_env": _IMPORTED,
-    "run:env": _IMPORTED,
-    "run:get_logger": _IMPORTED,
     "timer.file_based_local_timer:FileTimerClient._open_non_blocking": _OWN_WORKINGS,
     "timer.file_based_local_timer:FileTimerServer._get_requests": "the pipe is read natively",
     "timer.file_based_local_timer:FileTimerServer._run_watchdog": "timers expire natively, and not in a loop",

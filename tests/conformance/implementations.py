@@ -15,6 +15,7 @@ OURS = "ferroelastic"
 # First name of a module's path here -> what precedes it in torch; `torch.distributed.elastic` for the rest.
 _ELSEWHERE = {
     "argparse_util": "torch.distributed",
+    "launch": "torch.distributed",
     "launcher": "torch.distributed",
     "run": "torch.distributed",
     "numa": "torch",

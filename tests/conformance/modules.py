@@ -9,7 +9,7 @@ from pathlib import Path
 from tests.conformance.differences import ABSENT
 
 _TREES = ["distributed/elastic", "distributed/launcher", "numa"]
-_FILES = ["distributed/run.py", "distributed/argparse_util.py"]
+_FILES = ["distributed/run.py", "distributed/launch.py", "distributed/argparse_util.py"]
 
 
 def _torch_root() -> Path:

@@ -106,6 +106,16 @@ class TestLaunchConfig:
             monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", variable)
         assert config(impl, tmp_path, shutdown_timeout=explicit).shutdown_timeout == expected
 
+    def test_filters_that_are_no_list(self, impl: Implementation, tmp_path: Path) -> None:
+        def is_refused() -> bool:
+            try:
+                config(impl, tmp_path, duplicate_stdout_filters="loss")
+            except TypeError:
+                return True
+            return False
+
+        assert is_refused() == impl.expect("filters-are-lists", torch=False, ours=True)
+
     def test_negative_shutdown_timeout(self, impl: Implementation, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="shutdown_timeout must be non-negative, got -1"):
             config(impl, tmp_path, shutdown_timeout=-1)
@@ -155,7 +165,7 @@ class TestHelpers:
             except AttributeError:
                 return None
 
-        assert name() == impl.expect("any-callable", torch=None, ours="partial")
+        assert name() == impl.expect("any-callable", torch=None, ours="give")
 
     @pytest.mark.parametrize(
         ("backend", "endpoint", "expected"),
@@ -516,6 +526,52 @@ LINES: dict[str, list[str]] = {
     "numa": ["--numa-binding=exclusive", SCRIPT],
     "underscores": ["--nproc_per_node=3", "--max_restarts=1", "--event_log_handler=console", SCRIPT, "--", "-x"],
 }
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="argparse itself has been mended")
+def test_an_argument_of_the_script_that_looks_like_options(impl: Implementation) -> None:
+    def arguments() -> list[str] | None:
+        try:
+            return list(impl.run.parse_args([SCRIPT, "--mo", "0.9"]).training_script_args)
+        except SystemExit:
+            return None
+
+    assert arguments() == impl.expect("arguments-of-the-script", torch=None, ours=["--mo", "0.9"])
+
+
+def test_a_job_on_this_node_alone_that_waits_for_others(
+    impl: Implementation, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    launched: list[Any] = []
+    monkeypatch.setattr(impl.run, "elastic_launch", lambda **_: lambda *_: launched.append(1), raising=False)
+    monkeypatch.setattr("torch.multiprocessing._set_thread_name", lambda _: None)
+
+    def is_refused() -> bool:
+        try:
+            impl.run.main(["--standalone", "--nnodes=2", f"--log-dir={tmp_path}", SCRIPT])
+        except ValueError:
+            return True
+        return False
+
+    assert is_refused() == impl.expect("standalone-alone", torch=False, ours=True)
+    assert bool(launched) == impl.is_torch
+
+
+@pytest.mark.parametrize("line", [["--use-env"], []], ids=["with --use-env", "without"])
+def test_the_former_launcher(
+    impl: Implementation, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, line: list[str]
+) -> None:
+    launched: list[Any] = []
+    monkeypatch.setattr(
+        impl.run, "elastic_launch", lambda **_: lambda *arguments: launched.append(arguments), raising=False
+    )
+    monkeypatch.setattr("torch.multiprocessing._set_thread_name", lambda _: None)
+    with pytest.warns(FutureWarning, match="is deprecated"):
+        impl("launch").main([*line, f"--log-dir={tmp_path}", SCRIPT, "-x"])
+    local_rank = [] if line else ["--local-rank=${local_rank}"]
+    assert launched == [("-u", SCRIPT, *local_rank, "-x")]
+    with pytest.raises(ValueError, match="When using the '--no-python' flag, you must also set the '--use-env' flag"):
+        impl("launch").launch(impl("launch").parse_args(["--no-python", SCRIPT]))
 
 
 @pytest.mark.parametrize("name", LINES)

@@ -87,6 +87,20 @@ def test_spawned_functions(make_local_agent: Callable[..., Any]) -> None:
     assert result.return_values == {0: 0}
 
 
+def test_a_second_run(impl: Implementation, make_local_agent: Callable[..., Any]) -> None:
+    agent = make_local_agent(workers.give_rank, 10)
+    for _ in range(3):
+        result = agent.run()
+        assert (result.state, result.return_values) == (impl.agent.WorkerState.SUCCEEDED, {0: 0, 1: 10})
+
+
+def test_restarts_of_a_second_run(impl: Implementation, shell: Callable[..., Any], tmp_path: Path) -> None:
+    agent = shell(f"echo $TORCHELASTIC_RESTART_COUNT >> {tmp_path}/counts; exit 3", nproc=1, max_restarts=1)
+    assert [exit_codes(agent.run()) for _ in range(2)] == [{0: 3}, {0: 3}]
+    counts = (tmp_path / "counts").read_text().split()
+    assert counts == impl.expect("restarts-of-a-run", torch=["0", "1", "1"], ours=["0", "1", "0", "1"])
+
+
 def test_a_failure(impl: Implementation, shell: Callable[..., Any], event_log: Any) -> None:
     error = '{"message": {"message": "boom", "extraInfo": {"py_callstack": "trace", "timestamp": "17"}}}'
     agent = shell(

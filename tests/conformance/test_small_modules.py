@@ -121,6 +121,18 @@ class TestUtils:
         assert get_logger().name == __name__
         monkeypatch.setenv("LOGLEVEL", "DEBUG")
         assert get_logger("my.logger").level == logging.DEBUG
+        monkeypatch.setenv("LOGLEVEL", "info")
+
+        def level() -> int | None:
+            try:
+                return int(get_logger("my.logger").level)
+            except ValueError:
+                return None
+
+        assert level() == impl.expect("log-level", torch=None, ours=logging.INFO)
+        monkeypatch.setenv("LOGLEVEL", "loud")
+        with pytest.raises(ValueError, match=r"(?i)loud"):
+            get_logger("my.logger")
         assert impl("utils.log_level").get_log_level() == "WARNING"
 
     def test_state_of_a_process(self, impl: Implementation) -> None:

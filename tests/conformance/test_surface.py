@@ -64,7 +64,9 @@ class Modules:
             is_own = origin == self.torchs.__name__ or (
                 not isinstance(value, type | types.FunctionType) and name not in _imported_names(self.torchs)
             )
-            is_public = name in interface if interface is not None else is_mirrored_module(origin)
+            # What another module of the same trees defines is imported from here as well, whatever the interface says.
+            is_ours_too = is_mirrored_module(origin) and (interface is None or not name.startswith("_"))
+            is_public = is_ours_too or name in (interface or ())
             if is_own or is_public:
                 found.append(name)
         return sorted(found)
@@ -162,8 +164,10 @@ def incompatibilities(theirs: Any, ours: Any) -> list[str]:
 
 
 def is_same_default(theirs: Any, ours: Any) -> bool:
-    if theirs is _EMPTY or ours is _EMPTY:
-        return theirs is ours
+    if theirs is _EMPTY:
+        return True  # a default of ours is one more form of the call
+    if ours is _EMPTY:
+        return False
     if isinstance(theirs, types.FunctionType):
         return callable(ours)
     if type(theirs).__name__ == "_HAS_DEFAULT_FACTORY_CLASS":

@@ -15,6 +15,19 @@ def give(value: Any) -> Any:
     return value
 
 
+class Give:
+    """A function with a state, which is false as a truth value: it has no elements."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __len__(self) -> int:
+        return 0
+
+    def __call__(self) -> Any:
+        return self.value
+
+
 def give_rank(factor: int = 1) -> int:
     return int(os.environ["RANK"]) * factor
 

@@ -238,6 +238,41 @@ def test_a_pipe_that_was_removed_is_there_after_a_restart(
     assert agent.run().state == WorkerState.SUCCEEDED
 
 
+REPLACE_THE_PIPE = """
+[ -p "$TORCHELASTIC_TIMER_FILE" ]; echo $? "$TORCHELASTIC_TIMER_FILE" >> "$1/seen"
+[ $TORCHELASTIC_RESTART_COUNT = 0 ] && { rm "$TORCHELASTIC_TIMER_FILE"; echo precious > "$TORCHELASTIC_TIMER_FILE"; }
+[ $TORCHELASTIC_RESTART_COUNT = 2 ] || exit 3
+"""
+
+
+def test_a_pipe_that_was_replaced_by_a_file_is_made_elsewhere(
+    make: Callable[..., LocalElasticAgent], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    agent = make("/bin/sh", "-c", REPLACE_THE_PIPE, "worker", str(tmp_path), max_restarts=2)
+    assert agent.run().state == WorkerState.SUCCEEDED
+    are_pipes, paths = zip(*(line.split() for line in (tmp_path / "seen").read_text().splitlines()), strict=True)
+    assert are_pipes == ("0",) * 3
+    assert paths[0] == os.environ[TIMER_FILE]
+    assert paths[1] == paths[2] != paths[0]
+    assert Path(paths[0]).read_text() == "precious\n"
+    assert not os.path.lexists(paths[1])
+    (warning,) = [text for text in caplog.messages if "so workers get a pipe at" in text]
+    assert all(path in warning for path in paths)
+
+
+def test_without_any_place_for_a_pipe_the_restart_goes_on(
+    make: Callable[..., LocalElasticAgent],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "missing"))
+    agent = make("/bin/sh", "-c", REPLACE_THE_PIPE, "worker", str(tmp_path), max_restarts=2)
+    assert agent.run().state == WorkerState.SUCCEEDED
+    assert len((tmp_path / "seen").read_text().splitlines()) == 3
+    assert f"workers that set timers fail; remove what is at {os.environ[TIMER_FILE]}" in caplog.text
+
+
 def test_the_pipe_of_a_dead_agent_is_taken_over(make: Callable[..., LocalElasticAgent], tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     result = make(hang_at_first, str(tmp_path), nproc=2, max_restarts=1).run()

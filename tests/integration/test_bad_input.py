@@ -87,6 +87,10 @@ USAGE = [
     (["--bogus", "train.py"], "--bogus"),
     (["--nnodes=2", "--node-rank=2", "--master-port=1", "train.py"], "--node-rank=2"),
     ([], "training_script"),
+    (["--standalone", "--nnodes=2", "train.py"], "--nnodes='2' waits for others"),
+    (["--standalone", "--nnodes=2:3", "--rdzv-backend=c10d", "train.py"], "--nnodes='2:3' waits for others"),
+    (["--mo=3", "train.py"], "ambiguous option: --mo"),
+    (["--bogus", "3", "train.py", "--mo", "4"], "unrecognized arguments: --bogus"),
 ]
 
 
@@ -105,6 +109,7 @@ VARIABLES = [
     ("PET_TEE", "x"),
     ("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "soon"),
     ("LOGLEVEL", "loud"),
+    ("PYTHON_EXEC", ""),
 ]
 
 
@@ -125,6 +130,55 @@ def test_a_log_folder_that_cannot_be_made(place: Path) -> None:
 def test_a_log_folder_that_cannot_be_written(place: Path) -> None:
     # Even the superuser cannot make a folder there.
     _assert_one_line(_ferrorun(place, "--log-dir=/proc/self", "train.py"), place, 1, "--log-dir='/proc/self'")
+
+
+def test_the_reason_for_a_log_folder_is_given_once_and_paths_as_they_are(place: Path) -> None:
+    (place / "Some Folder").touch()
+    folder = f"{place}/Some Folder/Logs"
+    done = _ferrorun(place, f"--log-dir={folder}", "train.py")
+    _assert_one_line(
+        done, place, 1, f"log folder --log-dir={folder!r} cannot be written: not a directory; give another"
+    )
+    assert done.stderr.count("Some Folder") == 1
+    assert done.stderr.lower().count("not a directory") == 1
+
+
+@pytest.mark.parametrize("line", [["train.py"], ["-m", "gone_module"], ["--log-dir=Logs", "{script}"]])
+def test_a_working_directory_that_was_deleted(place: Path, line: list[str]) -> None:
+    gone = place / "Gone"
+    gone.mkdir()
+    words = " ".join(word.format(script=place / "train.py") for word in line)
+    done = subprocess.run(
+        ["/bin/sh", "-c", f'cd "{gone}" && rmdir "{gone}" && exec "{sys.executable}" -m ferroelastic.run {words}'],
+        env={**os.environ, "PYTHONPATH": FOLDER},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    _assert_one_line(
+        done, place, done.returncode, f"the working directory '{gone}' does not exist any more; change to one"
+    )
+    assert done.returncode in (1, 2)
+
+
+@pytest.mark.parametrize("level", ["debug", "Info", "10"])
+def test_a_log_level_in_any_form(place: Path, level: str) -> None:
+    done = _ferrorun(place, "--standalone", "train.py", LOGLEVEL=level)
+    assert done.returncode == 0, done.stderr
+    assert (place / "started").exists()
+    (place / "started").unlink()
+    done = _ferrorun(place, "gone.py", LOGLEVEL=level)
+    _assert_one_line(done, place, 2, "'gone.py'")
+
+
+@pytest.mark.parametrize("backend", ["etcd", "etcd-v2"])
+@needs_torch
+@pytest.mark.skipif(find_spec("etcd") is not None, reason="python-etcd is installed")
+def test_etcd_without_its_client(place: Path, backend: str) -> None:
+    done = _ferrorun(place, f"--rdzv-backend={backend}", "--rdzv-endpoint=127.0.0.1:1", "train.py")
+    _assert_one_line(done, place, 1, f"{backend!r}", "pip install python-etcd", "v2 API")
+    assert "LOGLEVEL" not in done.stderr
 
 
 @needs_torch

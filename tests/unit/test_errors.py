@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+import linecache
 import os
 import pickle
 import re
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -357,3 +359,88 @@ def test_initialize_survives_a_fault_handler_that_does_not() -> None:
         with pytest.warns(UserWarning, match="no stderr"):
             get_error_handler().initialize()
         enable.assert_called_once_with(all_threads=True)
+
+
+class TextlessError(Exception):
+    def __str__(self) -> str:
+        raise LookupError("no text")
+
+    def __repr__(self) -> str:
+        raise LookupError("no text either")
+
+
+class WarningError(Exception):
+    def __str__(self) -> str:
+        warnings.warn("as CPython 3.15 does", DeprecationWarning, stacklevel=1)
+        return "the text"
+
+
+def recorded(error_file: Path) -> tuple[str, str]:
+    message = json.loads(error_file.read_text())["message"]
+    return message["message"], message["extraInfo"]["py_callstack"]
+
+
+def test_a_warning_that_is_an_error_does_not_lose_the_report(error_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CPython 3.15 warns while it formats the traceback of a spawned process: the module there has no loader."""
+    lazycache = linecache.lazycache
+
+    def warn_and_go_on(*arguments: Any) -> Any:
+        warnings.warn("Module globals have no loader", DeprecationWarning, stacklevel=1)
+        return lazycache(*arguments)
+
+    monkeypatch.setattr(linecache, "lazycache", warn_and_go_on)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(WarningError):
+            record(raise_it)(WarningError())
+    message, stack = recorded(error_file)
+    assert message == "WarningError: the text"
+    assert "in raise_it" in stack
+    assert stack.rstrip().endswith("WarningError: the text")
+
+
+def test_what_can_be_had_of_an_exception_that_cannot_be_formatted(
+    error_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_arguments: Any) -> None:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr("traceback.format_exception", fail)
+    with pytest.raises(TextlessError):
+        record(raise_it)(TextlessError())
+    message, stack = recorded(error_file)
+    assert message == "TextlessError: <no text: its __str__ raised>"
+    assert f'  File "{__file__}", line ' in stack
+    assert "in raise_it" in stack
+    assert stack.splitlines()[-2:] == [
+        "TextlessError: <no text: its __str__ raised>",
+        "(the rest of the traceback could not be formatted: RuntimeError: broken)",
+    ]
+
+
+@pytest.mark.parametrize("path", ["/proc/none/error.json", "nul\0l"])
+def test_a_report_that_cannot_be_written_does_not_replace_the_error(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, path: str
+) -> None:
+    monkeypatch.setattr(ErrorHandler, "_get_error_file_path", lambda _self: path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(KeyError):
+            record(raise_it)(KeyError("k"))
+    assert "Unable to write error to file" in caplog.text
+
+
+def test_a_fault_handler_that_cannot_be_enabled_is_no_error_where_warnings_are() -> None:
+    with warnings.catch_warnings(), mock.patch("faulthandler.enable", side_effect=RuntimeError("no descriptor")):
+        warnings.simplefilter("error")
+        assert record(lambda: 3)() == 3
+
+
+@pytest.mark.parametrize("stamp", ["1" * 30, float("inf")])
+def test_a_time_that_is_none_does_not_lose_the_report(tmp_path: Path, stamp: Any) -> None:
+    path = tmp_path / "error.json"
+    path.write_text(
+        json.dumps({"message": {"message": "boom", "extraInfo": {"timestamp": stamp, "timestamp_ns": stamp}}})
+    )
+    failure = ProcessFailure(0, 999, 1, str(path))
+    assert "boom" in str(ChildFailedError("train.py", {0: failure}))

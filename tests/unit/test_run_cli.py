@@ -308,7 +308,7 @@ def test_omp_num_threads_is_one_for_several_workers(
 RENDEZVOUS = [
     [],
     ["--standalone"],
-    ["--standalone", "--nnodes=2", "--rdzv-backend=static", "--rdzv-endpoint=h:1"],
+    ["--standalone", "--nnodes=1:2", "--rdzv-backend=static", "--rdzv-endpoint=h:1"],
     ["--master-port=1234"],
     ["--rdzv-endpoint=h:1"],
     ["--nnodes=2"],
@@ -381,7 +381,7 @@ def test_a_missing_target_starts_nothing(launch: Launch, tmp_path: Path, monkeyp
         (["-m", ".relative"], "module '.relative' is not found"),
         (["--no-python", "gone-command"], "command 'gone-command' is not in PATH; check its name or write its path"),
         (["--no-python", "local.sh"], "command 'local.sh' is not in PATH; write './local.sh'"),
-        (["--no-python", "./gone.sh"], "command './gone.sh' does not exist; check the path"),
+        (["--no-python", "./gone.sh"], f"command './gone.sh' does not exist in '{tmp_path}'; check the path"),
     ]
     for line, text in missing:
         with pytest.raises(UsageError) as raised:
@@ -434,3 +434,35 @@ def test_late_names_are_there() -> None:
     assert from_run.logger.name == "ferroelastic.run"
     with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
         from_run.nonsense  # noqa: B018 - the access is the test
+
+
+def test_options_that_a_program_adds() -> None:
+    """As the launchers of other packages do with torch's parser."""
+    parser = run.get_args_parser()
+    parser.add_argument("--network-check", action="store_true")
+    parser.add_argument("--pair", nargs=2)
+    parser.add_argument("--few", nargs="*")
+    parser.add_argument("--maybe", nargs="?")
+    parsed = parser.parse_args(
+        ["--network-check", "--pair", "a", "b", "--maybe", "--few", "c", "-t", "0", "t.py", "--mo", "1"]
+    )
+    assert (parsed.training_script, parsed.training_script_args) == ("t.py", ["--mo", "1"])
+    assert (parsed.network_check, parsed.pair, parsed.few, parsed.maybe) == (True, ["a", "b"], ["c"], None)
+    parsed = parser.parse_args(["--maybe", "d", "--network", "-", "--few"])
+    assert (parsed.training_script, parsed.training_script_args, parsed.maybe) == ("-", ["--few"], "d")
+
+
+def test_arguments_that_a_program_adds_after_the_script() -> None:
+    parser = run.get_args_parser()
+    parser.add_argument("last", nargs="?")
+    assert parser.parse_args(["t.py", "a"]).training_script_args == ["a"]
+
+
+def test_an_unknown_option_among_those_of_the_launcher() -> None:
+    parsed, unknown = run.get_args_parser().parse_known_args(["--bogus", "t.py", "--mo", "1"])
+    assert (parsed.training_script, parsed.training_script_args, unknown) == ("t.py", ["--mo", "1"], ["--bogus"])
+
+
+def test_the_common_line_is_parsed_from_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["ferrorun", "t.py", "--mo", "1"])
+    assert run.parse_args(None).training_script_args == ["--mo", "1"]

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from ferroelastic import _report, run
+from ferroelastic import _report, rendezvous, run
 from ferroelastic.multiprocessing import SignalException
 from ferroelastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
@@ -48,6 +48,11 @@ class Launch:
                 raise self.error
 
         return launch
+
+
+class TextlessError(Exception):
+    def __str__(self) -> str:
+        raise LookupError
 
 
 @pytest.fixture
@@ -147,10 +152,26 @@ ERRORS = [
         1,
         "The connection has failed.: no answer in 60 s",
     ),
+    (_caused(ConnectionError("it failed: no answer"), TimeoutError("no answer")), 1, "error: it failed: no answer\n"),
+    (
+        _caused(
+            OSError(13, "cannot write '/A/b': Permission denied; choose another"),
+            PermissionError(13, "Permission denied", "/A/b"),
+        ),
+        1,
+        "error: cannot write '/A/b': Permission denied; choose another\n",
+    ),
+    (_caused(OSError("it failed"), OSError("why it failed")), 1, "error: why it failed\n"),
+    (TextlessError(), 1, "TextlessError: <no text: its __str__ raised>; LOGLEVEL=DEBUG shows the traceback"),
+    (TypeError("max_restarts must be a number"), 1, "TypeError: max_restarts must be a number"),
 ]
 
 
-@pytest.mark.parametrize(("error", "code", "text"), ERRORS, ids=str)
+def _name(value: object) -> str:
+    return type(value).__name__ if isinstance(value, TextlessError) else str(value)
+
+
+@pytest.mark.parametrize(("error", "code", "text"), ERRORS, ids=_name)
 def test_an_error_is_one_line(
     launch: Launch,
     script: str,
@@ -164,7 +185,7 @@ def test_an_error_is_one_line(
 
     assert run.cli(["--log-dir", str(tmp_path), script]) == code
 
-    (line,) = capfd.readouterr().err.splitlines()
+    (line,) = capfd.readouterr().err.splitlines(keepends=True)
     assert line.startswith("ferrorun: error: ")
     assert text in line
 
@@ -268,6 +289,23 @@ def test_a_rendezvous_that_fails_names_who_listens_there(
     text = capfd.readouterr().err
     assert f"the store does not answer; port {port} of this host belongs to pid {process.pid} (" in text
     assert "choose another with --rdzv-endpoint" in text
+
+
+def test_a_refusal_has_one_remedy(
+    launch: Launch,
+    script: str,
+    listener: tuple[int, "subprocess.Popen[str]"],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Who refuses a node is the rendezvous, and has said what to do: the owner of the port is of no interest."""
+    port, _ = listener
+    error = rendezvous.RendezvousConnectionError("it is that of another job: give all nodes the same --rdzv-id")
+    error.was_refused = True  # type: ignore[attr-defined]
+    launch.error = error
+    line = ["--log-dir", str(tmp_path), "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}", script]
+    assert run.cli(line) == 1
+    assert capfd.readouterr().err.endswith("give all nodes the same --rdzv-id\n")
 
 
 def test_a_busy_port_of_a_hidden_process(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from ferroelastic._compat import torch_module
 from ferroelastic.events.api import NodeState, RdzvEvent
 from ferroelastic.utils.hostname import hostname_for_report
+from ferroelastic.utils.log_level import chosen_log_level
 
 if TYPE_CHECKING:
     from ferroelastic.events.api import Event
@@ -30,7 +31,7 @@ def _get_or_create_logger(destination: str = "null") -> logging.Logger:
 
         handler = events.get_logging_handler(destination)
         logger = logging.getLogger(f"torchelastic-events-{destination}")
-        logger.setLevel(os.environ.get("LOGLEVEL", "INFO"))
+        logger.setLevel(chosen_log_level("INFO"))
         logger.propagate = False
         # torch's events module uses loggers of the same names: one handler means one line per event.
         if destination not in getattr(torch_module(events.__name__), "_events_loggers", {}):

@@ -14,10 +14,19 @@ from typing import Any
 
 import ferroelastic.rendezvous.registry as rdzv_registry
 from ferroelastic import _signals, events, metrics
-from ferroelastic._compat import family
+from ferroelastic._checks import (
+    check_iterable,
+    check_logs_specs,
+    check_number,
+    check_strings,
+    check_type,
+    check_whole_number,
+)
+from ferroelastic._compat import family, newer
 from ferroelastic._signals import DEFAULT_SIGNALS, SignalException
+from ferroelastic._text import entrypoint_name
 from ferroelastic.agent.server.api import RunResult, WorkerSpec
-from ferroelastic.agent.server.health_check_server import HealthCheckServer
+from ferroelastic.agent.server.health_check_server import HealthCheckServer, create_healthcheck_server
 from ferroelastic.agent.server.local_elastic_agent import LocalElasticAgent
 from ferroelastic.multiprocessing import DefaultLogsSpecs, LogsSpecs
 from ferroelastic.multiprocessing.errors import ChildFailedError
@@ -26,7 +35,7 @@ from ferroelastic.rendezvous import RendezvousParameters
 from ferroelastic.rendezvous.utils import parse_rendezvous_endpoint
 from ferroelastic.utils.logging import get_logger
 
-__all__ = ["LaunchConfig", "elastic_launch", "launch_agent"]
+__all__ = ["LaunchConfig", "create_healthcheck_server", "elastic_launch", "launch_agent"]
 
 logger = get_logger(__name__)
 
@@ -70,6 +79,7 @@ class LaunchConfig:
 
     Raises:
         ValueError: ``interactive_rank`` is no local rank, or the shutdown timeout, given or from the environment, is no whole number of seconds from 0.
+        TypeError: a value has a type that cannot work.
     """
 
     min_nodes: int
@@ -100,6 +110,7 @@ class LaunchConfig:
 
     def __post_init__(self) -> None:
         """Fill in what depends on other fields and on the environment."""
+        _check_types(self)
         if self.rdzv_timeout != -1:
             self.rdzv_configs["timeout"] = self.rdzv_timeout
         else:
@@ -113,8 +124,34 @@ class LaunchConfig:
         self.shutdown_timeout = _resolve_shutdown_timeout(self.shutdown_timeout)
 
 
+def _check_types(config: Any) -> None:
+    """Check a configuration, of torch's class as well.
+
+    Raises:
+        TypeError: a value has a type that cannot work; the text names it.
+    """
+    for name in ("min_nodes", "max_nodes", "nproc_per_node"):
+        check_whole_number(name, getattr(config, name))
+    check_number("max_restarts", config.max_restarts, "a number of restarts")
+    for name in ("monitor_interval", "rdzv_timeout"):
+        check_number(name, newer(config, name, 0))
+    for name in ("run_id", "role", "rdzv_backend", "signals_to_handle", "signals_to_forward", "event_log_handler"):
+        check_type(name, newer(config, name, ""), str, "a string")
+    for name in ("local_addr", "log_line_prefix_template"):
+        check_type(name, newer(config, name, None), (str, type(None)), "a string or None")
+    check_type("rdzv_configs", config.rdzv_configs, dict, "a dictionary")
+    if config.logs_specs is not None:
+        check_logs_specs("logs_specs", config.logs_specs)
+    numa_options = newer(config, "numa_options", None)
+    if numa_options is not None and not hasattr(numa_options, "affinity_mode"):
+        check_type("numa_options", numa_options, NumaOptions, "NumaOptions or None")
+    for name in ("duplicate_stdout_filters", "duplicate_stderr_filters"):
+        check_strings(name, newer(config, name, None))
+
+
 def _resolve_shutdown_timeout(given_s: int | None) -> int:
     if given_s is not None:
+        check_number("shutdown_timeout", given_s)
         if given_s < 0:
             raise ValueError(f"shutdown_timeout must be non-negative, got {given_s}; give whole seconds from 0")
         return given_s
@@ -163,7 +200,7 @@ class elastic_launch:  # noqa: N801 - torch's name
 def _get_entrypoint_name(entrypoint: Callable[..., Any] | str | None, args: list[Any]) -> str:
     """Return the name for reports: the function's, for this interpreter the script's, else the program's."""
     if callable(entrypoint):
-        return str(getattr(entrypoint, "__name__", None) or type(entrypoint).__name__)
+        return str(getattr(entrypoint, "__name__", None) or entrypoint_name(entrypoint))
     if entrypoint == sys.executable:
         return next((str(arg) for arg in args if str(arg)[:1] not in ("", "-")), "")
     return entrypoint or ""
@@ -210,7 +247,10 @@ def launch_agent(
         SignalException: this process was told to end; the workers were stopped.
         RuntimeError: the agent gave up on stuck workers, none of which had failed by itself.
         ValueError: the configuration is not usable.
+        TypeError: a value of it has a type that cannot work.
     """
+    _check_types(config)
+    check_iterable("args", args, "a list of arguments")
     if not config.run_id:
         import uuid
 
@@ -229,10 +269,10 @@ def launch_agent(
         local_addr=config.local_addr,
         **config.rdzv_configs,
     )
-    names = _newer(config, "signals_to_handle", DEFAULT_SIGNALS)
+    names = newer(config, "signals_to_handle", DEFAULT_SIGNALS)
     # For code that installs handlers where the workers are started.
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = names
-    with _signals.Handling(names, forward=_newer(config, "signals_to_forward", "")):
+    with _signals.Handling(names, forward=newer(config, "signals_to_forward", "")):
         return _launch(config, entrypoint, args, rdzv_parameters, entrypoint_name, health_check_server)
 
 
@@ -257,18 +297,18 @@ def _launch(
         master_port=master_port,
         local_addr=config.local_addr,
         event_log_handler=config.event_log_handler,
-        numa_options=_newer(config, "numa_options", None),
-        duplicate_stdout_filters=_newer(config, "duplicate_stdout_filters", None),
-        duplicate_stderr_filters=_newer(config, "duplicate_stderr_filters", None),
-        virtual_local_rank=_newer(config, "virtual_local_rank", False),
+        numa_options=newer(config, "numa_options", None),
+        duplicate_stdout_filters=newer(config, "duplicate_stdout_filters", None),
+        duplicate_stderr_filters=newer(config, "duplicate_stderr_filters", None),
+        virtual_local_rank=newer(config, "virtual_local_rank", False),
     )
-    interactive_rank = _newer(config, "interactive_rank", None)
+    interactive_rank = newer(config, "interactive_rank", None)
     agent = LocalElasticAgent(
         spec=spec,
         logs_specs=config.logs_specs,  # type: ignore[arg-type]  # __post_init__ has set it
         start_method=config.start_method,
         log_line_prefix_template=config.log_line_prefix_template,
-        shutdown_timeout=_resolve_shutdown_timeout(_newer(config, "shutdown_timeout", None)),
+        shutdown_timeout=_resolve_shutdown_timeout(newer(config, "shutdown_timeout", None)),
         health_check_server=health_check_server,
         # Only where it is asked for: a class that takes the agent's place may have torch's parameters.
         **({} if interactive_rank is None else {"interactive_rank": interactive_rank}),
@@ -327,11 +367,6 @@ def _failure_of(result: RunResult, entrypoint_name: str) -> Exception:
     )
 
 
-def _newer(config: Any, name: str, default: Any) -> Any:
-    """Return a field that configurations of older torch versions lack."""
-    return getattr(config, name, default)
-
-
 def _log_config(config: LaunchConfig, entrypoint_name: str) -> None:
     values = {
         "entrypoint": entrypoint_name,
@@ -347,12 +382,12 @@ def _log_config(config: LaunchConfig, entrypoint_name: str) -> None:
         "log_dir": getattr(config.logs_specs, "root_log_dir", None),
         "metrics_cfg": config.metrics_cfg,
         "event_log_handler": config.event_log_handler,
-        "numa_options": _newer(config, "numa_options", None),
-        "signals_to_handle": _newer(config, "signals_to_handle", DEFAULT_SIGNALS),
-        "signals_to_forward": _newer(config, "signals_to_forward", ""),
-        "interactive_rank": _newer(config, "interactive_rank", None),
-        "duplicate_stdout_filters": _newer(config, "duplicate_stdout_filters", None),
-        "duplicate_stderr_filters": _newer(config, "duplicate_stderr_filters", None),
+        "numa_options": newer(config, "numa_options", None),
+        "signals_to_handle": newer(config, "signals_to_handle", DEFAULT_SIGNALS),
+        "signals_to_forward": newer(config, "signals_to_forward", ""),
+        "interactive_rank": newer(config, "interactive_rank", None),
+        "duplicate_stdout_filters": newer(config, "duplicate_stdout_filters", None),
+        "duplicate_stderr_filters": newer(config, "duplicate_stderr_filters", None),
     }
     lines = "\n".join(f"  {name:<24} : {value}" for name, value in values.items())
     logger.info("starting the agent with this configuration:\n%s", lines)

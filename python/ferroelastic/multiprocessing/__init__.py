@@ -18,12 +18,15 @@ from ferroelastic.multiprocessing.api import (
     to_map,
 )
 from ferroelastic.multiprocessing.errors import ProcessFailure
+from ferroelastic.numa.binding import NumaOptions
+from ferroelastic.utils.logging import get_logger
 
 __all__ = [
     "DefaultLogsSpecs",
     "LogsDest",
     "LogsSpecs",
     "MultiprocessContext",
+    "NumaOptions",
     "PContext",
     "ProcessFailure",
     "RunProcsResult",
@@ -31,6 +34,7 @@ __all__ = [
     "Std",
     "SubprocessContext",
     "_validate_full_rank",
+    "get_logger",
     "start_processes",
     "to_map",
 ]

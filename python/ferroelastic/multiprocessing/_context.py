@@ -126,6 +126,8 @@ class PContext(_compat.TorchVirtual, ABC):
         self._stop_reported = False
         # What a rank that has succeeded leaves in its process group has this time to finish.
         self._linger_s = 0.0
+        # Seconds between the signal to end and SIGKILL, if a stop was begun before `close`.
+        self._grace_s: float | None = None
         self._handling: _signals.Handling | None = None
         self._tails_give_up_at: float | None = None
         self._terminal: Terminal | None = None
@@ -134,7 +136,16 @@ class PContext(_compat.TorchVirtual, ABC):
             TailLog(name, logs_dest.tee_stderrs, sys.stderr, log_line_prefixes),
         ]
 
-        def duplicate(path: str, tees: Mapping[int, str], filters: list[str]) -> TextIO:
+        def duplicate(stream: str, tees: Mapping[int, str], filters: list[str]) -> TextIO | None:
+            path = _compat.newer(logs_dest, f"filtered_{stream}", "")
+            if not path:
+                logger.warning(
+                    "duplicate_%s_filters are ignored: %s names no file filtered_%s; leave them out, or have its reify() name one",
+                    stream,
+                    type(logs_specs).__name__,
+                    stream,
+                )
+                return None
             # Line by line, as a tail of the filtered file expects.
             filtered = open(path, "w", errors="replace", buffering=1)  # noqa: SIM115 - closed by close()
             self._tail_logs.append(TailLog(name, tees, filtered, log_line_prefixes, only_lines_with=filters))
@@ -142,13 +153,9 @@ class PContext(_compat.TorchVirtual, ABC):
 
         try:
             if duplicate_stdout_filters:
-                self.filtered_stdout = duplicate(
-                    logs_dest.filtered_stdout, logs_dest.tee_stdouts, duplicate_stdout_filters
-                )
+                self.filtered_stdout = duplicate("stdout", logs_dest.tee_stdouts, duplicate_stdout_filters)
             if duplicate_stderr_filters:
-                self.filtered_stderr = duplicate(
-                    logs_dest.filtered_stderr, logs_dest.tee_stderrs, duplicate_stderr_filters
-                )
+                self.filtered_stderr = duplicate("stderr", logs_dest.tee_stderrs, duplicate_stderr_filters)
         except OSError:
             self._close_files()
             raise
@@ -282,6 +289,8 @@ class PContext(_compat.TorchVirtual, ABC):
             timeout: seconds until SIGKILL.
         """
         if self._group is not None:
+            # The deadline of a stop that is under way stays as it is.
+            self._grace_s = self.shutdown_timeout if self._failures else timeout
             self._group.stop(death_sig, timeout, kill_wait_s(timeout))
 
     def _stop_tail(self, tail_log: TailLog) -> None:
@@ -313,9 +322,12 @@ class PContext(_compat.TorchVirtual, ABC):
     def _stop_group(self, group: _rust.Group, death_sig: signal.Signals, timeout: float) -> None:
         """Stop all process groups and wait until they are empty or the last deadline has passed."""
         grace_s = timeout if self._linger_s == 0 else min(timeout, _OVERDUE_GRACE_S)
-        self._report_stop(stop_group(group, death_sig, grace_s, linger_s=self._linger_s))
+        report = stop_group(group, death_sig, grace_s, linger_s=self._linger_s)
+        if self._grace_s is None:
+            self._grace_s = self.shutdown_timeout if self._failures else grace_s
+        self._report_stop(report, self._grace_s)
 
-    def _report_stop(self, report: _rust.StopReport) -> None:
+    def _report_stop(self, report: _rust.StopReport, grace_s: float) -> None:
         if self._stop_reported:
             return
         self._stop_reported = True
@@ -329,7 +341,14 @@ class PContext(_compat.TorchVirtual, ABC):
                 self._linger_s,
             )
         if report.killed and not report.overdue:
-            logger.warning("Workers %s did not end in time and were killed", report.killed)
+            killed = ", ".join(map(str, report.killed))
+            if report.elapsed_s < grace_s:
+                logger.warning(
+                    "Workers of local ranks %s were killed %.1f s after the signal to end: their grace period of %g s was cut short",
+                    *(killed, report.elapsed_s, grace_s),
+                )
+            else:
+                logger.warning("Workers of local ranks %s did not end within %g s and were killed", killed, grace_s)
         for survivor in report.survivors:
             logger.error(
                 "process %s of worker %s outlived SIGKILL (state %s%s) and is left behind: it holds on to what it has"

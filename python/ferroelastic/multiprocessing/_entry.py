@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import signal
 import sys
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ferroelastic._signals import forget_in_child
+from ferroelastic._text import entrypoint_name, format_traceback, message_of
 from ferroelastic.multiprocessing._std import get_std_cm
 
 if TYPE_CHECKING:
@@ -54,10 +54,12 @@ def _wrap(task: Task) -> None:
 
     os.environ.update(task.env)
 
-    @functools.wraps(task.fn)
     def run(*args: Any) -> None:
         # Within `record`: a value that cannot be pickled is an error of the function.
         _store_return_value(task.fn(*args), task.return_file)
+
+    # For error handlers. An instance is not wrapped: its attributes are none of a function's.
+    run.__name__ = run.__qualname__ = entrypoint_name(task.fn)
 
     with get_std_cm(task.stdout, redirect_stdout), get_std_cm(task.stderr, redirect_stderr):
         try:
@@ -68,8 +70,8 @@ def _wrap(task: Task) -> None:
                     raise
             _flush()
             task.hold.wait()
-        except KeyboardInterrupt:
-            _print_traceback()
+        except KeyboardInterrupt as interrupt:
+            _tell(format_traceback(interrupt))
             # To end by the signal, as every Python program does: exit code 0 would hide it.
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             _flush()
@@ -77,11 +79,11 @@ def _wrap(task: Task) -> None:
         except SystemExit as exit_request:
             if isinstance(exit_request.code, int):
                 raise
-            print(exit_request.code, file=sys.stderr)  # noqa: T201 - what the interpreter does with it
+            _tell(f"{message_of(exit_request.code)}\n")  # as the interpreter does
             sys.exit(1)
-        except Exception:  # noqa: BLE001 - the end of this process: all that is left is to tell
+        except Exception as error:  # noqa: BLE001 - the end of this process: all that is left is to tell
             # Here and not by multiprocessing, whose traceback would miss the redirected stream.
-            _print_traceback()
+            _tell(format_traceback(error))
             sys.exit(1)
         finally:
             _flush()
@@ -166,10 +168,11 @@ def load_return_value(path: str) -> Any:
         return None
 
 
-def _print_traceback() -> None:
-    import traceback
-
-    traceback.print_exc()
+def _tell(text: str) -> None:
+    with suppress(
+        AttributeError, OSError, ValueError
+    ):  # the function has closed standard error, or it takes no such text
+        sys.stderr.write(text)
 
 
 def _flush() -> None:

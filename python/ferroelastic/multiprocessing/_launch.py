@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from typing import TYPE_CHECKING, Any
 
+from ferroelastic._checks import check_entrypoint, check_environments, check_iterable, check_logs_specs, check_number
 from ferroelastic._compat import family
 from ferroelastic._signals import SignalException
 from ferroelastic.multiprocessing._logs import InteractiveLogsSpecs
@@ -60,11 +61,18 @@ def start_processes(
     Raises:
         RuntimeError: ``args`` and ``envs`` do not have the same local ranks, without a gap.
         ValueError: ``interactive_rank`` is no local rank, or standard input is no terminal.
+        TypeError: a value has a type that cannot work.
         OSError: a worker or a log file cannot be started or made; nothing is left behind.
     """
     nprocs = len(args)
     _validate_full_rank(args, nprocs, "args")
     _validate_full_rank(envs, nprocs, "envs")
+    check_entrypoint("entrypoint", entrypoint)
+    check_logs_specs("logs_specs", logs_specs)
+    check_number("shutdown_timeout", shutdown_timeout)
+    for rank, arguments in args.items():
+        check_iterable(f"args[{rank}]", arguments, "a tuple of arguments")
+    check_environments(envs)
     if interactive_rank is not None:
         if interactive_rank not in args:
             raise ValueError(f"interactive_rank={interactive_rank} is no local rank; give 0 to {nprocs - 1}")

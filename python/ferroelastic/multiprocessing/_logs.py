@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ferroelastic import _compat
+from ferroelastic._checks import check_iterable, check_type
 from ferroelastic.multiprocessing._std import Std, to_map
 from ferroelastic.utils.logging import get_logger
 
@@ -96,6 +97,7 @@ class DefaultLogsSpecs(LogsSpecs):
 
     Raises:
         NotADirectoryError: ``log_dir`` is a file.
+        TypeError: a value has a type that cannot work.
         OSError: the folder cannot be made.
     """
 
@@ -106,6 +108,11 @@ class DefaultLogsSpecs(LogsSpecs):
         tee: Std | dict[int, Std] = Std.NONE,
         local_ranks_filter: set[int] | None = None,
     ) -> None:
+        for name, streams in (("redirects", redirects), ("tee", tee)):
+            check_type(name, streams, (int, dict), "a Std, or a dictionary of them by local rank")
+        if local_ranks_filter is not None:
+            check_iterable("local_ranks_filter", local_ranks_filter, "a set of local ranks")
+        check_type("log_dir", log_dir, (str, os.PathLike, type(None)), "a path or None")
         if log_dir != os.devnull:
             if not log_dir:
                 log_dir = _make_temporary("torchelastic_", None)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import warnings
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from ferroelastic._engine import get_engine
 from ferroelastic._process import open_files_of_workers
+from ferroelastic._text import describe_error, entrypoint_name, origin_of
 from ferroelastic.multiprocessing._context import PContext, RunProcsResult
 from ferroelastic.multiprocessing._entry import Task, _wrap, load_return_value
 from ferroelastic.multiprocessing._hold import Hold
@@ -100,6 +102,8 @@ class MultiprocessContext(PContext):
         import multiprocessing
         import tempfile
 
+        if self.start_method != "fork":
+            _check_importable(self.entrypoint, self.start_method)
         context = multiprocessing.get_context(self.start_method)
         self._return_folder = tempfile.mkdtemp(prefix="ferroelastic_")
         self._hold = hold = Hold(self.nprocs)
@@ -218,7 +222,7 @@ class MultiprocessContext(PContext):
                 first.exitcode,
                 first.local_rank,
                 first.pid,
-                getattr(self.entrypoint, "__qualname__", self.entrypoint),
+                entrypoint_name(self.entrypoint),
                 self.start_method,
             )
             return self._result({})
@@ -233,7 +237,7 @@ class MultiprocessContext(PContext):
             except Exception as error:
                 self.close(timeout=self.shutdown_timeout)
                 raise RuntimeError(
-                    f"failed to read the return value of worker {rank}: {type(error).__name__}: {error};"
+                    f"failed to read the return value of worker {rank}: {describe_error(error)};"
                     " return something that this process can unpickle"
                 ) from error
 
@@ -268,6 +272,47 @@ class MultiprocessContext(PContext):
                 import shutil
 
                 shutil.rmtree(self._return_folder, ignore_errors=True)
+
+
+def _check_importable(entrypoint: Callable[..., Any], start_method: str) -> None:
+    """Check that a new interpreter can find a function by its name.
+
+    Raises:
+        PicklingError: it cannot.
+    """
+    import copyreg
+    import pickle
+    import sys
+    from multiprocessing.reduction import ForkingPickler
+
+    origin = origin_of(entrypoint)
+    reducers = {*copyreg.dispatch_table, *getattr(ForkingPickler, "_extra_reducers", ())}
+    # A class stands for its instance, which is not itself what runs.
+    pickled: type = type(origin) if not isinstance(origin, type) else origin
+    if not isinstance(origin, MethodType) and (pickled in reducers or _pickles_itself(pickled)):
+        return
+    owner: Any = origin
+    name: str = owner.__qualname__
+    main: Any = sys.modules.get("__main__")
+    file = getattr(main, "__file__", None)
+    if "<lambda>" in name or "<locals>" in name:
+        reason = "is not defined at the top of a module"
+    elif (
+        owner.__module__ == "__main__"
+        and getattr(main, "__spec__", None) is None
+        and not (isinstance(file, str) and os.path.exists(file))
+    ):
+        reason = "is defined in an interactive session"
+    else:
+        return
+    raise pickle.PicklingError(
+        f"cannot pickle {name!r}: it {reason}, and workers that are started with {start_method!r} have to import it. "
+        "Move it to a module and import it from there, or start the workers with 'fork' (start_method)"
+    )
+
+
+def _pickles_itself(cls: type) -> bool:
+    return any("__reduce_ex__" in vars(base) or "__reduce__" in vars(base) for base in cls.__mro__[:-1])
 
 
 def _kill(processes: list[BaseProcess]) -> None:

@@ -18,22 +18,30 @@ from ferroelastic.multiprocessing._logs import DefaultLogsSpecs, LogsDest, LogsS
 from ferroelastic.multiprocessing._multiprocess_context import MultiprocessContext
 from ferroelastic.multiprocessing._std import Std, _validate_full_rank, get_std_cm, to_map
 from ferroelastic.multiprocessing._subprocess_context import SubprocessContext
+from ferroelastic.multiprocessing.errors import ProcessFailure, record
+from ferroelastic.multiprocessing.subprocess_handler import SubprocessHandler, get_subprocess_handler
 from ferroelastic.multiprocessing.tail_log import TailLog
+from ferroelastic.numa.binding import NumaOptions
 
 __all__ = [
     "DefaultLogsSpecs",
     "LogsDest",
     "LogsSpecs",
     "MultiprocessContext",
+    "NumaOptions",
     "PContext",
+    "ProcessFailure",
     "RunProcsResult",
     "SignalException",
     "Std",
     "SubprocessContext",
+    "SubprocessHandler",
     "TailLog",
     "_terminate_process_handler",
     "_validate_full_rank",
     "_wrap",
     "get_std_cm",
+    "get_subprocess_handler",
+    "record",
     "to_map",
 ]

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ferroelastic import _leftovers, _signals
 from ferroelastic._engine import get_engine
+from ferroelastic._text import message_of
 from ferroelastic._wait import wait_for_event
 from ferroelastic.rendezvous._agent_store import AgentStore
 from ferroelastic.rendezvous._native_settings import NativeSettings, endpoint_text
@@ -179,6 +180,24 @@ class NativeRendezvous(RendezvousHandler):
         self._must_be_equal["--max-restarts"] = str(max_restarts)
         self._is_introduced = True
 
+    def begin(self) -> None:
+        """Let the next round be the first one of a new job, if the former job has ended: an agent may run again.
+
+        The node that hosted the former job hosts the next one at the same port.
+
+        Raises:
+            RendezvousConnectionError: the port cannot be listened at any more.
+        """
+        client, server = self._client, self._server
+        if self._is_closed or client is None or client.standing().state not in _ENDED:
+            return
+        self._client = self._server = None
+        client.close()
+        if server is not None:
+            server.close(_LET_THE_OTHERS_GO_S)
+            self._settings.port = self._port  # the endpoint may have said 0
+            self._try_to_host()
+
     def next_rendezvous(self) -> RendezvousInfo:
         """Wait for the next round and take part in it. There must be no workers of the former one.
 
@@ -297,7 +316,10 @@ class NativeRendezvous(RendezvousHandler):
                 f"{self._join_timeout_s:g} s: it takes {min_nodes}, {standing.text}"
             )
         if standing.state in ("unreachable", "refused"):
-            return RendezvousConnectionError(standing.text)
+            error = RendezvousConnectionError(standing.text)
+            # For ferrorun: whoever refuses a node is the rendezvous, and has said what to do.
+            error.was_refused = standing.state == "refused"  # type: ignore[attr-defined]
+            return error
         return RendezvousClosedError(f"the job is over: {standing.state}")
 
     @property
@@ -453,7 +475,7 @@ class NativeRendezvous(RendezvousHandler):
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return (message_of(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _log_remarks(client: _rust.RendezvousClient) -> None:

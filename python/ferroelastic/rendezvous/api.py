@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
+from ferroelastic._checks import check_number
 from ferroelastic._compat import TorchCompatible, TorchVirtual
 from ferroelastic.utils.distributed import get_free_port
 from ferroelastic.utils.hostname import fq_hostname
@@ -206,6 +207,7 @@ class RendezvousParameters:
 
     Raises:
         ValueError: the backend has no name, or the numbers of nodes make no sense.
+        TypeError: a number of nodes is no number.
     """
 
     def __init__(
@@ -220,6 +222,8 @@ class RendezvousParameters:
     ) -> None:
         if not backend:
             raise ValueError("The rendezvous backend name must be a non-empty string.")
+        check_number("min_nodes of the rendezvous", min_nodes, "a number of nodes")
+        check_number("max_nodes of the rendezvous", max_nodes, "a number of nodes")
         if min_nodes < 1:
             raise ValueError(f"The minimum number of rendezvous nodes ({min_nodes}) must be greater than zero.")
         if max_nodes < min_nodes:

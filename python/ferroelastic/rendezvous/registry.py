@@ -7,14 +7,10 @@ at import.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from ferroelastic.rendezvous.api import RendezvousHandler, RendezvousParameters
 from ferroelastic.rendezvous.api import rendezvous_handler_registry as handler_registry
 
-if TYPE_CHECKING:
-    from ferroelastic.rendezvous.api import RendezvousHandler, RendezvousParameters
-
-__all__ = ["get_rendezvous_handler"]
+__all__ = ["RendezvousHandler", "RendezvousParameters", "get_rendezvous_handler"]
 
 
 def _create_torch_handler(params: RendezvousParameters) -> RendezvousHandler:

@@ -8,8 +8,10 @@ from __future__ import annotations
 from contextlib import closing
 
 from ferroelastic.utils.api import get_socket_with_port
+from ferroelastic.utils.logging import get_logger
+from ferroelastic.utils.store import barrier
 
-__all__ = ["get_free_port", "get_socket_with_port"]
+__all__ = ["barrier", "get_free_port", "get_logger", "get_socket_with_port"]
 
 
 def get_free_port() -> int:

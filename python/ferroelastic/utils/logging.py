@@ -6,10 +6,9 @@ Intended difference: the caller's name comes from its frame directly; torch buil
 from __future__ import annotations
 
 import logging
-import os
 import sys
 
-from ferroelastic.utils.log_level import get_log_level
+from ferroelastic.utils.log_level import chosen_log_level, get_log_level
 
 __all__ = ["get_logger"]
 
@@ -25,7 +24,7 @@ def get_logger(name: str | None = None) -> logging.Logger:
 
 def _setup_logger(name: str | None = None) -> logging.Logger:
     logger = logging.getLogger(name)
-    logger.setLevel(os.environ.get("LOGLEVEL", get_log_level()))
+    logger.setLevel(chosen_log_level(get_log_level()))
     return logger
 
 

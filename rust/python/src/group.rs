@@ -60,9 +60,10 @@ impl From<supervise::Exit> for Exit {
 #[pymethods]
 impl Exit {
     fn __repr__(&self) -> String {
+        let returncode = self.returncode.map_or_else(|| "None".to_owned(), |code| code.to_string());
         format!(
-            "Exit(index={}, pid={}, order={}, returncode={:?}, stopped={})",
-            self.index, self.pid, self.order, self.returncode, self.stopped
+            "Exit(index={}, pid={}, order={}, returncode={returncode}, stopped={})",
+            self.index, self.pid, self.order, self.stopped
         )
     }
 }
@@ -139,8 +140,9 @@ pub(crate) fn waited(
     let timeout = duration("timeout_s", timeout_s)?;
     let mut others = [None, None];
     for (other, fd) in others.iter_mut().zip(fds) {
-        let held = fd.map(duplicate).transpose();
-        *other = held.map_err(|source| to_python(py, os("duplicate", format!("descriptor {fd:?}"), source)))?;
+        let Some(fd) = fd else { continue };
+        let held = duplicate(fd);
+        *other = Some(held.map_err(|source| to_python(py, os("duplicate", format!("descriptor {fd}"), source)))?);
     }
     let woken = detached(py, || wait(timeout, others.each_ref().map(|fd| fd.as_ref().map(AsFd::as_fd))))?;
     Ok(match woken {

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from ferroelastic._rust import Expiry
     from ferroelastic.agent.server._workers import Worker
     from ferroelastic.multiprocessing import PContext, ProcessFailure
+    from ferroelastic.timer import FileTimerServer
 
-__all__ = ["EVIDENCE_S_ENV", "PipeError", "describe", "explain", "start_server", "workers_with_folders"]
+__all__ = ["EVIDENCE_S_ENV", "PipeError", "describe", "explain", "renew", "start_server", "workers_with_folders"]
 
 logger = get_logger(__name__)
 
@@ -76,6 +77,40 @@ def start_server(path: str, run_id: str, log_event: Callable[[str, Any], None]) 
         raise PipeError(error.errno, f"{error.strerror}; {remedy}", path) from None
     server.start()
     return server
+
+
+def renew(server: FileTimerServer, path: str, other_path: str, log_event: Callable[[str, Any], None]) -> Any:
+    """See to it that the workers of a restart have a pipe. A restart is not abandoned for want of one.
+
+    Args:
+        server: the server of the attempts before.
+        path: path of its pipe, which is made anew if it was removed.
+        other_path: path of a pipe to be made if another file, which is not the agent's to remove, has taken the place of the first.
+        log_event: see :class:`ferroelastic.timer.FileTimerServer`.
+
+    Returns:
+        The server; another one if its pipe is at ``other_path``.
+    """
+    try:
+        server.start()
+    except OSError as error:
+        reason = str(error.strerror or error)
+    else:
+        return server
+    try:
+        another = start_server(other_path, server._run_id, log_event)  # noqa: SLF001 - torch's name
+    except OSError as error:
+        logger.error(  # noqa: TRY400 - the text says all
+            "%s, and %s: workers that set timers fail; remove what is at %s",
+            *(reason, str(error).partition("; ")[0], path),
+        )
+        return server
+    server.stop()
+    logger.warning(
+        "%s, so workers get a pipe at %s; remove what is at %s to keep that path next time",
+        *(reason, other_path, path),
+    )
+    return another
 
 
 def _evidence_s() -> float:
@@ -158,7 +193,8 @@ def explain(failure: ProcessFailure, expiry: Expiry) -> None:
         return
     failure.message = "\n".join([cause, message, *details])
     if failure.error_file == NOT_AVAILABLE:
-        failure.error_file_data["message"] = failure.message
+        # A new one: failures of torch's class share theirs.
+        failure.error_file_data = {**failure.error_file_data, "message": failure.message}
 
 
 def _details(evidence: Sequence[str]) -> list[str]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import warnings
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
+from ferroelastic._checks import check_entrypoint, check_iterable, check_number, check_type, check_whole_number
 from ferroelastic._compat import TorchCompatible
+from ferroelastic._text import entrypoint_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -46,6 +47,7 @@ class WorkerSpec(TorchCompatible):
 
     Raises:
         AssertionError: a number is out of range, or there is no entrypoint.
+        TypeError: a value has a type that cannot work.
     """
 
     role: str
@@ -67,6 +69,11 @@ class WorkerSpec(TorchCompatible):
 
     def __post_init__(self) -> None:
         """Check the values."""
+        check_type("role", self.role, str, "a string")
+        check_whole_number(f"local_world_size of role {self.role!r}", self.local_world_size)
+        check_number(f"monitor_interval of role {self.role!r}", self.monitor_interval)
+        check_number(f"max_restarts of role {self.role!r}", self.max_restarts, "a number of restarts")
+        check_iterable(f"args of role {self.role!r}", self.args, "a tuple of arguments")
         if not self.local_world_size > 0:
             raise AssertionError(
                 f"local_world_size of role {self.role!r} must be positive, got {self.local_world_size}"
@@ -79,24 +86,25 @@ class WorkerSpec(TorchCompatible):
             raise AssertionError(
                 f"max_restarts of role {self.role!r} must not be negative, got {self.max_restarts}: use 0 for no restarts"
             )
-        if self.fn:
+        if self.fn is not None:
             warnings.warn(
                 "WorkerSpec.fn will be deprecated, please use WorkerSpec.entrypoint instead",
                 category=DeprecationWarning,
                 stacklevel=3,
             )
             self.entrypoint = self.fn
-        if not self.entrypoint:
+        if self.entrypoint is None or (isinstance(self.entrypoint, str) and not self.entrypoint):
             raise AssertionError(f"role {self.role!r} has no entrypoint: pass a function or the path of a program")
+        check_entrypoint(f"entrypoint of role {self.role!r}", self.entrypoint)
 
     def get_entrypoint_name(self) -> str:
-        """Return the name of the function, or the file name of the program."""
-        if isinstance(self.entrypoint, str):
-            return os.path.basename(self.entrypoint)
+        """Return the name of the function, or the file name of the program.
+
+        A ``functools.partial`` has the name of its function, an instance with ``__call__`` that of its class.
+        """
         if self.entrypoint is None:
             raise AssertionError(f"role {self.role!r} has no entrypoint")
-        name: str = self.entrypoint.__qualname__
-        return name
+        return entrypoint_name(self.entrypoint)
 
 
 class Worker(TorchCompatible):

@@ -26,8 +26,10 @@ from typing import TYPE_CHECKING, Any
 
 import ferroelastic.utils.store as store_util
 from ferroelastic import _signals
+from ferroelastic._checks import check_number
 from ferroelastic._compat import TorchVirtual, family
 from ferroelastic._signals import SignalException
+from ferroelastic._text import format_traceback
 from ferroelastic.agent.server._activity import Activity, cause_of, exit_code_of, failed_first_at_ns
 from ferroelastic.agent.server._ranks import agree_on_ranks
 from ferroelastic.agent.server._shutdown import shut_down
@@ -42,6 +44,8 @@ from ferroelastic.agent.server._workers import (
 from ferroelastic.events import Event, EventSource, record
 from ferroelastic.events._record import has_listener
 from ferroelastic.metrics import prof, put_metric
+from ferroelastic.multiprocessing.errors import ProcessFailure
+from ferroelastic.numa.binding import NumaOptions
 from ferroelastic.rendezvous import JobFailedError, RendezvousGracefulExitError
 from ferroelastic.rendezvous._worker_store import RenewedRendezvousInfo
 from ferroelastic.utils import interruptible
@@ -58,6 +62,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ElasticAgent",
+    "NumaOptions",
+    "ProcessFailure",
     "RunResult",
     "SimpleElasticAgent",
     "Worker",
@@ -106,6 +112,8 @@ class SimpleElasticAgent(ElasticAgent):
     """
 
     def __init__(self, spec: WorkerSpec, exit_barrier_timeout: float = 300, shutdown_timeout: int = 30) -> None:
+        check_number("exit_barrier_timeout", exit_barrier_timeout)
+        check_number("shutdown_timeout", shutdown_timeout)
         self._worker_group = WorkerGroup(spec)
         self._remaining_restarts = spec.max_restarts
         self.job_exit_code: int | None = None
@@ -115,6 +123,7 @@ class SimpleElasticAgent(ElasticAgent):
         self._total_execution_time = 0
         self._in_exit_barrier = False
         self._has_left_exit_barrier = False
+        self._has_run = False
         self._activity = Activity()
         # Also keeps alive the workers' store, where this node hosts one that the handler does not know of.
         self._rdzv_info: RendezvousInfo | None = None
@@ -305,6 +314,7 @@ class SimpleElasticAgent(ElasticAgent):
         death_sig: signal.Signals | None = None
         is_unwinding = True
         try:
+            self._begin_run()
             result = self._invoke_run(role)
             self._total_execution_time = int(time.monotonic() - start)
             self._record_metrics(result)
@@ -339,11 +349,23 @@ class SimpleElasticAgent(ElasticAgent):
             self._record_worker_events(result)
         return result
 
+    def _begin_run(self) -> None:
+        """Forget what a former run has left: each run has all its restarts, and a job of its own."""
+        if self._has_run:
+            self._worker_group.state = WorkerState.INIT
+            self._remaining_restarts = self._worker_group.spec.max_restarts
+            self.job_exit_code = None
+            self._has_left_exit_barrier = False
+        self._has_run = True
+        teller = self._teller()
+        if teller is not None:
+            teller.begin()
+
     def get_event_failed(self) -> Event:
         """Return the event that tells of the exception being handled."""
-        import traceback
-
-        return self._construct_event(state="FAILED", source=EventSource.AGENT, raw_error=traceback.format_exc())
+        error = sys.exc_info()[1]
+        raw_error = "NoneType: None\n" if error is None else format_traceback(error)  # as Python prints none
+        return self._construct_event(state="FAILED", source=EventSource.AGENT, raw_error=raw_error)
 
     def get_event_succeeded(self) -> Event:
         """Return the event that tells that the agent came to its end."""

@@ -11,6 +11,7 @@ import threading
 import weakref
 from typing import TYPE_CHECKING
 
+from ferroelastic._text import describe_error
 from ferroelastic.utils import threads
 from ferroelastic.utils.logging import get_logger
 
@@ -156,11 +157,7 @@ def _answer_questions(native: _rust.HealthServer, server: HealthCheckServer) -> 
 
 
 def _text_of(error: BaseException) -> str:
-    try:
-        text = f"{type(error).__name__}: {error}"
-    except Exception:  # noqa: BLE001 - an exception of somebody's own, that cannot say what it is
-        text = type(error).__name__
-    return text.encode("utf-8", "replace").decode()
+    return describe_error(error).encode("utf-8", "replace").decode()
 
 
 def _answer(native: _rust.HealthServer, server: HealthCheckServer) -> None:

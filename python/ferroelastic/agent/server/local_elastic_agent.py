@@ -18,10 +18,13 @@ import json
 import os
 import signal
 import time
+import weakref
 from string import Template
 from typing import TYPE_CHECKING, Any
 
 from ferroelastic import _leftovers, _signals
+from ferroelastic._checks import check_logs_specs, check_type
+from ferroelastic._compat import newer
 from ferroelastic._wait import wait_for_event
 from ferroelastic.agent.server import _watchdog
 from ferroelastic.agent.server.api import (
@@ -37,6 +40,7 @@ from ferroelastic.events import Event, EventSource, record
 from ferroelastic.metrics.api import prof
 from ferroelastic.multiprocessing import LogsSpecs, PContext, ProcessFailure, start_processes
 from ferroelastic.multiprocessing._stopping import stop_group
+from ferroelastic.multiprocessing.errors._failures import exit_of
 from ferroelastic.utils import macros
 from ferroelastic.utils.hostname import hostname_for_report
 from ferroelastic.utils.logging import get_logger
@@ -131,14 +135,20 @@ class LocalElasticAgent(SimpleElasticAgent):
         interactive_rank: int | None = None,
     ) -> None:
         super().__init__(spec, exit_barrier_timeout, shutdown_timeout)
+        if logs_specs is not None:  # of a subclass that starts its workers itself
+            check_logs_specs("logs_specs", logs_specs)
+        check_type("log_line_prefix_template", log_line_prefix_template, (str, type(None)), "a string or None")
         self._start_method = start_method
         self._pcontext: PContext | None = None
-        # What of the group's news the last look has seen; None before the first look at a new group.
-        self._seen_generation: int | None = None
+        # Up to where the last look has seen the news of a context's group; a context that it has not seen is due for a look.
+        self._seen_generation = 0
+        self._seen_context: weakref.ref[PContext] | None = None
         self._rdzv_handler = spec.rdzv_handler
         self._log_line_prefix_template = log_line_prefix_template
         self._worker_watchdog: Any = None
         self._made_up_timer_file: str | None = None
+        # Path of the pipe that is served.
+        self._timer_file = ""
         self._logs_specs = logs_specs
         self._interactive_rank = interactive_rank
         self._health_check_server = health_check_server
@@ -161,6 +171,12 @@ class LocalElasticAgent(SimpleElasticAgent):
             # Whatever a subclass's `_shutdown` does, and also where it was not reached.
             self._stop_healthcheck()
 
+    def _begin_run(self) -> None:
+        if self._has_run:
+            # Its workers have ended, which would look like the outcome of this run.
+            self._pcontext = None
+        super()._begin_run()
+
     def _setup_local_watchdog(self, envs: dict[int, dict[str, str]]) -> None:
         """Start the watchdog if it is asked for and none runs, and tell the workers its pipe."""
         watchdog_file = os.environ.get(TORCHELASTIC_TIMER_FILE)
@@ -173,9 +189,14 @@ class LocalElasticAgent(SimpleElasticAgent):
                     logger.warning("Empty envs variables, using empty run_id for FileTimerServer")
                 run_id = envs[0]["TORCHELASTIC_RUN_ID"] if envs else ""
                 self._worker_watchdog = _watchdog.start_server(watchdog_file, run_id, self._log_watchdog_event)
+                self._timer_file = watchdog_file
                 logger.info("FileTimerServer started")
             elif hasattr(self._worker_watchdog, "set_workers"):  # ours, and no subclass's own
-                self._worker_watchdog.start()  # makes the pipe anew, should somebody have removed it
+                watchdog_file = self._timer_file
+                moved_to = _make_up_timer_file()
+                server = _watchdog.renew(self._worker_watchdog, watchdog_file, moved_to, self._log_watchdog_event)
+                if server is not self._worker_watchdog:
+                    self._worker_watchdog, self._timer_file, watchdog_file = server, moved_to, moved_to
         else:
             logger.info(
                 "Environment variable '%s' not found. Do not start FileTimerServer.", TORCHELASTIC_ENABLE_FILE_TIMER
@@ -328,7 +349,6 @@ class LocalElasticAgent(SimpleElasticAgent):
 
         self._setup_local_watchdog(envs=envs)
         self._setup_healthcheck()
-        self._seen_generation = None
         self._may_have_detached = True
         self._pcontext = start_processes(
             name=spec.role,
@@ -338,9 +358,9 @@ class LocalElasticAgent(SimpleElasticAgent):
             logs_specs=self._logs_specs,
             log_line_prefixes=log_line_prefixes,
             start_method=self._start_method,
-            numa_options=spec.numa_options,
-            duplicate_stdout_filters=spec.duplicate_stdout_filters,
-            duplicate_stderr_filters=spec.duplicate_stderr_filters,
+            numa_options=newer(spec, "numa_options", None),
+            duplicate_stdout_filters=newer(spec, "duplicate_stdout_filters", None),
+            duplicate_stderr_filters=newer(spec, "duplicate_stderr_filters", None),
             shutdown_timeout=self._shutdown_timeout,
             **({} if self._interactive_rank is None else {"interactive_rank": self._interactive_rank}),
         )
@@ -383,7 +403,7 @@ class LocalElasticAgent(SimpleElasticAgent):
             ValueError: the agent's own ``CUDA_VISIBLE_DEVICES`` has no device for this rank.
         """
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        if not spec.virtual_local_rank:
+        if not newer(spec, "virtual_local_rank", False):
             worker_env["LOCAL_RANK"] = str(local_rank)
             if visible is not None:
                 worker_env["CUDA_VISIBLE_DEVICES"] = visible
@@ -512,6 +532,7 @@ class LocalElasticAgent(SimpleElasticAgent):
         # Before the look: an exit after it must not be taken for one that was seen.
         group = getattr(context, "_group", None)
         self._seen_generation = 0 if group is None else group.generation
+        self._seen_context = weakref.ref(context)
         looked_ns = time.monotonic_ns()
         with self._activity.allowing(_longest_stop_s(self._shutdown_timeout)):  # of the peers of one that has failed
             result = context.wait(0)
@@ -525,9 +546,9 @@ class LocalElasticAgent(SimpleElasticAgent):
         if result.is_failed():
             failures = {ranks[local_rank]: failure for local_rank, failure in result.failures.items()}
             self._explain_expiries(role, failures)
-            noticed_ns = [failure.exit.monotonic_ns for failure in failures.values() if failure.exit is not None]
-            if noticed_ns:
-                self._activity.detected((looked_ns - min(noticed_ns)) / 1e9)
+            exits = [ended for ended in map(exit_of, failures.values()) if ended is not None]
+            if exits:
+                self._activity.detected((looked_ns - min(ended.monotonic_ns for ended in exits)) / 1e9)
             return RunResult(state=WorkerState.FAILED, failures=failures)
         return_values = {ranks[local_rank]: value for local_rank, value in result.return_values.items()}
         return RunResult(state=WorkerState.SUCCEEDED, return_values=return_values)
@@ -559,9 +580,9 @@ class LocalElasticAgent(SimpleElasticAgent):
         """
         group = getattr(self._pcontext, "_group", None)
         seen = self._seen_generation
-        if self._pcontext is not None and seen is None:
+        if self._pcontext is not None and (self._seen_context is None or self._seen_context() is not self._pcontext):
             return  # the first look is due at once: a worker may have ended before the engine knew it
-        if group is None or seen is None:
+        if group is None:
             super()._wait_for_event(timeout_s)
         elif self._uninterruptible_state_timeout > 0 or getattr(self._rdzv_handler, "may_grow", True):
             wait_for_event(group, seen, timeout_s, self._news_fd())

@@ -13,5 +13,6 @@ from ferroelastic.multiprocessing.errors._failures import ChildFailedError, Proc
 from ferroelastic.multiprocessing.errors._record import record
 from ferroelastic.multiprocessing.errors.error_handler import ErrorHandler
 from ferroelastic.multiprocessing.errors.handlers import get_error_handler
+from ferroelastic.utils.logging import get_logger
 
-__all__ = ["ChildFailedError", "ErrorHandler", "ProcessFailure", "get_error_handler", "record"]
+__all__ = ["ChildFailedError", "ErrorHandler", "ProcessFailure", "get_error_handler", "get_logger", "record"]

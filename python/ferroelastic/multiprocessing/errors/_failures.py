@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from ferroelastic._compat import TorchCompatible
+from ferroelastic._compat import TorchCompatible, newer
 from ferroelastic.utils.hostname import hostname_for_report
 from ferroelastic.utils.logging import get_logger
 
@@ -98,7 +98,7 @@ class ProcessFailure(TorchCompatible):
             return
         try:
             self.timestamp = int(stamp)
-        except (TypeError, ValueError):
+        except (OverflowError, TypeError, ValueError):
             logger.warning("error file %s of pid %d has no usable timestamp: %r", self.error_file, self.pid, stamp)
 
     def _describe_exit(self) -> str:
@@ -121,7 +121,10 @@ class ProcessFailure(TorchCompatible):
         """Return the time of the failure as ``YYYY-MM-DD_HH:MM:SS``, local time."""
         from datetime import datetime
 
-        return datetime.fromtimestamp(self.timestamp).isoformat(sep="_")  # noqa: DTZ006 - local time, as torch prints it
+        try:
+            return datetime.fromtimestamp(self.timestamp).isoformat(sep="_")  # noqa: DTZ006 - local time, as torch prints it
+        except (OverflowError, ValueError, OSError):  # it comes from an error file
+            return str(self.timestamp)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state to pickle: native accounting stays in its process, the order it gives goes along."""
@@ -129,6 +132,16 @@ class ProcessFailure(TorchCompatible):
         if state.pop("exit", None) is not None:
             state["_failed_at_ns"] = failed_at_ns(self)
         return state
+
+
+def exit_of(failure: ProcessFailure) -> Exit | None:
+    """Return how the kernel accounts for the end of a process, or ``None`` where the engine did not see it.
+
+    Args:
+        failure: a failure, of torch's class as well.
+    """
+    accounting: Exit | None = newer(failure, "exit", None)
+    return accounting
 
 
 def failed_at_ns(failure: ProcessFailure) -> int:
@@ -140,21 +153,29 @@ def failed_at_ns(failure: ProcessFailure) -> int:
     Args:
         failure: a failure, of torch's class as well.
     """
-    kept: int | None = failure.__dict__.get("_failed_at_ns")
+    kept: int | None = newer(failure, "_failed_at_ns", None)
     if kept is not None:
         return kept
     written = _extra_info(failure.message).get("timestamp_ns")
     try:
         limit = int(written)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        limit = failure.timestamp * _NS_PER_S + _NS_PER_S - 1
-    accounting = getattr(failure, "exit", None)
+    except (OverflowError, TypeError, ValueError):
+        # torch's class has 0 where an error file tells no time.
+        limit = time.time_ns() if failure.timestamp <= 0 else int(failure.timestamp) * _NS_PER_S + _NS_PER_S - 1
+    accounting = exit_of(failure)
     return limit if accounting is None else min(limit, accounting.realtime_ns)
 
 
 def _extra_info(message: object) -> Mapping[str, Any]:
     info = message.get("extraInfo") if isinstance(message, dict) else None
     return info if isinstance(info, dict) else {}
+
+
+def _time_of(failure: ProcessFailure) -> str:
+    try:
+        return failure.timestamp_isoformat()
+    except (OverflowError, ValueError, OSError):  # torch's class, and a time from an error file
+        return str(failure.timestamp)
 
 
 class ChildFailedError(TorchCompatible, Exception):
@@ -227,7 +248,7 @@ class ChildFailedError(TorchCompatible, Exception):
         ended_by = failure.signal_name()
         lines = [
             f"[{idx}]:",
-            f"  time      : {failure.timestamp_isoformat()}",
+            f"  time      : {_time_of(failure)}",
             f"  host      : {hostname_for_report()}",
             f"  rank      : {rank} (local_rank: {failure.local_rank})",
             f"  exitcode  : {failure.exitcode} (pid: {failure.pid})"

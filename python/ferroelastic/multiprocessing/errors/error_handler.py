@@ -1,7 +1,8 @@
 """Mirror of ``torch.distributed.elastic.multiprocessing.errors.error_handler``.
 
 Intended differences: an error file is written to a temporary name and renamed, so that nobody reads half of one; failing to write it
-is a warning, never an exception in place of the one being recorded; the traceback is the recorded exception's own; the time is
+is a warning, never an exception in place of the one being recorded, also where warnings are errors; of an exception that cannot be formatted,
+what can be had is written; the traceback is the recorded exception's own; the time is
 also given in nanoseconds (``timestamp_ns``).
 """
 
@@ -10,10 +11,10 @@ from __future__ import annotations
 import json
 import os
 import time
-import warnings
 from contextlib import suppress
 from typing import Any
 
+from ferroelastic._text import describe_error, format_traceback, warn
 from ferroelastic.utils.logging import get_logger
 
 __all__ = ["ErrorHandler"]
@@ -39,7 +40,7 @@ class ErrorHandler:
         try:
             faulthandler.enable(all_threads=True)
         except Exception as error:  # noqa: BLE001 - a program runs without it too
-            warnings.warn(f"Unable to enable fault handler. {type(error).__name__}: {error}", stacklevel=2)
+            warn(f"Unable to enable fault handler. {describe_error(error)}")
 
     def _write_error_file(self, file_path: str, error_msg: str) -> None:
         """Write ``error_msg`` to the file, whole or not at all; a failure is a warning."""
@@ -47,8 +48,8 @@ class ErrorHandler:
             if not _replace_file(file_path, error_msg):
                 with open(file_path, "w") as file:
                     file.write(error_msg)
-        except OSError as error:
-            warnings.warn(f"Unable to write error to file. {type(error).__name__}: {error}", stacklevel=2)
+        except (OSError, ValueError) as error:  # ValueError: no path can be like this
+            warn(f"Unable to write error to file. {describe_error(error)}")
 
     def record_exception(self, e: BaseException) -> None:
         """Write an exception with its traceback to the error file.
@@ -59,14 +60,12 @@ class ErrorHandler:
         file_path = self._get_error_file_path()
         if not file_path:
             return
-        import traceback
-
         now_ns = time.time_ns()
         data = {
             "message": {
-                "message": _describe(e),
+                "message": describe_error(e),
                 "extraInfo": {
-                    "py_callstack": "".join(traceback.format_exception(e)),
+                    "py_callstack": format_traceback(e),
                     "timestamp": str(now_ns // 1_000_000_000),
                     "timestamp_ns": str(now_ns),
                 },
@@ -139,13 +138,6 @@ class ErrorHandler:
             return
         if original:
             logger.warning("%s already exists and will be overwritten. Original contents:\n%s", my_error_file, original)
-
-
-def _describe(error: BaseException) -> str:
-    try:
-        return f"{type(error).__name__}: {error}"
-    except Exception:  # noqa: BLE001 - a user's __str__ may do anything
-        return f"{type(error).__name__}: <no text: its __str__ raised>"
 
 
 def _replace_file(path: str, text: str) -> bool:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ferroelastic.multiprocessing.subprocess_handler.subprocess_handler import SubprocessHandler
+from ferroelastic.numa.binding import NumaOptions
 
-if TYPE_CHECKING:
-    from ferroelastic.numa.binding import NumaOptions
-
-__all__ = ["get_subprocess_handler"]
+__all__ = ["NumaOptions", "get_subprocess_handler"]
 
 
 def get_subprocess_handler(

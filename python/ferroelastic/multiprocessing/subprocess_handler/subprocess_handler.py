@@ -1,7 +1,8 @@
 """One worker started from a command; mirrors ``torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler``.
 
 Differences: ``proc`` is a native process with the part of ``subprocess.Popen`` that an agent uses, and ``close`` reaches the
-process group also after its leader has ended, and does not raise when nobody is left in it.
+process group also after its leader has ended, and does not raise when nobody is left in it. ``numa_options`` has a default: it is
+absent in torch before 2.9, and code written for those versions does not pass it.
 """
 
 from __future__ import annotations
@@ -10,14 +11,14 @@ import signal
 from typing import TYPE_CHECKING, Any
 
 from ferroelastic.multiprocessing._processes import NativeProcess, make_command, spawn
+from ferroelastic.numa.binding import NumaOptions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ferroelastic import _rust
-    from ferroelastic.numa.binding import NumaOptions
 
-__all__ = ["SubprocessHandler"]
+__all__ = ["NumaOptions", "SubprocessHandler"]
 
 
 class SubprocessHandler:
@@ -46,7 +47,7 @@ class SubprocessHandler:
         stdout: str | None,
         stderr: str | None,
         local_rank_id: int,
-        numa_options: NumaOptions | None,
+        numa_options: NumaOptions | None = None,
     ) -> None:
         argv, command = make_command(entrypoint, args, env, stdout, stderr, local_rank_id, numa_options)
         self._groups: list[_rust.Group] = []
