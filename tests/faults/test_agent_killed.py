@@ -296,3 +296,20 @@ def test_the_guard_is_no_hindrance_to_who_waits_for_the_end_of_the_output(launch
     job.settle(2)
     job.send(signal.SIGTERM)
     assert job.end() == 128 + signal.SIGTERM
+
+
+def test_a_helper_whose_name_would_tell_a_terminal_what_to_do_is_named_in_plain_text(launch: Launcher) -> None:
+    script = """
+import os, sys, time
+if os.fork():
+    while not os.path.exists(os.environ["DIR"] + "/there"):
+        time.sleep(0.01)
+    sys.exit(3)
+os.setsid()
+open(os.environ["DIR"] + "/there", "w").close()
+os.execv(sys.executable, ["\\x1b]0;owned\\x07", "-c", "import time; time.sleep(1000)"])
+"""
+    job = launch(*launch.python(script), nproc=1)
+    assert job.end() == 3
+    assert "\x1b" not in job.errors
+    assert r"\u{1b}]0;owned\u{7}" in job.errors, job.errors

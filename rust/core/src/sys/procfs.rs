@@ -2,6 +2,8 @@
 
 use std::fs;
 
+use crate::text::printable;
+
 /// A process as `/proc/PID/stat` shows it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Stat {
@@ -76,7 +78,8 @@ pub fn command(pid: i32) -> String {
     let line = read("cmdline");
     let words: Vec<_> = line.split(|byte| *byte == 0).filter(|word| !word.is_empty()).collect();
     let text = if words.is_empty() { read("comm") } else { words.join(&b' ') };
-    String::from_utf8_lossy(&text).trim_end().to_owned()
+    // A process may call itself anything.
+    printable(String::from_utf8_lossy(&text).trim_end())
 }
 
 #[cfg(test)]
