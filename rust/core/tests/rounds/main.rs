@@ -425,6 +425,8 @@ fn settings_that_differ_are_refused_with_both_values() {
     let actions = table.step(Event::Entered(1, who(1, "3")));
     assert_eq!(refused(&actions).as_deref(), Some(text));
     assert!(actions.contains(&Action::Drop(2)), "{actions:?}");
+    let (host, told) = &remarks(&actions)[0];
+    assert!(*host == 1 && told.ends_with(text), "{told}");
     assert_eq!(begun(&table.join(1, None)), []);
 }
 

@@ -50,9 +50,8 @@ impl Rounds {
     }
 
     fn admit(&mut self, now: Instant, id: Id, who: Introduction) {
-        if who.is_host {
-            self.turn_out_those_unlike(&who);
-        } else {
+        let host = who.is_host.then(|| who.clone());
+        if host.is_none() {
             self.expect_silence(now);
         }
         let member =
@@ -65,6 +64,9 @@ impl Rounds {
         }
         self.members.insert(id, member);
         self.tell(id, Notice::Welcome { silence: self.settings.silence });
+        if let Some(host) = host {
+            self.turn_out_those_unlike(&host);
+        }
         self.actions.extend(end.map(|notice| Action::Tell(id, notice)));
     }
 
