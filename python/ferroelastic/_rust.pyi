@@ -876,7 +876,7 @@ class Watchdog:
         """Say which processes are workers: their evidence is gathered together when a timer of one of them expires.
 
         Args:
-            workers: of each its pid, what to call it (``"rank 3"``) and the folder for its evidence, which exists. Replaces the former list.
+            workers: of each its pid, what to call it (``"rank 3"``) and the folder for its evidence, which exists, or "" for no evidence. Replaces the former list.
         """
 
     def register(self, requests: Sequence[tuple[int, str, float, int]]) -> None:

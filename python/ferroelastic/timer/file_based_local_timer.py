@@ -449,8 +449,8 @@ class FileTimerServer:
         """Say which processes are workers: when a timer of one of them expires, all are looked at before it is signalled.
 
         Args:
-            workers: of each its process id, what to call it, and an existing folder that the files with the evidence go to. Takes the
-                place of the former list.
+            workers: of each its process id, what to call it, and an existing folder that the files with the evidence go to, or "" for no
+                evidence. Takes the place of the former list.
         """
         self._native.workers(list(workers))
 

@@ -128,7 +128,7 @@ def _evidence_s() -> float:
 
 
 def workers_with_folders(context: PContext, workers: Iterable[Worker]) -> list[tuple[int, str, str]]:
-    """Return pid, name and log folder of each worker that has a folder of its own.
+    """Return pid, name and log folder of each worker; the folder is empty where the worker has none of its own.
 
     Args:
         context: the workers' processes.
@@ -138,9 +138,10 @@ def workers_with_folders(context: PContext, workers: Iterable[Worker]) -> list[t
     pids = context.pids()
     found = []
     for worker in workers:
-        folder = os.path.dirname(error_files.get(worker.local_rank, ""))
-        if worker.local_rank in pids and os.path.isdir(folder) and folder != os.path.dirname(os.devnull):
-            found.append((pids[worker.local_rank], f"rank {worker.global_rank}", folder))
+        if worker.local_rank in pids:
+            folder = os.path.dirname(error_files.get(worker.local_rank, ""))
+            has_own = os.path.isdir(folder) and folder != os.path.dirname(os.devnull)
+            found.append((pids[worker.local_rank], f"rank {worker.global_rank}", folder if has_own else ""))
     return found
 
 

@@ -47,7 +47,7 @@ pub struct WorkerProcess {
     pub pid: i32,
     /// What to call it.
     pub label: String,
-    /// Where its evidence goes.
+    /// Where its evidence goes; empty if none is wanted.
     pub folder: PathBuf,
 }
 
@@ -453,7 +453,8 @@ impl Server {
         let until = now.instant + budget;
         self.gatherings += 1;
         let number = self.gatherings;
-        let subjects = self.workers.iter().filter_map(|(worker, hold)| {
+        let wanted = self.workers.iter().filter(|(worker, _)| !worker.folder.as_os_str().is_empty());
+        let subjects = wanted.filter_map(|(worker, hold)| {
             let hold = hold.as_ref()?.try_clone().ok()?;
             Some(Subject { hold, label: worker.label.clone(), folder: worker.folder.clone() })
         });
