@@ -13,7 +13,8 @@ pytest.importorskip("ferroelastic._rust")
 pytestmark = pytest.mark.engine
 
 FOLDER = str(Path(ferroelastic.__file__).parents[1])
-SCRIPT = "import os, sys\nprint(os.environ['RANK'], *sys.argv[1:])\n"
+# At once: ranks share the pipe.
+SCRIPT = "import os, sys\nos.write(1, ' '.join([os.environ['RANK'], *sys.argv[1:]]).encode() + b'\\n')\n"
 
 
 @pytest.fixture
