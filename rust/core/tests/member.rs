@@ -187,7 +187,7 @@ fn the_workers_of_others_are_waited_for_without_a_lease() {
 }
 
 #[test]
-fn whoever_does_not_reach_the_host_is_told_why() {
+fn an_agent_that_does_not_reach_the_host_reports_the_reason() {
     let (mut member, start) = member(false);
     member.step(start, join());
     let mut told = Vec::new();

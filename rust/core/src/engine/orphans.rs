@@ -4,9 +4,9 @@
 //! itself. An orphan of a worker is known by its session.
 
 use std::collections::HashSet;
-use std::fs;
 use std::time::{Duration, Instant};
 
+use crate::sys::process::inherits_orphans;
 use crate::sys::procfs::{self, Stat};
 use crate::sys::wait::{Block, Collect, wait};
 
@@ -26,7 +26,7 @@ pub(super) struct Orphans {
 
 impl Orphans {
     pub(super) fn new() -> Self {
-        Self { is_heir: is_heir(), owns_all: false, sessions: HashSet::new(), look_at: None }
+        Self { is_heir: inherits_orphans(), owns_all: false, sessions: HashSet::new(), look_at: None }
     }
 
     /// This process has no children of its own in sessions of their own.
@@ -57,34 +57,10 @@ impl Orphans {
         let is_of_worker = |stat: &Stat| {
             if self.owns_all { stat.session != own_session } else { self.sessions.contains(&stat.session) }
         };
-        for stat in children(own).into_iter().filter_map(procfs::stat) {
+        for stat in procfs::children(own).into_iter().filter_map(procfs::stat) {
             if stat.state == 'Z' && stat.parent == own && is_of_worker(&stat) && !is_known(stat.pid) {
                 let _ = wait(stat.pid, Collect::Reap, Block::No);
             }
         }
     }
-}
-
-/// Whether orphans become children of this process.
-fn is_heir() -> bool {
-    let mut is_subreaper: libc::c_int = 0;
-    // SAFETY: the pointer is valid for the write of an integer.
-    let asked = unsafe { libc::prctl(libc::PR_GET_CHILD_SUBREAPER, &raw mut is_subreaper) };
-    std::process::id() == 1 || (asked == 0 && is_subreaper != 0)
-}
-
-/// The children of this process: of all its threads where the kernel lists them, else all processes there are.
-fn children(own: i32) -> Vec<i32> {
-    let threads = fs::read_dir(format!("/proc/{own}/task")).into_iter().flatten().flatten();
-    let lists: Option<Vec<String>> =
-        threads.map(|thread| fs::read_to_string(thread.path().join("children")).ok()).collect();
-    if let Some(lists) = lists {
-        return lists
-            .iter()
-            .flat_map(|list| list.split_ascii_whitespace())
-            .filter_map(|pid| pid.parse().ok())
-            .collect();
-    }
-    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
-    entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
 }

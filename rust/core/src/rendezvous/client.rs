@@ -127,7 +127,7 @@ impl Client {
         })
     }
 
-    /// Until when the workers of this node may run; somebody who kills them then need not be able to ask.
+    /// Until when the workers of this node may run, in shared memory: the guard ends them then, also while this process is suspended.
     #[must_use]
     pub fn lease(&self) -> &Arc<LeasePage> {
         &self.shared.lease

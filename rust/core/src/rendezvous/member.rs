@@ -16,7 +16,7 @@ pub use link::Lease;
 const FIRST_PAUSE: Duration = Duration::from_millis(5);
 const LONGEST_PAUSE: Duration = Duration::from_millis(250);
 
-/// Whoever has not reached the host for so long is told why, and again when the reason has changed.
+/// An agent that has not reached the host for so long reports the reason, and again when the reason has changed.
 const EXPLAIN_AFTER: Duration = Duration::from_secs(10);
 
 /// What an agent was told.

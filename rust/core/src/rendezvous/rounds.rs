@@ -232,7 +232,7 @@ pub struct Rounds {
     known: HashSet<u64>,
     /// Agents that were given the rank of another one, which was not heard of since.
     contenders: Vec<(Id, Introduction)>,
-    /// When those who wait are told why, if that has changed, and what they were told.
+    /// When agents that wait are told the reason, if it has changed.
     explain_at: Option<Instant>,
     last_step: Instant,
     /// Nothing is due before this. What is heard moves deadlines away, so it may be that nothing is due then either: that is found out then, and not

@@ -92,7 +92,7 @@ pub fn find(query: &Query<'_>) -> Vec<Found> {
     let in_cgroup = query.cgroup.map(cgroup::members).unwrap_or_default();
     let sessions: Vec<i32> =
         query.sessions.iter().filter(|session| session.is_current()).map(|session| session.leader).collect();
-    let pids = if query.mark.is_none() && sessions.is_empty() { in_cgroup.clone() } else { all_pids() };
+    let pids = if query.mark.is_none() && sessions.is_empty() { in_cgroup.clone() } else { procfs::pids() };
     pids.into_iter()
         .filter(|pid| *pid != own)
         .filter_map(procfs::stat)
@@ -105,11 +105,6 @@ pub fn find(query: &Query<'_>) -> Vec<Found> {
         .filter(|stat| !is_guard(stat.pid))
         .map(|stat| Found { pid: stat.pid, started: stat.started })
         .collect()
-}
-
-fn all_pids() -> Vec<i32> {
-    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
-    entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
 }
 
 fn is_kernel_thread(stat: Stat) -> bool {

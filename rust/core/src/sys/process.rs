@@ -131,6 +131,15 @@ impl Leader {
     }
 }
 
+/// Whether orphans become children of this process: it is PID 1 or a subreaper (`PR_SET_CHILD_SUBREAPER`).
+#[must_use]
+pub fn inherits_orphans() -> bool {
+    let mut is_subreaper: libc::c_int = 0;
+    // SAFETY: the pointer is valid for the write of an integer.
+    let asked = unsafe { libc::prctl(libc::PR_GET_CHILD_SUBREAPER, &raw mut is_subreaper) };
+    std::process::id() == 1 || (asked == 0 && is_subreaper != 0)
+}
+
 /// `pidfd_send_signal(2)`; libc has no wrapper. `false` for ESRCH.
 pub(super) fn pidfd_send_signal(pidfd: BorrowedFd<'_>, signal: i32, flags: libc::c_uint) -> io::Result<bool> {
     // SAFETY: the descriptor is open, the siginfo pointer may be null.

@@ -48,18 +48,30 @@ pub fn stat(pid: i32) -> Option<Stat> {
     parse_stat(&fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)
 }
 
+/// All processes there are.
+#[must_use]
+pub fn pids() -> Vec<i32> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
+}
+
+/// The children of a process: of all its threads where the kernel lists them (`CONFIG_PROC_CHILDREN`), else all processes there are.
+#[must_use]
+pub fn children(pid: i32) -> Vec<i32> {
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let lists = threads.map(|thread| fs::read_to_string(thread.path().join("children")).ok());
+    let lists: Option<Vec<String>> = lists.collect();
+    let listed = |lists: Vec<String>| {
+        let words = lists.iter().flat_map(|list| list.split_ascii_whitespace());
+        words.filter_map(|word| word.parse().ok()).collect()
+    };
+    lists.map_or_else(pids, listed)
+}
+
 /// The processes of a group that are not dead.
 #[must_use]
 pub fn living_members(group: i32) -> Vec<Stat> {
-    let Ok(entries) = fs::read_dir("/proc") else {
-        return Vec::new();
-    };
-    entries
-        .flatten()
-        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
-        .filter_map(stat)
-        .filter(|stat| stat.group == group && !stat.is_dead())
-        .collect()
+    pids().into_iter().filter_map(stat).filter(|stat| stat.group == group && !stat.is_dead()).collect()
 }
 
 /// The kernel function a process sleeps in, `/proc/PID/wchan`; empty where it cannot be read.

@@ -405,7 +405,7 @@ impl Server {
         self.client_ended(pid, poller);
         let is_gone = pid > 0 && self.clients.get(pid).is_none();
         let kin = match self.clients.get(pid).map_or(Kin::Foreign, |client| client.kin) {
-            // Beside its workers an agent has nobody who may ask for its own end, or for that of its guard.
+            // An agent's watchdog ends workers, and neither the agent itself nor its guard.
             Kin::Ours { worker: 0 } if self.has_named_workers => Kin::Foreign,
             kin => kin,
         };

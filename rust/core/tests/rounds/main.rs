@@ -318,7 +318,7 @@ fn a_node_that_has_finished_may_lose_its_connection() {
     assert_eq!(ended.iter().map(|(id, ..)| *id).collect::<Vec<_>>(), [7], "no worker of its was in this round");
     let actions = table.step(Event::Finished(1, 0));
     assert!(actions.contains(&Action::Tell(8, Notice::Released)), "{actions:?}");
-    // Who comes now is late.
+    // An agent that comes now is late.
     let late = table.enter(9, (2, 2));
     let text = "the job has succeeded".into();
     assert_eq!(late[late.len() - 2..], [Action::Tell(9, Notice::Late { text }), Action::Drop(9)]);
@@ -372,7 +372,7 @@ fn of_many_who_wait_some_are_named() {
 }
 
 #[test]
-fn who_comes_after_the_end_was_no_spare() {
+fn an_agent_that_comes_after_the_end_was_no_spare() {
     for is_success in [true, false] {
         let mut table = Table::running(2, 2);
         table.enter(3, (2, 2));
@@ -431,7 +431,7 @@ fn settings_that_differ_are_refused_with_both_values() {
 }
 
 #[test]
-fn whoever_is_turned_away_is_reported_by_the_host() {
+fn a_refused_agent_is_reported_by_the_host() {
     let mut table = Table::new(settings(2, 2));
     table.enter(1, (2, 2));
     let actions = table.enter(2, (1, 4));
@@ -440,7 +440,7 @@ fn whoever_is_turned_away_is_reported_by_the_host() {
 }
 
 #[test]
-fn whoever_waits_is_told_why_and_again_when_that_has_changed() {
+fn agents_that_wait_are_told_the_reason_and_each_change_of_it() {
     let mut table = Table::new(settings(3, 4));
     table.enter(1, (3, 4));
     table.join(1, None);
@@ -464,7 +464,7 @@ fn whoever_waits_is_told_why_and_again_when_that_has_changed() {
 }
 
 #[test]
-fn a_spare_that_may_not_join_is_told_why() {
+fn a_spare_that_may_not_join_is_told_the_reason() {
     let mut table = Table::new(Settings { most_membership_changes: Some(0), ..settings(1, 2) });
     table.enter(1, (1, 2));
     table.join(1, None);
@@ -511,4 +511,18 @@ fn the_silence_of_a_node_is_looked_into_and_reported() {
     // It goes on.
     assert_eq!(over(&table.pass(SILENCE, &[1, 2])), []);
     assert_eq!(table.step(Event::Examined(2, true)), []);
+}
+
+#[test]
+fn an_agent_that_waits_for_a_rank_hears_of_the_end() {
+    let mut table = Table::new(settings(2, 2));
+    let who = |id: Id, rank| Introduction { node_rank: Some(rank), ..introduction(id) };
+    for (id, rank) in [(1, 0), (2, 1)] {
+        table.step(Event::Entered(id, who(id, rank)));
+        table.join(id, None);
+    }
+    table.step(Event::Entered(7, who(7, 1)));
+    let actions = table.step(Event::Closed(1, "it was told to end".into(), 143));
+    let text = "node1 (agent 100): it was told to end".to_owned();
+    assert!(actions.ends_with(&[Action::Tell(7, Notice::Late { text }), Action::Drop(7)]), "{actions:?}");
 }

@@ -2,7 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use super::{Action, Doubt, Gone, Id, MOST_NAMES, Member, Phase, Rounds, Seat};
+use super::reasons::names;
+use super::{Action, Doubt, Gone, Id, Member, Phase, Rounds, Seat};
 use crate::rendezvous::message::Notice;
 
 /// After this part of the silence with which an agent is lost, its machine is asked whether it is there.
@@ -31,7 +32,10 @@ impl Rounds {
             _ => None,
         };
         let waits = self.members.values().filter_map(|member| self.join_deadline(member));
-        let pending = self.pending.as_ref().map(|pending| self.silent_until().unwrap_or(pending.at).max(pending.at));
+        let pending = self.pending.as_ref().map(|pending| match self.silent_until() {
+            Some(until) if pending.is_final => until.max(pending.at),
+            _ => pending.at,
+        });
         silences.chain(waits).chain(last_call).chain(pending).chain(self.explain_at).min()
     }
 
@@ -129,9 +133,9 @@ impl Rounds {
             self.remove(now, id, &format!("was lost: {text}"), Gone::Lost(heard));
         }
         self.doubt(now);
-        // A silent node may have been lost before, which would explain it.
+        // A silent node may have been lost before, which would explain a last failure. One that is not the last is explained later.
         let is_silent = self.silent_until().is_some();
-        if let Some(pending) = self.pending.take_if(|pending| now >= pending.at && !is_silent) {
+        if let Some(pending) = self.pending.take_if(|pending| now >= pending.at && !(pending.is_final && is_silent)) {
             if pending.is_final {
                 self.close_for_good(&pending.cause);
             } else {
@@ -149,11 +153,7 @@ impl Rounds {
             // Those who are on their way take longer than the others wait.
             return self.begin();
         }
-        let mut waiting: Vec<String> = self.waiting().map(Member::label).take(MOST_NAMES).collect();
-        match self.tally.waiting - waiting.len() {
-            0 => {}
-            more => waiting.push(format!("{more} more")),
-        }
+        let waiting = names(self.waiting());
         let cause = self.cause.as_ref().map(|cause| cause.text.clone());
         for id in late {
             self.tell(id, Notice::TimedOut { waiting: waiting.clone(), cause: cause.clone() });

@@ -139,6 +139,7 @@ impl Rounds {
         let notices = self.members.iter().map(|(id, member)| Action::Tell(*id, self.end_for(member)));
         let notices: Vec<_> = notices.collect();
         self.actions.extend(notices);
+        self.admit_all_contenders();
     }
 
     /// What the end of the job means for one agent.

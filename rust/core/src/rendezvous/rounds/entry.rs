@@ -1,4 +1,4 @@
-//! Who comes, who is turned away, and why.
+//! Agents that come: which are admitted, which are refused, and for what reason.
 
 use std::time::Instant;
 
@@ -65,7 +65,7 @@ impl Rounds {
         self.members.insert(id, member);
         self.tell(id, Notice::Welcome { silence: self.settings.silence });
         if let Some(host) = host {
-            self.turn_out_those_unlike(&host);
+            self.turn_out_those_unlike(now, &host);
         }
         self.actions.extend(end.map(|notice| Action::Tell(id, notice)));
     }
@@ -78,6 +78,13 @@ impl Rounds {
         if let Some(index) = self.contenders.iter().position(|(_, who)| who.node_rank == rank) {
             let (id, who) = self.contenders.remove(index);
             self.admit(now, id, who);
+        }
+    }
+
+    /// The job has ended: to those who wait for the rank of another agent too.
+    pub(super) fn admit_all_contenders(&mut self) {
+        for (id, who) in std::mem::take(&mut self.contenders) {
+            self.admit(self.last_step, id, who);
         }
     }
 
@@ -96,10 +103,9 @@ impl Rounds {
             return;
         }
         let rank = member.who.node_rank;
-        let (refused, others) =
-            std::mem::take(&mut self.contenders).into_iter().partition(|(_, who)| who.node_rank == rank);
-        self.contenders = others;
-        let refused: Vec<_> = refused;
+        let contenders = std::mem::take(&mut self.contenders);
+        let refused: Vec<_>;
+        (refused, self.contenders) = contenders.into_iter().partition(|(_, who)| who.node_rank == rank);
         for (contender, who) in refused {
             let text = taken(&who, &self.members[&id]);
             self.refuse(contender, &who, text);
@@ -113,12 +119,13 @@ impl Rounds {
     }
 
     /// The host says how the job is set up. Others that came first are turned away if they are not set up like that.
-    fn turn_out_those_unlike(&mut self, host: &Introduction) {
+    fn turn_out_those_unlike(&mut self, now: Instant, host: &Introduction) {
         let unlike = self.members.iter().filter_map(|(id, member)| Some((*id, difference(host, &member.who)?)));
         for (id, text) in unlike.collect::<Vec<_>>() {
-            if let Some(member) = self.members.remove(&id) {
-                self.tally.subtract(&member.seat);
-                self.refuse(id, &member.who, text);
+            if let Some(member) = self.members.get(&id) {
+                let who = member.who.clone();
+                self.refuse(id, &who, text);
+                self.remove(now, id, "was refused", Gone::Left);
             }
         }
     }

@@ -1,11 +1,11 @@
-//! What agents are told while they wait: why, each time the reason has changed.
+//! The reasons for which agents wait, told to them whenever they have changed.
 
 use std::time::{Duration, Instant};
 
 use super::{Action, Id, MOST_NAMES, Member, Phase, Rounds, Seat};
 use crate::rendezvous::message::Notice;
 
-/// Who waits no longer than this need not be told why, and after so long is told of another reason.
+/// An agent that waits is told the reason after this time, and a changed reason as long after the former one.
 const EXPLAIN_AFTER: Duration = Duration::from_secs(10);
 
 impl Rounds {
@@ -16,7 +16,7 @@ impl Rounds {
         self.actions.extend(remarks);
     }
 
-    /// Those who wait will be told why, if they wait for long.
+    /// Agents that wait are told the reason, if they wait for long.
     pub(super) fn expect_explanation(&mut self, now: Instant) {
         if self.explain_at.is_none() && matches!(self.phase, Phase::Gathering { .. }) && self.tally.waiting > 0 {
             let at = now + EXPLAIN_AFTER;
@@ -25,7 +25,7 @@ impl Rounds {
         }
     }
 
-    /// Tells those who wait why, if that is due and news to them.
+    /// Tells the agents that wait the reason, if that is due and news to them.
     pub(super) fn explain(&mut self, now: Instant) {
         if self.explain_at.take_if(|at| now >= *at).is_none() {
             return;
@@ -49,9 +49,12 @@ impl Rounds {
         let (waiting, least, most) = (self.tally.waiting, self.least_nodes(), self.most_nodes());
         let returning = |member: &&Member| matches!(member.seat, Seat::Returning);
         Some(if self.tally.returning > 0 {
-            format!("waiting for nodes that stop their workers: {}", names(self.members.values().filter(returning)))
+            format!(
+                "waiting for nodes that stop their workers: {}",
+                names(self.members.values().filter(returning)).join(", ")
+            )
         } else if waiting < least {
-            format!("waiting for nodes: {waiting} of {least} have come ({})", names(self.waiting()))
+            format!("waiting for nodes: {waiting} of {least} have come ({})", names(self.waiting()).join(", "))
         } else {
             format!(
                 "{waiting} nodes have come, which are enough; waiting for others, up to {most}, until the last call"
@@ -85,12 +88,12 @@ impl Rounds {
     }
 }
 
-/// Some of many names.
-fn names<'a>(members: impl Iterator<Item = &'a Member>) -> String {
+/// Names of agents; of many, some and the number of the others.
+pub(super) fn names<'a>(members: impl Iterator<Item = &'a Member>) -> Vec<String> {
     let mut names: Vec<String> = members.map(Member::label).collect();
     if let Some(more) = names.len().checked_sub(MOST_NAMES).filter(|more| *more > 0) {
         names.truncate(MOST_NAMES);
         names.push(format!("{more} more"));
     }
-    names.join(", ")
+    names
 }
