@@ -235,7 +235,7 @@ def _command_of(pid: int, length: int = 60) -> str:
         program, *arguments = process.cmdline() or [process.name()]
     except psutil.Error:
         return "?"
-    from ferroelastic._text import printable
+    from ferroelastic import _rust
 
-    line = printable(" ".join(" ".join([program.rpartition("/")[2], *arguments]).split()))
+    line = _rust.printable(" ".join(" ".join([program.rpartition("/")[2], *arguments]).split()))
     return line if len(line) <= length else line[: length - 1] + "…"

@@ -42,8 +42,10 @@ __all__ = [
     "arm_parent_death_signal",
     "create_cgroup",
     "find_detached",
+    "printable",
     "remove_cgroup",
     "stand_guard",
+    "thread_stack_bytes",
 ]
 
 __version__: str
@@ -491,6 +493,15 @@ def find_detached(
 
 def arm_parent_death_signal(signal: int) -> None:
     """``prctl(PR_SET_PDEATHSIG)`` for the calling process: it gets ``signal`` when the *thread* that created it ends."""
+
+def printable(text: str) -> str:
+    """Return a text of another process or node with its control characters, and changes of the direction of writing, escaped."""
+
+def thread_stack_bytes() -> int:
+    """Return the size in bytes of the stacks of this package's threads: twice the usual one. It is reserved, not used.
+
+    In a forked child, glibc may take a thread for an ended one of the parent whose stack it has. No stack of this size is one of those.
+    """
 
 @final
 class HealthServer:

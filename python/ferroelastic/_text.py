@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["describe_error", "entrypoint_name", "format_traceback", "message_of", "origin_of", "printable", "warn"]
+__all__ = ["describe_error", "entrypoint_name", "format_traceback", "message_of", "origin_of", "warn"]
 
 _MOST_FRAMES = 200
 
@@ -91,12 +91,3 @@ def entrypoint_name(entrypoint: Callable[..., object] | str) -> str:
         return os.path.basename(entrypoint)
     name: str = getattr(origin_of(entrypoint), "__qualname__")  # noqa: B009 - any object
     return name
-
-
-def printable(text: str) -> str:
-    """Return a text of another process with everything escaped that does more to a terminal or a log than to be shown.
-
-    Args:
-        text: the command line of a process, or what another node says.
-    """
-    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)

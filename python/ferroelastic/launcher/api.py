@@ -334,7 +334,9 @@ def _run_agent(
         shutdown_rdzv = False
         leave = getattr(spec.rdzv_handler, "leave", None)
         if leave is not None:
-            leave(f"its agent was ended by {error.sigval.name}", 128 + error.sigval)
+            from ferroelastic._report import exit_code
+
+            leave(f"its agent was ended by {error.sigval.name}", exit_code(-error.sigval))
         events.record(agent.get_event_failed(), config.event_log_handler)
         raise
     except Exception:

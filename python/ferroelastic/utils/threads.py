@@ -7,22 +7,27 @@ than any of those is new memory.
 
 from __future__ import annotations
 
-import resource
 import threading
 
 __all__ = ["start"]
 
-_USUAL_BYTES = 8 << 20
 _lock = threading.Lock()
 
 
 def start(thread: threading.Thread) -> None:
-    """Start a thread on a stack of its own: of twice the usual size, which is reserved and not used."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_STACK)
-    usual = _USUAL_BYTES if soft == resource.RLIM_INFINITY else min(max(soft, _USUAL_BYTES), 64 * _USUAL_BYTES)
+    """Start a thread on a stack of its own size, which is reserved and not used.
+
+    Args:
+        thread: the thread.
+
+    Raises:
+        RuntimeError: it was started before, or no thread can be had.
+    """
+    from ferroelastic import _rust
+
     with _lock:
-        # Whoever else starts a thread at this moment gets a larger stack, too.
-        former = threading.stack_size(2 * usual)
+        # A thread that somebody else starts at this moment gets a larger stack, too.
+        former = threading.stack_size(_rust.thread_stack_bytes())
         try:
             thread.start()
         finally:

@@ -22,10 +22,20 @@ fn arm_parent_death_signal(signal: i32) -> PyResult<()> {
     Ok(ferroelastic_core::sys::spawn::arm_parent_death_signal(signal)?)
 }
 
+/// Size of the stacks of this package's threads.
+#[pyfunction]
+fn thread_stack_bytes() -> usize {
+    ferroelastic_core::sys::threads::stack_bytes()
+}
+
+/// Text of others without what a terminal would obey.
+#[pyfunction]
+fn printable(text: &str) -> String {
+    ferroelastic_core::text::printable(text)
+}
+
 #[pymodule]
 mod _rust {
-    #[pymodule_export]
-    use super::arm_parent_death_signal;
     #[pymodule_export]
     use super::console::Console;
     #[pymodule_export]
@@ -46,6 +56,8 @@ mod _rust {
     use super::tail::{Tail, TailReport};
     #[pymodule_export]
     use super::watchdog::{BeatSlot, Expiry, Watchdog, WatchdogCounts};
+    #[pymodule_export]
+    use super::{arm_parent_death_signal, printable, thread_stack_bytes};
 
     #[pymodule_export]
     #[allow(non_upper_case_globals, reason = "the name is Python's")]

@@ -330,7 +330,9 @@ class SimpleElasticAgent(ElasticAgent):
             # First the signals: a log handler may wait for whoever reads it.
             teller = self._teller()
             if teller is not None:
-                teller.say_farewell(f"its agent was ended by {error.sigval.name}", 128 + error.sigval)
+                from ferroelastic._report import exit_code
+
+                teller.say_farewell(f"its agent was ended by {error.sigval.name}", exit_code(-error.sigval))
             self._begin_stop(error.sigval)
             logger.warning("Received %s death signal, shutting down workers", death_sig)
         finally:

@@ -16,7 +16,7 @@ pub fn builder(name: &str) -> Builder {
 }
 
 /// Twice what other threads have: memory that is reserved, not used.
-fn stack_bytes() -> usize {
+pub fn stack_bytes() -> usize {
     static BYTES: OnceLock<usize> = OnceLock::new();
     *BYTES.get_or_init(|| {
         let limit = rustix::process::getrlimit(rustix::process::Resource::Stack).current.unwrap_or(0);
