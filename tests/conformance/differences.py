@@ -32,6 +32,30 @@ DIFFERENCES: dict[str, Difference] = {
         "exits with the code of the worker that failed first, 128+n for signal n",
         "a scheduler decides by the exit code",
     ),
+    "failure-everywhere": Difference(
+        "run, on a node whose own workers succeeded while another node's failed for good",
+        "exits with 0",
+        "reports the failure of the other node, and exits with the job's code",
+        "an orchestrator that asks one node must not read a success",
+    ),
+    "spares-say-so": Difference(
+        "run, on a node for which a running job has no room, when that job succeeds",
+        "exits with 1, and says that the rendezvous is closed",
+        "says while it waits, and at the end, that no worker is started on it, and exits with 0",
+        "a spare that was not needed has not failed, and nobody may take it for a job that ran",
+    ),
+    "equal-settings": Difference(
+        "run --max-restarts=0 on one node, --max-restarts=3 on the other",
+        "runs; the nodes count apart, and one may wait for a round that the other never joins",
+        "refuses the second node, and both name both values",
+        "one job has one number of restarts",
+    ),
+    "silent-node": Difference(
+        "run --nnodes=1:2, while the agent of a node is suspended for longer than the heartbeat timeout",
+        "goes on as if the node were there, until another one joins",
+        "ends the workers of that node by its guard process, and then goes on with the other nodes",
+        "nobody waits for a node that is gone, and no rank runs twice",
+    ),
     "standalone-alone": Difference(
         "run --standalone --nnodes=2",
         "waits for a second node, which cannot come",
