@@ -7,10 +7,13 @@ import os
 import signal
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import pytest
+from tests.conftest import eventually
+from tests.integration.test_multiprocess_context import is_held
 from tests.memory_store import MemoryStore
 
 from ferroelastic.agent.server import LocalElasticAgent, RunResult, WorkerSpec, WorkerState
@@ -25,7 +28,6 @@ pytestmark = pytest.mark.engine
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
 SOON_S = 10.0
 
@@ -73,6 +75,20 @@ def fail_unless_restarted() -> int:
     if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGKILL)
     return int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+
+
+def return_at_once_or_fail_beside_one_that_is_held(folder: str) -> str:
+    rank, attempt = os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]
+    if rank == "0":
+        Path(folder, f"pid {attempt}").write_text(str(os.getpid()))
+    elif attempt == "0":
+        assert eventually(lambda: Path(folder, "pid 0").exists() and is_held(int(content(folder, "pid 0"))), SOON_S)
+        os._exit(7)
+    return f"rank {rank}, attempt {attempt}"
+
+
+def content(folder: str, name: str) -> str:
+    return Path(folder, name).read_text() or "0"
 
 
 @pytest.fixture
@@ -138,6 +154,17 @@ def test_a_failed_worker_is_restarted_with_its_group(make: Callable[..., LocalEl
     assert result.return_values == {0: 1, 1: 1}
     assert agent._remaining_restarts == 1
     assert handler(agent).rounds == 2
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_restart_lets_go_of_functions_that_have_returned_and_runs_them_again(
+    make: Callable[..., LocalElasticAgent], tmp_path: Path, method: str
+) -> None:
+    agent = make(
+        return_at_once_or_fail_beside_one_that_is_held, str(tmp_path), max_restarts=1, agent={"start_method": method}
+    )
+    assert agent.run().return_values == {0: "rank 0, attempt 1", 1: "rank 1, attempt 1"}
+    assert agent._remaining_restarts == 0
 
 
 def test_restarts_run_out_and_every_attempt_keeps_its_logs(
