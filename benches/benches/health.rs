@@ -14,7 +14,7 @@ use ferroelastic_core::Engine;
 use ferroelastic_core::engine::{Group, HealthServer};
 use ferroelastic_core::health::status::{Started, Update};
 use ferroelastic_core::health::vocabulary::State;
-use ferroelastic_core::supervise::Moment;
+use ferroelastic_core::sys::clock::Moment;
 use ferroelastic_core::sys::spawn::Command;
 
 const PATIENCE: Duration = Duration::from_secs(10);

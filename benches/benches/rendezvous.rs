@@ -8,9 +8,10 @@ use std::net::{SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
 use ferroelastic_benches::print_percentiles;
-use ferroelastic_core::rendezvous::message::{Introduction, Join, Notice, Request, UPGRADE, decode, encode};
+use ferroelastic_core::host::StoreServer;
+use ferroelastic_core::rendezvous::message::{Introduction, Join, Notice, Request, decode, encode};
 use ferroelastic_core::rendezvous::rounds::Settings;
-use ferroelastic_core::store::StoreServer;
+use ferroelastic_core::store::wire::UPGRADE;
 use ferroelastic_core::store::wire::{Limits, MAGIC};
 
 const PATIENCE: Duration = Duration::from_secs(20);

@@ -11,9 +11,10 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use ferroelastic_benches::print_percentiles;
 use ferroelastic_core::Engine;
 use ferroelastic_core::engine::Watchdog;
+use ferroelastic_core::sys::clock::Moment;
 use ferroelastic_core::sys::spawn::Command;
 use ferroelastic_core::sys::wait::Status;
-use ferroelastic_core::watchdog::deadlines::{Clocks, Deadlines};
+use ferroelastic_core::watchdog::deadlines::{Deadlines, expiry_instant};
 use ferroelastic_core::watchdog::lines::Lines;
 use ferroelastic_core::watchdog::wire::{Request, parse};
 use ferroelastic_core::watchdog::{Config, Outcome};
@@ -88,14 +89,14 @@ fn deadline_to_kill(others: usize, rounds: usize) {
 fn registration(rounds: u32) {
     let lines: Vec<String> =
         (0..100).map(|scope| line(me(), &format!("train.py#{scope}"), wall_s() + FAR_S, 9)).collect();
-    let clocks = Clocks { now: Instant::now(), wall_s: wall_s() };
+    let received = Moment::now();
     let (mut cutter, mut deadlines) = (Lines::default(), Deadlines::default());
     let samples = (0..rounds).map(|_| {
         let began = Instant::now();
         for line in &lines {
             cutter.feed(line.as_bytes(), |line| {
                 let request: Request = parse(line.expect("short")).request.expect("whole");
-                let at = clocks.instant_of(request.expiration_time);
+                let at = expiry_instant(received, request.expiration_time);
                 deadlines.arm(request, at).expect("room");
             });
         }

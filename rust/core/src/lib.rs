@@ -1,28 +1,39 @@
-//! The supervision engine of ferroelastic: start workers, know at once when one is gone, leave nothing behind.
+//! The supervision engine of ferroelastic: it starts workers, notices their exits at once and leaves no process behind.
 //!
-//! Bird's eye view:
+//! Modules, from the bottom up. Imports go up only.
 //!
-//! - [`sys`] is the only place for `unsafe` and raw system calls: small safe wrappers over the kernel.
-//! - [`supervise`] decides. Its state machines take time and events as arguments and return actions.
-//! - [`health`] answers probes: is the agent alive, do its workers run, and figures of both.
-//! - [`store`] is a key-value store for stock clients of torch's `TCPStore`, on a thread of its own, and [`rendezvous`] lets agents meet at its port.
-//! - [`logs`] turns growing files into whole, prefixed console lines.
-//! - [`text`] makes what others have written fit to be shown.
-//! - [`engine`] is the one thread that owns the descriptors, feeds the decisions and carries out their actions.
+//! - [`sys`]: safe wrappers over the kernel. The only place for `unsafe` and raw system calls.
+//! - `owner`: the fork rule.
+//! - [`text`]: escapes text from outside before it is shown.
+//! - `thread`: the native threads, and their handles.
+//! - [`supervise`]: decisions about a group of workers. Its state machines take time and events as arguments and return actions.
+//! - [`health`]: answers to probes about the agent and its workers.
+//! - [`watchdog`]: deadlines that workers set through a named pipe.
+//! - [`logs`]: copies growing log files to the console as whole, prefixed lines.
+//! - [`store`]: a key-value store for clients of torch's `TCPStore`.
+//! - [`rendezvous`]: decisions about rounds and membership.
+//! - [`engine`]: the thread that supervises processes.
+//! - [`host`]: the thread of the node that hosts a job: store and rendezvous at one port.
+//! - [`membership`]: the thread that connects an agent to the host.
 //!
 //! The crate knows no Python, reads no environment variable, installs no signal handler and has no global state.
 
 pub mod engine;
 pub mod error;
 pub mod health;
+pub mod host;
 pub mod logs;
+pub mod membership;
+mod owner;
 pub mod published;
 pub mod rendezvous;
 pub mod store;
 pub mod supervise;
 pub mod sys;
 pub mod text;
+mod thread;
 pub mod watchdog;
 
 pub use engine::{Engine, Group, Tail};
 pub use error::{Error, Result, SpawnError};
+pub use owner::Owner;

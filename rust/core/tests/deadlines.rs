@@ -3,12 +3,18 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use ferroelastic_core::watchdog::deadlines::{Clocks, Deadlines, Full, MOST_TIMERS};
+use ferroelastic_core::sys::clock::Moment;
+use ferroelastic_core::watchdog::deadlines::{Deadlines, Full, MOST_TIMERS, expiry_instant};
 use ferroelastic_core::watchdog::wire::Request;
 use proptest::prelude::*;
 
 fn request(pid: i32, scope: &str, expiration_time: f64) -> Request {
     Request { pid, scope: scope.into(), expiration_time, signal: 9, heartbeat: None }
+}
+
+fn moment(instant: Instant, wall_s: f64) -> Moment {
+    let realtime_ns = Duration::from_secs_f64(wall_s).as_nanos().try_into().expect("it fits");
+    Moment { instant, monotonic_ns: 0, realtime_ns }
 }
 
 #[test]
@@ -17,14 +23,14 @@ fn a_step_of_the_wall_clock_moves_no_deadline() {
     for step_s in [3600.0, -3600.0] {
         let mut deadlines = Deadlines::default();
         let wall_s = 1_700_000_000.0;
-        let arm = |deadlines: &mut Deadlines, scope: &str, clocks: Clocks, after_s: f64| {
-            let at = clocks.wall_s + after_s;
-            deadlines.arm(request(1, scope, at), clocks.instant_of(at)).expect("room");
+        let arm = |deadlines: &mut Deadlines, scope: &str, now: Moment, after_s: f64| {
+            let at = now.wall_s() + after_s;
+            deadlines.arm(request(1, scope, at), expiry_instant(now, at)).expect("room");
         };
-        arm(&mut deadlines, "before", Clocks { now: start, wall_s }, 60.0);
+        arm(&mut deadlines, "before", moment(start, wall_s), 60.0);
         // One second later the clock is set. Clients read the same clock.
         let later = start + Duration::from_secs(1);
-        arm(&mut deadlines, "after", Clocks { now: later, wall_s: wall_s + 1.0 + step_s }, 60.0);
+        arm(&mut deadlines, "after", moment(later, wall_s + 1.0 + step_s), 60.0);
         assert_eq!(deadlines.next_at(), Some(start + Duration::from_secs(60)));
         assert_eq!(deadlines.expired(start + Duration::from_millis(59_999)), []);
         let scopes = |expired: Vec<ferroelastic_core::watchdog::deadlines::Timer>| {
@@ -38,11 +44,11 @@ fn a_step_of_the_wall_clock_moves_no_deadline() {
 #[test]
 fn times_that_fit_no_clock() {
     let now = Instant::now();
-    let clocks = Clocks { now, wall_s: 1_700_000_000.0 };
-    assert_eq!(clocks.instant_of(1e300), None);
-    assert_eq!(clocks.instant_of(f64::INFINITY), None);
-    assert!(clocks.instant_of(0.0).is_some_and(|at| at <= now));
-    assert!(clocks.instant_of(-1e300).is_some_and(|at| at <= now));
+    let received = moment(now, 1_700_000_000.0);
+    assert_eq!(expiry_instant(received, 1e300), None);
+    assert_eq!(expiry_instant(received, f64::INFINITY), None);
+    assert!(expiry_instant(received, 0.0).is_some_and(|at| at <= now));
+    assert!(expiry_instant(received, -1e300).is_some_and(|at| at <= now));
 }
 
 #[test]

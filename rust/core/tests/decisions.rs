@@ -2,7 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use ferroelastic_core::supervise::{Action, Ended, Event, GroupState, Moment, StopPlan};
+use ferroelastic_core::supervise::{Action, Ended, Event, GroupState, StopPlan};
+use ferroelastic_core::sys::clock::Moment;
 use ferroelastic_core::sys::wait::{Status, Usage};
 use proptest::prelude::*;
 

@@ -4,12 +4,12 @@ use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
+use ferroelastic_core::host::StoreServer;
+use ferroelastic_core::membership::RendezvousClient;
 use ferroelastic_core::published::Wake;
-use ferroelastic_core::rendezvous::Client;
 use ferroelastic_core::rendezvous::member::{self, Call, Failure, Standing};
 use ferroelastic_core::rendezvous::message::{Introduction, Join, Kind, Place, Request, encode};
 use ferroelastic_core::rendezvous::rounds::Settings;
-use ferroelastic_core::store::StoreServer;
 use ferroelastic_core::store::wire::{Limits, MAGIC};
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -32,22 +32,22 @@ fn introduction(name: &str, nodes: (u32, u32)) -> Introduction {
     Introduction::new("job".into(), name.into(), nodes)
 }
 
-fn agent(port: u16, name: &str, nodes: (u32, u32)) -> Client {
+fn agent(port: u16, name: &str, nodes: (u32, u32)) -> RendezvousClient {
     let settings = member::Settings {
         endpoint: format!("127.0.0.1:{port}"),
         connect_timeout: Duration::from_secs(1),
         is_host: false,
     };
-    Client::start("127.0.0.1", port, introduction(name, nodes), settings).expect("client")
+    RendezvousClient::start("127.0.0.1", port, introduction(name, nodes), settings).expect("client")
 }
 
-fn join(client: &Client) {
+fn join(client: &RendezvousClient) {
     let timeout = Duration::from_secs(60);
     client.call(Call::Join { role: "default".into(), local_world_size: 2, timeout }).expect("call");
 }
 
 /// Waits until an agent stands as wanted.
-fn wait_for<T>(client: &Client, want: impl Fn(&Standing) -> Option<T>) -> T {
+fn wait_for<T>(client: &RendezvousClient, want: impl Fn(&Standing) -> Option<T>) -> T {
     let deadline = Instant::now() + PATIENCE;
     loop {
         let generation = client.generation().expect("generation");
@@ -60,18 +60,18 @@ fn wait_for<T>(client: &Client, want: impl Fn(&Standing) -> Option<T>) -> T {
     }
 }
 
-fn place(client: &Client) -> Place {
+fn place(client: &RendezvousClient) -> Place {
     wait_for(client, |standing| if let Standing::Placed(place) = standing { Some(place.clone()) } else { None })
 }
 
-fn over(client: &Client) -> (Kind, String) {
+fn over(client: &RendezvousClient) -> (Kind, String) {
     wait_for(client, |standing| match standing {
         Standing::Over(_, cause) => Some((cause.kind, cause.text.clone())),
         _ => None,
     })
 }
 
-fn failure(client: &Client) -> Failure {
+fn failure(client: &RendezvousClient) -> Failure {
     wait_for(client, |standing| if let Standing::Failed(failure) = standing { Some(failure.clone()) } else { None })
 }
 
@@ -157,7 +157,11 @@ fn the_alarm_is_on_while_a_round_is_over() {
     join(&first);
     place(&first);
     let generation = first.generation().expect("generation");
-    let wait = || first.wait(generation + 1000, Some(Duration::ZERO), [Some(first.alarm()), None]).expect("wait");
+    let wait = || {
+        first
+            .wait(generation + 1000, Some(Duration::ZERO), [Some(first.alarm().expect("own process")), None])
+            .expect("wait")
+    };
     assert_eq!(wait(), Wake::Timeout);
     let second = agent(port, "b", (1, 2));
     join(&second);
@@ -229,7 +233,10 @@ fn a_host_that_is_gone_is_a_clear_end() {
 
 #[test]
 fn a_host_that_comes_later_is_found() {
-    let port = host(1, 1, Duration::from_secs(5)).address().port();
+    let former = host(1, 1, Duration::from_secs(5));
+    let port = former.address().port();
+    // A drop does not wait until the port is free.
+    former.close(Duration::ZERO).expect("closed");
     let client = agent(port, "a", (1, 1));
     join(&client);
     let settings = Settings {
@@ -376,7 +383,7 @@ fn to_look_for_remarks_is_no_news() {
     join(&client);
     place(&client);
     let before = client.generation().expect("generation");
-    assert_eq!(client.take_remarks(), Vec::<String>::new());
+    assert_eq!(client.take_remarks().expect("own process"), Vec::<String>::new());
     assert_eq!(client.generation().expect("generation"), before);
 }
 

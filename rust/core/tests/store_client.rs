@@ -5,9 +5,10 @@ use std::net::{TcpListener, TcpStream};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use ferroelastic_core::host::StoreServer;
+use ferroelastic_core::store::StoreClient;
 use ferroelastic_core::store::client::ClientError;
 use ferroelastic_core::store::wire::Limits;
-use ferroelastic_core::store::{StoreClient, StoreServer};
 
 const TIMEOUT: Duration = Duration::from_millis(200);
 /// A machine that is busy with something else takes its time.

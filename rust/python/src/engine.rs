@@ -129,12 +129,12 @@ impl Engine {
     }
 
     fn adopt_guard(&self, py: Python<'_>, guard: &Guard) -> PyResult<()> {
-        let (guard, program) = guard.take()?;
+        let (guard, program) = guard.take(py)?;
         detached(py, || self.0.adopt_guard(guard, program))
     }
 
     fn watch_lease(&self, py: Python<'_>, client: &RendezvousClient) -> PyResult<()> {
-        detached(py, || self.0.watch_lease(client.lease()))
+        detached(py, || self.0.watch_lease(client.lease()?))
     }
 
     fn own_orphans(&self, py: Python<'_>) -> PyResult<()> {
@@ -151,7 +151,7 @@ impl Engine {
     }
 
     fn take_remarks(&self, py: Python<'_>) -> PyResult<Vec<String>> {
-        self.0.take_remarks().map_err(|error| to_python(py, error))
+        self.0.take_warnings().map_err(|error| to_python(py, error))
     }
 
     #[pyo3(signature = (timeout_s=5.0))]

@@ -5,6 +5,7 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
+use ferroelastic_core::Owner;
 use ferroelastic_core::sys::cgroup;
 use ferroelastic_core::sys::fd;
 use ferroelastic_core::sys::guard::{self, Orders, Program};
@@ -23,12 +24,14 @@ pub(crate) struct Guard {
     pid: i32,
     #[pyo3(get)]
     forked: bool,
+    owner: Owner,
     parts: Mutex<Option<(guard::Guard, Program)>>,
 }
 
 impl Guard {
-    /// The guard itself, for the engine.
-    pub(crate) fn take(&self) -> PyResult<(guard::Guard, Program)> {
+    /// The guard itself, for the engine. A forked child may have copied a locked mutex, so the owner is checked first.
+    pub(crate) fn take(&self, py: Python<'_>) -> PyResult<(guard::Guard, Program)> {
+        self.owner.check().map_err(|error| to_python(py, error))?;
         let parts = self.parts.lock().unwrap_or_else(PoisonError::into_inner).take();
         parts.ok_or_else(|| PyValueError::new_err(format!("the guard process {} was handed over already", self.pid)))
     }
@@ -59,7 +62,7 @@ impl Guard {
             py.detach(|| guard::Guard::execute(&program, true, &mut SpawnStack::new()))
                 .map_err(|error| to_python(py, error))?
         };
-        Ok(Self { pid: guard.pid(), forked, parts: Mutex::new(Some((guard, program))) })
+        Ok(Self { pid: guard.pid(), forked, owner: Owner::this_process(), parts: Mutex::new(Some((guard, program))) })
     }
 }
 

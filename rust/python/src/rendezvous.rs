@@ -4,11 +4,11 @@ use std::collections::BTreeMap;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 
-use ferroelastic_core::rendezvous;
+use ferroelastic_core::membership;
 use ferroelastic_core::rendezvous::member::{self, Call, Failure};
 use ferroelastic_core::rendezvous::message::{self, Introduction, Kind};
-use ferroelastic_core::store::client::endpoint;
 use ferroelastic_core::sys::lease::LeasePage;
+use ferroelastic_core::sys::net::endpoint;
 use pyo3::prelude::*;
 
 use crate::convert::span;
@@ -110,7 +110,7 @@ impl From<member::Standing> for Standing {
 
 /// An agent's membership in a rendezvous.
 #[pyclass(frozen, module = "ferroelastic._rust")]
-pub(crate) struct RendezvousClient(rendezvous::Client);
+pub(crate) struct RendezvousClient(membership::RendezvousClient);
 
 #[pymethods]
 impl RendezvousClient {
@@ -135,7 +135,7 @@ impl RendezvousClient {
         let who = Introduction::new(run_id, name.unwrap_or_default(), (min_nodes, max_nodes));
         let who = Introduction { is_host, node_rank, settings: settings.unwrap_or_default(), ..who };
         let settings = member::Settings { endpoint: endpoint(host, port), connect_timeout, is_host };
-        detached(py, || rendezvous::Client::start(host, port, who, settings)).map(Self)
+        detached(py, || membership::RendezvousClient::start(host, port, who, settings)).map(Self)
     }
 
     fn join(&self, py: Python<'_>, role: String, local_world_size: u64, timeout_s: f64) -> PyResult<()> {
@@ -169,22 +169,25 @@ impl RendezvousClient {
     }
 
     #[getter]
-    fn alarm_fd(&self) -> RawFd {
-        self.0.alarm().as_raw_fd()
+    fn alarm_fd(&self, py: Python<'_>) -> PyResult<RawFd> {
+        let alarm = self.0.alarm().map_err(|error| to_python(py, error))?;
+        Ok(alarm.as_raw_fd())
     }
 
     #[getter]
-    fn stop_within_s(&self) -> Option<f64> {
-        self.0.lapsed_left().map(|left| left.as_secs_f64())
+    fn stop_within_s(&self, py: Python<'_>) -> PyResult<Option<f64>> {
+        let left = self.0.lapsed_left().map_err(|error| to_python(py, error))?;
+        Ok(left.map(|left| left.as_secs_f64()))
     }
 
     #[getter]
-    fn address(&self) -> Option<String> {
-        self.0.address().map(|address| address.to_string())
+    fn address(&self, py: Python<'_>) -> PyResult<Option<String>> {
+        let address = self.0.address().map_err(|error| to_python(py, error))?;
+        Ok(address.map(|address| address.to_string()))
     }
 
-    fn take_remarks(&self) -> Vec<String> {
-        self.0.take_remarks()
+    fn take_remarks(&self, py: Python<'_>) -> PyResult<Vec<String>> {
+        self.0.take_remarks().map_err(|error| to_python(py, error))
     }
 
     #[pyo3(signature = (generation, timeout_s=None, wake_fd=None, news_fd=None))]
@@ -205,9 +208,9 @@ impl RendezvousClient {
 }
 
 impl RendezvousClient {
-    /// Until when the workers may run, for the engine.
-    pub(crate) fn lease(&self) -> Arc<LeasePage> {
-        Arc::clone(self.0.lease())
+    /// The lease of the workers, for the engine.
+    pub(crate) fn lease(&self) -> ferroelastic_core::Result<Arc<LeasePage>> {
+        self.0.lease().map(Arc::clone)
     }
 
     fn call(&self, py: Python<'_>, call: Call) -> PyResult<()> {

@@ -8,16 +8,17 @@ use ferroelastic_core::rendezvous::rounds::Settings;
 use ferroelastic_core::store;
 use ferroelastic_core::store::client::ClientError;
 use ferroelastic_core::store::wire::Limits;
+use ferroelastic_core::{Owner, host};
 use pyo3::create_exception;
 use pyo3::exceptions::{PyConnectionError, PyRuntimeError};
 use pyo3::prelude::*;
 
 use crate::convert::span;
-use crate::errors::detached;
+use crate::errors::{self, detached};
 
 /// A store that clients of torch's `TCPStore` can use, and the host of a rendezvous.
 #[pyclass(frozen, module = "ferroelastic._rust")]
-pub(crate) struct StoreServer(store::StoreServer);
+pub(crate) struct StoreServer(host::StoreServer);
 
 #[pymethods]
 impl StoreServer {
@@ -60,7 +61,7 @@ impl StoreServer {
             address,
             most_membership_changes,
         });
-        detached(py, || store::StoreServer::start((host, port).into(), limits, settings)).map(Self)
+        detached(py, || host::StoreServer::start((host, port).into(), limits, settings)).map(Self)
     }
 
     #[getter]
@@ -80,18 +81,21 @@ create_exception!(ferroelastic._rust, StoreTimeoutError, PyRuntimeError, "Keys o
 /// A client of a store.
 #[pyclass(frozen, module = "ferroelastic._rust")]
 pub(crate) struct StoreClient {
+    owner: Owner,
     client: Mutex<store::StoreClient>,
     /// Beside the client, which is locked while a request is under way.
     timeout: Mutex<Duration>,
 }
 
 impl StoreClient {
-    /// Sends a request and takes the answer, one after the other, detached from the interpreter.
+    /// Sends a request and takes the answer, detached from the interpreter. A forked child shares the parent's connection, and may have
+    /// copied a locked mutex, so the owner is checked first.
     fn ask<T: Send>(
         &self,
         py: Python<'_>,
         request: impl FnOnce(&mut store::StoreClient) -> Result<T, ClientError> + Send,
     ) -> PyResult<T> {
+        self.owner.check().map_err(|error| errors::to_python(py, error))?;
         let answer = py.detach(|| {
             let mut client = self.client.lock().unwrap_or_else(PoisonError::into_inner);
             client.set_timeout(*self.timeout.lock().unwrap_or_else(PoisonError::into_inner));
@@ -119,10 +123,11 @@ impl StoreClient {
         let timeout = span("timeout_s", timeout_s)?;
         let client = py.detach(|| store::StoreClient::connect(host, port, timeout));
         let client = client.map_err(|error| to_python(&error))?;
-        Ok(Self { client: Mutex::new(client), timeout: Mutex::new(timeout) })
+        Ok(Self { owner: Owner::this_process(), client: Mutex::new(client), timeout: Mutex::new(timeout) })
     }
 
-    fn set_timeout(&self, timeout_s: f64) -> PyResult<()> {
+    fn set_timeout(&self, py: Python<'_>, timeout_s: f64) -> PyResult<()> {
+        self.owner.check().map_err(|error| errors::to_python(py, error))?;
         *self.timeout.lock().unwrap_or_else(PoisonError::into_inner) = span("timeout_s", timeout_s)?;
         Ok(())
     }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use ferroelastic_core::store::StoreServer;
+use ferroelastic_core::host::StoreServer;
 use ferroelastic_core::store::wire::{Limits, MAGIC};
 use rustix::net::{AddressFamily, SocketType, connect, socket};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};

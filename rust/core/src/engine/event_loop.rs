@@ -1,30 +1,28 @@
-//! The loop of the supervision thread.
+//! The loop of the engine thread.
 
 use std::collections::{BTreeMap, HashMap};
 use std::os::fd::{AsFd, OwnedFd};
-use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::mpsc::{Receiver, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::guard::{Post, Remarks};
+use super::guard::{GuardPost, Warnings};
+use super::order::{Observed, Order, StartedGroup};
 use super::orphans::Orphans;
 use super::processes::{GroupEntry, Process, Reaper};
-use super::request::{Observed, Reply, Request, Started};
-use crate::error::{Error, Result, panic_text};
+use crate::error::{Error, Result};
 use crate::health;
 use crate::health::status::WatchdogFigures;
-use crate::logs::{TailReport, Tails};
-use crate::supervise::{Ended, Event, Moment, StopPlan};
+use crate::logs::Tails;
+use crate::supervise::{Ended, Event, StopPlan};
+use crate::sys::clock::Moment;
 use crate::sys::poller::{Interest, Poller};
 use crate::sys::probe::Support;
 use crate::sys::process::Leader;
-use crate::sys::sigmask;
 use crate::sys::spawn::{Command, SpawnStack, can_be_born_in, spawn};
 use crate::sys::threads;
 use crate::sys::timer::Timer;
 use crate::sys::wait::{Block, Collect, Status, Usage, wait};
-use crate::sys::wake::WakeFd;
+use crate::thread::{Inbox, Remote, Service};
 use crate::watchdog::{Server, Tokens};
 
 /// What a registration in the poller belongs to.
@@ -80,51 +78,40 @@ impl Token {
     }
 }
 
-/// Everything the supervision thread owns.
+/// The state of the engine thread.
 pub(super) struct EventLoop {
-    inbox: Receiver<Request>,
-    to_self: Sender<Request>,
-    /// The same for the threads that wait for exits.
-    ended: Arc<Mutex<Sender<Request>>>,
-    wake: Arc<WakeFd>,
+    inbox: Inbox<Order>,
+    /// For the threads that wait for exits where there are no pidfds.
+    ended: Arc<Mutex<Remote<Order>>>,
     poller: Poller,
     timer: Timer,
     support: Support,
     stack: SpawnStack,
     groups: BTreeMap<u64, GroupEntry>,
-    /// Which group and index a process id (ours, not the kernel's) belongs to.
+    /// Group and index of a process, by its number in this engine (not its pid).
     processes: HashMap<u64, (u64, usize)>,
     tails: Tails,
-    finishing_tails: HashMap<u64, Reply<TailReport>>,
     watchdogs: BTreeMap<u64, Server>,
     health: health::Servers,
-    guard: Post,
+    guard: GuardPost,
     orphans: Orphans,
-    /// Where workers are born, if the run has a cgroup.
+    /// The cgroup of new workers, if the run has one.
     cgroup: Option<OwnedFd>,
     last_id: u64,
     closing: bool,
 }
 
 impl EventLoop {
-    pub(super) fn new(
-        inbox: Receiver<Request>,
-        to_self: Sender<Request>,
-        wake: Arc<WakeFd>,
-        support: Support,
-        remarks: Remarks,
-    ) -> Result<Self> {
+    pub(super) fn new(inbox: Inbox<Order>, support: Support, warnings: Warnings) -> Result<Self> {
         let poller = Poller::new().map_err(|source| Error::os("create", "an epoll instance", source))?;
         let timer = Timer::new().map_err(|source| Error::os("create", "a timerfd", source))?;
         let watched = poller
-            .add(&*wake, Token::Wake.pack(), Interest::Readable)
+            .add(inbox.wake(), Token::Wake.pack(), Interest::Readable)
             .and_then(|()| poller.add(&timer, Token::Timer.pack(), Interest::Readable));
         watched.map_err(|source| Error::os("watch", "the engine's own descriptors", source))?;
         Ok(Self {
+            ended: Arc::new(Mutex::new(inbox.remote())),
             inbox,
-            ended: Arc::new(Mutex::new(to_self.clone())),
-            to_self,
-            wake,
             poller,
             timer,
             support,
@@ -132,93 +119,17 @@ impl EventLoop {
             groups: BTreeMap::new(),
             processes: HashMap::new(),
             tails: Tails::new(Token::Notifier.pack()),
-            finishing_tails: HashMap::new(),
             watchdogs: BTreeMap::new(),
             health: health::Servers::new(health::Tokens {
                 listener: |server| Token::HealthListener(server).pack(),
                 connection: |connection| Token::HealthConnection(connection).pack(),
             }),
-            guard: Post::new(remarks),
+            guard: GuardPost::new(warnings),
             orphans: Orphans::new(),
             cgroup: None,
             last_id: 0,
             closing: false,
         })
-    }
-
-    /// Runs until closed. A panic stops the workers and is reported to whoever waits.
-    pub(super) fn run(mut self) {
-        // Signals are for the interpreter's main thread.
-        sigmask::block_all().forever();
-        let outcome = catch_unwind(AssertUnwindSafe(|| self.serve()));
-        let failure = match outcome {
-            Ok(Ok(())) => None,
-            Ok(Err(error)) => Some(error.to_string()),
-            Err(panic) => Some(panic_text(&*panic)),
-        };
-        if failure.is_some() {
-            // Its line stays open until the process ends: then it ends what is left of the workers.
-            std::mem::forget(std::mem::replace(&mut self.guard, Post::new(Remarks::default())));
-        }
-        for group in self.groups.values() {
-            if failure.is_some() {
-                for process in &group.processes {
-                    let _ = process.leader.signal_group(libc::SIGKILL);
-                }
-            }
-            group.reap_held();
-            group.view.publish_closed(failure.clone());
-        }
-    }
-
-    fn serve(&mut self) -> Result<()> {
-        let mut ready = Vec::new();
-        while !(self.closing && self.groups.values().all(|group| group.is_over() || group.processes.is_empty())) {
-            let poll_failed = |source| Error::os("wait for", "events", source);
-            let next = self.next_tick();
-            self.timer.set(next).map_err(poll_failed)?;
-            ready.clear();
-            self.poller.wait(!self.tails.is_busy() && !self.health.is_busy(), &mut ready).map_err(poll_failed)?;
-            self.notice_exits(&mut ready)?;
-            for token in ready.drain(..) {
-                match Token::unpack(token) {
-                    Token::Wake => self.serve_requests(),
-                    Token::Timer => self.timer.drain(),
-                    Token::Notifier => self.tails.notified(),
-                    Token::Console(tail) => self.tails.console_ready(tail, &self.poller),
-                    Token::Fifo(id) => {
-                        if let Some(watchdog) = self.watchdogs.get_mut(&id) {
-                            watchdog.readable(&self.poller);
-                        }
-                    }
-                    Token::TimerClient { watchdog, pid } => {
-                        if let (Some(watchdog), Ok(pid)) = (self.watchdogs.get_mut(&watchdog), pid.try_into()) {
-                            watchdog.client_ended(pid, &self.poller);
-                        }
-                    }
-                    Token::HealthListener(server) => self.health.acceptable(server),
-                    Token::HealthConnection(connection) => self.health.ready(connection),
-                    Token::Guard => self.guard_ended(),
-                    Token::Process(_) => {}
-                }
-            }
-            self.watch();
-            let now = Instant::now();
-            for group in self.groups.values_mut() {
-                if group.state.next_tick().is_some_and(|at| at <= now) {
-                    group.step(now, Event::Tick);
-                }
-            }
-            for (tail, report) in self.tails.pump(now, &self.poller, |tail| Token::Console(tail).pack()) {
-                if let Some(reply) = self.finishing_tails.remove(&tail) {
-                    let _ = reply.send(report);
-                }
-            }
-            self.reap_orphans(now);
-            // Last: no probe delays a signal, a deadline or a log line.
-            self.answer_probes();
-        }
-        Ok(())
     }
 
     fn reap_orphans(&mut self, now: Instant) {
@@ -231,7 +142,7 @@ impl EventLoop {
         let leaders = self.groups.values().flat_map(|group| group.processes.iter().map(|process| &process.leader));
         let token = Token::Guard.pack();
         if self.guard.ended(&self.poller, token, self.support.pidfd, &mut self.stack, leaders) {
-            self.groups.values().for_each(|group| group.view.nudge());
+            self.groups.values().for_each(|group| group.progress.wake_waiters());
         }
     }
 
@@ -240,15 +151,15 @@ impl EventLoop {
             return;
         }
         if self.health.receive(Instant::now(), &self.poller) {
-            // What was said before a request came is known when it is answered.
-            self.take_requests();
+            // An order from before the request takes effect before the answer.
+            self.take_orders();
         }
         let (watchdogs, now) = (&self.watchdogs, Moment::now());
         self.health.respond(now.instant, &self.poller, &|pids| figures(watchdogs, pids, now));
     }
 
-    /// Takes the exits out of `ready`. Before the first consequence it looks once more, until there is no further exit: workers
-    /// that died together are all known as dead before any of them is signalled.
+    /// Handles the exits in `ready`. It polls again until there is no further exit before it acts on the first one, so that workers that
+    /// died together are all known to be dead before any worker is signalled.
     fn notice_exits(&mut self, ready: &mut Vec<u64>) -> Result<()> {
         let mut batches: BTreeMap<u64, Vec<Ended>> = BTreeMap::new();
         let mut seen = 0;
@@ -261,7 +172,7 @@ impl EventLoop {
                     && let Some(ended) = entry.collect(index, Moment::now())
                 {
                     if let Some(fd) = entry.processes[index].exit_fd() {
-                        // A pidfd stays readable for ever.
+                        // The pidfd of a dead process stays readable.
                         let _ = self.poller.remove(fd);
                     }
                     self.processes.remove(&process);
@@ -274,7 +185,7 @@ impl EventLoop {
             seen = ready.len();
             let mut further = Vec::new();
             self.poller.wait(false, &mut further).map_err(|source| Error::os("wait for", "events", source))?;
-            // The others are among `ready`, or are reported again: nothing is dealt with twice in one turn.
+            // Other events are in `ready` already or will be reported again. Adding them would handle them twice in one turn.
             ready.extend(further.into_iter().filter(|token| matches!(Token::unpack(*token), Token::Process(_))));
         }
         for (group, ended) in batches {
@@ -304,7 +215,7 @@ impl EventLoop {
         groups.chain(orphans).chain(self.tails.next_tick()).chain(self.health.next_tick()).chain(watchdogs).min()
     }
 
-    /// Deals with expired timers.
+    /// Handles expired timers.
     fn watch(&mut self) {
         if self.watchdogs.is_empty() {
             return;
@@ -312,12 +223,12 @@ impl EventLoop {
         let now = Moment::now();
         for (id, watchdog) in &mut self.watchdogs {
             let Some(gather) = watchdog.pump(now, &self.poller) else { continue };
-            let (watchdog_id, to_engine, wake) = (*id, self.to_self.clone(), Arc::clone(&self.wake));
+            let (watchdog_id, engine) = (*id, self.inbox.remote());
             let nothing = gather.nothing();
             let gathering = move || {
                 let gathered = gather.run();
-                let _ = to_engine.send(Request::Gathered { watchdog: watchdog_id, gathered });
-                wake.wake();
+                // The engine may have ended.
+                let _ = engine.tell(Order::Gathered { watchdog: watchdog_id, gathered });
             };
             if threads::builder("ferro-evidence").spawn(gathering).is_err() {
                 watchdog.gathered(&nothing);
@@ -325,44 +236,39 @@ impl EventLoop {
         }
     }
 
-    fn serve_requests(&mut self) {
-        self.wake.drain();
-        self.take_requests();
-    }
-
-    fn take_requests(&mut self) {
-        while let Ok(request) = self.inbox.try_recv() {
-            self.serve_request(request);
+    fn take_orders(&mut self) {
+        while let Some(order) = self.inbox.next() {
+            self.obey(order);
         }
     }
 
-    fn serve_request(&mut self, request: Request) {
-        match request {
-            Request::Spawn { commands, reply } => {
+    fn obey(&mut self, order: Order) {
+        match order {
+            Order::Spawn { commands, reply } => {
                 let _ = reply.send(self.spawn_group(&commands));
             }
-            Request::Observe { processes, reply } => {
+            Order::Observe { processes, reply } => {
                 let _ = reply.send(self.observe_group(processes));
             }
-            Request::Decide { group, event } => {
+            Order::Decide { group, event } => {
                 if let Some(group) = self.groups.get_mut(&group) {
                     group.step(Instant::now(), event);
                 }
             }
-            Request::Signal { group, index, signal, leader_only, reply } => {
+            Order::Signal { group, index, signal, leader_only, reply } => {
                 let leader = self.groups.get(&group).and_then(|group| group.processes.get(index));
                 let delivered = leader.map_or(Ok(false), |process| {
                     if leader_only { process.leader.signal(signal) } else { process.leader.signal_group(signal) }
                 });
                 let _ = reply.send(delivered);
             }
-            Request::Release { group } => {
+            Order::Release { group } => {
                 if let Some(entry) = self.groups.get_mut(&group) {
                     entry.released = true;
                 }
                 self.forget_released(group);
             }
-            Request::Ended { process, status, usage, at } => {
+            Order::Ended { process, status, usage, at } => {
                 if let Some((group, index)) = self.processes.remove(&process)
                     && let Some(entry) = self.groups.get(&group)
                 {
@@ -371,34 +277,39 @@ impl EventLoop {
                     self.note_ended(group, vec![ended]);
                 }
             }
-            Request::Tail { spec, reply } => {
+            Order::Tail { spec, reply } => {
                 let id = self.next_id();
                 let _ = reply.send(self.tails.add(id, &spec, &self.poller).map(|()| id));
             }
-            Request::FinishTail { tail, patience, reply } => {
-                self.tails.finish(tail, patience, Instant::now());
-                self.finishing_tails.insert(tail, reply);
+            Order::FinishTail { tail, patience, reply } => {
+                self.tails.finish(tail, patience, Instant::now(), reply);
             }
-            Request::DropTail { tail } => self.tails.drop_tail(tail, &self.poller),
-            Request::Watch { config, files, reports, reply } => {
+            Order::DropTail { tail } => self.tails.drop_tail(tail, &self.poller),
+            Order::CreateWatchdog { config, files, reports, reply } => {
                 let id = self.next_id();
                 let clients = Token::TimerClient { watchdog: id, pid: 0 }.pack();
                 let tokens = Tokens { fifo: Token::Fifo(id).pack(), clients };
                 self.watchdogs.insert(id, Server::new(config, files, tokens, self.support, reports));
                 let _ = reply.send(id);
             }
-            Request::Watchdog { id, work } => {
+            Order::Watchdog { id, order } => {
                 if let Some(watchdog) = self.watchdogs.get_mut(&id) {
-                    work(watchdog, &self.poller);
+                    watchdog.obey(order, &self.poller);
                 }
-                self.watch();
             }
-            Request::Gathered { watchdog, gathered } => {
+            Order::DrainWatchdog { id, reply } => {
+                if let Some(watchdog) = self.watchdogs.get_mut(&id) {
+                    watchdog.drain(&self.poller);
+                    self.watch();
+                    let _ = reply.send(());
+                }
+            }
+            Order::Gathered { watchdog, gathered } => {
                 if let Some(watchdog) = self.watchdogs.get_mut(&watchdog) {
                     watchdog.gathered(&gathered);
                 }
             }
-            Request::Unwatch { id, reply } => {
+            Order::CloseWatchdog { id, reply } => {
                 if let Some(mut watchdog) = self.watchdogs.remove(&id) {
                     watchdog.stop(&self.poller);
                 }
@@ -406,23 +317,23 @@ impl EventLoop {
                     let _ = reply.send(());
                 }
             }
-            Request::Health(request) => {
+            Order::Health(order) => {
                 let id = self.next_id();
                 let exits = self.groups.values().map(|group| group.state.exits());
-                request.serve(&mut self.health, &self.poller, id, exits);
+                order.serve(&mut self.health, &self.poller, id, exits);
             }
-            Request::AdoptGuard { guard, program, reply } => {
+            Order::AdoptGuard { guard, program, reply } => {
                 let _ = reply.send(self.guard.adopt(guard, program, &self.poller, Token::Guard.pack()));
             }
-            Request::WatchLease(page) => self.guard.watch_lease(page),
-            Request::OwnOrphans => self.orphans.own_all(),
-            Request::UseCgroup { folder, reply } => {
+            Order::WatchLease(page) => self.guard.watch_lease(page),
+            Order::OwnOrphans => self.orphans.own_all(),
+            Order::UseCgroup { folder, reply } => {
                 let wanted = folder.is_some();
                 self.cgroup = folder.filter(|folder| can_be_born_in(folder.as_fd(), &mut self.stack));
                 let _ = reply.send(self.cgroup.is_some() == wanted);
             }
-            Request::DismissGuard { reply } => self.guard.dismiss(reply),
-            Request::Close { kill_wait } => {
+            Order::DismissGuard { reply } => self.guard.dismiss(reply),
+            Order::Close { kill_wait } => {
                 self.closing = true;
                 self.kill_everybody(kill_wait);
             }
@@ -438,7 +349,7 @@ impl EventLoop {
         }
     }
 
-    fn spawn_group(&mut self, commands: &[Command]) -> Result<Started> {
+    fn spawn_group(&mut self, commands: &[Command]) -> Result<StartedGroup> {
         let mut processes = Vec::with_capacity(commands.len());
         for (index, command) in commands.iter().enumerate() {
             let cgroup = self.cgroup.as_ref().map(AsFd::as_fd);
@@ -460,7 +371,7 @@ impl EventLoop {
         self.adopt(GroupEntry::new(processes, Reaper::Engine))
     }
 
-    fn observe_group(&mut self, observed: Vec<Observed>) -> Result<Started> {
+    fn observe_group(&mut self, observed: Vec<Observed>) -> Result<StartedGroup> {
         let mut processes = Vec::with_capacity(observed.len());
         for Observed { pid, sentinel } in observed {
             let opened = Leader::open(pid, self.support);
@@ -469,7 +380,7 @@ impl EventLoop {
             processes.push(Process {
                 id: self.next_id(),
                 leader,
-                // A child is better noticed by its exit than by the end of its pipe, which its own children may hold open.
+                // The exit of a child is a better signal than the end of its pipe, which its own children may hold open.
                 sentinel: sentinel.filter(|_| !is_child),
             });
         }
@@ -477,12 +388,12 @@ impl EventLoop {
     }
 
     /// Watches the processes of a new group.
-    fn adopt(&mut self, entry: GroupEntry) -> Result<Started> {
+    fn adopt(&mut self, entry: GroupEntry) -> Result<StartedGroup> {
         let id = self.next_id();
-        let started = Started {
+        let started = StartedGroup {
             id,
             pids: entry.processes.iter().map(|process| process.leader.pid()).collect(),
-            view: Arc::clone(&entry.view),
+            progress: Arc::clone(&entry.progress),
         };
         for (index, process) in entry.processes.iter().enumerate() {
             self.processes.insert(process.id, (id, index));
@@ -511,11 +422,11 @@ impl EventLoop {
         Ok(started)
     }
 
-    /// Without pidfds: one thread that blocks in `waitid` until the process has ended, and leaves the zombie. It looks at the process
-    /// again and again if that is not a child.
+    /// Without pidfds: a thread that blocks in `waitid` until the process has ended, and leaves the zombie. It polls a process that is
+    /// not a child.
     fn wait_in_a_thread(&self, process: &Process) -> std::io::Result<()> {
         let (id, leader) = (process.id, process.leader.try_clone()?);
-        let (to_engine, wake) = (Arc::clone(&self.ended), Arc::clone(&self.wake));
+        let engine = Arc::clone(&self.ended);
         let waiting = move || {
             let (status, usage) = loop {
                 match wait(leader.pid(), Collect::Observe, Block::Yes) {
@@ -528,17 +439,16 @@ impl EventLoop {
                     Err(_) => break (Status::Unknown, Usage::default()),
                 }
             };
-            // The time is taken under the lock: exits arrive in the order of their times.
-            let to_engine = to_engine.lock().unwrap_or_else(PoisonError::into_inner);
+            // Taking the time under the lock makes exits arrive in the order of their times.
+            let engine = engine.lock().unwrap_or_else(PoisonError::into_inner);
             let at = Moment::now();
-            let _ = to_engine.send(Request::Ended { process: id, status, usage, at });
-            drop(to_engine);
-            wake.wake();
+            // The engine may have ended.
+            let _ = engine.tell(Order::Ended { process: id, status, usage, at });
         };
         threads::builder("ferro-wait").spawn(waiting).map(drop)
     }
 
-    /// Lets go of a group that nobody holds any more, once all its processes have ended.
+    /// Removes a group whose handle was dropped, once all its processes have ended.
     fn forget_released(&mut self, id: u64) {
         if self.groups.get(&id).is_some_and(|group| group.released && group.all_ended())
             && let Some(group) = self.groups.remove(&id)
@@ -556,7 +466,78 @@ impl EventLoop {
     }
 }
 
-/// What the watchdogs have counted together, and when each of `pids` was last heard of.
+impl Service for EventLoop {
+    type Order = Order;
+
+    fn serve(&mut self) -> Result<()> {
+        let mut ready = Vec::new();
+        while !(self.closing && self.groups.values().all(|group| group.is_stopped() || group.processes.is_empty())) {
+            let poll_failed = |source| Error::os("wait for", "events", source);
+            let next = self.next_tick();
+            self.timer.set(next).map_err(poll_failed)?;
+            ready.clear();
+            self.poller.wait(!self.tails.is_busy() && !self.health.is_busy(), &mut ready).map_err(poll_failed)?;
+            self.notice_exits(&mut ready)?;
+            for token in ready.drain(..) {
+                match Token::unpack(token) {
+                    Token::Wake => {
+                        self.inbox.wake().drain();
+                        self.take_orders();
+                    }
+                    Token::Timer => self.timer.drain(),
+                    Token::Notifier => self.tails.notified(),
+                    Token::Console(tail) => self.tails.console_ready(tail, &self.poller),
+                    Token::Fifo(id) => {
+                        if let Some(watchdog) = self.watchdogs.get_mut(&id) {
+                            watchdog.readable(&self.poller);
+                        }
+                    }
+                    Token::TimerClient { watchdog, pid } => {
+                        if let (Some(watchdog), Ok(pid)) = (self.watchdogs.get_mut(&watchdog), pid.try_into()) {
+                            watchdog.client_ended(pid, &self.poller);
+                        }
+                    }
+                    Token::HealthListener(server) => self.health.acceptable(server),
+                    Token::HealthConnection(connection) => self.health.ready(connection),
+                    Token::Guard => self.guard_ended(),
+                    Token::Process(_) => {}
+                }
+            }
+            self.watch();
+            let now = Instant::now();
+            for group in self.groups.values_mut() {
+                if group.state.next_tick().is_some_and(|at| at <= now) {
+                    group.step(now, Event::Tick);
+                }
+            }
+            self.tails.pump(now, &self.poller, |tail| Token::Console(tail).pack());
+            self.reap_orphans(now);
+            // Probes come last: they delay no signal, no deadline and no log line.
+            self.answer_probes();
+        }
+        Ok(())
+    }
+
+    /// After a failure it kills the workers. Waiters get the error.
+    fn finish(&mut self, outcome: &Result<()>) {
+        let failure = outcome.as_ref().err().map(ToString::to_string);
+        if failure.is_some() {
+            // Keeps the line to the guard open until this process ends. The guard then ends the remaining workers.
+            std::mem::forget(std::mem::replace(&mut self.guard, GuardPost::new(Warnings::default())));
+        }
+        for group in self.groups.values() {
+            if failure.is_some() {
+                for process in &group.processes {
+                    let _ = process.leader.signal_group(libc::SIGKILL);
+                }
+            }
+            group.reap_held();
+            group.progress.publish_closed(failure.clone());
+        }
+    }
+}
+
+/// The sums over all watchdogs, and the time since the last request or heartbeat of each of `pids`.
 fn figures(watchdogs: &BTreeMap<u64, Server>, pids: &[i32], now: Moment) -> WatchdogFigures {
     let mut figures = WatchdogFigures::default();
     for watchdog in watchdogs.values() {

@@ -1,28 +1,24 @@
-//! The engine's part in the guard process: it tells it of workers, notices its loss and starts another one.
+//! The guard process of the engine: tells it about workers, notices its death and starts a new one.
 
 use std::os::fd::BorrowedFd;
-use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
 
-use super::handle::Engine;
-use super::request::{Reply, Request};
 use crate::error::{Error, Result};
-use crate::sys::cgroup;
 use crate::sys::guard::{Guard, Program};
 use crate::sys::lease::LeasePage;
 use crate::sys::poller::{Interest, Poller};
 use crate::sys::process::Leader;
 use crate::sys::spawn::SpawnStack;
+use crate::thread::Reply;
 
-/// So often a lost guard is replaced. Somebody who kills each one means it.
+/// Most replacements of a dead guard. A user who kills every one of them wants none.
 const MOST_REPLACEMENTS: u32 = 16;
 
-/// What the engine has to say to its owner's log.
+/// Warnings of the engine for the program's log.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Remarks(Arc<Mutex<Vec<String>>>);
+pub(super) struct Warnings(Arc<Mutex<Vec<String>>>);
 
-impl Remarks {
+impl Warnings {
     fn add(&self, text: String) {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).push(text);
     }
@@ -32,23 +28,23 @@ impl Remarks {
     }
 }
 
-/// The guard of this engine's workers, if there is one.
+/// The engine's end of its guard process, if it has one.
 #[derive(Debug)]
-pub(super) struct Post {
+pub(super) struct GuardPost {
     guard: Option<Guard>,
     program: Option<Program>,
     replaced: u32,
     dismissing: Option<Reply<()>>,
     lease: Option<Arc<LeasePage>>,
-    remarks: Remarks,
+    warnings: Warnings,
 }
 
-impl Post {
-    pub(super) fn new(remarks: Remarks) -> Self {
-        Self { guard: None, program: None, replaced: 0, dismissing: None, lease: None, remarks }
+impl GuardPost {
+    pub(super) fn new(warnings: Warnings) -> Self {
+        Self { guard: None, program: None, replaced: 0, dismissing: None, lease: None, warnings }
     }
 
-    /// Takes over a guard. `program` starts another one when it is lost.
+    /// Takes over a guard. `program` starts a new one if it dies.
     pub(super) fn adopt(&mut self, guard: Guard, program: Program, poller: &Poller, token: u64) -> Result<()> {
         let watched = poller.add(guard.end_fd(), token, Interest::Readable);
         watched.map_err(|source| Error::os("watch", format!("the guard process {}", guard.pid()), source))?;
@@ -59,7 +55,7 @@ impl Post {
         Ok(())
     }
 
-    /// The workers may run as long as this page says.
+    /// The workers may run until the time on this page.
     pub(super) fn watch_lease(&mut self, page: Arc<LeasePage>) {
         if let Some(guard) = &self.guard {
             guard.watch_lease(&page);
@@ -97,7 +93,7 @@ impl Post {
         }
     }
 
-    /// The guard has ended, or is about to: `true` if it was lost, and there is something to say about it.
+    /// The guard has ended, or is about to; `true` if it died unexpectedly, which adds a warning.
     pub(super) fn ended<'a>(
         &mut self,
         poller: &Poller,
@@ -117,7 +113,7 @@ impl Post {
         let Some(program) = self.program.take() else { return false };
         self.replaced += 1;
         if self.replaced > MOST_REPLACEMENTS {
-            self.remarks.add(format!(
+            self.warnings.add(format!(
                 "The guard process {lost} has ended, like {MOST_REPLACEMENTS} before it; no further one is started"
             ));
             return true;
@@ -130,51 +126,15 @@ impl Post {
         match replaced {
             Ok(pid) => {
                 leaders.for_each(|leader| self.hold(leader.pid(), leader.pidfd()));
-                self.remarks
+                self.warnings
                     .add(format!("The guard process {lost} has ended unexpectedly; started a new one (pid {pid})"));
             }
             Err(error) => {
-                self.remarks.add(format!(
+                self.warnings.add(format!(
                     "The guard process {lost} has ended unexpectedly, and a new one cannot be started: {error}"
                 ));
             }
         }
         true
-    }
-}
-
-impl Engine {
-    /// Hands a guard over to the engine, which tells it of all workers from now on.
-    pub fn adopt_guard(&self, guard: Guard, program: Program) -> Result<()> {
-        self.line().ask(|reply| Request::AdoptGuard { guard, program, reply })?
-    }
-
-    /// The guard ends the workers when this page says that they may not run any longer, also while this process is suspended.
-    pub fn watch_lease(&self, page: Arc<LeasePage>) -> Result<()> {
-        self.line().tell(Request::WatchLease(page))
-    }
-
-    /// All orphans in other sessions than this process's own are of workers: this process has no such children of its own. Where it is PID 1 or a
-    /// subreaper, their zombies are collected.
-    pub fn own_orphans(&self) -> Result<()> {
-        self.line().tell(Request::OwnOrphans)
-    }
-
-    /// Workers are born in this cgroup from now on; `None` lets them be born in the agent's. `false` if the kernel cannot do that.
-    pub fn use_cgroup(&self, folder: Option<&Path>) -> Result<bool> {
-        let failed = |source| Error::os("open", format!("cgroup {folder:?}"), source);
-        let folder = folder.map(cgroup::open).transpose().map_err(failed)?;
-        self.line().ask(|reply| Request::UseCgroup { folder, reply })
-    }
-
-    /// Kills the guard: this process ends as it should. `false` if the guard was not gone within `timeout`.
-    pub fn dismiss_guard(&self, timeout: Duration) -> Result<bool> {
-        self.line().ask_within(timeout, |reply| Request::DismissGuard { reply })
-    }
-
-    /// What the engine had to say since the last call.
-    pub fn take_remarks(&self) -> Result<Vec<String>> {
-        self.line().check_owner()?;
-        Ok(self.remarks().take())
     }
 }

@@ -1,279 +1,128 @@
-//! Handles on the engine, its groups and its tails.
+//! The handle of the engine.
 
-use std::os::fd::{BorrowedFd, OwnedFd};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel, sync_channel};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
 
 use super::event_loop::EventLoop;
-use super::guard::Remarks;
-use super::request::{Observed, Reply, Request, Started};
-use super::view::{StopReport, View};
+use super::group::Group;
+use super::guard::Warnings;
+use super::health::HealthServer;
+use super::order::{Line, Observed, Order};
+use super::tail::Tail;
+use super::watchdog::Watchdog;
 use crate::error::{Error, Result};
-use crate::logs::{TailReport, TailSpec};
-use crate::published::Wake;
-use crate::supervise::{Event, Exit, StopPlan};
+use crate::logs::TailSpec;
+use crate::sys::cgroup;
+use crate::sys::guard::{Guard, Program};
+use crate::sys::lease::LeasePage;
 use crate::sys::probe::{self, Support};
 use crate::sys::spawn::Command;
-use crate::sys::threads;
-use crate::sys::wake::WakeFd;
+use crate::thread::{Ended, NativeThread};
+use crate::watchdog::Config;
 
-/// The line to the engine thread. In a forked child, where that thread does not exist, it refuses work and its drop only closes.
-#[derive(Debug)]
-pub(super) struct Line {
-    owner: u32,
-    wake: Arc<WakeFd>,
-    /// `None` only while it is dropped.
-    ends: Option<Ends>,
-}
+/// Time for the thread to end after the last worker is gone.
+const CLOSE_MARGIN: Duration = Duration::from_millis(100);
 
-#[derive(Debug)]
-struct Ends {
-    requests: Sender<Request>,
-    thread: Mutex<Option<JoinHandle<()>>>,
-    finished: Mutex<Receiver<()>>,
-}
-
-impl Line {
-    pub(super) fn check_owner(&self) -> Result<()> {
-        let here = std::process::id();
-        if here == self.owner {
-            return Ok(());
-        }
-        Err(Error::Forked { owner: self.owner, here })
-    }
-
-    fn ends(&self) -> Result<&Ends> {
-        self.check_owner()?;
-        self.ends.as_ref().ok_or(Error::Closed)
-    }
-
-    pub(super) fn tell(&self, request: Request) -> Result<()> {
-        self.ends()?.requests.send(request).map_err(|_| Error::Closed)?;
-        self.wake.wake();
-        Ok(())
-    }
-
-    pub(super) fn ask<T>(&self, request: impl FnOnce(Reply<T>) -> Request) -> Result<T> {
-        let (reply, answer) = sync_channel(1);
-        self.tell(request(reply))?;
-        answer.recv().map_err(|_| Error::Closed)
-    }
-
-    /// As [`Line::ask`]; `false` if there is no answer within `timeout`.
-    pub(super) fn ask_within(&self, timeout: Duration, request: impl FnOnce(Reply<()>) -> Request) -> Result<bool> {
-        let (reply, answer) = sync_channel(1);
-        self.tell(request(reply))?;
-        match answer.recv_timeout(timeout) {
-            Ok(()) => Ok(true),
-            Err(RecvTimeoutError::Timeout) => Ok(false),
-            Err(RecvTimeoutError::Disconnected) => Err(Error::Closed),
-        }
-    }
-}
-
-impl Drop for Line {
-    fn drop(&mut self) {
-        // The thread ends with the last handle. It is not joined: nobody waits for it here.
-        let told = self.tell(Request::Close { kill_wait: Duration::ZERO });
-        if let (Err(Error::Forked { .. }), Some(ends)) = (told, self.ends.take()) {
-            // Another process's channel and thread, perhaps locked at the moment of the fork.
-            std::mem::forget(ends);
-        }
-    }
-}
-
-/// Owner of the supervision thread.
+/// The engine: one thread that starts and supervises processes.
 #[derive(Clone, Debug)]
 pub struct Engine {
     line: Arc<Line>,
     support: Support,
-    remarks: Remarks,
+    warnings: Warnings,
 }
 
 impl Engine {
-    /// Starts the thread with whatever this system supports; the features are probed in a throw-away child.
+    /// Starts the thread with the features of this kernel, which are probed in a short-lived child.
     pub fn start() -> Result<Self> {
         Self::start_with(probe::probe())
     }
 
-    /// Starts the thread with less than the system supports: [`Support::NONE`] forces the fallback without pidfds.
+    /// Starts the thread with fewer features than the kernel has: [`Support::NONE`] forces the fallback without pidfds.
     pub fn start_with(support: Support) -> Result<Self> {
-        let (requests, inbox) = channel();
-        let (finish, finished) = sync_channel(1);
-        let wake = Arc::new(WakeFd::new().map_err(|source| Error::os("create", "an eventfd", source))?);
-        let remarks = Remarks::default();
-        let event_loop = EventLoop::new(inbox, requests.clone(), Arc::clone(&wake), support, remarks.clone())?;
-        let run = move || {
-            event_loop.run();
-            let _ = finish.send(());
-        };
-        let thread = threads::builder("ferro-sup").spawn(run);
-        let thread = thread.map_err(|source| Error::os("start", "the supervision thread", source))?;
-        let line = Line {
-            owner: std::process::id(),
-            wake,
-            ends: Some(Ends { requests, thread: Mutex::new(Some(thread)), finished: Mutex::new(finished) }),
-        };
-        Ok(Self { line: Arc::new(line), support, remarks })
+        let warnings = Warnings::default();
+        let its = warnings.clone();
+        let line = NativeThread::start("ferro-sup", |inbox| EventLoop::new(inbox, support, its))?;
+        Ok(Self { line: Arc::new(line), support, warnings })
     }
 
-    pub(super) fn line(&self) -> &Arc<Line> {
-        &self.line
-    }
-
-    pub(super) fn remarks(&self) -> &Remarks {
-        &self.remarks
-    }
-
-    /// What the engine makes use of.
+    /// The kernel features that the engine uses.
     #[must_use]
     pub fn support(&self) -> Support {
         self.support
     }
 
-    /// Starts all commands, in order. When one cannot be started, the others are killed and reaped.
+    /// Starts all commands, in order. If one cannot be started, the others are killed and reaped.
     pub fn spawn(&self, commands: Vec<Command>) -> Result<Group> {
-        let started = self.line.ask(|reply| Request::Spawn { commands, reply })??;
-        Ok(self.group(started))
+        let started = self.line.ask(|reply| Order::Spawn { commands, reply })??;
+        Ok(Group::new(&self.line, started))
     }
 
-    /// Supervises processes that somebody else starts and reaps: exits are seen, never collected.
+    /// Supervises processes that the caller has started and reaps: the engine sees their exits and does not collect them.
     ///
-    /// Each may come with a descriptor that becomes readable when the process ends; it is used where there are no pidfds and
-    /// the process is no child of this one.
+    /// Each may come with a descriptor that becomes readable when the process ends. The engine uses it where there are no pidfds and the
+    /// process is not a child of this process.
     pub fn observe(&self, processes: Vec<(i32, Option<OwnedFd>)>) -> Result<Group> {
         let processes = processes.into_iter().map(|(pid, sentinel)| Observed { pid, sentinel }).collect();
-        let started = self.line.ask(|reply| Request::Observe { processes, reply })??;
-        Ok(self.group(started))
+        let started = self.line.ask(|reply| Order::Observe { processes, reply })??;
+        Ok(Group::new(&self.line, started))
     }
 
     /// Follows growing files.
     pub fn tail(&self, spec: TailSpec) -> Result<Tail> {
-        let id = self.line.ask(|reply| Request::Tail { spec, reply })??;
-        Ok(Tail { line: Arc::clone(&self.line), id })
+        Tail::open(&self.line, spec)
     }
 
-    /// Ends the thread; workers that still run get SIGKILL. `false` if it did not end within `timeout`.
+    /// Creates the named pipe of a watchdog. It serves from [`Watchdog::start`] on.
+    pub fn watchdog(&self, config: Config) -> Result<Watchdog> {
+        Watchdog::create(&self.line, config)
+    }
+
+    /// Serves health checks on a name or address of this host; port 0 picks a free port. The agent counts as dead when it has made no
+    /// progress for longer than `timeout`.
+    pub fn health_server(&self, host: &str, port: u16, timeout: Duration) -> Result<HealthServer> {
+        HealthServer::open(&self.line, host, port, timeout)
+    }
+
+    /// Hands a guard to the engine, which reports all workers to it from now on. `program` starts a new guard if it dies.
+    pub fn adopt_guard(&self, guard: Guard, program: Program) -> Result<()> {
+        self.line.ask(|reply| Order::AdoptGuard { guard, program, reply })?
+    }
+
+    /// The guard ends the workers at the time on this page, also while this process is suspended.
+    pub fn watch_lease(&self, page: Arc<LeasePage>) -> Result<()> {
+        self.line.tell(Order::WatchLease(page))
+    }
+
+    /// Declares that all children in other sessions than this process's own belong to workers. Where this process is PID 1 or a subreaper,
+    /// the engine reaps them.
+    pub fn own_orphans(&self) -> Result<()> {
+        self.line.tell(Order::OwnOrphans)
+    }
+
+    /// Starts workers in this cgroup from now on; `None` starts them in the agent's own. `false` if the kernel cannot do that.
+    pub fn use_cgroup(&self, folder: Option<&Path>) -> Result<bool> {
+        let failed = |source| Error::os("open", format!("cgroup {folder:?}"), source);
+        let folder = folder.map(cgroup::open).transpose().map_err(failed)?;
+        self.line.ask(|reply| Order::UseCgroup { folder, reply })
+    }
+
+    /// Kills the guard, because this process ends in order. `false` if the guard is not gone within `timeout`.
+    pub fn dismiss_guard(&self, timeout: Duration) -> Result<bool> {
+        Ok(self.line.ask_within(timeout, |reply| Order::DismissGuard { reply })?.is_some())
+    }
+
+    /// Takes the warnings of the engine since the last call.
+    pub fn take_warnings(&self) -> Result<Vec<String>> {
+        self.line.check_owner()?;
+        Ok(self.warnings.take())
+    }
+
+    /// Ends the thread; workers that still run get SIGKILL. `false` if it has not ended within `timeout`. Idempotent.
     pub fn close(&self, timeout: Duration) -> Result<bool> {
-        let ends = self.line.ends()?;
-        let began = Instant::now();
-        // It fails where the thread has ended, or is about to: what it owns may still be there.
-        let _ = self.line.tell(Request::Close { kill_wait: timeout });
-        let finished = ends.finished.lock().unwrap_or_else(PoisonError::into_inner);
-        let left = timeout.saturating_sub(began.elapsed()) + Duration::from_millis(100);
-        let ended = !matches!(finished.recv_timeout(left), Err(RecvTimeoutError::Timeout));
-        let thread = ends.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if let (true, Some(thread)) = (ended, thread) {
-            // It has said its last word: this does not take long. Its panics are caught inside.
-            let _ = thread.join();
-        }
-        Ok(ended)
-    }
-
-    fn group(&self, started: Started) -> Group {
-        Group { line: Arc::clone(&self.line), id: started.id, pids: started.pids, view: started.view }
-    }
-}
-
-/// Processes that were started together, each the leader of its own session and process group.
-#[derive(Debug)]
-pub struct Group {
-    line: Arc<Line>,
-    id: u64,
-    pids: Vec<i32>,
-    view: Arc<View>,
-}
-
-impl Group {
-    /// Process ids by index.
-    #[must_use]
-    pub fn pids(&self) -> &[i32] {
-        &self.pids
-    }
-
-    /// Counts what has happened: grows with every batch of exits, when a stop finishes and when the engine ends.
-    pub fn generation(&self) -> Result<u64> {
-        self.line.check_owner()?;
-        Ok(self.view.generation())
-    }
-
-    /// The exits so far, in the order the kernel reported them.
-    pub fn exits(&self) -> Result<Vec<Exit>> {
-        self.line.check_owner()?;
-        Ok(self.view.exits())
-    }
-
-    /// Blocks until there is something newer than `generation`, `timeout` has passed (`None`: never), or one of `others` is readable.
-    pub fn wait(
-        &self,
-        generation: u64,
-        timeout: Option<Duration>,
-        others: [Option<BorrowedFd<'_>>; 2],
-    ) -> Result<Wake> {
-        self.line.check_owner()?;
-        self.view.wait(generation, timeout, others)
-    }
-
-    /// Signals the process group of one worker, or its leader alone. `false` if nobody was there.
-    pub fn signal(&self, index: usize, signal: i32, leader_only: bool) -> Result<bool> {
-        let group = self.id;
-        let delivered = self.line.ask(|reply| Request::Signal { group, index, signal, leader_only, reply })?;
-        delivered.map_err(|source| Error::os("signal", format!("worker {index} (pid {})", self.pids[index]), source))
-    }
-
-    /// Begins to stop the group. A stop that runs or is over stays as it is.
-    pub fn stop(&self, plan: StopPlan) -> Result<()> {
-        self.decide(Event::Stop(plan))
-    }
-
-    /// From now on the engine begins the stop itself, at the first exit that is a failure.
-    pub fn stop_on_failure(&self, plan: StopPlan) -> Result<()> {
-        self.decide(Event::StopOnFailure(plan))
-    }
-
-    /// Ends the grace of a running stop now.
-    pub fn hurry(&self) -> Result<()> {
-        self.decide(Event::Hurry)
-    }
-
-    /// The outcome of the stop, once it is over.
-    pub fn stop_report(&self) -> Result<Option<StopReport>> {
-        self.line.check_owner()?;
-        Ok(self.view.report())
-    }
-
-    fn decide(&self, event: Event) -> Result<()> {
-        let group = self.id;
-        self.line.tell(Request::Decide { group, event })
-    }
-}
-
-impl Drop for Group {
-    /// Processes that still run are left to run, and reaped when they end.
-    fn drop(&mut self) {
-        let _ = self.line.tell(Request::Release { group: self.id });
-    }
-}
-
-/// A tail that follows files until it is finished or dropped.
-#[derive(Debug)]
-pub struct Tail {
-    line: Arc<Line>,
-    id: u64,
-}
-
-impl Tail {
-    /// Copies what the files still hold and ends; gives up when the console has taken nothing for `patience`.
-    pub fn finish(&self, patience: Duration) -> Result<TailReport> {
-        let tail = self.id;
-        self.line.ask(|reply| Request::FinishTail { tail, patience, reply })
-    }
-}
-
-impl Drop for Tail {
-    fn drop(&mut self) {
-        let _ = self.line.tell(Request::DropTail { tail: self.id });
+        let ended = self.line.close(Order::Close { kill_wait: timeout }, Some(timeout + CLOSE_MARGIN))?;
+        // A failure of the thread has been published to the waiters.
+        Ok(matches!(ended, Ended::Yes(_)))
     }
 }

@@ -1,20 +1,25 @@
-//! The one thread that owns the descriptors, and the handles through which others speak to it.
+//! The thread that owns the descriptors of supervised processes, and its handles.
 //!
-//! The thread (`ferro-sup`) waits in a poller and is woken, never polling. It feeds what happened to the decisions in
-//! [`crate::supervise`] and carries out their actions. Handles send requests and read what the thread publishes; no lock is ever
-//! held across a wait.
+//! The thread (`ferro-sup`) waits in a poller and does not poll on its own. It feeds events to the decisions in [`crate::supervise`] and
+//! carries out their actions. Handles send orders and read the progress that the thread publishes. No lock is held across a wait.
+//!
+//! Imports go one way: `handle` -> handles of the parts and `event_loop` -> `order` -> `progress`.
 
 mod event_loop;
+mod group;
 mod guard;
 mod handle;
 mod health;
+mod order;
 mod orphans;
 mod processes;
-mod request;
-mod view;
+mod progress;
+mod tail;
 mod watchdog;
 
-pub use handle::{Engine, Group, Tail};
+pub use group::Group;
+pub use handle::Engine;
 pub use health::HealthServer;
-pub use view::{Leftover, StopReport, Survivor};
+pub use progress::{Leftover, StopReport, Survivor};
+pub use tail::Tail;
 pub use watchdog::Watchdog;

@@ -4,8 +4,9 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::view::{Leftover, StopReport, Survivor, View};
-use crate::supervise::{Action, Ended, Event, GroupState, Moment, Stopped};
+use super::progress::{GroupProgress, Leftover, StopReport, Survivor};
+use crate::supervise::{Action, Ended, Event, GroupState, Stopped};
+use crate::sys::clock::Moment;
 use crate::sys::process::Leader;
 use crate::sys::procfs;
 use crate::sys::wait::{Block, Collect, Status, Usage, reaped_status, wait};
@@ -36,11 +37,12 @@ impl Process {
 pub(super) struct GroupEntry {
     pub(super) state: GroupState,
     pub(super) processes: Vec<Process>,
-    pub(super) view: Arc<View>,
+    pub(super) progress: Arc<GroupProgress>,
     pub(super) reaper: Reaper,
     pub(super) released: bool,
     /// Processes that outlived the linger time of the stop.
     overdue: Vec<Leftover>,
+    is_stopped: bool,
 }
 
 impl GroupEntry {
@@ -48,10 +50,11 @@ impl GroupEntry {
         Self {
             state: GroupState::new(processes.len()),
             processes,
-            view: Arc::default(),
+            progress: Arc::default(),
             reaper,
             released: false,
             overdue: Vec::new(),
+            is_stopped: false,
         }
     }
 
@@ -81,7 +84,7 @@ impl GroupEntry {
         // Signals go out before anything else is done, and exits are published before the stop that they complete.
         actions.retain(|action| !self.send(action));
         if self.state.exits().len() > known {
-            self.view.publish_exits(&self.state.exits()[known..]);
+            self.progress.publish_exits(&self.state.exits()[known..]);
         }
         while let Some(action) = actions.pop() {
             match action {
@@ -151,7 +154,8 @@ impl GroupEntry {
             survivors: survivors.collect(),
         };
         self.reap_held();
-        self.view.publish_report(report);
+        self.is_stopped = true;
+        self.progress.publish_report(report);
     }
 
     /// Collects the zombies that were held for their number.
@@ -169,8 +173,8 @@ impl GroupEntry {
         (0..self.processes.len()).all(|index| self.state.has_ended(index))
     }
 
-    /// Whether a stop is under way or done for, so that nothing of the group is left to be waited for.
-    pub(super) fn is_over(&self) -> bool {
-        self.view.report().is_some()
+    /// Whether a stop of the group has finished.
+    pub(super) fn is_stopped(&self) -> bool {
+        self.is_stopped
     }
 }

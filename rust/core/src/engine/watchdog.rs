@@ -1,19 +1,13 @@
-//! A handle on a watchdog of the engine.
+//! The handle of a watchdog.
 
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::mpsc::sync_channel;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use super::handle::{Engine, Line};
-use super::request::Request;
+use super::order::{Line, Order};
 use crate::error::{Error, Result};
-use crate::supervise::Moment;
-use crate::sys::poller::Poller;
-use crate::watchdog::{Config, Counts, Expiry, Reports, Server, WorkerProcess, make_files, wire};
-
-/// What is done to a watchdog on the engine thread.
-pub(super) type Work = Box<dyn FnOnce(&mut Server, &Poller) + Send>;
+use crate::thread::Reply;
+use crate::watchdog::{self, Config, Counts, Expiry, Reports, WorkerProcess, make_files, wire};
 
 /// A named pipe through which processes set themselves deadlines. Ends when it is dropped.
 #[derive(Debug)]
@@ -24,29 +18,19 @@ pub struct Watchdog {
     reports: Arc<Reports>,
 }
 
-impl Engine {
-    /// Makes the named pipe of a watchdog. Nothing is served before [`Watchdog::start`].
-    pub fn watchdog(&self, config: Config) -> Result<Watchdog> {
-        let line = self.line();
+impl Watchdog {
+    /// Creates the named pipe of a watchdog. Nothing is served before [`Watchdog::start`].
+    pub(super) fn create(line: &Arc<Line>, config: Config) -> Result<Self> {
         line.check_owner()?;
         let files = make_files(&config.path)?;
         let reports = Arc::new(Reports::new()?);
         let (theirs, set_up) = (Arc::clone(&reports), config.clone());
-        let id = line.ask(|reply| Request::Watch { config: set_up, files, reports: theirs, reply })?;
-        Ok(Watchdog { line: Arc::clone(line), id, config, reports })
+        let id = line.ask(|reply| Order::CreateWatchdog { config: set_up, files, reports: theirs, reply })?;
+        Ok(Self { line: Arc::clone(line), id, config, reports })
     }
-}
 
-impl Watchdog {
-    /// Runs `work` on the engine thread and waits for its result.
-    fn ask<T: Send + 'static>(&self, work: impl FnOnce(&mut Server, &Poller) -> T + Send + 'static) -> Result<T> {
-        let (reply, answer) = sync_channel(1);
-        let work: Work = Box::new(move |server, poller| {
-            let _ = reply.send(work(server, poller));
-        });
-        self.line.tell(Request::Watchdog { id: self.id, work })?;
-        // The work is dropped with the watchdog if that is closed.
-        answer.recv().map_err(|_| Error::Closed)
+    fn ask<T>(&self, order: impl FnOnce(Reply<T>) -> watchdog::Order) -> Result<T> {
+        self.line.ask(|reply| Order::Watchdog { id: self.id, order: order(reply) })
     }
 
     /// The path of the pipe.
@@ -55,85 +39,76 @@ impl Watchdog {
         &self.config.path
     }
 
-    /// Begins to serve, or makes the pipe anew if somebody has removed it.
+    /// Starts serving. Creates the pipe again if it has been removed.
     pub fn start(&self) -> Result<()> {
-        self.ask(Server::start)?
+        self.ask(watchdog::Order::Start)?
     }
 
-    /// Names the workers, in place of the former ones.
+    /// Names the workers, replacing the former ones.
     pub fn set_workers(&self, workers: Vec<WorkerProcess>) -> Result<()> {
-        self.ask(move |server, _| server.set_workers(workers))
+        self.ask(|reply| watchdog::Order::SetWorkers(workers, reply))
     }
 
     /// Takes requests that did not come through the pipe.
     pub fn register(&self, requests: Vec<wire::Request>) -> Result<()> {
-        self.ask(move |server, poller| {
-            let now = Moment::now();
-            for request in requests {
-                server.accept(request, now, poller);
-            }
-        })
+        self.ask(|reply| watchdog::Order::Register(requests, reply))
     }
 
-    /// Forgets all timers of these processes.
+    /// Releases all timers of these processes.
     pub fn clear(&self, pids: Vec<i32>) -> Result<()> {
-        self.ask(move |server, _| pids.into_iter().for_each(|pid| server.clear(pid)))
+        self.ask(|reply| watchdog::Order::Clear(pids, reply))
     }
 
-    /// The armed timers, in no order.
+    /// The armed timers, in no particular order.
     pub fn timers(&self) -> Result<Vec<wire::Request>> {
-        self.ask(|server, _| server.timers())
+        self.ask(watchdog::Order::Timers)
     }
 
-    /// What was received.
+    /// Counts of requests and timers.
     pub fn counts(&self) -> Result<Counts> {
-        self.ask(|server, _| server.counts())
+        self.ask(watchdog::Order::Counts)
     }
 
-    /// How long ago a process was last heard of; `None` if never, or if it has ended.
+    /// The time since the last request of a process; `None` if there was none, or if the process has ended.
     pub fn last_heard(&self, pid: i32) -> Result<Option<Duration>> {
-        self.ask(move |server, _| server.last_heard(pid, Moment::now()))
+        self.ask(|reply| watchdog::Order::LastHeard(pid, reply))
     }
 
-    /// How long the oldest missed deadline has been waiting for its process to end.
+    /// The time since the oldest missed deadline of a process that has not ended.
     pub fn overdue(&self) -> Result<Duration> {
-        self.ask(|server, _| server.overdue(Instant::now()))
+        self.ask(watchdog::Order::Overdue)
     }
 
-    /// Reads what is in the pipe and deals with what has expired.
+    /// Reads the pipe until it is empty and handles the expired timers.
     pub fn drain(&self) -> Result<()> {
-        self.ask(Server::drain)?;
-        // The engine has dealt with what has expired before it serves the next request.
-        self.ask(|_, _| ())
+        self.line.ask(|reply| Order::DrainWatchdog { id: self.id, reply })
     }
 
-    /// The last timer over which a process was signalled.
+    /// The last timer for which a process was signalled.
     pub fn cause(&self, pid: i32) -> Result<Option<Expiry>> {
         self.line.check_owner()?;
         Ok(self.reports.cause(pid))
     }
 
-    /// Blocks until timers have expired and were dealt with; empty once the watchdog is closed.
+    /// Blocks until timers have expired and their processes were signalled; empty once the watchdog is closed.
     pub fn next_expiries(&self) -> Result<Vec<Expiry>> {
         self.line.check_owner()?;
         self.reports.next()
     }
 
-    /// Stops to serve and removes the pipe.
+    /// Stops serving and removes the pipe.
     pub fn close(&self) -> Result<()> {
-        let (reply, answer) = sync_channel(1);
-        match self.line.tell(Request::Unwatch { id: self.id, reply: Some(reply) }) {
-            // A closed engine has closed its watchdogs.
-            Ok(()) => answer.recv().or(Ok(())),
+        match self.line.ask(|reply| Order::CloseWatchdog { id: self.id, reply: Some(reply) }) {
+            // The engine closes its watchdogs when it ends.
             Err(Error::Closed) => Ok(()),
-            Err(error) => Err(error),
+            closed => closed,
         }
     }
 }
 
 impl Drop for Watchdog {
     fn drop(&mut self) {
-        let _ = self.line.tell(Request::Unwatch { id: self.id, reply: None });
+        let _ = self.line.tell(Order::CloseWatchdog { id: self.id, reply: None });
     }
 }
 
@@ -143,12 +118,21 @@ mod tests {
     use std::path::PathBuf;
 
     use super::*;
+    use crate::engine::Engine;
+    use crate::sys::clock::Moment;
     use crate::sys::poller::wait_readable;
     use crate::sys::probe;
     use crate::sys::process::Leader;
     use crate::sys::spawn::Command;
+    use crate::watchdog::Server;
 
     const PATIENCE: Duration = Duration::from_secs(20);
+
+    /// Runs `work` on the engine thread.
+    fn run(watchdog: &Watchdog, work: impl FnOnce(&mut Server) + Send + 'static) {
+        let order = watchdog::Order::Run(Box::new(work));
+        watchdog.line.tell(Order::Watchdog { id: watchdog.id, order }).expect("the engine runs");
+    }
 
     /// An engine with a watchdog, and the path of its pipe.
     fn begin(name: &str) -> (Engine, Watchdog, PathBuf) {
@@ -168,11 +152,10 @@ mod tests {
         let workers = group.pids().iter().map(|pid| Leader::open(*pid, probe::probe()).expect("a child"));
         let workers: Vec<Leader> = workers.collect();
 
-        let answer = watchdog.ask(|_, _| panic!("on purpose"));
-        assert!(matches!(answer, Err(Error::Closed)));
+        run(&watchdog, |_| panic!("on purpose"));
 
         let waited = group.wait(0, Some(PATIENCE), [None; 2]).expect_err("the engine is gone");
-        assert_eq!(waited.to_string(), "the supervision engine failed: on purpose");
+        assert_eq!(waited.to_string(), "the supervision engine failed: the thread ferro-sup panicked: on purpose");
         for worker in &workers {
             let Some(pidfd) = worker.pidfd() else { continue };
             assert!(matches!(wait_readable([Some(&pidfd)], Some(PATIENCE)), Ok([true])), "{} lives", worker.pid());
@@ -190,18 +173,18 @@ mod tests {
         let pid = i32::try_from(std::process::id()).expect("pids fit");
         let request =
             |expiration_time| wire::Request { pid, scope: "step".into(), expiration_time, signal: 0, heartbeat: None };
-        let in_a_moment = Duration::from_nanos(Moment::now().realtime_ns).as_secs_f64() + 0.05;
+        let in_a_moment = Moment::now().wall_s() + 0.05;
         watchdog.register(vec![request(in_a_moment)]).expect("served");
         let pipe = path.clone();
-        let held_up = watchdog.ask(move |server, _| {
-            // The engine does nothing else until the deadline has passed; meanwhile the process is done.
+        run(&watchdog, move |server| {
+            assert_eq!(server.counts().armed, 1);
+            // The engine does nothing else until the deadline has passed. Meanwhile the process releases its timer.
             let release =
                 format!("{{\"pid\": {pid}, \"scope_id\": \"step\", \"expiration_time\": -1, \"signal\": 0}}\n");
             std::fs::write(pipe, release).expect("write");
             std::thread::sleep(Duration::from_millis(100));
-            server.counts().armed
         });
-        assert_eq!(held_up.expect("served"), 1);
+        watchdog.drain().expect("served");
         let counts = watchdog.counts().expect("served");
         assert_eq!((counts.armed, counts.expired, counts.requests), (0, 0, 2));
     }

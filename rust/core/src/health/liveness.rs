@@ -11,6 +11,18 @@ pub const REUSE: Duration = Duration::from_millis(100);
 /// What the callback said: how long ago the last progress was, or why it cannot tell.
 pub type Answer = Result<Duration, String>;
 
+/// The age of a progress time, in seconds since the epoch, at the wall clock time `now_s`. A time in the future has age zero.
+///
+/// # Errors
+///
+/// The progress is not a number.
+pub fn age(progress_s: f64, now_s: f64) -> Answer {
+    if progress_s.is_nan() {
+        return Err("it returned nan, which is no time".to_owned());
+    }
+    Ok(Duration::try_from_secs_f64((now_s - progress_s).max(0.0)).unwrap_or(Duration::MAX))
+}
+
 /// The verdict and its reason, a line for people.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Verdict {

@@ -4,13 +4,15 @@
 //! of them pure. The server lives on the engine thread, so that a probe is answered while Python is busy or stuck.
 
 mod connection;
-mod desk;
 pub mod http;
 pub mod liveness;
 pub mod metrics;
+mod order;
+mod question;
 mod server;
 pub mod status;
 pub mod vocabulary;
 
-pub(crate) use desk::Desk;
+pub(crate) use order::Order;
+pub(crate) use question::ProgressQuestion;
 pub(crate) use server::{Servers, Tokens};

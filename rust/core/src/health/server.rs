@@ -6,10 +6,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::connection::{Connection, Next, Page};
-use super::desk::Desk;
 use super::http::{MAX_HEAD, Status};
 use super::liveness::{Answer, Liveness};
 use super::metrics::{self, Counts, Phases};
+use super::question::ProgressQuestion;
 use super::status::{Board, Update, WatchdogFigures};
 use super::vocabulary::Dropped;
 use crate::error::{Error, Result};
@@ -64,7 +64,7 @@ struct Server {
     listening: Listening,
     /// Given up where no other descriptor is to be had, so that a probe is answered even then.
     spare: Option<WakeFd>,
-    desk: Arc<Desk>,
+    question: Arc<ProgressQuestion>,
     liveness: Liveness,
     board: Board,
     phases: Phases,
@@ -122,7 +122,7 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        self.desk.close();
+        self.question.close();
     }
 }
 
@@ -163,7 +163,7 @@ impl Servers {
         &mut self,
         id: u64,
         listener: Listener,
-        desk: Arc<Desk>,
+        question: Arc<ProgressQuestion>,
         timeout: Duration,
         poller: &Poller,
     ) -> Result<()> {
@@ -173,7 +173,7 @@ impl Servers {
             listener,
             listening: Listening::Yes,
             spare: WakeFd::new().ok(),
-            desk,
+            question,
             liveness: Liveness::new(timeout),
             board: Board::new(Instant::now()),
             phases: Phases::default(),
@@ -332,7 +332,7 @@ impl Servers {
         let Some((status, text)) = server.verdict(now) else {
             // The answer has become too old for those who are left.
             if server.liveness.ask(now) {
-                server.desk.ask();
+                server.question.ask();
             }
             return;
         };
@@ -436,7 +436,7 @@ impl Servers {
                     return self.answer(id, now, poller, status, TEXT, text.as_bytes());
                 }
                 if server.liveness.ask(now) {
-                    server.desk.ask();
+                    server.question.ask();
                 }
                 self.watch(id, poller);
             }

@@ -334,7 +334,7 @@ struct ShownWorker {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::supervise::Moment;
+    use crate::sys::clock::Moment;
     use crate::sys::wait::Usage;
 
     fn exit(pid: i32, status: Status, stopped: bool) -> Exit {

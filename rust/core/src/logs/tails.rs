@@ -9,6 +9,7 @@ use super::tail::{ConsoleKey, Finish, OpenLine, Pumped, Tail, TailReport, TailSp
 use crate::error::Error;
 use crate::sys::notify::Notifier;
 use crate::sys::poller::{Interest, Poller};
+use crate::thread::Reply;
 
 /// How often files are looked at of which nothing tells when they grow: there is no inotify instance or watch to be had, or the file
 /// could not be opened.
@@ -25,7 +26,14 @@ pub(crate) struct Tails {
     resume_at: Option<Instant>,
     by_id: BTreeMap<u64, Tail>,
     runnable: BTreeSet<u64>,
+    /// Tails whose console takes nothing now.
     full: BTreeSet<u64>,
+    /// Those of them whose console could not be added to the poller.
+    unreported: BTreeSet<u64>,
+    /// Callers that wait for the end of a tail.
+    waiting: HashMap<u64, Vec<Reply<TailReport>>>,
+    /// Reports of tails that have ended, until their handles are dropped.
+    finished: HashMap<u64, TailReport>,
     watches: HashMap<i32, Vec<(u64, usize)>>,
     /// When files are looked at that are not watched.
     poll_at: Option<Instant>,
@@ -44,6 +52,9 @@ impl Tails {
             by_id: BTreeMap::new(),
             runnable: BTreeSet::new(),
             full: BTreeSet::new(),
+            unreported: BTreeSet::new(),
+            waiting: HashMap::new(),
+            finished: HashMap::new(),
             watches: HashMap::new(),
             poll_at: None,
             open_lines: HashMap::new(),
@@ -98,26 +109,30 @@ impl Tails {
     }
 
     /// Follows the files to their end and then ends the tail; it gives up when the console has taken nothing for `patience`.
-    pub(crate) fn finish(&mut self, id: u64, patience: Duration, now: Instant) {
-        if let Some(tail) = self.by_id.get_mut(&id) {
-            tail.mark_all();
-            tail.finishing = Some(Finish { patience, give_up: now.checked_add(patience) });
-            self.runnable.insert(id);
+    ///
+    /// The report goes to `reply`. A further call gets the same report and does not extend the patience of the first.
+    pub(crate) fn finish(&mut self, id: u64, patience: Duration, now: Instant, reply: Reply<TailReport>) {
+        if let Some(report) = self.finished.get(&id) {
+            let _ = reply.send(report.clone());
+        } else if let Some(tail) = self.by_id.get_mut(&id) {
+            if tail.finishing.is_none() {
+                tail.mark_all();
+                tail.finishing = Some(Finish { patience, give_up: now.checked_add(patience) });
+                self.runnable.insert(id);
+            }
+            self.waiting.entry(id).or_default().push(reply);
         }
     }
 
-    /// Ends a tail that nobody waits for.
+    /// Ends a tail whose handle was dropped.
     pub(crate) fn drop_tail(&mut self, id: u64, poller: &Poller) {
         self.end(id, poller);
+        self.waiting.remove(&id);
+        self.finished.remove(&id);
     }
 
-    /// Copies what there is to copy, one chunk of each stream. Returns the tails that ended.
-    pub(crate) fn pump(
-        &mut self,
-        now: Instant,
-        poller: &Poller,
-        console_token: impl Fn(u64) -> u64,
-    ) -> Vec<(u64, TailReport)> {
+    /// Copies one chunk of each stream that has grown, and ends the finishing tails that have reached the end of their files.
+    pub(crate) fn pump(&mut self, now: Instant, poller: &Poller, console_token: impl Fn(u64) -> u64) {
         if self.resume_at.is_some_and(|at| at <= now) {
             self.resume_at = None;
             self.listen(poller, true);
@@ -136,8 +151,11 @@ impl Tails {
                 }
                 Pumped::ConsoleFull => {
                     self.runnable.remove(id);
-                    if poller.add(tail.console_fd(), console_token(*id), Interest::Writable).is_ok() {
-                        self.full.insert(*id);
+                    self.full.insert(*id);
+                    if poller.add(tail.console_fd(), console_token(*id), Interest::Writable).is_err() {
+                        // The poller cannot report when the console has room: try to write again after a pause.
+                        self.unreported.insert(*id);
+                        self.poll_at = self.poll_at.or(now.checked_add(POLL_PAUSE));
                     }
                 }
             }
@@ -151,7 +169,13 @@ impl Tails {
             self.listen(poller, false);
             self.resume_at = now.checked_add(GATHER);
         }
-        ended.into_iter().filter_map(|id| Some((id, self.end(id, poller)?))).collect()
+        for id in ended {
+            let Some(report) = self.end(id, poller) else { continue };
+            for reply in self.waiting.remove(&id).unwrap_or_default() {
+                let _ = reply.send(report.clone());
+            }
+            self.finished.insert(id, report);
+        }
     }
 
     /// Whether [`Tails::pump`] has something to do at once.
@@ -171,6 +195,12 @@ impl Tails {
     /// Files that are not watched are looked at, and unfinished lines shown, when that is due.
     fn look_at_clock(&mut self, now: Instant) {
         let is_poll = self.poll_at.take_if(|at| *at <= now).is_some();
+        if is_poll {
+            for id in std::mem::take(&mut self.unreported) {
+                self.full.remove(&id);
+                self.runnable.insert(id);
+            }
+        }
         for (id, tail) in &mut self.by_id {
             let has_polled = is_poll && tail.mark_polled();
             if has_polled {
@@ -195,7 +225,8 @@ impl Tails {
     fn end(&mut self, id: u64, poller: &Poller) -> Option<TailReport> {
         let tail = self.by_id.remove(&id)?;
         self.runnable.remove(&id);
-        if self.full.remove(&id) {
+        let is_reported = !self.unreported.remove(&id);
+        if self.full.remove(&id) && is_reported {
             let _ = poller.remove(tail.console_fd());
         }
         self.unwatch(id);
@@ -234,5 +265,77 @@ impl Tails {
                 self.listening = listen;
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::{AsRawFd, OwnedFd};
+    use std::sync::mpsc::{Receiver, sync_channel};
+
+    use rustix::fs::{MemfdFlags, memfd_create};
+
+    use super::*;
+
+    const TOKEN: u64 = 7;
+    const TIMEOUT: Duration = Duration::from_secs(600);
+
+    /// A file of one line, a tail of it, and a console pipe with no room: its ends.
+    fn full_console() -> (Tails, Poller, OwnedFd, OwnedFd) {
+        let file = memfd_create("log", MemfdFlags::CLOEXEC).expect("a file");
+        rustix::io::write(&file, b"a line\n").expect("written");
+        let path = format!("/proc/self/fd/{}", file.as_raw_fd()).into();
+        let (reader, writer) = rustix::pipe::pipe().expect("a pipe");
+        // The size that a console asks for.
+        rustix::pipe::fcntl_setpipe_size(&writer, 1 << 20).expect("resized");
+        rustix::io::ioctl_fionbio(&writer, true).expect("non-blocking");
+        while rustix::io::write(&writer, &[b'x'; 4096]).is_ok() {}
+        rustix::io::ioctl_fionbio(&writer, false).expect("blocking");
+        let (mut tails, poller) = (Tails::new(1), Poller::new().expect("a poller"));
+        let files = vec![(path, b"[0]:".to_vec())];
+        let spec = TailSpec { files, console: writer, only_lines_with: Vec::new(), whole_lines_only: false };
+        tails.add(TOKEN, &spec, &poller).expect("a tail");
+        (tails, poller, reader, file)
+    }
+
+    fn finish(tails: &mut Tails) -> Receiver<TailReport> {
+        let (reply, report) = sync_channel(1);
+        tails.finish(TOKEN, TIMEOUT, Instant::now(), reply);
+        report
+    }
+
+    #[test]
+    fn a_full_console_that_the_poller_refuses_is_tried_again() {
+        let (mut tails, poller, reader, _file) = full_console();
+        // The poller has the console already and refuses to add it a second time.
+        poller.add(tails.by_id[&TOKEN].console_fd(), 99, Interest::Writable).expect("added");
+        let report = finish(&mut tails);
+        let now = Instant::now();
+        tails.pump(now, &poller, |id| id);
+        assert!(!tails.is_busy(), "the console is full");
+        assert_eq!(report.try_recv().ok(), None);
+        let mut room = vec![0; 1 << 20];
+        rustix::io::read(&reader, &mut room).expect("read");
+        while let Some(next) = tails.next_tick() {
+            assert!(next <= now + 2 * POLL_PAUSE, "it waits for the patience of the finish alone");
+            tails.pump(next, &poller, |id| id);
+        }
+        assert_eq!(report.try_recv().expect("finished").lines, 1);
+    }
+
+    #[test]
+    fn each_finish_of_a_tail_gets_its_report() {
+        let (mut tails, poller, reader, _file) = full_console();
+        rustix::io::read(&reader, &mut vec![0; 1 << 20]).expect("read");
+        let reports = [finish(&mut tails), finish(&mut tails)];
+        for _ in 0..2 {
+            tails.pump(Instant::now(), &poller, |id| id);
+        }
+        let late = finish(&mut tails);
+        for report in reports.into_iter().chain([late]) {
+            assert_eq!(report.try_recv().expect("a report").lines, 1);
+        }
+        tails.drop_tail(TOKEN, &poller);
+        assert!(tails.finished.is_empty());
     }
 }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use link::Link;
 
 use super::message::{Cause, Join, Kind, MOST_TEXT_BYTES, Notice, Place, Request};
-use crate::sys::timer::{ENDLESS, later};
+use crate::sys::clock::{ENDLESS, later};
 use crate::text::bounded;
 
 pub use link::Lease;
@@ -540,8 +540,8 @@ impl Member {
     }
 }
 
-/// Why a round is over for a node whose lease is.
-pub(super) fn lapsed(endpoint: &str) -> Cause {
+/// The cause of the end of a round for a node whose lease has lapsed.
+pub(crate) fn lapsed(endpoint: &str) -> Cause {
     let text = format!(
         "the host of the rendezvous at {endpoint} has not answered for too long (heartbeat_timeout): this node stops its workers before others take their ranks"
     );

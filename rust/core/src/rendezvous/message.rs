@@ -1,7 +1,7 @@
 //! What agents and the host of a rendezvous say to each other.
 //!
 //! An agent begins like any client of the store, so that a store which is not ours can be told from no store at all, and then sends the
-//! opcode [`UPGRADE`]. From there on both sides send frames: a length of 4 bytes, little-endian, and as much JSON.
+//! opcode [`UPGRADE`](crate::store::wire::UPGRADE). From there on both sides send frames: a length of 4 bytes, little-endian, and as much JSON.
 
 use std::collections::BTreeMap;
 use std::hash::{BuildHasher, RandomState};
@@ -10,9 +10,6 @@ use std::time::{Duration, SystemTime};
 use serde::{Deserialize, Deserializer, Serialize, de::DeserializeOwned};
 
 use crate::text::printable;
-
-/// Opcode of the store's protocol that no `TCPStore` has: torch's server ends the connection.
-pub const UPGRADE: u8 = 0xFE;
 
 /// Version of the messages. Agents of another version are refused.
 pub const PROTOCOL: u32 = 2;

@@ -14,15 +14,13 @@ use std::time::{Duration, Instant};
 use ending::Pending;
 
 use super::message::{Cause, Introduction, Join, Kind, MOST_TEXT_BYTES, Notice, Place, Request};
+pub use super::seating::Id;
 use super::seating::{self, Candidate, Round};
-use crate::sys::timer::ENDLESS;
+use crate::sys::clock::ENDLESS;
 use crate::text::bounded;
 
 /// So many nodes are named to somebody who has waited for more of them.
 const MOST_NAMES: usize = 32;
-
-/// An agent's connection, by a number of the caller's.
-pub type Id = u64;
 
 /// What the host was told.
 #[derive(Clone, Debug, PartialEq, Eq)]

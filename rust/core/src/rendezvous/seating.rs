@@ -4,7 +4,9 @@ use std::collections::HashMap;
 use std::time::Instant;
 
 use super::message::{Cause, Introduction, Join, Place};
-use super::rounds::Id;
+
+/// Identifies the connection of an agent. Later connections have larger numbers.
+pub type Id = u64;
 
 /// An agent that waits for a round.
 pub(super) struct Candidate<'a> {

@@ -5,8 +5,9 @@ use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
 use super::wire::{MAGIC, opcode};
+use crate::sys::clock::after;
+use crate::sys::net::endpoint;
 use crate::sys::resolve::resolve_within;
-use crate::sys::timer::after;
 
 /// A server that lives answers at once that a wait is over. It need not have as long as the keys had.
 const CANCEL_PATIENCE: Duration = Duration::from_secs(10);
@@ -49,12 +50,6 @@ pub enum ClientError {
         /// What it said.
         answer: u8,
     },
-}
-
-/// A host and its port as people write them: an IPv6 address is in brackets.
-#[must_use]
-pub fn endpoint(host: &str, port: u16) -> String {
-    if host.contains(':') { format!("[{host}]:{port}") } else { format!("{host}:{port}") }
 }
 
 /// A connection to a store, for one request at a time.

@@ -1,16 +1,10 @@
 //! A key-value store that stock clients of torch's `TCPStore` can use.
 //!
-//! [`wire`] cuts a connection's stream into requests, [`state`] says what each does, [`server`] is the thread that owns the
-//! sockets. At the same port agents find the rendezvous.
+//! [`wire`] parses the stream of a connection into requests, [`state`] applies them, and [`client`] is a client. The server's thread is in
+//! [`crate::host`], because a rendezvous uses the same port.
 
-mod agents;
 pub mod client;
-mod connection;
-mod door;
-pub mod server;
 pub mod state;
-mod talk;
 pub mod wire;
 
 pub use client::StoreClient;
-pub use server::StoreServer;

@@ -3,7 +3,8 @@
 //! A request is an opcode and its arguments, without an envelope: its length is known when it has been read. What has been understood of it
 //! is kept, so that a request of many keys costs what it holds, however it is fragmented. Integers are little-endian.
 
-use crate::rendezvous::message::UPGRADE;
+/// Opcode by which an agent changes to the rendezvous protocol. No `TCPStore` has it: torch's server closes the connection.
+pub const UPGRADE: u8 = 0xFE;
 
 /// The first message of a connection carries this.
 pub const MAGIC: u32 = 0x3C85_F7CE;
@@ -379,8 +380,8 @@ impl Decoder {
     }
 }
 
-/// Empties a buffer of a connection. A large one is given back, and not cut short: what is left would keep its place from being used.
-pub(super) fn empty(buffer: &mut Vec<u8>) {
+/// Empties a buffer of a connection. Frees a large buffer instead of shrinking it, because shrinking would fragment the heap.
+pub(crate) fn empty(buffer: &mut Vec<u8>) {
     if buffer.capacity() > KEPT_ROOM {
         *buffer = Vec::new();
     } else {

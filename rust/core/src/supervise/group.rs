@@ -2,8 +2,9 @@
 
 use std::time::Instant;
 
-use super::exit::{Exit, Moment};
+use super::exit::Exit;
 use super::teardown::{Action, StopPlan, Teardown};
+use crate::sys::clock::Moment;
 use crate::sys::wait::{Status, Usage};
 
 /// An exit that the kernel reported.

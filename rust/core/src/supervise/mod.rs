@@ -4,6 +4,6 @@ mod exit;
 mod group;
 mod teardown;
 
-pub use exit::{Exit, Moment};
+pub use exit::Exit;
 pub use group::{Ended, Event, GroupState};
 pub use teardown::{Action, StopPlan, Stopped};

@@ -14,6 +14,8 @@ use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags, fcntl_add_seals, ftruncate
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
 use rustix::process::{Pid, test_kill_process};
 
+use super::clock::monotonic_ns;
+
 /// How many heartbeats fit on a page.
 pub const SLOTS: usize = 4096;
 
@@ -178,7 +180,7 @@ impl BeatSlot {
             let found = slot.owner.load(Ordering::Relaxed);
             let free = found == 0 || is_dead(found);
             if free && slot.owner.compare_exchange(found, owner.into(), Ordering::AcqRel, Ordering::Relaxed).is_ok() {
-                slot.beat_ns.store(now_ns(), Ordering::Release);
+                slot.beat_ns.store(monotonic_ns(), Ordering::Release);
                 return Ok(Self { map, index, owner, mark });
             }
         }
@@ -209,19 +211,13 @@ impl BeatSlot {
 
     /// Says that the process is alive.
     pub fn beat(&self) {
-        self.slot().beat_ns.store(now_ns(), Ordering::Release);
+        self.slot().beat_ns.store(monotonic_ns(), Ordering::Release);
     }
 
     /// Gives the slot back; others may take it.
     pub fn release(&self) {
         let _ = self.slot().owner.compare_exchange(self.owner.into(), 0, Ordering::AcqRel, Ordering::Relaxed);
     }
-}
-
-fn now_ns() -> u64 {
-    // The kernel's page in user space answers: no system call.
-    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
-    now.tv_sec.cast_unsigned() * 1_000_000_000 + now.tv_nsec.cast_unsigned()
 }
 
 fn is_dead(pid: u64) -> bool {

@@ -29,6 +29,7 @@ use super::process::pidfd_send_signal;
 use super::spawn::{Command, SpawnStack, Stdio, spawn};
 use super::wait::{Block, Collect, wait};
 use crate::error::Result;
+use crate::owner::Owner;
 
 pub use stand::stand;
 
@@ -55,7 +56,7 @@ pub struct Program {
 /// The agent's end of a guard.
 #[derive(Debug)]
 pub struct Guard {
-    owner: u32,
+    owner: Owner,
     pid: i32,
     pidfd: Option<OwnedFd>,
     line: OwnedFd,
@@ -95,7 +96,7 @@ impl Guard {
             }
             pid => {
                 let pidfd = Pid::from_raw(pid).and_then(|raw| pidfd_open(raw, PidfdFlags::empty()).ok());
-                Ok(Self { owner: std::process::id(), pid, pidfd, line: ours })
+                Ok(Self { owner: Owner::this_process(), pid, pidfd, line: ours })
             }
         }
     }
@@ -113,7 +114,7 @@ impl Guard {
             ..Command::default()
         };
         let spawned = spawn(&command, 0, pidfd, None, stack)?;
-        Ok(Self { owner: std::process::id(), pid: spawned.pid, pidfd: spawned.pidfd, line: ours })
+        Ok(Self { owner: Owner::this_process(), pid: spawned.pid, pidfd: spawned.pidfd, line: ours })
     }
 
     /// Process id of the guard.
@@ -202,7 +203,7 @@ impl Guard {
 impl Drop for Guard {
     /// A guard that nobody has dismissed has nothing to guard. In a forked child it is somebody else's.
     fn drop(&mut self) {
-        if std::process::id() == self.owner {
+        if self.owner.check().is_ok() {
             self.kill();
             let _ = self.has_ended();
         }

@@ -2,6 +2,7 @@
 
 pub mod beats;
 pub mod cgroup;
+pub mod clock;
 pub mod console;
 pub mod fd;
 pub mod fifo;

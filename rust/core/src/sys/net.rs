@@ -1,7 +1,7 @@
 //! Listening for TCP connections: non-blocking, closed on exec, no SIGPIPE.
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, ToSocketAddrs};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::time::Duration;
 
@@ -9,6 +9,12 @@ use rustix::net::{
     AddressFamily, RecvFlags, SendFlags, Shutdown, SocketFlags, SocketType, accept_with, bind, connect, getpeername,
     getsockname, listen, recv, send, shutdown, socket_with, sockopt,
 };
+
+/// A host and its port as users write them: an IPv6 address is in brackets.
+#[must_use]
+pub fn endpoint(host: &str, port: u16) -> String {
+    if host.contains(':') { format!("[{host}]:{port}") } else { format!("{host}:{port}") }
+}
 
 /// Connections that the kernel completes before they are accepted; it takes the least of this and `somaxconn`.
 const BACKLOG: i32 = 4096;
@@ -24,9 +30,21 @@ pub struct Listener {
 }
 
 impl Listener {
-    /// Listens on `address`; port 0 takes a free one.
+    /// Listens on the first address of a host name that can be bound; port 0 picks a free port. Blocks in the resolver.
+    pub fn bind_name(host: &str, port: u16) -> io::Result<Self> {
+        let mut failed = io::Error::new(io::ErrorKind::AddrNotAvailable, "the host has no address");
+        for address in (host, port).to_socket_addrs()? {
+            match Self::bind(address) {
+                Ok(listener) => return Ok(listener),
+                Err(error) => failed = error,
+            }
+        }
+        Err(failed)
+    }
+
+    /// Listens on `address`; port 0 picks a free port.
     ///
-    /// An address that a process has just left can be had again at once. The IPv6 address `::` takes IPv4 as well.
+    /// An address that another process has just released can be bound at once. The IPv6 address `::` accepts IPv4 as well.
     pub fn bind(address: SocketAddr) -> io::Result<Self> {
         let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
         let fd = socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK, None)?;

@@ -8,21 +8,6 @@ use rustix::time::{
     Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create, timerfd_settime,
 };
 
-/// As good as no limit: the longest durations there are cannot be added to an instant.
-pub const ENDLESS: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
-
-/// When so much time will have passed since `now`.
-#[must_use]
-pub fn later(now: Instant, patience: Duration) -> Instant {
-    now + patience.min(ENDLESS)
-}
-
-/// When so much time will have passed.
-#[must_use]
-pub fn after(patience: Duration) -> Instant {
-    later(Instant::now(), patience)
-}
-
 /// A `timerfd` on `CLOCK_MONOTONIC`.
 #[derive(Debug)]
 pub struct Timer {

@@ -2,34 +2,20 @@
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use super::wire::{NEVER_S, Request};
+use crate::sys::clock::Moment;
 
 /// More timers than a host has use for.
 pub const MOST_TIMERS: usize = 65_536;
 
-/// Both clocks at one instant. Deadlines are kept on the monotonic one; the wall clock is read when a request comes in and never again,
-/// so that stepping it moves no deadline.
-#[derive(Clone, Copy, Debug)]
-pub struct Clocks {
-    /// Monotonic.
-    pub now: Instant,
-    /// Seconds since the epoch.
-    pub wall_s: f64,
-}
-
-impl Clocks {
-    /// The monotonic instant of a wall clock time; `None` for one that never comes.
-    #[must_use]
-    pub fn instant_of(&self, wall_s: f64) -> Option<Instant> {
-        let ahead_s = wall_s - self.wall_s;
-        if ahead_s >= NEVER_S {
-            return None;
-        }
-        let ahead = Duration::try_from_secs_f64(ahead_s.abs()).unwrap_or(Duration::MAX);
-        if ahead_s >= 0.0 { self.now.checked_add(ahead) } else { Some(self.now.checked_sub(ahead).unwrap_or(self.now)) }
-    }
+/// The monotonic instant of an expiration time; `None` if it is so far ahead that it means never. The wall clock is read once, when the
+/// request arrives, so that a step of the wall clock moves no deadline.
+#[must_use]
+pub fn expiry_instant(received: Moment, expiration_time: f64) -> Option<Instant> {
+    let is_never = expiration_time - received.wall_s() >= NEVER_S;
+    if is_never { None } else { received.instant_of(expiration_time) }
 }
 
 /// An armed timer.

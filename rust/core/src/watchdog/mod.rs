@@ -9,10 +9,12 @@ mod clients;
 pub mod deadlines;
 mod evidence;
 pub mod lines;
+mod order;
 mod report;
 mod server;
 pub mod wire;
 
+pub(crate) use order::Order;
 pub(crate) use report::Reports;
 pub use report::{Counts, Expiry, Outcome};
 pub use server::{Config, WorkerProcess};

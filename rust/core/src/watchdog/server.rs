@@ -6,14 +6,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::clients::{Clients, Kin};
-use super::deadlines::{Clocks, Deadlines, Timer};
+use super::deadlines::{Deadlines, Timer, expiry_instant};
 use super::evidence::{Subject, gather};
 use super::lines::Lines;
 use super::report::{Counts, Expiry, Outcome, Reports};
 use super::wire::{Broken, Request, parse};
 use crate::error::{Error, Result};
-use crate::supervise::Moment;
 use crate::sys::beats::Page;
+use crate::sys::clock::Moment;
 use crate::sys::fifo::Fifo;
 use crate::sys::poller::{Interest, Poller};
 use crate::sys::probe::Support;
@@ -306,7 +306,7 @@ impl Server {
                 return;
             }
             Some(beat) => now.instant.checked_add(Duration::from_secs_f64(beat.timeout_s)),
-            None => clocks(now).instant_of(request.expiration_time),
+            None => expiry_instant(now, request.expiration_time),
         };
         if self.deadlines.arm(request, at).is_err() {
             self.counts.refused += 1;
@@ -395,7 +395,7 @@ impl Server {
         }
         let late = since.saturating_sub(timeout);
         timer.at = now.instant.checked_sub(late);
-        timer.request.expiration_time = wall_s(now) - late.as_secs_f64();
+        timer.request.expiration_time = now.wall_s() - late.as_secs_f64();
         Some(timer)
     }
 
@@ -462,7 +462,7 @@ impl Server {
         let gather = Gather {
             number,
             subjects: subjects.collect(),
-            headline: format!("{:.3} watchdog: expired {}", wall_s(now), scopes.collect::<Vec<_>>().join(", ")),
+            headline: format!("{:.3} watchdog: expired {}", now.wall_s(), scopes.collect::<Vec<_>>().join(", ")),
             deadline: now.instant + budget.saturating_sub(margin),
             py_spy: self.config.py_spy.clone(),
         };
@@ -560,12 +560,4 @@ impl Drop for Server {
     fn drop(&mut self) {
         self.reports.close();
     }
-}
-
-fn wall_s(moment: Moment) -> f64 {
-    Duration::from_nanos(moment.realtime_ns).as_secs_f64()
-}
-
-fn clocks(moment: Moment) -> Clocks {
-    Clocks { now: moment.instant, wall_s: wall_s(moment) }
 }

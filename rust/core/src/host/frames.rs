@@ -1,12 +1,12 @@
-//! What an agent says: its stream cut into messages, and whether it may say them. Pure.
+//! Parses the stream of an agent into messages and checks their order. Pure.
 
-use super::wire::empty;
 use crate::rendezvous::message::{self, Garbled, MOST_FRAME_BYTES, Request};
+use crate::store::wire::empty;
 
-/// Most workers of a node: so many that those of all nodes there can be are still a number.
+/// Most workers of a node. The sum over all nodes fits the type of a world size.
 const MOST_WORKERS: u64 = 1 << 20;
 
-/// Why an agent is not listened to any further.
+/// Why the connection of an agent is closed.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Breach {
     #[error("its message is garbled: {0}")]
@@ -21,27 +21,27 @@ pub(super) enum Breach {
 
 /// The messages of one agent.
 #[derive(Debug)]
-pub(super) struct Talk {
+pub(super) struct AgentFrames {
     bytes: Vec<u8>,
-    /// What of them has been understood.
+    /// How many of them were parsed.
     used: usize,
     has_entered: bool,
 }
 
-impl Talk {
-    /// Begins with what has come already.
+impl AgentFrames {
+    /// Starts with the bytes received so far.
     pub(super) fn new(bytes: Vec<u8>) -> Self {
         Self { bytes, used: 0, has_entered: false }
     }
 
-    /// Whether it has said who it is.
+    /// Whether the agent has introduced itself.
     pub(super) fn has_entered(&self) -> bool {
         self.has_entered
     }
 
     /// Takes the next bytes of the stream.
     pub(super) fn feed(&mut self, bytes: &[u8]) {
-        // What has been understood makes room, at a cost that is no more than what is left.
+        // Drops the parsed bytes once they are at least half of the buffer: amortised O(1) per byte.
         if self.used > 0 && self.used * 2 >= self.bytes.len() {
             self.bytes.drain(..self.used);
             self.used = 0;
@@ -49,7 +49,7 @@ impl Talk {
         self.bytes.extend_from_slice(bytes);
     }
 
-    /// The next message; `None` until more bytes have come.
+    /// The next message; `None` until more bytes arrive.
     pub(super) fn next(&mut self) -> Result<Option<Request>, Breach> {
         let Some(mut frame) = self.frame() else { return Ok(None) };
         let size = frame.len();
@@ -63,12 +63,12 @@ impl Talk {
         Ok(Some(request))
     }
 
-    /// The next frame by itself: to take one off the front of many would move all of them each time.
+    /// A copy of the next frame. Removing it from the front would move all following frames each time.
     fn frame(&self) -> Option<Vec<u8>> {
         let rest = &self.bytes[self.used..];
         let header = rest.first_chunk()?;
         let length = usize::try_from(u32::from_le_bytes(*header)).unwrap_or(usize::MAX);
-        // What is too long is refused by what it announces, and not waited for.
+        // A frame that announces too great a length is refused at once, without waiting for its bytes.
         let size = header.len() + if length > MOST_FRAME_BYTES { 0 } else { length };
         rest.get(..size).map(<[u8]>::to_vec)
     }
@@ -110,9 +110,9 @@ mod tests {
         frames
     }
 
-    fn heard(talk: &mut Talk) -> Result<Vec<Request>, Breach> {
+    fn heard(frames: &mut AgentFrames) -> Result<Vec<Request>, Breach> {
         let mut requests = Vec::new();
-        while let Some(request) = talk.next()? {
+        while let Some(request) = frames.next()? {
             requests.push(request);
         }
         Ok(requests)
@@ -129,14 +129,14 @@ mod tests {
         ];
         let stream = stream(&said);
         for size in 1..stream.len() {
-            let (mut talk, mut requests) = (Talk::new(stream[..size].to_vec()), Vec::new());
-            requests.extend(heard(&mut talk).expect("well said"));
+            let (mut frames, mut requests) = (AgentFrames::new(stream[..size].to_vec()), Vec::new());
+            requests.extend(heard(&mut frames).expect("well said"));
             for piece in stream[size..].chunks(size) {
-                talk.feed(piece);
-                requests.extend(heard(&mut talk).expect("well said"));
+                frames.feed(piece);
+                requests.extend(heard(&mut frames).expect("well said"));
             }
             assert_eq!(requests, said);
-            assert!(talk.bytes.is_empty());
+            assert!(frames.bytes.is_empty());
         }
     }
 
@@ -144,26 +144,26 @@ mod tests {
     fn many_small_messages_cost_what_each_costs() {
         const MANY: usize = 400_000;
         let beats = stream(&[Request::Beat { number: 1 }]).repeat(MANY);
-        let mut talk = Talk::new(stream(&[enter()]));
-        talk.feed(&beats);
+        let mut frames = AgentFrames::new(stream(&[enter()]));
+        frames.feed(&beats);
         let begin = Instant::now();
-        assert_eq!(heard(&mut talk).expect("well said").len(), MANY + 1);
+        assert_eq!(heard(&mut frames).expect("well said").len(), MANY + 1);
         // With all that follow moved each time, this takes minutes.
         assert!(begin.elapsed() < Duration::from_secs(20), "{:?}", begin.elapsed());
     }
 
     #[test]
     fn who_says_what_may_not_be_said_is_in_breach() {
-        let breach = |said: &[Request]| heard(&mut Talk::new(stream(said))).expect_err("a breach").to_string();
+        let breach = |said: &[Request]| heard(&mut AgentFrames::new(stream(said))).expect_err("a breach").to_string();
         assert_eq!(breach(&[Request::Beat { number: 1 }]), "it did not say who it is first");
         assert_eq!(breach(&[enter(), join(1), enter()]), "it said a second time who it is");
-        assert!(heard(&mut Talk::new(stream(&[enter(), join(MOST_WORKERS)]))).is_ok());
+        assert!(heard(&mut AgentFrames::new(stream(&[enter(), join(MOST_WORKERS)]))).is_ok());
         assert_eq!(
             breach(&[enter(), join(u64::MAX)]),
             format!("{} workers on one node are over the limit of 1048576", u64::MAX)
         );
         let long = u32::try_from(MOST_FRAME_BYTES + 1).expect("small").to_le_bytes().to_vec();
-        assert!(matches!(heard(&mut Talk::new(long)), Err(Breach::Garbled(Garbled::TooLong(_)))));
-        assert!(matches!(heard(&mut Talk::new(b"\x02\0\0\0{}".to_vec())), Err(Breach::Garbled(_))));
+        assert!(matches!(heard(&mut AgentFrames::new(long)), Err(Breach::Garbled(Garbled::TooLong(_)))));
+        assert!(matches!(heard(&mut AgentFrames::new(b"\x02\0\0\0{}".to_vec())), Err(Breach::Garbled(_))));
     }
 }

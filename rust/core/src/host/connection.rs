@@ -1,18 +1,18 @@
-//! A connection of the store: what it speaks, and what it is to be sent.
+//! A connection at the host: its protocol and its unsent bytes.
 
 use std::io::{self, ErrorKind};
 use std::time::Instant;
 
-use super::talk::Talk;
-use super::wire::{Decoder, empty};
+use super::frames::AgentFrames;
+use crate::store::wire::{Decoder, empty};
 use crate::sys::net::Stream;
 use crate::sys::poller::Interest;
 
-/// What a connection speaks.
+/// The protocol of a connection.
 #[derive(Debug)]
 pub(super) enum Protocol {
     Store(Decoder),
-    Agent(Talk),
+    Agent(AgentFrames),
 }
 
 /// A connection.
@@ -23,7 +23,7 @@ pub(super) struct Connection {
     output: Vec<u8>,
     sent: usize,
     pub(super) interest: Interest,
-    /// When it came, as long as it has said nothing.
+    /// When it was accepted, as long as it has sent nothing.
     pub(super) silent_since: Option<Instant>,
 }
 
@@ -38,7 +38,7 @@ impl Connection {
         self.output.len() - self.sent
     }
 
-    /// Where to append what is to be sent.
+    /// The buffer to append bytes to send.
     pub(super) fn output(&mut self) -> &mut Vec<u8> {
         self.forget_sent(0);
         &mut self.output
@@ -53,8 +53,7 @@ impl Connection {
         }
     }
 
-    /// A slow reader may always have something to read: so what was sent is given back before more is added. What is moved for that is
-    /// never more than what was sent, however little is sent at a time.
+    /// Compacts the buffer once at least half of it has been sent, so that a slow reader cannot make it grow. Amortised O(1) per byte.
     fn forget_sent(&mut self, coming: usize) {
         if self.sent > 0 && self.sent >= self.unsent() {
             let mut rest = Vec::with_capacity(self.unsent() + coming);
@@ -64,7 +63,7 @@ impl Connection {
         }
     }
 
-    /// Sends what there is room for.
+    /// Sends as much as the kernel takes.
     pub(super) fn send(&mut self) -> io::Result<()> {
         while self.unsent() > 0 {
             match self.stream.write(&self.output[self.sent..]) {
@@ -82,14 +81,14 @@ impl Connection {
         matches!(self.protocol, Protocol::Agent(_))
     }
 
-    /// What an agent says.
-    pub(super) fn talk(&mut self) -> Option<&mut Talk> {
-        if let Protocol::Agent(talk) = &mut self.protocol { Some(talk) } else { None }
+    /// The messages of an agent.
+    pub(super) fn frames(&mut self) -> Option<&mut AgentFrames> {
+        if let Protocol::Agent(frames) = &mut self.protocol { Some(frames) } else { None }
     }
 
-    /// Whether it is an agent that has said who it is.
+    /// Whether it is an agent that has introduced itself.
     pub(super) fn has_entered(&self) -> bool {
-        if let Protocol::Agent(talk) = &self.protocol { talk.has_entered() } else { false }
+        if let Protocol::Agent(frames) = &self.protocol { frames.has_entered() } else { false }
     }
 }
 

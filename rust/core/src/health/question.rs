@@ -1,4 +1,4 @@
-//! Where the engine thread leaves its question, and the thread that answers waits for it.
+//! The question "when was the last progress?", from the engine thread to the thread that answers it.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -6,15 +6,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use crate::sys::poller::wait_readable;
 use crate::sys::wake::WakeFd;
 
-/// Shared by the engine thread, which asks and never waits here, and one thread that answers.
+/// Shared by the engine thread, which asks and never blocks, and one thread that answers.
 #[derive(Debug)]
-pub(crate) struct Desk {
+pub(crate) struct ProgressQuestion {
     asked: AtomicBool,
     closed: AtomicBool,
     wake: WakeFd,
 }
 
-impl Desk {
+impl ProgressQuestion {
     pub(crate) fn new() -> io::Result<Self> {
         Ok(Self { asked: AtomicBool::new(false), closed: AtomicBool::new(false), wake: WakeFd::new()? })
     }
@@ -24,17 +24,17 @@ impl Desk {
         self.wake.wake();
     }
 
-    /// Nobody will ask any more.
+    /// Ends the wait of the answering thread.
     pub(crate) fn close(&self) {
         self.closed.store(true, Ordering::Release);
         self.wake.wake();
     }
 
-    /// Blocks until there is a question; `false` when there will be none.
+    /// Blocks until there is a question; `false` once this is closed.
     pub(crate) fn wait(&self) -> io::Result<bool> {
         loop {
             if self.closed.load(Ordering::Acquire) {
-                // For whoever else waits.
+                // Wakes the next waiter.
                 self.wake.wake();
                 return Ok(false);
             }
@@ -42,7 +42,7 @@ impl Desk {
                 return Ok(true);
             }
             wait_readable([Some(&self.wake)], None)?;
-            // Before the next look: what comes after it makes the descriptor readable again.
+            // Drains before the next look, so that a later question makes the descriptor readable again.
             self.wake.drain();
         }
     }
@@ -56,18 +56,18 @@ mod tests {
 
     #[test]
     fn a_question_is_taken_once_and_a_closed_desk_has_none() {
-        let desk = Arc::new(Desk::new().expect("eventfd"));
-        desk.ask();
-        assert!(desk.wait().expect("poll"));
+        let question = Arc::new(ProgressQuestion::new().expect("eventfd"));
+        question.ask();
+        assert!(question.wait().expect("poll"));
         let waiting = [(), ()].map(|()| {
-            let desk = Arc::clone(&desk);
-            std::thread::spawn(move || desk.wait().expect("poll"))
+            let question = Arc::clone(&question);
+            std::thread::spawn(move || question.wait().expect("poll"))
         });
-        desk.close();
+        question.close();
         for thread in waiting {
             assert!(!thread.join().expect("no panic"));
         }
-        desk.ask();
-        assert!(!desk.wait().expect("poll"));
+        question.ask();
+        assert!(!question.wait().expect("poll"));
     }
 }

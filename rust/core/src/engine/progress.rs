@@ -1,4 +1,4 @@
-//! What the engine thread publishes about a group, and how others wait for it.
+//! The progress of a group: the engine thread publishes it, and handles read it or wait for it.
 
 use std::os::fd::BorrowedFd;
 use std::time::Duration;
@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 use crate::published::{Published, Wake};
 use crate::supervise::Exit;
 
-/// A process that was still there when a stop ran out of time.
+/// A process that survived the deadline of a stop.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Survivor {
     /// The worker whose process group it belongs to.
@@ -20,7 +20,7 @@ pub struct Survivor {
     pub wait_channel: String,
 }
 
-/// A process of a worker's group that was signalled because it had not finished in the linger time.
+/// A process of a worker's group that was signalled because it had outlived the linger time.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Leftover {
     /// The worker whose process group it belongs to.
@@ -31,7 +31,7 @@ pub struct Leftover {
     pub command: String,
 }
 
-/// What a finished stop found.
+/// The outcome of a stop.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StopReport {
     /// `CLOCK_MONOTONIC` just before the first signal, in nanoseconds.
@@ -47,14 +47,14 @@ pub struct StopReport {
 }
 
 #[derive(Debug, Default)]
-struct News {
+struct Progress {
     exits: Vec<Exit>,
     report: Option<StopReport>,
     failure: Option<String>,
     closed: bool,
 }
 
-impl News {
+impl Progress {
     fn check(&self) -> Result<()> {
         if let Some(failure) = &self.failure {
             return Err(Error::Failed(failure.clone()));
@@ -63,28 +63,28 @@ impl News {
     }
 }
 
-/// The published state of one group.
+/// The published progress of one group.
 #[derive(Debug, Default)]
-pub(super) struct View(Published<News>);
+pub(super) struct GroupProgress(Published<Progress>);
 
-impl View {
+impl GroupProgress {
     pub(super) fn publish_exits(&self, exits: &[Exit]) {
-        self.0.publish(|news| news.exits.extend_from_slice(exits));
+        self.0.publish(|progress| progress.exits.extend_from_slice(exits));
     }
 
     pub(super) fn publish_report(&self, report: StopReport) {
-        self.0.publish(|news| news.report = Some(report));
+        self.0.publish(|progress| progress.report = Some(report));
     }
 
-    /// Wakes those who wait: there is something to be read elsewhere.
-    pub(super) fn nudge(&self) {
+    /// Wakes the waiters without a change of the group.
+    pub(super) fn wake_waiters(&self) {
         self.0.publish(|_| {});
     }
 
     pub(super) fn publish_closed(&self, failure: Option<String>) {
-        self.0.publish(|news| {
-            news.closed = true;
-            news.failure = failure;
+        self.0.publish(|progress| {
+            progress.closed = true;
+            progress.failure = failure;
         });
     }
 
@@ -93,11 +93,11 @@ impl View {
     }
 
     pub(super) fn exits(&self) -> Vec<Exit> {
-        self.0.read(|news| news.exits.clone())
+        self.0.read(|progress| progress.exits.clone())
     }
 
     pub(super) fn report(&self) -> Option<StopReport> {
-        self.0.read(|news| news.report.clone())
+        self.0.read(|progress| progress.report.clone())
     }
 
     pub(super) fn wait(
@@ -106,6 +106,6 @@ impl View {
         timeout: Option<Duration>,
         others: [Option<BorrowedFd<'_>>; 2],
     ) -> Result<Wake> {
-        self.0.wait(generation, timeout, others, News::check)
+        self.0.wait(generation, timeout, others, Progress::check)
     }
 }

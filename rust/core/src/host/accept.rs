@@ -1,4 +1,4 @@
-//! The store's door: connections are accepted while there are descriptors for them.
+//! Accepting connections while the process has descriptors left.
 
 use std::io::ErrorKind;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
@@ -7,25 +7,26 @@ use std::time::{Duration, Instant};
 use rustix::process::{Resource, getrlimit};
 
 use super::connection::Connection;
-use super::server::{LISTENER, Peer, Worker};
-use super::wire::Decoder;
+use super::thread::{HostThread, LISTENER};
 use crate::rendezvous::rounds::Event;
+use crate::store::state::Peer;
+use crate::store::wire::Decoder;
 use crate::sys::poller::Interest;
 use crate::sys::wake::WakeFd;
 
-/// How many connections are accepted before those that are there have their turn.
+/// Connections accepted before the existing ones have their turn.
 const ACCEPTED_PER_TURN: usize = 256;
 
-/// How long it does not listen after a connection could not be accepted.
+/// Pause after a connection could not be accepted.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// So many descriptors are left to the rest of the agent's process.
+/// Descriptors left to the rest of the agent's process.
 const RESERVE: u64 = 64;
 
-/// When descriptors run short, a connection that has said nothing for so long is ended. Agents and workers speak at once.
-const STRANGER_PATIENCE: Duration = Duration::from_secs(1);
+/// When descriptors run short, a connection that has sent nothing for this long is closed. Agents and workers send at once.
+const SILENT_TIMEOUT: Duration = Duration::from_secs(1);
 
-impl Worker {
+impl HostThread {
     pub(super) fn accept(&mut self) {
         for _ in 0..ACCEPTED_PER_TURN {
             let Some(listener) = &self.listener else { return };
@@ -60,38 +61,38 @@ impl Worker {
         self.agents.is_some() && u64::try_from(number).is_ok_and(|number| number.saturating_add(RESERVE) >= limit)
     }
 
-    /// Ends the connections that have said nothing for too long. Where there are none, no other is accepted until one has been silent for so
-    /// long: others wait in the listener's queue.
+    /// Closes the connections that have sent nothing for too long. If there are none, it accepts no further connection until one has been
+    /// silent for that long; new connections wait in the listener's queue.
     fn make_room(&mut self) {
         let now = Instant::now();
         let silent = self.connections.iter().filter_map(|(peer, connection)| Some((*peer, connection.silent_since?)));
         let silent: Vec<_> = silent.collect();
-        let is_old = |since: &Instant| now.saturating_duration_since(*since) >= STRANGER_PATIENCE;
+        let is_old = |since: &Instant| now.saturating_duration_since(*since) >= SILENT_TIMEOUT;
         let old: Vec<Peer> = silent.iter().filter(|(_, since)| is_old(since)).map(|(peer, _)| *peer).collect();
         if old.is_empty() {
-            let next = silent.iter().map(|(_, since)| *since + STRANGER_PATIENCE).min();
+            let next = silent.iter().map(|(_, since)| *since + SILENT_TIMEOUT).min();
             return self.pause_until(next.unwrap_or(now + PAUSE));
         }
         for peer in &old {
-            self.end(*peer);
+            self.disconnect(*peer);
         }
         let text = format!(
             "file descriptors ran short: closed {} connections to the rendezvous that had said nothing for {} s; raise the limit (ulimit -n) or find their sender",
             old.len(),
-            STRANGER_PATIENCE.as_secs()
+            SILENT_TIMEOUT.as_secs()
         );
         self.decide(Event::Stranger(text));
     }
 
-    /// No descriptor is to be had: the next connection is accepted on the spare one and dropped. Its client tries again later; left
-    /// where it is, it would be reported for ever. Whether that was done.
+    /// The process has no descriptor left: accepts the next connection on the spare one and drops it, so that the poller stops reporting
+    /// it. Its client retries later. Returns whether that succeeded.
     fn turn_away(&mut self) -> bool {
         let is_done = self.spare.take().is_some() && self.listener.as_ref().is_some_and(|from| from.accept().is_ok());
         self.spare = WakeFd::new().ok();
         is_done
     }
 
-    /// Connections cannot be accepted now, nor turned away: they are left where they are, and not reported for a while.
+    /// Connections can be neither accepted nor turned away now. They stay in the queue, and the poller does not report them for a while.
     fn pause(&mut self) {
         self.pause_until(Instant::now() + PAUSE);
     }
@@ -104,7 +105,7 @@ impl Worker {
 
     pub(super) fn listen(&self, interest: Interest) {
         if let Some(listener) = &self.listener {
-            // It fails for a descriptor that is none.
+            // Cannot fail: the descriptor is valid.
             let _ = self.poller.modify(listener, LISTENER, interest);
         }
     }

@@ -1,52 +1,53 @@
-//! What handles ask of the engine thread.
+//! Orders of handles to the engine thread.
 
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::mpsc::SyncSender;
 use std::time::Duration;
 
-use super::health::HealthRequest;
-use super::view::View;
-use super::watchdog::Work;
+use super::progress::GroupProgress;
 use crate::error::Result;
+use crate::health;
 use crate::logs::{TailReport, TailSpec};
-use crate::supervise::{Event, Moment};
+use crate::supervise::Event;
 use crate::sys::beats::Page;
+use crate::sys::clock::Moment;
 use crate::sys::fifo::Fifo;
 use crate::sys::guard::{Guard, Program};
 use crate::sys::lease::LeasePage;
 use crate::sys::spawn::Command;
 use crate::sys::wait::{Status, Usage};
-use crate::watchdog::{Config, Gathered, Reports};
+use crate::thread::{NativeThread, Reply, ThreadOrder};
+use crate::watchdog::{self, Config, Gathered, Reports};
 
-/// Where an answer goes; it has room for it, so that the engine thread never waits to give one.
-pub(super) type Reply<T> = SyncSender<T>;
+/// The line from a handle to the engine thread. The thread ends with the last handle.
+pub(super) type Line = NativeThread<Order>;
 
-/// A group that was made.
-pub(super) struct Started {
+/// A new group.
+pub(super) struct StartedGroup {
     pub(super) id: u64,
     pub(super) pids: Vec<i32>,
-    pub(super) view: Arc<View>,
+    pub(super) progress: Arc<GroupProgress>,
 }
 
-/// A process that Python started.
+/// A process that the program has started.
 pub(super) struct Observed {
     pub(super) pid: i32,
-    /// A descriptor that becomes readable when the process ends, for systems without pidfd.
+    /// A descriptor that becomes readable when the process ends, for kernels without pidfds.
     pub(super) sentinel: Option<OwnedFd>,
 }
 
-pub(super) enum Request {
+/// An order to the engine thread.
+pub(super) enum Order {
     Spawn {
         commands: Vec<Command>,
-        reply: Reply<Result<Started>>,
+        reply: Reply<Result<StartedGroup>>,
     },
     Observe {
         processes: Vec<Observed>,
-        reply: Reply<Result<Started>>,
+        reply: Reply<Result<StartedGroup>>,
     },
-    /// Stop, stop on failure, hurry.
+    /// An event for the decisions of a group.
     Decide {
         group: u64,
         event: Event,
@@ -61,7 +62,7 @@ pub(super) enum Request {
     Release {
         group: u64,
     },
-    /// From a waiting thread, where there are no pidfds.
+    /// An exit, from a waiting thread where there are no pidfds.
     Ended {
         process: u64,
         status: Status,
@@ -80,28 +81,32 @@ pub(super) enum Request {
     DropTail {
         tail: u64,
     },
-    /// A watchdog, its files already made.
-    Watch {
+    /// Adds a watchdog whose files exist.
+    CreateWatchdog {
         config: Config,
         files: (Fifo, Page),
         reports: Arc<Reports>,
         reply: Reply<u64>,
     },
-    /// Something to do to a watchdog.
     Watchdog {
         id: u64,
-        work: Work,
+        order: watchdog::Order,
     },
-    /// Evidence that a thread has gathered.
+    /// Reads the pipe of a watchdog until it is empty and handles the expired timers.
+    DrainWatchdog {
+        id: u64,
+        reply: Reply<()>,
+    },
+    /// Evidence from a gathering thread.
     Gathered {
         watchdog: u64,
         gathered: Gathered,
     },
-    Unwatch {
+    CloseWatchdog {
         id: u64,
         reply: Option<Reply<()>>,
     },
-    Health(HealthRequest),
+    Health(health::Order),
     AdoptGuard {
         guard: Guard,
         program: Program,
@@ -119,4 +124,10 @@ pub(super) enum Request {
     Close {
         kill_wait: Duration,
     },
+}
+
+impl ThreadOrder for Order {
+    fn close() -> Self {
+        Self::Close { kill_wait: Duration::ZERO }
+    }
 }

@@ -1,150 +1,158 @@
-//! The store's thread: connections in, requests to the state, replies out.
+//! The thread of the node that hosts a job: it accepts connections, applies requests to the store and sends replies.
 
 use std::collections::HashMap;
 use std::io::ErrorKind;
 use std::net::SocketAddr;
-use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::agents::Agents;
 use super::connection::{Connection, Protocol};
-pub use super::state::Peer;
-use super::state::{Reply, State};
-use super::wire::{Limits, Request};
 use crate::error::{Error, Result};
 use crate::rendezvous::rounds::{Event, Settings};
+use crate::store::state::{Peer, Reply, State};
+use crate::store::wire::{Limits, Request};
+use crate::sys::clock::after;
 use crate::sys::net::Listener;
 use crate::sys::poller::{Interest, Poller};
-use crate::sys::sigmask;
-use crate::sys::threads;
-use crate::sys::timer::{Timer, after};
+use crate::sys::timer::Timer;
 use crate::sys::wake::WakeFd;
+use crate::thread::{Ended, Inbox, NativeThread, Service, ThreadOrder};
 
 const WAKE: u64 = 0;
 pub(super) const LISTENER: u64 = 1;
 const TIMER: u64 = 2;
 const FIRST_PEER: Peer = 3;
 
-/// What is read of a connection before the others have their turn.
+/// Bytes read from a connection before the others have their turn.
 const CHUNK: usize = 64 * 1024;
 
-/// A connection whose replies are not taken is not read from beyond this.
+/// A connection with this many unsent bytes is not read from.
 const MOST_UNSENT: usize = 1 << 20;
 
-/// What is said to a connection before the others have their turn.
+/// Bytes of replies to a connection before the others have their turn.
 const REPLIED_PER_TURN: usize = 4 << 20;
 
-const THREAD: &str = "ferro-store";
+/// An order to the thread.
+#[derive(Debug)]
+pub(super) enum Order {
+    /// Stop listening, and end once the agents have gone, or after this time.
+    Close { timeout: Duration },
+    #[cfg(test)]
+    Panic,
+}
 
-/// What the thread is to do.
-type Order = Box<dyn FnOnce(&mut Worker) + Send>;
+impl ThreadOrder for Order {
+    fn close() -> Self {
+        Self::Close { timeout: Duration::ZERO }
+    }
+}
 
-/// A store that clients of `TCPStore` can use, and a rendezvous at the same port, on a thread of their own. Ends when it is dropped.
+/// The server of a key-value store for clients of torch's `TCPStore`, and of a rendezvous at the same port. Both end when it is dropped.
 #[derive(Debug)]
 pub struct StoreServer {
     address: SocketAddr,
-    orders: Sender<Order>,
-    wake: Arc<WakeFd>,
-    thread: Mutex<Option<JoinHandle<Result<()>>>>,
-    owner: u32,
+    thread: NativeThread<Order>,
 }
 
 impl StoreServer {
-    /// Listens on `address`; port 0 takes a free one. Without `rendezvous` it is a store alone.
+    /// Listens on `address`; port 0 picks a free port. Without `rendezvous` it serves a store alone.
     pub fn start(address: SocketAddr, limits: Limits, rendezvous: Option<Settings>) -> Result<Self> {
         let listener = Listener::bind(address).map_err(|source| Error::os("listen on", address.to_string(), source))?;
         let address = listener.address();
-        let wake = Arc::new(WakeFd::new().map_err(|source| Error::os("create", "an eventfd", source))?);
-        let (orders, inbox) = channel();
-        let worker = Worker::new(listener, limits, rendezvous, inbox, Arc::clone(&wake))?;
-        let thread = threads::builder(THREAD).spawn(move || worker.run());
-        let thread = thread.map_err(|source| Error::os("start", "the store's thread", source))?;
-        Ok(Self { address, orders, wake, thread: Mutex::new(Some(thread)), owner: std::process::id() })
+        let thread = NativeThread::start("ferro-store", |inbox| HostThread::new(listener, limits, rendezvous, inbox))?;
+        Ok(Self { address, thread })
     }
 
-    /// Where it listens.
+    /// The address of the listener.
     #[must_use]
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// Closes the port and all connections. Agents that are still there, and are about to go, have `patience` for that.
+    /// Closes the port and all connections. Agents that are about to leave have `timeout` for that.
     ///
-    /// Fails, once, if the thread had ended before by an error.
-    pub fn close(&self, patience: Duration) -> Result<()> {
-        self.check_owner()?;
-        self.tell(move |worker| worker.begin_to_close(patience));
-        match self.thread.lock().unwrap_or_else(PoisonError::into_inner).take() {
-            Some(thread) => thread.join().unwrap_or_else(|panic| Err(Error::panicked(THREAD, &*panic))),
-            None => Ok(()),
+    /// Fails, once, if the thread had ended earlier by an error.
+    pub fn close(&self, timeout: Duration) -> Result<()> {
+        match self.thread.close(Order::Close { timeout }, None)? {
+            Ended::Yes(outcome) => outcome,
+            Ended::No => Ok(()),
         }
     }
-
-    fn tell(&self, order: impl FnOnce(&mut Worker) + Send + 'static) {
-        // It fails where the thread has ended.
-        let _ = self.orders.send(Box::new(order));
-        self.wake.wake();
-    }
-
-    fn check_owner(&self) -> Result<()> {
-        let here = std::process::id();
-        if here == self.owner { Ok(()) } else { Err(Error::Forked { owner: self.owner, here }) }
-    }
 }
 
-impl Drop for StoreServer {
-    fn drop(&mut self) {
-        let _ = self.close(Duration::ZERO);
-    }
-}
-
-/// Everything the store's thread owns.
-pub(super) struct Worker {
+/// The state of the thread.
+pub(super) struct HostThread {
     pub(super) listener: Option<Listener>,
-    /// Until when it does not listen.
+    /// Accepts no connection before this.
     pub(super) listen_at: Option<Instant>,
     pub(super) limits: Limits,
-    inbox: Receiver<Order>,
-    wake: Arc<WakeFd>,
+    inbox: Inbox<Order>,
     pub(super) poller: Poller,
     timer: Timer,
     pub(super) state: State,
     pub(super) agents: Option<Agents>,
-    /// When it ends, whoever is still there.
+    /// The thread ends at this time, even if agents are still connected.
     pub(super) close_at: Option<Instant>,
     pub(super) connections: HashMap<Peer, Connection>,
     pub(super) last_peer: Peer,
     replies: Vec<Reply>,
-    /// Those with something to send.
+    /// Connections with unsent replies.
     pub(super) to_flush: Vec<Peer>,
     chunk: Vec<u8>,
-    /// Holds a descriptor for when there is none.
+    /// Holds a descriptor in reserve for a process that has run out of them.
     pub(super) spare: Option<WakeFd>,
 }
 
-impl Worker {
-    fn new(
-        listener: Listener,
-        limits: Limits,
-        rendezvous: Option<Settings>,
-        inbox: Receiver<Order>,
-        wake: Arc<WakeFd>,
-    ) -> Result<Self> {
+impl Service for HostThread {
+    type Order = Order;
+
+    fn serve(&mut self) -> Result<()> {
+        let mut ready = Vec::new();
+        let poll_failed = |source| Error::os("wait for", "events", source);
+        loop {
+            self.poller.wait(true, &mut ready).map_err(poll_failed)?;
+            // Received messages count before deadlines that have passed meanwhile.
+            let is_due = ready.contains(&TIMER);
+            if is_due {
+                self.poller.wait(false, &mut ready).map_err(poll_failed)?;
+            }
+            for token in ready.drain(..) {
+                match token {
+                    WAKE => self.take_orders(),
+                    LISTENER => self.accept(),
+                    TIMER => {}
+                    peer => self.serve_connection(peer),
+                }
+            }
+            if is_due {
+                self.handle_deadlines();
+            }
+            if self.close_at.is_some_and(|at| !self.has_agents() || Instant::now() >= at) {
+                return Ok(());
+            }
+        }
+    }
+
+    fn finish(&mut self, outcome: &Result<()>) {
+        if let Err(error) = outcome {
+            self.announce_end(&format!("the agent that hosts the rendezvous has failed: {error}"));
+        }
+    }
+}
+
+impl HostThread {
+    fn new(listener: Listener, limits: Limits, rendezvous: Option<Settings>, inbox: Inbox<Order>) -> Result<Self> {
         let timer = Timer::new().map_err(|source| Error::os("create", "a timerfd", source))?;
         let poller = Poller::new().map_err(|source| Error::os("create", "an epoll instance", source))?;
         let watched = poller
-            .add(&*wake, WAKE, Interest::Readable)
+            .add(inbox.wake(), WAKE, Interest::Readable)
             .and_then(|()| poller.add(&listener, LISTENER, Interest::Readable))
             .and_then(|()| poller.add(&timer, TIMER, Interest::Readable));
-        watched.map_err(|source| Error::os("watch", "the store's own descriptors", source))?;
+        watched.map_err(|source| Error::os("watch", "the descriptors of the store's thread", source))?;
         Ok(Self {
             listener: Some(listener),
             listen_at: None,
             inbox,
-            wake,
             poller,
             timer,
             state: State::new(&limits),
@@ -160,66 +168,29 @@ impl Worker {
         })
     }
 
-    /// Runs until closed. After a panic the agents are told, and all connections end.
-    fn run(mut self) -> Result<()> {
-        // Signals are for the interpreter's main thread.
-        sigmask::block_all().forever();
-        let outcome = catch_unwind(AssertUnwindSafe(|| self.work()));
-        let outcome = outcome.unwrap_or_else(|panic| Err(Error::panicked(THREAD, &*panic)));
-        if let Err(error) = &outcome {
-            let text = format!("the agent that hosts the rendezvous has failed: {error}");
-            // Whatever the panic has left in disorder: there is no more to it than that nobody is told.
-            let _ = catch_unwind(AssertUnwindSafe(|| self.say_farewell(&text)));
-        }
-        outcome
-    }
-
-    fn work(&mut self) -> Result<()> {
-        let mut ready = Vec::new();
-        let poll_failed = |source| Error::os("wait for", "events", source);
-        loop {
-            self.poller.wait(true, &mut ready).map_err(poll_failed)?;
-            // What somebody has said counts before what the clock says of those who are silent.
-            let is_due = ready.contains(&TIMER);
-            if is_due {
-                self.poller.wait(false, &mut ready).map_err(poll_failed)?;
-            }
-            for token in ready.drain(..) {
-                match token {
-                    WAKE => self.obey(),
-                    LISTENER => self.accept(),
-                    TIMER => {}
-                    peer => self.serve(peer),
-                }
-            }
-            if is_due {
-                self.look_at_clock();
-            }
-            if self.close_at.is_some_and(|at| !self.has_agents() || Instant::now() >= at) {
-                return Ok(());
+    fn take_orders(&mut self) {
+        self.inbox.wake().drain();
+        while let Some(order) = self.inbox.next() {
+            match order {
+                Order::Close { timeout } => self.begin_to_close(timeout),
+                #[cfg(test)]
+                Order::Panic => panic!("on purpose"),
             }
         }
     }
 
-    fn obey(&mut self) {
-        self.wake.drain();
-        while let Ok(order) = self.inbox.try_recv() {
-            order(self);
-        }
-    }
-
-    /// Takes nobody in any more, and ends when the agents have gone, or in time.
-    fn begin_to_close(&mut self, patience: Duration) {
+    /// Stops listening. The thread ends when the agents have gone, or after `timeout`.
+    fn begin_to_close(&mut self, timeout: Duration) {
         if let Some(listener) = self.listener.take() {
-            // A forked process may hold a copy.
+            // A forked process may hold a copy, for which the poller would report connections.
             let _ = self.poller.remove(&listener);
         }
-        self.close_at = Some(after(patience));
+        self.close_at = Some(after(timeout));
         self.decide(Event::Tick);
         self.set_timer();
     }
 
-    fn look_at_clock(&mut self) {
+    fn handle_deadlines(&mut self) {
         self.timer.drain();
         let now = Instant::now();
         if self.listen_at.take_if(|at| now >= *at).is_some() {
@@ -234,15 +205,15 @@ impl Worker {
     pub(super) fn set_timer(&mut self) {
         let agents = self.agents.as_ref().and_then(Agents::next_tick);
         let next = [agents, self.close_at, self.listen_at].into_iter().flatten().min();
-        // It fails for a descriptor that is none.
+        // Cannot fail: the descriptor is valid.
         let _ = self.timer.set(next);
     }
 
-    /// Begins anew: without a key, and without those who knew the former ones.
+    /// Empties the store for a new round and closes the connections of the old round's workers.
     pub(super) fn renew(&mut self) {
         self.connections.retain(|_, connection| {
             if !connection.is_agent() {
-                // A forked process may hold a copy of the socket, for which it would go on to be reported.
+                // A forked process may hold a copy of the socket, which the poller would still report.
                 let _ = self.poller.remove(&connection.stream);
             }
             connection.is_agent()
@@ -250,34 +221,34 @@ impl Worker {
         self.state = State::new(&self.limits);
     }
 
-    /// A connection has bytes, or room for some.
-    fn serve(&mut self, peer: Peer) {
+    /// Reads from a ready connection, or writes to it.
+    fn serve_connection(&mut self, peer: Peer) {
         let Some(connection) = self.connections.get_mut(&peer) else { return };
         if connection.interest == Interest::Readable {
             match connection.stream.read(&mut self.chunk) {
-                Ok(0) => return self.end(peer),
+                Ok(0) => return self.disconnect(peer),
                 Ok(read) => {
                     connection.silent_since = None;
                     match &mut connection.protocol {
                         Protocol::Store(decoder) => decoder.feed(&self.chunk[..read]),
-                        Protocol::Agent(talk) => {
-                            talk.feed(&self.chunk[..read]);
-                            return self.listen_to(peer);
+                        Protocol::Agent(frames) => {
+                            frames.feed(&self.chunk[..read]);
+                            return self.take_messages(peer);
                         }
                     }
                 }
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return,
-                Err(_) => return self.end(peer),
+                Err(_) => return self.disconnect(peer),
             }
         } else {
             self.to_flush.push(peer);
             self.flush();
         }
-        self.understand(peer);
+        self.serve_requests(peer);
     }
 
-    /// Serves the requests of a connection that are complete, for as long as it takes the replies.
-    fn understand(&mut self, peer: Peer) {
+    /// Serves the complete requests of a connection, as long as the peer takes the replies.
+    fn serve_requests(&mut self, peer: Peer) {
         let mut replied = 0;
         while let Some(connection) = self.connections.get_mut(&peer)
             && connection.unsent() < MOST_UNSENT
@@ -292,7 +263,7 @@ impl Worker {
                     return self.upgrade(peer, rest);
                 }
                 Ok(Some(request)) => {
-                    // To look at it may have begun a new round, whose empty store is not for those who knew the former one.
+                    // `admit` may have started a new round. Connections of the old round must not write to the new store.
                     let is_for_us = self.admit(peer, &request) && self.connections.contains_key(&peer);
                     !is_for_us || self.state.apply(peer, request, &mut self.replies).is_ok()
                 }
@@ -308,7 +279,7 @@ impl Worker {
             }
             if !served {
                 self.flush();
-                return self.end(peer);
+                return self.disconnect(peer);
             }
             if self.connections.get(&peer).is_some_and(|connection| connection.unsent() >= MOST_UNSENT) {
                 self.flush();
@@ -317,7 +288,7 @@ impl Worker {
         self.flush();
     }
 
-    /// Goes on with a connection when the poller says that there is room for more, in turn with the others.
+    /// Continues with a connection when it is writable, after the other connections have had their turn.
     fn postpone(&mut self, peer: Peer) {
         self.flush();
         if let Some(connection) = self.connections.get_mut(&peer)
@@ -325,7 +296,7 @@ impl Worker {
         {
             connection.interest = Interest::Writable;
             if self.poller.modify(&connection.stream, peer, Interest::Writable).is_err() {
-                self.end(peer);
+                self.disconnect(peer);
             }
         }
     }
@@ -340,12 +311,12 @@ impl Worker {
                 connection.interest = interest;
             }
             if is_broken {
-                self.end(peer);
+                self.disconnect(peer);
             }
         }
     }
 
-    pub(super) fn end(&mut self, peer: Peer) {
+    pub(super) fn disconnect(&mut self, peer: Peer) {
         self.state.forget(peer);
         if let Some(connection) = self.connections.remove(&peer) {
             let _ = self.poller.remove(&connection.stream);
@@ -362,7 +333,7 @@ mod tests {
     use std::net::TcpStream;
 
     use super::*;
-    use crate::rendezvous::Client;
+    use crate::membership::RendezvousClient;
     use crate::rendezvous::member::{self, Call, Standing};
     use crate::rendezvous::message::Introduction;
 
@@ -377,7 +348,7 @@ mod tests {
         let server = start(None);
         let mut client = TcpStream::connect(server.address()).expect("connect");
         client.set_read_timeout(Some(PATIENCE)).expect("set");
-        server.tell(|_| panic!("on purpose"));
+        server.thread.tell(Order::Panic).expect("it runs");
         assert_eq!(client.read(&mut [0]).unwrap_or(0), 0, "the end, or a reset");
         let error = server.close(Duration::ZERO).expect_err("it has failed");
         assert_eq!(error.to_string(), "the thread ferro-store panicked: on purpose");
@@ -400,7 +371,7 @@ mod tests {
         let who = Introduction { is_host: true, ..Introduction::new("job".into(), "a".into(), (1, 1)) };
         let settings =
             member::Settings { endpoint: format!("127.0.0.1:{port}"), connect_timeout: PATIENCE, is_host: true };
-        let agent = Client::start("127.0.0.1", port, who, settings).expect("client");
+        let agent = RendezvousClient::start("127.0.0.1", port, who, settings).expect("client");
         agent.call(Call::Join { role: "default".into(), local_world_size: 1, timeout: PATIENCE }).expect("call");
         let stands = |is_wanted: fn(&Standing) -> bool| {
             let deadline = Instant::now() + PATIENCE;
@@ -415,7 +386,7 @@ mod tests {
             }
         };
         stands(|standing| matches!(standing, Standing::Placed(_)));
-        server.tell(|_| panic!("on purpose"));
+        server.thread.tell(Order::Panic).expect("it runs");
         let standing = stands(|standing| !matches!(standing, Standing::Placed(_)));
         let Standing::Closed { text, code: 1 } = standing else { panic!("it is {standing:?}") };
         assert_eq!(text, "the agent that hosts the rendezvous has failed: the thread ferro-store panicked: on purpose");

@@ -1,4 +1,4 @@
-//! The thread of an agent that talks to the host of its rendezvous.
+//! The thread of a membership: connected to the host, it carries out the decisions of [`crate::rendezvous::member`].
 
 use std::io::{self, ErrorKind};
 use std::net::SocketAddr;
@@ -6,111 +6,84 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
-use super::client::Shared;
-use super::member::{Action, Call, Event, Member, Settings, Standing};
-use super::message::{self, Introduction, Notice, Request, UPGRADE};
-use crate::error::panic_text;
-use crate::store::client::endpoint;
-use crate::store::wire::{MAGIC, opcode};
-use crate::sys::net::Stream;
+use super::view::Shared;
+use crate::error::{Error, Result};
+use crate::rendezvous::member::{Action, Call, Event, Member, Settings, Standing};
+use crate::rendezvous::message::{self, Introduction, Notice, Request};
+use crate::store::wire::{MAGIC, UPGRADE, opcode};
+use crate::sys::net::{Stream, endpoint};
 use crate::sys::poller::{Interest, Poller};
 use crate::sys::resolve::resolve;
-use crate::sys::sigmask;
 use crate::sys::timer::Timer;
-use crate::sys::wake::WakeFd;
+use crate::thread::{Inbox, Service, ThreadOrder};
 
 const WAKE: u64 = 0;
 const TIMER: u64 = 1;
 const STREAM: u64 = 2;
 
-/// The host echoes this, as it does for every client of a `TCPStore`.
+/// The host echoes this, as every `TCPStore` server does.
 const NONCE: [u8; 4] = *b"ferr";
 
-/// Where a host has several addresses, each has so long to answer before the next one is tried.
+/// If a host has several addresses, each has this long to answer before the next one is tried.
 const ADDRESS_TURN: Duration = Duration::from_secs(1);
 
-/// A connection, and how far it is.
+/// A connection to the host.
 #[derive(Debug)]
-struct Link {
+struct HostConnection {
     stream: Stream,
     is_connected: bool,
     has_echoed: bool,
     input: Vec<u8>,
     output: Vec<u8>,
     interest: Interest,
-    /// Where else the host may be.
+    /// Further addresses of the host.
     others: Vec<SocketAddr>,
-    /// When the next of them is tried.
+    /// The deadline for this address if there are others.
     turn_ends: Option<Instant>,
 }
 
-/// Everything the thread owns.
-pub(super) struct Talker {
+/// The state of the thread.
+pub(super) struct MembershipThread {
     endpoint: (String, u16),
     who: Introduction,
     member: Member,
-    inbox: Receiver<Option<Call>>,
-    wake: Arc<WakeFd>,
+    inbox: Inbox<Order>,
     shared: Arc<Shared>,
     poller: Poller,
     timer: Timer,
-    link: Option<Link>,
-    /// Where answers of the resolver go, and whether one is awaited.
+    link: Option<HostConnection>,
+    /// The channel of the resolver's answers.
     resolver: (Sender<Addresses>, Receiver<Addresses>),
+    /// An answer of the resolver is outstanding.
     is_resolving: bool,
+    /// The last published state.
     shown: Standing,
 }
 
-/// What the resolver says.
+/// An answer of the resolver.
 type Addresses = io::Result<Vec<SocketAddr>>;
 
-impl Talker {
-    pub(super) fn new(
-        endpoint: (String, u16),
-        who: Introduction,
-        settings: Settings,
-        inbox: Receiver<Option<Call>>,
-        wake: Arc<WakeFd>,
-        shared: Arc<Shared>,
-    ) -> io::Result<Self> {
-        let poller = Poller::new()?;
-        let timer = Timer::new()?;
-        poller.add(&*wake, WAKE, Interest::Readable)?;
-        poller.add(&timer, TIMER, Interest::Readable)?;
-        let member = Member::new(settings, Instant::now());
-        let (link, resolver, is_resolving) = (None, channel(), false);
-        let shown = Standing::Idle;
-        Ok(Self { endpoint, who, member, inbox, wake, shared, poller, timer, link, resolver, is_resolving, shown })
-    }
+impl Service for MembershipThread {
+    type Order = Order;
 
-    pub(super) fn run(mut self) {
-        // Signals are for the interpreter's main thread.
-        sigmask::block_all().forever();
-        let shared = Arc::clone(&self.shared);
-        let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.talk()));
-        shared.lease.set(None, None);
-        shared.publish(|view| {
-            view.is_closed = true;
-            view.failure = ended.err().map(|panic| panic_text(&*panic));
-        });
-    }
-
-    fn talk(&mut self) {
+    fn serve(&mut self) -> Result<()> {
         let mut ready = Vec::new();
-        while self.poller.wait(true, &mut ready).is_ok() {
-            if ready.contains(&TIMER) && self.poller.wait(false, &mut ready).is_err() {
-                return;
+        let poll_failed = |source| Error::os("wait for", "events", source);
+        loop {
+            self.poller.wait(true, &mut ready).map_err(poll_failed)?;
+            if ready.contains(&TIMER) {
+                // Received messages count before a deadline that has passed meanwhile.
+                self.poller.wait(false, &mut ready).map_err(poll_failed)?;
             }
-            // What the host has said counts before what the clock says of its silence.
             let is_due = ready.contains(&TIMER);
-            // Two looks may have reported the same.
+            // Both waits may have reported the same descriptor.
             ready.sort_unstable();
             ready.dedup();
             for token in ready.drain(..) {
                 match token {
-                    WAKE if !self.obey() => return,
+                    WAKE if !self.take_orders() => return Ok(()),
                     WAKE => self.take_addresses(),
-                    STREAM => self.serve(),
+                    STREAM => self.serve_connection(),
                     _ => {}
                 }
             }
@@ -124,19 +97,62 @@ impl Talker {
         }
     }
 
-    /// Does what the program asks; `false` at the end.
-    fn obey(&mut self) -> bool {
-        self.wake.drain();
-        while let Ok(call) = self.inbox.try_recv() {
-            match call {
-                Some(call) => {
+    fn finish(&mut self, outcome: &Result<()>) {
+        self.shared.lease.set(None, None);
+        self.shared.publish(|view| {
+            view.is_closed = true;
+            view.failure = outcome.as_ref().err().map(ToString::to_string);
+        });
+    }
+}
+
+/// An order to the thread.
+#[derive(Debug)]
+pub(super) enum Order {
+    /// Carry out a call of the agent.
+    Call(Call),
+    /// End.
+    Close,
+}
+
+impl ThreadOrder for Order {
+    fn close() -> Self {
+        Self::Close
+    }
+}
+
+impl MembershipThread {
+    pub(super) fn new(
+        endpoint: (String, u16),
+        who: Introduction,
+        settings: Settings,
+        inbox: Inbox<Order>,
+        shared: Arc<Shared>,
+    ) -> Result<Self> {
+        let failed = |source| Error::os("create", "the poller of a rendezvous", source);
+        let poller = Poller::new().map_err(failed)?;
+        let timer = Timer::new().map_err(failed)?;
+        poller.add(inbox.wake(), WAKE, Interest::Readable).map_err(failed)?;
+        poller.add(&timer, TIMER, Interest::Readable).map_err(failed)?;
+        let member = Member::new(settings, Instant::now());
+        let (link, resolver, is_resolving) = (None, channel(), false);
+        let shown = Standing::Idle;
+        Ok(Self { endpoint, who, member, inbox, shared, poller, timer, link, resolver, is_resolving, shown })
+    }
+
+    /// Carries out the orders; `false` if one of them ends the thread.
+    fn take_orders(&mut self) -> bool {
+        self.inbox.wake().drain();
+        while let Some(order) = self.inbox.next() {
+            match order {
+                Order::Call(call) => {
                     let is_join = matches!(call, Call::Join { .. });
                     self.step(Event::Call(call));
                     if is_join {
                         self.shared.view.publish(|view| view.joins_under_way -= 1);
                     }
                 }
-                None => return false,
+                Order::Close => return false,
             }
         }
         true
@@ -154,7 +170,7 @@ impl Talker {
                         }
                     }
                     Action::Disconnect => {
-                        // What was said before is said.
+                        // Messages from before the disconnect are still sent.
                         self.flush();
                         self.hang_up();
                     }
@@ -167,7 +183,7 @@ impl Talker {
         self.show();
     }
 
-    /// Publishes how the agent stands, if that has changed.
+    /// Publishes the state of the membership if it has changed.
     fn show(&mut self) {
         let lease = self.member.lease();
         let may_lapse = self.member.has_running_workers() || self.member.has_lapsed();
@@ -181,15 +197,15 @@ impl Talker {
         self.shared.publish(|view| view.standing = standing.clone());
     }
 
-    // ---- of the connection
+    // ---- connecting
 
-    /// Begins to connect; what there is to say about it at once.
+    /// Starts to connect. Returns an event if that fails at once.
     fn connect(&mut self) -> Option<Event> {
         if self.is_resolving {
-            return None; // the answer to the former question is awaited
+            return None; // a lookup is under way
         }
         let (host, port) = &self.endpoint;
-        let (answer, wake) = (self.resolver.0.clone(), Arc::clone(&self.wake));
+        let (answer, wake) = (self.resolver.0.clone(), self.inbox.remote());
         let done = move |addresses| {
             // The thread may have ended.
             let _ = answer.send(addresses);
@@ -203,7 +219,7 @@ impl Talker {
         None
     }
 
-    /// Connects to the addresses of the host, if the resolver has found them.
+    /// Connects to the addresses of the host once the resolver has found them.
     fn take_addresses(&mut self) {
         let Ok(addresses) = self.resolver.1.try_recv() else { return };
         self.is_resolving = false;
@@ -238,8 +254,16 @@ impl Talker {
                     let is_one_of_several = error.is_some() || !addresses.is_empty();
                     let turn_ends = is_one_of_several.then(|| Instant::now() + ADDRESS_TURN);
                     let others = addresses;
-                    self.link =
-                        Some(Link { stream, is_connected, has_echoed, input, output, interest, others, turn_ends });
+                    self.link = Some(HostConnection {
+                        stream,
+                        is_connected,
+                        has_echoed,
+                        input,
+                        output,
+                        interest,
+                        others,
+                        turn_ends,
+                    });
                     return None;
                 }
                 Err(failed) => error = Some(failed),
@@ -250,7 +274,7 @@ impl Talker {
         Some(Event::NotConnected { text: error.to_string(), is_refused })
     }
 
-    /// One address was not reached.
+    /// The connection to one address has failed.
     fn try_others(&mut self, error: io::Error) {
         let others = self.link.as_mut().map(|link| std::mem::take(&mut link.others)).unwrap_or_default();
         match self.try_next(others, Some(error)) {
@@ -261,7 +285,7 @@ impl Talker {
 
     fn set_timer(&mut self) {
         let turn_ends = self.link.as_ref().and_then(|link| link.turn_ends);
-        // It fails for a descriptor that is none.
+        // Cannot fail: the descriptor is valid.
         let _ = self.timer.set(self.member.next_tick().into_iter().chain(turn_ends).min());
     }
 
@@ -271,13 +295,13 @@ impl Talker {
         }
     }
 
-    /// The connection has bytes, or room for some, or has been made.
-    fn serve(&mut self) {
+    /// The connection is established, readable or writable.
+    fn serve_connection(&mut self) {
         let Some(link) = &mut self.link else { return };
         if !link.is_connected {
             match link.stream.connected() {
                 Ok(true) => {}
-                // What was reported was of a former connection.
+                // The event belongs to an earlier connection.
                 Ok(false) => return,
                 Err(error) => return self.try_others(error),
             }
@@ -291,7 +315,7 @@ impl Talker {
             Ok(0) => self.lost("it was closed by the host"),
             Ok(read) => {
                 link.input.extend_from_slice(&chunk[..read]);
-                self.understand();
+                self.take_messages();
             }
             Err(error) if error.kind() == ErrorKind::WouldBlock => {
                 if let Some(event) = self.flush() {
@@ -302,7 +326,7 @@ impl Talker {
         }
     }
 
-    /// Says who this is: first what every client of a store says.
+    /// Introduces this agent, after the opening of every store client.
     fn introduce(&mut self) {
         let Some(link) = &mut self.link else { return };
         let address = link.stream.local_address().ok().map(|address| address.ip().to_canonical());
@@ -320,12 +344,12 @@ impl Talker {
         message::encode(&Request::Enter(who), &mut link.output);
     }
 
-    fn understand(&mut self) {
+    fn take_messages(&mut self) {
         while let Some(link) = &mut self.link {
             if !link.has_echoed {
                 let Some(echo) = link.input.first_chunk() else { return };
                 if *echo != NONCE {
-                    return self.estranged("is no store, nor a rendezvous");
+                    return self.refuse_host("is no store, nor a rendezvous");
                 }
                 link.input.drain(..NONCE.len());
                 link.has_echoed = true;
@@ -333,7 +357,7 @@ impl Talker {
             match message::decode::<Notice>(&mut link.input) {
                 Ok(Some(notice)) => {
                     if let Notice::Welcome { silence } = &notice {
-                        // Without it a broken network is noticed by what is said, or not.
+                        // Without it the heartbeats alone detect a broken network.
                         let _ = link.stream.set_patience(*silence);
                     }
                     self.step(Event::Received(notice));
@@ -346,16 +370,16 @@ impl Talker {
 
     /// The connection has ended.
     fn lost(&mut self, text: &str) {
-        // A host that knows the opcode says more than the echo. It may be gone before, but it was there before, then.
+        // A ferrorun host would have sent more than the echo. If one has welcomed this agent earlier, that host has gone.
         let has_only_echoed = self.link.as_ref().is_some_and(|link| link.has_echoed && link.input.is_empty());
         if has_only_echoed && !self.member.was_welcome() {
-            return self.estranged("is a TCPStore of torch: a torchrun hosts it, or a script does");
+            return self.refuse_host("is a TCPStore of torch: a torchrun hosts it, or a script does");
         }
         self.hang_up();
         self.step(Event::Disconnected(text.to_owned()));
     }
 
-    fn estranged(&mut self, what: &str) {
+    fn refuse_host(&mut self, what: &str) {
         self.hang_up();
         let endpoint = endpoint(&self.endpoint.0, self.endpoint.1);
         let text = format!(
@@ -364,7 +388,7 @@ impl Talker {
         self.step(Event::Stranger(text));
     }
 
-    /// Sends what there is room for.
+    /// Sends as much as the kernel takes.
     fn flush(&mut self) -> Option<Event> {
         let link = self.link.as_mut().filter(|link| link.is_connected)?;
         while !link.output.is_empty() {
@@ -377,7 +401,7 @@ impl Talker {
                 }
             }
         }
-        // With something left to send, it is not read: the host is asked to read first.
+        // Does not read while bytes are unsent: the host must read first.
         let interest = if link.output.is_empty() { Interest::Readable } else { Interest::Writable };
         if interest != link.interest {
             link.interest = interest;
@@ -395,9 +419,11 @@ mod tests {
     use std::net::{Ipv4Addr, TcpListener, TcpStream};
 
     use super::*;
+    use crate::membership::view::MembershipView;
     use crate::published::Published;
-    use crate::rendezvous::client::View;
     use crate::sys::lease::LeasePage;
+    use crate::sys::wake::WakeFd;
+    use crate::thread::line;
 
     /// A listener that takes no more connections, as a machine behind a broken route: what asks for one gets no answer.
     fn silent() -> (TcpListener, Vec<TcpStream>) {
@@ -420,24 +446,22 @@ mod tests {
         let who = Introduction::new("job".into(), "node".into(), (1, 1));
         let connect_timeout = Duration::from_secs(60);
         let settings = Settings { endpoint: "host".into(), connect_timeout, is_host: false };
-        let wake = Arc::new(WakeFd::new().expect("wake"));
         let alarm = WakeFd::new().expect("alarm");
         let lease = Arc::new(LeasePage::create().expect("page"));
         let endpoint = settings.endpoint.clone();
-        let shared = Arc::new(Shared { view: Published::new(View::new()), alarm, lease, endpoint });
-        let (calls, inbox) = channel();
+        let shared = Arc::new(Shared { view: Published::new(MembershipView::new()), alarm, lease, endpoint });
+        let (remote, inbox) = line().expect("a line");
         let endpoint = (dead.ip().to_string(), dead.port());
-        let mut talker = Talker::new(endpoint, who, settings, inbox, Arc::clone(&wake), shared).expect("talker");
+        let mut member = MembershipThread::new(endpoint, who, settings, inbox, shared).expect("a thread");
         let (role, timeout) = ("default".into(), Duration::from_secs(60));
-        talker.step(Event::Call(Call::Join { role, local_world_size: 1, timeout }));
-        talker.take_addresses();
+        member.step(Event::Call(Call::Join { role, local_world_size: 1, timeout }));
+        member.take_addresses();
         // As if the host's name had two addresses; the last is taken first.
-        assert!(talker.try_next(vec![there, dead], None).is_none());
-        talker.set_timer();
-        let thread = std::thread::spawn(move || talker.talk());
+        assert!(member.try_next(vec![there, dead], None).is_none());
+        member.set_timer();
+        let thread = std::thread::spawn(move || member.serve());
         live.accept().expect("a connection");
-        calls.send(None).expect("sent");
-        wake.wake();
-        thread.join().expect("ended");
+        assert!(remote.tell(Order::Close));
+        thread.join().expect("no panic").expect("no error");
     }
 }

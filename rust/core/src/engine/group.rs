@@ -1,0 +1,95 @@
+//! The handle of a group of processes.
+
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::order::{Line, Order, StartedGroup};
+use super::progress::{GroupProgress, StopReport};
+use crate::error::{Error, Result};
+use crate::published::Wake;
+use crate::supervise::{Event, Exit, StopPlan};
+
+/// Processes that were started together, each the leader of its own session and process group.
+#[derive(Debug)]
+pub struct Group {
+    line: Arc<Line>,
+    id: u64,
+    pids: Vec<i32>,
+    progress: Arc<GroupProgress>,
+}
+
+impl Group {
+    pub(super) fn new(line: &Arc<Line>, started: StartedGroup) -> Self {
+        Self { line: Arc::clone(line), id: started.id, pids: started.pids, progress: started.progress }
+    }
+
+    /// Process ids by index.
+    #[must_use]
+    pub fn pids(&self) -> &[i32] {
+        &self.pids
+    }
+
+    /// Grows with every batch of exits, at the end of a stop and at the end of the engine.
+    pub fn generation(&self) -> Result<u64> {
+        self.line.check_owner()?;
+        Ok(self.progress.generation())
+    }
+
+    /// The exits so far, in the order the kernel reported them.
+    pub fn exits(&self) -> Result<Vec<Exit>> {
+        self.line.check_owner()?;
+        Ok(self.progress.exits())
+    }
+
+    /// Blocks until the generation exceeds `generation`, `timeout` has passed (`None`: no limit), or one of `others` is readable.
+    pub fn wait(
+        &self,
+        generation: u64,
+        timeout: Option<Duration>,
+        others: [Option<BorrowedFd<'_>>; 2],
+    ) -> Result<Wake> {
+        self.line.check_owner()?;
+        self.progress.wait(generation, timeout, others)
+    }
+
+    /// Signals the process group of one worker, or its leader alone; `false` if there was no process left.
+    pub fn signal(&self, index: usize, signal: i32, leader_only: bool) -> Result<bool> {
+        let group = self.id;
+        let delivered = self.line.ask(|reply| Order::Signal { group, index, signal, leader_only, reply })?;
+        delivered.map_err(|source| Error::os("signal", format!("worker {index} (pid {})", self.pids[index]), source))
+    }
+
+    /// Starts to stop the group. Has no effect on a stop that has begun.
+    pub fn stop(&self, plan: StopPlan) -> Result<()> {
+        self.decide(Event::Stop(plan))
+    }
+
+    /// From now on the engine starts the stop itself, at the first failure.
+    pub fn stop_on_failure(&self, plan: StopPlan) -> Result<()> {
+        self.decide(Event::StopOnFailure(plan))
+    }
+
+    /// Ends the grace period of a running stop now.
+    pub fn hurry(&self) -> Result<()> {
+        self.decide(Event::Hurry)
+    }
+
+    /// The outcome of the stop; `None` before its end.
+    pub fn stop_report(&self) -> Result<Option<StopReport>> {
+        self.line.check_owner()?;
+        Ok(self.progress.report())
+    }
+
+    fn decide(&self, event: Event) -> Result<()> {
+        let group = self.id;
+        self.line.tell(Order::Decide { group, event })
+    }
+}
+
+impl Drop for Group {
+    /// Leaves running processes alone and reaps them when they end.
+    fn drop(&mut self) {
+        let _ = self.line.tell(Order::Release { group: self.id });
+    }
+}

@@ -1,0 +1,36 @@
+//! The handle of a tail.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::order::{Line, Order};
+use crate::error::Result;
+use crate::logs::{TailReport, TailSpec};
+
+/// Follows log files until it is finished or dropped.
+#[derive(Debug)]
+pub struct Tail {
+    line: Arc<Line>,
+    id: u64,
+}
+
+impl Tail {
+    pub(super) fn open(line: &Arc<Line>, spec: TailSpec) -> Result<Self> {
+        let id = line.ask(|reply| Order::Tail { spec, reply })??;
+        Ok(Self { line: Arc::clone(line), id })
+    }
+
+    /// Copies the rest of the files and ends the tail. Gives up when the console has taken nothing for `patience`.
+    ///
+    /// Further calls, also from other threads, return the same report.
+    pub fn finish(&self, patience: Duration) -> Result<TailReport> {
+        let tail = self.id;
+        self.line.ask(|reply| Order::FinishTail { tail, patience, reply })
+    }
+}
+
+impl Drop for Tail {
+    fn drop(&mut self) {
+        let _ = self.line.tell(Order::DropTail { tail: self.id });
+    }
+}

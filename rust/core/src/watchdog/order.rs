@@ -1,0 +1,57 @@
+//! Orders of a handle to its watchdog on the engine thread.
+
+use std::time::{Duration, Instant};
+
+use super::report::Counts;
+use super::server::{Server, WorkerProcess};
+use super::wire::Request;
+use crate::error::Result;
+use crate::sys::clock::Moment;
+use crate::sys::poller::Poller;
+use crate::thread::Reply;
+
+/// An order that the watchdog carries out at once. Orders that only read have no effect on timers.
+pub(crate) enum Order {
+    Start(Reply<Result<()>>),
+    SetWorkers(Vec<WorkerProcess>, Reply<()>),
+    Register(Vec<Request>, Reply<()>),
+    Clear(Vec<i32>, Reply<()>),
+    Timers(Reply<Vec<Request>>),
+    Counts(Reply<Counts>),
+    LastHeard(i32, Reply<Option<Duration>>),
+    Overdue(Reply<Duration>),
+    #[cfg(test)]
+    Run(Box<dyn FnOnce(&mut Server) + Send>),
+}
+
+impl Server {
+    /// Carries out an order and replies. A caller that no longer waits has dropped its end of the reply.
+    pub(crate) fn obey(&mut self, order: Order, poller: &Poller) {
+        match order {
+            Order::Start(reply) => drop(reply.send(self.start(poller))),
+            Order::SetWorkers(workers, reply) => {
+                self.set_workers(workers);
+                let _ = reply.send(());
+            }
+            Order::Register(requests, reply) => {
+                let now = Moment::now();
+                for request in requests {
+                    self.accept(request, now, poller);
+                }
+                let _ = reply.send(());
+            }
+            Order::Clear(pids, reply) => {
+                for pid in pids {
+                    self.clear(pid);
+                }
+                let _ = reply.send(());
+            }
+            Order::Timers(reply) => drop(reply.send(self.timers())),
+            Order::Counts(reply) => drop(reply.send(self.counts())),
+            Order::LastHeard(pid, reply) => drop(reply.send(self.last_heard(pid, Moment::now()))),
+            Order::Overdue(reply) => drop(reply.send(self.overdue(Instant::now()))),
+            #[cfg(test)]
+            Order::Run(work) => work(self),
+        }
+    }
+}
