@@ -13,9 +13,9 @@ use ferroelastic_benches::print_percentiles;
 use ferroelastic_core::Engine;
 use ferroelastic_core::engine::{Group, HealthServer};
 use ferroelastic_core::health::status::{Started, Update};
-use ferroelastic_core::health::vocabulary::State;
 use ferroelastic_core::sys::clock::Moment;
 use ferroelastic_core::sys::spawn::Command;
+use ferroelastic_core::vocabulary::AgentState;
 
 const PATIENCE: Duration = Duration::from_secs(10);
 const WORKERS: u64 = 8;
@@ -61,7 +61,7 @@ fn latency(engine: &Engine, rounds: usize) {
     let group = sleepers(engine, usize::try_from(WORKERS).expect("small"));
     let started = |(rank, pid): (u64, &i32)| Started { local_rank: rank, rank, pid: *pid };
     server.update(Update::Workers((0..).zip(group.pids()).map(started).collect())).expect("engine");
-    server.update(Update::State(State::Running)).expect("engine");
+    server.update(Update::State(AgentState::Running)).expect("engine");
     // Nobody answers yet: the first probe waits for its budget, all others are told at once.
     probe(address, "/livez", "503");
     let stuck = (0..rounds).map(|_| probe(address, "/livez", "503")).collect();
@@ -96,7 +96,7 @@ fn kill(group: &Group) {
         let _ = group.signal(index, 9, false);
     }
     let mut generation = 0;
-    while group.exits().expect("own process").len() < group.pids().len() {
+    while group.exits(0).expect("own process").len() < group.pids().len() {
         group.wait(generation, Some(PATIENCE), [None; 2]).expect("engine");
         generation = group.generation().expect("own process");
     }
@@ -127,7 +127,7 @@ fn exits(engine: &Engine, label: &str, rounds: usize) {
         let killed = Moment::now().monotonic_ns;
         assert!(group.signal(0, 9, true).expect("signal"));
         kill(&group);
-        Duration::from_nanos(group.exits().expect("own process")[0].at.monotonic_ns - killed)
+        Duration::from_nanos(group.exits(0).expect("own process")[0].at.monotonic_ns - killed)
     });
     print_percentiles(label, samples.collect());
 }

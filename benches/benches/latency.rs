@@ -17,11 +17,11 @@ use ferroelastic_core::supervise::StopPlan;
 use ferroelastic_core::sys::clock::Moment;
 use ferroelastic_core::sys::probe::Support;
 use ferroelastic_core::sys::spawn::Command;
-use ferroelastic_core::sys::wait::Status;
+use ferroelastic_core::sys::wait::ExitStatus;
 
 const PATIENCE: Duration = Duration::from_secs(10);
 const PLAN: StopPlan = StopPlan { linger: Duration::ZERO, signal: 15, grace: PATIENCE, kill_wait: PATIENCE };
-const KILLED: Status = Status::Signalled { signal: 9, core_dumped: false };
+const KILLED: ExitStatus = ExitStatus::Signalled { signal: 9, core_dumped: false };
 
 fn sleeper() -> Command {
     let word = |word: &str| CString::new(word).expect("no NUL");
@@ -48,7 +48,7 @@ fn exit_to_peers(engine: &Engine, label: &str, size: usize, rounds: usize) {
         let killed = Moment::now().monotonic_ns;
         assert!(group.signal(size / 2, 9, true).expect("signal"));
         let report = stopped(&group);
-        let first = &group.exits().expect("own process")[0];
+        let first = &group.exits(0).expect("own process")[0];
         assert_eq!((first.index, first.status, first.stopped), (size / 2, KILLED, false));
         noticed.push(Duration::from_nanos(first.at.monotonic_ns - killed));
         reacted.push(Duration::from_nanos(report.signalled_ns.saturating_sub(first.at.monotonic_ns)));

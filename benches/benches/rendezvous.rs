@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 
 use ferroelastic_benches::print_percentiles;
 use ferroelastic_core::host::StoreServer;
-use ferroelastic_core::rendezvous::message::{Introduction, Join, Notice, Request, decode, encode};
-use ferroelastic_core::rendezvous::rounds::Settings;
+use ferroelastic_core::rendezvous::message::{AgentMessage, HostMessage, Introduction, Join, decode, encode};
+use ferroelastic_core::rendezvous::rounds::HostSettings;
 use ferroelastic_core::store::wire::UPGRADE;
 use ferroelastic_core::store::wire::{Limits, MAGIC};
 
@@ -36,17 +36,17 @@ impl Agent {
         hello.extend_from_slice(&NONCE);
         hello.push(UPGRADE);
         let who = Introduction::new("job".into(), format!("node{number:04}"), (nodes, nodes));
-        encode(&Request::Enter(who), &mut hello);
+        encode(&AgentMessage::Enter(who), &mut hello);
         stream.write_all(&hello).expect("write");
         let mut echo = [0; 4];
         stream.read_exact(&mut echo).expect("echo");
         assert_eq!(echo, NONCE);
         let mut agent = Self { stream, input: Vec::new() };
-        assert!(matches!(agent.hear(), Notice::Welcome { .. }));
+        assert!(matches!(agent.hear(), HostMessage::Welcome { .. }));
         agent
     }
 
-    fn say(&mut self, request: &Request) {
+    fn say(&mut self, request: &AgentMessage) {
         let mut frame = Vec::new();
         encode(request, &mut frame);
         self.stream.write_all(&frame).expect("write");
@@ -54,10 +54,10 @@ impl Agent {
 
     fn join(&mut self, after: Option<u64>) {
         let timeout = Duration::from_secs(600);
-        self.say(&Request::Join(Join { after, role: "default".into(), local_world_size: 8, timeout }));
+        self.say(&AgentMessage::Join(Join { after, role: "default".into(), local_world_size: 8, timeout }));
     }
 
-    fn hear(&mut self) -> Notice {
+    fn hear(&mut self) -> HostMessage {
         loop {
             if let Some(notice) = decode(&mut self.input).expect("a message") {
                 return notice;
@@ -71,14 +71,14 @@ impl Agent {
 
     fn begins(&mut self) -> u64 {
         match self.hear() {
-            Notice::Begin(place) => place.round,
+            HostMessage::Begin(place) => place.round,
             other => panic!("{other:?} instead of a round"),
         }
     }
 }
 
 fn restart(nodes: u32, rounds: u64) {
-    let settings = Settings {
+    let settings = HostSettings {
         run_id: "job".into(),
         min_nodes: nodes,
         max_nodes: nodes,
@@ -99,9 +99,9 @@ fn restart(nodes: u32, rounds: u64) {
     for round in 0..rounds {
         let failed = Instant::now();
         let text = "rank 0 exited with code 1".into();
-        agents[0].say(&Request::Failed { round, at_ns: 1, text, code: 1, is_final: false });
+        agents[0].say(&AgentMessage::Failed { round, at_ns: 1, text, code: 1, is_final: false });
         for agent in &mut agents {
-            assert!(matches!(agent.hear(), Notice::Over { round: ended, .. } if ended == round));
+            assert!(matches!(agent.hear(), HostMessage::Over { round: ended, .. } if ended == round));
         }
         told.push(failed.elapsed());
         for agent in &mut agents {

@@ -13,11 +13,11 @@ use ferroelastic_core::Engine;
 use ferroelastic_core::engine::Watchdog;
 use ferroelastic_core::sys::clock::Moment;
 use ferroelastic_core::sys::spawn::Command;
-use ferroelastic_core::sys::wait::Status;
+use ferroelastic_core::sys::wait::ExitStatus;
 use ferroelastic_core::watchdog::deadlines::{Deadlines, expiry_instant};
 use ferroelastic_core::watchdog::lines::Lines;
-use ferroelastic_core::watchdog::wire::{Request, parse};
-use ferroelastic_core::watchdog::{Config, Outcome};
+use ferroelastic_core::watchdog::wire::{TimerRequest, parse};
+use ferroelastic_core::watchdog::{Config, ExpiryOutcome};
 
 const PATIENCE: Duration = Duration::from_secs(10);
 const FAR_S: f64 = 100_000.0;
@@ -69,15 +69,15 @@ fn deadline_to_kill(others: usize, rounds: usize) {
         let line = line(group.pids()[0], "bench", wall_s() + 0.01, 9);
         served.pipe.write_all(line.as_bytes()).expect("write");
         let expiry = served.watchdog.next_expiries().expect("one").remove(0);
-        assert_eq!((expiry.pid, expiry.outcome), (group.pids()[0], Outcome::Signalled));
+        assert_eq!((expiry.pid, expiry.outcome), (group.pids()[0], ExpiryOutcome::Signalled));
         let exit = loop {
             let generation = group.generation().expect("own process");
-            if let Some(exit) = group.exits().expect("own process").pop() {
+            if let Some(exit) = group.exits(0).expect("own process").pop() {
                 break exit;
             }
             group.wait(generation, Some(PATIENCE), [None; 2]).expect("engine");
         };
-        assert_eq!(exit.status, Status::Signalled { signal: 9, core_dumped: false });
+        assert_eq!(exit.status, ExitStatus::Signalled { signal: 9, core_dumped: false });
         decided.push(Duration::from_nanos(expiry.late_ns));
         noticed.push(Duration::from_nanos(expiry.late_ns + exit.at.monotonic_ns - expiry.signalled_ns));
     }
@@ -95,7 +95,7 @@ fn registration(rounds: u32) {
         let began = Instant::now();
         for line in &lines {
             cutter.feed(line.as_bytes(), |line| {
-                let request: Request = parse(line.expect("short")).request.expect("whole");
+                let request: TimerRequest = parse(line.expect("short")).request.expect("whole");
                 let at = expiry_instant(received, request.expiration_time);
                 deadlines.arm(request, at).expect("room");
             });

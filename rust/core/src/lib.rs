@@ -4,6 +4,7 @@
 //!
 //! - [`sys`]: safe wrappers over the kernel. The only place for `unsafe` and raw system calls.
 //! - `owner`: the fork rule.
+//! - [`vocabulary`]: enumerations whose names are visible outside of the crate.
 //! - [`text`]: escapes text from outside before it is shown.
 //! - `thread`: the native threads, and their handles.
 //! - [`supervise`]: decisions about a group of workers. Its state machines take time and events as arguments and return actions.
@@ -32,6 +33,7 @@ pub mod supervise;
 pub mod sys;
 pub mod text;
 mod thread;
+pub mod vocabulary;
 pub mod watchdog;
 
 pub use engine::{Engine, Group, Tail};

@@ -1,4 +1,4 @@
-//! What a thread of this crate publishes, and how others wait for news of it.
+//! A value that a thread publishes, and waiting for its next version.
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -7,19 +7,23 @@ use std::time::{Duration, Instant};
 use crate::error::{Error, Result};
 use crate::sys::poller::wait_readable;
 use crate::sys::wake::WakeFd;
+use crate::vocabulary::named_values;
 
-/// Why a wait returned.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Wake {
-    /// Something was published.
-    Event,
-    /// The time is over.
-    Timeout,
-    /// The first of the other descriptors became readable.
-    First,
-    /// The second of the other descriptors became readable.
-    Second,
+named_values! {
+    /// Why a wait returned.
+    Wake, "reason to return from a wait":
+    /// The value was published again.
+    Event = "event",
+    /// The timeout has passed.
+    Timeout = "timeout",
+    /// The caller's wake-up descriptor is readable.
+    WakeFd = "wake",
+    /// The caller's descriptor for other news is readable.
+    NewsFd = "news",
 }
+
+/// Descriptors of a caller that end its wait: for wake-ups (signals) and for other news.
+pub type CallerFds<'a> = [Option<BorrowedFd<'a>>; 2];
 
 #[derive(Debug, Default)]
 struct Inner<T> {
@@ -28,7 +32,7 @@ struct Inner<T> {
     waiters: Vec<Arc<WakeFd>>,
 }
 
-/// A value that one thread changes and others look at and wait for.
+/// A value that one thread changes, and that other threads read and wait for.
 #[derive(Debug, Default)]
 pub(crate) struct Published<T>(Mutex<Inner<T>>);
 
@@ -41,7 +45,7 @@ impl<T> Published<T> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Changes the value and wakes who waits for that.
+    /// Changes the value and wakes the waiters.
     pub(crate) fn publish(&self, change: impl FnOnce(&mut T)) {
         let mut inner = self.lock();
         change(&mut inner.value);
@@ -60,14 +64,14 @@ impl<T> Published<T> {
         look(&self.lock().value)
     }
 
-    /// Blocks until there is something newer than `generation`, the time is over, or one of `others` is readable.
+    /// Blocks until the generation exceeds `generation`, the timeout has passed, or one of `others` is readable.
     ///
-    /// `check` says whether there can be news at all; what it fails with is returned.
+    /// Returns the error of `check` if it fails: the value will not change any more.
     pub(crate) fn wait(
         &self,
         generation: u64,
         timeout: Option<Duration>,
-        others: [Option<BorrowedFd<'_>>; 2],
+        others: CallerFds<'_>,
         check: impl Fn(&T) -> Result<()>,
     ) -> Result<Wake> {
         let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
@@ -87,10 +91,10 @@ impl<T> Published<T> {
                         Err(error) => break Err(error),
                     }
                 }
-                Ok([_, true, _]) => break Ok(Wake::First),
-                Ok([_, _, true]) => break Ok(Wake::Second),
+                Ok([_, true, _]) => break Ok(Wake::WakeFd),
+                Ok([_, _, true]) => break Ok(Wake::NewsFd),
                 Ok(_) if left.is_some_and(|left| left.is_zero()) => break Ok(Wake::Timeout),
-                // Interrupted, or woken a moment early.
+                // Interrupted, or woken before the deadline.
                 Ok(_) => {}
             }
         };
@@ -98,7 +102,7 @@ impl<T> Published<T> {
         outcome
     }
 
-    /// Registers a waiter unless there is news already.
+    /// Registers a waiter unless the generation exceeds `generation` already.
     fn enter(&self, generation: u64, check: &impl Fn(&T) -> Result<()>) -> Result<Option<Arc<WakeFd>>> {
         if self.look(generation, check)? {
             return Ok(None);
@@ -108,7 +112,7 @@ impl<T> Published<T> {
         let mut inner = self.lock();
         inner.waiters.push(Arc::clone(&waiter));
         if inner.generation > generation {
-            // It came in between: look again with the waiter in place.
+            // Published between the check and the registration: check again.
             waiter.wake();
         }
         Ok(Some(waiter))

@@ -100,7 +100,7 @@ pub(crate) fn line<O>() -> Result<(Remote<O>, Inbox<O>)> {
 
 /// How a close went.
 #[derive(Debug)]
-pub(crate) enum Ended {
+pub(crate) enum CloseOutcome {
     /// The thread has ended. The outcome goes to the first caller; later callers get `Ok`.
     Yes(Result<()>),
     /// The thread still runs after the timeout.
@@ -131,7 +131,7 @@ impl End {
     }
 
     /// Waits for the end. The lock is free while this waits.
-    fn wait(&self, timeout: Option<Duration>) -> Ended {
+    fn wait(&self, timeout: Option<Duration>) -> CloseOutcome {
         let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
         let mut state = self.lock();
         loop {
@@ -143,10 +143,10 @@ impl End {
                     // Its last instruction was to report the end.
                     let _ = thread.join();
                 }
-                return Ended::Yes(outcome);
+                return CloseOutcome::Yes(outcome);
             }
             state = match deadline.map(|deadline| deadline.saturating_duration_since(Instant::now())) {
-                Some(left) if left.is_zero() => return Ended::No,
+                Some(left) if left.is_zero() => return CloseOutcome::No,
                 Some(left) => self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0,
                 None => self.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
             };
@@ -216,7 +216,7 @@ impl<O: ThreadOrder> NativeThread<O> {
     }
 
     /// Sends an order that ends the thread, and waits for the end; `None` waits without a limit. Idempotent.
-    pub(crate) fn close(&self, order: O, timeout: Option<Duration>) -> Result<Ended> {
+    pub(crate) fn close(&self, order: O, timeout: Option<Duration>) -> Result<CloseOutcome> {
         let parts = self.parts()?;
         // The thread may have ended already, or be about to: the wait tells.
         parts.remote.tell(order);
@@ -315,20 +315,20 @@ mod tests {
     fn orders_are_answered_until_the_thread_is_closed() {
         let (thread, is_finished) = start();
         assert_eq!(thread.ask(|reply| Order::Echo(7, reply)).expect("an answer"), 7);
-        assert!(matches!(thread.close(Order::Close, None), Ok(Ended::Yes(Ok(())))));
+        assert!(matches!(thread.close(Order::Close, None), Ok(CloseOutcome::Yes(Ok(())))));
         assert!(is_finished.load(Ordering::SeqCst));
         assert!(matches!(thread.ask(|reply| Order::Echo(7, reply)), Err(Error::Closed)));
-        assert!(matches!(thread.close(Order::Close, None), Ok(Ended::Yes(Ok(())))), "a close is idempotent");
+        assert!(matches!(thread.close(Order::Close, None), Ok(CloseOutcome::Yes(Ok(())))), "a close is idempotent");
     }
 
     #[test]
     fn a_panic_is_an_error_for_the_first_close_and_the_service_cleans_up() {
         let (thread, is_finished) = start();
         thread.tell(Order::Panic).expect("it runs");
-        let Ok(Ended::Yes(Err(error))) = thread.close(Order::Close, Some(TIMEOUT)) else { panic!("no error") };
+        let Ok(CloseOutcome::Yes(Err(error))) = thread.close(Order::Close, Some(TIMEOUT)) else { panic!("no error") };
         assert_eq!(error.to_string(), "the thread ferro-test panicked: on purpose");
         assert!(is_finished.load(Ordering::SeqCst));
-        assert!(matches!(thread.close(Order::Close, Some(TIMEOUT)), Ok(Ended::Yes(Ok(())))));
+        assert!(matches!(thread.close(Order::Close, Some(TIMEOUT)), Ok(CloseOutcome::Yes(Ok(())))));
     }
 
     #[test]
@@ -340,10 +340,10 @@ mod tests {
         let waiter = Arc::clone(&thread);
         let patient = std::thread::spawn(move || waiter.close(Order::Close, None));
         // Another close waits without a limit meanwhile. With a lock held across that wait this would not return.
-        assert!(matches!(thread.close(Order::Close, Some(Duration::ZERO)), Ok(Ended::No)));
-        assert!(matches!(thread.close(Order::Close, Some(Duration::from_millis(1))), Ok(Ended::No)));
+        assert!(matches!(thread.close(Order::Close, Some(Duration::ZERO)), Ok(CloseOutcome::No)));
+        assert!(matches!(thread.close(Order::Close, Some(Duration::from_millis(1))), Ok(CloseOutcome::No)));
         drop(release);
-        assert!(matches!(patient.join().expect("ended"), Ok(Ended::Yes(Ok(())))));
+        assert!(matches!(patient.join().expect("ended"), Ok(CloseOutcome::Yes(Ok(())))));
     }
 
     #[test]
@@ -355,6 +355,6 @@ mod tests {
         drop(thread);
         assert!(!is_finished.load(Ordering::SeqCst));
         drop(release);
-        assert!(matches!(end.wait(Some(TIMEOUT)), Ended::Yes(Ok(()))));
+        assert!(matches!(end.wait(Some(TIMEOUT)), CloseOutcome::Yes(Ok(()))));
     }
 }

@@ -5,11 +5,11 @@ use std::time::{Duration, Instant};
 
 use ferroelastic_core::sys::clock::Moment;
 use ferroelastic_core::watchdog::deadlines::{Deadlines, Full, MOST_TIMERS, expiry_instant};
-use ferroelastic_core::watchdog::wire::Request;
+use ferroelastic_core::watchdog::wire::TimerRequest;
 use proptest::prelude::*;
 
-fn request(pid: i32, scope: &str, expiration_time: f64) -> Request {
-    Request { pid, scope: scope.into(), expiration_time, signal: 9, heartbeat: None }
+fn request(pid: i32, scope: &str, expiration_time: f64) -> TimerRequest {
+    TimerRequest { pid, scope: scope.into(), expiration_time, signal: 9, heartbeat: None }
 }
 
 fn moment(instant: Instant, wall_s: f64) -> Moment {
@@ -33,7 +33,7 @@ fn a_step_of_the_wall_clock_moves_no_deadline() {
         arm(&mut deadlines, "after", moment(later, wall_s + 1.0 + step_s), 60.0);
         assert_eq!(deadlines.next_at(), Some(start + Duration::from_secs(60)));
         assert_eq!(deadlines.expired(start + Duration::from_millis(59_999)), []);
-        let scopes = |expired: Vec<ferroelastic_core::watchdog::deadlines::Timer>| {
+        let scopes = |expired: Vec<ferroelastic_core::watchdog::deadlines::ArmedTimer>| {
             expired.into_iter().map(|timer| timer.request.scope).collect::<Vec<_>>()
         };
         assert_eq!(scopes(deadlines.expired(start + Duration::from_secs(60))), ["before"]);

@@ -1,10 +1,12 @@
 //! The decisions of a group under a manual clock: no process, no waiting.
 
+#![expect(unused_must_use, reason = "a test reads the actions that it is about")]
+
 use std::time::{Duration, Instant};
 
-use ferroelastic_core::supervise::{Action, Ended, Event, GroupState, StopPlan};
+use ferroelastic_core::supervise::{Exit, GroupAction, GroupEvent, GroupState, StopPlan};
 use ferroelastic_core::sys::clock::Moment;
-use ferroelastic_core::sys::wait::{Status, Usage};
+use ferroelastic_core::sys::wait::{ExitStatus, Usage};
 use proptest::prelude::*;
 
 const PLAN: StopPlan =
@@ -12,20 +14,20 @@ const PLAN: StopPlan =
 /// From the SIGKILL of the leaders to that of their groups.
 const GROUP_KILL_DELAY: Duration = Duration::from_millis(100);
 
-fn ended(index: usize, status: Status) -> Ended {
+fn ended(index: usize, status: ExitStatus) -> Exit {
     let at = Moment { instant: Instant::now(), monotonic_ns: 0, realtime_ns: 0 };
-    Ended { index, pid: 100 + i32::try_from(index).expect("small"), status, usage: Usage::default(), at }
+    Exit::new(index, 100 + i32::try_from(index).expect("small"), status, Usage::default(), at)
 }
 
-fn is_finished(actions: &[Action]) -> bool {
-    actions.iter().any(|action| matches!(action, Action::Finished(_)))
+fn is_finished(actions: &[GroupAction]) -> bool {
+    actions.iter().any(|action| matches!(action, GroupAction::Finished(_)))
 }
 
 #[test]
 fn a_failure_without_orders_changes_nothing() {
     let mut group = GroupState::new(2);
     let now = Instant::now();
-    assert_eq!(group.step(now, Event::Ended(vec![ended(0, Status::Exited(1))])), []);
+    assert_eq!(group.step(now, GroupEvent::Ended(vec![ended(0, ExitStatus::Exited(1))])), []);
     assert_eq!(group.next_tick(), None);
 }
 
@@ -33,24 +35,25 @@ fn a_failure_without_orders_changes_nothing() {
 fn those_who_died_together_are_not_stopped_by_us() {
     let mut group = GroupState::new(3);
     let now = Instant::now();
-    group.step(now, Event::StopOnFailure(PLAN));
-    let actions = group.step(now, Event::Ended(vec![ended(2, Status::Exited(1)), ended(0, Status::Exited(1))]));
-    assert!(actions.contains(&Action::Terminate { index: 1, signal: 15 }));
-    group.step(now, Event::Ended(vec![ended(1, Status::Signalled { signal: 15, core_dumped: false })]));
+    group.step(now, GroupEvent::StopOnFailure(PLAN));
+    let actions =
+        group.step(now, GroupEvent::Ended(vec![ended(2, ExitStatus::Exited(1)), ended(0, ExitStatus::Exited(1))]));
+    assert!(actions.contains(&GroupAction::Terminate { index: 1, signal: 15 }));
+    group.step(now, GroupEvent::Ended(vec![ended(1, ExitStatus::Signalled { signal: 15, core_dumped: false })]));
     let stopped: Vec<(usize, bool)> = group.exits().iter().map(|exit| (exit.index, exit.stopped)).collect();
     assert_eq!(stopped, [(2, false), (0, false), (1, true)]);
 }
 
 #[test]
 fn a_sigkill_that_we_did_not_send_is_a_failure_of_its_own() {
-    let killed = Status::Signalled { signal: 9, core_dumped: false };
+    let killed = ExitStatus::Signalled { signal: 9, core_dumped: false };
     let start = Instant::now();
     let mut group = GroupState::new(3);
-    group.step(start, Event::StopOnFailure(PLAN));
-    group.step(start, Event::Ended(vec![ended(0, Status::Exited(1))]));
-    group.step(start, Event::Ended(vec![ended(1, killed)]));
-    group.step(start + PLAN.grace, Event::Tick);
-    group.step(start + PLAN.grace, Event::Ended(vec![ended(2, killed)]));
+    group.step(start, GroupEvent::StopOnFailure(PLAN));
+    group.step(start, GroupEvent::Ended(vec![ended(0, ExitStatus::Exited(1))]));
+    group.step(start, GroupEvent::Ended(vec![ended(1, killed)]));
+    group.step(start + PLAN.grace, GroupEvent::Tick);
+    group.step(start + PLAN.grace, GroupEvent::Ended(vec![ended(2, killed)]));
     let stopped: Vec<bool> = group.exits().iter().map(|exit| exit.stopped).collect();
     assert_eq!(stopped, [false, false, true]);
 }
@@ -59,16 +62,16 @@ fn a_sigkill_that_we_did_not_send_is_a_failure_of_its_own() {
 fn success_and_a_lost_status_are_no_failures() {
     let mut group = GroupState::new(3);
     let now = Instant::now();
-    group.step(now, Event::StopOnFailure(PLAN));
-    let both = vec![ended(0, Status::Exited(0)), ended(1, Status::Unknown)];
-    assert_eq!(group.step(now, Event::Ended(both)), []);
+    group.step(now, GroupEvent::StopOnFailure(PLAN));
+    let both = vec![ended(0, ExitStatus::Exited(0)), ended(1, ExitStatus::Unknown)];
+    assert_eq!(group.step(now, GroupEvent::Ended(both)), []);
 }
 
 #[test]
 fn an_exit_reported_twice_counts_once() {
     let mut group = GroupState::new(1);
     let now = Instant::now();
-    group.step(now, Event::Ended(vec![ended(0, Status::Exited(0)), ended(0, Status::Exited(1))]));
+    group.step(now, GroupEvent::Ended(vec![ended(0, ExitStatus::Exited(0)), ended(0, ExitStatus::Exited(1))]));
     assert_eq!(group.exits().len(), 1);
 }
 
@@ -76,37 +79,41 @@ fn an_exit_reported_twice_counts_once() {
 fn stopping_a_group_that_is_gone_ends_at_once() {
     let mut group = GroupState::new(1);
     let now = Instant::now();
-    group.step(now, Event::Ended(vec![ended(0, Status::Exited(0))]));
-    assert!(group.step(now, Event::Stop(PLAN)).contains(&Action::Look { index: 0 }));
-    assert!(is_finished(&group.step(now, Event::Looked { index: 0, anybody: false })));
-    assert_eq!(group.step(now, Event::Stop(PLAN)), [], "a stop that is over stays over");
+    group.step(now, GroupEvent::Ended(vec![ended(0, ExitStatus::Exited(0))]));
+    assert!(group.step(now, GroupEvent::Stop(PLAN)).contains(&GroupAction::Look { index: 0 }));
+    assert!(is_finished(&group.step(now, GroupEvent::Looked { index: 0, anybody: false })));
+    assert_eq!(group.step(now, GroupEvent::Stop(PLAN)), [], "a stop that is over stays over");
 }
 
 #[test]
 fn without_grace_sigkill_follows_at_the_first_tick() {
     let mut group = GroupState::new(1);
     let now = Instant::now();
-    group.step(now, Event::Stop(StopPlan { grace: Duration::ZERO, ..PLAN }));
-    assert_eq!(group.step(now, Event::Tick), [Action::KillLeader { index: 0 }]);
+    group.step(now, GroupEvent::Stop(StopPlan { grace: Duration::ZERO, ..PLAN }));
+    assert_eq!(group.step(now, GroupEvent::Tick), [GroupAction::KillLeader { index: 0 }]);
 }
 
 #[test]
 fn the_group_of_a_killed_leader_has_a_moment_to_clean_up() {
     let mut group = GroupState::new(2);
     let start = Instant::now();
-    group.step(start, Event::Ended(vec![ended(1, Status::Exited(0))]));
-    group.step(start, Event::Stop(PLAN));
-    group.step(start, Event::Looked { index: 1, anybody: true });
+    group.step(start, GroupEvent::Ended(vec![ended(1, ExitStatus::Exited(0))]));
+    group.step(start, GroupEvent::Stop(PLAN));
+    group.step(start, GroupEvent::Looked { index: 1, anybody: true });
     let killed = start + PLAN.grace;
-    let actions = group.step(killed, Event::Tick);
-    assert!(actions.starts_with(&[Action::KillLeader { index: 0 }, Action::Kill { index: 1 }]), "{actions:?}");
-    let actions = group.step(killed, Event::Ended(vec![ended(0, Status::Signalled { signal: 9, core_dumped: false })]));
-    assert_eq!(actions, [Action::Look { index: 0 }]);
-    assert_eq!(group.step(killed, Event::Looked { index: 0, anybody: true }), []);
+    let actions = group.step(killed, GroupEvent::Tick);
+    assert!(
+        actions.starts_with(&[GroupAction::KillLeader { index: 0 }, GroupAction::Kill { index: 1 }]),
+        "{actions:?}"
+    );
+    let actions =
+        group.step(killed, GroupEvent::Ended(vec![ended(0, ExitStatus::Signalled { signal: 9, core_dumped: false })]));
+    assert_eq!(actions, [GroupAction::Look { index: 0 }]);
+    assert_eq!(group.step(killed, GroupEvent::Looked { index: 0, anybody: true }), []);
     assert!(group.next_tick().is_some_and(|due| due <= killed + GROUP_KILL_DELAY));
-    let before = group.step(killed + Duration::from_millis(99), Event::Tick);
-    assert!(!before.contains(&Action::Kill { index: 0 }), "{before:?}");
-    assert!(group.step(killed + GROUP_KILL_DELAY, Event::Tick).contains(&Action::Kill { index: 0 }));
+    let before = group.step(killed + Duration::from_millis(99), GroupEvent::Tick);
+    assert!(!before.contains(&GroupAction::Kill { index: 0 }), "{before:?}");
+    assert!(group.step(killed + GROUP_KILL_DELAY, GroupEvent::Tick).contains(&GroupAction::Kill { index: 0 }));
 }
 
 #[test]
@@ -114,7 +121,7 @@ fn a_stop_without_time_to_kill_spares_no_group() {
     let mut group = GroupState::new(1);
     let now = Instant::now();
     let plan = StopPlan { signal: libc::SIGKILL, kill_wait: Duration::ZERO, ..PLAN };
-    assert!(group.step(now, Event::Stop(plan)).contains(&Action::Kill { index: 0 }));
+    assert!(group.step(now, GroupEvent::Stop(plan)).contains(&GroupAction::Kill { index: 0 }));
 }
 
 #[test]
@@ -122,50 +129,50 @@ fn nobody_is_signalled_in_the_linger_time() {
     let plan = StopPlan { linger: Duration::from_secs(7), ..PLAN };
     let start = Instant::now();
     let mut group = GroupState::new(2);
-    group.step(start, Event::Ended(vec![ended(0, Status::Exited(0)), ended(1, Status::Exited(0))]));
-    let actions = group.step(start, Event::Stop(plan));
-    assert_eq!(actions, [Action::Look { index: 0 }, Action::Look { index: 1 }]);
-    group.step(start, Event::Looked { index: 0, anybody: false });
-    group.step(start, Event::Looked { index: 1, anybody: true });
-    assert_eq!(group.step(start, Event::Stop(PLAN)), [], "another stop does not shorten it");
+    group.step(start, GroupEvent::Ended(vec![ended(0, ExitStatus::Exited(0)), ended(1, ExitStatus::Exited(0))]));
+    let actions = group.step(start, GroupEvent::Stop(plan));
+    assert_eq!(actions, [GroupAction::Look { index: 0 }, GroupAction::Look { index: 1 }]);
+    group.step(start, GroupEvent::Looked { index: 0, anybody: false });
+    group.step(start, GroupEvent::Looked { index: 1, anybody: true });
+    assert_eq!(group.step(start, GroupEvent::Stop(PLAN)), [], "another stop does not shorten it");
     let end = start + plan.linger;
-    let actions = group.step(end, Event::Tick);
-    assert!(actions.starts_with(&[Action::Overdue { index: 1 }, Action::Terminate { index: 1, signal: 15 }]));
-    group.step(end, Event::Looked { index: 1, anybody: true });
-    let actions = group.step(end + PLAN.grace, Event::Tick);
-    assert!(actions.contains(&Action::Kill { index: 1 }), "{actions:?}");
+    let actions = group.step(end, GroupEvent::Tick);
+    assert!(actions.starts_with(&[GroupAction::Overdue { index: 1 }, GroupAction::Terminate { index: 1, signal: 15 }]));
+    group.step(end, GroupEvent::Looked { index: 1, anybody: true });
+    let actions = group.step(end + PLAN.grace, GroupEvent::Tick);
+    assert!(actions.contains(&GroupAction::Kill { index: 1 }), "{actions:?}");
 }
 
 #[test]
 fn hurry_ends_the_linger_time() {
     let start = Instant::now();
     let mut group = GroupState::new(1);
-    group.step(start, Event::Ended(vec![ended(0, Status::Exited(0))]));
-    group.step(start, Event::Stop(StopPlan { linger: Duration::MAX, ..PLAN }));
-    group.step(start, Event::Looked { index: 0, anybody: true });
-    assert_eq!(group.step(start, Event::Hurry), [Action::Kill { index: 0 }]);
+    group.step(start, GroupEvent::Ended(vec![ended(0, ExitStatus::Exited(0))]));
+    group.step(start, GroupEvent::Stop(StopPlan { linger: Duration::MAX, ..PLAN }));
+    group.step(start, GroupEvent::Looked { index: 0, anybody: true });
+    assert_eq!(group.step(start, GroupEvent::EndGrace), [GroupAction::Kill { index: 0 }]);
 }
 
 #[test]
 fn an_endless_grace_has_no_deadline() {
     let mut group = GroupState::new(1);
     let now = Instant::now();
-    group.step(now, Event::Stop(StopPlan { grace: Duration::MAX, ..PLAN }));
+    group.step(now, GroupEvent::Stop(StopPlan { grace: Duration::MAX, ..PLAN }));
     assert_eq!(group.next_tick(), None);
-    assert_eq!(group.step(now, Event::Hurry), [Action::KillLeader { index: 0 }]);
+    assert_eq!(group.step(now, GroupEvent::EndGrace), [GroupAction::KillLeader { index: 0 }]);
 }
 
 #[test]
 fn who_is_there_at_the_last_deadline_is_named() {
     let mut group = GroupState::new(2);
     let start = Instant::now();
-    group.step(start, Event::Stop(PLAN));
-    group.step(start, Event::Ended(vec![ended(0, Status::Exited(0))]));
-    group.step(start, Event::Looked { index: 0, anybody: false });
-    assert_eq!(group.step(start + PLAN.grace, Event::Tick), [Action::KillLeader { index: 1 }]);
-    assert_eq!(group.step(start + PLAN.grace + GROUP_KILL_DELAY, Event::Tick), [Action::Kill { index: 1 }]);
-    let actions = group.step(start + PLAN.grace + PLAN.kill_wait, Event::Tick);
-    let [Action::Finished(stopped)] = actions.as_slice() else { panic!("{actions:?}") };
+    group.step(start, GroupEvent::Stop(PLAN));
+    group.step(start, GroupEvent::Ended(vec![ended(0, ExitStatus::Exited(0))]));
+    group.step(start, GroupEvent::Looked { index: 0, anybody: false });
+    assert_eq!(group.step(start + PLAN.grace, GroupEvent::Tick), [GroupAction::KillLeader { index: 1 }]);
+    assert_eq!(group.step(start + PLAN.grace + GROUP_KILL_DELAY, GroupEvent::Tick), [GroupAction::Kill { index: 1 }]);
+    let actions = group.step(start + PLAN.grace + PLAN.kill_wait, GroupEvent::Tick);
+    let [GroupAction::Finished(stopped)] = actions.as_slice() else { panic!("{actions:?}") };
     assert_eq!((stopped.killed.as_slice(), stopped.unfinished.as_slice()), ([1].as_slice(), [1].as_slice()));
     assert_eq!(stopped.elapsed, PLAN.grace + PLAN.kill_wait);
 }
@@ -202,44 +209,44 @@ proptest! {
         let at = |ms: u64| start + Duration::from_millis(ms);
         let (grace_over, last) = (linger + 30_000, linger + 35_000);
         let mut group = GroupState::new(actors.len());
-        let dead: Vec<Ended> = (0..actors.len()).filter(|index| actors[*index].dead_already).map(|index| ended(index, Status::Exited(0))).collect();
-        group.step(start, Event::Ended(dead));
+        let dead: Vec<Exit> = (0..actors.len()).filter(|index| actors[*index].dead_already).map(|index| ended(index, ExitStatus::Exited(0))).collect();
+        group.step(start, GroupEvent::Ended(dead));
         let mut leader_gone: Vec<Option<u64>> = actors.iter().map(|actor| actor.dead_already.then_some(0)).collect();
         let mut leader_killed_at: Vec<Option<u64>> = vec![None; actors.len()];
         let mut killed_at: Vec<Option<u64>> = vec![None; actors.len()];
         let mut empty: Vec<bool> = vec![false; actors.len()];
-        let mut queue = group.step(start, Event::Stop(StopPlan { linger: Duration::from_millis(linger), ..PLAN }));
+        let mut queue = group.step(start, GroupEvent::Stop(StopPlan { linger: Duration::from_millis(linger), ..PLAN }));
         let mut asked = vec![0; actors.len()];
         let mut finished = None;
         for now in 0u64..=40_000 {
             loop {
                 while let Some(action) = queue.pop() {
                     match action {
-                        Action::Overdue { index } => {
+                        GroupAction::Overdue { index } => {
                             prop_assert_eq!(now, linger);
                             prop_assert!(!empty[index]);
                         }
-                        Action::Terminate { index, signal } => {
+                        GroupAction::Terminate { index, signal } => {
                             prop_assert_eq!((signal, now), (15, linger));
                             asked[index] += 1;
                         }
-                        Action::KillLeader { index } => {
+                        GroupAction::KillLeader { index } => {
                             prop_assert_eq!(now, grace_over);
                             leader_killed_at[index] = Some(now);
                         }
-                        Action::Kill { index } => {
+                        GroupAction::Kill { index } => {
                             let earliest = leader_killed_at[index].map_or(grace_over, |at| at + 100);
                             prop_assert!(now >= earliest, "killed at {} ms", now);
                             killed_at[index].get_or_insert(now);
                         }
-                        Action::Look { index } => {
+                        GroupAction::Look { index } => {
                             let gone = leader_gone[index].expect("only orphaned groups are looked at");
                             let killed = killed_at[index].is_some() && !actors[index].unkillable;
                             let anybody = now < gone + actors[index].orphans_for && !killed;
                             empty[index] |= !anybody;
-                            queue.extend(group.step(at(now), Event::Looked { index, anybody }));
+                            queue.extend(group.step(at(now), GroupEvent::Looked { index, anybody }));
                         }
-                        Action::Finished(stopped) => finished = Some((now, stopped)),
+                        GroupAction::Finished(stopped) => finished = Some((now, stopped)),
                     }
                 }
                 let mut news = Vec::new();
@@ -248,14 +255,14 @@ proptest! {
                     let killed = (leader_killed_at[index].or(killed_at[index])).is_some() && !actor.unkillable;
                     if leader_gone[index].is_none() && (obeyed || killed) {
                         leader_gone[index] = Some(now);
-                        news.push(ended(index, Status::Exited(0)));
+                        news.push(ended(index, ExitStatus::Exited(0)));
                     }
                 }
                 if !news.is_empty() {
-                    queue.extend(group.step(at(now), Event::Ended(news)));
+                    queue.extend(group.step(at(now), GroupEvent::Ended(news)));
                 }
                 if group.next_tick().is_some_and(|due| due <= at(now)) {
-                    queue.extend(group.step(at(now), Event::Tick));
+                    queue.extend(group.step(at(now), GroupEvent::Tick));
                 }
                 if queue.is_empty() {
                     break;

@@ -7,15 +7,16 @@ use std::time::{Duration, Instant};
 use ferroelastic_core::host::StoreServer;
 use ferroelastic_core::membership::RendezvousClient;
 use ferroelastic_core::published::Wake;
-use ferroelastic_core::rendezvous::member::{self, Call, Failure, Standing};
-use ferroelastic_core::rendezvous::message::{Introduction, Join, Kind, Place, Request, encode};
-use ferroelastic_core::rendezvous::rounds::Settings;
+use ferroelastic_core::rendezvous::member::{self, Call, Failure, MembershipState};
+use ferroelastic_core::rendezvous::message::{AgentMessage, Introduction, Join, Place, encode};
+use ferroelastic_core::rendezvous::rounds::HostSettings;
 use ferroelastic_core::store::wire::{Limits, MAGIC};
+use ferroelastic_core::vocabulary::RestartCause;
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
 fn host(min_nodes: u32, max_nodes: u32, silence: Duration) -> StoreServer {
-    let settings = Settings {
+    let settings = HostSettings {
         run_id: "job".into(),
         min_nodes,
         max_nodes,
@@ -33,7 +34,7 @@ fn introduction(name: &str, nodes: (u32, u32)) -> Introduction {
 }
 
 fn agent(port: u16, name: &str, nodes: (u32, u32)) -> RendezvousClient {
-    let settings = member::Settings {
+    let settings = member::MemberSettings {
         endpoint: format!("127.0.0.1:{port}"),
         connect_timeout: Duration::from_secs(1),
         is_host: false,
@@ -47,7 +48,7 @@ fn join(client: &RendezvousClient) {
 }
 
 /// Waits until an agent stands as wanted.
-fn wait_for<T>(client: &RendezvousClient, want: impl Fn(&Standing) -> Option<T>) -> T {
+fn wait_for<T>(client: &RendezvousClient, want: impl Fn(&MembershipState) -> Option<T>) -> T {
     let deadline = Instant::now() + PATIENCE;
     loop {
         let generation = client.generation().expect("generation");
@@ -61,18 +62,21 @@ fn wait_for<T>(client: &RendezvousClient, want: impl Fn(&Standing) -> Option<T>)
 }
 
 fn place(client: &RendezvousClient) -> Place {
-    wait_for(client, |standing| if let Standing::Placed(place) = standing { Some(place.clone()) } else { None })
+    wait_for(client, |standing| if let MembershipState::Placed(place) = standing { Some(place.clone()) } else { None })
 }
 
-fn over(client: &RendezvousClient) -> (Kind, String) {
+fn over(client: &RendezvousClient) -> (RestartCause, String) {
     wait_for(client, |standing| match standing {
-        Standing::Over(_, cause) => Some((cause.kind, cause.text.clone())),
+        MembershipState::Over(_, cause) => Some((cause.kind, cause.text.clone())),
         _ => None,
     })
 }
 
 fn failure(client: &RendezvousClient) -> Failure {
-    wait_for(client, |standing| if let Standing::Failed(failure) = standing { Some(failure.clone()) } else { None })
+    wait_for(
+        client,
+        |standing| if let MembershipState::Failed(failure) = standing { Some(failure.clone()) } else { None },
+    )
 }
 
 /// A client of the store, as far as it takes one to be taken for a worker.
@@ -85,7 +89,7 @@ fn worker(port: u16) -> TcpStream {
 }
 
 /// A connection that has come to say what agents say, and has said this.
-fn visitor(port: u16, said: &[Request]) -> TcpStream {
+fn visitor(port: u16, said: &[AgentMessage]) -> TcpStream {
     let mut stream = worker(port);
     let mut nonce = [0; 4];
     stream.write_all(&[13, 1, 2, 3, 4]).expect("write");
@@ -94,7 +98,7 @@ fn visitor(port: u16, said: &[Request]) -> TcpStream {
     stream
 }
 
-fn frames(said: &[Request]) -> Vec<u8> {
+fn frames(said: &[AgentMessage]) -> Vec<u8> {
     let mut frames = Vec::new();
     for request in said {
         encode(request, &mut frames);
@@ -102,8 +106,8 @@ fn frames(said: &[Request]) -> Vec<u8> {
     frames
 }
 
-fn wish(local_world_size: u64) -> Request {
-    Request::Join(Join { after: None, role: "default".into(), local_world_size, timeout: PATIENCE })
+fn wish(local_world_size: u64) -> AgentMessage {
+    AgentMessage::Join(Join { after: None, role: "default".into(), local_world_size, timeout: PATIENCE })
 }
 
 /// What is said until the connection ends.
@@ -138,7 +142,7 @@ fn a_restart_finds_an_empty_store_and_a_new_round() {
     let failed = Call::Failed { at_ns: 7, text: "rank 1 exited with 1".into(), code: 1, is_final: false };
     agents[1].call(failed).expect("call");
     for agent in &agents {
-        assert_eq!(over(agent), (Kind::Failure, "rank 1 exited with 1 on b".into()));
+        assert_eq!(over(agent), (RestartCause::Failure, "rank 1 exited with 1 on b".into()));
         join(agent);
     }
     for agent in &agents {
@@ -165,8 +169,8 @@ fn the_alarm_is_on_while_a_round_is_over() {
     assert_eq!(wait(), Wake::Timeout);
     let second = agent(port, "b", (1, 2));
     join(&second);
-    assert_eq!(over(&first), (Kind::Membership, format!("b (agent {}) joins", std::process::id())));
-    assert_eq!((wait(), wait()), (Wake::First, Wake::First));
+    assert_eq!(over(&first), (RestartCause::Membership, format!("b (agent {}) joins", std::process::id())));
+    assert_eq!((wait(), wait()), (Wake::WakeFd, Wake::WakeFd));
     join(&first);
     assert_eq!(place(&first).group_world_size, 2);
     assert_eq!(wait(), Wake::Timeout);
@@ -184,7 +188,7 @@ fn a_lost_agent_is_noticed_when_its_connection_ends() {
     let [first, second] = agents;
     drop(second);
     let (kind, text) = over(&first);
-    assert_eq!(kind, Kind::Membership);
+    assert_eq!(kind, RestartCause::Membership);
     assert!(text.starts_with("b (agent") && text.ends_with("was lost: its connection was closed"), "{text}");
     join(&first);
     let place = place(&first);
@@ -201,11 +205,11 @@ fn all_leave_together_when_all_have_succeeded() {
         place(agent);
     }
     for agent in &agents {
-        assert!(matches!(agent.standing().expect("standing"), Standing::Placed(_)));
+        assert!(matches!(agent.standing().expect("standing"), MembershipState::Placed(_)));
         agent.call(Call::Finished).expect("call");
     }
     for agent in &agents {
-        wait_for(agent, |standing| (*standing == Standing::Released).then_some(()));
+        wait_for(agent, |standing| (*standing == MembershipState::Released).then_some(()));
     }
     // The host waits for those who are still there.
     let closing = std::thread::spawn(move || {
@@ -225,7 +229,7 @@ fn a_host_that_is_gone_is_a_clear_end() {
     join(&client);
     place(&client);
     drop(server);
-    assert_eq!(over(&client).0, Kind::Membership);
+    assert_eq!(over(&client).0, RestartCause::Membership);
     join(&client);
     let Failure::Unreachable(text) = failure(&client) else { panic!("another failure") };
     assert!(text.contains(&format!("127.0.0.1:{port} is gone")), "{text}");
@@ -239,7 +243,7 @@ fn a_host_that_comes_later_is_found() {
     former.close(Duration::ZERO).expect("closed");
     let client = agent(port, "a", (1, 1));
     join(&client);
-    let settings = Settings {
+    let settings = HostSettings {
         run_id: "job".into(),
         min_nodes: 1,
         max_nodes: 1,
@@ -332,7 +336,7 @@ fn a_worker_that_tells_of_a_failure_ends_the_round() {
     place(&client);
     let rank = 3i32.to_le_bytes();
     worker(port).write_all(&[&[1][..], &sized(b"/remote_error"), &sized(&rank)].concat()).expect("write");
-    assert_eq!(over(&client), (Kind::Failure, "rank 3 wrote /remote_error to the store".into()));
+    assert_eq!(over(&client), (RestartCause::Failure, "rank 3 wrote /remote_error to the store".into()));
 }
 
 #[test]
@@ -343,7 +347,7 @@ fn a_silent_agent_is_lost() {
     join(&first);
     place(&first);
     // It says who it is, joins, and nothing more.
-    let _silent = visitor(port, &[Request::Enter(introduction("silent", (1, 2))), wish(1)]);
+    let _silent = visitor(port, &[AgentMessage::Enter(introduction("silent", (1, 2))), wish(1)]);
     assert!(over(&first).1.contains("joins"));
     join(&first);
     assert_eq!(place(&first).group_world_size, 2);
@@ -355,7 +359,7 @@ fn a_silent_agent_is_lost() {
 
 #[test]
 fn times_may_be_as_long_as_there_are() {
-    let settings = Settings {
+    let settings = HostSettings {
         run_id: "job".into(),
         min_nodes: 1,
         max_nodes: 2,
@@ -391,7 +395,7 @@ fn to_look_for_remarks_is_no_news() {
 fn an_agent_that_says_twice_who_it_is_is_turned_out() {
     let server = host(1, 2, Duration::from_secs(60));
     let port = server.address().port();
-    let enter = || Request::Enter(introduction("b", (1, 2)));
+    let enter = || AgentMessage::Enter(introduction("b", (1, 2)));
     let first = agent(port, "a", (1, 2));
     join(&first);
     place(&first);
@@ -401,7 +405,7 @@ fn an_agent_that_says_twice_who_it_is_is_turned_out() {
     assert_eq!(place(&first).group_world_size, 2);
     second.write_all(&frames(&[enter()])).expect("write");
     let (kind, text) = over(&first);
-    assert_eq!(kind, Kind::Membership);
+    assert_eq!(kind, RestartCause::Membership);
     assert!(text.ends_with("it said a second time who it is"), "{text}");
     assert!(last_words(&mut second).contains("Refused"));
 }
@@ -410,7 +414,7 @@ fn an_agent_that_says_twice_who_it_is_is_turned_out() {
 fn an_agent_with_workers_without_number_is_refused() {
     let server = host(2, 2, Duration::from_secs(60));
     let port = server.address().port();
-    let enter = || Request::Enter(introduction("b", (2, 2)));
+    let enter = || AgentMessage::Enter(introduction("b", (2, 2)));
     for _ in 0..2 {
         let mut greedy = visitor(port, &[enter(), wish(u64::MAX)]);
         let words = last_words(&mut greedy);

@@ -1,9 +1,12 @@
 //! What one agent does, under a clock that is moved by hand.
 
+#![expect(unused_must_use, reason = "a test reads the actions that it is about")]
+
 use std::time::{Duration, Instant};
 
-use ferroelastic_core::rendezvous::member::{self, Call, Failure, Member, Standing};
-use ferroelastic_core::rendezvous::message::{self, Cause, Kind, Notice, Place, Request, encode};
+use ferroelastic_core::rendezvous::member::{self, Call, Failure, Member, MemberAction, MemberEvent, MembershipState};
+use ferroelastic_core::rendezvous::message::{self, AgentMessage, Cause, HostMessage, Place, encode};
+use ferroelastic_core::vocabulary::RestartCause;
 
 const SECOND: Duration = Duration::from_secs(1);
 const SILENCE: Duration = Duration::from_secs(15);
@@ -11,45 +14,45 @@ const JOIN_TIMEOUT: Duration = Duration::from_secs(600);
 
 fn member(is_host: bool) -> (Member, Instant) {
     let now = Instant::now();
-    let settings = member::Settings { endpoint: "host:29400".into(), connect_timeout: 60 * SECOND, is_host };
+    let settings = member::MemberSettings { endpoint: "host:29400".into(), connect_timeout: 60 * SECOND, is_host };
     (Member::new(settings, now), now)
 }
 
-fn join() -> member::Event {
-    member::Event::Call(Call::Join { role: "default".into(), local_world_size: 2, timeout: JOIN_TIMEOUT })
+fn join() -> MemberEvent {
+    MemberEvent::Call(Call::Join { role: "default".into(), local_world_size: 2, timeout: JOIN_TIMEOUT })
 }
 
 #[test]
 fn a_host_that_is_not_up_is_tried_again_until_the_connect_timeout() {
     let (mut member, start) = member(false);
     let mut now = start;
-    assert_eq!(member.step(now, join()), [member::Action::Connect]);
+    assert_eq!(member.step(now, join()), [MemberAction::Connect]);
     let mut attempts = 1;
-    while *member.standing() == Standing::Joining {
-        let refused = member::Event::NotConnected { text: "connection refused".into(), is_refused: true };
+    while *member.standing() == MembershipState::Joining {
+        let refused = MemberEvent::NotConnected { text: "connection refused".into(), is_refused: true };
         let actions = member.step(now, refused);
-        assert!(actions.iter().all(|action| matches!(action, member::Action::Remark(_))), "{actions:?}");
-        if let Some(next) = member.next_tick().filter(|_| *member.standing() == Standing::Joining) {
+        assert!(actions.iter().all(|action| matches!(action, MemberAction::Remark(_))), "{actions:?}");
+        if let Some(next) = member.next_tick().filter(|_| *member.standing() == MembershipState::Joining) {
             assert!(next - now <= SECOND / 4);
             now = next;
-            attempts += member.step(now, member::Event::Tick).len();
+            attempts += member.step(now, MemberEvent::Tick).len();
         }
     }
     assert!(attempts > 200, "{attempts}");
     assert_eq!(now - start, 60 * SECOND);
     let text = "the host of the rendezvous at host:29400 was not reached within 60 s: connection refused";
-    assert_eq!(*member.standing(), Standing::Failed(Failure::Unreachable(text.into())));
+    assert_eq!(*member.standing(), MembershipState::Failed(Failure::Unreachable(text.into())));
 }
 
 #[test]
 fn a_host_that_does_not_answer_is_given_up_after_the_connect_timeout() {
     let (mut member, start) = member(false);
     member.step(start, join());
-    member.step(start, member::Event::Connected);
+    member.step(start, MemberEvent::Connected);
     let due = member.next_tick().expect("a deadline");
     assert_eq!(due - start, 60 * SECOND);
-    assert_eq!(member.step(due, member::Event::Tick), [member::Action::Disconnect]);
-    assert!(matches!(member.standing(), Standing::Failed(Failure::Unreachable(_))));
+    assert_eq!(member.step(due, MemberEvent::Tick), [MemberAction::Disconnect]);
+    assert!(matches!(member.standing(), MembershipState::Failed(Failure::Unreachable(_))));
 }
 
 #[test]
@@ -57,13 +60,13 @@ fn why_a_host_was_not_reached_is_said_also_if_the_last_attempt_has_no_time() {
     let (mut member, start) = member(false);
     member.step(start, join());
     let text = "connection refused".into();
-    member.step(start, member::Event::NotConnected { text, is_refused: true });
+    member.step(start, MemberEvent::NotConnected { text, is_refused: true });
     let later = start + 60 * SECOND;
     // The attempt is under way when the time is over.
-    member.step(start + 59 * SECOND, member::Event::Tick);
-    member.step(later, member::Event::Tick);
+    member.step(start + 59 * SECOND, MemberEvent::Tick);
+    member.step(later, MemberEvent::Tick);
     let text = "the host of the rendezvous at host:29400 was not reached within 60 s: connection refused";
-    assert_eq!(*member.standing(), Standing::Failed(Failure::Unreachable(text.into())));
+    assert_eq!(*member.standing(), MembershipState::Failed(Failure::Unreachable(text.into())));
 }
 
 #[test]
@@ -77,11 +80,11 @@ fn what_an_agent_says_fits_into_a_message() {
     for call in calls {
         let (mut member, now) = member(false);
         placed(&mut member, now);
-        let actions = member.step(now, member::Event::Call(call));
-        let member::Action::Send(request) = &actions[0] else { panic!("{actions:?}") };
+        let actions = member.step(now, MemberEvent::Call(call));
+        let MemberAction::Send(request) = &actions[0] else { panic!("{actions:?}") };
         let mut frame = Vec::new();
         encode(request, &mut frame);
-        assert!(message::decode::<Request>(&mut frame).expect("a message").is_some());
+        assert!(message::decode::<AgentMessage>(&mut frame).expect("a message").is_some());
     }
 }
 
@@ -103,23 +106,23 @@ fn place() -> Place {
 
 fn placed(member: &mut Member, now: Instant) {
     member.step(now, join());
-    member.step(now, member::Event::Connected);
-    let asked = member.step(now, member::Event::Received(Notice::Welcome { silence: SILENCE }));
-    assert!(matches!(asked[..], [member::Action::Send(Request::Join(_))]));
-    member.step(now, member::Event::Received(Notice::Begin(place())));
-    assert!(matches!(member.standing(), Standing::Placed(_)));
+    member.step(now, MemberEvent::Connected);
+    let asked = member.step(now, MemberEvent::Received(HostMessage::Welcome { silence: SILENCE }));
+    assert!(matches!(asked[..], [MemberAction::Send(AgentMessage::Join(_))]));
+    member.step(now, MemberEvent::Received(HostMessage::Begin(place())));
+    assert!(matches!(member.standing(), MembershipState::Placed(_)));
 }
 
 /// Lets time pass until the agent stands otherwise, with a host that answers the first beats.
 fn beats_until_over(member: &mut Member, start: Instant, answered: u64) -> (u64, Instant) {
     let (mut sent, mut now) = (0, start);
-    while matches!(member.standing(), Standing::Placed(_)) {
+    while matches!(member.standing(), MembershipState::Placed(_)) {
         now = member.next_tick().expect("a deadline");
-        for action in member.step(now, member::Event::Tick) {
-            if let member::Action::Send(Request::Beat { number }) = action {
+        for action in member.step(now, MemberEvent::Tick) {
+            if let MemberAction::Send(AgentMessage::Beat { number }) = action {
                 sent = number;
                 if number <= answered {
-                    member.step(now + SECOND / 2, member::Event::Received(Notice::Beat { number }));
+                    member.step(now + SECOND / 2, MemberEvent::Received(HostMessage::Beat { number }));
                 }
             }
         }
@@ -136,10 +139,10 @@ fn an_agent_that_the_host_does_not_answer_stops_its_workers_before_it_is_lost() 
     let (beats, now) = beats_until_over(&mut member, start, 3);
     // Counted from when the third beat was sent, and not from when it was answered.
     assert_eq!((beats, now - start), (14, 15 * SECOND));
-    let Standing::Over(place, cause) = member.standing() else { panic!("{:?}", member.standing()) };
-    assert_eq!((place.round, cause.kind), (4, Kind::Membership));
+    let MembershipState::Over(place, cause) = member.standing() else { panic!("{:?}", member.standing()) };
+    assert_eq!((place.round, cause.kind), (4, RestartCause::Membership));
     assert_eq!(member.lease().expect("it goes on").kill_at - start, Duration::from_millis(17_250));
-    assert_eq!(member.step(now, join()), [member::Action::Connect]);
+    assert_eq!(member.step(now, join()), [MemberAction::Connect]);
     assert_eq!(member.lease(), None);
 }
 
@@ -151,9 +154,9 @@ fn the_lease_goes_on_while_the_agent_is_suspended() {
         let now = start + pause * SECOND;
         // Its workers were killed meanwhile: that is no failure.
         let text = "rank 0 was killed".into();
-        let actions = member.step(now, member::Event::Call(Call::Failed { at_ns: 1, text, code: 137, is_final: true }));
-        let has_told = actions.iter().any(|action| matches!(action, member::Action::Send(Request::Failed { .. })));
-        assert_eq!((has_told, matches!(member.standing(), Standing::Over(..))), (!is_over, is_over), "{pause}");
+        let actions = member.step(now, MemberEvent::Call(Call::Failed { at_ns: 1, text, code: 137, is_final: true }));
+        let has_told = actions.iter().any(|action| matches!(action, MemberAction::Send(AgentMessage::Failed { .. })));
+        assert_eq!((has_told, matches!(member.standing(), MembershipState::Over(..))), (!is_over, is_over), "{pause}");
     }
 }
 
@@ -164,16 +167,16 @@ fn an_answer_counts_for_the_beat_that_it_answers() {
     for beat in 1..=3 {
         let now = start + beat * SECOND;
         assert_eq!(
-            member.step(now, member::Event::Tick),
-            [member::Action::Send(Request::Beat { number: beat.into() })]
+            member.step(now, MemberEvent::Tick),
+            [MemberAction::Send(AgentMessage::Beat { number: beat.into() })]
         );
     }
     let renewed = |member: &Member| member.lease().expect("a lease").renewed - start;
     for (answer, expected) in [(1, 1), (1, 1), (3, 3), (2, 3)] {
-        member.step(start + 4 * SECOND, member::Event::Received(Notice::Beat { number: answer }));
+        member.step(start + 4 * SECOND, MemberEvent::Received(HostMessage::Beat { number: answer }));
         assert_eq!(renewed(&member), expected * SECOND, "{answer}");
     }
-    member.step(start + 4 * SECOND, member::Event::Received(Notice::Probe));
+    member.step(start + 4 * SECOND, MemberEvent::Received(HostMessage::Probe));
     assert_eq!(renewed(&member), 3 * SECOND);
 }
 
@@ -181,9 +184,9 @@ fn an_answer_counts_for_the_beat_that_it_answers() {
 fn the_workers_of_others_are_waited_for_without_a_lease() {
     let (mut member, start) = member(false);
     placed(&mut member, start);
-    member.step(start, member::Event::Call(Call::Finished));
-    member.step(start + 13 * SECOND, member::Event::Tick);
-    assert!(matches!(member.standing(), Standing::Placed(_)));
+    member.step(start, MemberEvent::Call(Call::Finished));
+    member.step(start + 13 * SECOND, MemberEvent::Tick);
+    assert!(matches!(member.standing(), MembershipState::Placed(_)));
 }
 
 #[test]
@@ -193,10 +196,10 @@ fn an_agent_that_does_not_reach_the_host_reports_the_reason() {
     let mut told = Vec::new();
     for second in 0..60 {
         let text = if second < 40 { "connection refused" } else { "no route to host" }.to_owned();
-        let refused = member::Event::NotConnected { text, is_refused: true };
+        let refused = MemberEvent::NotConnected { text, is_refused: true };
         let actions = member.step(start + second * SECOND, refused);
         told.extend(actions.into_iter().filter_map(|action| match action {
-            member::Action::Remark(text) => Some(text),
+            MemberAction::Remark(text) => Some(text),
             _ => None,
         }));
     }
@@ -209,11 +212,11 @@ fn an_agent_that_does_not_reach_the_host_reports_the_reason() {
 fn an_agent_that_comes_late_is_told_so() {
     let (mut member, now) = member(false);
     member.step(now, join());
-    member.step(now, member::Event::Connected);
+    member.step(now, MemberEvent::Connected);
     let text = String::from("the job has succeeded");
-    let actions = member.step(now, member::Event::Received(Notice::Late { text: text.clone() }));
-    assert_eq!(actions, [member::Action::Disconnect]);
-    assert_eq!(*member.standing(), Standing::Failed(Failure::Late(text)));
+    let actions = member.step(now, MemberEvent::Received(HostMessage::Late { text: text.clone() }));
+    assert_eq!(actions, [MemberAction::Disconnect]);
+    assert_eq!(*member.standing(), MembershipState::Failed(Failure::Late(text)));
 }
 
 #[test]
@@ -227,11 +230,13 @@ fn an_agent_in_the_process_of_the_host_need_not_beat() {
 fn a_host_that_is_gone_is_not_waited_for() {
     let (mut member, now) = member(false);
     placed(&mut member, now);
-    member.step(now, member::Event::Disconnected("it was closed".into()));
-    assert!(matches!(member.standing(), Standing::Over(..)));
-    assert_eq!(member.step(now, join()), [member::Action::Connect]);
-    member.step(now, member::Event::NotConnected { text: "connection refused".into(), is_refused: true });
-    let Standing::Failed(Failure::Unreachable(text)) = member.standing() else { panic!("{:?}", member.standing()) };
+    member.step(now, MemberEvent::Disconnected("it was closed".into()));
+    assert!(matches!(member.standing(), MembershipState::Over(..)));
+    assert_eq!(member.step(now, join()), [MemberAction::Connect]);
+    member.step(now, MemberEvent::NotConnected { text: "connection refused".into(), is_refused: true });
+    let MembershipState::Failed(Failure::Unreachable(text)) = member.standing() else {
+        panic!("{:?}", member.standing())
+    };
     assert!(text.contains("is gone"), "{text}");
 }
 
@@ -239,7 +244,7 @@ fn a_host_that_is_gone_is_not_waited_for() {
 fn a_host_that_was_started_again_begins_with_its_own_rounds() {
     let (mut member, now) = member(false);
     placed(&mut member, now);
-    member.step(now, member::Event::Disconnected("it was closed".into()));
+    member.step(now, MemberEvent::Disconnected("it was closed".into()));
     placed(&mut member, now);
 }
 
@@ -247,18 +252,18 @@ fn a_host_that_was_started_again_begins_with_its_own_rounds() {
 fn an_agent_that_is_heard_waits_as_long_as_the_host_lets_it() {
     let (mut member, mut now) = member(false);
     member.step(now, join());
-    member.step(now, member::Event::Connected);
-    member.step(now, member::Event::Received(Notice::Welcome { silence: SILENCE }));
+    member.step(now, MemberEvent::Connected);
+    member.step(now, MemberEvent::Received(HostMessage::Welcome { silence: SILENCE }));
     let end = now + 3 * JOIN_TIMEOUT;
     while now < end {
         now = member.next_tick().expect("a deadline");
-        member.step(now, member::Event::Received(Notice::Probe));
+        member.step(now, MemberEvent::Received(HostMessage::Probe));
     }
-    assert_eq!(*member.standing(), Standing::Joining);
+    assert_eq!(*member.standing(), MembershipState::Joining);
     // A connection that ends is made again, and the time begins anew.
-    let actions = member.step(now, member::Event::Disconnected("it broke".into()));
-    assert_eq!(actions, [member::Action::Connect]);
-    assert_eq!(*member.standing(), Standing::Joining);
+    let actions = member.step(now, MemberEvent::Disconnected("it broke".into()));
+    assert_eq!(actions, [MemberAction::Connect]);
+    assert_eq!(*member.standing(), MembershipState::Joining);
 }
 
 #[test]
@@ -266,42 +271,47 @@ fn an_agent_that_has_finished_says_so_again_when_its_connection_has_ended() {
     let (mut member, now) = member(false);
     placed(&mut member, now);
     assert_eq!(
-        member.step(now, member::Event::Call(Call::Finished)),
-        [member::Action::Send(Request::Finished { round: 4 })]
+        member.step(now, MemberEvent::Call(Call::Finished)),
+        [MemberAction::Send(AgentMessage::Finished { round: 4 })]
     );
-    assert_eq!(member.step(now, member::Event::Disconnected("it broke".into())), [member::Action::Connect]);
-    assert!(matches!(member.standing(), Standing::Placed(_)));
-    member.step(now, member::Event::Connected);
-    let said = member.step(now, member::Event::Received(Notice::Welcome { silence: SILENCE }));
-    assert_eq!(said, [member::Action::Send(Request::Finished { round: 4 })]);
-    member.step(now, member::Event::Received(Notice::Released));
-    assert_eq!(*member.standing(), Standing::Released);
+    assert_eq!(member.step(now, MemberEvent::Disconnected("it broke".into())), [MemberAction::Connect]);
+    assert!(matches!(member.standing(), MembershipState::Placed(_)));
+    member.step(now, MemberEvent::Connected);
+    let said = member.step(now, MemberEvent::Received(HostMessage::Welcome { silence: SILENCE }));
+    assert_eq!(said, [MemberAction::Send(AgentMessage::Finished { round: 4 })]);
+    member.step(now, MemberEvent::Received(HostMessage::Released));
+    assert_eq!(*member.standing(), MembershipState::Released);
 }
 
 #[test]
 fn only_an_agent_that_has_finished_is_released() {
     let (mut member, now) = member(false);
     placed(&mut member, now);
-    member.step(now, member::Event::Received(Notice::Released));
-    assert!(matches!(member.standing(), Standing::Placed(_)));
+    member.step(now, MemberEvent::Received(HostMessage::Released));
+    assert!(matches!(member.standing(), MembershipState::Placed(_)));
     let text = String::from("the job has succeeded");
-    member.step(now, member::Event::Received(Notice::Closed { text: text.clone(), code: 0 }));
-    assert_eq!(*member.standing(), Standing::Closed { text, code: 1 });
+    member.step(now, MemberEvent::Received(HostMessage::Closed { text: text.clone(), code: 0 }));
+    assert_eq!(*member.standing(), MembershipState::Closed { text, code: 1 });
 }
 
 #[test]
 fn another_host_has_rounds_of_its_own() {
     let (mut member, now) = member(false);
     placed(&mut member, now);
-    member.step(now, member::Event::Call(Call::Finished));
-    member.step(now, member::Event::Disconnected("it broke".into()));
-    member.step(now, member::Event::Connected);
-    member.step(now, member::Event::Received(Notice::Welcome { silence: SILENCE }));
-    let cause =
-        Cause { kind: Kind::Membership, node: String::new(), at_ns: None, text: "it is another one".into(), code: 1 };
-    member.step(now, member::Event::Received(Notice::Over { round: 4, cause }));
+    member.step(now, MemberEvent::Call(Call::Finished));
+    member.step(now, MemberEvent::Disconnected("it broke".into()));
+    member.step(now, MemberEvent::Connected);
+    member.step(now, MemberEvent::Received(HostMessage::Welcome { silence: SILENCE }));
+    let cause = Cause {
+        kind: RestartCause::Membership,
+        node: String::new(),
+        at_ns: None,
+        text: "it is another one".into(),
+        code: 1,
+    };
+    member.step(now, MemberEvent::Received(HostMessage::Over { round: 4, cause }));
     member.step(now, join());
     let place = Place { round: 0, ..place() };
-    member.step(now, member::Event::Received(Notice::Begin(place.clone())));
-    assert_eq!(*member.standing(), Standing::Placed(place));
+    member.step(now, MemberEvent::Received(HostMessage::Begin(place.clone())));
+    assert_eq!(*member.standing(), MembershipState::Placed(place));
 }

@@ -1,11 +1,11 @@
 //! What comes through the watchdog's pipe may be anything. The same as the fuzz target `request_line`, on a stable compiler.
 
 use ferroelastic_core::watchdog::lines::{LONGEST, Lines};
-use ferroelastic_core::watchdog::wire::{Request, parse};
+use ferroelastic_core::watchdog::wire::{TimerRequest, parse};
 use proptest::prelude::*;
 
 /// The requests in a stream, each checked.
-fn check(stream: &[u8]) -> Result<Vec<Request>, TestCaseError> {
+fn check(stream: &[u8]) -> Result<Vec<TimerRequest>, TestCaseError> {
     let (mut lines, mut whole) = (Lines::default(), Vec::new());
     lines.feed(stream, |line| whole.extend(line.map(<[u8]>::to_vec)));
     prop_assert!(lines.held() <= LONGEST);
@@ -39,13 +39,13 @@ fn the_corpus_and_all_its_beginnings() {
     assert!(files >= 20, "{files} files in {folder}");
 }
 
-fn lines() -> impl Strategy<Value = (Request, String)> {
+fn lines() -> impl Strategy<Value = (TimerRequest, String)> {
     let time = prop_oneof![Just(-1.0), 0.0..4e9f64];
     (any::<i32>(), "\\PC{0,40}", time, -1..65i32).prop_map(|(pid, scope, expiration_time, signal)| {
         let text = serde_json::json!({
             "version": 1, "pid": pid, "scope_id": scope, "expiration_time": expiration_time, "signal": signal,
         });
-        (Request { pid, scope, expiration_time, signal, heartbeat: None }, format!("{text}\n"))
+        (TimerRequest { pid, scope, expiration_time, signal, heartbeat: None }, format!("{text}\n"))
     })
 }
 

@@ -1,7 +1,7 @@
 //! The store's protocol and semantics, byte for byte.
 
-use ferroelastic_core::store::state::{Misuse, Peer, Reply, State};
-use ferroelastic_core::store::wire::{Decoder, Limits, MAGIC, Refusal, Request};
+use ferroelastic_core::store::state::{Misuse, Peer, StoreReply, StoreState};
+use ferroelastic_core::store::wire::{Decoder, Limits, MAGIC, Refusal, StoreRequest};
 use proptest::prelude::*;
 
 fn validate() -> Vec<u8> {
@@ -13,40 +13,42 @@ fn sized(bytes: &[u8]) -> Vec<u8> {
 }
 
 /// A request as a client writes it.
-fn encode(request: &Request) -> Vec<u8> {
+fn encode(request: &StoreRequest) -> Vec<u8> {
     let keys = |keys: &[Box<[u8]>]| {
         let keys: Vec<u8> =
             [(keys.len() as u64).to_le_bytes().to_vec(), keys.iter().flat_map(|key| sized(key)).collect()].concat();
         keys
     };
     let (opcode, arguments) = match request {
-        Request::Set { key, value } => (1, [sized(key), sized(value)].concat()),
-        Request::CompareSet { key, expected, desired } => (2, [sized(key), sized(expected), sized(desired)].concat()),
-        Request::Get { key } => (3, sized(key)),
-        Request::Add { key, delta } => (4, [sized(key), delta.to_le_bytes().to_vec()].concat()),
-        Request::Check { keys: list } => (5, keys(list)),
-        Request::Wait { keys: list } => (6, keys(list)),
-        Request::GetNumKeys => (7, Vec::new()),
-        Request::DeleteKey { key } => (8, sized(key)),
-        Request::Append { key, value } => (9, [sized(key), sized(value)].concat()),
-        Request::MultiGet { keys: list } => (10, keys(list)),
-        Request::MultiSet { pairs } => {
+        StoreRequest::Set { key, value } => (1, [sized(key), sized(value)].concat()),
+        StoreRequest::CompareSet { key, expected, desired } => {
+            (2, [sized(key), sized(expected), sized(desired)].concat())
+        }
+        StoreRequest::Get { key } => (3, sized(key)),
+        StoreRequest::Add { key, delta } => (4, [sized(key), delta.to_le_bytes().to_vec()].concat()),
+        StoreRequest::Check { keys: list } => (5, keys(list)),
+        StoreRequest::Wait { keys: list } => (6, keys(list)),
+        StoreRequest::GetNumKeys => (7, Vec::new()),
+        StoreRequest::DeleteKey { key } => (8, sized(key)),
+        StoreRequest::Append { key, value } => (9, [sized(key), sized(value)].concat()),
+        StoreRequest::MultiGet { keys: list } => (10, keys(list)),
+        StoreRequest::MultiSet { pairs } => {
             let fields = pairs.iter().flat_map(|(key, value)| [sized(key), sized(value)].concat());
             (11, [(pairs.len() as u64).to_le_bytes().to_vec(), fields.collect()].concat())
         }
-        Request::CancelWait => (12, Vec::new()),
-        Request::Ping { nonce } => (13, nonce.to_le_bytes().to_vec()),
-        Request::QueuePush { key, value } => (14, [sized(key), sized(value)].concat()),
-        Request::QueuePop { key } => (15, sized(key)),
-        Request::QueueLen { key } => (16, sized(key)),
-        Request::ListKeys => (17, Vec::new()),
-        Request::Barrier { key, world_size } => (18, [sized(key), world_size.to_le_bytes().to_vec()].concat()),
-        Request::Upgrade => (0xFE, Vec::new()),
+        StoreRequest::CancelWait => (12, Vec::new()),
+        StoreRequest::Ping { nonce } => (13, nonce.to_le_bytes().to_vec()),
+        StoreRequest::QueuePush { key, value } => (14, [sized(key), sized(value)].concat()),
+        StoreRequest::QueuePop { key } => (15, sized(key)),
+        StoreRequest::QueueLen { key } => (16, sized(key)),
+        StoreRequest::ListKeys => (17, Vec::new()),
+        StoreRequest::Barrier { key, world_size } => (18, [sized(key), world_size.to_le_bytes().to_vec()].concat()),
+        StoreRequest::Upgrade => (0xFE, Vec::new()),
     };
     [vec![opcode], arguments].concat()
 }
 
-fn decode(chunks: &[&[u8]]) -> Result<Vec<Request>, Refusal> {
+fn decode(chunks: &[&[u8]]) -> Result<Vec<StoreRequest>, Refusal> {
     let (mut decoder, mut requests) = (Decoder::new(Limits::default()), Vec::new());
     for chunk in chunks {
         decoder.feed(chunk);
@@ -57,29 +59,33 @@ fn decode(chunks: &[&[u8]]) -> Result<Vec<Request>, Refusal> {
     Ok(requests)
 }
 
-fn requests() -> impl Strategy<Value = Vec<Request>> {
+fn requests() -> impl Strategy<Value = Vec<StoreRequest>> {
     let key = || proptest::collection::vec(any::<u8>(), 0..12).prop_map(Vec::into_boxed_slice);
     let value = || proptest::collection::vec(any::<u8>(), 0..40);
     let keys = || proptest::collection::vec(key(), 0..5);
     let request = prop_oneof![
-        (key(), value()).prop_map(|(key, value)| Request::Set { key, value }),
-        (key(), value(), value()).prop_map(|(key, expected, desired)| Request::CompareSet { key, expected, desired }),
-        key().prop_map(|key| Request::Get { key }),
-        (key(), any::<i64>()).prop_map(|(key, delta)| Request::Add { key, delta }),
-        keys().prop_map(|keys| Request::Check { keys }),
-        keys().prop_map(|keys| Request::Wait { keys }),
-        Just(Request::GetNumKeys),
-        key().prop_map(|key| Request::DeleteKey { key }),
-        (key(), value()).prop_map(|(key, value)| Request::Append { key, value }),
-        keys().prop_map(|keys| Request::MultiGet { keys }),
-        proptest::collection::vec((key(), value()), 0..5).prop_map(|pairs| Request::MultiSet { pairs }),
-        Just(Request::CancelWait),
-        any::<u32>().prop_map(|nonce| Request::Ping { nonce }),
-        (key(), value()).prop_map(|(key, value)| Request::QueuePush { key, value }),
-        key().prop_map(|key| Request::QueuePop { key }),
-        key().prop_map(|key| Request::QueueLen { key }),
-        Just(Request::ListKeys),
-        (key(), any::<i64>()).prop_map(|(key, world_size)| Request::Barrier { key, world_size }),
+        (key(), value()).prop_map(|(key, value)| StoreRequest::Set { key, value }),
+        (key(), value(), value()).prop_map(|(key, expected, desired)| StoreRequest::CompareSet {
+            key,
+            expected,
+            desired
+        }),
+        key().prop_map(|key| StoreRequest::Get { key }),
+        (key(), any::<i64>()).prop_map(|(key, delta)| StoreRequest::Add { key, delta }),
+        keys().prop_map(|keys| StoreRequest::Check { keys }),
+        keys().prop_map(|keys| StoreRequest::Wait { keys }),
+        Just(StoreRequest::GetNumKeys),
+        key().prop_map(|key| StoreRequest::DeleteKey { key }),
+        (key(), value()).prop_map(|(key, value)| StoreRequest::Append { key, value }),
+        keys().prop_map(|keys| StoreRequest::MultiGet { keys }),
+        proptest::collection::vec((key(), value()), 0..5).prop_map(|pairs| StoreRequest::MultiSet { pairs }),
+        Just(StoreRequest::CancelWait),
+        any::<u32>().prop_map(|nonce| StoreRequest::Ping { nonce }),
+        (key(), value()).prop_map(|(key, value)| StoreRequest::QueuePush { key, value }),
+        key().prop_map(|key| StoreRequest::QueuePop { key }),
+        key().prop_map(|key| StoreRequest::QueueLen { key }),
+        Just(StoreRequest::ListKeys),
+        (key(), any::<i64>()).prop_map(|(key, world_size)| StoreRequest::Barrier { key, world_size }),
     ];
     proptest::collection::vec(request, 0..8)
 }
@@ -110,7 +116,10 @@ proptest! {
 fn who_does_not_begin_as_a_client_is_refused() {
     assert_eq!(decode(&[b"GET / HTTP/1.1\r\n"]), Err(Refusal::NoClient(b'G')));
     assert_eq!(decode(&[&[0, 1, 2, 3, 4]]), Err(Refusal::Magic(0x0403_0201)));
-    assert_eq!(decode(&[&[0], &[0xce, 0xf7], &[0x85, 0x3c, 13, 1, 0, 0, 0]]), Ok(vec![Request::Ping { nonce: 1 }]));
+    assert_eq!(
+        decode(&[&[0], &[0xce, 0xf7], &[0x85, 0x3c, 13, 1, 0, 0, 0]]),
+        Ok(vec![StoreRequest::Ping { nonce: 1 }])
+    );
     assert_eq!(decode(&[&[validate(), validate()].concat()]), Err(Refusal::Opcode(0)));
     assert_eq!(decode(&[&[validate(), vec![19]].concat()]), Err(Refusal::Opcode(19)));
 }
@@ -118,13 +127,13 @@ fn who_does_not_begin_as_a_client_is_refused() {
 #[test]
 fn the_limits_are_torchs() {
     let after = |bytes: Vec<u8>| decode(&[&[validate(), bytes].concat()]);
-    let key = |size: usize| encode(&Request::Get { key: vec![b'k'; size].into() });
+    let key = |size: usize| encode(&StoreRequest::Get { key: vec![b'k'; size].into() });
     assert!(after(key(8192)).is_ok_and(|requests| requests.len() == 1));
     assert_eq!(after(key(8193)), Err(Refusal::TooLarge { what: "a key", size: 8193, limit: 8192 }));
-    let set = |size: usize| encode(&Request::Set { key: (*b"k").into(), value: vec![0; size] });
+    let set = |size: usize| encode(&StoreRequest::Set { key: (*b"k").into(), value: vec![0; size] });
     assert!(after(set(8 << 20)).is_ok_and(|requests| requests.len() == 1));
     assert!(matches!(after(set((8 << 20) + 1)), Err(Refusal::TooLarge { what: "a value", .. })));
-    let check = |count: usize| encode(&Request::Check { keys: vec![(*b"").into(); count] });
+    let check = |count: usize| encode(&StoreRequest::Check { keys: vec![(*b"").into(); count] });
     assert!(after(check(131_072)).is_ok_and(|requests| requests.len() == 1));
     assert!(matches!(after(check(131_073)), Err(Refusal::TooLarge { what: "a number of keys", .. })));
     // What is announced is refused before it has come, and not made room for.
@@ -136,7 +145,7 @@ fn the_limits_are_torchs() {
 fn a_large_request_in_small_pieces_is_read_once() {
     let pairs: Vec<(Box<[u8]>, Vec<u8>)> =
         (0..100_000u32).map(|key| (key.to_le_bytes().to_vec().into(), vec![0; 8])).collect();
-    let stream = [validate(), encode(&Request::MultiSet { pairs: pairs.clone() })].concat();
+    let stream = [validate(), encode(&StoreRequest::MultiSet { pairs: pairs.clone() })].concat();
     let mut decoder = Decoder::new(Limits::default());
     let mut complete = None;
     for chunk in stream.chunks(64) {
@@ -144,7 +153,7 @@ fn a_large_request_in_small_pieces_is_read_once() {
         decoder.feed(chunk);
         complete = decoder.next().expect("within the limits");
     }
-    assert_eq!(complete, Some(Request::MultiSet { pairs }));
+    assert_eq!(complete, Some(StoreRequest::MultiSet { pairs }));
     assert_eq!(decoder.held(), 0);
 }
 
@@ -160,29 +169,29 @@ fn keys(names: &[&str]) -> Vec<Box<[u8]>> {
 }
 
 #[derive(Default)]
-struct Store(State);
+struct Store(StoreState);
 
 impl Store {
-    fn ask(&mut self, peer: Peer, request: Request) -> Vec<(Peer, Vec<u8>)> {
+    fn ask(&mut self, peer: Peer, request: StoreRequest) -> Vec<(Peer, Vec<u8>)> {
         let mut replies = Vec::new();
         self.0.apply(peer, request, &mut replies).expect("well used");
-        replies.into_iter().map(|Reply { peer, bytes }| (peer, bytes)).collect()
+        replies.into_iter().map(|StoreReply { peer, bytes }| (peer, bytes)).collect()
     }
 
     fn set(&mut self, name: &str, value: &[u8]) -> Vec<(Peer, Vec<u8>)> {
-        self.ask(YOU, Request::Set { key: key(name), value: value.into() })
+        self.ask(YOU, StoreRequest::Set { key: key(name), value: value.into() })
     }
 
     fn get(&mut self, name: &str) -> Vec<u8> {
-        self.ask(ME, Request::Get { key: key(name) }).remove(0).1
+        self.ask(ME, StoreRequest::Get { key: key(name) }).remove(0).1
     }
 
     fn wait(&mut self, peer: Peer, names: &[&str]) -> Vec<(Peer, Vec<u8>)> {
-        self.ask(peer, Request::Wait { keys: keys(names) })
+        self.ask(peer, StoreRequest::Wait { keys: keys(names) })
     }
 
     fn add(&mut self, name: &str, delta: i64) -> i64 {
-        let reply = self.ask(ME, Request::Add { key: key(name), delta }).remove(0).1;
+        let reply = self.ask(ME, StoreRequest::Add { key: key(name), delta }).remove(0).1;
         i64::from_le_bytes(reply.try_into().expect("eight bytes"))
     }
 }
@@ -193,13 +202,13 @@ fn values_come_back_and_what_is_missing_is_empty() {
     assert_eq!(store.get("k"), sized(b""));
     assert_eq!(store.set("k", b"ab"), []);
     assert_eq!(store.get("k"), sized(b"ab"));
-    store.ask(ME, Request::Append { key: key("k"), value: b"cd".into() });
-    store.ask(ME, Request::MultiSet { pairs: vec![(key("a"), b"1".into()), (key("b"), b"2".into())] });
-    let got = store.ask(ME, Request::MultiGet { keys: keys(&["k", "missing", "b"]) });
+    store.ask(ME, StoreRequest::Append { key: key("k"), value: b"cd".into() });
+    store.ask(ME, StoreRequest::MultiSet { pairs: vec![(key("a"), b"1".into()), (key("b"), b"2".into())] });
+    let got = store.ask(ME, StoreRequest::MultiGet { keys: keys(&["k", "missing", "b"]) });
     assert_eq!(got, [(ME, [sized(b"abcd"), sized(b""), sized(b"2")].concat())]);
-    assert_eq!(store.ask(ME, Request::GetNumKeys), [(ME, 3i64.to_le_bytes().to_vec())]);
-    assert_eq!(store.ask(ME, Request::DeleteKey { key: key("a") }), [(ME, 1i64.to_le_bytes().to_vec())]);
-    assert_eq!(store.ask(ME, Request::DeleteKey { key: key("a") }), [(ME, 0i64.to_le_bytes().to_vec())]);
+    assert_eq!(store.ask(ME, StoreRequest::GetNumKeys), [(ME, 3i64.to_le_bytes().to_vec())]);
+    assert_eq!(store.ask(ME, StoreRequest::DeleteKey { key: key("a") }), [(ME, 1i64.to_le_bytes().to_vec())]);
+    assert_eq!(store.ask(ME, StoreRequest::DeleteKey { key: key("a") }), [(ME, 0i64.to_le_bytes().to_vec())]);
 }
 
 #[test]
@@ -213,7 +222,7 @@ fn numbers_are_text_and_read_as_leniently_as_torch_reads_them() {
     assert_eq!(store.add("n", 1), i64::MIN);
     for nonsense in [&b""[..], b"x", b"-", b"99999999999999999999"] {
         store.set("n", nonsense);
-        let refused = store.0.apply(ME, Request::Add { key: key("n"), delta: 1 }, &mut Vec::new());
+        let refused = store.0.apply(ME, StoreRequest::Add { key: key("n"), delta: 1 }, &mut Vec::new());
         assert_eq!(refused, Err(Misuse::NotANumber("n".into())), "{nonsense:?}");
     }
 }
@@ -223,10 +232,10 @@ fn compare_set_has_its_oddities() {
     let mut store = Store::default();
     let compare_set = |store: &mut Store, expected: &[u8], desired: &[u8]| {
         let (expected, desired) = (expected.to_vec(), desired.to_vec());
-        store.ask(ME, Request::CompareSet { key: key("c"), expected, desired })
+        store.ask(ME, StoreRequest::CompareSet { key: key("c"), expected, desired })
     };
     assert_eq!(compare_set(&mut store, b"other", b"new"), [(ME, sized(b"other"))], "says it is there");
-    assert_eq!(store.ask(ME, Request::Check { keys: keys(&["c"]) }), [(ME, vec![1])], "but it is not");
+    assert_eq!(store.ask(ME, StoreRequest::Check { keys: keys(&["c"]) }), [(ME, vec![1])], "but it is not");
     assert_eq!(compare_set(&mut store, b"", b"first"), [(ME, sized(b"first"))]);
     assert_eq!(compare_set(&mut store, b"wrong", b"second"), [(ME, sized(b"first"))]);
     assert_eq!(compare_set(&mut store, b"first", b"second"), [(ME, sized(b"second"))]);
@@ -247,14 +256,14 @@ fn who_waits_is_told_when_everything_is_there() {
 fn a_wait_can_be_given_up_and_overtaken() {
     let mut store = Store::default();
     store.wait(ME, &["a"]);
-    assert_eq!(store.ask(ME, Request::Ping { nonce: 7 }), [(ME, vec![7, 0, 0, 0])], "meanwhile");
-    assert_eq!(store.ask(ME, Request::CancelWait), [(ME, vec![1])]);
+    assert_eq!(store.ask(ME, StoreRequest::Ping { nonce: 7 }), [(ME, vec![7, 0, 0, 0])], "meanwhile");
+    assert_eq!(store.ask(ME, StoreRequest::CancelWait), [(ME, vec![1])]);
     assert_eq!(store.set("a", b""), [], "nobody waits any more");
-    assert_eq!(store.ask(ME, Request::CancelWait), [(ME, vec![1])], "always answered");
+    assert_eq!(store.ask(ME, StoreRequest::CancelWait), [(ME, vec![1])], "always answered");
     // The answer and the cancellation have crossed: both are told.
     store.wait(ME, &["b"]);
     assert_eq!(store.set("b", b""), [(ME, vec![0])]);
-    assert_eq!(store.ask(ME, Request::CancelWait), [(ME, vec![1])]);
+    assert_eq!(store.ask(ME, StoreRequest::CancelWait), [(ME, vec![1])]);
     store.wait(ME, &["c"]);
     store.0.forget(ME);
     assert_eq!(store.set("c", b""), [], "who is gone is told nothing");
@@ -263,35 +272,36 @@ fn a_wait_can_be_given_up_and_overtaken() {
 #[test]
 fn queues_wake_one_and_are_there_as_long_as_they_hold_something() {
     let mut store = Store::default();
-    let push =
-        |store: &mut Store, value: &[u8]| store.ask(YOU, Request::QueuePush { key: key("q"), value: value.into() });
-    let pop = |store: &mut Store| store.ask(ME, Request::QueuePop { key: key("q") }).remove(0).1;
+    let push = |store: &mut Store, value: &[u8]| {
+        store.ask(YOU, StoreRequest::QueuePush { key: key("q"), value: value.into() })
+    };
+    let pop = |store: &mut Store| store.ask(ME, StoreRequest::QueuePop { key: key("q") }).remove(0).1;
     let length = |length: i64| length.to_le_bytes().to_vec();
     assert_eq!(pop(&mut store), length(0));
     store.wait(ME, &["q"]);
     store.wait(3, &["q"]);
     assert_eq!(push(&mut store, b"x"), [(ME, vec![0])]);
     assert_eq!(push(&mut store, b"y"), [(3, vec![0])]);
-    assert_eq!(store.ask(ME, Request::QueueLen { key: key("q") }), [(ME, length(2))]);
-    assert_eq!(store.ask(ME, Request::Check { keys: keys(&["q"]) }), [(ME, vec![0])]);
-    assert_eq!(store.ask(ME, Request::GetNumKeys), [(ME, length(0))]);
-    assert_eq!(store.ask(ME, Request::ListKeys), [(ME, length(0))]);
+    assert_eq!(store.ask(ME, StoreRequest::QueueLen { key: key("q") }), [(ME, length(2))]);
+    assert_eq!(store.ask(ME, StoreRequest::Check { keys: keys(&["q"]) }), [(ME, vec![0])]);
+    assert_eq!(store.ask(ME, StoreRequest::GetNumKeys), [(ME, length(0))]);
+    assert_eq!(store.ask(ME, StoreRequest::ListKeys), [(ME, length(0))]);
     assert_eq!(pop(&mut store), [length(2), sized(b"x")].concat());
     assert_eq!(pop(&mut store), [length(1), sized(b"y")].concat());
-    assert_eq!(store.ask(ME, Request::Check { keys: keys(&["q"]) }), [(ME, vec![1])]);
+    assert_eq!(store.ask(ME, StoreRequest::Check { keys: keys(&["q"]) }), [(ME, vec![1])]);
 }
 
 #[test]
 fn what_is_pushed_is_for_who_can_go_on_with_it() {
     let mut store = Store::default();
-    let push = |store: &mut Store| store.ask(YOU, Request::QueuePush { key: key("q"), value: b"x".into() });
+    let push = |store: &mut Store| store.ask(YOU, StoreRequest::QueuePush { key: key("q"), value: b"x".into() });
     store.wait(ME, &["q", "k"]);
     store.wait(3, &["q"]);
     assert_eq!(push(&mut store), [(3, vec![0])], "the first would leave it there");
     assert_eq!(store.set("k", b""), [(ME, vec![0])]);
     store.wait(ME, &["p", "p"]);
     store.wait(3, &["p"]);
-    let push = Request::QueuePush { key: key("p"), value: b"x".into() };
+    let push = StoreRequest::QueuePush { key: key("p"), value: b"x".into() };
     assert_eq!(store.ask(YOU, push), [(ME, vec![0])], "to name it twice is no more");
 }
 
@@ -311,35 +321,36 @@ fn who_gives_up_after_naming_a_key_often_is_forgotten_at_once() {
 #[test]
 fn a_barrier_opens_for_all_and_keeps_its_counter() {
     let mut store = Store::default();
-    let enter = |store: &mut Store, peer: Peer| store.ask(peer, Request::Barrier { key: key("b"), world_size: 2 });
+    let enter = |store: &mut Store, peer: Peer| store.ask(peer, StoreRequest::Barrier { key: key("b"), world_size: 2 });
     store.wait(9, &["b"]);
     assert_eq!(enter(&mut store, ME), [], "neither it nor who waits for the key is told");
     let opened = enter(&mut store, YOU);
     assert!(opened.contains(&(ME, vec![0])) && opened.contains(&(YOU, vec![0])));
     assert_eq!(enter(&mut store, ME), [(ME, vec![0])], "the third passes at once");
     assert_eq!(store.get("b"), sized(b"3"));
-    store.ask(ME, Request::Barrier { key: key("c"), world_size: 2 });
+    store.ask(ME, StoreRequest::Barrier { key: key("c"), world_size: 2 });
     assert_eq!(store.set("c", b"7"), [(ME, vec![0])], "it waits for the key");
 }
 
 #[test]
 fn who_leaves_a_barrier_has_been_there() {
-    for leave in [|store: &mut Store| drop(store.ask(ME, Request::CancelWait)), |store: &mut Store| store.0.forget(ME)]
+    for leave in
+        [|store: &mut Store| drop(store.ask(ME, StoreRequest::CancelWait)), |store: &mut Store| store.0.forget(ME)]
     {
         let mut store = Store::default();
-        store.ask(ME, Request::Barrier { key: key("b"), world_size: 2 });
+        store.ask(ME, StoreRequest::Barrier { key: key("b"), world_size: 2 });
         leave(&mut store);
-        assert_eq!(store.ask(YOU, Request::Barrier { key: key("b"), world_size: 2 }), [(YOU, vec![0])]);
+        assert_eq!(store.ask(YOU, StoreRequest::Barrier { key: key("b"), world_size: 2 }), [(YOU, vec![0])]);
     }
 }
 
 #[test]
 fn a_reply_has_its_limit_whatever_it_is_made_of() {
-    let mut store = Store(State::new(&Limits { reply_bytes: 64, ..Limits::default() }));
+    let mut store = Store(StoreState::new(&Limits { reply_bytes: 64, ..Limits::default() }));
     let append =
-        |store: &mut Store, size| store.ask(YOU, Request::Append { key: key("k"), value: vec![b'v'; size] }).len();
-    let list = || Request::MultiGet { keys: keys(&["k", "k"]) };
-    let compare = || Request::CompareSet { key: key("k"), expected: b"no".into(), desired: b"new".into() };
+        |store: &mut Store, size| store.ask(YOU, StoreRequest::Append { key: key("k"), value: vec![b'v'; size] }).len();
+    let list = || StoreRequest::MultiGet { keys: keys(&["k", "k"]) };
+    let compare = || StoreRequest::CompareSet { key: key("k"), expected: b"no".into(), desired: b"new".into() };
     // Two values of 24 bytes, each after its length.
     append(&mut store, 24);
     assert_eq!(store.ask(ME, list())[0].1.len(), 64);
@@ -347,20 +358,20 @@ fn a_reply_has_its_limit_whatever_it_is_made_of() {
     assert_eq!(store.get("k").len(), 64);
     assert_eq!(store.ask(ME, compare())[0].1.len(), 64);
     append(&mut store, 1);
-    store.ask(YOU, Request::QueuePush { key: key("q"), value: vec![0; 49] });
+    store.ask(YOU, StoreRequest::QueuePush { key: key("q"), value: vec![0; 49] });
     let refused = |store: &mut Store, request| store.0.apply(ME, request, &mut Vec::new());
     for (request, size) in [
-        (Request::Get { key: key("k") }, 65),
+        (StoreRequest::Get { key: key("k") }, 65),
         (list(), 130),
         (compare(), 65),
-        (Request::QueuePop { key: key("q") }, 65),
+        (StoreRequest::QueuePop { key: key("q") }, 65),
     ] {
         assert_eq!(refused(&mut store, request), Err(Misuse::TooMuch { size, limit: 64 }));
     }
     // The number of keys, and each after its length: 8 + 9 + 8 + 39.
-    let names = |size| Request::Set { key: vec![b'n'; size].into(), value: Vec::new() };
+    let names = |size| StoreRequest::Set { key: vec![b'n'; size].into(), value: Vec::new() };
     store.ask(YOU, names(39));
-    assert_eq!(store.ask(ME, Request::ListKeys)[0].1.len(), 64);
+    assert_eq!(store.ask(ME, StoreRequest::ListKeys)[0].1.len(), 64);
     store.ask(YOU, names(0));
-    assert_eq!(refused(&mut store, Request::ListKeys), Err(Misuse::TooMuch { size: 72, limit: 64 }));
+    assert_eq!(refused(&mut store, StoreRequest::ListKeys), Err(Misuse::TooMuch { size: 72, limit: 64 }));
 }

@@ -1,14 +1,14 @@
 //! What clients of the store send may be anything. The same as the fuzz target `store_request`, on a stable compiler.
 
-use ferroelastic_core::store::state::State;
-use ferroelastic_core::store::wire::{Decoder, Limits, MAGIC, Refusal, Request};
+use ferroelastic_core::store::state::StoreState;
+use ferroelastic_core::store::wire::{Decoder, Limits, MAGIC, Refusal, StoreRequest};
 use proptest::prelude::*;
 
 /// Small, so that an input can reach them.
 const LIMITS: Limits = Limits { key_bytes: 64, value_bytes: 256, keys: 8, request_bytes: 1024, reply_bytes: 4096 };
 
 /// The requests of a stream that comes in such pieces, and why it ends if it does.
-fn requests<'a>(pieces: impl Iterator<Item = &'a [u8]>) -> Result<(Vec<Request>, Option<Refusal>), TestCaseError> {
+fn requests<'a>(pieces: impl Iterator<Item = &'a [u8]>) -> Result<(Vec<StoreRequest>, Option<Refusal>), TestCaseError> {
     let (mut decoder, mut requests, mut fed) = (Decoder::new(LIMITS), Vec::new(), 0);
     for piece in pieces {
         decoder.feed(piece);
@@ -41,7 +41,7 @@ fn check(input: &[u8]) -> Result<(), TestCaseError> {
     // Every request has at least its opcode.
     prop_assert!(whole.len() <= stream.len());
 
-    let (mut state, mut replies) = (State::default(), Vec::new());
+    let (mut state, mut replies) = (StoreState::default(), Vec::new());
     for (number, request) in (0..).zip(whole) {
         // Whoever misuses the store is gone, the others stay.
         let peer = number % 3;

@@ -1,15 +1,15 @@
 //! What a client of the store sends. The properties are those of `rust/core/tests/store_stream.rs`.
 #![no_main]
 
-use ferroelastic_core::store::state::State;
-use ferroelastic_core::store::wire::{Decoder, Limits, MAGIC, Refusal, Request};
+use ferroelastic_core::store::state::StoreState;
+use ferroelastic_core::store::wire::{Decoder, Limits, MAGIC, Refusal, StoreRequest};
 use libfuzzer_sys::fuzz_target;
 
 /// Small, so that an input can reach them.
 const LIMITS: Limits = Limits { key_bytes: 64, value_bytes: 256, keys: 8, request_bytes: 1024, reply_bytes: 4096 };
 
 /// The requests of a stream that comes in such pieces, and why it ends if it does.
-fn requests<'a>(pieces: impl Iterator<Item = &'a [u8]>) -> (Vec<Request>, Option<Refusal>) {
+fn requests<'a>(pieces: impl Iterator<Item = &'a [u8]>) -> (Vec<StoreRequest>, Option<Refusal>) {
     let (mut decoder, mut requests, mut fed) = (Decoder::new(LIMITS), Vec::new(), 0);
     for piece in pieces {
         decoder.feed(piece);
@@ -42,7 +42,7 @@ fuzz_target!(|input: &[u8]| {
     // Every request has at least its opcode.
     assert!(whole.len() <= stream.len());
 
-    let (mut state, mut replies) = (State::default(), Vec::new());
+    let (mut state, mut replies) = (StoreState::default(), Vec::new());
     for (number, request) in (0..).zip(whole) {
         // Whoever misuses the store is gone, the others stay.
         let peer = number % 3;

@@ -1,13 +1,13 @@
 //! `Group` and what it reports.
 
-use std::os::fd::{AsFd, BorrowedFd, RawFd};
+use std::os::fd::{AsFd, RawFd};
 use std::time::Duration;
 
 use ferroelastic_core::engine;
-use ferroelastic_core::published::Wake;
+use ferroelastic_core::published::{CallerFds, Wake};
 use ferroelastic_core::supervise::{self, StopPlan};
 use ferroelastic_core::sys::fd::duplicate;
-use ferroelastic_core::sys::wait::Status;
+use ferroelastic_core::sys::wait::ExitStatus;
 use pyo3::exceptions::PyIndexError;
 use pyo3::prelude::*;
 
@@ -35,9 +35,9 @@ pub(crate) struct Exit {
 impl From<supervise::Exit> for Exit {
     fn from(exit: supervise::Exit) -> Self {
         let (code, signal, core_dumped) = match exit.status {
-            Status::Exited(code) => (Some(i32::from(code)), None, false),
-            Status::Signalled { signal, core_dumped } => (None, Some(signal), core_dumped),
-            Status::Unknown => (None, None, false),
+            ExitStatus::Exited(code) => (Some(i32::from(code)), None, false),
+            ExitStatus::Signalled { signal, core_dumped } => (None, Some(signal), core_dumped),
+            ExitStatus::Unknown => (None, None, false),
         };
         Self {
             index: exit.index,
@@ -130,12 +130,12 @@ impl Group {
     }
 }
 
-/// Waits detached from the interpreter, with descriptors that nobody can close meanwhile.
+/// Waits detached from the interpreter, on duplicates of the descriptors, which no other thread can close meanwhile.
 pub(crate) fn waited(
     py: Python<'_>,
     timeout_s: Option<f64>,
     fds: [Option<RawFd>; 2],
-    wait: impl FnOnce(Option<Duration>, [Option<BorrowedFd<'_>>; 2]) -> ferroelastic_core::Result<Wake> + Send,
+    wait: impl FnOnce(Option<Duration>, CallerFds<'_>) -> ferroelastic_core::Result<Wake> + Send,
 ) -> PyResult<&'static str> {
     let timeout = duration("timeout_s", timeout_s)?;
     let mut others = [None, None];
@@ -145,12 +145,7 @@ pub(crate) fn waited(
         *other = Some(held.map_err(|source| to_python(py, os("duplicate", format!("descriptor {fd}"), source)))?);
     }
     let woken = detached(py, || wait(timeout, others.each_ref().map(|fd| fd.as_ref().map(AsFd::as_fd))))?;
-    Ok(match woken {
-        Wake::Event => "event",
-        Wake::Timeout => "timeout",
-        Wake::First => "wake",
-        Wake::Second => "news",
-    })
+    Ok(woken.name())
 }
 
 fn plan(signal: i32, grace_s: f64, kill_wait_s: f64, linger_s: f64) -> PyResult<StopPlan> {
@@ -174,8 +169,9 @@ impl Group {
         self.0.generation().map_err(|error| to_python(py, error))
     }
 
-    fn exits(&self, py: Python<'_>) -> PyResult<Vec<Exit>> {
-        let exits = self.0.exits().map_err(|error| to_python(py, error))?;
+    #[pyo3(signature = (since=0))]
+    fn exits(&self, py: Python<'_>, since: usize) -> PyResult<Vec<Exit>> {
+        let exits = self.0.exits(since).map_err(|error| to_python(py, error))?;
         Ok(exits.into_iter().map(Exit::from).collect())
     }
 
@@ -211,7 +207,7 @@ impl Group {
     }
 
     fn hurry(&self, py: Python<'_>) -> PyResult<()> {
-        detached(py, || self.0.hurry())
+        detached(py, || self.0.end_grace())
     }
 
     fn stop_report(&self, py: Python<'_>) -> PyResult<Option<StopReport>> {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use ferroelastic_core::membership;
 use ferroelastic_core::rendezvous::member::{self, Call, Failure};
-use ferroelastic_core::rendezvous::message::{self, Introduction, Kind};
+use ferroelastic_core::rendezvous::message::{self, Introduction};
 use ferroelastic_core::sys::lease::LeasePage;
 use ferroelastic_core::sys::net::endpoint;
 use pyo3::prelude::*;
@@ -63,11 +63,7 @@ pub(crate) struct Cause {
 
 impl From<message::Cause> for Cause {
     fn from(cause: message::Cause) -> Self {
-        let kind = match cause.kind {
-            Kind::Failure => "failure",
-            Kind::Membership => "membership",
-        };
-        Self { kind, node: cause.node, at_ns: cause.at_ns, text: cause.text, exit_code: cause.code }
+        Self { kind: cause.kind.name(), node: cause.node, at_ns: cause.at_ns, text: cause.text, exit_code: cause.code }
     }
 }
 
@@ -81,9 +77,9 @@ pub(crate) struct Standing {
     exit_code: Option<i32>,
 }
 
-impl From<member::Standing> for Standing {
-    fn from(standing: member::Standing) -> Self {
-        use member::Standing as S;
+impl From<member::MembershipState> for Standing {
+    fn from(standing: member::MembershipState) -> Self {
+        use member::MembershipState as S;
 
         let (place, cause) = match &standing {
             S::Placed(place) => (Some(place.clone()), None),
@@ -134,7 +130,7 @@ impl RendezvousClient {
         let connect_timeout = span("connect_timeout_s", connect_timeout_s)?;
         let who = Introduction::new(run_id, name.unwrap_or_default(), (min_nodes, max_nodes));
         let who = Introduction { is_host, node_rank, settings: settings.unwrap_or_default(), ..who };
-        let settings = member::Settings { endpoint: endpoint(host, port), connect_timeout, is_host };
+        let settings = member::MemberSettings { endpoint: endpoint(host, port), connect_timeout, is_host };
         detached(py, || membership::RendezvousClient::start(host, port, who, settings)).map(Self)
     }
 

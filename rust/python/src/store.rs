@@ -4,7 +4,7 @@ use std::net::IpAddr;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use ferroelastic_core::rendezvous::rounds::Settings;
+use ferroelastic_core::rendezvous::rounds::HostSettings;
 use ferroelastic_core::store;
 use ferroelastic_core::store::client::ClientError;
 use ferroelastic_core::store::wire::Limits;
@@ -52,7 +52,7 @@ impl StoreServer {
             reply_bytes: most_reply_bytes,
         };
         let (last_call, silence) = (span("last_call_s", last_call_s)?, span("silence_s", silence_s)?);
-        let settings = run_id.map(|run_id| Settings {
+        let settings = run_id.map(|run_id| HostSettings {
             run_id,
             min_nodes,
             max_nodes,

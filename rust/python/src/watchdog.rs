@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use ferroelastic_core::Error;
 use ferroelastic_core::sys::beats;
-use ferroelastic_core::watchdog::{self, Outcome, WorkerProcess, wire};
+use ferroelastic_core::watchdog::{self, WorkerProcess, wire};
 use ferroelastic_core::{engine, error};
 use pyo3::prelude::*;
 
@@ -50,13 +50,7 @@ impl From<watchdog::Expiry> for Expiry {
             signal: expiry.signal,
             late_ns: expiry.late_ns,
             signalled_ns: expiry.signalled_ns,
-            outcome: match expiry.outcome {
-                Outcome::Signalled => "signalled",
-                Outcome::NoSignal => "no signal",
-                Outcome::Gone => "gone",
-                Outcome::NotOurs => "not ours",
-                Outcome::Denied => "denied",
-            },
+            outcome: expiry.outcome.name(),
             worker: expiry.worker,
             evidence: expiry.evidence.into_iter().map(PathBuf::into_os_string).collect(),
         }
@@ -98,7 +92,7 @@ impl Watchdog {
     }
 
     fn register(&self, py: Python<'_>, requests: Vec<Row>) -> PyResult<()> {
-        let requests = requests.into_iter().map(|(pid, scope, expiration_time, signal)| wire::Request {
+        let requests = requests.into_iter().map(|(pid, scope, expiration_time, signal)| wire::TimerRequest {
             pid,
             scope,
             expiration_time,
@@ -115,7 +109,7 @@ impl Watchdog {
 
     fn timers(&self, py: Python<'_>) -> PyResult<Vec<Row>> {
         let timers = detached(py, || self.0.timers())?;
-        let row = |timer: wire::Request| (timer.pid, timer.scope, timer.expiration_time, timer.signal);
+        let row = |timer: wire::TimerRequest| (timer.pid, timer.scope, timer.expiration_time, timer.signal);
         Ok(timers.into_iter().map(row).collect())
     }
 

@@ -2,7 +2,7 @@
 
 mod support;
 
-use ferroelastic_core::sys::wait::Status;
+use ferroelastic_core::sys::wait::ExitStatus;
 use support::{Lines, PATIENCE, all_exits, engines, plan, stopped, wait_for, zoo};
 
 #[test]
@@ -14,7 +14,7 @@ fn exit_codes_0_to_255_are_reported_exactly() {
             let group = engine.spawn(commands).expect("spawn");
             let exits = all_exits(&group);
             for exit in &exits {
-                assert_eq!(exit.status, Status::Exited(codes[exit.index]));
+                assert_eq!(exit.status, ExitStatus::Exited(codes[exit.index]));
                 assert_eq!(exit.pid, group.pids()[exit.index]);
                 assert!(!exit.stopped);
             }
@@ -33,7 +33,7 @@ fn every_fatal_signal_is_reported_exactly() {
         let group = engine.spawn(commands).expect("spawn");
         for exit in all_exits(&group) {
             let signal = fatal[exit.index];
-            assert_eq!(exit.status, Status::Signalled { signal, core_dumped: false });
+            assert_eq!(exit.status, ExitStatus::Signalled { signal, core_dumped: false });
         }
     }
 }
@@ -52,10 +52,10 @@ fn workers_that_die_in_the_same_millisecond_are_all_seen() {
             assert_eq!(lines.next(), "ready");
         }
         let exits = all_exits(&group);
-        assert_eq!((exits[0].status, exits[0].stopped), (Status::Exited(7), false));
+        assert_eq!((exits[0].status, exits[0].stopped), (ExitStatus::Exited(7), false));
         for exit in &exits {
-            let by_itself = exit.status == Status::Exited(7);
-            let by_the_engine = exit.stopped && exit.status == Status::Signalled { signal: 15, core_dumped: false };
+            let by_itself = exit.status == ExitStatus::Exited(7);
+            let by_the_engine = exit.stopped && exit.status == ExitStatus::Signalled { signal: 15, core_dumped: false };
             assert!(by_itself || by_the_engine, "{exit:?}");
         }
         let mut indexes: Vec<usize> = exits.iter().map(|exit| exit.index).collect();
@@ -85,9 +85,9 @@ fn an_exit_is_seen_while_another_group_runs_on() {
         let mut lines = Lines::new(folder.path(), "ready");
         let sleeper = engine.spawn(vec![lines.of(zoo(&["sleep"]))]).expect("spawn");
         let short = engine.spawn(vec![zoo(&["exit", "3"])]).expect("spawn");
-        assert_eq!(all_exits(&short)[0].status, Status::Exited(3));
+        assert_eq!(all_exits(&short)[0].status, ExitStatus::Exited(3));
         assert_eq!(lines.next(), "ready");
-        assert!(sleeper.exits().expect("own process").is_empty());
+        assert!(sleeper.exits(0).expect("own process").is_empty());
         sleeper.stop(plan(PATIENCE)).expect("stop");
         wait_for(&sleeper, |group| group.stop_report().expect("own process"));
     }

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use ferroelastic_core::Engine;
 use ferroelastic_core::engine::HealthServer;
 use ferroelastic_core::health::status::{Started, Update};
-use ferroelastic_core::health::vocabulary::{Cause, Phase, State};
+use ferroelastic_core::vocabulary::{AgentState, RestartCause, RestartPhase};
 use http::{Answering, clean_rest, connect, exchange, get, now_s, rest, split, until_alive};
 use support::{PATIENCE, all_exits, engines, zoo};
 
@@ -229,13 +229,13 @@ fn the_board_shows_workers_as_the_engine_knows_them() {
     for engine in engines() {
         let server = serve(&engine);
         let group = engine.spawn(vec![zoo(&["exit", "3"]), zoo(&["sleep"])]).expect("spawn");
-        support::wait_for(&group, |group| group.exits().ok().filter(|exits| exits.len() == 1));
+        support::wait_for(&group, |group| group.exits(0).ok().filter(|exits| exits.len() == 1));
         // The first has ended before the agent says that it was started.
         let started = |(rank, pid): (u64, &i32)| Started { local_rank: rank, rank: 4 + rank, pid: *pid };
         let pids: Vec<_> = (0..).zip(group.pids()).map(started).collect();
         server.update(Update::Job { run_id: "run".into(), role: "trainer".into() }).expect("engine");
         server.update(Update::Workers(pids)).expect("engine");
-        server.update(Update::State(State::Running)).expect("engine");
+        server.update(Update::State(AgentState::Running)).expect("engine");
         let unready = format!("not ready: rank 4 (pid {}) exited with code 3\n", group.pids()[0]);
         assert_eq!(get(server.address(), "/readyz"), (503, unready));
 
@@ -253,8 +253,8 @@ fn the_board_shows_workers_as_the_engine_knows_them() {
         all_exits(&group);
         let shown = status(&server);
         assert_eq!((&shown["workers"][1]["signal"], &shown["workers"][1]["cpu_s"]), (&9.into(), &().into()));
-        server.update(Update::Restart { cause: Cause::Failure, reason: "rank 4".into() }).expect("engine");
-        server.update(Update::Phase { phase: Phase::Stop, took: Duration::from_millis(2) }).expect("engine");
+        server.update(Update::Restart { cause: RestartCause::Failure, reason: "rank 4".into() }).expect("engine");
+        server.update(Update::Phase { phase: RestartPhase::Stop, took: Duration::from_millis(2) }).expect("engine");
         let (_, metrics) = get(server.address(), "/metrics");
         for line in [
             "ferroelastic_worker_exits_total{outcome=\"failed\"} 2\n",

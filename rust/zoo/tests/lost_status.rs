@@ -3,7 +3,7 @@
 mod support;
 
 use ferroelastic_core::sys::probe;
-use ferroelastic_core::sys::wait::Status;
+use ferroelastic_core::sys::wait::ExitStatus;
 use support::{all_exits, engines, plan, stopped, zoo};
 
 /// Whether a pidfd keeps the status of a process that was reaped (Linux 6.15).
@@ -21,12 +21,13 @@ fn the_kernel_still_tells_the_status() {
     assert_eq!(probe::probe(), before, "what works does not depend on it");
     for engine in engines() {
         let is_told = engine.support().pidfd && pidfds_keep_statuses();
-        let of = |status| if is_told { status } else { Status::Unknown };
+        let of = |status| if is_told { status } else { ExitStatus::Unknown };
         let commands = [["exit", "0"], ["exit", "7"], ["signal", "9"]];
         let group = engine.spawn(commands.iter().map(|words| zoo(words)).collect()).expect("spawn");
         for exit in all_exits(&group) {
             let expected =
-                [Status::Exited(0), Status::Exited(7), Status::Signalled { signal: 9, core_dumped: false }][exit.index];
+                [ExitStatus::Exited(0), ExitStatus::Exited(7), ExitStatus::Signalled { signal: 9, core_dumped: false }]
+                    [exit.index];
             assert_eq!(exit.status, of(expected));
         }
         group.stop(plan(support::PATIENCE)).expect("stop");

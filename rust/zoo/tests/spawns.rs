@@ -6,7 +6,7 @@ use std::ffi::CString;
 
 use ferroelastic_core::Error;
 use ferroelastic_core::sys::spawn::{Command, Stdio};
-use ferroelastic_core::sys::wait::Status;
+use ferroelastic_core::sys::wait::ExitStatus;
 use support::{Lines, all_exits, engines, is_alive, zoo};
 
 fn c(text: &str) -> CString {
@@ -22,7 +22,7 @@ fn a_worker_has_its_own_session_an_empty_mask_default_dispositions_and_three_des
         command.stdout = Stdio::File(path.clone());
         command.cpus = Some(vec![0]);
         let group = engine.spawn(vec![command]).expect("spawn");
-        assert_eq!(all_exits(&group)[0].status, Status::Exited(0));
+        assert_eq!(all_exits(&group)[0].status, ExitStatus::Exited(0));
         let facts = std::fs::read_to_string(path).expect("facts");
         let pid = group.pids()[0];
         let agent = std::process::id();
@@ -46,7 +46,7 @@ fn a_program_is_found_in_the_path_of_its_own_environment() {
             ..Command::default()
         };
         let group = engine.spawn(vec![command.clone()]).expect("spawn");
-        assert_eq!(all_exits(&group)[0].status, Status::Exited(5));
+        assert_eq!(all_exits(&group)[0].status, ExitStatus::Exited(5));
         command.env = vec![c("PATH=/nowhere")];
         let error = engine.spawn(vec![command]).expect_err("not found");
         assert_eq!(error.to_string(), "failed to start worker 0: execve sh: no such file or directory");

@@ -5,11 +5,11 @@ mod support;
 use std::time::Duration;
 
 use ferroelastic_core::supervise::StopPlan;
-use ferroelastic_core::sys::wait::Status;
+use ferroelastic_core::sys::wait::ExitStatus;
 use support::{Lines, PATIENCE, all_exits, engines, is_alive, plan, stopped, zoo};
 
-const KILLED: Status = Status::Signalled { signal: 9, core_dumped: false };
-const TERMINATED: Status = Status::Signalled { signal: 15, core_dumped: false };
+const KILLED: ExitStatus = ExitStatus::Signalled { signal: 9, core_dumped: false };
+const TERMINATED: ExitStatus = ExitStatus::Signalled { signal: 15, core_dumped: false };
 
 #[test]
 fn the_first_failure_stops_the_peers_with_nobody_waiting() {
@@ -21,7 +21,7 @@ fn the_first_failure_stops_the_peers_with_nobody_waiting() {
         group.stop_on_failure(plan(PATIENCE)).expect("arm");
         let exits = all_exits(&group);
         let of = |index| exits.iter().find(|exit| exit.index == index).expect("ended");
-        assert_eq!((of(1).status, of(1).stopped, of(1).order), (Status::Exited(9), false, 0));
+        assert_eq!((of(1).status, of(1).stopped, of(1).order), (ExitStatus::Exited(9), false, 0));
         assert_eq!((of(0).status, of(0).stopped), (TERMINATED, true));
         assert_eq!((of(2).status, of(2).stopped), (TERMINATED, true));
         let report = stopped(&group);
@@ -33,7 +33,7 @@ fn the_first_failure_stops_the_peers_with_nobody_waiting() {
 fn a_failure_before_arming_counts_too() {
     for engine in engines() {
         let group = engine.spawn(vec![zoo(&["exit", "1"]), zoo(&["sleep"])]).expect("spawn");
-        support::wait_for(&group, |group| (group.exits().ok()?.len() == 1).then_some(()));
+        support::wait_for(&group, |group| (group.exits(0).ok()?.len() == 1).then_some(()));
         group.stop_on_failure(plan(PATIENCE)).expect("arm");
         assert_eq!(all_exits(&group)[1].status, TERMINATED);
     }
@@ -68,7 +68,7 @@ fn hurry_ends_the_grace() {
         let group = engine.spawn(vec![lines.of(zoo(&["deaf"]))]).expect("spawn");
         assert_eq!(lines.next(), "ready");
         group.stop(plan(Duration::MAX)).expect("stop");
-        group.hurry().expect("hurry");
+        group.end_grace().expect("hurry");
         assert_eq!(stopped(&group).killed, [0]);
         assert_eq!(all_exits(&group)[0].status, KILLED);
     }
@@ -82,7 +82,7 @@ fn the_group_of_a_leader_that_is_already_dead_is_stopped() {
             let mut lines = Lines::new(folder.path(), "pid");
             let group = engine.spawn(vec![lines.of(zoo(&[kind, "0"]))]).expect("spawn");
             let orphan: i32 = lines.next().parse().expect("a pid");
-            assert_eq!(all_exits(&group)[0].status, Status::Exited(0));
+            assert_eq!(all_exits(&group)[0].status, ExitStatus::Exited(0));
             assert!(is_alive(orphan));
             group.stop(plan(Duration::from_millis(200))).expect("stop");
             let report = stopped(&group);
@@ -150,7 +150,7 @@ fn what_a_worker_has_left_may_finish_in_the_linger_time() {
         let folder = tempfile::tempdir().expect("tempdir");
         let finished = folder.path().join("finished");
         let group = engine.spawn(vec![zoo(&["finisher", finished.to_str().expect("UTF-8")])]).expect("spawn");
-        assert_eq!(all_exits(&group)[0].status, Status::Exited(0));
+        assert_eq!(all_exits(&group)[0].status, ExitStatus::Exited(0));
         group.stop(StopPlan { linger: PATIENCE, ..plan(Duration::ZERO) }).expect("stop");
         let report = stopped(&group);
         assert!(report.killed.is_empty() && report.overdue.is_empty(), "{report:?}");
@@ -165,7 +165,7 @@ fn what_has_not_finished_in_the_linger_time_is_named_and_ended() {
         let mut lines = Lines::new(folder.path(), "pid");
         let group = engine.spawn(vec![lines.of(zoo(&["orphan", "0"]))]).expect("spawn");
         let orphan: i32 = lines.next().parse().expect("a pid");
-        assert_eq!(all_exits(&group)[0].status, Status::Exited(0));
+        assert_eq!(all_exits(&group)[0].status, ExitStatus::Exited(0));
         let linger = Duration::from_millis(100);
         group.stop(StopPlan { linger, ..plan(PATIENCE) }).expect("stop");
         let report = stopped(&group);

@@ -12,11 +12,11 @@ use ferroelastic_core::Engine;
 use ferroelastic_core::engine::{Group, Watchdog};
 use ferroelastic_core::sys::beats::BeatSlot;
 use ferroelastic_core::sys::spawn::Command;
-use ferroelastic_core::sys::wait::Status;
-use ferroelastic_core::watchdog::{Config, Expiry, Outcome, WorkerProcess};
+use ferroelastic_core::sys::wait::ExitStatus;
+use ferroelastic_core::watchdog::{Config, Expiry, ExpiryOutcome, WorkerProcess};
 use support::{Lines, PATIENCE, all_exits, engines, is_alive, plan, zoo};
 
-const KILLED: Status = Status::Signalled { signal: 9, core_dumped: false };
+const KILLED: ExitStatus = ExitStatus::Signalled { signal: 9, core_dumped: false };
 const FAR_S: f64 = 1000.0;
 const NEAR_S: f64 = 0.02;
 
@@ -117,8 +117,11 @@ fn who_misses_a_deadline_is_killed_at_it_and_not_before() {
         let deadline = wall_s() + NEAR_S;
         setting.send(&line(group.pids()[0], "step", deadline, 9));
         let expiry = setting.expiries(1).remove(0);
-        assert_eq!((expiry.pid, expiry.scope.as_str(), expiry.outcome), (group.pids()[0], "step", Outcome::Signalled));
-        let exit = support::wait_for(&group, |group| group.exits().ok()?.pop());
+        assert_eq!(
+            (expiry.pid, expiry.scope.as_str(), expiry.outcome),
+            (group.pids()[0], "step", ExpiryOutcome::Signalled)
+        );
+        let exit = support::wait_for(&group, |group| group.exits(0).ok()?.pop());
         assert_eq!((exit.index, exit.status), (0, KILLED));
         assert!(Duration::from_nanos(exit.at.realtime_ns).as_secs_f64() >= deadline);
         assert!(expiry.signalled_ns <= exit.at.monotonic_ns);
@@ -152,7 +155,7 @@ fn a_timer_without_a_signal_is_reported_and_nobody_is_hurt() {
     for setting in plain() {
         let group = setting.sleepers(1);
         setting.send(&line(group.pids()[0], "soft", wall_s(), 0));
-        assert_eq!(setting.expiries(1)[0].outcome, Outcome::NoSignal);
+        assert_eq!(setting.expiries(1)[0].outcome, ExpiryOutcome::NoSignal);
         assert!(is_alive(group.pids()[0]));
         end(&group);
     }
@@ -169,7 +172,7 @@ fn a_process_that_is_not_ours_is_never_signalled() {
         for pid in [stranger, 1, 0, -1, -stranger] {
             setting.acquire(pid, "attack", 0.0);
             let expiry = setting.expiries(1).remove(0);
-            assert_eq!((expiry.pid, expiry.outcome, expiry.signalled_ns), (pid, Outcome::NotOurs, 0));
+            assert_eq!((expiry.pid, expiry.outcome, expiry.signalled_ns), (pid, ExpiryOutcome::NotOurs, 0));
         }
         assert!(is_alive(stranger));
         rustix::process::kill_process(
@@ -192,10 +195,10 @@ fn beside_the_workers_of_an_agent_nobody_is_signalled() {
         for pid in [own, i32::try_from(helper.id()).expect("pids fit")] {
             setting.acquire(pid, "attack", 0.0);
             let expiry = setting.expiries(1).remove(0);
-            assert_eq!((expiry.pid, expiry.outcome, expiry.signalled_ns), (pid, Outcome::NotOurs, 0));
+            assert_eq!((expiry.pid, expiry.outcome, expiry.signalled_ns), (pid, ExpiryOutcome::NotOurs, 0));
         }
         setting.acquire(worker, "late", 0.0);
-        assert_eq!(setting.expiries(1)[0].outcome, Outcome::Signalled);
+        assert_eq!(setting.expiries(1)[0].outcome, ExpiryOutcome::Signalled);
         assert_eq!(all_exits(&group)[0].status, KILLED);
         helper.kill().and_then(|()| helper.wait()).expect("ended");
     }
@@ -227,7 +230,7 @@ fn a_deadline_passes_during_a_stop() {
         setting.acquire(group.pids()[0], "save", NEAR_S);
         let report = support::stopped(&group);
         assert!(report.killed.is_empty(), "by the watchdog, not at the end of the grace");
-        assert_eq!(setting.expiries(1)[0].outcome, Outcome::Signalled);
+        assert_eq!(setting.expiries(1)[0].outcome, ExpiryOutcome::Signalled);
     }
 }
 
@@ -239,7 +242,7 @@ fn a_stopped_process_is_ended_with_any_signal() {
             let pid = group.pids()[0];
             assert!(group.signal(0, libc::SIGSTOP, true).expect("stop"));
             setting.send(&line(pid, "step", wall_s(), signal));
-            assert_eq!(all_exits(&group)[0].status, Status::Signalled { signal, core_dumped: false });
+            assert_eq!(all_exits(&group)[0].status, ExitStatus::Signalled { signal, core_dumped: false });
             assert_eq!(setting.expiries(1)[0].signal, signal);
         }
     }
@@ -315,7 +318,7 @@ fn ten_million_random_bytes_cost_nobody_anything() {
             if round == 500 {
                 // The engine's other work goes on.
                 assert!(group.signal(0, 9, true).expect("signal"));
-                support::wait_for(&group, |group| group.exits().ok()?.pop());
+                support::wait_for(&group, |group| group.exits(0).ok()?.pop());
             }
         }
         pipe.write_all(b"\n").expect("write");
@@ -407,7 +410,7 @@ fn who_beats_lives_and_who_stops_to_beat_expires() {
         });
         assert!(setting.watchdog.last_heard(me).expect("served").is_some());
         let expiry = setting.expiries(1).remove(0);
-        assert_eq!((expiry.scope.as_str(), expiry.outcome), ("beat", Outcome::NoSignal));
+        assert_eq!((expiry.scope.as_str(), expiry.outcome), ("beat", ExpiryOutcome::NoSignal));
         // A slot that is given back is a promise that is over.
         arm(slot.index());
         slot.release();
@@ -426,7 +429,7 @@ fn evidence_of_all_workers_comes_before_the_signal() {
         let lines: String = group.pids()[1..].iter().map(|pid| line(*pid, "all_reduce", wall_s(), 9)).collect();
         setting.send(&lines);
         for expiry in setting.expiries(2) {
-            assert_eq!(expiry.outcome, Outcome::Signalled);
+            assert_eq!(expiry.outcome, ExpiryOutcome::Signalled);
             let own = group.pids().iter().position(|pid| *pid == expiry.pid).expect("a worker");
             assert_eq!(expiry.evidence[0], folders[own].join("evidence.txt"));
             assert_eq!(expiry.evidence.len(), 3);
@@ -456,7 +459,7 @@ fn a_debugger_that_hangs_does_not_keep_the_watchdog() {
         setting.name_workers(&group);
         setting.acquire(group.pids()[0], "step", 0.0);
         assert_eq!(all_exits(&group)[0].status, KILLED);
-        assert_eq!(setting.expiries(1)[0].outcome, Outcome::Signalled);
+        assert_eq!(setting.expiries(1)[0].outcome, ExpiryOutcome::Signalled);
     }
     for pid in fs::read_to_string(&pids).expect("it was asked").lines() {
         assert!(!is_alive(pid.parse().expect("a pid")), "py-spy {pid} is still there");

@@ -13,17 +13,17 @@ use crate::error::{Error, Result};
 use crate::health;
 use crate::health::status::WatchdogFigures;
 use crate::logs::Tails;
-use crate::supervise::{Ended, Event, StopPlan};
+use crate::supervise::{Exit, GroupEvent, StopPlan};
 use crate::sys::clock::Moment;
 use crate::sys::poller::{Interest, Poller};
 use crate::sys::probe::Support;
-use crate::sys::process::Leader;
+use crate::sys::process::ProcessHandle;
 use crate::sys::spawn::{Command, SpawnStack, can_be_born_in, spawn};
 use crate::sys::threads;
 use crate::sys::timer::Timer;
-use crate::sys::wait::{Block, Collect, Status, Usage, wait};
+use crate::sys::wait::{Block, Collect, ExitStatus, Usage, wait};
 use crate::thread::{Inbox, Remote, Service};
-use crate::watchdog::{Server, Tokens};
+use crate::watchdog::{WatchdogServer, WatchdogTokens};
 
 /// What a registration in the poller belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -91,7 +91,7 @@ pub(super) struct EventLoop {
     /// Group and index of a process, by its number in this engine (not its pid).
     processes: HashMap<u64, (u64, usize)>,
     tails: Tails,
-    watchdogs: BTreeMap<u64, Server>,
+    watchdogs: BTreeMap<u64, WatchdogServer>,
     health: health::Servers,
     guard: GuardPost,
     orphans: Orphans,
@@ -120,7 +120,7 @@ impl EventLoop {
             processes: HashMap::new(),
             tails: Tails::new(Token::Notifier.pack()),
             watchdogs: BTreeMap::new(),
-            health: health::Servers::new(health::Tokens {
+            health: health::Servers::new(health::HealthTokens {
                 listener: |server| Token::HealthListener(server).pack(),
                 connection: |connection| Token::HealthConnection(connection).pack(),
             }),
@@ -161,7 +161,7 @@ impl EventLoop {
     /// Handles the exits in `ready`. It polls again until there is no further exit before it acts on the first one, so that workers that
     /// died together are all known to be dead before any worker is signalled.
     fn notice_exits(&mut self, ready: &mut Vec<u64>) -> Result<()> {
-        let mut batches: BTreeMap<u64, Vec<Ended>> = BTreeMap::new();
+        let mut batches: BTreeMap<u64, Vec<Exit>> = BTreeMap::new();
         let mut seen = 0;
         loop {
             let before = self.processes.len();
@@ -194,7 +194,7 @@ impl EventLoop {
         Ok(())
     }
 
-    fn note_ended(&mut self, id: u64, ended: Vec<Ended>) {
+    fn note_ended(&mut self, id: u64, ended: Vec<Exit>) {
         for watchdog in self.watchdogs.values_mut() {
             for ended in &ended {
                 watchdog.client_ended(ended.pid, &self.poller);
@@ -202,7 +202,7 @@ impl EventLoop {
         }
         if let Some(group) = self.groups.get_mut(&id) {
             let known = group.state.exits().len();
-            group.step(Instant::now(), Event::Ended(ended));
+            group.step(Instant::now(), GroupEvent::Ended(ended));
             self.health.note_exits(&group.state.exits()[known..]);
         }
         self.forget_released(id);
@@ -210,7 +210,7 @@ impl EventLoop {
 
     fn next_tick(&mut self) -> Option<Instant> {
         let groups = self.groups.values().filter_map(|group| group.state.next_tick());
-        let watchdogs = self.watchdogs.values_mut().filter_map(Server::next_tick);
+        let watchdogs = self.watchdogs.values_mut().filter_map(WatchdogServer::next_tick);
         let orphans = self.orphans.next_tick();
         groups.chain(orphans).chain(self.tails.next_tick()).chain(self.health.next_tick()).chain(watchdogs).min()
     }
@@ -273,7 +273,7 @@ impl EventLoop {
                     && let Some(entry) = self.groups.get(&group)
                 {
                     let pid = entry.processes[index].leader.pid();
-                    let ended = Ended { index, pid, status, usage, at };
+                    let ended = Exit::new(index, pid, status, usage, at);
                     self.note_ended(group, vec![ended]);
                 }
             }
@@ -288,8 +288,8 @@ impl EventLoop {
             Order::CreateWatchdog { config, files, reports, reply } => {
                 let id = self.next_id();
                 let clients = Token::TimerClient { watchdog: id, pid: 0 }.pack();
-                let tokens = Tokens { fifo: Token::Fifo(id).pack(), clients };
-                self.watchdogs.insert(id, Server::new(config, files, tokens, self.support, reports));
+                let tokens = WatchdogTokens { fifo: Token::Fifo(id).pack(), clients };
+                self.watchdogs.insert(id, WatchdogServer::new(config, files, tokens, self.support, reports));
                 let _ = reply.send(id);
             }
             Order::Watchdog { id, order } => {
@@ -344,8 +344,8 @@ impl EventLoop {
         let now = Instant::now();
         let plan = StopPlan { linger: Duration::ZERO, signal: libc::SIGKILL, grace: Duration::ZERO, kill_wait };
         for group in self.groups.values_mut() {
-            group.step(now, Event::Stop(plan));
-            group.step(now, Event::Hurry);
+            group.step(now, GroupEvent::Stop(plan));
+            group.step(now, GroupEvent::EndGrace);
         }
     }
 
@@ -356,7 +356,7 @@ impl EventLoop {
             match spawn(command, index, self.support.pidfd, cgroup, &mut self.stack) {
                 Ok(spawned) => processes.push(Process {
                     id: self.next_id(),
-                    leader: Leader::spawned(spawned.pid, spawned.pidfd, self.support),
+                    leader: ProcessHandle::spawned(spawned.pid, spawned.pidfd, self.support),
                     sentinel: None,
                 }),
                 Err(error) => {
@@ -374,9 +374,9 @@ impl EventLoop {
     fn observe_group(&mut self, observed: Vec<Observed>) -> Result<StartedGroup> {
         let mut processes = Vec::with_capacity(observed.len());
         for Observed { pid, sentinel } in observed {
-            let opened = Leader::open(pid, self.support);
+            let opened = ProcessHandle::open(pid, self.support);
             let leader = opened.map_err(|source| Error::os("observe", format!("process {pid}"), source))?;
-            let is_child = !matches!(wait(pid, Collect::Observe, Block::No), Ok(Some((Status::Unknown, _))));
+            let is_child = !matches!(wait(pid, Collect::Observe, Block::No), Ok(Some((ExitStatus::Unknown, _))));
             processes.push(Process {
                 id: self.next_id(),
                 leader,
@@ -430,13 +430,13 @@ impl EventLoop {
         let waiting = move || {
             let (status, usage) = loop {
                 match wait(leader.pid(), Collect::Observe, Block::Yes) {
-                    Ok(Some((Status::Unknown, usage))) => {
+                    Ok(Some((ExitStatus::Unknown, usage))) => {
                         leader.wait_as_stranger();
-                        break (Status::Unknown, usage);
+                        break (ExitStatus::Unknown, usage);
                     }
                     Ok(Some(ended)) => break ended,
                     Ok(None) => {}
-                    Err(_) => break (Status::Unknown, Usage::default()),
+                    Err(_) => break (ExitStatus::Unknown, Usage::default()),
                 }
             };
             // Taking the time under the lock makes exits arrive in the order of their times.
@@ -507,7 +507,7 @@ impl Service for EventLoop {
             let now = Instant::now();
             for group in self.groups.values_mut() {
                 if group.state.next_tick().is_some_and(|at| at <= now) {
-                    group.step(now, Event::Tick);
+                    group.step(now, GroupEvent::Tick);
                 }
             }
             self.tails.pump(now, &self.poller, |tail| Token::Console(tail).pack());
@@ -538,7 +538,7 @@ impl Service for EventLoop {
 }
 
 /// The sums over all watchdogs, and the time since the last request or heartbeat of each of `pids`.
-fn figures(watchdogs: &BTreeMap<u64, Server>, pids: &[i32], now: Moment) -> WatchdogFigures {
+fn figures(watchdogs: &BTreeMap<u64, WatchdogServer>, pids: &[i32], now: Moment) -> WatchdogFigures {
     let mut figures = WatchdogFigures::default();
     for watchdog in watchdogs.values() {
         let counts = watchdog.counts();

@@ -1,14 +1,13 @@
 //! The handle of a group of processes.
 
-use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
 use super::order::{Line, Order, StartedGroup};
 use super::progress::{GroupProgress, StopReport};
 use crate::error::{Error, Result};
-use crate::published::Wake;
-use crate::supervise::{Event, Exit, StopPlan};
+use crate::published::{CallerFds, Wake};
+use crate::supervise::{Exit, GroupEvent, StopPlan};
 
 /// Processes that were started together, each the leader of its own session and process group.
 #[derive(Debug)]
@@ -36,19 +35,14 @@ impl Group {
         Ok(self.progress.generation())
     }
 
-    /// The exits so far, in the order the kernel reported them.
-    pub fn exits(&self) -> Result<Vec<Exit>> {
+    /// The exits in the order in which the kernel reported them, without the first `since` of them.
+    pub fn exits(&self, since: usize) -> Result<Vec<Exit>> {
         self.line.check_owner()?;
-        Ok(self.progress.exits())
+        Ok(self.progress.exits(since))
     }
 
     /// Blocks until the generation exceeds `generation`, `timeout` has passed (`None`: no limit), or one of `others` is readable.
-    pub fn wait(
-        &self,
-        generation: u64,
-        timeout: Option<Duration>,
-        others: [Option<BorrowedFd<'_>>; 2],
-    ) -> Result<Wake> {
+    pub fn wait(&self, generation: u64, timeout: Option<Duration>, others: CallerFds<'_>) -> Result<Wake> {
         self.line.check_owner()?;
         self.progress.wait(generation, timeout, others)
     }
@@ -62,17 +56,17 @@ impl Group {
 
     /// Starts to stop the group. Has no effect on a stop that has begun.
     pub fn stop(&self, plan: StopPlan) -> Result<()> {
-        self.decide(Event::Stop(plan))
+        self.decide(GroupEvent::Stop(plan))
     }
 
     /// From now on the engine starts the stop itself, at the first failure.
     pub fn stop_on_failure(&self, plan: StopPlan) -> Result<()> {
-        self.decide(Event::StopOnFailure(plan))
+        self.decide(GroupEvent::StopOnFailure(plan))
     }
 
     /// Ends the grace period of a running stop now.
-    pub fn hurry(&self) -> Result<()> {
-        self.decide(Event::Hurry)
+    pub fn end_grace(&self) -> Result<()> {
+        self.decide(GroupEvent::EndGrace)
     }
 
     /// The outcome of the stop; `None` before its end.
@@ -81,7 +75,7 @@ impl Group {
         Ok(self.progress.report())
     }
 
-    fn decide(&self, event: Event) -> Result<()> {
+    fn decide(&self, event: GroupEvent) -> Result<()> {
         let group = self.id;
         self.line.tell(Order::Decide { group, event })
     }

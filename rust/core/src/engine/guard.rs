@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 use crate::sys::guard::{Guard, Program};
 use crate::sys::lease::LeasePage;
 use crate::sys::poller::{Interest, Poller};
-use crate::sys::process::Leader;
+use crate::sys::process::ProcessHandle;
 use crate::sys::spawn::SpawnStack;
 use crate::thread::Reply;
 
@@ -100,7 +100,7 @@ impl GuardPost {
         token: u64,
         pidfd: bool,
         stack: &mut SpawnStack,
-        leaders: impl Iterator<Item = &'a Leader>,
+        leaders: impl Iterator<Item = &'a ProcessHandle>,
     ) -> bool {
         let Some(guard) = self.guard.take_if(|guard| guard.has_ended()) else { return false };
         let _ = poller.remove(guard.end_fd());

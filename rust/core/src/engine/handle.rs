@@ -19,7 +19,7 @@ use crate::sys::guard::{Guard, Program};
 use crate::sys::lease::LeasePage;
 use crate::sys::probe::{self, Support};
 use crate::sys::spawn::Command;
-use crate::thread::{Ended, NativeThread};
+use crate::thread::{CloseOutcome, NativeThread};
 use crate::watchdog::Config;
 
 /// Time for the thread to end after the last worker is gone.
@@ -123,6 +123,6 @@ impl Engine {
     pub fn close(&self, timeout: Duration) -> Result<bool> {
         let ended = self.line.close(Order::Close { kill_wait: timeout }, Some(timeout + CLOSE_MARGIN))?;
         // A failure of the thread has been published to the waiters.
-        Ok(matches!(ended, Ended::Yes(_)))
+        Ok(matches!(ended, CloseOutcome::Yes(_)))
     }
 }

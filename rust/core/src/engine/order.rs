@@ -9,14 +9,14 @@ use super::progress::GroupProgress;
 use crate::error::Result;
 use crate::health;
 use crate::logs::{TailReport, TailSpec};
-use crate::supervise::Event;
-use crate::sys::beats::Page;
+use crate::supervise::GroupEvent;
+use crate::sys::beats::BeatPage;
 use crate::sys::clock::Moment;
 use crate::sys::fifo::Fifo;
 use crate::sys::guard::{Guard, Program};
 use crate::sys::lease::LeasePage;
 use crate::sys::spawn::Command;
-use crate::sys::wait::{Status, Usage};
+use crate::sys::wait::{ExitStatus, Usage};
 use crate::thread::{NativeThread, Reply, ThreadOrder};
 use crate::watchdog::{self, Config, Gathered, Reports};
 
@@ -50,7 +50,7 @@ pub(super) enum Order {
     /// An event for the decisions of a group.
     Decide {
         group: u64,
-        event: Event,
+        event: GroupEvent,
     },
     Signal {
         group: u64,
@@ -65,7 +65,7 @@ pub(super) enum Order {
     /// An exit, from a waiting thread where there are no pidfds.
     Ended {
         process: u64,
-        status: Status,
+        status: ExitStatus,
         usage: Usage,
         at: Moment,
     },
@@ -84,7 +84,7 @@ pub(super) enum Order {
     /// Adds a watchdog whose files exist.
     CreateWatchdog {
         config: Config,
-        files: (Fifo, Page),
+        files: (Fifo, BeatPage),
         reports: Arc<Reports>,
         reply: Reply<u64>,
     },

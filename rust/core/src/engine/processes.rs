@@ -5,11 +5,11 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::progress::{GroupProgress, Leftover, StopReport, Survivor};
-use crate::supervise::{Action, Ended, Event, GroupState, Stopped};
+use crate::supervise::{Exit, GroupAction, GroupEvent, GroupState, Stopped};
 use crate::sys::clock::Moment;
-use crate::sys::process::Leader;
+use crate::sys::process::ProcessHandle;
 use crate::sys::procfs;
-use crate::sys::wait::{Block, Collect, Status, Usage, reaped_status, wait};
+use crate::sys::wait::{Block, Collect, ExitStatus, Usage, reaped_status, wait};
 
 /// Who collects the exit status of a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,7 +23,7 @@ pub(super) enum Reaper {
 pub(super) struct Process {
     /// The number under which its readiness is reported.
     pub(super) id: u64,
-    pub(super) leader: Leader,
+    pub(super) leader: ProcessHandle,
     pub(super) sentinel: Option<OwnedFd>,
 }
 
@@ -59,7 +59,7 @@ impl GroupEntry {
     }
 
     /// How the process at `index` ended, or `None` if it has not.
-    pub(super) fn collect(&self, index: usize, at: Moment) -> Option<Ended> {
+    pub(super) fn collect(&self, index: usize, at: Moment) -> Option<Exit> {
         let leader = &self.processes[index].leader;
         let collect = match self.reaper {
             Reaper::Engine if leader.may_be_reaped() => Collect::Reap,
@@ -68,17 +68,17 @@ impl GroupEntry {
         };
         let (status, usage) = match wait(leader.pid(), collect, Block::No) {
             Ok(None) => return None,
-            Ok(Some((Status::Unknown, usage))) => {
-                (leader.pidfd().and_then(reaped_status).unwrap_or(Status::Unknown), usage)
+            Ok(Some((ExitStatus::Unknown, usage))) => {
+                (leader.pidfd().and_then(reaped_status).unwrap_or(ExitStatus::Unknown), usage)
             }
             Ok(Some(ended)) => ended,
-            Err(_) => (Status::Unknown, Usage::default()),
+            Err(_) => (ExitStatus::Unknown, Usage::default()),
         };
-        Some(Ended { index, pid: leader.pid(), status, usage, at })
+        Some(Exit::new(index, leader.pid(), status, usage, at))
     }
 
     /// Feeds an event to the decisions and carries out what they say.
-    pub(super) fn step(&mut self, now: Instant, event: Event) {
+    pub(super) fn step(&mut self, now: Instant, event: GroupEvent) {
         let known = self.state.exits().len();
         let mut actions = self.state.step(now, event);
         // Signals go out before anything else is done, and exits are published before the stop that they complete.
@@ -88,11 +88,11 @@ impl GroupEntry {
         }
         while let Some(action) = actions.pop() {
             match action {
-                Action::Look { index } => {
+                GroupAction::Look { index } => {
                     let anybody = !self.processes[index].leader.living_members().is_empty();
-                    actions.extend(self.state.step(now, Event::Looked { index, anybody }));
+                    actions.extend(self.state.step(now, GroupEvent::Looked { index, anybody }));
                 }
-                Action::Finished(stopped) => self.finish(&stopped, now),
+                GroupAction::Finished(stopped) => self.finish(&stopped, now),
                 signal => {
                     self.send(&signal);
                 }
@@ -101,17 +101,17 @@ impl GroupEntry {
     }
 
     /// Sends the signal of an action; `false` if it is another kind of action.
-    fn send(&mut self, action: &Action) -> bool {
+    fn send(&mut self, action: &GroupAction) -> bool {
         match *action {
-            Action::Overdue { index } => self.note_overdue(index),
-            Action::Terminate { index, signal } => self.terminate(index, signal),
-            Action::KillLeader { index } => {
+            GroupAction::Overdue { index } => self.note_overdue(index),
+            GroupAction::Terminate { index, signal } => self.terminate(index, signal),
+            GroupAction::KillLeader { index } => {
                 let _ = self.processes[index].leader.signal(libc::SIGKILL);
             }
-            Action::Kill { index } => {
+            GroupAction::Kill { index } => {
                 let _ = self.processes[index].leader.signal_group(libc::SIGKILL);
             }
-            Action::Look { .. } | Action::Finished(_) => return false,
+            GroupAction::Look { .. } | GroupAction::Finished(_) => return false,
         }
         true
     }

@@ -1,10 +1,9 @@
 //! The progress of a group: the engine thread publishes it, and handles read it or wait for it.
 
-use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
 use crate::error::{Error, Result};
-use crate::published::{Published, Wake};
+use crate::published::{CallerFds, Published, Wake};
 use crate::supervise::Exit;
 
 /// A process that survived the deadline of a stop.
@@ -92,20 +91,15 @@ impl GroupProgress {
         self.0.generation()
     }
 
-    pub(super) fn exits(&self) -> Vec<Exit> {
-        self.0.read(|progress| progress.exits.clone())
+    pub(super) fn exits(&self, since: usize) -> Vec<Exit> {
+        self.0.read(|progress| progress.exits.get(since..).unwrap_or_default().to_vec())
     }
 
     pub(super) fn report(&self) -> Option<StopReport> {
         self.0.read(|progress| progress.report.clone())
     }
 
-    pub(super) fn wait(
-        &self,
-        generation: u64,
-        timeout: Option<Duration>,
-        others: [Option<BorrowedFd<'_>>; 2],
-    ) -> Result<Wake> {
+    pub(super) fn wait(&self, generation: u64, timeout: Option<Duration>, others: CallerFds<'_>) -> Result<Wake> {
         self.0.wait(generation, timeout, others, Progress::check)
     }
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::order::{Line, Order};
 use crate::error::{Error, Result};
 use crate::thread::Reply;
-use crate::watchdog::{self, Config, Counts, Expiry, Reports, WorkerProcess, make_files, wire};
+use crate::watchdog::{self, Config, Expiry, Reports, WatchdogCounts, WorkerProcess, make_files, wire};
 
 /// A named pipe through which processes set themselves deadlines. Ends when it is dropped.
 #[derive(Debug)]
@@ -50,7 +50,7 @@ impl Watchdog {
     }
 
     /// Takes requests that did not come through the pipe.
-    pub fn register(&self, requests: Vec<wire::Request>) -> Result<()> {
+    pub fn register(&self, requests: Vec<wire::TimerRequest>) -> Result<()> {
         self.ask(|reply| watchdog::Order::Register(requests, reply))
     }
 
@@ -60,12 +60,12 @@ impl Watchdog {
     }
 
     /// The armed timers, in no particular order.
-    pub fn timers(&self) -> Result<Vec<wire::Request>> {
+    pub fn timers(&self) -> Result<Vec<wire::TimerRequest>> {
         self.ask(watchdog::Order::Timers)
     }
 
     /// Counts of requests and timers.
-    pub fn counts(&self) -> Result<Counts> {
+    pub fn counts(&self) -> Result<WatchdogCounts> {
         self.ask(watchdog::Order::Counts)
     }
 
@@ -122,14 +122,14 @@ mod tests {
     use crate::sys::clock::Moment;
     use crate::sys::poller::wait_readable;
     use crate::sys::probe;
-    use crate::sys::process::Leader;
+    use crate::sys::process::ProcessHandle;
     use crate::sys::spawn::Command;
-    use crate::watchdog::Server;
+    use crate::watchdog::WatchdogServer;
 
     const PATIENCE: Duration = Duration::from_secs(20);
 
     /// Runs `work` on the engine thread.
-    fn run(watchdog: &Watchdog, work: impl FnOnce(&mut Server) + Send + 'static) {
+    fn run(watchdog: &Watchdog, work: impl FnOnce(&mut WatchdogServer) + Send + 'static) {
         let order = watchdog::Order::Run(Box::new(work));
         watchdog.line.tell(Order::Watchdog { id: watchdog.id, order }).expect("the engine runs");
     }
@@ -149,8 +149,8 @@ mod tests {
         let argv = ["sleep", "1000"].map(|word| CString::new(word).expect("no NUL")).to_vec();
         let env = vec![CString::new("PATH=/usr/bin:/bin").expect("no NUL")];
         let group = engine.spawn(vec![Command { argv, env, ..Command::default() }; 2]).expect("spawn");
-        let workers = group.pids().iter().map(|pid| Leader::open(*pid, probe::probe()).expect("a child"));
-        let workers: Vec<Leader> = workers.collect();
+        let workers = group.pids().iter().map(|pid| ProcessHandle::open(*pid, probe::probe()).expect("a child"));
+        let workers: Vec<ProcessHandle> = workers.collect();
 
         run(&watchdog, |_| panic!("on purpose"));
 
@@ -171,8 +171,13 @@ mod tests {
         let (_engine, watchdog, path) = begin("late");
         watchdog.start().expect("start");
         let pid = i32::try_from(std::process::id()).expect("pids fit");
-        let request =
-            |expiration_time| wire::Request { pid, scope: "step".into(), expiration_time, signal: 0, heartbeat: None };
+        let request = |expiration_time| wire::TimerRequest {
+            pid,
+            scope: "step".into(),
+            expiration_time,
+            signal: 0,
+            heartbeat: None,
+        };
         let in_a_moment = Moment::now().wall_s() + 0.05;
         watchdog.register(vec![request(in_a_moment)]).expect("served");
         let pipe = path.clone();

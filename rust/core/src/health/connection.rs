@@ -3,7 +3,7 @@
 use std::io::{self, ErrorKind};
 use std::time::{Duration, Instant};
 
-use super::http::{self, Received, Status};
+use super::http::{self, HttpStatus, Received};
 use crate::sys::net::Stream;
 use crate::sys::poller::{Interest, Poller};
 
@@ -15,7 +15,7 @@ const MOST_DISCARDED: usize = 64 * 1024;
 
 /// What is answered at a path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Page {
+pub(super) enum ProbePath {
     /// `/`, `/healthz` and `/livez`: whether the agent is alive.
     Live(&'static str),
     /// `/readyz`: whether the workers run.
@@ -31,8 +31,8 @@ pub(super) enum Page {
     Other,
 }
 
-impl Page {
-    fn of(request: &http::Request<'_>) -> Self {
+impl ProbePath {
+    fn of(request: &http::HttpRequest<'_>) -> Self {
         match request.path {
             "/" => Self::Live("/"),
             "/healthz" => Self::Live("/healthz"),
@@ -58,7 +58,7 @@ impl Page {
 
 /// What a connection has come to.
 #[derive(Debug)]
-enum Stage {
+enum ProbeStage {
     Reading,
     Waiting,
     Writing { output: Vec<u8>, sent: usize },
@@ -70,57 +70,57 @@ enum Stage {
 pub(super) enum Next {
     /// Nothing before it is ready again.
     Wait,
-    /// The request is complete: it waits for [`Connection::answer`].
+    /// The request is complete: it waits for [`ProbeConnection::answer`].
     Answer,
     /// What came is no request that can be answered.
-    Refuse(Status),
+    Refuse(HttpStatus),
     /// It is over.
     Close,
 }
 
 #[derive(Debug)]
-pub(super) struct Connection {
+pub(super) struct ProbeConnection {
     /// The server that accepted it.
     pub(super) server: u64,
     pub(super) deadline: Instant,
     /// When bytes last moved.
     pub(super) active: Instant,
     /// What the request asks for, once it is complete.
-    pub(super) page: Page,
+    pub(super) page: ProbePath,
     head_only: bool,
     stream: Stream,
-    stage: Stage,
+    stage: ProbeStage,
     received: Vec<u8>,
     watched: Option<Interest>,
 }
 
-impl Connection {
+impl ProbeConnection {
     pub(super) fn new(server: u64, stream: Stream, now: Instant) -> Self {
         Self {
             server,
             deadline: now + LIFETIME,
             active: now,
-            page: Page::Other,
+            page: ProbePath::Other,
             head_only: false,
             stream,
-            stage: Stage::Reading,
+            stage: ProbeStage::Reading,
             received: Vec::new(),
             watched: None,
         }
     }
 
     pub(super) fn is_waiting(&self) -> bool {
-        matches!(self.stage, Stage::Waiting)
+        matches!(self.stage, ProbeStage::Waiting)
     }
 
     pub(super) fn is_lingering(&self) -> bool {
-        matches!(self.stage, Stage::Lingering { .. })
+        matches!(self.stage, ProbeStage::Lingering { .. })
     }
 
     /// Bytes of an answer that the peer has not taken.
     pub(super) fn unsent(&self) -> usize {
         match &self.stage {
-            Stage::Writing { output, sent } => output.len() - sent,
+            ProbeStage::Writing { output, sent } => output.len() - sent,
             _ => 0,
         }
     }
@@ -128,11 +128,11 @@ impl Connection {
     /// Does what can be done without waiting: one read, or as many writes as there is room for.
     pub(super) fn step(&mut self, now: Instant, scratch: &mut [u8]) -> Next {
         match &mut self.stage {
-            Stage::Reading => self.read_head(now, scratch),
+            ProbeStage::Reading => self.read_head(now, scratch),
             // Only errors are looked for meanwhile.
-            Stage::Waiting => Next::Close,
-            Stage::Writing { .. } => self.write(now),
-            Stage::Lingering { discarded } => match self.stream.read(scratch) {
+            ProbeStage::Waiting => Next::Close,
+            ProbeStage::Writing { .. } => self.write(now),
+            ProbeStage::Lingering { discarded } => match self.stream.read(scratch) {
                 Ok(read @ 1..) if *discarded + read <= MOST_DISCARDED => {
                     *discarded += read;
                     Next::Wait
@@ -163,12 +163,12 @@ impl Connection {
             Received::Incomplete => Next::Wait,
             Received::Refused(status) => Next::Refuse(status),
             Received::Request(request) => {
-                (self.page, self.head_only) = (Page::of(&request), request.head_only);
+                (self.page, self.head_only) = (ProbePath::of(&request), request.head_only);
                 Next::Answer
             }
         };
         if next == Next::Answer {
-            self.stage = Stage::Waiting;
+            self.stage = ProbeStage::Waiting;
         }
         if next != Next::Wait {
             self.received = Vec::new();
@@ -179,17 +179,17 @@ impl Connection {
     }
 
     /// Begins to send an answer.
-    pub(super) fn answer(&mut self, now: Instant, status: Status, content_type: &str, body: &[u8]) -> Next {
+    pub(super) fn answer(&mut self, now: Instant, status: HttpStatus, content_type: &str, body: &[u8]) -> Next {
         let mut output = http::response_head(status, content_type, body.len()).into_bytes();
         if !self.head_only {
             output.extend_from_slice(body);
         }
-        self.stage = Stage::Writing { output, sent: 0 };
+        self.stage = ProbeStage::Writing { output, sent: 0 };
         self.write(now)
     }
 
     fn write(&mut self, now: Instant) -> Next {
-        let Stage::Writing { output, sent } = &mut self.stage else { return Next::Wait };
+        let ProbeStage::Writing { output, sent } = &mut self.stage else { return Next::Wait };
         while *sent < output.len() {
             match self.stream.write(&output[*sent..]) {
                 Ok(written) => {
@@ -202,16 +202,16 @@ impl Connection {
         }
         // To close with bytes unread would reset the connection, and the peer could lose the answer. So it is the peer who closes.
         self.stream.finish_writing();
-        self.stage = Stage::Lingering { discarded: 0 };
+        self.stage = ProbeStage::Lingering { discarded: 0 };
         Next::Wait
     }
 
     /// Watches for what the connection waits for now.
     pub(super) fn watch(&mut self, poller: &Poller, token: u64) -> io::Result<()> {
         let wanted = match self.stage {
-            Stage::Reading | Stage::Lingering { .. } => Interest::Readable,
-            Stage::Waiting => Interest::Hangup,
-            Stage::Writing { .. } => Interest::Writable,
+            ProbeStage::Reading | ProbeStage::Lingering { .. } => Interest::Readable,
+            ProbeStage::Waiting => Interest::Hangup,
+            ProbeStage::Writing { .. } => Interest::Writable,
         };
         if self.watched != Some(wanted) {
             match self.watched {

@@ -13,14 +13,14 @@ pub enum Received<'a> {
     /// The head is not complete.
     Incomplete,
     /// A request that can be answered.
-    Request(Request<'a>),
+    Request(HttpRequest<'a>),
     /// Something else, with the status that says so.
-    Refused(Status),
+    Refused(HttpStatus),
 }
 
 /// A request whose head is complete. A body and further requests are not looked at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Request<'a> {
+pub struct HttpRequest<'a> {
     /// Only the head of the response is wanted.
     pub head_only: bool,
     /// The path, without the query.
@@ -31,7 +31,7 @@ pub struct Request<'a> {
 
 /// Status of a response.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Status {
+pub enum HttpStatus {
     /// 200
     Ok,
     /// 400
@@ -48,7 +48,7 @@ pub enum Status {
     VersionNotSupported,
 }
 
-impl Status {
+impl HttpStatus {
     /// The number.
     #[must_use]
     pub fn code(self) -> u16 {
@@ -97,29 +97,33 @@ pub fn parse(received: &[u8]) -> Received<'_> {
     match request.parse(looked_at) {
         Ok(httparse::Status::Complete(_)) => understand(&request),
         Ok(httparse::Status::Partial) if received.len() < MAX_HEAD => Received::Incomplete,
-        Ok(httparse::Status::Partial) | Err(httparse::Error::TooManyHeaders) => Received::Refused(Status::HeadTooLarge),
-        Err(httparse::Error::Version) if names_a_version(looked_at) => Received::Refused(Status::VersionNotSupported),
-        Err(_) => Received::Refused(Status::BadRequest),
+        Ok(httparse::Status::Partial) | Err(httparse::Error::TooManyHeaders) => {
+            Received::Refused(HttpStatus::HeadTooLarge)
+        }
+        Err(httparse::Error::Version) if names_a_version(looked_at) => {
+            Received::Refused(HttpStatus::VersionNotSupported)
+        }
+        Err(_) => Received::Refused(HttpStatus::BadRequest),
     }
 }
 
 fn understand<'a>(request: &httparse::Request<'_, 'a>) -> Received<'a> {
     let (Some(method), Some(target), Some(version)) = (request.method, request.path, request.version) else {
-        return Received::Refused(Status::BadRequest);
+        return Received::Refused(HttpStatus::BadRequest);
     };
     let hosts = request.headers.iter().filter(|header| header.name.eq_ignore_ascii_case("host")).count();
     if hosts > 1 || (version == 1 && hosts == 0) {
-        return Received::Refused(Status::BadRequest);
+        return Received::Refused(HttpStatus::BadRequest);
     }
     let head_only = match method {
         "GET" => false,
         "HEAD" => true,
-        _ => return Received::Refused(Status::MethodNotAllowed),
+        _ => return Received::Refused(HttpStatus::MethodNotAllowed),
     };
     let accept = request.headers.iter().filter(|header| header.name.eq_ignore_ascii_case("accept"));
     let ranges = accept.filter_map(|header| std::str::from_utf8(header.value).ok()).flat_map(|value| value.split(','));
     let wants_openmetrics = prefers_openmetrics(ranges);
-    Received::Request(Request { head_only, path: path_of(target), wants_openmetrics })
+    Received::Request(HttpRequest { head_only, path: path_of(target), wants_openmetrics })
 }
 
 /// Whether an `Accept` header names `OpenMetrics` with a weight that is not below that of plain text.
@@ -159,8 +163,8 @@ fn names_a_version(received: &[u8]) -> bool {
 
 /// The head of a response with a body of this length. The connection ends with it.
 #[must_use]
-pub fn response_head(status: Status, content_type: &str, length: usize) -> String {
-    let allow = if status == Status::MethodNotAllowed { "Allow: GET, HEAD\r\n" } else { "" };
+pub fn response_head(status: HttpStatus, content_type: &str, length: usize) -> String {
+    let allow = if status == HttpStatus::MethodNotAllowed { "Allow: GET, HEAD\r\n" } else { "" };
     format!(
         "HTTP/1.1 {} {}\r\n{allow}Content-Type: {content_type}\r\nContent-Length: {length}\r\n\
          Cache-Control: no-store\r\nConnection: close\r\n\r\n",
@@ -180,7 +184,7 @@ mod tests {
         }
     }
 
-    fn refusal(received: &[u8]) -> Status {
+    fn refusal(received: &[u8]) -> HttpStatus {
         match parse(received) {
             Received::Refused(status) => status,
             other => panic!("{other:?}"),
@@ -196,7 +200,7 @@ mod tests {
         assert_eq!(path("GET http://agent HTTP/1.1\r\nHost: agent\r\n\r\n"), "/");
         assert_eq!(path("GET HTTP://agent?x HTTP/1.1\r\nHost: agent\r\n\r\n"), "/");
         let head = parse(b"HEAD /livez HTTP/1.1\r\nHost: a\r\n\r\nGET / HTTP/1.1\r\n");
-        assert_eq!(head, Received::Request(Request { head_only: true, path: "/livez", wants_openmetrics: false }));
+        assert_eq!(head, Received::Request(HttpRequest { head_only: true, path: "/livez", wants_openmetrics: false }));
     }
 
     #[test]
@@ -232,29 +236,29 @@ mod tests {
 
     #[test]
     fn what_is_refused_says_why() {
-        assert_eq!(refusal(b"POST / HTTP/1.1\r\nHost: a\r\n\r\n"), Status::MethodNotAllowed);
-        assert_eq!(refusal(b"get / HTTP/1.1\r\nHost: a\r\n\r\n"), Status::MethodNotAllowed);
-        assert_eq!(refusal(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"), Status::VersionNotSupported);
-        assert_eq!(refusal(b"GET / HTTP/1.2\r\nHost: a\r\n\r\n"), Status::VersionNotSupported);
-        assert_eq!(refusal(b"GET / FTP/1.1\r\n\r\n"), Status::BadRequest);
-        assert_eq!(refusal(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"), Status::BadRequest, "TLS");
-        assert_eq!(refusal(b"GET / HTTP/1.1\r\n\r\n"), Status::BadRequest, "no host");
-        assert_eq!(refusal(b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n"), Status::BadRequest, "two hosts");
-        assert_eq!(refusal(b"GET / HTTP/1.1\r\nHost : a\r\n\r\n"), Status::BadRequest);
+        assert_eq!(refusal(b"POST / HTTP/1.1\r\nHost: a\r\n\r\n"), HttpStatus::MethodNotAllowed);
+        assert_eq!(refusal(b"get / HTTP/1.1\r\nHost: a\r\n\r\n"), HttpStatus::MethodNotAllowed);
+        assert_eq!(refusal(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"), HttpStatus::VersionNotSupported);
+        assert_eq!(refusal(b"GET / HTTP/1.2\r\nHost: a\r\n\r\n"), HttpStatus::VersionNotSupported);
+        assert_eq!(refusal(b"GET / FTP/1.1\r\n\r\n"), HttpStatus::BadRequest);
+        assert_eq!(refusal(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"), HttpStatus::BadRequest, "TLS");
+        assert_eq!(refusal(b"GET / HTTP/1.1\r\n\r\n"), HttpStatus::BadRequest, "no host");
+        assert_eq!(refusal(b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n"), HttpStatus::BadRequest, "two hosts");
+        assert_eq!(refusal(b"GET / HTTP/1.1\r\nHost : a\r\n\r\n"), HttpStatus::BadRequest);
     }
 
     #[test]
     fn a_head_has_limits() {
         let long = format!("GET /{} HTTP/1.1\r\nHost: a\r\n\r\n", "x".repeat(MAX_HEAD));
-        assert_eq!(refusal(long.as_bytes()), Status::HeadTooLarge);
+        assert_eq!(refusal(long.as_bytes()), HttpStatus::HeadTooLarge);
         assert_eq!(parse(&long.as_bytes()[..MAX_HEAD - 1]), Received::Incomplete);
         let many = format!("GET / HTTP/1.1\r\n{}\r\n", "a: b\r\n".repeat(MAX_HEADERS + 1));
-        assert_eq!(refusal(many.as_bytes()), Status::HeadTooLarge);
+        assert_eq!(refusal(many.as_bytes()), HttpStatus::HeadTooLarge);
     }
 
     #[test]
     fn a_response_head_is_complete() {
-        let head = response_head(Status::MethodNotAllowed, "text/plain", 5);
+        let head = response_head(HttpStatus::MethodNotAllowed, "text/plain", 5);
         assert_eq!(
             head,
             "HTTP/1.1 405 Method Not Allowed\r\nAllow: GET, HEAD\r\nContent-Type: text/plain\r\nContent-Length: 5\r\n\

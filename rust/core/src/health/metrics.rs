@@ -10,10 +10,10 @@ use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry, Unit};
 
-use super::http::Status;
+use super::http::HttpStatus;
 use super::status::{Board, WatchdogFigures};
-use super::vocabulary::{Cause, Dropped, Outcome, Phase, State};
 use crate::sys::usage::RunningUsage;
+use crate::vocabulary::{AgentState, DropReason, RestartCause, RestartPhase, WorkerState};
 
 /// Content type of [`encode`].
 pub const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -27,16 +27,16 @@ const BUCKETS: [f64; 16] =
 
 /// What a server has done so far.
 #[derive(Clone, Debug, Default)]
-pub struct Counts {
+pub struct ProbeCounts {
     /// How often each path was answered with each status.
-    pub answered: BTreeMap<(&'static str, Status), u64>,
+    pub answered: BTreeMap<(&'static str, HttpStatus), u64>,
     /// How many connections were dropped for each reason.
-    pub dropped: [u64; Dropped::ALL.len()],
+    pub dropped: [u64; DropReason::ALL.len()],
 }
 
 /// How long the parts of restarts took.
 #[derive(Clone, Debug)]
-pub struct Phases([Histogram; Phase::ALL.len()]);
+pub struct Phases([Histogram; RestartPhase::ALL.len()]);
 
 impl Default for Phases {
     fn default() -> Self {
@@ -46,7 +46,7 @@ impl Default for Phases {
 
 impl Phases {
     /// One more restart has taken so long for this part.
-    pub fn observe(&self, phase: Phase, took: Duration) {
+    pub fn observe(&self, phase: RestartPhase, took: Duration) {
         self.0[phase as usize].observe(took.as_secs_f64());
     }
 }
@@ -62,13 +62,13 @@ struct Running {
 #[derive(Debug)]
 struct Figures {
     uptime: Duration,
-    state: State,
+    state: AgentState,
     rounds: u64,
-    restarts: [u64; Cause::ALL.len()],
-    workers: [u64; Outcome::ALL.len()],
-    exits: [u64; Outcome::ALL.len()],
+    restarts: [u64; RestartCause::ALL.len()],
+    workers: [u64; WorkerState::ALL.len()],
+    exits: [u64; WorkerState::ALL.len()],
     running: Vec<Running>,
-    counts: Counts,
+    counts: ProbeCounts,
     watchdog: WatchdogFigures,
     phases: Phases,
 }
@@ -83,22 +83,22 @@ pub fn encode(
     now: Instant,
     board: &Board,
     phases: &Phases,
-    counts: &Counts,
+    counts: &ProbeCounts,
     watchdog: WatchdogFigures,
     usage: impl Fn(i32) -> Option<RunningUsage>,
 ) -> String {
-    let mut workers = [0; Outcome::ALL.len()];
+    let mut workers = [0; WorkerState::ALL.len()];
     for worker in board.workers() {
         workers[worker.outcome() as usize] += 1;
     }
-    let running = board.workers().iter().filter(|worker| worker.outcome() == Outcome::Running);
+    let running = board.workers().iter().filter(|worker| worker.outcome() == WorkerState::Running);
     let figures = Figures {
         uptime: board.uptime(now),
         state: board.state(),
         rounds: board.rounds(),
-        restarts: Cause::ALL.map(|cause| board.restarts(cause)),
+        restarts: RestartCause::ALL.map(|cause| board.restarts(cause)),
         workers,
-        exits: Outcome::ALL.map(|outcome| board.exits(outcome)),
+        exits: WorkerState::ALL.map(|outcome| board.exits(outcome)),
         running: running
             .map(|worker| Running { rank: worker.started.rank, usage: usage(worker.started.pid) })
             .collect(),
@@ -156,14 +156,14 @@ impl Collector for Figures {
         }
         let help = "Connections of probes that were ended before their peers did, by reason.";
         let mut dropped = counter(encoder, "health_dropped_connections", help, None)?;
-        for (reason, count) in Dropped::ALL.iter().zip(&self.counts.dropped) {
+        for (reason, count) in DropReason::ALL.iter().zip(&self.counts.dropped) {
             count_of(&mut dropped.encode_family(&[("reason", reason.name())])?, count)?;
         }
         let help = "How long the parts of restarts took: detect (from a worker's exit to the agent's look), stop (until every \
                     process group was empty), rendezvous, spawn.";
         let seconds = Unit::Seconds;
         let mut family = encoder.encode_descriptor("restart_phase", help, Some(&seconds), MetricType::Histogram)?;
-        for phase in Phase::ALL {
+        for phase in RestartPhase::ALL {
             self.phases.0[phase as usize].encode(family.encode_family(&[("phase", phase.name())])?)?;
         }
         Ok(())
@@ -173,12 +173,12 @@ impl Collector for Figures {
 impl Figures {
     fn encode_job(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
         let mut states = gauge(encoder, "state", "What the agent is doing: 1 for its state, 0 for all others.", None)?;
-        for state in State::ALL {
+        for state in AgentState::ALL {
             states.encode_family(&[("state", state.name())])?.encode_gauge(&i64::from(state == self.state))?;
         }
         count_of(&mut counter(encoder, "rounds", "How often workers were started.", None)?, &self.rounds)?;
         let mut restarts = counter(encoder, "restarts", "How often workers were started again, by cause.", None)?;
-        for (cause, count) in Cause::ALL.iter().zip(self.restarts) {
+        for (cause, count) in RestartCause::ALL.iter().zip(self.restarts) {
             count_of(&mut restarts.encode_family(&[("cause", cause.name())])?, &count)?;
         }
         Ok(())
@@ -186,11 +186,11 @@ impl Figures {
 
     fn encode_workers(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
         let mut workers = gauge(encoder, "workers", "Workers of the last round, by state.", None)?;
-        for (outcome, count) in Outcome::ALL.iter().zip(self.workers) {
+        for (outcome, count) in WorkerState::ALL.iter().zip(self.workers) {
             workers.encode_family(&[("state", outcome.name())])?.encode_gauge(&count)?;
         }
         let mut exits = counter(encoder, "worker_exits", "Workers of all rounds that ended, by outcome.", None)?;
-        for (outcome, count) in Outcome::ALL.iter().zip(self.exits).skip(1) {
+        for (outcome, count) in WorkerState::ALL.iter().zip(self.exits).skip(1) {
             count_of(&mut exits.encode_family(&[("outcome", outcome.name())])?, &count)?;
         }
         let help = "Resident memory of a worker's own process.";
@@ -253,7 +253,7 @@ mod tests {
     use super::*;
     use crate::health::status::{Started, Update};
 
-    fn text_of(board: &Board, phases: &Phases, counts: &Counts) -> String {
+    fn text_of(board: &Board, phases: &Phases, counts: &ProbeCounts) -> String {
         let usage = |_| Some(RunningUsage { resident_bytes: 4096, cpu: Duration::from_millis(1500) });
         encode(Instant::now(), board, phases, counts, WatchdogFigures::default(), usage)
     }
@@ -261,11 +261,12 @@ mod tests {
     #[test]
     fn every_family_has_help_type_and_a_name_with_its_unit() {
         let mut board = Board::new(Instant::now());
-        board.apply(Instant::now(), Update::State(State::Running));
+        board.apply(Instant::now(), Update::State(AgentState::Running));
         board.apply(Instant::now(), Update::Workers(vec![Started { local_rank: 0, rank: 3, pid: 1 }]));
         let phases = Phases::default();
-        phases.observe(Phase::Stop, Duration::from_micros(200));
-        let counts = Counts { answered: [(("/livez", Status::Unavailable), 2)].into(), ..Counts::default() };
+        phases.observe(RestartPhase::Stop, Duration::from_micros(200));
+        let counts =
+            ProbeCounts { answered: [(("/livez", HttpStatus::Unavailable), 2)].into(), ..ProbeCounts::default() };
         let text = text_of(&board, &phases, &counts);
         for line in [
             "# TYPE ferroelastic_restarts counter",

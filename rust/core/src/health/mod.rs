@@ -1,6 +1,6 @@
 //! Health checks: is the agent alive, do its workers run, what is it doing, and figures of it.
 //!
-//! [`liveness`] is the rule, [`http`] the protocol, [`status`] the board in the words of [`vocabulary`], [`metrics`] the figures: all
+//! [`liveness`] is the rule, [`http`] the protocol, [`status`] the published state, [`metrics`] the figures: all
 //! of them pure. The server lives on the engine thread, so that a probe is answered while Python is busy or stuck.
 
 mod connection;
@@ -11,8 +11,7 @@ mod order;
 mod question;
 mod server;
 pub mod status;
-pub mod vocabulary;
 
 pub(crate) use order::Order;
 pub(crate) use question::ProgressQuestion;
-pub(crate) use server::{Servers, Tokens};
+pub(crate) use server::{HealthTokens, Servers};

@@ -5,19 +5,19 @@ use std::io::ErrorKind;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::connection::{Connection, Next, Page};
-use super::http::{MAX_HEAD, Status};
+use super::connection::{Next, ProbeConnection, ProbePath};
+use super::http::{HttpStatus, MAX_HEAD};
 use super::liveness::{Answer, Liveness};
-use super::metrics::{self, Counts, Phases};
+use super::metrics::{self, Phases, ProbeCounts};
 use super::question::ProgressQuestion;
 use super::status::{Board, Update, WatchdogFigures};
-use super::vocabulary::Dropped;
 use crate::error::{Error, Result};
 use crate::supervise::Exit;
 use crate::sys::net::Listener;
 use crate::sys::poller::{Interest, Poller};
 use crate::sys::usage::{self, RunningUsage};
 use crate::sys::wake::WakeFd;
+use crate::vocabulary::DropReason;
 
 /// Most connections of a server. When another comes, the one that has been idle for longest makes room.
 const MOST_CONNECTIONS: usize = 256;
@@ -40,7 +40,7 @@ pub(crate) type WatchdogOf<'a> = dyn Fn(&[i32]) -> WatchdogFigures + 'a;
 
 /// How registrations in the poller are named.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Tokens {
+pub(crate) struct HealthTokens {
     /// Of the listener of a server.
     pub(crate) listener: fn(u64) -> u64,
     /// Of a connection.
@@ -59,7 +59,7 @@ enum Listening {
 
 /// One health server.
 #[derive(Debug)]
-struct Server {
+struct ProbeServer {
     listener: Listener,
     listening: Listening,
     /// Given up where no other descriptor is to be had, so that a probe is answered even then.
@@ -68,7 +68,7 @@ struct Server {
     liveness: Liveness,
     board: Board,
     phases: Phases,
-    counts: Counts,
+    counts: ProbeCounts,
     open: usize,
     usages: Option<(Instant, HashMap<i32, RunningUsage>)>,
     /// Made at most once in a turn.
@@ -76,7 +76,7 @@ struct Server {
     metrics: Option<Arc<str>>,
 }
 
-impl Server {
+impl ProbeServer {
     fn refresh_usages(&mut self, now: Instant) -> &HashMap<i32, RunningUsage> {
         let is_fresh = |at: Instant| now.saturating_duration_since(at) < USAGE_REUSE;
         if !self.usages.as_ref().is_some_and(|(at, _)| is_fresh(*at)) {
@@ -113,14 +113,14 @@ impl Server {
     }
 
     /// The verdict on the agent, if it is known now.
-    fn verdict(&self, now: Instant) -> Option<(Status, String)> {
+    fn verdict(&self, now: Instant) -> Option<(HttpStatus, String)> {
         let verdict = self.liveness.verdict(now)?;
-        let status = if verdict.alive { Status::Ok } else { Status::Unavailable };
+        let status = if verdict.alive { HttpStatus::Ok } else { HttpStatus::Unavailable };
         Some((status, format!("{}; state {}\n", verdict.reason, self.board.state().name())))
     }
 }
 
-impl Drop for Server {
+impl Drop for ProbeServer {
     fn drop(&mut self) {
         self.question.close();
     }
@@ -129,10 +129,10 @@ impl Drop for Server {
 /// The health servers of an engine.
 #[derive(Debug)]
 pub(crate) struct Servers {
-    tokens: Tokens,
-    by_id: BTreeMap<u64, Server>,
+    tokens: HealthTokens,
+    by_id: BTreeMap<u64, ProbeServer>,
     /// Of all servers, in the order in which they were accepted: the first is the first whose time is over.
-    connections: BTreeMap<u64, Connection>,
+    connections: BTreeMap<u64, ProbeConnection>,
     last_connection: u64,
     readable: Vec<u64>,
     acceptable: Vec<u64>,
@@ -144,7 +144,7 @@ pub(crate) struct Servers {
 }
 
 impl Servers {
-    pub(crate) fn new(tokens: Tokens) -> Self {
+    pub(crate) fn new(tokens: HealthTokens) -> Self {
         Self {
             tokens,
             by_id: BTreeMap::new(),
@@ -169,7 +169,7 @@ impl Servers {
     ) -> Result<()> {
         let watched = poller.add(&listener, (self.tokens.listener)(id), Interest::Readable);
         watched.map_err(|source| Error::os("watch", format!("the listener on {}", listener.address()), source))?;
-        let server = Server {
+        let server = ProbeServer {
             listener,
             listening: Listening::Yes,
             spare: WakeFd::new().ok(),
@@ -177,7 +177,7 @@ impl Servers {
             liveness: Liveness::new(timeout),
             board: Board::new(Instant::now()),
             phases: Phases::default(),
-            counts: Counts::default(),
+            counts: ProbeCounts::default(),
             open: 0,
             usages: None,
             status: None,
@@ -248,10 +248,10 @@ impl Servers {
 
     /// Reads what has come, as far as one turn goes; what is left is reported again. `true` if there are requests to be answered.
     pub(crate) fn receive(&mut self, now: Instant, poller: &Poller) -> bool {
-        let is_over = |(_, connection): &(&u64, &Connection)| connection.deadline <= now;
+        let is_over = |(_, connection): &(&u64, &ProbeConnection)| connection.deadline <= now;
         let over = self.connections.iter().take_while(is_over).take(SERVED_PER_TURN);
         for id in over.map(|(id, _)| *id).collect::<Vec<_>>() {
-            self.drop_for(Dropped::Deadline, id, poller);
+            self.drop_for(DropReason::Deadline, id, poller);
         }
         let mut readable = std::mem::take(&mut self.readable);
         for id in readable.drain(..).take(SERVED_PER_TURN) {
@@ -369,7 +369,7 @@ impl Servers {
             };
             server.open += 1;
             self.last_connection += 1;
-            self.connections.insert(self.last_connection, Connection::new(id, stream, now));
+            self.connections.insert(self.last_connection, ProbeConnection::new(id, stream, now));
             // Most peers have sent their request by now.
             self.advance(self.last_connection, now, poller);
         }
@@ -397,7 +397,8 @@ impl Servers {
     fn evict(&mut self, server: u64, least: Duration, now: Instant, poller: &Poller) -> bool {
         loop {
             let candidates = self.connections.iter().filter(|(_, one)| one.server == server && !one.is_waiting());
-            let is_idle = |one: &Connection| one.is_lingering() || now.saturating_duration_since(one.active) >= least;
+            let is_idle =
+                |one: &ProbeConnection| one.is_lingering() || now.saturating_duration_since(one.active) >= least;
             let candidates = candidates.filter(|(_, one)| is_idle(one));
             // Those that were answered go first.
             let Some(id) = candidates.min_by_key(|(_, one)| (!one.is_lingering(), one.active)).map(|(id, _)| *id)
@@ -408,7 +409,7 @@ impl Servers {
             match self.connections.get(&id) {
                 Some(connection) if connection.is_waiting() => {}
                 Some(_) => {
-                    self.drop_for(Dropped::Room, id, poller);
+                    self.drop_for(DropReason::Room, id, poller);
                     return true;
                 }
                 None => return true,
@@ -431,7 +432,7 @@ impl Servers {
         let Some(connection) = self.connections.get_mut(&id) else { return };
         let Some(server) = self.by_id.get_mut(&connection.server) else { return };
         match connection.page {
-            Page::Live(_) => {
+            ProbePath::Live(_) => {
                 if let Some((status, text)) = server.verdict(now) {
                     return self.answer(id, now, poller, status, TEXT, text.as_bytes());
                 }
@@ -440,31 +441,31 @@ impl Servers {
                 }
                 self.watch(id, poller);
             }
-            Page::Ready => {
+            ProbePath::Ready => {
                 let (ready, text) = server.board.readiness();
-                let status = if ready { Status::Ok } else { Status::Unavailable };
+                let status = if ready { HttpStatus::Ok } else { HttpStatus::Unavailable };
                 self.answer(id, now, poller, status, TEXT, format!("{text}\n").as_bytes());
             }
-            Page::Status => {
+            ProbePath::Status => {
                 let body = server.status(now, watchdog);
-                self.answer(id, now, poller, Status::Ok, JSON, &body);
+                self.answer(id, now, poller, HttpStatus::Ok, JSON, &body);
             }
-            Page::Metrics { open } => {
+            ProbePath::Metrics { open } => {
                 let body = server.metrics(now, watchdog);
                 if open {
-                    self.answer(id, now, poller, Status::Ok, metrics::OPENMETRICS, body.as_bytes());
+                    self.answer(id, now, poller, HttpStatus::Ok, metrics::OPENMETRICS, body.as_bytes());
                 } else {
-                    self.answer(id, now, poller, Status::Ok, metrics::PLAIN, metrics::plain(&body).as_bytes());
+                    self.answer(id, now, poller, HttpStatus::Ok, metrics::PLAIN, metrics::plain(&body).as_bytes());
                 }
             }
-            Page::Other => {
-                let status = Status::NotFound;
+            ProbePath::Other => {
+                let status = HttpStatus::NotFound;
                 self.answer(id, now, poller, status, TEXT, status.remedy().as_bytes());
             }
         }
     }
 
-    fn answer(&mut self, id: u64, now: Instant, poller: &Poller, status: Status, content_type: &str, body: &[u8]) {
+    fn answer(&mut self, id: u64, now: Instant, poller: &Poller, status: HttpStatus, content_type: &str, body: &[u8]) {
         let Some(connection) = self.connections.get_mut(&id) else { return };
         let server = connection.server;
         if let Some(server) = self.by_id.get_mut(&server) {
@@ -487,7 +488,7 @@ impl Servers {
             let unsent: usize = of_it.clone().map(|(_, one)| one.unsent()).sum();
             let slowest = of_it.filter(|(id, _)| **id != newest).min_by_key(|(_, one)| one.active).map(|(id, _)| *id);
             match slowest {
-                Some(id) if unsent > MOST_UNSENT => self.drop_for(Dropped::Unread, id, poller),
+                Some(id) if unsent > MOST_UNSENT => self.drop_for(DropReason::Unread, id, poller),
                 _ => return,
             }
         }
@@ -502,7 +503,7 @@ impl Servers {
     }
 
     /// Ends a connection whose peer has not, and counts it unless its request was answered.
-    fn drop_for(&mut self, reason: Dropped, id: u64, poller: &Poller) {
+    fn drop_for(&mut self, reason: DropReason, id: u64, poller: &Poller) {
         let connection = self.connections.get(&id).filter(|connection| !connection.is_lingering());
         if let Some(server) = connection.and_then(|connection| self.by_id.get_mut(&connection.server)) {
             server.counts.dropped[reason as usize] += 1;

@@ -6,10 +6,10 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-use super::vocabulary::{Cause, Outcome, Phase, State};
 use crate::supervise::Exit;
 use crate::sys::usage::RunningUsage;
-use crate::sys::wait::Status;
+use crate::sys::wait::ExitStatus;
+use crate::vocabulary::{AgentState, RestartCause, RestartPhase, WorkerState};
 
 /// What the agent says.
 #[derive(Clone, Debug, PartialEq)]
@@ -22,20 +22,20 @@ pub enum Update {
         role: String,
     },
     /// What the agent is doing now.
-    State(State),
+    State(AgentState),
     /// The workers of a new round, which have been started.
     Workers(Vec<Started>),
     /// The workers are to be started again.
     Restart {
         /// Why.
-        cause: Cause,
+        cause: RestartCause,
         /// What happened, for people.
         reason: String,
     },
     /// A part of a restart is over.
     Phase {
         /// Which.
-        phase: Phase,
+        phase: RestartPhase,
         /// How long it took.
         took: Duration,
     },
@@ -58,19 +58,19 @@ pub struct Worker {
     /// Who it is.
     pub started: Started,
     /// How it ended, if it has.
-    ending: Option<(Status, bool)>,
+    ending: Option<(ExitStatus, bool)>,
 }
 
 impl Worker {
     /// How it is, or how it ended.
     #[must_use]
-    pub fn outcome(&self) -> Outcome {
+    pub fn outcome(&self) -> WorkerState {
         match self.ending {
-            None => Outcome::Running,
-            Some((_, true)) => Outcome::Stopped,
-            Some((Status::Exited(0), _)) => Outcome::Succeeded,
-            Some((Status::Unknown, _)) => Outcome::Ended,
-            Some(_) => Outcome::Failed,
+            None => WorkerState::Running,
+            Some((_, true)) => WorkerState::Stopped,
+            Some((ExitStatus::Exited(0), _)) => WorkerState::Succeeded,
+            Some((ExitStatus::Unknown, _)) => WorkerState::Ended,
+            Some(_) => WorkerState::Failed,
         }
     }
 }
@@ -80,9 +80,9 @@ impl fmt::Display for Worker {
         write!(formatter, "rank {} (pid {}) ", self.started.rank, self.started.pid)?;
         match self.ending {
             None => write!(formatter, "runs"),
-            Some((Status::Exited(code), _)) => write!(formatter, "exited with code {code}"),
-            Some((Status::Signalled { signal, .. }, _)) => write!(formatter, "was ended by signal {signal}"),
-            Some((Status::Unknown, _)) => write!(formatter, "ended"),
+            Some((ExitStatus::Exited(code), _)) => write!(formatter, "exited with code {code}"),
+            Some((ExitStatus::Signalled { signal, .. }, _)) => write!(formatter, "was ended by signal {signal}"),
+            Some((ExitStatus::Unknown, _)) => write!(formatter, "ended"),
         }
     }
 }
@@ -106,12 +106,12 @@ pub struct Board {
     began: Instant,
     run_id: Option<String>,
     role: Option<String>,
-    state: (State, Instant),
+    state: (AgentState, Instant),
     rounds: u64,
-    restarts: [u64; Cause::ALL.len()],
-    last_restart: Option<(Cause, String, Instant)>,
+    restarts: [u64; RestartCause::ALL.len()],
+    last_restart: Option<(RestartCause, String, Instant)>,
     workers: Vec<Worker>,
-    exits: [u64; Outcome::ALL.len()],
+    exits: [u64; WorkerState::ALL.len()],
 }
 
 impl Board {
@@ -122,12 +122,12 @@ impl Board {
             began: now,
             run_id: None,
             role: None,
-            state: (State::Unknown, now),
+            state: (AgentState::Unknown, now),
             rounds: 0,
-            restarts: [0; Cause::ALL.len()],
+            restarts: [0; RestartCause::ALL.len()],
             last_restart: None,
             workers: Vec::new(),
-            exits: [0; Outcome::ALL.len()],
+            exits: [0; WorkerState::ALL.len()],
         }
     }
 
@@ -163,7 +163,7 @@ impl Board {
 
     /// What the agent is doing.
     #[must_use]
-    pub fn state(&self) -> State {
+    pub fn state(&self) -> AgentState {
         self.state.0
     }
 
@@ -187,13 +187,13 @@ impl Board {
 
     /// How often workers were started again for this cause.
     #[must_use]
-    pub fn restarts(&self, cause: Cause) -> u64 {
+    pub fn restarts(&self, cause: RestartCause) -> u64 {
         self.restarts[cause as usize]
     }
 
     /// How many workers of all rounds ended in this way.
     #[must_use]
-    pub fn exits(&self, outcome: Outcome) -> u64 {
+    pub fn exits(&self, outcome: WorkerState) -> u64 {
         self.exits[outcome as usize]
     }
 
@@ -207,10 +207,10 @@ impl Board {
     #[must_use]
     pub fn readiness(&self) -> (bool, String) {
         let state = self.state.0;
-        if state != State::Running {
+        if state != AgentState::Running {
             return (false, format!("not ready: state {}", state.name()));
         }
-        match self.workers.iter().find(|worker| worker.outcome() == Outcome::Failed) {
+        match self.workers.iter().find(|worker| worker.outcome() == WorkerState::Failed) {
             Some(failed) => (false, format!("not ready: {failed}")),
             None => (true, format!("ready: {} of {} workers are running", self.running().count(), self.workers.len())),
         }
@@ -238,8 +238,8 @@ impl Board {
             round: self.rounds,
             uptime_s: since(self.began),
             restarts: ShownRestarts {
-                failure: self.restarts(Cause::Failure),
-                membership: self.restarts(Cause::Membership),
+                failure: self.restarts(RestartCause::Failure),
+                membership: self.restarts(RestartCause::Membership),
                 last: last.map(|(cause, reason, at)| ShownRestart { cause: cause.name(), reason, age_s: since(*at) }),
             },
             watchdog: ShownWatchdog {
@@ -262,8 +262,8 @@ impl Board {
     ) -> ShownWorker {
         let Started { local_rank, rank, pid } = worker.started;
         let (exit_code, signal) = match worker.ending {
-            Some((Status::Exited(code), _)) => (Some(code), None),
-            Some((Status::Signalled { signal, .. }, _)) => (None, Some(signal)),
+            Some((ExitStatus::Exited(code), _)) => (Some(code), None),
+            Some((ExitStatus::Signalled { signal, .. }, _)) => (None, Some(signal)),
             _ => (None, None),
         };
         // The number of a process that has ended may be somebody else's by now.
@@ -337,7 +337,7 @@ mod tests {
     use crate::sys::clock::Moment;
     use crate::sys::wait::Usage;
 
-    fn exit(pid: i32, status: Status, stopped: bool) -> Exit {
+    fn exit(pid: i32, status: ExitStatus, stopped: bool) -> Exit {
         Exit { index: 0, pid, order: 0, status, stopped, usage: Usage::default(), at: Moment::now() }
     }
 
@@ -353,17 +353,20 @@ mod tests {
         assert_eq!(board.readiness(), (false, "not ready: state unknown".into()));
         board.apply(start, Update::Job { run_id: "the \"run\"".into(), role: "trainer".into() });
         board.apply(start, started(2));
-        board.apply(start, Update::State(State::Running));
+        board.apply(start, Update::State(AgentState::Running));
         assert_eq!(board.readiness(), (true, "ready: 2 of 2 workers are running".into()));
-        board.note_exit(&exit(100, Status::Exited(0), false));
+        board.note_exit(&exit(100, ExitStatus::Exited(0), false));
         assert_eq!(board.readiness(), (true, "ready: 1 of 2 workers are running".into()));
-        board.note_exit(&exit(101, Status::Signalled { signal: 9, core_dumped: false }, false));
+        board.note_exit(&exit(101, ExitStatus::Signalled { signal: 9, core_dumped: false }, false));
         assert_eq!(board.readiness(), (false, "not ready: rank 9 (pid 101) was ended by signal 9".into()));
-        board.apply(start, Update::Restart { cause: Cause::Failure, reason: "rank 9".into() });
+        board.apply(start, Update::Restart { cause: RestartCause::Failure, reason: "rank 9".into() });
         board.apply(start, started(2));
         assert!(board.readiness().0);
-        assert_eq!((board.rounds(), board.restarts(Cause::Failure), board.restarts(Cause::Membership)), (2, 1, 0));
-        assert_eq!((board.exits(Outcome::Succeeded), board.exits(Outcome::Failed)), (1, 1));
+        assert_eq!(
+            (board.rounds(), board.restarts(RestartCause::Failure), board.restarts(RestartCause::Membership)),
+            (2, 1, 0)
+        );
+        assert_eq!((board.exits(WorkerState::Succeeded), board.exits(WorkerState::Failed)), (1, 1));
     }
 
     #[test]
@@ -371,10 +374,10 @@ mod tests {
         let mut board = Board::new(Instant::now());
         board.apply(Instant::now(), started(1));
         for _ in 0..2 {
-            board.note_exit(&exit(100, Status::Exited(1), true));
-            board.note_exit(&exit(999, Status::Exited(1), false));
+            board.note_exit(&exit(100, ExitStatus::Exited(1), true));
+            board.note_exit(&exit(999, ExitStatus::Exited(1), false));
         }
-        assert_eq!((board.exits(Outcome::Stopped), board.exits(Outcome::Failed)), (1, 0));
+        assert_eq!((board.exits(WorkerState::Stopped), board.exits(WorkerState::Failed)), (1, 0));
     }
 
     #[test]
@@ -383,9 +386,9 @@ mod tests {
         let mut board = Board::new(start);
         board.apply(start, Update::Job { run_id: "r\n".into(), role: "trainer".into() });
         board.apply(start, started(2));
-        board.apply(start, Update::State(State::Running));
-        board.note_exit(&exit(101, Status::Exited(7), false));
-        board.apply(start, Update::Restart { cause: Cause::Membership, reason: "1 node waits".into() });
+        board.apply(start, Update::State(AgentState::Running));
+        board.note_exit(&exit(101, ExitStatus::Exited(7), false));
+        board.apply(start, Update::Restart { cause: RestartCause::Membership, reason: "1 node waits".into() });
         let now = start + Duration::from_millis(1500);
         let watchdog = WatchdogFigures {
             requests: 5,

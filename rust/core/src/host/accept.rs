@@ -8,7 +8,7 @@ use rustix::process::{Resource, getrlimit};
 
 use super::connection::Connection;
 use super::thread::{HostThread, LISTENER};
-use crate::rendezvous::rounds::Event;
+use crate::rendezvous::rounds::HostEvent;
 use crate::store::state::Peer;
 use crate::store::wire::Decoder;
 use crate::sys::poller::Interest;
@@ -81,7 +81,7 @@ impl HostThread {
             old.len(),
             SILENT_TIMEOUT.as_secs()
         );
-        self.decide(Event::Stranger(text));
+        self.decide(HostEvent::Stranger(text));
     }
 
     /// The process has no descriptor left: accepts the next connection on the spare one and drops it, so that the poller stops reporting

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-use crate::rendezvous::rounds::{Rounds, Settings};
+use crate::rendezvous::rounds::{HostSettings, Rounds};
 use crate::store::state::Peer;
 
 /// The rendezvous at the port of the store.
@@ -18,7 +18,7 @@ pub(super) struct Agents {
 }
 
 impl Agents {
-    pub(super) fn new(settings: Settings) -> Self {
+    pub(super) fn new(settings: HostSettings) -> Self {
         let silence = settings.silence;
         let rounds = Rounds::new(settings, Instant::now());
         Self { rounds, silence, visitors: VecDeque::new(), turned_away: 0 }

@@ -1,6 +1,6 @@
 //! Parses the stream of an agent into messages and checks their order. Pure.
 
-use crate::rendezvous::message::{self, Garbled, MOST_FRAME_BYTES, Request};
+use crate::rendezvous::message::{self, AgentMessage, Garbled, MOST_FRAME_BYTES};
 use crate::store::wire::empty;
 
 /// Most workers of a node. The sum over all nodes fits the type of a world size.
@@ -50,7 +50,7 @@ impl AgentFrames {
     }
 
     /// The next message; `None` until more bytes arrive.
-    pub(super) fn next(&mut self) -> Result<Option<Request>, Breach> {
+    pub(super) fn next(&mut self) -> Result<Option<AgentMessage>, Breach> {
         let Some(mut frame) = self.frame() else { return Ok(None) };
         let size = frame.len();
         let Some(request) = message::decode(&mut frame)? else { return Ok(None) };
@@ -73,12 +73,12 @@ impl AgentFrames {
         rest.get(..size).map(<[u8]>::to_vec)
     }
 
-    fn check(&mut self, request: &Request) -> Result<(), Breach> {
+    fn check(&mut self, request: &AgentMessage) -> Result<(), Breach> {
         match request {
-            Request::Enter(_) if self.has_entered => return Err(Breach::Again),
-            Request::Enter(_) => self.has_entered = true,
+            AgentMessage::Enter(_) if self.has_entered => return Err(Breach::Again),
+            AgentMessage::Enter(_) => self.has_entered = true,
             _ if !self.has_entered => return Err(Breach::Unknown),
-            Request::Join(join) if join.local_world_size > MOST_WORKERS => {
+            AgentMessage::Join(join) if join.local_world_size > MOST_WORKERS => {
                 return Err(Breach::TooManyWorkers(join.local_world_size));
             }
             _ => {}
@@ -94,15 +94,15 @@ mod tests {
     use super::*;
     use crate::rendezvous::message::{Introduction, Join, encode};
 
-    fn enter() -> Request {
-        Request::Enter(Introduction::new("job".into(), "a".into(), (1, 1)))
+    fn enter() -> AgentMessage {
+        AgentMessage::Enter(Introduction::new("job".into(), "a".into(), (1, 1)))
     }
 
-    fn join(local_world_size: u64) -> Request {
-        Request::Join(Join { after: None, role: "default".into(), local_world_size, timeout: Duration::ZERO })
+    fn join(local_world_size: u64) -> AgentMessage {
+        AgentMessage::Join(Join { after: None, role: "default".into(), local_world_size, timeout: Duration::ZERO })
     }
 
-    fn stream(requests: &[Request]) -> Vec<u8> {
+    fn stream(requests: &[AgentMessage]) -> Vec<u8> {
         let mut frames = Vec::new();
         for request in requests {
             encode(request, &mut frames);
@@ -110,7 +110,7 @@ mod tests {
         frames
     }
 
-    fn heard(frames: &mut AgentFrames) -> Result<Vec<Request>, Breach> {
+    fn heard(frames: &mut AgentFrames) -> Result<Vec<AgentMessage>, Breach> {
         let mut requests = Vec::new();
         while let Some(request) = frames.next()? {
             requests.push(request);
@@ -123,9 +123,9 @@ mod tests {
         let said = [
             enter(),
             join(8),
-            Request::Beat { number: 1 },
-            Request::Finished { round: 3 },
-            Request::Beat { number: 1 },
+            AgentMessage::Beat { number: 1 },
+            AgentMessage::Finished { round: 3 },
+            AgentMessage::Beat { number: 1 },
         ];
         let stream = stream(&said);
         for size in 1..stream.len() {
@@ -143,7 +143,7 @@ mod tests {
     #[test]
     fn many_small_messages_cost_what_each_costs() {
         const MANY: usize = 400_000;
-        let beats = stream(&[Request::Beat { number: 1 }]).repeat(MANY);
+        let beats = stream(&[AgentMessage::Beat { number: 1 }]).repeat(MANY);
         let mut frames = AgentFrames::new(stream(&[enter()]));
         frames.feed(&beats);
         let begin = Instant::now();
@@ -154,8 +154,9 @@ mod tests {
 
     #[test]
     fn who_says_what_may_not_be_said_is_in_breach() {
-        let breach = |said: &[Request]| heard(&mut AgentFrames::new(stream(said))).expect_err("a breach").to_string();
-        assert_eq!(breach(&[Request::Beat { number: 1 }]), "it did not say who it is first");
+        let breach =
+            |said: &[AgentMessage]| heard(&mut AgentFrames::new(stream(said))).expect_err("a breach").to_string();
+        assert_eq!(breach(&[AgentMessage::Beat { number: 1 }]), "it did not say who it is first");
         assert_eq!(breach(&[enter(), join(1), enter()]), "it said a second time who it is");
         assert!(heard(&mut AgentFrames::new(stream(&[enter(), join(MOST_WORKERS)]))).is_ok());
         assert_eq!(

@@ -6,10 +6,10 @@ use super::connection::{Connection, Protocol};
 use super::frames::AgentFrames;
 use super::thread::HostThread;
 use super::torchrun_peer::{self, Admission};
-use crate::rendezvous::message::{self, MOST_TEXT_BYTES, Notice, Request};
-use crate::rendezvous::rounds::{Action, Event};
+use crate::rendezvous::message::{self, AgentMessage, HostMessage, MOST_TEXT_BYTES};
+use crate::rendezvous::rounds::{HostAction, HostEvent};
 use crate::store::state::Peer;
-use crate::store::wire::{Key, Request as StoreRequest};
+use crate::store::wire::{Key, StoreRequest};
 use crate::sys::clock::after;
 use crate::text::bounded;
 
@@ -47,10 +47,10 @@ impl HostThread {
         while let Some(frames) = self.connections.get_mut(&peer).and_then(Connection::frames) {
             match frames.next() {
                 Ok(Some(mut request)) => {
-                    if let Request::Enter(who) = &mut request {
+                    if let AgentMessage::Enter(who) = &mut request {
                         who.is_host &= who.pid == std::process::id() && self.is_of_this_machine(peer);
                     }
-                    self.decide(Event::requested(peer, request));
+                    self.decide(HostEvent::requested(peer, request));
                 }
                 Ok(None) => break,
                 Err(breach) => self.turn_out(peer, &breach.to_string()),
@@ -61,9 +61,9 @@ impl HostThread {
 
     /// An agent violates the protocol: it gets the reason, and its connection is closed.
     fn turn_out(&mut self, peer: Peer, why: &str) {
-        self.decide(Event::Lost(peer, why.to_owned()));
+        self.decide(HostEvent::Lost(peer, why.to_owned()));
         if let Some(connection) = self.connections.get_mut(&peer) {
-            message::encode(&Notice::Refused { text: why.to_owned() }, connection.output());
+            message::encode(&HostMessage::Refused { text: why.to_owned() }, connection.output());
             self.to_flush.push(peer);
         }
         self.flush();
@@ -84,28 +84,28 @@ impl HostThread {
     }
 
     /// Hands an event to the rendezvous and carries out its actions.
-    pub(super) fn decide(&mut self, event: Event) {
+    pub(super) fn decide(&mut self, event: HostEvent) {
         let Some(agents) = &mut self.agents else { return };
         let mut actions = agents.rounds.step(Instant::now(), event);
         let (mut dropped, mut doubtful) = (Vec::new(), Vec::new());
         for action in actions.drain(..) {
             match action {
-                Action::RenewStore => self.renew(),
-                Action::Tell(peer, notice) => {
+                HostAction::RenewStore => self.renew(),
+                HostAction::Tell(peer, notice) => {
                     if let Some(connection) = self.connections.get_mut(&peer) {
                         message::encode(&notice, connection.output());
                         self.to_flush.push(peer);
                     }
                 }
-                Action::Examine(peer) => doubtful.push(peer),
-                Action::Drop(peer) => dropped.push(peer),
+                HostAction::Examine(peer) => doubtful.push(peer),
+                HostAction::Drop(peer) => dropped.push(peer),
             }
         }
         self.flush();
         for peer in doubtful {
             let stream = self.connections.get(&peer).map(|connection| &connection.stream);
             if let Some(is_acknowledged) = stream.and_then(|stream| stream.is_acknowledged().ok()) {
-                self.decide(Event::Examined(peer, is_acknowledged));
+                self.decide(HostEvent::Examined(peer, is_acknowledged));
             }
         }
         for peer in dropped {
@@ -121,7 +121,7 @@ impl HostThread {
 
     /// Tells all agents that the rendezvous has ended with this node.
     pub(super) fn announce_end(&mut self, text: &str) {
-        let notice = Notice::Closed { text: bounded(text, MOST_TEXT_BYTES).to_owned(), code: 1 };
+        let notice = HostMessage::Closed { text: bounded(text, MOST_TEXT_BYTES).to_owned(), code: 1 };
         for connection in self.connections.values_mut().filter(|connection| connection.has_entered()) {
             message::encode(&notice, connection.output());
             // An agent whose connection takes no more bytes sees the end of the connection instead.
@@ -168,7 +168,7 @@ impl HostThread {
             let text = format!(
                 "an agent of torchrun{from} tried to join and was turned away: start that node with ferrorun too"
             );
-            self.decide(Event::Stranger(text));
+            self.decide(HostEvent::Stranger(text));
         }
     }
 
@@ -183,7 +183,7 @@ impl HostThread {
         let who =
             value.try_into().map_or_else(|_| "a worker".into(), |rank| format!("rank {}", i32::from_le_bytes(rank)));
         let key = String::from_utf8_lossy(key);
-        self.decide(Event::Announced { text: format!("{who} wrote {key} to the store"), grace });
+        self.decide(HostEvent::Announced { text: format!("{who} wrote {key} to the store"), grace });
     }
 
     fn is_of_this_machine(&self, peer: Peer) -> bool {

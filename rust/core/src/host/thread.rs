@@ -8,15 +8,15 @@ use std::time::{Duration, Instant};
 use super::agents::Agents;
 use super::connection::{Connection, Protocol};
 use crate::error::{Error, Result};
-use crate::rendezvous::rounds::{Event, Settings};
-use crate::store::state::{Peer, Reply, State};
-use crate::store::wire::{Limits, Request};
+use crate::rendezvous::rounds::{HostEvent, HostSettings};
+use crate::store::state::{Peer, StoreReply, StoreState};
+use crate::store::wire::{Limits, StoreRequest};
 use crate::sys::clock::after;
 use crate::sys::net::Listener;
 use crate::sys::poller::{Interest, Poller};
 use crate::sys::timer::Timer;
 use crate::sys::wake::WakeFd;
-use crate::thread::{Ended, Inbox, NativeThread, Service, ThreadOrder};
+use crate::thread::{CloseOutcome, Inbox, NativeThread, Service, ThreadOrder};
 
 const WAKE: u64 = 0;
 pub(super) const LISTENER: u64 = 1;
@@ -56,7 +56,7 @@ pub struct StoreServer {
 
 impl StoreServer {
     /// Listens on `address`; port 0 picks a free port. Without `rendezvous` it serves a store alone.
-    pub fn start(address: SocketAddr, limits: Limits, rendezvous: Option<Settings>) -> Result<Self> {
+    pub fn start(address: SocketAddr, limits: Limits, rendezvous: Option<HostSettings>) -> Result<Self> {
         let listener = Listener::bind(address).map_err(|source| Error::os("listen on", address.to_string(), source))?;
         let address = listener.address();
         let thread = NativeThread::start("ferro-store", |inbox| HostThread::new(listener, limits, rendezvous, inbox))?;
@@ -74,8 +74,8 @@ impl StoreServer {
     /// Fails, once, if the thread had ended earlier by an error.
     pub fn close(&self, timeout: Duration) -> Result<()> {
         match self.thread.close(Order::Close { timeout }, None)? {
-            Ended::Yes(outcome) => outcome,
-            Ended::No => Ok(()),
+            CloseOutcome::Yes(outcome) => outcome,
+            CloseOutcome::No => Ok(()),
         }
     }
 }
@@ -89,13 +89,13 @@ pub(super) struct HostThread {
     inbox: Inbox<Order>,
     pub(super) poller: Poller,
     timer: Timer,
-    pub(super) state: State,
+    pub(super) state: StoreState,
     pub(super) agents: Option<Agents>,
     /// The thread ends at this time, even if agents are still connected.
     pub(super) close_at: Option<Instant>,
     pub(super) connections: HashMap<Peer, Connection>,
     pub(super) last_peer: Peer,
-    replies: Vec<Reply>,
+    replies: Vec<StoreReply>,
     /// Connections with unsent replies.
     pub(super) to_flush: Vec<Peer>,
     chunk: Vec<u8>,
@@ -141,7 +141,7 @@ impl Service for HostThread {
 }
 
 impl HostThread {
-    fn new(listener: Listener, limits: Limits, rendezvous: Option<Settings>, inbox: Inbox<Order>) -> Result<Self> {
+    fn new(listener: Listener, limits: Limits, rendezvous: Option<HostSettings>, inbox: Inbox<Order>) -> Result<Self> {
         let timer = Timer::new().map_err(|source| Error::os("create", "a timerfd", source))?;
         let poller = Poller::new().map_err(|source| Error::os("create", "an epoll instance", source))?;
         let watched = poller
@@ -155,7 +155,7 @@ impl HostThread {
             inbox,
             poller,
             timer,
-            state: State::new(&limits),
+            state: StoreState::new(&limits),
             limits,
             agents: rendezvous.map(Agents::new),
             close_at: None,
@@ -186,7 +186,7 @@ impl HostThread {
             let _ = self.poller.remove(&listener);
         }
         self.close_at = Some(after(timeout));
-        self.decide(Event::Tick);
+        self.decide(HostEvent::Tick);
         self.set_timer();
     }
 
@@ -198,7 +198,7 @@ impl HostThread {
             self.listen(Interest::Readable);
         }
         self.end_visits(now);
-        self.decide(Event::Tick);
+        self.decide(HostEvent::Tick);
         self.set_timer();
     }
 
@@ -218,7 +218,7 @@ impl HostThread {
             }
             connection.is_agent()
         });
-        self.state = State::new(&self.limits);
+        self.state = StoreState::new(&self.limits);
     }
 
     /// Reads from a ready connection, or writes to it.
@@ -258,7 +258,7 @@ impl HostThread {
             }
             let Protocol::Store(decoder) = &mut connection.protocol else { break };
             let served = match decoder.next() {
-                Ok(Some(Request::Upgrade)) => {
+                Ok(Some(StoreRequest::Upgrade)) => {
                     let rest = decoder.take_rest();
                     return self.upgrade(peer, rest);
                 }
@@ -270,7 +270,7 @@ impl HostThread {
                 Ok(None) => break,
                 Err(_) => false,
             };
-            for Reply { peer, bytes } in self.replies.drain(..) {
+            for StoreReply { peer, bytes } in self.replies.drain(..) {
                 if let Some(connection) = self.connections.get_mut(&peer) {
                     replied += bytes.len();
                     connection.reply(bytes);
@@ -321,7 +321,7 @@ impl HostThread {
         if let Some(connection) = self.connections.remove(&peer) {
             let _ = self.poller.remove(&connection.stream);
             if connection.is_agent() {
-                self.decide(Event::Lost(peer, "its connection was closed".into()));
+                self.decide(HostEvent::Lost(peer, "its connection was closed".into()));
             }
         }
     }
@@ -334,12 +334,12 @@ mod tests {
 
     use super::*;
     use crate::membership::RendezvousClient;
-    use crate::rendezvous::member::{self, Call, Standing};
+    use crate::rendezvous::member::{self, Call, MembershipState};
     use crate::rendezvous::message::Introduction;
 
     const PATIENCE: Duration = Duration::from_secs(20);
 
-    fn start(rendezvous: Option<Settings>) -> StoreServer {
+    fn start(rendezvous: Option<HostSettings>) -> StoreServer {
         StoreServer::start("127.0.0.1:0".parse().expect("an address"), Limits::default(), rendezvous).expect("start")
     }
 
@@ -358,7 +358,7 @@ mod tests {
 
     #[test]
     fn a_panic_is_told_to_all_agents() {
-        let server = start(Some(Settings {
+        let server = start(Some(HostSettings {
             run_id: "job".into(),
             min_nodes: 1,
             max_nodes: 1,
@@ -370,10 +370,10 @@ mod tests {
         let port = server.address().port();
         let who = Introduction { is_host: true, ..Introduction::new("job".into(), "a".into(), (1, 1)) };
         let settings =
-            member::Settings { endpoint: format!("127.0.0.1:{port}"), connect_timeout: PATIENCE, is_host: true };
+            member::MemberSettings { endpoint: format!("127.0.0.1:{port}"), connect_timeout: PATIENCE, is_host: true };
         let agent = RendezvousClient::start("127.0.0.1", port, who, settings).expect("client");
         agent.call(Call::Join { role: "default".into(), local_world_size: 1, timeout: PATIENCE }).expect("call");
-        let stands = |is_wanted: fn(&Standing) -> bool| {
+        let stands = |is_wanted: fn(&MembershipState) -> bool| {
             let deadline = Instant::now() + PATIENCE;
             loop {
                 let generation = agent.generation().expect("generation");
@@ -385,10 +385,10 @@ mod tests {
                 agent.wait(generation, Some(PATIENCE), [None; 2]).expect("wait");
             }
         };
-        stands(|standing| matches!(standing, Standing::Placed(_)));
+        stands(|standing| matches!(standing, MembershipState::Placed(_)));
         server.thread.tell(Order::Panic).expect("it runs");
-        let standing = stands(|standing| !matches!(standing, Standing::Placed(_)));
-        let Standing::Closed { text, code: 1 } = standing else { panic!("it is {standing:?}") };
+        let standing = stands(|standing| !matches!(standing, MembershipState::Placed(_)));
+        let MembershipState::Closed { text, code: 1 } = standing else { panic!("it is {standing:?}") };
         assert_eq!(text, "the agent that hosts the rendezvous has failed: the thread ferro-store panicked: on purpose");
     }
 }

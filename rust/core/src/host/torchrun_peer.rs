@@ -3,7 +3,7 @@
 //! A torchrun agent that joins this endpoint finds a store, and would wait in it for other torchrun agents until its timeout. It gets an
 //! error that names the cause where its protocol has room for one. Otherwise its connection is closed.
 
-use crate::store::wire::Request;
+use crate::store::wire::StoreRequest;
 
 /// The answer to an agent of torch's c10d rendezvous, which takes it for its pickled state: a reference to a module, whose name is in
 /// the `ModuleNotFoundError` that it fails with. In base64: "this endpoint is served by ferrorun, which torchrun cannot join: start
@@ -29,17 +29,17 @@ pub enum Admission {
 
 /// Decides whether a request comes from a worker or from a torchrun agent.
 #[must_use]
-pub fn screen(request: &Request) -> Admission {
+pub fn screen(request: &StoreRequest) -> Admission {
     let is_state = |key: &[u8]| key.strip_prefix(STATE_PREFIX).is_some_and(|id| !id.contains(&b'/'));
     match request {
-        Request::CompareSet { key, .. } | Request::Get { key } if is_state(key) => {
+        StoreRequest::CompareSet { key, .. } | StoreRequest::Get { key } if is_state(key) => {
             let mut answer = u64::try_from(STATE.len()).unwrap_or(u64::MAX).to_le_bytes().to_vec();
             answer.extend_from_slice(STATE);
             Admission::Answer(answer)
         }
         // "The key is set."
-        Request::Wait { keys } if keys.iter().any(|key| is_state(key)) => Admission::Answer(vec![0]),
-        Request::Set { key, .. } if is_role(key) => Admission::Disconnect,
+        StoreRequest::Wait { keys } if keys.iter().any(|key| is_state(key)) => Admission::Answer(vec![0]),
+        StoreRequest::Set { key, .. } if is_role(key) => Admission::Disconnect,
         _ => Admission::Worker,
     }
 }

@@ -41,7 +41,7 @@ pub struct TailReport {
     pub unread: Vec<(PathBuf, String)>,
 }
 
-/// How far a call to [`Tail::pump`] came.
+/// How far a call to [`FileTail::pump`] came.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Pumped {
     /// Everything there is was written.
@@ -56,7 +56,7 @@ pub(super) enum Pumped {
 pub(super) type OpenLine = Option<(u64, usize)>;
 
 #[derive(Debug)]
-struct Stream {
+struct LogStream {
     path: PathBuf,
     /// `Err` says why there is none: it is tried again.
     file: Result<OwnedFd, io::Error>,
@@ -72,7 +72,7 @@ struct Stream {
     piece_due: Option<Instant>,
 }
 
-impl Stream {
+impl LogStream {
     fn open(path: &Path, format: LineFormat) -> Self {
         Self {
             path: path.to_owned(),
@@ -102,10 +102,10 @@ const CHUNK: usize = 256 * 1024;
 pub(super) type ConsoleKey = (u64, u64);
 
 #[derive(Debug)]
-pub(super) struct Tail {
+pub(super) struct FileTail {
     console: Console,
     console_key: ConsoleKey,
-    streams: Vec<Stream>,
+    streams: Vec<LogStream>,
     whole_lines_only: bool,
     pending: Vec<u8>,
     written: usize,
@@ -120,13 +120,14 @@ pub(super) struct Finish {
     pub(super) give_up: Option<Instant>,
 }
 
-impl Tail {
+impl FileTail {
     pub(super) fn open(spec: &TailSpec) -> Result<Self, Error> {
         let console = Console::new(spec.console.as_fd()).map_err(|source| Error::os("open", "the console", source))?;
         let console_key = rustix::fs::fstat(&console).map_or((0, 0), |stat| (stat.st_dev, stat.st_ino));
         let streams = spec.files.iter();
-        let streams =
-            streams.map(|(path, prefix)| Stream::open(path, LineFormat::new(prefix, &spec.only_lines_with))).collect();
+        let streams = streams
+            .map(|(path, prefix)| LogStream::open(path, LineFormat::new(prefix, &spec.only_lines_with)))
+            .collect();
         Ok(Self {
             console,
             console_key,

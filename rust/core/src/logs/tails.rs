@@ -5,7 +5,7 @@ use std::os::fd::AsFd;
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
-use super::tail::{ConsoleKey, Finish, OpenLine, Pumped, Tail, TailReport, TailSpec};
+use super::tail::{ConsoleKey, FileTail, Finish, OpenLine, Pumped, TailReport, TailSpec};
 use crate::error::Error;
 use crate::sys::notify::Notifier;
 use crate::sys::poller::{Interest, Poller};
@@ -24,7 +24,7 @@ pub(crate) struct Tails {
     notifier_token: u64,
     listening: bool,
     resume_at: Option<Instant>,
-    by_id: BTreeMap<u64, Tail>,
+    by_id: BTreeMap<u64, FileTail>,
     runnable: BTreeSet<u64>,
     /// Tails whose console takes nothing now.
     full: BTreeSet<u64>,
@@ -64,7 +64,7 @@ impl Tails {
 
     /// Starts to follow the files of `spec`.
     pub(crate) fn add(&mut self, id: u64, spec: &TailSpec, poller: &Poller) -> Result<(), Error> {
-        let mut tail = Tail::open(spec)?;
+        let mut tail = FileTail::open(spec)?;
         for (index, (path, _)) in spec.files.iter().enumerate() {
             match self.notifier.as_ref().map(|notifier| notifier.watch(path)) {
                 Some(Ok(watch)) => self.watches.entry(watch).or_default().push((id, index)),
@@ -160,7 +160,7 @@ impl Tails {
                 }
             }
         }
-        let given_up = |tail: &Tail| {
+        let given_up = |tail: &FileTail| {
             let finish = tail.finishing.as_ref();
             finish.and_then(|finish| finish.give_up).is_some_and(|at| at <= now)
         };

@@ -8,8 +8,8 @@ use std::time::Duration;
 use super::thread::{MembershipThread, Order};
 use super::view::{MembershipView, Shared};
 use crate::error::{Error, Result};
-use crate::published::{Published, Wake};
-use crate::rendezvous::member::{self, Call, Settings, Standing};
+use crate::published::{CallerFds, Published, Wake};
+use crate::rendezvous::member::{self, Call, MemberSettings, MembershipState};
 use crate::rendezvous::message::Introduction;
 use crate::sys::lease::LeasePage;
 use crate::sys::wake::WakeFd;
@@ -28,7 +28,7 @@ impl RendezvousClient {
     /// Starts a membership. It connects with the first call to join.
     ///
     /// `host` and `port` are the address of the rendezvous, `who` is the agent. An empty name stands for the address of this node.
-    pub fn start(host: &str, port: u16, who: Introduction, settings: Settings) -> Result<Self> {
+    pub fn start(host: &str, port: u16, who: Introduction, settings: MemberSettings) -> Result<Self> {
         let alarm = WakeFd::new().map_err(|source| Error::os("create", "an eventfd", source))?;
         let lease = LeasePage::create().map_err(|source| Error::os("create", "the page of a lease", source))?;
         let (lease, endpoint) = (Arc::new(lease), settings.endpoint.clone());
@@ -48,17 +48,17 @@ impl RendezvousClient {
     }
 
     /// The state of the membership.
-    pub fn standing(&self) -> Result<Standing> {
+    pub fn standing(&self) -> Result<MembershipState> {
         self.thread.check_owner()?;
         // A state from before a call to join is no answer to it.
         let standing = self.shared.view.read(|view| match view.joins_under_way {
             0 => view.standing.clone(),
-            _ => Standing::Joining,
+            _ => MembershipState::Joining,
         });
         // After a suspension of this process, its thread may not have run yet.
         Ok(match standing {
-            Standing::Placed(place) if self.shared.lease.is_over() => {
-                Standing::Over(place, member::lapsed(&self.shared.endpoint))
+            MembershipState::Placed(place) if self.shared.lease.is_over() => {
+                MembershipState::Over(place, member::lapsed(&self.shared.endpoint))
             }
             standing => standing,
         })
@@ -101,12 +101,7 @@ impl RendezvousClient {
     }
 
     /// Blocks until there is something newer than `generation`, `timeout` has passed (`None`: never), or one of `others` is readable.
-    pub fn wait(
-        &self,
-        generation: u64,
-        timeout: Option<Duration>,
-        others: [Option<BorrowedFd<'_>>; 2],
-    ) -> Result<Wake> {
+    pub fn wait(&self, generation: u64, timeout: Option<Duration>, others: CallerFds<'_>) -> Result<Wake> {
         self.thread.check_owner()?;
         self.shared.view.wait(generation, timeout, others, |view| match &view.failure {
             Some(text) => Err(Error::Panicked { thread: THREAD, text: text.clone() }),

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use super::view::Shared;
 use crate::error::{Error, Result};
-use crate::rendezvous::member::{Action, Call, Event, Member, Settings, Standing};
-use crate::rendezvous::message::{self, Introduction, Notice, Request};
+use crate::rendezvous::member::{Call, Member, MemberAction, MemberEvent, MemberSettings, MembershipState};
+use crate::rendezvous::message::{self, AgentMessage, HostMessage, Introduction};
 use crate::store::wire::{MAGIC, UPGRADE, opcode};
 use crate::sys::net::{Stream, endpoint};
 use crate::sys::poller::{Interest, Poller};
@@ -57,7 +57,7 @@ pub(super) struct MembershipThread {
     /// An answer of the resolver is outstanding.
     is_resolving: bool,
     /// The last published state.
-    shown: Standing,
+    shown: MembershipState,
 }
 
 /// An answer of the resolver.
@@ -92,7 +92,7 @@ impl Service for MembershipThread {
                 if self.link.as_ref().and_then(|link| link.turn_ends).is_some_and(|end| Instant::now() >= end) {
                     self.try_others(ErrorKind::TimedOut.into());
                 }
-                self.step(Event::Tick);
+                self.step(MemberEvent::Tick);
             }
         }
     }
@@ -125,7 +125,7 @@ impl MembershipThread {
     pub(super) fn new(
         endpoint: (String, u16),
         who: Introduction,
-        settings: Settings,
+        settings: MemberSettings,
         inbox: Inbox<Order>,
         shared: Arc<Shared>,
     ) -> Result<Self> {
@@ -136,7 +136,7 @@ impl MembershipThread {
         poller.add(&timer, TIMER, Interest::Readable).map_err(failed)?;
         let member = Member::new(settings, Instant::now());
         let (link, resolver, is_resolving) = (None, channel(), false);
-        let shown = Standing::Idle;
+        let shown = MembershipState::Idle;
         Ok(Self { endpoint, who, member, inbox, shared, poller, timer, link, resolver, is_resolving, shown })
     }
 
@@ -147,7 +147,7 @@ impl MembershipThread {
             match order {
                 Order::Call(call) => {
                     let is_join = matches!(call, Call::Join { .. });
-                    self.step(Event::Call(call));
+                    self.step(MemberEvent::Call(call));
                     if is_join {
                         self.shared.view.publish(|view| view.joins_under_way -= 1);
                     }
@@ -158,23 +158,23 @@ impl MembershipThread {
         true
     }
 
-    fn step(&mut self, event: Event) {
+    fn step(&mut self, event: MemberEvent) {
         let mut events = vec![event];
         while let Some(event) = events.pop() {
             for action in self.member.step(Instant::now(), event) {
                 match action {
-                    Action::Connect => events.extend(self.connect()),
-                    Action::Send(request) => {
+                    MemberAction::Connect => events.extend(self.connect()),
+                    MemberAction::Send(request) => {
                         if let Some(link) = &mut self.link {
                             message::encode(&request, &mut link.output);
                         }
                     }
-                    Action::Disconnect => {
+                    MemberAction::Disconnect => {
                         // Messages from before the disconnect are still sent.
                         self.flush();
                         self.hang_up();
                     }
-                    Action::Remark(text) => self.shared.publish(|view| view.remarks.push(text)),
+                    MemberAction::Remark(text) => self.shared.publish(|view| view.remarks.push(text)),
                 }
             }
             events.extend(self.flush());
@@ -200,7 +200,7 @@ impl MembershipThread {
     // ---- connecting
 
     /// Starts to connect. Returns an event if that fails at once.
-    fn connect(&mut self) -> Option<Event> {
+    fn connect(&mut self) -> Option<MemberEvent> {
         if self.is_resolving {
             return None; // a lookup is under way
         }
@@ -214,7 +214,7 @@ impl MembershipThread {
         self.is_resolving = true;
         if let Err(error) = resolve(host, *port, done) {
             self.is_resolving = false;
-            return Some(Event::NotConnected { text: error.to_string(), is_refused: false });
+            return Some(MemberEvent::NotConnected { text: error.to_string(), is_refused: false });
         }
         None
     }
@@ -229,7 +229,7 @@ impl MembershipThread {
             Ok(addresses) => self.try_next(addresses.into_iter().rev().collect(), None),
             Err(error) => {
                 let text = format!("host name {:?} is not known: {error}", self.endpoint.0);
-                Some(Event::NotConnected { text, is_refused: false })
+                Some(MemberEvent::NotConnected { text, is_refused: false })
             }
         };
         match event {
@@ -238,7 +238,7 @@ impl MembershipThread {
         }
     }
 
-    fn try_next(&mut self, mut addresses: Vec<SocketAddr>, mut error: Option<io::Error>) -> Option<Event> {
+    fn try_next(&mut self, mut addresses: Vec<SocketAddr>, mut error: Option<io::Error>) -> Option<MemberEvent> {
         self.hang_up();
         while let Some(address) = addresses.pop() {
             let stream = Stream::connect(address).and_then(|stream| {
@@ -271,7 +271,7 @@ impl MembershipThread {
         }
         let error = error.unwrap_or_else(|| ErrorKind::AddrNotAvailable.into());
         let is_refused = error.kind() == ErrorKind::ConnectionRefused;
-        Some(Event::NotConnected { text: error.to_string(), is_refused })
+        Some(MemberEvent::NotConnected { text: error.to_string(), is_refused })
     }
 
     /// The connection to one address has failed.
@@ -308,7 +308,7 @@ impl MembershipThread {
             link.is_connected = true;
             link.turn_ends = None;
             self.introduce();
-            return self.step(Event::Connected);
+            return self.step(MemberEvent::Connected);
         }
         let mut chunk = [0; 16 * 1024];
         match link.stream.read(&mut chunk) {
@@ -341,7 +341,7 @@ impl MembershipThread {
         link.output.push(opcode::PING);
         link.output.extend_from_slice(&NONCE);
         link.output.push(UPGRADE);
-        message::encode(&Request::Enter(who), &mut link.output);
+        message::encode(&AgentMessage::Enter(who), &mut link.output);
     }
 
     fn take_messages(&mut self) {
@@ -354,13 +354,13 @@ impl MembershipThread {
                 link.input.drain(..NONCE.len());
                 link.has_echoed = true;
             }
-            match message::decode::<Notice>(&mut link.input) {
+            match message::decode::<HostMessage>(&mut link.input) {
                 Ok(Some(notice)) => {
-                    if let Notice::Welcome { silence } = &notice {
+                    if let HostMessage::Welcome { silence } = &notice {
                         // Without it the heartbeats alone detect a broken network.
                         let _ = link.stream.set_patience(*silence);
                     }
-                    self.step(Event::Received(notice));
+                    self.step(MemberEvent::Received(notice));
                 }
                 Ok(None) => return,
                 Err(garbled) => return self.lost(&format!("what it said is garbled: {garbled}")),
@@ -376,7 +376,7 @@ impl MembershipThread {
             return self.refuse_host("is a TCPStore of torch: a torchrun hosts it, or a script does");
         }
         self.hang_up();
-        self.step(Event::Disconnected(text.to_owned()));
+        self.step(MemberEvent::Disconnected(text.to_owned()));
     }
 
     fn refuse_host(&mut self, what: &str) {
@@ -385,11 +385,11 @@ impl MembershipThread {
         let text = format!(
             "what listens at {endpoint} {what}: agents of ferrorun meet where ferrorun hosts; start all nodes with it, or choose another port"
         );
-        self.step(Event::Stranger(text));
+        self.step(MemberEvent::Stranger(text));
     }
 
     /// Sends as much as the kernel takes.
-    fn flush(&mut self) -> Option<Event> {
+    fn flush(&mut self) -> Option<MemberEvent> {
         let link = self.link.as_mut().filter(|link| link.is_connected)?;
         while !link.output.is_empty() {
             match link.stream.write(&link.output) {
@@ -397,7 +397,7 @@ impl MembershipThread {
                 Err(error) if error.kind() == ErrorKind::WouldBlock => break,
                 Err(error) => {
                     self.hang_up();
-                    return Some(Event::Disconnected(error.to_string()));
+                    return Some(MemberEvent::Disconnected(error.to_string()));
                 }
             }
         }
@@ -407,7 +407,7 @@ impl MembershipThread {
             link.interest = interest;
             if let Err(error) = self.poller.modify(&link.stream, STREAM, interest) {
                 self.hang_up();
-                return Some(Event::Disconnected(error.to_string()));
+                return Some(MemberEvent::Disconnected(error.to_string()));
             }
         }
         None
@@ -445,7 +445,7 @@ mod tests {
         let [dead, there] = [&dead, &live].map(|listener| listener.local_addr().expect("address"));
         let who = Introduction::new("job".into(), "node".into(), (1, 1));
         let connect_timeout = Duration::from_secs(60);
-        let settings = Settings { endpoint: "host".into(), connect_timeout, is_host: false };
+        let settings = MemberSettings { endpoint: "host".into(), connect_timeout, is_host: false };
         let alarm = WakeFd::new().expect("alarm");
         let lease = Arc::new(LeasePage::create().expect("page"));
         let endpoint = settings.endpoint.clone();
@@ -454,7 +454,7 @@ mod tests {
         let endpoint = (dead.ip().to_string(), dead.port());
         let mut member = MembershipThread::new(endpoint, who, settings, inbox, shared).expect("a thread");
         let (role, timeout) = ("default".into(), Duration::from_secs(60));
-        member.step(Event::Call(Call::Join { role, local_world_size: 1, timeout }));
+        member.step(MemberEvent::Call(Call::Join { role, local_world_size: 1, timeout }));
         member.take_addresses();
         // As if the host's name had two addresses; the last is taken first.
         assert!(member.try_next(vec![there, dead], None).is_none());

@@ -4,14 +4,14 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use crate::published::Published;
-use crate::rendezvous::member::Standing;
+use crate::rendezvous::member::MembershipState;
 use crate::sys::lease::LeasePage;
 use crate::sys::wake::WakeFd;
 
 /// What the thread publishes.
 #[derive(Debug)]
 pub(super) struct MembershipView {
-    pub(super) standing: Standing,
+    pub(super) standing: MembershipState,
     /// Calls to join that the thread has not served yet.
     pub(super) joins_under_way: usize,
     /// The address of this node by which it reaches the host.
@@ -25,7 +25,7 @@ impl MembershipView {
     /// Of an agent that has not joined.
     pub(super) fn new() -> Self {
         Self {
-            standing: Standing::Idle,
+            standing: MembershipState::Idle,
             joins_under_way: 0,
             address: None,
             remarks: Vec::new(),
@@ -50,7 +50,8 @@ impl Shared {
         self.view.publish(|view| {
             change(view);
             // Under the lock of the view, so that the alarm agrees with the published view.
-            let is_quiet = matches!(view.standing, Standing::Joining | Standing::Placed(_) | Standing::Idle);
+            let is_quiet =
+                matches!(view.standing, MembershipState::Joining | MembershipState::Placed(_) | MembershipState::Idle);
             if is_quiet && view.remarks.is_empty() && !view.is_closed {
                 self.alarm.drain();
             } else {

@@ -6,9 +6,10 @@ use std::time::{Duration, Instant};
 
 use link::Link;
 
-use super::message::{Cause, Join, Kind, MOST_TEXT_BYTES, Notice, Place, Request};
+use super::message::{AgentMessage, Cause, HostMessage, Join, MOST_TEXT_BYTES, Place};
 use crate::sys::clock::{ENDLESS, later};
 use crate::text::bounded;
+use crate::vocabulary::RestartCause;
 
 pub use link::Lease;
 
@@ -21,7 +22,7 @@ const EXPLAIN_AFTER: Duration = Duration::from_secs(10);
 
 /// What an agent was told.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Settings {
+pub struct MemberSettings {
     /// Where the host is, for messages to people.
     pub endpoint: String,
     /// How long it is tried to reach the host.
@@ -68,7 +69,7 @@ pub enum Call {
 
 /// What happens.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Event {
+pub enum MemberEvent {
     /// The program wants something.
     Call(Call),
     /// There is a connection.
@@ -85,18 +86,18 @@ pub enum Event {
     /// The connection has ended.
     Disconnected(String),
     /// The host says something.
-    Received(Notice),
+    Received(HostMessage),
     /// A deadline may have passed.
     Tick,
 }
 
 /// What is to be done.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Action {
+pub enum MemberAction {
     /// Connect, and introduce the agent.
     Connect,
     /// Send this.
-    Send(Request),
+    Send(AgentMessage),
     /// End the connection.
     Disconnect,
     /// Tell the user.
@@ -118,7 +119,7 @@ pub enum Failure {
 
 /// How it stands.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Standing {
+pub enum MembershipState {
     /// It has not asked to join.
     Idle,
     /// It waits for a round.
@@ -152,9 +153,9 @@ struct Wish {
 /// The state of one agent.
 #[derive(Debug)]
 pub struct Member {
-    settings: Settings,
+    settings: MemberSettings,
     link: Link,
-    standing: Standing,
+    standing: MembershipState,
     wish: Option<Wish>,
     /// Until when it is tried to reach the host.
     connect_until: Instant,
@@ -172,17 +173,17 @@ pub struct Member {
     /// The round in which its workers have succeeded.
     finished: Option<u64>,
     last_step: Instant,
-    actions: Vec<Action>,
+    actions: Vec<MemberAction>,
 }
 
 impl Member {
     /// An agent that has not asked for anything.
     #[must_use]
-    pub fn new(settings: Settings, now: Instant) -> Self {
+    pub fn new(settings: MemberSettings, now: Instant) -> Self {
         Self {
             settings,
             link: Link::Down,
-            standing: Standing::Idle,
+            standing: MembershipState::Idle,
             wish: None,
             connect_until: now,
             pause: FIRST_PAUSE,
@@ -218,7 +219,7 @@ impl Member {
 
     /// How it stands.
     #[must_use]
-    pub fn standing(&self) -> &Standing {
+    pub fn standing(&self) -> &MembershipState {
         &self.standing
     }
 
@@ -228,29 +229,30 @@ impl Member {
         if self.settings.is_host { None } else { self.link.lease() }
     }
 
-    /// Takes in what happened; says what follows from it.
-    pub fn step(&mut self, now: Instant, event: Event) -> Vec<Action> {
+    /// Handles an event and returns the actions to carry out.
+    #[must_use = "dropped actions are messages that nobody sends"]
+    pub fn step(&mut self, now: Instant, event: MemberEvent) -> Vec<MemberAction> {
         self.forgive_own_pause(now);
         self.last_step = now;
         // What its workers do after the end of its lease says nothing about the job.
         self.look_at_lease(now);
         match event {
-            Event::Call(call) => self.call(now, call),
-            Event::Connected => self.link = Link::Entering { since: now },
-            Event::NotConnected { text, is_refused } => self.not_connected(now, &text, is_refused),
-            Event::Stranger(text) => {
+            MemberEvent::Call(call) => self.call(now, call),
+            MemberEvent::Connected => self.link = Link::Entering { since: now },
+            MemberEvent::NotConnected { text, is_refused } => self.not_connected(now, &text, is_refused),
+            MemberEvent::Stranger(text) => {
                 self.link = Link::Down;
                 self.fail(Failure::Refused(text));
             }
-            Event::Disconnected(text) => self.disconnected(now, &text),
-            Event::Received(notice) => self.receive(now, notice),
-            Event::Tick => {}
+            MemberEvent::Disconnected(text) => self.disconnected(now, &text),
+            MemberEvent::Received(notice) => self.receive(now, notice),
+            MemberEvent::Tick => {}
         }
         self.look_at_clock(now);
         std::mem::take(&mut self.actions)
     }
 
-    /// When the next [`Event::Tick`] is due.
+    /// When the next [`MemberEvent::Tick`] is due.
     #[must_use]
     pub fn next_tick(&self) -> Option<Instant> {
         let link = match &self.link {
@@ -270,13 +272,13 @@ impl Member {
 
     /// Its workers have succeeded, and those of others may not have yet.
     fn has_finished(&self) -> bool {
-        matches!(&self.standing, Standing::Placed(place) if self.finished == Some(place.round))
+        matches!(&self.standing, MembershipState::Placed(place) if self.finished == Some(place.round))
     }
 
     /// Whether this node is in a round, and its workers have not succeeded.
     #[must_use]
     pub fn has_running_workers(&self) -> bool {
-        matches!(self.standing, Standing::Placed(_)) && !self.has_finished()
+        matches!(self.standing, MembershipState::Placed(_)) && !self.has_finished()
     }
 
     /// Whether it has given up its connection because the host did not answer, and has no other yet.
@@ -288,10 +290,10 @@ impl Member {
     fn call(&mut self, now: Instant, call: Call) {
         match call {
             Call::Join { role, local_world_size, timeout } => {
-                if matches!(self.standing, Standing::Closed { .. } | Standing::Released) {
+                if matches!(self.standing, MembershipState::Closed { .. } | MembershipState::Released) {
                     return;
                 }
-                self.standing = Standing::Joining;
+                self.standing = MembershipState::Joining;
                 self.finished = None;
                 self.wish = Some(Wish { role, local_world_size, timeout, deadline: later(now, timeout) });
                 match self.link {
@@ -302,29 +304,29 @@ impl Member {
             }
             Call::Failed { at_ns, text, code, is_final } => {
                 if let Some(round) = self.last_round {
-                    self.send(Request::Failed { round, at_ns, text: short(&text), code, is_final });
+                    self.send(AgentMessage::Failed { round, at_ns, text: short(&text), code, is_final });
                 }
             }
             Call::Finished => {
-                if let Standing::Placed(place) = &self.standing {
+                if let MembershipState::Placed(place) = &self.standing {
                     let round = place.round;
                     self.finished = Some(round);
-                    self.send(Request::Finished { round });
+                    self.send(AgentMessage::Finished { round });
                 }
             }
-            Call::Close { text, code } => self.send(Request::Close { text: short(&text), code }),
+            Call::Close { text, code } => self.send(AgentMessage::Close { text: short(&text), code }),
             Call::Leave(text) => {
-                self.send(Request::Leave { text: short(&text) });
+                self.send(AgentMessage::Leave { text: short(&text) });
                 self.wish = None;
                 self.link = Link::Down;
-                self.actions.push(Action::Disconnect);
+                self.actions.push(MemberAction::Disconnect);
             }
         }
     }
 
-    fn send(&mut self, request: Request) {
+    fn send(&mut self, request: AgentMessage) {
         if matches!(self.link, Link::Up(_)) {
-            self.actions.push(Action::Send(request));
+            self.actions.push(MemberAction::Send(request));
         }
     }
 
@@ -337,7 +339,7 @@ impl Member {
             local_world_size: wish.local_world_size,
             timeout: wish.deadline.saturating_duration_since(now),
         };
-        self.send(Request::Join(join));
+        self.send(AgentMessage::Join(join));
     }
 
     fn connect(&mut self, now: Instant) {
@@ -346,7 +348,7 @@ impl Member {
         self.unreached = None;
         self.explain_at = now + EXPLAIN_AFTER;
         self.link = Link::Connecting;
-        self.actions.push(Action::Connect);
+        self.actions.push(MemberAction::Connect);
     }
 
     fn not_connected(&mut self, now: Instant, text: &str, is_refused: bool) {
@@ -367,7 +369,7 @@ impl Member {
         }
         if now >= self.explain_at && self.explained.as_deref() != Some(text) {
             let left_s = self.connect_until.saturating_duration_since(now).as_secs_f64();
-            self.actions.push(Action::Remark(format!(
+            self.actions.push(MemberAction::Remark(format!(
                 "the host of the rendezvous at {endpoint} is not reached: {text}; trying for {left_s:.0} s more (read_timeout)"
             )));
             self.explained = Some(text.to_owned());
@@ -389,9 +391,9 @@ impl Member {
             } else {
                 self.not_connected(now, text, false);
             }
-        } else if let Standing::Placed(place) = &self.standing {
-            let cause = Cause { kind: Kind::Membership, node: String::new(), at_ns: None, text: lost, code: 1 };
-            self.standing = Standing::Over(place.clone(), cause);
+        } else if let MembershipState::Placed(place) = &self.standing {
+            let cause = Cause { kind: RestartCause::Membership, node: String::new(), at_ns: None, text: lost, code: 1 };
+            self.standing = MembershipState::Over(place.clone(), cause);
         } else if let Some(wish) = &mut self.wish {
             if was_up {
                 wish.deadline = later(now, wish.timeout);
@@ -402,12 +404,12 @@ impl Member {
         }
     }
 
-    fn receive(&mut self, now: Instant, notice: Notice) {
+    fn receive(&mut self, now: Instant, notice: HostMessage) {
         if let Link::Up(up) = &mut self.link {
             up.hear(now);
         }
         match notice {
-            Notice::Welcome { silence } => {
+            HostMessage::Welcome { silence } => {
                 if let Link::Entering { since } = self.link {
                     self.link = Link::up(since, now, silence.min(ENDLESS));
                     self.explained = None;
@@ -416,70 +418,70 @@ impl Member {
                     if self.has_finished()
                         && let Some(round) = self.finished
                     {
-                        return self.send(Request::Finished { round });
+                        return self.send(AgentMessage::Finished { round });
                     }
                     // To this host, or by now, it is a new one.
                     self.last_round = None;
                     self.ask(now);
                 }
             }
-            Notice::Begin(place) => {
+            HostMessage::Begin(place) => {
                 let is_new = !self.is_round_of_link || self.last_round.is_none_or(|last| place.round > last);
                 if self.wish.is_some() && is_new {
                     self.wish = None;
                     self.last_round = Some(place.round);
                     self.is_round_of_link = true;
-                    self.standing = Standing::Placed(place);
+                    self.standing = MembershipState::Placed(place);
                 }
             }
-            Notice::Over { round, cause } => {
-                if let Standing::Placed(place) = &self.standing
+            HostMessage::Over { round, cause } => {
+                if let MembershipState::Placed(place) = &self.standing
                     && place.round == round
                 {
-                    self.standing = Standing::Over(place.clone(), cause);
+                    self.standing = MembershipState::Over(place.clone(), cause);
                 }
             }
-            Notice::TimedOut { waiting, cause } => {
+            HostMessage::TimedOut { waiting, cause } => {
                 if self.wish.is_some() {
                     let since = cause.map_or_else(String::new, |cause| format!(", after this: {cause}"));
                     self.fail(Failure::TimedOut(format!("these did: {}{since}", waiting.join(", "))));
                 }
             }
-            Notice::Released => {
+            HostMessage::Released => {
                 if self.has_finished() {
-                    self.standing = Standing::Released;
+                    self.standing = MembershipState::Released;
                 }
             }
-            Notice::Closed { text, code } => {
+            HostMessage::Closed { text, code } => {
                 self.wish = None;
-                if self.standing != Standing::Released {
+                if self.standing != MembershipState::Released {
                     // A job whose workers of this node have not succeeded has not.
                     let code = if code == 0 && self.has_running_workers() { 1 } else { code };
-                    self.standing = Standing::Closed { text, code };
+                    self.standing = MembershipState::Closed { text, code };
                 }
             }
-            Notice::Late { text } => {
+            HostMessage::Late { text } => {
                 self.link = Link::Down;
-                self.actions.push(Action::Disconnect);
+                self.actions.push(MemberAction::Disconnect);
                 self.fail(Failure::Late(text));
             }
-            Notice::Refused { text } => {
+            HostMessage::Refused { text } => {
                 self.link = Link::Down;
-                self.actions.push(Action::Disconnect);
+                self.actions.push(MemberAction::Disconnect);
                 let text = format!("the rendezvous at {} does not take this node: {text}", self.settings.endpoint);
                 self.fail(Failure::Refused(text));
             }
-            Notice::Dropped { text } => {
-                self.actions.push(Action::Disconnect);
+            HostMessage::Dropped { text } => {
+                self.actions.push(MemberAction::Disconnect);
                 self.disconnected(now, &text);
             }
-            Notice::Remark { text } => self.actions.push(Action::Remark(text)),
-            Notice::Beat { number } => {
+            HostMessage::Remark { text } => self.actions.push(MemberAction::Remark(text)),
+            HostMessage::Beat { number } => {
                 if let Link::Up(up) = &mut self.link {
                     up.answered(number);
                 }
             }
-            Notice::Probe => {}
+            HostMessage::Probe => {}
         }
     }
 
@@ -488,7 +490,7 @@ impl Member {
         if matches!(self.link, Link::Pausing { .. }) {
             self.link = Link::Down;
         }
-        self.standing = Standing::Failed(failure);
+        self.standing = MembershipState::Failed(failure);
     }
 
     /// This process was stopped: that it has heard nothing meanwhile says nothing about the host.
@@ -504,11 +506,11 @@ impl Member {
         let Some(lease) = self.lease().filter(|lease| self.has_running_workers() && now >= lease.stop_at) else {
             return;
         };
-        if let Standing::Placed(place) = &self.standing {
-            self.standing = Standing::Over(place.clone(), lapsed(&self.settings.endpoint));
+        if let MembershipState::Placed(place) = &self.standing {
+            self.standing = MembershipState::Over(place.clone(), lapsed(&self.settings.endpoint));
         }
         self.link = Link::Lapsed(lease);
-        self.actions.push(Action::Disconnect);
+        self.actions.push(MemberAction::Disconnect);
     }
 
     fn look_at_clock(&mut self, now: Instant) {
@@ -516,20 +518,20 @@ impl Member {
         match &mut self.link {
             Link::Pausing { next } if now >= *next => {
                 self.link = Link::Connecting;
-                self.actions.push(Action::Connect);
+                self.actions.push(MemberAction::Connect);
             }
             Link::Connecting | Link::Entering { .. } if now >= self.connect_until => {
-                self.actions.push(Action::Disconnect);
+                self.actions.push(MemberAction::Disconnect);
                 // The last attempt has no time left for an answer.
                 let text = self.unreached.take();
                 self.not_connected(now, text.as_deref().unwrap_or("no answer"), false);
             }
             Link::Up(up) if !self.settings.is_host => {
                 if let Some(silence) = up.is_silent(now).filter(|_| !may_lapse) {
-                    self.actions.push(Action::Disconnect);
+                    self.actions.push(MemberAction::Disconnect);
                     self.disconnected(now, &format!("it was silent for {:.1} s", silence.as_secs_f64()));
                 } else if let Some(number) = up.beat(now) {
-                    self.send(Request::Beat { number });
+                    self.send(AgentMessage::Beat { number });
                 }
             }
             _ => {}
@@ -545,7 +547,7 @@ pub(crate) fn lapsed(endpoint: &str) -> Cause {
     let text = format!(
         "the host of the rendezvous at {endpoint} has not answered for too long (heartbeat_timeout): this node stops its workers before others take their ranks"
     );
-    Cause { kind: Kind::Membership, node: String::new(), at_ns: None, text, code: 1 }
+    Cause { kind: RestartCause::Membership, node: String::new(), at_ns: None, text, code: 1 }
 }
 
 /// What fits into a message.

@@ -10,6 +10,7 @@ use std::time::{Duration, SystemTime};
 use serde::{Deserialize, Deserializer, Serialize, de::DeserializeOwned};
 
 use crate::text::printable;
+use crate::vocabulary::RestartCause;
 
 /// Version of the messages. Agents of another version are refused.
 pub const PROTOCOL: u32 = 2;
@@ -86,7 +87,7 @@ pub struct Join {
 
 /// From an agent to the host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Request {
+pub enum AgentMessage {
     /// The first message.
     Enter(Introduction),
     /// Take me into the next round.
@@ -158,20 +159,11 @@ pub struct Place {
     pub cause: Option<Cause>,
 }
 
-/// What ends a round.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Kind {
-    /// A worker failed. Their number is limited by the job's restarts.
-    Failure,
-    /// A node came, went or was lost.
-    Membership,
-}
-
 /// Why a round ended.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Cause {
-    /// What it counts as.
-    pub kind: Kind,
+    /// The kind of cause.
+    pub kind: RestartCause,
     /// The node it happened on, as [`Introduction::name`].
     #[serde(deserialize_with = "shown")]
     pub node: String,
@@ -194,7 +186,7 @@ impl Cause {
 
 /// From the host to an agent.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Notice {
+pub enum HostMessage {
     /// The answer to the first message.
     Welcome {
         /// The other side is taken for lost after so much silence.

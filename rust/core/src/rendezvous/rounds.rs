@@ -4,27 +4,28 @@
 //! of a round that is over are expected back, and seats are kept for them.
 
 mod clock;
-mod ending;
 mod entry;
 mod reasons;
+mod round_end;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::time::{Duration, Instant};
 
-use ending::Pending;
+use round_end::Pending;
 
-use super::message::{Cause, Introduction, Join, Kind, MOST_TEXT_BYTES, Notice, Place, Request};
+use super::message::{AgentMessage, Cause, HostMessage, Introduction, Join, MOST_TEXT_BYTES, Place};
 pub use super::seating::Id;
 use super::seating::{self, Candidate, Round};
 use crate::sys::clock::ENDLESS;
 use crate::text::bounded;
+use crate::vocabulary::RestartCause;
 
 /// So many nodes are named to somebody who has waited for more of them.
 const MOST_NAMES: usize = 32;
 
 /// What the host was told.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Settings {
+pub struct HostSettings {
     /// The job.
     pub run_id: String,
     /// Fewest nodes of a round.
@@ -43,7 +44,7 @@ pub struct Settings {
 
 /// What happens.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Event {
+pub enum HostEvent {
     /// An agent has connected and says who it is.
     Entered(Id, Introduction),
     /// It is ready for a round.
@@ -82,7 +83,7 @@ pub enum Event {
     },
     /// Something that is no agent of this package came to the endpoint.
     Stranger(String),
-    /// What became of an [`Action::Examine`]: whether the agent's machine has acknowledged all that was sent to it.
+    /// What became of an [`HostAction::Examine`]: whether the agent's machine has acknowledged all that was sent to it.
     Examined(Id, bool),
     /// A deadline may have passed.
     Tick,
@@ -90,12 +91,12 @@ pub enum Event {
 
 /// What is to be done.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Action {
+pub enum HostAction {
     /// Empty the workers' store. Comes before the first of those who begin is told.
     RenewStore,
     /// Send this.
-    Tell(Id, Notice),
-    /// See whether the agent's machine answers, and say so with [`Event::Examined`].
+    Tell(Id, HostMessage),
+    /// See whether the agent's machine answers, and say so with [`HostEvent::Examined`].
     Examine(Id),
     /// End the connection.
     Drop(Id),
@@ -148,7 +149,7 @@ impl Tally {
 }
 
 #[derive(Debug)]
-struct Member {
+struct Participant {
     who: Introduction,
     heard: Instant,
     /// The round it took part in last, and its rank there.
@@ -162,7 +163,7 @@ struct Member {
     told: Option<String>,
 }
 
-impl Member {
+impl Participant {
     fn label(&self) -> String {
         format!("{} (agent {})", self.who.name, self.who.pid)
     }
@@ -197,7 +198,7 @@ enum Doubt {
 }
 
 #[derive(Debug)]
-enum Phase {
+enum RoundPhase {
     Gathering {
         since: Instant,
         /// Since when, plus the last call, the round could begin.
@@ -214,9 +215,9 @@ enum Phase {
 /// The state of a job's rendezvous.
 #[derive(Debug)]
 pub struct Rounds {
-    settings: Settings,
-    members: BTreeMap<Id, Member>,
-    phase: Phase,
+    settings: HostSettings,
+    members: BTreeMap<Id, Participant>,
+    phase: RoundPhase,
     /// Rounds that have begun.
     begun: u64,
     failures: u64,
@@ -237,18 +238,18 @@ pub struct Rounds {
     /// with each message, of which there are as many as agents.
     due: Option<Instant>,
     tally: Tally,
-    actions: Vec<Action>,
+    actions: Vec<HostAction>,
 }
 
 impl Rounds {
     /// A rendezvous to which nobody has come.
     #[must_use]
-    pub fn new(settings: Settings, now: Instant) -> Self {
+    pub fn new(settings: HostSettings, now: Instant) -> Self {
         let (last_call, silence) = (settings.last_call.min(ENDLESS), settings.silence.min(ENDLESS));
         Self {
-            settings: Settings { last_call, silence, ..settings },
+            settings: HostSettings { last_call, silence, ..settings },
             members: BTreeMap::new(),
-            phase: Phase::Gathering { since: now, last_call: None },
+            phase: RoundPhase::Gathering { since: now, last_call: None },
             begun: 0,
             failures: 0,
             membership_changes: 0,
@@ -265,48 +266,49 @@ impl Rounds {
         }
     }
 
-    /// Takes in what happened; says what follows from it.
-    pub fn step(&mut self, now: Instant, event: Event) -> Vec<Action> {
+    /// Handles an event and returns the actions to carry out.
+    #[must_use = "dropped actions are messages that nobody sends"]
+    pub fn step(&mut self, now: Instant, event: HostEvent) -> Vec<HostAction> {
         self.forgive_own_pause(now);
         self.last_step = now;
         match event {
-            Event::Entered(id, who) => self.enter(now, id, who),
-            Event::Joined(id, join) => {
+            HostEvent::Entered(id, who) => self.enter(now, id, who),
+            HostEvent::Joined(id, join) => {
                 self.hear(now, id);
                 self.join(now, id, join);
             }
-            Event::Failed { id, round, at_ns, text, code, is_final } => {
+            HostEvent::Failed { id, round, at_ns, text, code, is_final } => {
                 self.hear(now, id);
                 let node = self.members.get(&id).map(|member| member.who.name.clone()).unwrap_or_default();
                 let text = format!("{} on {node}", bounded(&text, MOST_TEXT_BYTES));
-                let cause = Cause { kind: Kind::Failure, node, at_ns: Some(at_ns), text, code };
+                let cause = Cause { kind: RestartCause::Failure, node, at_ns: Some(at_ns), text, code };
                 self.fail(now, id, round, cause, is_final);
             }
-            Event::Finished(id, round) => {
+            HostEvent::Finished(id, round) => {
                 self.hear(now, id);
                 self.finish(id, round);
             }
-            Event::Closed(id, text, code) => {
+            HostEvent::Closed(id, text, code) => {
                 if let Some(member) = self.members.get(&id) {
                     let text = format!("{}: {}", member.label(), bounded(&text, MOST_TEXT_BYTES));
                     self.close(&text, code);
                 }
             }
-            Event::Left(id, text) => {
+            HostEvent::Left(id, text) => {
                 self.remove(now, id, &format!("left: {}", bounded(&text, MOST_TEXT_BYTES)), Gone::Left);
             }
-            Event::Lost(id, text) => self.remove(now, id, &format!("was lost: {text}"), Gone::Lost(now)),
-            Event::Beat(id, number) => {
+            HostEvent::Lost(id, text) => self.remove(now, id, &format!("was lost: {text}"), Gone::Lost(now)),
+            HostEvent::Beat(id, number) => {
                 self.hear(now, id);
-                self.tell(id, Notice::Beat { number });
+                self.tell(id, HostMessage::Beat { number });
             }
-            Event::Announced { text, grace } => {
-                let cause = Cause { kind: Kind::Failure, node: String::new(), at_ns: None, text, code: 1 };
+            HostEvent::Announced { text, grace } => {
+                let cause = Cause { kind: RestartCause::Failure, node: String::new(), at_ns: None, text, code: 1 };
                 self.expect_end(now, now + grace, cause, false);
             }
-            Event::Stranger(text) => self.remark(&text),
-            Event::Examined(id, is_acknowledged) => self.examined(now, id, is_acknowledged),
-            Event::Tick => {}
+            HostEvent::Stranger(text) => self.remark(&text),
+            HostEvent::Examined(id, is_acknowledged) => self.examined(now, id, is_acknowledged),
+            HostEvent::Tick => {}
         }
         self.look_at_clock(now);
         debug_assert_eq!(self.tally, self.count_seats());
@@ -319,7 +321,7 @@ impl Rounds {
         tally
     }
 
-    /// When the next [`Event::Tick`] is due.
+    /// When the next [`HostEvent::Tick`] is due.
     #[must_use]
     pub fn next_tick(&self) -> Option<Instant> {
         self.due
@@ -334,14 +336,14 @@ impl Rounds {
     /// Whether there will be no other round, and why.
     #[must_use]
     pub fn closed(&self) -> Option<&str> {
-        if let Phase::Closed { why, .. } = &self.phase { Some(why) } else { None }
+        if let RoundPhase::Closed { why, .. } = &self.phase { Some(why) } else { None }
     }
 
     // ---- of agents
 
     fn join(&mut self, now: Instant, id: Id, join: Join) {
         let Some(member) = self.members.get(&id) else { return };
-        if matches!(self.phase, Phase::Closed { .. }) {
+        if matches!(self.phase, RoundPhase::Closed { .. }) {
             let notice = self.end_for(member);
             return self.tell(id, notice);
         }
@@ -349,14 +351,15 @@ impl Rounds {
             Seat::Running(place) | Seat::Finished(place) if join.after != Some(place.round) => {
                 // What it asks for it has got: the answer crossed the question.
                 let place = place.clone();
-                self.tell(id, Notice::Begin(place));
+                self.tell(id, HostMessage::Begin(place));
             }
             Seat::Running(_) | Seat::Finished(_) => {
                 if let Some(pending) = self.pending.take_if(|pending| pending.is_final) {
                     return self.close_for_good(&pending.cause);
                 }
                 let text = format!("{} starts its workers again", member.label());
-                let cause = Cause { kind: Kind::Failure, node: member.who.name.clone(), at_ns: None, text, code: 1 };
+                let cause =
+                    Cause { kind: RestartCause::Failure, node: member.who.name.clone(), at_ns: None, text, code: 1 };
                 self.end_round(now, &cause);
                 self.wait(now, id, join);
             }
@@ -377,19 +380,19 @@ impl Rounds {
         self.known.insert(member.who.membership);
         let newcomer = member.label();
         match self.phase {
-            Phase::Gathering { .. } => self.try_begin(now),
-            Phase::Running if self.has_room() => {
+            RoundPhase::Gathering { .. } => self.try_begin(now),
+            RoundPhase::Running if self.has_room() => {
                 let text = format!("{newcomer} joins");
                 let node = self.members[&id].who.name.clone();
-                self.end_round(now, &Cause { kind: Kind::Membership, node, at_ns: None, text, code: 1 });
+                self.end_round(now, &Cause { kind: RestartCause::Membership, node, at_ns: None, text, code: 1 });
             }
-            Phase::Running => {
+            RoundPhase::Running => {
                 if let Some(member) = self.members.get_mut(&id) {
                     member.is_late = is_late;
                 }
                 self.tell_spare(id);
             }
-            Phase::Closed { .. } => {}
+            RoundPhase::Closed { .. } => {}
         }
     }
 
@@ -421,7 +424,7 @@ impl Rounds {
     }
 
     fn has_succeeded_anywhere(&self) -> bool {
-        let has_finished = |member: &Member| matches!(member.seat, Seat::Finished(_));
+        let has_finished = |member: &Participant| matches!(member.seat, Seat::Finished(_));
         !self.gone_finished.is_empty() || self.members.values().any(has_finished)
     }
 
@@ -442,16 +445,17 @@ impl Rounds {
                     member.last = Some((place.round, place.group_rank));
                     self.sit(id, Seat::Finished(place));
                 }
-                None if !matches!(self.phase, Phase::Closed { .. }) => {
-                    if matches!(self.phase, Phase::Gathering { .. }) && self.begun == round + 1 {
+                None if !matches!(self.phase, RoundPhase::Closed { .. }) => {
+                    if matches!(self.phase, RoundPhase::Gathering { .. }) && self.begun == round + 1 {
                         // It comes back, as the others do. What its rank was does not matter.
                         member.last = Some((round, u64::MAX));
                         self.sit(id, Seat::Returning);
                     }
                     let text = "the connection had ended before its workers did".to_owned();
-                    let lost = Cause { kind: Kind::Membership, node: String::new(), at_ns: None, text, code: 1 };
+                    let lost =
+                        Cause { kind: RestartCause::Membership, node: String::new(), at_ns: None, text, code: 1 };
                     let cause = self.cause.clone().unwrap_or(lost);
-                    return self.tell(id, Notice::Over { round, cause });
+                    return self.tell(id, HostMessage::Over { round, cause });
                 }
                 None => return,
             },
@@ -461,7 +465,7 @@ impl Rounds {
     }
 
     fn release_if_all_finished(&mut self) {
-        if !matches!(self.phase, Phase::Running) || self.tally.running > 0 {
+        if !matches!(self.phase, RoundPhase::Running) || self.tally.running > 0 {
             return;
         }
         self.end("the job has succeeded", 0);
@@ -473,22 +477,22 @@ impl Rounds {
         };
         self.tally.subtract(&member.seat);
         let text = format!("{} {how}", member.label());
-        let lost = Cause { kind: Kind::Membership, node: member.who.name.clone(), at_ns: None, text, code: 1 };
+        let lost = Cause { kind: RestartCause::Membership, node: member.who.name.clone(), at_ns: None, text, code: 1 };
         match (&self.phase, member.seat) {
-            (Phase::Running, Seat::Running(_)) => self.lose(now, &lost, gone),
+            (RoundPhase::Running, Seat::Running(_)) => self.lose(now, &lost, gone),
             // Its workers have succeeded: it is not missed.
-            (Phase::Running, Seat::Finished(place)) => {
+            (RoundPhase::Running, Seat::Finished(place)) => {
                 self.gone_finished.insert(member.who.membership, place);
                 self.release_if_all_finished();
             }
-            (Phase::Gathering { since, .. }, Seat::Returning) => {
+            (RoundPhase::Gathering { since, .. }, Seat::Returning) => {
                 if gone.explains(*since) {
                     self.explain_failure(lost);
                 }
                 self.try_begin(now);
             }
-            (Phase::Gathering { .. }, _) => self.try_begin(now),
-            (Phase::Running | Phase::Closed { .. }, _) => {}
+            (RoundPhase::Gathering { .. }, _) => self.try_begin(now),
+            (RoundPhase::Running | RoundPhase::Closed { .. }, _) => {}
         }
         self.admit_contenders(now, member.who.node_rank);
     }
@@ -503,18 +507,18 @@ impl Rounds {
         usize::try_from(self.settings.min_nodes).unwrap_or(usize::MAX)
     }
 
-    fn waiting(&self) -> impl Iterator<Item = &Member> {
+    fn waiting(&self) -> impl Iterator<Item = &Participant> {
         self.members.values().filter(|member| member.is_waiting())
     }
 
-    fn is_of_last_round(&self, member: &Member) -> bool {
+    fn is_of_last_round(&self, member: &Participant) -> bool {
         member.last.is_some_and(|(round, _)| round + 1 == self.begun)
     }
 
     /// Begins the round if it should not wait for anybody any more.
     fn try_begin(&mut self, now: Instant) {
         let (waiting, least) = (self.tally.waiting, self.least_nodes());
-        let Phase::Gathering { last_call, .. } = &mut self.phase else { return };
+        let RoundPhase::Gathering { last_call, .. } = &mut self.phase else { return };
         if waiting < least {
             *last_call = None;
             return;
@@ -542,9 +546,9 @@ impl Rounds {
             cause: self.cause.clone(),
         };
         let places = seating::places(&seated, &round);
-        self.actions.push(Action::RenewStore);
+        self.actions.push(HostAction::RenewStore);
         for (id, place) in places {
-            self.actions.push(Action::Tell(id, Notice::Begin(place.clone())));
+            self.actions.push(HostAction::Tell(id, HostMessage::Begin(place.clone())));
             if let Some(member) = self.members.get_mut(&id) {
                 member.last = Some((place.round, place.group_rank));
             }
@@ -552,7 +556,7 @@ impl Rounds {
         }
         self.begun += 1;
         self.cause = None;
-        self.phase = Phase::Running;
+        self.phase = RoundPhase::Running;
         self.explain_at = None;
         let spares: Vec<Id> = self.members.iter().filter(|(_, one)| one.is_waiting()).map(|(id, _)| *id).collect();
         for id in spares {
@@ -560,31 +564,31 @@ impl Rounds {
         }
     }
 
-    fn candidate<'a>(&self, id: Id, member: &'a Member) -> Option<Candidate<'a>> {
+    fn candidate<'a>(&self, id: Id, member: &'a Participant) -> Option<Candidate<'a>> {
         let Seat::Waiting { join, since } = &member.seat else { return None };
         let former = member.last.filter(|_| self.is_of_last_round(member)).map(|(_, rank)| rank);
         Some(Candidate { id, who: &member.who, join, since: *since, former })
     }
 
-    fn tell(&mut self, id: Id, notice: Notice) {
-        self.actions.push(Action::Tell(id, notice));
+    fn tell(&mut self, id: Id, notice: HostMessage) {
+        self.actions.push(HostAction::Tell(id, notice));
     }
 }
 
-impl Event {
+impl HostEvent {
     /// What an agent's message means.
     #[must_use]
-    pub fn requested(id: Id, request: Request) -> Self {
+    pub fn requested(id: Id, request: AgentMessage) -> Self {
         match request {
-            Request::Enter(who) => Self::Entered(id, who),
-            Request::Join(join) => Self::Joined(id, join),
-            Request::Failed { round, at_ns, text, code, is_final } => {
+            AgentMessage::Enter(who) => Self::Entered(id, who),
+            AgentMessage::Join(join) => Self::Joined(id, join),
+            AgentMessage::Failed { round, at_ns, text, code, is_final } => {
                 Self::Failed { id, round, at_ns, text, code, is_final }
             }
-            Request::Finished { round } => Self::Finished(id, round),
-            Request::Close { text, code } => Self::Closed(id, text, code),
-            Request::Leave { text } => Self::Left(id, text),
-            Request::Beat { number } => Self::Beat(id, number),
+            AgentMessage::Finished { round } => Self::Finished(id, round),
+            AgentMessage::Close { text, code } => Self::Closed(id, text, code),
+            AgentMessage::Leave { text } => Self::Left(id, text),
+            AgentMessage::Beat { number } => Self::Beat(id, number),
         }
     }
 }

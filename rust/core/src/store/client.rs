@@ -90,12 +90,12 @@ impl StoreClient {
 
     /// `SET`.
     pub fn set(&mut self, key: &[u8], value: &[u8]) -> Result<(), ClientError> {
-        self.exchange(|talk| talk.send(opcode::SET, &[Field::Bytes(key), Field::Bytes(value)]))
+        self.exchange(|talk| talk.send(opcode::SET, &[Argument::Bytes(key), Argument::Bytes(value)]))
     }
 
     /// `COMPARE_SET`; the value that is there afterwards.
     pub fn compare_set(&mut self, key: &[u8], expected: &[u8], desired: &[u8]) -> Result<Vec<u8>, ClientError> {
-        let fields = [Field::Bytes(key), Field::Bytes(expected), Field::Bytes(desired)];
+        let fields = [Argument::Bytes(key), Argument::Bytes(expected), Argument::Bytes(desired)];
         self.exchange(|talk| {
             talk.send(opcode::COMPARE_SET, &fields)?;
             talk.receive_bytes()
@@ -106,15 +106,15 @@ impl StoreClient {
     pub fn get(&mut self, keys: &[&[u8]], timeout: Duration) -> Result<Vec<Vec<u8>>, ClientError> {
         self.wait(keys, timeout)?;
         self.exchange(|talk| {
-            talk.send(opcode::MULTI_GET, &[Field::Keys(keys)])?;
+            talk.send(opcode::MULTI_GET, &[Argument::Keys(keys)])?;
             keys.iter().map(|_| talk.receive_bytes()).collect()
         })
     }
 
     /// `MULTI_SET`.
     pub fn multi_set(&mut self, pairs: &[(&[u8], &[u8])]) -> Result<(), ClientError> {
-        let count = Field::Number(i64::try_from(pairs.len()).unwrap_or(i64::MAX));
-        let fields = pairs.iter().flat_map(|(key, value)| [Field::Bytes(key), Field::Bytes(value)]);
+        let count = Argument::Number(i64::try_from(pairs.len()).unwrap_or(i64::MAX));
+        let fields = pairs.iter().flat_map(|(key, value)| [Argument::Bytes(key), Argument::Bytes(value)]);
         let fields: Vec<_> = std::iter::once(count).chain(fields).collect();
         self.exchange(|talk| talk.send(opcode::MULTI_SET, &fields))
     }
@@ -122,20 +122,20 @@ impl StoreClient {
     /// `ADD`; the sum.
     pub fn add(&mut self, key: &[u8], delta: i64) -> Result<i64, ClientError> {
         self.exchange(|talk| {
-            talk.send(opcode::ADD, &[Field::Bytes(key), Field::Number(delta)])?;
+            talk.send(opcode::ADD, &[Argument::Bytes(key), Argument::Number(delta)])?;
             talk.receive_number()
         })
     }
 
     /// `APPEND`.
     pub fn append(&mut self, key: &[u8], value: &[u8]) -> Result<(), ClientError> {
-        self.exchange(|talk| talk.send(opcode::APPEND, &[Field::Bytes(key), Field::Bytes(value)]))
+        self.exchange(|talk| talk.send(opcode::APPEND, &[Argument::Bytes(key), Argument::Bytes(value)]))
     }
 
     /// `CHECK`: whether all keys are there.
     pub fn check(&mut self, keys: &[&[u8]]) -> Result<bool, ClientError> {
         self.exchange(|talk| {
-            talk.send(opcode::CHECK, &[Field::Keys(keys)])?;
+            talk.send(opcode::CHECK, &[Argument::Keys(keys)])?;
             Ok(talk.receive::<1>()? == [0])
         })
     }
@@ -143,7 +143,7 @@ impl StoreClient {
     /// `DELETE_KEY`: whether it was there.
     pub fn delete(&mut self, key: &[u8]) -> Result<bool, ClientError> {
         self.exchange(|talk| {
-            talk.send(opcode::DELETE_KEY, &[Field::Bytes(key)])?;
+            talk.send(opcode::DELETE_KEY, &[Argument::Bytes(key)])?;
             Ok(talk.receive_number()? != 0)
         })
     }
@@ -162,7 +162,7 @@ impl StoreClient {
         const CANCELED: u8 = 1;
         // Time for an answer about keys that are there.
         const LEAST: Duration = Duration::from_millis(1);
-        self.exchange(|talk| talk.send(opcode::WAIT, &[Field::Keys(keys)]))?;
+        self.exchange(|talk| talk.send(opcode::WAIT, &[Argument::Keys(keys)]))?;
         let waited = Exchange { stream: &self.stream, deadline: after(timeout.max(LEAST)) }.receive::<1>();
         match waited {
             Ok([STOP_WAITING]) => return Ok(()),
@@ -224,7 +224,7 @@ struct Exchange<'a> {
 }
 
 impl Exchange<'_> {
-    fn send(&mut self, opcode: u8, fields: &[Field<'_>]) -> io::Result<()> {
+    fn send(&mut self, opcode: u8, fields: &[Argument<'_>]) -> io::Result<()> {
         let mut request = vec![opcode];
         for field in fields {
             field.append_to(&mut request);
@@ -280,24 +280,24 @@ fn is_late(error: &io::Error) -> bool {
 }
 
 /// A part of a request.
-enum Field<'a> {
+enum Argument<'a> {
     Bytes(&'a [u8]),
     Number(i64),
     Keys(&'a [&'a [u8]]),
 }
 
-impl Field<'_> {
+impl Argument<'_> {
     fn append_to(&self, request: &mut Vec<u8>) {
         let length = |length: usize| u64::try_from(length).unwrap_or(u64::MAX).to_le_bytes();
         match self {
-            Field::Bytes(bytes) => {
+            Argument::Bytes(bytes) => {
                 request.extend_from_slice(&length(bytes.len()));
                 request.extend_from_slice(bytes);
             }
-            Field::Number(number) => request.extend_from_slice(&number.to_le_bytes()),
-            Field::Keys(keys) => {
+            Argument::Number(number) => request.extend_from_slice(&number.to_le_bytes()),
+            Argument::Keys(keys) => {
                 request.extend_from_slice(&length(keys.len()));
-                keys.iter().for_each(|key| Field::Bytes(key).append_to(request));
+                keys.iter().for_each(|key| Argument::Bytes(key).append_to(request));
             }
         }
     }

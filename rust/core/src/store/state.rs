@@ -4,7 +4,7 @@
 
 use std::collections::{HashMap, VecDeque};
 
-use super::wire::{Key, Limits, Request, Value};
+use super::wire::{Key, Limits, StoreRequest, Value};
 
 /// A connection, by a number of the caller's.
 pub type Peer = u64;
@@ -16,7 +16,7 @@ const WAIT_CANCELED: u8 = 1;
 
 /// What a connection is told. Replies of a connection are in order; other than the answer to a `WAIT`, each comes at once.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Reply {
+pub struct StoreReply {
     /// To whom.
     pub peer: Peer,
     /// The bytes.
@@ -50,23 +50,23 @@ struct Waiting {
 
 /// The contents of a store.
 #[derive(Debug)]
-pub struct State {
+pub struct StoreState {
     most_replied: u64,
     values: HashMap<Key, Value>,
     queues: HashMap<Key, VecDeque<Value>>,
     waiting: HashMap<Peer, Waiting>,
     /// By key, who waits for it, in the order in which they came; also who is at the barrier of that name.
     waiters: HashMap<Key, Vec<Peer>>,
-    replies: Vec<Reply>,
+    replies: Vec<StoreReply>,
 }
 
-impl Default for State {
+impl Default for StoreState {
     fn default() -> Self {
         Self::new(&Limits::default())
     }
 }
 
-impl State {
+impl StoreState {
     /// A store without a key.
     #[must_use]
     pub fn new(limits: &Limits) -> Self {
@@ -81,7 +81,7 @@ impl State {
     }
 
     /// Does what a connection asks for; the replies that follow from it, also to others, are appended to `replies`.
-    pub fn apply(&mut self, peer: Peer, request: Request, replies: &mut Vec<Reply>) -> Result<(), Misuse> {
+    pub fn apply(&mut self, peer: Peer, request: StoreRequest, replies: &mut Vec<StoreReply>) -> Result<(), Misuse> {
         let answered = self.dispatch(peer, request);
         replies.append(&mut self.replies);
         answered
@@ -118,36 +118,36 @@ impl State {
         self.values.is_empty()
     }
 
-    fn dispatch(&mut self, peer: Peer, request: Request) -> Result<(), Misuse> {
+    fn dispatch(&mut self, peer: Peer, request: StoreRequest) -> Result<(), Misuse> {
         match request {
-            Request::Set { key, value } => self.set(key, value),
-            Request::CompareSet { key, expected, desired } => self.compare_set(peer, &key, &expected, desired)?,
-            Request::Get { key } => {
+            StoreRequest::Set { key, value } => self.set(key, value),
+            StoreRequest::CompareSet { key, expected, desired } => self.compare_set(peer, &key, &expected, desired)?,
+            StoreRequest::Get { key } => {
                 let value = self.values.get(&key).map_or(&[][..], Vec::as_slice);
                 self.allow(sized_len(value))?;
                 let reply = sized(value);
                 self.reply(peer, reply);
             }
-            Request::Add { key, delta } => {
+            StoreRequest::Add { key, delta } => {
                 let sum = self.add(&key, delta)?;
                 self.reply(peer, sum.to_le_bytes().to_vec());
                 self.wake(&key);
             }
-            Request::Check { keys } => {
+            StoreRequest::Check { keys } => {
                 let ready = keys.iter().all(|key| self.is_present(key));
                 self.reply(peer, vec![if ready { READY } else { NOT_READY }]);
             }
-            Request::Wait { keys } => self.wait(peer, keys),
-            Request::GetNumKeys => self.reply(peer, count(self.values.len())),
-            Request::DeleteKey { key } => {
+            StoreRequest::Wait { keys } => self.wait(peer, keys),
+            StoreRequest::GetNumKeys => self.reply(peer, count(self.values.len())),
+            StoreRequest::DeleteKey { key } => {
                 let existed = self.values.remove(&key).is_some();
                 self.reply(peer, i64::from(existed).to_le_bytes().to_vec());
             }
-            Request::Append { key, value } => {
+            StoreRequest::Append { key, value } => {
                 self.wake(&key);
                 self.values.entry(key).or_default().extend_from_slice(&value);
             }
-            Request::MultiGet { keys } => {
+            StoreRequest::MultiGet { keys } => {
                 let values = || keys.iter().map(|key| self.values.get(key).map_or(&[][..], Vec::as_slice));
                 let size = values().map(sized_len).fold(0, usize::saturating_add);
                 self.allow(size)?;
@@ -155,19 +155,19 @@ impl State {
                 values().for_each(|value| push_sized(&mut reply, value));
                 self.reply(peer, reply);
             }
-            Request::MultiSet { pairs } => pairs.into_iter().for_each(|(key, value)| self.set(key, value)),
-            Request::CancelWait => {
+            StoreRequest::MultiSet { pairs } => pairs.into_iter().for_each(|(key, value)| self.set(key, value)),
+            StoreRequest::CancelWait => {
                 self.forget(peer);
                 self.reply(peer, vec![WAIT_CANCELED]);
             }
-            Request::Ping { nonce } => self.reply(peer, nonce.to_le_bytes().to_vec()),
-            Request::QueuePush { key, value } => {
+            StoreRequest::Ping { nonce } => self.reply(peer, nonce.to_le_bytes().to_vec()),
+            StoreRequest::QueuePush { key, value } => {
                 self.queues.entry(key.clone()).or_default().push_back(value);
                 self.wake_one(&key);
             }
-            Request::QueuePop { key } => self.queue_pop(peer, &key)?,
-            Request::QueueLen { key } => self.reply(peer, count(self.queues.get(&key).map_or(0, VecDeque::len))),
-            Request::ListKeys => {
+            StoreRequest::QueuePop { key } => self.queue_pop(peer, &key)?,
+            StoreRequest::QueueLen { key } => self.reply(peer, count(self.queues.get(&key).map_or(0, VecDeque::len))),
+            StoreRequest::ListKeys => {
                 let mut reply = count(self.values.len());
                 let sizes = self.values.keys().map(|key| sized_len(key));
                 let size = sizes.fold(reply.len(), usize::saturating_add);
@@ -176,9 +176,9 @@ impl State {
                 self.values.keys().for_each(|key| push_sized(&mut reply, key));
                 self.reply(peer, reply);
             }
-            Request::Barrier { key, world_size } => self.barrier(peer, key, world_size)?,
+            StoreRequest::Barrier { key, world_size } => self.barrier(peer, key, world_size)?,
             // Not for the store: the server has seen to it.
-            Request::Upgrade => {}
+            StoreRequest::Upgrade => {}
         }
         Ok(())
     }
@@ -305,7 +305,7 @@ impl State {
     }
 
     fn reply(&mut self, peer: Peer, bytes: Vec<u8>) {
-        self.replies.push(Reply { peer, bytes });
+        self.replies.push(StoreReply { peer, bytes });
     }
 }
 

@@ -45,7 +45,7 @@ pub type Value = Vec<u8>;
 /// A request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[allow(missing_docs, reason = "the names are the protocol's")]
-pub enum Request {
+pub enum StoreRequest {
     Set {
         key: Key,
         value: Value,
@@ -220,7 +220,7 @@ impl Decoder {
 
     /// The next request; `None` until more bytes have come.
     #[expect(clippy::should_implement_trait, reason = "not an iterator: there may be more after None")]
-    pub fn next(&mut self) -> Result<Option<Request>, Refusal> {
+    pub fn next(&mut self) -> Result<Option<StoreRequest>, Refusal> {
         if !self.is_validated && !self.validate()? {
             return Ok(None);
         }
@@ -254,39 +254,41 @@ impl Decoder {
         Ok(true)
     }
 
-    fn arguments(&mut self, partial: &mut Partial) -> Result<Option<Request>, Refusal> {
+    fn arguments(&mut self, partial: &mut Partial) -> Result<Option<StoreRequest>, Refusal> {
         use Field::{Key, Value};
 
         let request = match partial.opcode {
             opcode::SET => {
-                self.fields(partial, &[Key, Value])?.map(|[key, value]| Request::Set { key: boxed(key), value })
+                self.fields(partial, &[Key, Value])?.map(|[key, value]| StoreRequest::Set { key: boxed(key), value })
             }
             opcode::COMPARE_SET => self
                 .fields(partial, &[Key, Value, Value])?
-                .map(|[key, expected, desired]| Request::CompareSet { key: boxed(key), expected, desired }),
-            opcode::GET => self.fields(partial, &[Key])?.map(|[key]| Request::Get { key: boxed(key) }),
-            opcode::ADD => self.key_and_number(partial)?.map(|(key, delta)| Request::Add { key, delta }),
-            opcode::CHECK => self.list(partial)?.map(|keys| Request::Check { keys }),
-            opcode::WAIT => self.list(partial)?.map(|keys| Request::Wait { keys }),
-            opcode::GET_NUM_KEYS => Some(Request::GetNumKeys),
-            opcode::DELETE_KEY => self.fields(partial, &[Key])?.map(|[key]| Request::DeleteKey { key: boxed(key) }),
+                .map(|[key, expected, desired]| StoreRequest::CompareSet { key: boxed(key), expected, desired }),
+            opcode::GET => self.fields(partial, &[Key])?.map(|[key]| StoreRequest::Get { key: boxed(key) }),
+            opcode::ADD => self.key_and_number(partial)?.map(|(key, delta)| StoreRequest::Add { key, delta }),
+            opcode::CHECK => self.list(partial)?.map(|keys| StoreRequest::Check { keys }),
+            opcode::WAIT => self.list(partial)?.map(|keys| StoreRequest::Wait { keys }),
+            opcode::GET_NUM_KEYS => Some(StoreRequest::GetNumKeys),
+            opcode::DELETE_KEY => {
+                self.fields(partial, &[Key])?.map(|[key]| StoreRequest::DeleteKey { key: boxed(key) })
+            }
             opcode::APPEND => {
-                self.fields(partial, &[Key, Value])?.map(|[key, value]| Request::Append { key: boxed(key), value })
+                self.fields(partial, &[Key, Value])?.map(|[key, value]| StoreRequest::Append { key: boxed(key), value })
             }
-            opcode::MULTI_GET => self.list(partial)?.map(|keys| Request::MultiGet { keys }),
-            opcode::MULTI_SET => self.pairs(partial)?.map(|pairs| Request::MultiSet { pairs }),
-            opcode::CANCEL_WAIT => Some(Request::CancelWait),
-            opcode::PING => self.take_array().map(|nonce| Request::Ping { nonce: u32::from_le_bytes(nonce) }),
-            opcode::QUEUE_PUSH => {
-                self.fields(partial, &[Key, Value])?.map(|[key, value]| Request::QueuePush { key: boxed(key), value })
-            }
-            opcode::QUEUE_POP => self.fields(partial, &[Key])?.map(|[key]| Request::QueuePop { key: boxed(key) }),
-            opcode::QUEUE_LEN => self.fields(partial, &[Key])?.map(|[key]| Request::QueueLen { key: boxed(key) }),
-            opcode::LIST_KEYS => Some(Request::ListKeys),
+            opcode::MULTI_GET => self.list(partial)?.map(|keys| StoreRequest::MultiGet { keys }),
+            opcode::MULTI_SET => self.pairs(partial)?.map(|pairs| StoreRequest::MultiSet { pairs }),
+            opcode::CANCEL_WAIT => Some(StoreRequest::CancelWait),
+            opcode::PING => self.take_array().map(|nonce| StoreRequest::Ping { nonce: u32::from_le_bytes(nonce) }),
+            opcode::QUEUE_PUSH => self
+                .fields(partial, &[Key, Value])?
+                .map(|[key, value]| StoreRequest::QueuePush { key: boxed(key), value }),
+            opcode::QUEUE_POP => self.fields(partial, &[Key])?.map(|[key]| StoreRequest::QueuePop { key: boxed(key) }),
+            opcode::QUEUE_LEN => self.fields(partial, &[Key])?.map(|[key]| StoreRequest::QueueLen { key: boxed(key) }),
+            opcode::LIST_KEYS => Some(StoreRequest::ListKeys),
             opcode::BARRIER => {
-                self.key_and_number(partial)?.map(|(key, world_size)| Request::Barrier { key, world_size })
+                self.key_and_number(partial)?.map(|(key, world_size)| StoreRequest::Barrier { key, world_size })
             }
-            UPGRADE => Some(Request::Upgrade),
+            UPGRADE => Some(StoreRequest::Upgrade),
             unknown => return Err(Refusal::Opcode(unknown)),
         };
         Ok(request)

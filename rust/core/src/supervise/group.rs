@@ -1,44 +1,28 @@
-//! A group of workers: what their exits mean, and the course of a stop.
+//! The decisions about a group of workers: failures and stops.
 
 use std::time::Instant;
 
 use super::exit::Exit;
-use super::teardown::{Action, StopPlan, Teardown};
-use crate::sys::clock::Moment;
-use crate::sys::wait::{Status, Usage};
+use super::teardown::{GroupAction, StopPlan, Teardown};
+use crate::sys::wait::ExitStatus;
 
-/// An exit that the kernel reported.
+/// An event of a group.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Ended {
-    /// Position of the worker in its group.
-    pub index: usize,
-    /// Its process id.
-    pub pid: i32,
-    /// Exit code or signal.
-    pub status: Status,
-    /// The kernel's accounting.
-    pub usage: Usage,
-    /// When it was noticed.
-    pub at: Moment,
-}
-
-/// What happens to a group.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Event {
-    /// Workers ended, in this order. What the kernel has reported by one look belongs into one event, so that workers that died
-    /// together are all known as dead before the first consequence.
-    Ended(Vec<Ended>),
+pub enum GroupEvent {
+    /// Workers exited, in this order. The group sets `order` and `stopped` of each exit. One event holds all exits that the kernel has
+    /// reported so far, so that workers that died together are all known to be dead before the group acts.
+    Ended(Vec<Exit>),
     /// Stop the group.
     Stop(StopPlan),
     /// Stop the group at the first failure, or now if there was one.
     StopOnFailure(StopPlan),
-    /// Send SIGKILL now, if a stop is under way: its linger time and its grace are over.
-    Hurry,
-    /// The answer to [`Action::Look`].
+    /// End the linger time and the grace period of a running stop: send SIGKILL now.
+    EndGrace,
+    /// The answer to [`GroupAction::Look`].
     Looked {
-        /// Whose group was looked at.
+        /// The worker.
         index: usize,
-        /// Whether anybody lives in it.
+        /// Whether its process group has a living member.
         anybody: bool,
     },
     /// A deadline may have passed.
@@ -73,47 +57,43 @@ impl GroupState {
         self.ended[index]
     }
 
-    /// When the next [`Event::Tick`] is due.
+    /// When the next [`GroupEvent::Tick`] is due.
     #[must_use]
     pub fn next_tick(&self) -> Option<Instant> {
         self.teardown.as_ref().and_then(Teardown::next_tick)
     }
 
-    /// Takes note of an event; returns what to do about it.
-    pub fn step(&mut self, now: Instant, event: Event) -> Vec<Action> {
+    /// Handles an event and returns the actions to carry out.
+    #[must_use = "dropped actions are signals that nobody sends"]
+    pub fn step(&mut self, now: Instant, event: GroupEvent) -> Vec<GroupAction> {
         let mut actions = match event {
-            Event::Ended(ended) => self.note(now, ended),
-            Event::Stop(plan) => self.begin(now, plan),
-            Event::StopOnFailure(plan) => {
+            GroupEvent::Ended(ended) => self.note(now, ended),
+            GroupEvent::Stop(plan) => self.begin(now, plan),
+            GroupEvent::StopOnFailure(plan) => {
                 self.on_failure = Some(plan);
                 self.react(now)
             }
-            Event::Hurry => self.teardown.as_mut().map_or_else(Vec::new, |stop| stop.hurry(now)),
-            Event::Looked { index, anybody } => {
+            GroupEvent::EndGrace => self.teardown.as_mut().map_or_else(Vec::new, |stop| stop.end_grace(now)),
+            GroupEvent::Looked { index, anybody } => {
                 let stop = self.teardown.as_mut();
                 stop.map_or_else(Vec::new, |stop| stop.looked(now, index, anybody))
             }
-            Event::Tick => self.teardown.as_mut().map_or_else(Vec::new, |stop| stop.tick(now)),
+            GroupEvent::Tick => self.teardown.as_mut().map_or_else(Vec::new, |stop| stop.tick(now)),
         };
-        actions.extend(self.teardown.as_mut().and_then(|stop| stop.finished(now)).map(Action::Finished));
+        actions.extend(self.teardown.as_mut().and_then(|stop| stop.finished(now)).map(GroupAction::Finished));
         actions
     }
 
-    fn note(&mut self, now: Instant, ended: Vec<Ended>) -> Vec<Action> {
+    fn note(&mut self, now: Instant, ended: Vec<Exit>) -> Vec<GroupAction> {
         let mut actions = Vec::new();
-        for Ended { index, pid, status, usage, at } in ended {
+        for mut exit in ended {
+            let index = exit.index;
             if std::mem::replace(&mut self.ended[index], true) {
                 continue;
             }
-            self.exits.push(Exit {
-                index,
-                pid,
-                order: self.exits.len(),
-                status,
-                usage,
-                stopped: self.teardown.as_ref().is_some_and(|stop| stop.explains(status)),
-                at,
-            });
+            exit.order = self.exits.len();
+            exit.stopped = self.teardown.as_ref().is_some_and(|stop| stop.explains(exit.status));
+            self.exits.push(exit);
             if let Some(stop) = &mut self.teardown {
                 actions.extend(stop.leader_ended(index));
             }
@@ -122,17 +102,17 @@ impl GroupState {
         actions
     }
 
-    /// Carries out "stop at the first failure". A status that nobody here knows is not a failure.
-    fn react(&mut self, now: Instant) -> Vec<Action> {
-        let is_failure = |exit: &Exit| !exit.status.is_success() && exit.status != Status::Unknown;
+    /// Starts the stop at the first failure. An unknown status is not a failure.
+    fn react(&mut self, now: Instant) -> Vec<GroupAction> {
+        let is_failure = |exit: &Exit| !exit.status.is_success() && exit.status != ExitStatus::Unknown;
         match self.on_failure {
             Some(plan) if self.exits.iter().any(is_failure) => self.begin(now, plan),
             _ => Vec::new(),
         }
     }
 
-    /// A stop that runs or is over stays as it is.
-    fn begin(&mut self, now: Instant, plan: StopPlan) -> Vec<Action> {
+    /// Starts a stop. Has no effect on a stop that has begun.
+    fn begin(&mut self, now: Instant, plan: StopPlan) -> Vec<GroupAction> {
         if self.teardown.is_some() {
             return Vec::new();
         }

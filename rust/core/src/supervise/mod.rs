@@ -5,5 +5,5 @@ mod group;
 mod teardown;
 
 pub use exit::Exit;
-pub use group::{Ended, Event, GroupState};
-pub use teardown::{Action, StopPlan, Stopped};
+pub use group::{GroupEvent, GroupState};
+pub use teardown::{GroupAction, StopPlan, Stopped};

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::sys::wait::Status;
+use crate::sys::wait::ExitStatus;
 
 /// How to stop a group.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,7 +32,7 @@ pub struct Stopped {
 
 /// What the shell must do.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Action {
+pub enum GroupAction {
     /// Send `signal` to the process group of a worker, and SIGCONT if it is stopped.
     Terminate {
         /// Whose group.
@@ -55,7 +55,7 @@ pub enum Action {
         /// Whose group.
         index: usize,
     },
-    /// See whether anybody lives in the group of this worker, whose leader has ended; answer with [`super::Event::Looked`].
+    /// See whether anybody lives in the group of this worker, whose leader has ended; answer with [`super::GroupEvent::Looked`].
     Look {
         /// Whose group.
         index: usize,
@@ -74,7 +74,7 @@ const LONGEST_PAUSE: Duration = Duration::from_millis(32);
 const GROUP_KILL_DELAY: Duration = Duration::from_millis(100);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Phase {
+enum StopPhase {
     /// Nobody was signalled yet.
     Linger,
     /// Everybody has the signal of the plan.
@@ -87,7 +87,7 @@ enum Phase {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Member {
+enum WorkerStop {
     /// The leader has not ended.
     Led,
     /// The leader has ended, others may live in its group.
@@ -100,18 +100,20 @@ enum Member {
 #[derive(Debug)]
 pub(super) struct Teardown {
     plan: StopPlan,
-    phase: Phase,
+    phase: StopPhase,
     began: Instant,
     deadline: Option<Instant>,
-    members: Vec<Member>,
+    members: Vec<WorkerStop>,
     killed: Vec<usize>,
 }
 
 impl Teardown {
     /// Begins: everybody is asked to end, also the group of a leader that is already dead.
-    pub(super) fn begin(now: Instant, plan: StopPlan, leader_ended: &[bool]) -> (Self, Vec<Action>) {
-        let members = leader_ended.iter().map(|ended| if *ended { Self::orphaned() } else { Member::Led }).collect();
-        let mut teardown = Self { plan, phase: Phase::Linger, began: now, deadline: None, members, killed: Vec::new() };
+    pub(super) fn begin(now: Instant, plan: StopPlan, leader_ended: &[bool]) -> (Self, Vec<GroupAction>) {
+        let members =
+            leader_ended.iter().map(|ended| if *ended { Self::orphaned() } else { WorkerStop::Led }).collect();
+        let mut teardown =
+            Self { plan, phase: StopPhase::Linger, began: now, deadline: None, members, killed: Vec::new() };
         let mut actions = if plan.linger.is_zero() {
             teardown.signal(now)
         } else {
@@ -119,102 +121,102 @@ impl Teardown {
             Vec::new()
         };
         let dead = (0..leader_ended.len()).filter(|index| leader_ended[*index]);
-        actions.extend(dead.map(|index| Action::Look { index }));
+        actions.extend(dead.map(|index| GroupAction::Look { index }));
         (teardown, actions)
     }
 
     /// Sends the signal of the plan to everybody that is left; the grace begins.
-    fn signal(&mut self, now: Instant) -> Vec<Action> {
+    fn signal(&mut self, now: Instant) -> Vec<GroupAction> {
         let signal = self.plan.signal;
         if signal == libc::SIGKILL {
             return self.kill(now);
         }
-        self.phase = Phase::Grace;
+        self.phase = StopPhase::Grace;
         self.deadline = now.checked_add(self.plan.grace);
-        self.unfinished().into_iter().map(|index| Action::Terminate { index, signal }).collect()
+        self.unfinished().into_iter().map(|index| GroupAction::Terminate { index, signal }).collect()
     }
 
     /// Sends SIGKILL: to leaders first, and to groups whose leader is dead.
-    fn kill(&mut self, now: Instant) -> Vec<Action> {
+    fn kill(&mut self, now: Instant) -> Vec<GroupAction> {
         let delay = GROUP_KILL_DELAY.min(self.plan.kill_wait / 2);
         self.deadline = now.checked_add(self.plan.kill_wait);
         self.killed = self.unfinished();
         if delay.is_zero() {
-            self.phase = Phase::Killing;
-            return self.killed.iter().map(|index| Action::Kill { index: *index }).collect();
+            self.phase = StopPhase::Killing;
+            return self.killed.iter().map(|index| GroupAction::Kill { index: *index }).collect();
         }
-        self.phase = Phase::KillingLeaders(now + delay);
+        self.phase = StopPhase::KillingLeaders(now + delay);
         let kill = |index: &usize| match self.members[*index] {
-            Member::Led => Action::KillLeader { index: *index },
-            Member::Orphaned { .. } | Member::Empty => Action::Kill { index: *index },
+            WorkerStop::Led => GroupAction::KillLeader { index: *index },
+            WorkerStop::Orphaned { .. } | WorkerStop::Empty => GroupAction::Kill { index: *index },
         };
         self.killed.iter().map(kill).collect()
     }
 
     /// Whether this stop may be why a worker ended. SIGKILL is no reaction to another signal: where this stop has not sent it, somebody
     /// else has, the out-of-memory killer for one.
-    pub(super) fn explains(&self, status: Status) -> bool {
-        let is_kill = matches!(status, Status::Signalled { signal: libc::SIGKILL, .. });
-        !(self.phase == Phase::Linger || (self.phase == Phase::Grace && is_kill))
+    pub(super) fn explains(&self, status: ExitStatus) -> bool {
+        let is_kill = matches!(status, ExitStatus::Signalled { signal: libc::SIGKILL, .. });
+        !(self.phase == StopPhase::Linger || (self.phase == StopPhase::Grace && is_kill))
     }
 
     /// The leader of a group has ended.
-    pub(super) fn leader_ended(&mut self, index: usize) -> Vec<Action> {
-        if self.members[index] != Member::Led {
+    pub(super) fn leader_ended(&mut self, index: usize) -> Vec<GroupAction> {
+        if self.members[index] != WorkerStop::Led {
             return Vec::new();
         }
         self.members[index] = Self::orphaned();
-        vec![Action::Look { index }]
+        vec![GroupAction::Look { index }]
     }
 
-    /// The answer to [`Action::Look`].
-    pub(super) fn looked(&mut self, now: Instant, index: usize, anybody: bool) -> Vec<Action> {
-        let Member::Orphaned { pause, .. } = self.members[index] else {
+    /// The answer to [`GroupAction::Look`].
+    pub(super) fn looked(&mut self, now: Instant, index: usize, anybody: bool) -> Vec<GroupAction> {
+        let WorkerStop::Orphaned { pause, .. } = self.members[index] else {
             return Vec::new();
         };
         if !anybody {
-            self.members[index] = Member::Empty;
+            self.members[index] = WorkerStop::Empty;
             return Vec::new();
         }
         self.members[index] =
-            Member::Orphaned { look_at: now.checked_add(pause), pause: (pause * 2).min(LONGEST_PAUSE) };
+            WorkerStop::Orphaned { look_at: now.checked_add(pause), pause: (pause * 2).min(LONGEST_PAUSE) };
         // Somebody may have joined the group since it was killed.
         match self.phase {
-            Phase::Killing => vec![Action::Kill { index }],
-            Phase::Linger | Phase::Grace | Phase::KillingLeaders(_) | Phase::Over => Vec::new(),
+            StopPhase::Killing => vec![GroupAction::Kill { index }],
+            StopPhase::Linger | StopPhase::Grace | StopPhase::KillingLeaders(_) | StopPhase::Over => Vec::new(),
         }
     }
 
     /// Kills now.
-    pub(super) fn hurry(&mut self, now: Instant) -> Vec<Action> {
+    pub(super) fn end_grace(&mut self, now: Instant) -> Vec<GroupAction> {
         match self.phase {
-            Phase::Linger | Phase::Grace => self.kill(now),
-            Phase::KillingLeaders(_) | Phase::Killing | Phase::Over => Vec::new(),
+            StopPhase::Linger | StopPhase::Grace => self.kill(now),
+            StopPhase::KillingLeaders(_) | StopPhase::Killing | StopPhase::Over => Vec::new(),
         }
     }
 
     /// Time has passed.
-    pub(super) fn tick(&mut self, now: Instant) -> Vec<Action> {
+    pub(super) fn tick(&mut self, now: Instant) -> Vec<GroupAction> {
         let mut actions = Vec::new();
         let is_due = self.deadline.is_some_and(|deadline| deadline <= now);
         match self.phase {
-            Phase::Linger if is_due => {
-                actions.extend(self.unfinished().into_iter().map(|index| Action::Overdue { index }));
+            StopPhase::Linger if is_due => {
+                actions.extend(self.unfinished().into_iter().map(|index| GroupAction::Overdue { index }));
                 actions.extend(self.signal(now));
             }
-            Phase::Grace if is_due => actions.extend(self.kill(now)),
-            Phase::KillingLeaders(at) if at <= now => {
-                self.phase = Phase::Killing;
-                actions.extend(self.unfinished().into_iter().map(|index| Action::Kill { index }));
+            StopPhase::Grace if is_due => actions.extend(self.kill(now)),
+            StopPhase::KillingLeaders(at) if at <= now => {
+                self.phase = StopPhase::Killing;
+                actions.extend(self.unfinished().into_iter().map(|index| GroupAction::Kill { index }));
             }
             _ => {}
         }
         for (index, member) in self.members.iter_mut().enumerate() {
-            if let Member::Orphaned { look_at, .. } = member
+            if let WorkerStop::Orphaned { look_at, .. } = member
                 && look_at.is_some_and(|at| at <= now)
             {
                 *look_at = None;
-                actions.push(Action::Look { index });
+                actions.push(GroupAction::Look { index });
             }
         }
         actions
@@ -223,11 +225,11 @@ impl Teardown {
     /// The outcome, once: when all groups are empty or the last deadline has passed.
     pub(super) fn finished(&mut self, now: Instant) -> Option<Stopped> {
         let unfinished = self.unfinished();
-        let out_of_time = self.phase == Phase::Killing && self.deadline.is_some_and(|deadline| deadline <= now);
-        if self.phase == Phase::Over || !(unfinished.is_empty() || out_of_time) {
+        let out_of_time = self.phase == StopPhase::Killing && self.deadline.is_some_and(|deadline| deadline <= now);
+        if self.phase == StopPhase::Over || !(unfinished.is_empty() || out_of_time) {
             return None;
         }
-        self.phase = Phase::Over;
+        self.phase = StopPhase::Over;
         Some(Stopped {
             began: self.began,
             elapsed: now.saturating_duration_since(self.began),
@@ -238,15 +240,15 @@ impl Teardown {
 
     /// When [`Teardown::tick`] has something to do.
     pub(super) fn next_tick(&self) -> Option<Instant> {
-        if self.phase == Phase::Over {
+        if self.phase == StopPhase::Over {
             return None;
         }
         let looks = self.members.iter().filter_map(|member| match member {
-            Member::Orphaned { look_at, .. } => *look_at,
-            Member::Led | Member::Empty => None,
+            WorkerStop::Orphaned { look_at, .. } => *look_at,
+            WorkerStop::Led | WorkerStop::Empty => None,
         });
         let group_kill = match self.phase {
-            Phase::KillingLeaders(at) => Some(at),
+            StopPhase::KillingLeaders(at) => Some(at),
             _ => None,
         };
         looks.chain(self.deadline).chain(group_kill).min()
@@ -254,10 +256,10 @@ impl Teardown {
 
     fn unfinished(&self) -> Vec<usize> {
         let members = self.members.iter().enumerate();
-        members.filter(|(_, member)| **member != Member::Empty).map(|(index, _)| index).collect()
+        members.filter(|(_, member)| **member != WorkerStop::Empty).map(|(index, _)| index).collect()
     }
 
-    fn orphaned() -> Member {
-        Member::Orphaned { look_at: None, pause: FIRST_PAUSE }
+    fn orphaned() -> WorkerStop {
+        WorkerStop::Orphaned { look_at: None, pause: FIRST_PAUSE }
     }
 }

@@ -101,14 +101,14 @@ impl Drop for ForkMark {
 
 /// The page as its owner, the watchdog, sees it.
 #[derive(Debug)]
-pub struct Page {
+pub struct BeatPage {
     map: Map,
     link: PathBuf,
     target: PathBuf,
     _fd: OwnedFd,
 }
 
-impl Page {
+impl BeatPage {
     /// Makes a page and the link to it, in place of a link that is there.
     pub fn create(link: &Path) -> io::Result<Self> {
         let fd = memfd_create("ferroelastic-beats", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
@@ -150,7 +150,7 @@ impl Page {
     }
 }
 
-impl Drop for Page {
+impl Drop for BeatPage {
     fn drop(&mut self) {
         if fs::read_link(&self.link).is_ok_and(|target| target == self.target) {
             let _ = fs::remove_file(&self.link);

@@ -11,7 +11,7 @@ const PIPE_SIZE: usize = 1 << 20;
 
 /// How a descriptor is kept from blocking the writer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Mood {
+enum WriteMode {
     /// A file never makes the writer wait for a reader.
     File,
     /// Our own non-blocking description of a pipe or terminal. The one that was inherited is shared with others, whose
@@ -27,7 +27,7 @@ enum Mood {
 #[derive(Debug)]
 pub struct Console {
     fd: OwnedFd,
-    mood: Mood,
+    mode: WriteMode,
 }
 
 impl Console {
@@ -35,8 +35,8 @@ impl Console {
     pub fn new(fd: BorrowedFd<'_>) -> io::Result<Self> {
         let shared = rustix::io::fcntl_dupfd_cloexec(fd, 3)?;
         Ok(match FileType::from_raw_mode(rustix::fs::fstat(&shared)?.st_mode) {
-            FileType::RegularFile => Self { fd: shared, mood: Mood::File },
-            FileType::Socket => Self { fd: shared, mood: Mood::Socket },
+            FileType::RegularFile => Self { fd: shared, mode: WriteMode::File },
+            FileType::Socket => Self { fd: shared, mode: WriteMode::Socket },
             kind => {
                 if kind == FileType::Fifo {
                     // With 64 KiB, reader and writer wait for each other half of the time. Refused where the user's limit is reached.
@@ -45,8 +45,8 @@ impl Console {
                 let path = format!("/proc/self/fd/{}", shared.as_raw_fd());
                 let flags = OFlags::WRONLY | OFlags::NONBLOCK | OFlags::CLOEXEC | OFlags::NOCTTY;
                 match rustix::fs::open(path, flags, Mode::empty()) {
-                    Ok(own) => Self { fd: own, mood: Mood::Reopened },
-                    Err(_) => Self { fd: shared, mood: Mood::Asked },
+                    Ok(own) => Self { fd: own, mode: WriteMode::Reopened },
+                    Err(_) => Self { fd: shared, mode: WriteMode::Asked },
                 }
             }
         })
@@ -54,15 +54,15 @@ impl Console {
 
     /// Writes what can be written now. `WouldBlock` means that nothing can.
     pub fn write(&self, bytes: &[u8]) -> io::Result<usize> {
-        let written = match self.mood {
-            Mood::File | Mood::Reopened => rustix::io::write(&self.fd, bytes)?,
-            Mood::Asked => {
+        let written = match self.mode {
+            WriteMode::File | WriteMode::Reopened => rustix::io::write(&self.fd, bytes)?,
+            WriteMode::Asked => {
                 if !self.has_room()? {
                     return Err(io::ErrorKind::WouldBlock.into());
                 }
                 rustix::io::write(&self.fd, &bytes[..bytes.len().min(rustix::pipe::PIPE_BUF)])?
             }
-            Mood::Socket => {
+            WriteMode::Socket => {
                 // SAFETY: the slice is valid for reads, the descriptor is open.
                 let sent = unsafe {
                     libc::send(

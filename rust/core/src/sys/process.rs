@@ -25,7 +25,7 @@ const LONGEST_PAUSE: Duration = Duration::from_millis(32);
 
 /// A process that leads (or is about to lead) a process group.
 #[derive(Debug)]
-pub struct Leader {
+pub struct ProcessHandle {
     pid: i32,
     pidfd: Option<OwnedFd>,
     group_signals: bool,
@@ -33,7 +33,7 @@ pub struct Leader {
     started: Option<u64>,
 }
 
-impl Leader {
+impl ProcessHandle {
     /// Takes hold of a process that was just spawned.
     #[must_use]
     pub fn spawned(pid: i32, pidfd: Option<OwnedFd>, support: Support) -> Self {

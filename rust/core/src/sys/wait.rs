@@ -7,7 +7,7 @@ use std::time::Duration;
 
 /// How a process ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Status {
+pub enum ExitStatus {
     /// It called `exit` with this code.
     Exited(u8),
     /// A signal ended it.
@@ -21,7 +21,7 @@ pub enum Status {
     Unknown,
 }
 
-impl Status {
+impl ExitStatus {
     /// Exit code 0.
     #[must_use]
     pub fn is_success(self) -> bool {
@@ -61,8 +61,8 @@ pub enum Block {
 /// How often [`reaped_status`] looks.
 const MOST_LOOKS: usize = 100;
 
-/// Status of a child, or `None` while it runs. A process that is not (or no longer) a child gives [`Status::Unknown`].
-pub fn wait(pid: i32, collect: Collect, block: Block) -> io::Result<Option<(Status, Usage)>> {
+/// Exit status of a child, or `None` while it runs. A process that is not (or no longer) a child gives [`ExitStatus::Unknown`].
+pub fn wait(pid: i32, collect: Collect, block: Block) -> io::Result<Option<(ExitStatus, Usage)>> {
     let mut options = libc::WEXITED;
     if collect == Collect::Observe {
         options |= libc::WNOWAIT;
@@ -79,7 +79,7 @@ pub fn wait(pid: i32, collect: Collect, block: Block) -> io::Result<Option<(Stat
     if result != 0 {
         let error = io::Error::last_os_error();
         return match error.raw_os_error() {
-            Some(libc::ECHILD) => Ok(Some((Status::Unknown, Usage::default()))),
+            Some(libc::ECHILD) => Ok(Some((ExitStatus::Unknown, Usage::default()))),
             Some(libc::EINTR) => Ok(None),
             _ => Err(error),
         };
@@ -92,18 +92,18 @@ pub fn wait(pid: i32, collect: Collect, block: Block) -> io::Result<Option<(Stat
         return Ok(None);
     }
     let status = match info.si_code {
-        libc::CLD_EXITED => Status::Exited(u8::try_from(si_status & 0xff).unwrap_or(u8::MAX)),
-        code => Status::Signalled { signal: si_status, core_dumped: code == libc::CLD_DUMPED },
+        libc::CLD_EXITED => ExitStatus::Exited(u8::try_from(si_status & 0xff).unwrap_or(u8::MAX)),
+        code => ExitStatus::Signalled { signal: si_status, core_dumped: code == libc::CLD_DUMPED },
     };
     Ok(Some((status, usage_from(&usage))))
 }
 
-/// Status of a process that somebody else has reaped, or whose status the kernel threw away because `SIGCHLD` is ignored.
+/// Exit status of a process that another process has reaped, or whose status the kernel discarded because `SIGCHLD` is ignored.
 ///
 /// `PIDFD_GET_INFO` with `PIDFD_INFO_EXIT` (Linux 6.15): a pidfd that was opened before the reap keeps the status. `None` on older kernels.
 /// The status is there a moment after the pidfd became readable, so this looks a few times.
 #[must_use]
-pub fn reaped_status(pidfd: BorrowedFd<'_>) -> Option<Status> {
+pub fn reaped_status(pidfd: BorrowedFd<'_>) -> Option<ExitStatus> {
     for _ in 0..MOST_LOOKS {
         // SAFETY: a plain C structure, for which zeros are valid.
         let mut info: libc::pidfd_info = unsafe { std::mem::zeroed() };
@@ -122,11 +122,11 @@ pub fn reaped_status(pidfd: BorrowedFd<'_>) -> Option<Status> {
 }
 
 /// Takes a status word of `wait(2)` apart.
-fn status_from(word: i32) -> Status {
+fn status_from(word: i32) -> ExitStatus {
     if libc::WIFSIGNALED(word) {
-        Status::Signalled { signal: libc::WTERMSIG(word), core_dumped: libc::WCOREDUMP(word) }
+        ExitStatus::Signalled { signal: libc::WTERMSIG(word), core_dumped: libc::WCOREDUMP(word) }
     } else {
-        Status::Exited(u8::try_from(libc::WEXITSTATUS(word)).unwrap_or(u8::MAX))
+        ExitStatus::Exited(u8::try_from(libc::WEXITSTATUS(word)).unwrap_or(u8::MAX))
     }
 }
 

@@ -6,12 +6,12 @@ use std::time::Instant;
 
 use crate::sys::poller::wait_readable;
 use crate::sys::probe::Support;
-use crate::sys::process::Leader;
+use crate::sys::process::ProcessHandle;
 use crate::sys::procfs::{self, Stat};
 
 /// What a process is to this one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Kin {
+pub(crate) enum Ownership {
     /// This process itself, a descendant, or a member of a worker's session. With the worker, if one was named.
     Ours {
         /// Its pid, or 0.
@@ -23,27 +23,27 @@ pub(crate) enum Kin {
 
 /// A process that has timers.
 #[derive(Debug)]
-pub(crate) struct Client {
+pub(crate) struct TimerClient {
     /// `None` for a foreign process: no descriptor is spent on it.
-    hold: Option<Leader>,
+    hold: Option<ProcessHandle>,
     /// For systems without pidfds: the pid still names the process as long as this is the same.
     started: u64,
-    pub(crate) kin: Kin,
+    pub(crate) ownership: Ownership,
     pub(crate) last_request: Instant,
 }
 
-impl Client {
+impl TimerClient {
     /// Takes hold of a process. The descriptor comes first: what is found out about the pid after that is about this very process.
     fn open(pid: i32, now: Instant, support: Support, is_worker: &dyn Fn(i32) -> bool) -> io::Result<Self> {
-        let hold = Leader::open(pid, support)?;
+        let hold = ProcessHandle::open(pid, support)?;
         let stat = match procfs::stat(pid) {
             Some(stat) if !stat.is_dead() => stat,
             None if hold.signal(0)? => return Err(io::Error::other("/proc cannot be read")),
             _ => return Err(io::Error::from_raw_os_error(libc::ESRCH)),
         };
-        let kin = kin_of(stat, is_worker);
-        let hold = (kin != Kin::Foreign).then_some(hold);
-        Ok(Self { hold, started: stat.started, kin, last_request: now })
+        let ownership = ownership_of(stat, is_worker);
+        let hold = (ownership != Ownership::Foreign).then_some(hold);
+        Ok(Self { hold, started: stat.started, ownership, last_request: now })
     }
 
     /// Signals the process that asked, or nobody. `false` if it has ended.
@@ -64,13 +64,13 @@ impl Client {
         self.hold.as_ref().is_some_and(|hold| !self.has_ended(pid) && matches!(hold.signal(0), Ok(true)))
     }
 
-    pub(crate) fn hold(&self) -> Option<&Leader> {
+    pub(crate) fn hold(&self) -> Option<&ProcessHandle> {
         self.hold.as_ref()
     }
 
     /// Whether the process has ended, for what its pidfd says. Without one: whether the pid means something else by now.
     pub(crate) fn has_ended(&self, pid: i32) -> bool {
-        match self.hold.as_ref().and_then(Leader::pidfd) {
+        match self.hold.as_ref().and_then(ProcessHandle::pidfd) {
             Some(pidfd) => matches!(wait_readable([Some(&pidfd)], Some(std::time::Duration::ZERO)), Ok([true])),
             None => procfs::stat(pid).is_none_or(|stat| stat.is_dead() || stat.started != self.started),
         }
@@ -78,7 +78,7 @@ impl Client {
 }
 
 /// Follows the parents up to this process. A process whose parents have gone is known by its session.
-fn kin_of(stat: Stat, is_worker: &dyn Fn(i32) -> bool) -> Kin {
+fn ownership_of(stat: Stat, is_worker: &dyn Fn(i32) -> bool) -> Ownership {
     const DEEPEST: usize = 64;
     let me = i32::try_from(std::process::id()).unwrap_or(0);
     let mut worker = if is_worker(stat.session) { stat.session } else { 0 };
@@ -95,13 +95,13 @@ fn kin_of(stat: Stat, is_worker: &dyn Fn(i32) -> bool) -> Kin {
         }
         next = if process.parent > 1 { procfs::stat(process.parent) } else { None };
     }
-    if ours { Kin::Ours { worker } } else { Kin::Foreign }
+    if ours { Ownership::Ours { worker } } else { Ownership::Foreign }
 }
 
 /// All processes that have timers.
 #[derive(Debug)]
 pub(crate) struct Clients {
-    by_pid: HashMap<i32, Client>,
+    by_pid: HashMap<i32, TimerClient>,
     support: Support,
 }
 
@@ -116,17 +116,17 @@ impl Clients {
         pid: i32,
         now: Instant,
         is_worker: &dyn Fn(i32) -> bool,
-    ) -> io::Result<(&mut Client, bool)> {
+    ) -> io::Result<(&mut TimerClient, bool)> {
         use std::collections::hash_map::Entry;
 
         // Nobody tells of the end of a process that is not held by a pidfd: its number may be somebody else's by now.
-        let is_unwatched = |client: &Client| client.hold.as_ref().and_then(Leader::pidfd).is_none();
+        let is_unwatched = |client: &TimerClient| client.hold.as_ref().and_then(ProcessHandle::pidfd).is_none();
         if self.by_pid.get(&pid).is_some_and(|client| is_unwatched(client) && client.has_ended(pid)) {
             self.by_pid.remove(&pid);
         }
         match self.by_pid.entry(pid) {
             Entry::Occupied(known) => Ok((known.into_mut(), false)),
-            Entry::Vacant(place) => Ok((place.insert(Client::open(pid, now, self.support, is_worker)?), true)),
+            Entry::Vacant(place) => Ok((place.insert(TimerClient::open(pid, now, self.support, is_worker)?), true)),
         }
     }
 
@@ -136,22 +136,22 @@ impl Clients {
             if client.hold.is_some()
                 && !client.has_ended(*pid)
                 && let Some(stat) = procfs::stat(*pid)
-                && let kin @ Kin::Ours { .. } = kin_of(stat, is_worker)
+                && let ownership @ Ownership::Ours { .. } = ownership_of(stat, is_worker)
             {
-                client.kin = kin;
+                client.ownership = ownership;
             }
         }
     }
 
-    pub(crate) fn get(&self, pid: i32) -> Option<&Client> {
+    pub(crate) fn get(&self, pid: i32) -> Option<&TimerClient> {
         self.by_pid.get(&pid)
     }
 
-    pub(crate) fn remove(&mut self, pid: i32) -> Option<Client> {
+    pub(crate) fn remove(&mut self, pid: i32) -> Option<TimerClient> {
         self.by_pid.remove(&pid)
     }
 
-    pub(crate) fn drain(&mut self) -> impl Iterator<Item = (i32, Client)> + '_ {
+    pub(crate) fn drain(&mut self) -> impl Iterator<Item = (i32, TimerClient)> + '_ {
         self.by_pid.drain()
     }
 }
@@ -204,7 +204,7 @@ mod tests {
             let child = Running::sleeper();
             let pid = child.pid();
             let (client, is_new) = clients.known(pid, Instant::now(), &|_| false).expect("a child");
-            assert_eq!((client.kin, is_new), (Kin::Ours { worker: 0 }, true));
+            assert_eq!((client.ownership, is_new), (Ownership::Ours { worker: 0 }, true));
             assert!(!client.has_ended(pid));
             let started = client.started;
             drop(child);
@@ -231,16 +231,16 @@ mod tests {
         let pid: i32 = said.trim().parse().expect("a pid");
 
         let mut clients = Clients::new(probe::probe());
-        let mut kin = |workers: &'static [i32]| {
+        let mut ownership = |workers: &'static [i32]| {
             clients.remove(pid);
             let mine = move |pid: i32| workers.contains(&pid);
-            clients.known(pid, Instant::now(), &mine).expect("alive").0.kin
+            clients.known(pid, Instant::now(), &mine).expect("alive").0.ownership
         };
-        assert_eq!(kin(&[]), Kin::Ours { worker: 0 });
-        assert_eq!(kin(Box::leak(Box::new([shell_pid]))), Kin::Ours { worker: shell_pid });
+        assert_eq!(ownership(&[]), Ownership::Ours { worker: 0 });
+        assert_eq!(ownership(Box::leak(Box::new([shell_pid]))), Ownership::Ours { worker: shell_pid });
         clients.look_again(&|_| false);
         let client = clients.get(pid).expect("known");
-        assert_eq!(client.kin, Kin::Ours { worker: 0 });
+        assert_eq!(client.ownership, Ownership::Ours { worker: 0 });
         assert!(client.signal(libc::SIGKILL).expect("signal"));
     }
 }

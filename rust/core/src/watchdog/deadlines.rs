@@ -4,7 +4,7 @@ use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
 use std::time::Instant;
 
-use super::wire::{NEVER_S, Request};
+use super::wire::{NEVER_S, TimerRequest};
 use crate::sys::clock::Moment;
 
 /// More timers than a host has use for.
@@ -20,9 +20,9 @@ pub fn expiry_instant(received: Moment, expiration_time: f64) -> Option<Instant>
 
 /// An armed timer.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Timer {
+pub struct ArmedTimer {
     /// As it was asked for.
-    pub request: Request,
+    pub request: TimerRequest,
     /// When it expires; `None` for never.
     pub at: Option<Instant>,
 }
@@ -34,7 +34,7 @@ pub struct Full;
 /// All armed timers.
 #[derive(Debug, Default)]
 pub struct Deadlines {
-    timers: HashMap<u64, Timer>,
+    timers: HashMap<u64, ArmedTimer>,
     by_process: HashMap<i32, HashMap<String, u64>>,
     /// Earliest first. Holds timers that are gone as well, until they come up.
     queue: BinaryHeap<Reverse<(Instant, u64)>>,
@@ -43,7 +43,7 @@ pub struct Deadlines {
 
 impl Deadlines {
     /// Arms a timer in place of the one with the same process and scope.
-    pub fn arm(&mut self, request: Request, at: Option<Instant>) -> Result<(), Full> {
+    pub fn arm(&mut self, request: TimerRequest, at: Option<Instant>) -> Result<(), Full> {
         self.release(request.pid, &request.scope);
         if self.timers.len() >= MOST_TIMERS {
             return Err(Full);
@@ -51,7 +51,7 @@ impl Deadlines {
         self.last += 1;
         let id = self.last;
         self.by_process.entry(request.pid).or_default().insert(request.scope.clone(), id);
-        self.timers.insert(id, Timer { request, at });
+        self.timers.insert(id, ArmedTimer { request, at });
         if let Some(at) = at {
             self.queue.push(Reverse((at, id)));
         }
@@ -60,7 +60,7 @@ impl Deadlines {
     }
 
     /// Forgets one timer.
-    pub fn release(&mut self, pid: i32, scope: &str) -> Option<Timer> {
+    pub fn release(&mut self, pid: i32, scope: &str) -> Option<ArmedTimer> {
         let scopes = self.by_process.get_mut(&pid)?;
         let id = scopes.remove(scope)?;
         if scopes.is_empty() {
@@ -70,7 +70,7 @@ impl Deadlines {
     }
 
     /// Forgets all timers of a process.
-    pub fn forget(&mut self, pid: i32) -> Vec<Timer> {
+    pub fn forget(&mut self, pid: i32) -> Vec<ArmedTimer> {
         let scopes = self.by_process.remove(&pid).unwrap_or_default();
         scopes.values().filter_map(|id| self.timers.remove(id)).collect()
     }
@@ -87,7 +87,7 @@ impl Deadlines {
     }
 
     /// Takes out the timers that have expired, earliest first.
-    pub fn expired(&mut self, now: Instant) -> Vec<Timer> {
+    pub fn expired(&mut self, now: Instant) -> Vec<ArmedTimer> {
         let mut expired = Vec::new();
         while self.next_at().is_some_and(|at| at <= now)
             && let Some(Reverse((_, id))) = self.queue.pop()
@@ -105,12 +105,12 @@ impl Deadlines {
     }
 
     /// The armed timers, in no order.
-    pub fn iter(&self) -> impl Iterator<Item = &Timer> {
+    pub fn iter(&self) -> impl Iterator<Item = &ArmedTimer> {
         self.timers.values()
     }
 
     /// The armed timers of one process, in no order.
-    pub fn of(&self, pid: i32) -> impl Iterator<Item = &Timer> {
+    pub fn of(&self, pid: i32) -> impl Iterator<Item = &ArmedTimer> {
         self.by_process.get(&pid).into_iter().flat_map(|scopes| scopes.values()).filter_map(|id| self.timers.get(id))
     }
 

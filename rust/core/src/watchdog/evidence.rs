@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use crate::sys::notify::Notifier;
 use crate::sys::poller::wait_readable;
-use crate::sys::process::Leader;
+use crate::sys::process::ProcessHandle;
 use crate::sys::procfs;
 
 /// A worker that has armed a dump of its stacks writes them when it gets the signal `SIGRTMIN` plus this.
@@ -31,7 +31,7 @@ const MOST_STACK_BYTES: u64 = 1 << 20;
 #[derive(Debug)]
 pub(crate) struct Subject {
     /// Held, so that the signal for the dump hits it or nobody.
-    pub(crate) hold: Leader,
+    pub(crate) hold: ProcessHandle,
     /// What the reader of the evidence knows it by.
     pub(crate) label: String,
     /// Where its evidence goes.

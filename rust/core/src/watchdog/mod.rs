@@ -16,6 +16,6 @@ pub mod wire;
 
 pub(crate) use order::Order;
 pub(crate) use report::Reports;
-pub use report::{Counts, Expiry, Outcome};
+pub use report::{Expiry, ExpiryOutcome, WatchdogCounts};
 pub use server::{Config, WorkerProcess};
-pub(crate) use server::{Gathered, Server, Tokens, make_files};
+pub(crate) use server::{Gathered, WatchdogServer, WatchdogTokens, make_files};

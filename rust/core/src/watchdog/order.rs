@@ -2,9 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-use super::report::Counts;
-use super::server::{Server, WorkerProcess};
-use super::wire::Request;
+use super::report::WatchdogCounts;
+use super::server::{WatchdogServer, WorkerProcess};
+use super::wire::TimerRequest;
 use crate::error::Result;
 use crate::sys::clock::Moment;
 use crate::sys::poller::Poller;
@@ -14,17 +14,17 @@ use crate::thread::Reply;
 pub(crate) enum Order {
     Start(Reply<Result<()>>),
     SetWorkers(Vec<WorkerProcess>, Reply<()>),
-    Register(Vec<Request>, Reply<()>),
+    Register(Vec<TimerRequest>, Reply<()>),
     Clear(Vec<i32>, Reply<()>),
-    Timers(Reply<Vec<Request>>),
-    Counts(Reply<Counts>),
+    Timers(Reply<Vec<TimerRequest>>),
+    Counts(Reply<WatchdogCounts>),
     LastHeard(i32, Reply<Option<Duration>>),
     Overdue(Reply<Duration>),
     #[cfg(test)]
-    Run(Box<dyn FnOnce(&mut Server) + Send>),
+    Run(Box<dyn FnOnce(&mut WatchdogServer) + Send>),
 }
 
-impl Server {
+impl WatchdogServer {
     /// Carries out an order and replies. A caller that no longer waits has dropped its end of the reply.
     pub(crate) fn obey(&mut self, order: Order, poller: &Poller) {
         match order {

@@ -7,21 +7,22 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use crate::error::{Error, Result};
 use crate::sys::poller::wait_readable;
 use crate::sys::wake::WakeFd;
+use crate::vocabulary::named_values;
 
-/// What became of an expired timer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Outcome {
+named_values! {
+    /// What happened to the process of an expired timer.
+    ExpiryOutcome, "outcome of an expiry":
     /// The process was signalled.
-    Signalled,
+    Signalled = "signalled",
     /// The timer asked for no signal.
-    NoSignal,
+    NoSignal = "no signal",
     /// The process had ended.
-    Gone,
-    /// The process is neither a worker nor a descendant of one nor in a worker's session: it is left alone. Where no workers were named, this
-    /// process and all its descendants count as workers.
-    NotOurs,
-    /// The kernel refused to signal it.
-    Denied,
+    Gone = "gone",
+    /// The process is not a worker, not a descendant of one and not in a worker's session, so it was left alone. If no workers were named,
+    /// this process and all its descendants count as workers.
+    NotOurs = "not ours",
+    /// The kernel refused to signal the process.
+    Denied = "denied",
 }
 
 /// A timer that expired, and what was done.
@@ -40,7 +41,7 @@ pub struct Expiry {
     /// `CLOCK_MONOTONIC` just before the signal in nanoseconds; 0 if none was sent.
     pub signalled_ns: u64,
     /// What became of it.
-    pub outcome: Outcome,
+    pub outcome: ExpiryOutcome,
     /// The worker that the process is or descends from; 0 if none was named.
     pub worker: i32,
     /// Files with evidence, the own worker's first.
@@ -49,7 +50,7 @@ pub struct Expiry {
 
 /// What was received.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Counts {
+pub struct WatchdogCounts {
     /// Requests that were understood.
     pub requests: u64,
     /// Lines that were torn, not JSON, or held what they cannot.
@@ -69,7 +70,7 @@ pub struct Counts {
 }
 
 #[derive(Debug, Default)]
-struct State {
+struct ReportState {
     unread: VecDeque<Expiry>,
     by_process: HashMap<i32, Expiry>,
     closed: bool,
@@ -78,7 +79,7 @@ struct State {
 /// Expiries on their way from the engine thread to whoever waits for them.
 #[derive(Debug)]
 pub(crate) struct Reports {
-    state: Mutex<State>,
+    state: Mutex<ReportState>,
     news: WakeFd,
 }
 
@@ -91,7 +92,7 @@ impl Reports {
         Ok(Self { state: Mutex::default(), news })
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, ReportState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

@@ -5,23 +5,23 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::clients::{Clients, Kin};
-use super::deadlines::{Deadlines, Timer, expiry_instant};
+use super::clients::{Clients, Ownership};
+use super::deadlines::{ArmedTimer, Deadlines, expiry_instant};
 use super::evidence::{Subject, gather};
 use super::lines::Lines;
-use super::report::{Counts, Expiry, Outcome, Reports};
-use super::wire::{Broken, Request, parse};
+use super::report::{Expiry, ExpiryOutcome, Reports, WatchdogCounts};
+use super::wire::{Broken, TimerRequest, parse};
 use crate::error::{Error, Result};
-use crate::sys::beats::Page;
+use crate::sys::beats::BeatPage;
 use crate::sys::clock::Moment;
 use crate::sys::fifo::Fifo;
 use crate::sys::poller::{Interest, Poller};
 use crate::sys::probe::Support;
-use crate::sys::process::Leader;
+use crate::sys::process::ProcessHandle;
 
 /// What is read from the pipe before the engine looks at its other work.
 const CHUNK: usize = 64 * 1024;
-/// What [`Server::drain`] reads at most: a crowd of writers must not keep it.
+/// What [`WatchdogServer::drain`] reads at most: a crowd of writers must not keep it.
 const MOST_DRAINED: usize = 4 << 20;
 
 /// No hung process is kept for longer to be looked at.
@@ -85,12 +85,12 @@ impl Gather {
 struct Gathering {
     until: Instant,
     number: u64,
-    condemned: Vec<Expiry>,
+    awaiting_signal: Vec<Expiry>,
 }
 
 /// The numbers under which readiness is reported.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Tokens {
+pub(crate) struct WatchdogTokens {
     pub(crate) fifo: u64,
     /// Plus the pid.
     pub(crate) clients: u64,
@@ -98,30 +98,30 @@ pub(crate) struct Tokens {
 
 /// A watchdog, as the engine thread owns it.
 #[derive(Debug)]
-pub(crate) struct Server {
+pub(crate) struct WatchdogServer {
     config: Config,
     fifo: Fifo,
-    page: Page,
+    page: BeatPage,
     serving: bool,
-    tokens: Tokens,
+    tokens: WatchdogTokens,
     support: Support,
     lines: Lines,
     chunk: Vec<u8>,
     deadlines: Deadlines,
     clients: Clients,
-    workers: Vec<(WorkerProcess, Option<Leader>)>,
+    workers: Vec<(WorkerProcess, Option<ProcessHandle>)>,
     /// This is the watchdog of an agent: only its workers, and what they have started, are signalled.
     has_named_workers: bool,
-    counts: Counts,
+    counts: WatchdogCounts,
     gathering: Option<Gathering>,
     gatherings: u64,
     /// Processes that were signalled and have not ended yet, with the deadline they missed and the signal.
-    doomed: HashMap<i32, (Instant, i32)>,
+    signalled: HashMap<i32, (Instant, i32)>,
     reports: Arc<Reports>,
 }
 
 /// The files of a watchdog, made on the caller's thread.
-pub(crate) fn make_files(path: &Path) -> Result<(Fifo, Page)> {
+pub(crate) fn make_files(path: &Path) -> Result<(Fifo, BeatPage)> {
     let name = || format!("the watchdog's pipe {}", path.display());
     let fifo = Fifo::create(path).map_err(|source| match source.kind() {
         std::io::ErrorKind::AddrInUse => {
@@ -134,7 +134,7 @@ pub(crate) fn make_files(path: &Path) -> Result<(Fifo, Page)> {
     })?;
     let mut link = path.as_os_str().to_owned();
     link.push(".beats");
-    let page = Page::create(link.as_ref());
+    let page = BeatPage::create(link.as_ref());
     let page =
         page.map_err(|source| Error::os("make", format!("the page of heartbeats {}", link.display()), source))?;
     Ok((fifo, page))
@@ -144,11 +144,11 @@ fn source_of(errno: i32) -> std::io::Error {
     std::io::Error::from_raw_os_error(errno)
 }
 
-impl Server {
+impl WatchdogServer {
     pub(crate) fn new(
         config: Config,
-        (fifo, page): (Fifo, Page),
-        tokens: Tokens,
+        (fifo, page): (Fifo, BeatPage),
+        tokens: WatchdogTokens,
         support: Support,
         reports: Arc<Reports>,
     ) -> Self {
@@ -165,10 +165,10 @@ impl Server {
             clients: Clients::new(support),
             workers: Vec::new(),
             has_named_workers: false,
-            counts: Counts::default(),
+            counts: WatchdogCounts::default(),
             gathering: None,
             gatherings: 0,
-            doomed: HashMap::new(),
+            signalled: HashMap::new(),
             reports,
         }
     }
@@ -196,17 +196,17 @@ impl Server {
         Ok(())
     }
 
-    /// Lets go of everything it watches. Who is condemned is not let go.
+    /// Releases everything that it watches. Processes that await their signal get it.
     pub(crate) fn stop(&mut self, poller: &Poller) {
-        for expiry in self.gathering.take().into_iter().flat_map(|gathering| gathering.condemned) {
-            self.strike(expiry);
+        for expiry in self.gathering.take().into_iter().flat_map(|gathering| gathering.awaiting_signal) {
+            self.signal_process(expiry);
         }
         if self.serving {
             let _ = poller.remove(&self.fifo);
             self.serving = false;
         }
         for (_, client) in self.clients.drain() {
-            if let Some(pidfd) = client.hold().and_then(Leader::pidfd) {
+            if let Some(pidfd) = client.hold().and_then(ProcessHandle::pidfd) {
                 let _ = poller.remove(pidfd);
             }
         }
@@ -261,7 +261,7 @@ impl Server {
     }
 
     /// Takes one request.
-    pub(crate) fn accept(&mut self, request: Request, now: Moment, poller: &Poller) {
+    pub(crate) fn accept(&mut self, request: TimerRequest, now: Moment, poller: &Poller) {
         self.counts.requests += 1;
         let pid = request.pid;
         if pid > 0 {
@@ -287,11 +287,11 @@ impl Server {
                 }
             };
             client.last_request = now.instant;
-            if self.doomed.get(&pid).is_some_and(|(_, signal)| *signal != libc::SIGKILL) {
+            if self.signalled.get(&pid).is_some_and(|(_, signal)| *signal != libc::SIGKILL) {
                 // It has survived the signal, and goes on.
-                self.doomed.remove(&pid);
+                self.signalled.remove(&pid);
             }
-            if is_new && let Some(pidfd) = client.hold().and_then(Leader::pidfd) {
+            if is_new && let Some(pidfd) = client.hold().and_then(ProcessHandle::pidfd) {
                 let _ = poller.add(pidfd, self.tokens.clients | u64::from(pid.cast_unsigned()), Interest::Readable);
             }
         }
@@ -315,7 +315,7 @@ impl Server {
 
     /// A foreign process is not watched, so nobody says when it ends: it is known as long as it has timers.
     fn forget_if_foreign(&mut self, pid: i32) {
-        let foreign = self.clients.get(pid).is_some_and(|client| client.kin == Kin::Foreign);
+        let foreign = self.clients.get(pid).is_some_and(|client| client.ownership == Ownership::Foreign);
         if foreign && !self.deadlines.has(pid) {
             self.clients.remove(pid);
         }
@@ -328,15 +328,15 @@ impl Server {
         }
         self.deadlines.forget(pid);
         self.page.free(pid);
-        self.doomed.remove(&pid);
+        self.signalled.remove(&pid);
         if let Some(client) = self.clients.remove(pid)
-            && let Some(pidfd) = client.hold().and_then(Leader::pidfd)
+            && let Some(pidfd) = client.hold().and_then(ProcessHandle::pidfd)
         {
             let _ = poller.remove(pidfd);
         }
     }
 
-    /// The next time at which [`Server::pump`] has something to do.
+    /// The next time at which [`WatchdogServer::pump`] has something to do.
     pub(crate) fn next_tick(&mut self) -> Option<Instant> {
         let until = self.gathering.as_ref().map(|gathering| gathering.until);
         self.deadlines.next_at().into_iter().chain(until).min()
@@ -349,11 +349,11 @@ impl Server {
             self.drain(poller);
         }
         if let Some(gathering) = self.gathering.take_if(|gathering| gathering.until <= now.instant) {
-            for expiry in gathering.condemned {
-                self.strike(expiry);
+            for expiry in gathering.awaiting_signal {
+                self.signal_process(expiry);
             }
         }
-        let mut by_process: Vec<(i32, Vec<Timer>)> = Vec::new();
+        let mut by_process: Vec<(i32, Vec<ArmedTimer>)> = Vec::new();
         for timer in self.deadlines.expired(now.instant) {
             if let Some(timer) = self.missed(timer, now) {
                 let pid = timer.request.pid;
@@ -363,26 +363,26 @@ impl Server {
                 }
             }
         }
-        let condemned: Vec<Expiry> =
-            by_process.into_iter().filter_map(|(pid, timers)| self.judge(pid, timers, now, poller)).collect();
-        if condemned.is_empty() {
+        let awaiting_signal: Vec<Expiry> =
+            by_process.into_iter().filter_map(|(pid, timers)| self.decide(pid, timers, now, poller)).collect();
+        if awaiting_signal.is_empty() {
             return None;
         }
         if let Some(gathering) = &mut self.gathering {
-            gathering.condemned.extend(condemned);
+            gathering.awaiting_signal.extend(awaiting_signal);
             return None;
         }
-        if self.config.evidence.is_zero() || condemned.iter().all(|expiry| expiry.worker == 0) {
-            for expiry in condemned {
-                self.strike(expiry);
+        if self.config.evidence.is_zero() || awaiting_signal.iter().all(|expiry| expiry.worker == 0) {
+            for expiry in awaiting_signal {
+                self.signal_process(expiry);
             }
             return None;
         }
-        Some(self.begin_gathering(condemned, now))
+        Some(self.begin_gathering(awaiting_signal, now))
     }
 
     /// A timer whose time has come: `None` if its process has beaten since, and it was armed again.
-    fn missed(&mut self, mut timer: Timer, now: Moment) -> Option<Timer> {
+    fn missed(&mut self, mut timer: ArmedTimer, now: Moment) -> Option<ArmedTimer> {
         let Some(beat) = timer.request.heartbeat else { return Some(timer) };
         // A slot that the process has given back is a heartbeat that has ended.
         let last_ns = self.page.last_beat_ns(beat.slot, timer.request.pid)?;
@@ -400,16 +400,16 @@ impl Server {
     }
 
     /// What the expired timers of one process (earliest first) mean for it: the one over which it is to be signalled, if any.
-    fn judge(&mut self, pid: i32, timers: Vec<Timer>, now: Moment, poller: &Poller) -> Option<Expiry> {
+    fn decide(&mut self, pid: i32, timers: Vec<ArmedTimer>, now: Moment, poller: &Poller) -> Option<Expiry> {
         // Without pidfds nobody has told of the end of a helper.
         self.client_ended(pid, poller);
         let is_gone = pid > 0 && self.clients.get(pid).is_none();
-        let kin = match self.clients.get(pid).map_or(Kin::Foreign, |client| client.kin) {
+        let ownership = match self.clients.get(pid).map_or(Ownership::Foreign, |client| client.ownership) {
             // An agent's watchdog ends workers, and neither the agent itself nor its guard.
-            Kin::Ours { worker: 0 } if self.has_named_workers => Kin::Foreign,
-            kin => kin,
+            Ownership::Ours { worker: 0 } if self.has_named_workers => Ownership::Foreign,
+            ownership => ownership,
         };
-        let worker = if let Kin::Ours { worker } = kin { worker } else { 0 };
+        let worker = if let Ownership::Ours { worker } = ownership { worker } else { 0 };
         for timer in timers {
             self.counts.expired += 1;
             let missed = timer.at.unwrap_or(now.instant);
@@ -421,7 +421,7 @@ impl Server {
                 signal: timer.request.signal,
                 late_ns: u64::try_from(late.as_nanos()).unwrap_or(u64::MAX),
                 signalled_ns: 0,
-                outcome: Outcome::NoSignal,
+                outcome: ExpiryOutcome::NoSignal,
                 worker,
                 evidence: Vec::new(),
             };
@@ -431,14 +431,14 @@ impl Server {
             }
             // Whatever else it has promised is void.
             self.deadlines.forget(pid);
-            if kin == Kin::Foreign {
-                expiry.outcome = if is_gone { Outcome::Gone } else { Outcome::NotOurs };
+            if ownership == Ownership::Foreign {
+                expiry.outcome = if is_gone { ExpiryOutcome::Gone } else { ExpiryOutcome::NotOurs };
                 self.clients.remove(pid);
                 self.reports.publish(expiry);
                 return None;
             }
-            self.doomed.insert(pid, (missed, expiry.signal));
-            expiry.outcome = Outcome::Signalled;
+            self.signalled.insert(pid, (missed, expiry.signal));
+            expiry.outcome = ExpiryOutcome::Signalled;
             self.reports.note_cause(&expiry);
             return Some(expiry);
         }
@@ -446,7 +446,7 @@ impl Server {
         None
     }
 
-    fn begin_gathering(&mut self, condemned: Vec<Expiry>, now: Moment) -> Gather {
+    fn begin_gathering(&mut self, awaiting_signal: Vec<Expiry>, now: Moment) -> Gather {
         let budget = self.config.evidence.min(LONGEST_EVIDENCE);
         // The gatherers stop a little earlier, so that what was found in time is known in time.
         let margin = (budget / 10).min(Duration::from_millis(50));
@@ -458,7 +458,7 @@ impl Server {
             let hold = hold.as_ref()?.try_clone().ok()?;
             Some(Subject { hold, label: worker.label.clone(), folder: worker.folder.clone() })
         });
-        let scopes = condemned.iter().map(|expiry| format!("{:?} of process {}", expiry.scope, expiry.pid));
+        let scopes = awaiting_signal.iter().map(|expiry| format!("{:?} of process {}", expiry.scope, expiry.pid));
         let gather = Gather {
             number,
             subjects: subjects.collect(),
@@ -466,7 +466,7 @@ impl Server {
             deadline: now.instant + budget.saturating_sub(margin),
             py_spy: self.config.py_spy.clone(),
         };
-        self.gathering = Some(Gathering { until, number, condemned });
+        self.gathering = Some(Gathering { until, number, awaiting_signal });
         gather
     }
 
@@ -475,15 +475,15 @@ impl Server {
         let Some(gathering) = self.gathering.take_if(|gathering| gathering.number == gathered.number) else {
             return;
         };
-        for mut expiry in gathering.condemned {
+        for mut expiry in gathering.awaiting_signal {
             let (own, others): (Vec<_>, Vec<_>) = gathered.files.iter().partition(|(pid, _)| *pid == expiry.worker);
             expiry.evidence = own.into_iter().chain(others).flat_map(|(_, files)| files.iter().cloned()).collect();
-            self.strike(expiry);
+            self.signal_process(expiry);
         }
     }
 
     /// Signals the process of an expired timer, and the worker it belongs to.
-    fn strike(&mut self, mut expiry: Expiry) {
+    fn signal_process(&mut self, mut expiry: Expiry) {
         expiry.signalled_ns = Moment::now().monotonic_ns;
         self.reports.note_cause(&expiry);
         let client = self.clients.get(expiry.pid);
@@ -496,13 +496,13 @@ impl Server {
         }
         let signalled = client.map_or(Ok(false), |client| client.signal(expiry.signal));
         expiry.outcome = match signalled {
-            Ok(true) => Outcome::Signalled,
-            Ok(false) => Outcome::Gone,
-            Err(_) => Outcome::Denied,
+            Ok(true) => ExpiryOutcome::Signalled,
+            Ok(false) => ExpiryOutcome::Gone,
+            Err(_) => ExpiryOutcome::Denied,
         };
-        if expiry.outcome != Outcome::Signalled {
+        if expiry.outcome != ExpiryOutcome::Signalled {
             expiry.signalled_ns = 0;
-            self.doomed.remove(&expiry.pid);
+            self.signalled.remove(&expiry.pid);
         }
         self.reports.note_cause(&expiry);
         self.reports.publish(expiry);
@@ -514,7 +514,7 @@ impl Server {
         self.reports.keep_causes(|pid| workers.iter().any(|worker| worker.pid == pid));
         let held = workers.into_iter().map(|worker| {
             // Still the agent's child, dead or alive: the number is its own.
-            let hold = Leader::open(worker.pid, support).ok();
+            let hold = ProcessHandle::open(worker.pid, support).ok();
             (worker, hold)
         });
         self.workers = held.collect();
@@ -528,12 +528,12 @@ impl Server {
         self.forget_if_foreign(pid);
     }
 
-    pub(crate) fn timers(&self) -> Vec<Request> {
+    pub(crate) fn timers(&self) -> Vec<TimerRequest> {
         self.deadlines.iter().map(|timer| timer.request.clone()).collect()
     }
 
-    pub(crate) fn counts(&self) -> Counts {
-        Counts { armed: self.deadlines.len(), ..self.counts.clone() }
+    pub(crate) fn counts(&self) -> WatchdogCounts {
+        WatchdogCounts { armed: self.deadlines.len(), ..self.counts.clone() }
     }
 
     /// How long ago a process was last heard of, by a request or a beat.
@@ -551,12 +551,12 @@ impl Server {
     /// How long the oldest missed deadline has been waiting for its process to end.
     pub(crate) fn overdue(&self, now: Instant) -> Duration {
         let living = |pid: i32| self.clients.get(pid).is_some_and(|client| !client.has_ended(pid));
-        let waiting = self.doomed.iter().filter(|(pid, _)| living(**pid));
+        let waiting = self.signalled.iter().filter(|(pid, _)| living(**pid));
         waiting.map(|(_, (missed, _))| now.saturating_duration_since(*missed)).max().unwrap_or_default()
     }
 }
 
-impl Drop for Server {
+impl Drop for WatchdogServer {
     fn drop(&mut self) {
         self.reports.close();
     }

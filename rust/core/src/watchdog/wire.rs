@@ -18,7 +18,7 @@ const MOST_OPENINGS: usize = 16;
 
 /// A request to arm or release a timer.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Request {
+pub struct TimerRequest {
     /// The process that the timer watches.
     pub pid: i32,
     /// What the process calls the piece of work; one timer for each scope of a process.
@@ -31,7 +31,7 @@ pub struct Request {
     pub heartbeat: Option<Heartbeat>,
 }
 
-impl Request {
+impl TimerRequest {
     /// Whether this asks to forget the timer.
     #[must_use]
     pub fn is_release(&self) -> bool {
@@ -68,7 +68,7 @@ pub enum Broken {
 }
 
 #[derive(Deserialize)]
-struct Line<'line> {
+struct RequestLine<'line> {
     #[serde(default = "this_version")]
     version: i64,
     pid: i64,
@@ -88,7 +88,7 @@ fn this_version() -> i64 {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Parsed {
     /// The request in it.
-    pub request: Option<Request>,
+    pub request: Option<TimerRequest>,
     /// What of it was not understood.
     pub broken: Option<Broken>,
 }
@@ -106,9 +106,9 @@ pub fn parse(line: &[u8]) -> Parsed {
     Parsed { request, broken: Some(broken) }
 }
 
-fn parse_whole(line: &[u8]) -> Result<Request, Broken> {
+fn parse_whole(line: &[u8]) -> Result<TimerRequest, Broken> {
     let replaced;
-    let line: Line<'_> = match serde_json::from_slice(line) {
+    let line: RequestLine<'_> = match serde_json::from_slice(line) {
         Ok(line) => line,
         Err(error) => {
             replaced = in_plain_json(line).ok_or_else(|| Broken::Syntax(error.to_string()))?;
@@ -127,7 +127,7 @@ fn parse_whole(line: &[u8]) -> Result<Request, Broken> {
     {
         return Err(out_of_range("timeout_s", &timeout_s));
     }
-    Ok(Request {
+    Ok(TimerRequest {
         pid,
         scope: line.scope_id.into_owned(),
         expiration_time: line.expiration_time,
@@ -170,9 +170,9 @@ mod tests {
     const PLAIN: &str =
         r#"{"version": 1, "pid": 4711, "scope_id": "train.py#42", "expiration_time": 1700000000.25, "signal": 9}"#;
 
-    fn plain() -> Request {
+    fn plain() -> TimerRequest {
         let scope = "train.py#42".into();
-        Request { pid: 4711, scope, expiration_time: 1_700_000_000.25, signal: 9, heartbeat: None }
+        TimerRequest { pid: 4711, scope, expiration_time: 1_700_000_000.25, signal: 9, heartbeat: None }
     }
 
     fn broken(line: &str) -> Broken {

@@ -2,8 +2,9 @@
 
 use std::time::Duration;
 
-use ferroelastic_core::rendezvous::message::{Kind, Notice, Place};
-use ferroelastic_core::rendezvous::rounds::{Action, Event};
+use ferroelastic_core::rendezvous::message::{HostMessage, Place};
+use ferroelastic_core::rendezvous::rounds::{HostAction, HostEvent};
+use ferroelastic_core::vocabulary::RestartCause;
 
 use crate::table::{LOSS_GRACE, MOMENT, SECOND, SILENCE, Table, begun, over};
 
@@ -11,22 +12,22 @@ use crate::table::{LOSS_GRACE, MOMENT, SECOND, SILENCE, Table, begun, over};
 fn a_note_of_a_worker_in_the_store_is_a_failure() {
     let mut table = Table::running(2, 2);
     let ended =
-        over(&table.step(Event::Announced { text: "rank 3 wrote /remote_error".into(), grace: Duration::ZERO }));
+        over(&table.step(HostEvent::Announced { text: "rank 3 wrote /remote_error".into(), grace: Duration::ZERO }));
     assert_eq!(ended.len(), 2);
-    assert_eq!(ended[0].1, Kind::Failure);
+    assert_eq!(ended[0].1, RestartCause::Failure);
 }
 
 #[test]
 fn after_a_note_that_workers_write_evidence_they_have_time_for_it() {
     let mut table = Table::running(2, 2);
     let grace = 20 * SECOND;
-    assert_eq!(table.step(Event::Announced { text: "rank 3 wrote /exception_dump".into(), grace }), []);
+    assert_eq!(table.step(HostEvent::Announced { text: "rank 3 wrote /exception_dump".into(), grace }), []);
     assert_eq!(table.pass(grace.saturating_sub(MOMENT), &[1, 2]), []);
     assert_eq!(over(&table.pass(2 * MOMENT, &[1, 2])).len(), 2);
     // A worker that fails meanwhile ends the round before.
     table.join(1, Some(0));
     table.join(2, Some(0));
-    table.step(Event::Announced { text: "rank 3 wrote /exception_dump".into(), grace });
+    table.step(HostEvent::Announced { text: "rank 3 wrote /exception_dump".into(), grace });
     assert_eq!(over(&table.fail(1, 1, 1)).len(), 2);
     table.join(1, Some(1));
     table.join(2, Some(1));
@@ -37,8 +38,8 @@ fn after_a_note_that_workers_write_evidence_they_have_time_for_it() {
 fn of_two_notes_the_earlier_deadline_counts() {
     let mut table = Table::running(2, 2);
     let grace = 20 * SECOND;
-    table.step(Event::Announced { text: "rank 3 wrote /exception_dump".into(), grace });
-    let error = Event::Announced { text: "rank 3 wrote /remote_error".into(), grace: Duration::ZERO };
+    table.step(HostEvent::Announced { text: "rank 3 wrote /exception_dump".into(), grace });
+    let error = HostEvent::Announced { text: "rank 3 wrote /remote_error".into(), grace: Duration::ZERO };
     assert_eq!(over(&table.step(error)).len(), 2);
 }
 
@@ -48,14 +49,14 @@ fn workers_that_fail_because_their_peers_are_lost_have_not_failed() {
     // Heard of before the loss.
     assert_eq!(over(&table.fail(1, 0, 1)).len(), 3);
     table.join(1, Some(0));
-    table.step(Event::Lost(3, "its connection broke".into()));
+    table.step(HostEvent::Lost(3, "its connection broke".into()));
     let places = begun(&table.join(2, Some(0)));
     assert_eq!(places.len(), 2);
     assert!(places.iter().all(|(_, place)| (place.failures, place.membership_changes) == (0, 1)));
     let cause = places[0].1.cause.clone().expect("a cause");
     assert_eq!(
         (cause.kind, cause.text.as_str()),
-        (Kind::Membership, "node3 (agent 100) was lost: its connection broke")
+        (RestartCause::Membership, "node3 (agent 100) was lost: its connection broke")
     );
 }
 
@@ -65,7 +66,7 @@ fn a_node_that_is_lost_a_while_after_a_failure_does_not_explain_it() {
     table.fail(1, 0, 1);
     table.join(1, Some(0));
     table.pass(LOSS_GRACE + MOMENT, &[1, 2, 3]);
-    table.step(Event::Lost(3, "its connection broke".into()));
+    table.step(HostEvent::Lost(3, "its connection broke".into()));
     let places = begun(&table.join(2, Some(0)));
     assert!(places.iter().all(|(_, place)| (place.failures, place.membership_changes) == (1, 0)));
 }
@@ -94,11 +95,11 @@ fn a_last_failure_waits_for_what_becomes_of_a_silent_node() {
         assert_eq!(table.fail_for_good(1, 0), []);
         assert_eq!(table.pass(SECOND / 2, &[1, 2]), []);
         if comes_back {
-            table.step(Event::Beat(3, 1));
+            table.step(HostEvent::Beat(3, 1));
         }
         let actions = table.pass(2 * SECOND, &[1, 2]);
         assert_eq!(table.rounds.closed().is_some(), comes_back);
-        assert!(over(&actions).iter().all(|(_, kind, _)| *kind == Kind::Membership));
+        assert!(over(&actions).iter().all(|(_, kind, _)| *kind == RestartCause::Membership));
         assert_eq!(over(&actions).len(), if comes_back { 0 } else { 2 });
     }
 }
@@ -107,21 +108,21 @@ fn a_last_failure_waits_for_what_becomes_of_a_silent_node() {
 fn a_node_that_leaves_explains_no_failure() {
     let mut table = Table::running(2, 3);
     table.fail(1, 0, 1);
-    table.step(Event::Left(3, "its agent was ended by SIGTERM".into()));
+    table.step(HostEvent::Left(3, "its agent was ended by SIGTERM".into()));
     table.join(1, Some(0));
     let places = begun(&table.join(2, Some(0)));
     assert!(places.iter().all(|(_, place)| (place.failures, place.membership_changes) == (1, 0)));
     // Nor does it save a job whose last failure has been.
     let mut table = Table::running(2, 3);
     assert_eq!(table.fail_for_good(1, 0), []);
-    assert_eq!(over(&table.step(Event::Left(3, "its agent was ended by SIGTERM".into()))), []);
+    assert_eq!(over(&table.step(HostEvent::Left(3, "its agent was ended by SIGTERM".into()))), []);
     table.pass(LOSS_GRACE, &[1, 2]);
     assert_eq!(table.rounds.closed(), Some("rank 1 exited with 1 on node1, and no restart is left"));
     // A note of a failure is one, also if its worker has not ended by then.
     let mut table = Table::running(2, 3);
-    table.step(Event::Announced { text: "rank 3 wrote /exception_dump".into(), grace: 20 * SECOND });
-    let ended = over(&table.step(Event::Left(3, "its agent was ended by SIGTERM".into())));
-    assert_eq!(ended.iter().map(|(_, kind, _)| *kind).collect::<Vec<_>>(), [Kind::Failure; 2]);
+    table.step(HostEvent::Announced { text: "rank 3 wrote /exception_dump".into(), grace: 20 * SECOND });
+    let ended = over(&table.step(HostEvent::Left(3, "its agent was ended by SIGTERM".into())));
+    assert_eq!(ended.iter().map(|(_, kind, _)| *kind).collect::<Vec<_>>(), [RestartCause::Failure; 2]);
 }
 
 #[test]
@@ -132,7 +133,7 @@ fn each_failure_counts_though_a_node_is_lost_each_time_workers_are_stopped() {
         table.join(1, Some(round));
         let stopping = 3 + round;
         table.pass(SECOND, &[1, 2, stopping]);
-        table.step(Event::Lost(stopping, "it was killed".into()));
+        table.step(HostEvent::Lost(stopping, "it was killed".into()));
         table.enter(stopping + 1, (2, 3));
         table.join(stopping + 1, None);
         let places = begun(&table.join(2, Some(round)));
@@ -147,10 +148,10 @@ fn the_last_failure_is_none_if_a_node_was_lost() {
     assert_eq!(table.fail_for_good(1, 0), []);
     // Nor does another failure of the same round make it less final.
     assert_eq!(table.fail(2, 0, 1), []);
-    let ended = over(&table.step(Event::Lost(3, "its connection broke".into())));
+    let ended = over(&table.step(HostEvent::Lost(3, "its connection broke".into())));
     assert_eq!(
         ended.iter().map(|(id, kind, _)| (*id, *kind)).collect::<Vec<_>>(),
-        [1, 2].map(|id| (id, Kind::Membership))
+        [1, 2].map(|id| (id, RestartCause::Membership))
     );
     // Heard of after the loss.
     assert_eq!(table.fail_for_good(2, 0), []);
@@ -162,7 +163,7 @@ fn the_last_failure_is_none_if_a_node_was_lost() {
 #[test]
 fn a_newcomer_does_not_undo_the_last_failure() {
     let mut table = Table::running(2, 3);
-    table.step(Event::Lost(3, "gone".into()));
+    table.step(HostEvent::Lost(3, "gone".into()));
     table.join(1, Some(0));
     table.join(2, Some(0));
     assert_eq!(table.fail_for_good(1, 1), []);
@@ -184,8 +185,8 @@ fn nor_does_a_node_that_begins_again() {
 fn a_note_in_the_store_does_not_hasten_the_last_failure() {
     let mut table = Table::running(2, 3);
     table.fail_for_good(1, 0);
-    table.step(Event::Announced { text: "rank 2 wrote /remote_error".into(), grace: Duration::ZERO });
-    assert_eq!(over(&table.step(Event::Lost(3, "gone".into()))).len(), 2);
+    table.step(HostEvent::Announced { text: "rank 2 wrote /remote_error".into(), grace: Duration::ZERO });
+    assert_eq!(over(&table.step(HostEvent::Lost(3, "gone".into()))).len(), 2);
 }
 
 #[test]
@@ -193,7 +194,7 @@ fn of_two_last_failures_the_first_is_named_whichever_is_heard_first() {
     for order in [[1, 2], [2, 1]] {
         let mut table = Table::running(2, 2);
         for id in order {
-            table.step(Event::Failed {
+            table.step(HostEvent::Failed {
                 id,
                 round: 0,
                 at_ns: id,
@@ -211,5 +212,5 @@ fn of_two_last_failures_the_first_is_named_whichever_is_heard_first() {
 fn a_job_of_one_node_ends_at_once() {
     let mut table = Table::running(1, 1);
     let text = "rank 1 exited with 1 on node1, and no restart is left".into();
-    assert_eq!(table.fail_for_good(1, 0), [Action::Tell(1, Notice::Closed { text, code: 7 })]);
+    assert_eq!(table.fail_for_good(1, 0), [HostAction::Tell(1, HostMessage::Closed { text, code: 7 })]);
 }

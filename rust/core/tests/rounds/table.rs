@@ -3,8 +3,9 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use ferroelastic_core::rendezvous::message::{Introduction, Join, Kind, Notice, PROTOCOL, Place};
-use ferroelastic_core::rendezvous::rounds::{Action, Event, Id, Rounds, Settings};
+use ferroelastic_core::rendezvous::message::{HostMessage, Introduction, Join, PROTOCOL, Place};
+use ferroelastic_core::rendezvous::rounds::{HostAction, HostEvent, HostSettings, Id, Rounds};
+use ferroelastic_core::vocabulary::RestartCause;
 
 pub(crate) const SECOND: Duration = Duration::from_secs(1);
 pub(crate) const SILENCE: Duration = Duration::from_secs(15);
@@ -12,8 +13,8 @@ pub(crate) const JOIN_TIMEOUT: Duration = Duration::from_secs(600);
 pub(crate) const LOSS_GRACE: Duration = Duration::from_millis(250);
 pub(crate) const MOMENT: Duration = Duration::from_millis(10);
 
-pub(crate) fn settings(min_nodes: u32, max_nodes: u32) -> Settings {
-    Settings {
+pub(crate) fn settings(min_nodes: u32, max_nodes: u32) -> HostSettings {
+    HostSettings {
         run_id: "job".into(),
         min_nodes,
         max_nodes,
@@ -46,30 +47,30 @@ pub(crate) struct Table {
 }
 
 impl Table {
-    pub(crate) fn new(settings: Settings) -> Self {
+    pub(crate) fn new(settings: HostSettings) -> Self {
         let now = Instant::now();
         Self { rounds: Rounds::new(settings, now), now }
     }
 
-    pub(crate) fn step(&mut self, event: Event) -> Vec<Action> {
+    pub(crate) fn step(&mut self, event: HostEvent) -> Vec<HostAction> {
         self.rounds.step(self.now, event)
     }
 
-    pub(crate) fn enter(&mut self, id: Id, nodes: (u32, u32)) -> Vec<Action> {
+    pub(crate) fn enter(&mut self, id: Id, nodes: (u32, u32)) -> Vec<HostAction> {
         let who = Introduction { nodes, ..introduction(id) };
-        self.step(Event::Entered(id, who))
+        self.step(HostEvent::Entered(id, who))
     }
 
-    pub(crate) fn join(&mut self, id: Id, after: Option<u64>) -> Vec<Action> {
+    pub(crate) fn join(&mut self, id: Id, after: Option<u64>) -> Vec<HostAction> {
         self.join_as(id, after, "default", 2)
     }
 
-    pub(crate) fn join_as(&mut self, id: Id, after: Option<u64>, role: &str, local_world_size: u64) -> Vec<Action> {
-        self.step(Event::Joined(id, Join { after, role: role.into(), local_world_size, timeout: JOIN_TIMEOUT }))
+    pub(crate) fn join_as(&mut self, id: Id, after: Option<u64>, role: &str, local_world_size: u64) -> Vec<HostAction> {
+        self.step(HostEvent::Joined(id, Join { after, role: role.into(), local_world_size, timeout: JOIN_TIMEOUT }))
     }
 
-    pub(crate) fn fail(&mut self, id: Id, round: u64, at_ns: u64) -> Vec<Action> {
-        self.step(Event::Failed {
+    pub(crate) fn fail(&mut self, id: Id, round: u64, at_ns: u64) -> Vec<HostAction> {
+        self.step(HostEvent::Failed {
             id,
             round,
             at_ns,
@@ -79,8 +80,8 @@ impl Table {
         })
     }
 
-    pub(crate) fn fail_for_good(&mut self, id: Id, round: u64) -> Vec<Action> {
-        self.step(Event::Failed {
+    pub(crate) fn fail_for_good(&mut self, id: Id, round: u64) -> Vec<HostAction> {
+        self.step(HostEvent::Failed {
             id,
             round,
             at_ns: 1,
@@ -102,16 +103,16 @@ impl Table {
     }
 
     /// As [`Table::pass`], with what is said besides.
-    pub(crate) fn listen(&mut self, time: Duration, living: &[Id]) -> Vec<Action> {
+    pub(crate) fn listen(&mut self, time: Duration, living: &[Id]) -> Vec<HostAction> {
         let end = self.now + time;
         let mut actions = Vec::new();
         loop {
             let next = self.rounds.next_tick().unwrap_or(end).min(self.now + SECOND).min(end);
             self.now = next.max(self.now);
             for id in living {
-                actions.extend(self.step(Event::Beat(*id, 0)));
+                actions.extend(self.step(HostEvent::Beat(*id, 0)));
             }
-            actions.extend(self.step(Event::Tick));
+            actions.extend(self.step(HostEvent::Tick));
             if self.now >= end {
                 return actions;
             }
@@ -119,7 +120,7 @@ impl Table {
     }
 
     /// Lets time pass as it does: with a tick whenever one is due, and beats of those who live.
-    pub(crate) fn pass(&mut self, time: Duration, living: &[Id]) -> Vec<Action> {
+    pub(crate) fn pass(&mut self, time: Duration, living: &[Id]) -> Vec<HostAction> {
         let mut actions = self.listen(time, living);
         actions.retain(|action| !is_small_talk(action));
         actions
@@ -127,38 +128,38 @@ impl Table {
 }
 
 /// What is said without anything having been decided.
-fn is_small_talk(action: &Action) -> bool {
-    use Notice::{Beat, Probe, Remark};
-    matches!(action, Action::Examine(_) | Action::Tell(_, Beat { .. } | Probe | Remark { .. }))
+fn is_small_talk(action: &HostAction) -> bool {
+    use HostMessage::{Beat, Probe, Remark};
+    matches!(action, HostAction::Examine(_) | HostAction::Tell(_, Beat { .. } | Probe | Remark { .. }))
 }
 
-pub(crate) fn remarks(actions: &[Action]) -> Vec<(Id, String)> {
+pub(crate) fn remarks(actions: &[HostAction]) -> Vec<(Id, String)> {
     let remarks = actions.iter().filter_map(|action| match action {
-        Action::Tell(id, Notice::Remark { text }) => Some((*id, text.clone())),
+        HostAction::Tell(id, HostMessage::Remark { text }) => Some((*id, text.clone())),
         _ => None,
     });
     remarks.collect()
 }
 
-pub(crate) fn begun(actions: &[Action]) -> Vec<(Id, Place)> {
+pub(crate) fn begun(actions: &[HostAction]) -> Vec<(Id, Place)> {
     let begun = actions.iter().filter_map(|action| match action {
-        Action::Tell(id, Notice::Begin(place)) => Some((*id, place.clone())),
+        HostAction::Tell(id, HostMessage::Begin(place)) => Some((*id, place.clone())),
         _ => None,
     });
     begun.collect()
 }
 
-pub(crate) fn over(actions: &[Action]) -> Vec<(Id, Kind, String)> {
+pub(crate) fn over(actions: &[HostAction]) -> Vec<(Id, RestartCause, String)> {
     let over = actions.iter().filter_map(|action| match action {
-        Action::Tell(id, Notice::Over { cause, .. }) => Some((*id, cause.kind, cause.text.clone())),
+        HostAction::Tell(id, HostMessage::Over { cause, .. }) => Some((*id, cause.kind, cause.text.clone())),
         _ => None,
     });
     over.collect()
 }
 
-pub(crate) fn refused(actions: &[Action]) -> Option<String> {
+pub(crate) fn refused(actions: &[HostAction]) -> Option<String> {
     actions.iter().find_map(|action| match action {
-        Action::Tell(_, Notice::Refused { text }) => Some(text.clone()),
+        HostAction::Tell(_, HostMessage::Refused { text }) => Some(text.clone()),
         _ => None,
     })
 }

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use ferroelastic_core::rendezvous::message::Place;
-use ferroelastic_core::rendezvous::rounds::Event;
+use ferroelastic_core::rendezvous::rounds::HostEvent;
 
 use super::{Job, MS};
 
@@ -23,15 +23,15 @@ pub(super) struct Counts {
 }
 
 impl Job {
-    pub(super) fn note(&mut self, event: &Event) {
+    pub(super) fn note(&mut self, event: &HostEvent) {
         match event {
-            Event::Failed { round, .. } if round + 1 == self.rounds.begun() => {
+            HostEvent::Failed { round, .. } if round + 1 == self.rounds.begun() => {
                 self.counts.failed_at.get_or_insert(self.now);
             }
-            Event::Lost(..) => self.note_loss(self.now),
+            HostEvent::Lost(..) => self.note_loss(self.now),
             // A second connection, of which only the agent knows why; or a wish that says that its workers are gone.
-            Event::Entered(..) => self.counts.is_unclear = true,
-            Event::Joined(_, join) if join.after.is_some_and(|after| after + 1 == self.rounds.begun()) => {
+            HostEvent::Entered(..) => self.counts.is_unclear = true,
+            HostEvent::Joined(_, join) if join.after.is_some_and(|after| after + 1 == self.rounds.begun()) => {
                 self.counts.is_unclear |= self.counts.failed_at.is_none() && self.counts.losses.is_empty();
             }
             _ => {}

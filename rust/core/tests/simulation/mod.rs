@@ -9,9 +9,10 @@ use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap};
 use std::time::{Duration, Instant};
 
-use ferroelastic_core::rendezvous::member::{self, Call, Failure, Member, Standing};
-use ferroelastic_core::rendezvous::message::{Introduction, Kind, Notice, PROTOCOL, Place, Request};
+use ferroelastic_core::rendezvous::member::{self, Call, Failure, Member, MembershipState};
+use ferroelastic_core::rendezvous::message::{AgentMessage, HostMessage, Introduction, PROTOCOL, Place};
 use ferroelastic_core::rendezvous::rounds::{self, Rounds};
+use ferroelastic_core::vocabulary::RestartCause;
 
 use counts::Counts;
 pub(crate) use random::Random;
@@ -81,14 +82,14 @@ enum Happening {
     Start(usize),
     /// The connection is there, on the agent's side.
     Connected(usize, u64),
-    ToHost(u64, Request),
-    ToAgent(usize, u64, Notice),
+    ToHost(u64, AgentMessage),
+    ToAgent(usize, u64, HostMessage),
     HostSeesEnd(u64),
     Examined(u64, bool),
     AgentSeesEnd(usize, u64),
     AgentTick(usize, u64),
     /// It goes on after a pause, with what came meanwhile.
-    Resumes(usize, Option<u64>, member::Event),
+    Resumes(usize, Option<u64>, member::MemberEvent),
     HostTick(u64),
     WorkersEnd(usize, u64, bool),
     WorkersAreGone(usize, u64),
@@ -128,7 +129,7 @@ pub(crate) struct Job {
 impl Job {
     pub(crate) fn new(seed: u64, min_nodes: u32, max_nodes: u32, agents: usize, faults: Faults) -> Self {
         let start = Instant::now();
-        let settings = rounds::Settings {
+        let settings = rounds::HostSettings {
             run_id: "job".into(),
             min_nodes,
             max_nodes,
@@ -170,8 +171,11 @@ impl Job {
 
     fn add_agent(&mut self, least_delay: Duration) {
         let index = self.agents.len();
-        let settings =
-            member::Settings { endpoint: "host:29400".into(), connect_timeout: CONNECT_TIMEOUT, is_host: index == 0 };
+        let settings = member::MemberSettings {
+            endpoint: "host:29400".into(),
+            connect_timeout: CONNECT_TIMEOUT,
+            is_host: index == 0,
+        };
         self.agents.push(Agent {
             member: Member::new(settings, self.now),
             work: Work::Meeting,
@@ -233,7 +237,7 @@ impl Job {
 
     // ---- of agents
 
-    fn step_agent(&mut self, index: usize, event: member::Event) {
+    fn step_agent(&mut self, index: usize, event: member::MemberEvent) {
         let agent = &mut self.agents[index];
         if !agent.is_alive {
             return;
@@ -246,16 +250,16 @@ impl Job {
         let actions = agent.member.step(self.now, event);
         for action in actions {
             match action {
-                member::Action::Connect => {
+                member::MemberAction::Connect => {
                     self.last_link += 1;
                     let link = self.last_link;
                     self.agents[index].link = Some(link);
                     let at = self.arrival(index, link, true) * 2;
                     self.later(at, Happening::Connected(index, link));
                 }
-                member::Action::Send(request) => self.send_to_host(index, request),
-                member::Action::Remark(_) => {}
-                member::Action::Disconnect => {
+                member::MemberAction::Send(request) => self.send_to_host(index, request),
+                member::MemberAction::Remark(_) => {}
+                member::MemberAction::Disconnect => {
                     if let Some(link) = self.agents[index].link.take() {
                         let at = self.arrival(index, link, true);
                         self.later(at, Happening::HostSeesEnd(link));
@@ -269,7 +273,7 @@ impl Job {
         let tick = agent.tick;
         let next = agent.member.next_tick();
         let has_ended = matches!(agent.work, Work::Ended(_));
-        let waits = matches!(agent.member.standing(), Standing::Joining) && agent.is_alive && !has_ended;
+        let waits = matches!(agent.member.standing(), MembershipState::Joining) && agent.is_alive && !has_ended;
         // The host's own agent leaves it to the host: they are one process.
         let is_with_host = index == 0 && agent.member.is_up();
         assert!(!waits || is_with_host || next.is_some(), "agent {index} waits without a deadline");
@@ -278,7 +282,7 @@ impl Job {
         }
     }
 
-    fn send_to_host(&mut self, index: usize, request: Request) {
+    fn send_to_host(&mut self, index: usize, request: AgentMessage) {
         let Some(link) = self.agents[index].link else { return };
         self.messages += 1;
         let at = self.arrival(index, link, true);
@@ -292,7 +296,7 @@ impl Job {
         self.later(at, Happening::ToHost(link, request));
     }
 
-    fn send_to_agent(&mut self, link: u64, notice: Notice) {
+    fn send_to_agent(&mut self, link: u64, notice: HostMessage) {
         let Some(&index) = self.links.get(&link) else { return };
         self.messages += 1;
         let at = self.arrival(index, link, false);
@@ -319,7 +323,7 @@ impl Job {
         let work = self.agents[index].work.clone();
         match (standing, work) {
             (_, Work::Ended(_)) => {}
-            (Standing::Placed(place), Work::Meeting) => {
+            (MembershipState::Placed(place), Work::Meeting) => {
                 let turn = self.set_work(index, Work::Running(place));
                 let is_calm = self.is_calm();
                 let fails = !is_calm && self.random.chance(self.faults.failing);
@@ -328,30 +332,33 @@ impl Job {
                 let length = self.random.between(least, least + SECOND * 20);
                 self.later(length, Happening::WorkersEnd(index, turn, fails));
             }
-            (Standing::Over(..), Work::Running(_)) => self.stop_workers(index, false),
-            (Standing::Over(_, cause), Work::Verdict) if cause.kind == Kind::Failure => {
+            (MembershipState::Over(..), Work::Running(_)) => self.stop_workers(index, false),
+            (MembershipState::Over(_, cause), Work::Verdict) if cause.kind == RestartCause::Failure => {
                 self.set_work(index, Work::Ended("failed"));
-                self.step_agent(index, member::Event::Call(Call::Close { text: "no restart is left".into(), code: 1 }));
+                self.step_agent(
+                    index,
+                    member::MemberEvent::Call(Call::Close { text: "no restart is left".into(), code: 1 }),
+                );
             }
-            (Standing::Over(..), Work::Verdict) => {
+            (MembershipState::Over(..), Work::Verdict) => {
                 self.set_work(index, Work::Meeting);
                 self.later(Duration::ZERO, Happening::Start(index));
             }
-            (Standing::Over(..), Work::Barrier(_)) => {
+            (MembershipState::Over(..), Work::Barrier(_)) => {
                 // Its workers are gone.
                 self.set_work(index, Work::Meeting);
                 self.later(Duration::ZERO, Happening::Start(index));
             }
-            (Standing::Closed { .. }, Work::Verdict) => {
+            (MembershipState::Closed { .. }, Work::Verdict) => {
                 self.set_work(index, Work::Ended("failed"));
             }
-            (Standing::Closed { .. }, _) => {
+            (MembershipState::Closed { .. }, _) => {
                 self.set_work(index, Work::Ended("closed"));
             }
-            (Standing::Released, _) => {
+            (MembershipState::Released, _) => {
                 self.set_work(index, Work::Ended("released"));
             }
-            (Standing::Failed(failure), _) => {
+            (MembershipState::Failed(failure), _) => {
                 let how = match failure {
                     Failure::TimedOut(_) => "timed out",
                     Failure::Unreachable(_) => "unreachable",
@@ -396,35 +403,35 @@ impl Job {
 
     fn ask_to_join(&mut self, index: usize) {
         let call = Call::Join { role: "default".into(), local_world_size: 2, timeout: JOIN_TIMEOUT };
-        self.step_agent(index, member::Event::Call(call));
+        self.step_agent(index, member::MemberEvent::Call(call));
     }
 
     // ---- of the host
 
-    fn step_host(&mut self, event: rounds::Event) {
+    fn step_host(&mut self, event: rounds::HostEvent) {
         self.note(&event);
         let actions = self.rounds.step(self.now, event);
         let mut begun: Option<(u64, Vec<Place>)> = None;
         for action in actions {
             match action {
-                rounds::Action::RenewStore => self.check_that_nobody_runs(),
-                rounds::Action::Tell(link, notice) => {
-                    if matches!(notice, Notice::Dropped { .. }) {
+                rounds::HostAction::RenewStore => self.check_that_nobody_runs(),
+                rounds::HostAction::Tell(link, notice) => {
+                    if matches!(notice, HostMessage::Dropped { .. }) {
                         self.check_that_its_workers_are_gone(link);
                         // It has been silent since then, at the latest.
                         self.note_loss(self.now.checked_sub(SILENCE).expect("it has been silent"));
                     }
-                    if let Notice::Begin(place) = &notice {
+                    if let HostMessage::Begin(place) = &notice {
                         let (_, places) = begun.get_or_insert((place.round, Vec::new()));
                         places.push(place.clone());
                     }
                     self.send_to_agent(link, notice);
                 }
-                rounds::Action::Examine(link) => {
+                rounds::HostAction::Examine(link) => {
                     let is_cut = self.links.get(&link).is_some_and(|index| self.now < self.agents[*index].cut_until);
                     self.later(Duration::ZERO, Happening::Examined(link, !is_cut));
                 }
-                rounds::Action::Drop(link) => {
+                rounds::HostAction::Drop(link) => {
                     if let Some(index) = self.links.remove(&link) {
                         let at = self.arrival(index, link, false);
                         self.later(at, Happening::AgentSeesEnd(index, link));
@@ -466,10 +473,10 @@ impl Job {
                 if !self.agents[0].is_alive {
                     self.agents[index].link = None;
                     let text = "connection refused".into();
-                    return self.step_agent(index, member::Event::NotConnected { text, is_refused: true });
+                    return self.step_agent(index, member::MemberEvent::NotConnected { text, is_refused: true });
                 }
                 self.links.insert(link, index);
-                self.step_agent(index, member::Event::Connected);
+                self.step_agent(index, member::MemberEvent::Connected);
                 let who = Introduction {
                     protocol: PROTOCOL,
                     run_id: "job".into(),
@@ -482,49 +489,49 @@ impl Job {
                     node_rank: None,
                     settings: BTreeMap::new(),
                 };
-                self.send_to_host(index, Request::Enter(who));
+                self.send_to_host(index, AgentMessage::Enter(who));
             }
             Happening::ToHost(link, request) => {
                 if self.links.contains_key(&link) {
-                    self.step_host(rounds::Event::requested(link, request));
+                    self.step_host(rounds::HostEvent::requested(link, request));
                 }
             }
             Happening::ToAgent(index, link, notice) => {
                 if self.agents[index].link == Some(link) {
-                    self.step_agent(index, member::Event::Received(notice));
+                    self.step_agent(index, member::MemberEvent::Received(notice));
                 }
             }
             Happening::HostSeesEnd(link) => {
                 if self.links.remove(&link).is_some() {
-                    self.step_host(rounds::Event::Lost(link, "the connection broke".into()));
+                    self.step_host(rounds::HostEvent::Lost(link, "the connection broke".into()));
                 }
             }
             Happening::AgentSeesEnd(index, link) => {
                 if self.agents[index].link == Some(link) {
                     self.agents[index].link = None;
-                    self.step_agent(index, member::Event::Disconnected("it broke".into()));
+                    self.step_agent(index, member::MemberEvent::Disconnected("it broke".into()));
                 }
             }
             Happening::AgentTick(index, tick) => {
                 if self.agents[index].tick == tick {
-                    self.step_agent(index, member::Event::Tick);
+                    self.step_agent(index, member::MemberEvent::Tick);
                 }
             }
             Happening::Resumes(index, link, event) => {
                 // A call is the agent's own, the rest is of the connection that it had.
-                if matches!(event, member::Event::Call(_)) || self.agents[index].link == link {
+                if matches!(event, member::MemberEvent::Call(_)) || self.agents[index].link == link {
                     self.step_agent(index, event);
                 }
             }
             Happening::HostTick(tick) => {
                 if self.host_tick == tick {
-                    self.step_host(rounds::Event::Tick);
+                    self.step_host(rounds::HostEvent::Tick);
                 }
             }
             Happening::WorkersEnd(index, turn, fails) => self.workers_end(index, turn, fails),
             Happening::WorkersAreGone(index, turn) => self.workers_are_gone(index, turn),
             Happening::Examined(link, is_acknowledged) => {
-                self.step_host(rounds::Event::Examined(link, is_acknowledged));
+                self.step_host(rounds::HostEvent::Examined(link, is_acknowledged));
             }
             Happening::Leave(index) => self.leave(index),
             Happening::Cut(index, length) => self.agents[index].cut_until = self.now + length,
@@ -540,7 +547,7 @@ impl Job {
         if let Work::Stopping { is_last: true } = self.agents[index].work {
             self.set_work(index, Work::Verdict);
             // It looks at how it stands.
-            self.step_agent(index, member::Event::Tick);
+            self.step_agent(index, member::MemberEvent::Tick);
         } else {
             self.set_work(index, Work::Meeting);
             self.ask_to_join(index);
@@ -550,7 +557,7 @@ impl Job {
     fn leave(&mut self, index: usize) {
         if self.agents[index].is_alive {
             self.set_work(index, Work::Ended("left"));
-            self.step_agent(index, member::Event::Call(Call::Leave("it was told to end".into())));
+            self.step_agent(index, member::MemberEvent::Call(Call::Leave("it was told to end".into())));
             self.agents[index].is_alive = false;
         }
     }
@@ -579,13 +586,13 @@ impl Job {
         if fails {
             let is_final = self.random.chance(self.faults.last);
             let call = Call::Failed { at_ns: 1, text: "rank 0 exited with 1".into(), code: 1, is_final };
-            self.step_agent(index, member::Event::Call(call));
+            self.step_agent(index, member::MemberEvent::Call(call));
             if self.agents[index].is_alive && self.agents[index].turn == turn {
                 self.stop_workers(index, is_final);
             }
         } else {
             self.set_work(index, Work::Barrier(place));
-            self.step_agent(index, member::Event::Call(Call::Finished));
+            self.step_agent(index, member::MemberEvent::Call(Call::Finished));
         }
     }
 }

@@ -81,7 +81,7 @@ pub(crate) fn wait_for<T>(group: &Group, fact: impl Fn(&Group) -> Option<T>) -> 
 
 pub(crate) fn all_exits(group: &Group) -> Vec<Exit> {
     let size = group.pids().len();
-    wait_for(group, |group| group.exits().ok().filter(|exits| exits.len() == size))
+    wait_for(group, |group| group.exits(0).ok().filter(|exits| exits.len() == size))
 }
 
 pub(crate) fn stopped(group: &Group) -> StopReport {

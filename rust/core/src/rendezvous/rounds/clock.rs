@@ -3,8 +3,8 @@
 use std::time::{Duration, Instant};
 
 use super::reasons::names;
-use super::{Action, Doubt, Gone, Id, Member, Phase, Rounds, Seat};
-use crate::rendezvous::message::Notice;
+use super::{Doubt, Gone, HostAction, Id, Participant, RoundPhase, Rounds, Seat};
+use crate::rendezvous::message::HostMessage;
 
 /// After this part of the silence with which an agent is lost, its machine is asked whether it is there.
 const DOUBTFUL_PART: u32 = 3;
@@ -28,7 +28,7 @@ impl Rounds {
         let silences = self.members.values().filter(|member| !member.who.is_host);
         let silences = silences.map(|member| member.heard + self.patience(member));
         let last_call = match self.phase {
-            Phase::Gathering { last_call, .. } => last_call.filter(|_| self.tally.returning == 0),
+            RoundPhase::Gathering { last_call, .. } => last_call.filter(|_| self.tally.returning == 0),
             _ => None,
         };
         let waits = self.members.values().filter_map(|member| self.join_deadline(member));
@@ -40,7 +40,7 @@ impl Rounds {
     }
 
     /// For how long an agent may be silent until something is done about it.
-    fn patience(&self, member: &Member) -> Duration {
+    fn patience(&self, member: &Participant) -> Duration {
         let silence = self.settings.silence;
         match member.doubt {
             Doubt::None => silence / DOUBTFUL_PART,
@@ -60,7 +60,7 @@ impl Rounds {
     /// Looks into the silence of an agent: has its machine gone, or only stopped the agent? That is for people to know; either way it is
     /// lost when it has been silent for long enough.
     fn doubt(&mut self, now: Instant) {
-        let is_due = |member: &Member| {
+        let is_due = |member: &Participant| {
             let is_doubtful = matches!(member.doubt, Doubt::None | Doubt::Probed);
             !member.who.is_host && is_doubtful && now >= member.heard + self.patience(member)
         };
@@ -69,10 +69,10 @@ impl Rounds {
             let Some(member) = self.members.get_mut(&id) else { continue };
             if member.doubt == Doubt::None {
                 member.doubt = Doubt::Probed;
-                self.tell(id, Notice::Probe);
+                self.tell(id, HostMessage::Probe);
             } else {
                 member.doubt = Doubt::Examined;
-                self.actions.push(Action::Examine(id));
+                self.actions.push(HostAction::Examine(id));
             }
         }
     }
@@ -95,8 +95,8 @@ impl Rounds {
     }
 
     /// When an agent that waits is told that it has waited in vain. Spares wait as long as there is a round.
-    pub(super) fn join_deadline(&self, member: &Member) -> Option<Instant> {
-        let Phase::Gathering { since: gathering, .. } = self.phase else { return None };
+    pub(super) fn join_deadline(&self, member: &Participant) -> Option<Instant> {
+        let RoundPhase::Gathering { since: gathering, .. } = self.phase else { return None };
         match &member.seat {
             Seat::Waiting { join, since } => gathering.max(*since).checked_add(join.timeout),
             _ => None,
@@ -123,12 +123,12 @@ impl Rounds {
 
     fn end_what_is_due(&mut self, now: Instant) {
         let silence = self.settings.silence;
-        let is_silent = |member: &Member| !member.who.is_host && now >= member.heard + silence;
+        let is_silent = |member: &Participant| !member.who.is_host && now >= member.heard + silence;
         let silent: Vec<Id> = self.members.iter().filter(|(_, member)| is_silent(member)).map(|(id, _)| *id).collect();
         for id in silent {
             let text = format!("it was silent for {:.1} s", silence.as_secs_f64());
-            self.tell(id, Notice::Dropped { text: format!("this node was taken for lost: {text}") });
-            self.actions.push(Action::Drop(id));
+            self.tell(id, HostMessage::Dropped { text: format!("this node was taken for lost: {text}") });
+            self.actions.push(HostAction::Drop(id));
             let heard = self.members.get(&id).map_or(now, |member| member.heard);
             self.remove(now, id, &format!("was lost: {text}"), Gone::Lost(heard));
         }
@@ -144,7 +144,7 @@ impl Rounds {
         }
         self.try_begin(now);
         self.explain(now);
-        let is_late = |member: &Member| self.join_deadline(member).is_some_and(|deadline| now >= deadline);
+        let is_late = |member: &Participant| self.join_deadline(member).is_some_and(|deadline| now >= deadline);
         let late: Vec<Id> = self.members.iter().filter(|(_, member)| is_late(member)).map(|(id, _)| *id).collect();
         if late.is_empty() {
             return;
@@ -156,7 +156,7 @@ impl Rounds {
         let waiting = names(self.waiting());
         let cause = self.cause.as_ref().map(|cause| cause.text.clone());
         for id in late {
-            self.tell(id, Notice::TimedOut { waiting: waiting.clone(), cause: cause.clone() });
+            self.tell(id, HostMessage::TimedOut { waiting: waiting.clone(), cause: cause.clone() });
             self.sit(id, Seat::Away);
         }
     }

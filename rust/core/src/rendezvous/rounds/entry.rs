@@ -2,8 +2,8 @@
 
 use std::time::Instant;
 
-use super::{Action, Doubt, Gone, Id, Member, Phase, Rounds, Seat};
-use crate::rendezvous::message::{Introduction, MOST_TEXT_BYTES, Notice, PROTOCOL};
+use super::{Doubt, Gone, HostAction, Id, Participant, RoundPhase, Rounds, Seat};
+use crate::rendezvous::message::{HostMessage, Introduction, MOST_TEXT_BYTES, PROTOCOL};
 use crate::text::{bounded, printable};
 
 /// Longest name of a node.
@@ -19,12 +19,12 @@ impl Rounds {
             if !is_later {
                 // Said twice, or by a connection that it has given up.
                 if former != id {
-                    self.actions.push(Action::Drop(id));
+                    self.actions.push(HostAction::Drop(id));
                 }
                 return;
             }
             // Only it has noticed that its former connection is broken.
-            self.actions.push(Action::Drop(former));
+            self.actions.push(HostAction::Drop(former));
             self.remove(now, former, "was lost: it came over another connection", Gone::Lost(now));
         }
         who.name.truncate(bounded(&who.name, MOST_NAME_BYTES).len());
@@ -43,7 +43,7 @@ impl Rounds {
                 holder.label(),
                 now.saturating_duration_since(holder.heard).as_secs_f64()
             );
-            self.tell(id, Notice::Remark { text });
+            self.tell(id, HostMessage::Remark { text });
             return self.contenders.push((id, who));
         }
         self.admit(now, id, who);
@@ -54,20 +54,27 @@ impl Rounds {
         if host.is_none() {
             self.expect_silence(now);
         }
-        let member =
-            Member { who, heard: now, last: None, seat: Seat::Away, is_late: false, doubt: Doubt::None, told: None };
-        let end = matches!(self.phase, Phase::Closed { .. }).then(|| self.end_for(&member));
-        if let Some(notice @ Notice::Late { .. }) = end {
+        let member = Participant {
+            who,
+            heard: now,
+            last: None,
+            seat: Seat::Away,
+            is_late: false,
+            doubt: Doubt::None,
+            told: None,
+        };
+        let end = matches!(self.phase, RoundPhase::Closed { .. }).then(|| self.end_for(&member));
+        if let Some(notice @ HostMessage::Late { .. }) = end {
             self.remark(&format!("{} came after the end of the job and was turned away", member.label()));
             self.tell(id, notice);
-            return self.actions.push(Action::Drop(id));
+            return self.actions.push(HostAction::Drop(id));
         }
         self.members.insert(id, member);
-        self.tell(id, Notice::Welcome { silence: self.settings.silence });
+        self.tell(id, HostMessage::Welcome { silence: self.settings.silence });
         if let Some(host) = host {
             self.turn_out_those_unlike(now, &host);
         }
-        self.actions.extend(end.map(|notice| Action::Tell(id, notice)));
+        self.actions.extend(end.map(|notice| HostAction::Tell(id, notice)));
     }
 
     /// The holder of their rank is gone: the first of those who wait for it takes its place, and the others go on to wait.
@@ -114,8 +121,8 @@ impl Rounds {
 
     fn refuse(&mut self, id: Id, who: &Introduction, text: String) {
         self.remark(&format!("{} (agent {}) was turned away: {text}", who.name, who.pid));
-        self.tell(id, Notice::Refused { text });
-        self.actions.push(Action::Drop(id));
+        self.tell(id, HostMessage::Refused { text });
+        self.actions.push(HostAction::Drop(id));
     }
 
     /// The host says how the job is set up. Others that came first are turned away if they are not set up like that.
@@ -163,7 +170,7 @@ impl Rounds {
     }
 }
 
-fn taken(who: &Introduction, holder: &Member) -> String {
+fn taken(who: &Introduction, holder: &Participant) -> String {
     let rank = who.node_rank.unwrap_or_default();
     format!("node rank {rank} is taken by {}: give each node its own --node-rank", holder.label())
 }

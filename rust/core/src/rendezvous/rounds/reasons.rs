@@ -2,8 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use super::{Action, Id, MOST_NAMES, Member, Phase, Rounds, Seat};
-use crate::rendezvous::message::Notice;
+use super::{HostAction, Id, MOST_NAMES, Participant, RoundPhase, Rounds, Seat};
+use crate::rendezvous::message::HostMessage;
 
 /// An agent that waits is told the reason after this time, and a changed reason as long after the former one.
 const EXPLAIN_AFTER: Duration = Duration::from_secs(10);
@@ -12,13 +12,13 @@ impl Rounds {
     /// Lets the host's agent tell its user something.
     pub(super) fn remark(&mut self, text: &str) {
         let hosts = self.members.iter().filter(|(_, member)| member.who.is_host).map(|(id, _)| *id);
-        let remarks = hosts.map(|id| Action::Tell(id, Notice::Remark { text: text.to_owned() }));
+        let remarks = hosts.map(|id| HostAction::Tell(id, HostMessage::Remark { text: text.to_owned() }));
         self.actions.extend(remarks);
     }
 
     /// Agents that wait are told the reason, if they wait for long.
     pub(super) fn expect_explanation(&mut self, now: Instant) {
-        if self.explain_at.is_none() && matches!(self.phase, Phase::Gathering { .. }) && self.tally.waiting > 0 {
+        if self.explain_at.is_none() && matches!(self.phase, RoundPhase::Gathering { .. }) && self.tally.waiting > 0 {
             let at = now + EXPLAIN_AFTER;
             self.explain_at = Some(at);
             self.expect_by(at);
@@ -35,7 +35,7 @@ impl Rounds {
         for (id, member) in waiting {
             if member.told.as_ref() != Some(&text) {
                 member.told = Some(text.clone());
-                self.actions.push(Action::Tell(*id, Notice::Remark { text: text.clone() }));
+                self.actions.push(HostAction::Tell(*id, HostMessage::Remark { text: text.clone() }));
             }
         }
         self.expect_explanation(now);
@@ -43,11 +43,11 @@ impl Rounds {
 
     /// Why the next round has not begun.
     fn reason(&self) -> Option<String> {
-        if !matches!(self.phase, Phase::Gathering { .. }) || self.tally.waiting == 0 {
+        if !matches!(self.phase, RoundPhase::Gathering { .. }) || self.tally.waiting == 0 {
             return None;
         }
         let (waiting, least, most) = (self.tally.waiting, self.least_nodes(), self.most_nodes());
-        let returning = |member: &&Member| matches!(member.seat, Seat::Returning);
+        let returning = |member: &&Participant| matches!(member.seat, Seat::Returning);
         Some(if self.tally.returning > 0 {
             format!(
                 "waiting for nodes that stop their workers: {}",
@@ -81,7 +81,7 @@ impl Rounds {
         }
         member.told = Some(text.clone());
         let (label, is_host) = (member.label(), member.who.is_host);
-        self.tell(id, Notice::Remark { text });
+        self.tell(id, HostMessage::Remark { text });
         if !is_host {
             self.remark(&format!("{label} waits as a spare: {why}"));
         }
@@ -89,8 +89,8 @@ impl Rounds {
 }
 
 /// Names of agents; of many, some and the number of the others.
-pub(super) fn names<'a>(members: impl Iterator<Item = &'a Member>) -> Vec<String> {
-    let mut names: Vec<String> = members.map(Member::label).collect();
+pub(super) fn names<'a>(members: impl Iterator<Item = &'a Participant>) -> Vec<String> {
+    let mut names: Vec<String> = members.map(Participant::label).collect();
     if let Some(more) = names.len().checked_sub(MOST_NAMES).filter(|more| *more > 0) {
         names.truncate(MOST_NAMES);
         names.push(format!("{more} more"));

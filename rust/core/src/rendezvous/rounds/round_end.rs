@@ -2,8 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-use super::{Action, Gone, Id, Member, Phase, Rounds, Seat};
-use crate::rendezvous::message::{Cause, Kind, Notice};
+use super::{Gone, HostAction, Id, Participant, RoundPhase, Rounds, Seat};
+use crate::rendezvous::message::{Cause, HostMessage};
+use crate::vocabulary::RestartCause;
 
 /// A node that is lost so long after a worker's failure, or before it, explains it: workers fail with their peers, and their agent may
 /// be heard first. A last failure ends the job after this time.
@@ -36,7 +37,7 @@ impl Rounds {
                 false => self.end_round(now, &cause),
             }
         } else if let Some(known) = &mut self.cause
-            && known.kind == Kind::Failure
+            && known.kind == RestartCause::Failure
         {
             if is_final {
                 return self.close_for_good(&cause);
@@ -50,7 +51,7 @@ impl Rounds {
 
     /// The running round ends of `cause`, unless it ends before. What ends the job counts more than what does not.
     pub(super) fn expect_end(&mut self, since: Instant, at: Instant, cause: Cause, is_final: bool) {
-        if !matches!(self.phase, Phase::Running) {
+        if !matches!(self.phase, RoundPhase::Running) {
             return;
         }
         let pending = match self.pending.take() {
@@ -87,7 +88,8 @@ impl Rounds {
         let mut returning = Vec::new();
         for (id, member) in &self.members {
             if let Seat::Running(place) | Seat::Finished(place) = &member.seat {
-                self.actions.push(Action::Tell(*id, Notice::Over { round: place.round, cause: cause.clone() }));
+                self.actions
+                    .push(HostAction::Tell(*id, HostMessage::Over { round: place.round, cause: cause.clone() }));
                 returning.push(*id);
             }
         }
@@ -96,7 +98,7 @@ impl Rounds {
         }
         self.pending = None;
         self.gone_finished.clear();
-        self.phase = Phase::Gathering { since: now, last_call: None };
+        self.phase = RoundPhase::Gathering { since: now, last_call: None };
         self.members.values_mut().for_each(|member| member.is_late = false);
         // Spares have waited without a deadline.
         if let Some(deadline) = self.members.values().filter_map(|member| self.join_deadline(member)).min() {
@@ -109,8 +111,8 @@ impl Rounds {
     /// Counts why a round ended; `false` if that was once too often, and the job is closed.
     pub(super) fn count(&mut self, cause: Cause) -> bool {
         match cause.kind {
-            Kind::Failure => self.failures += 1,
-            Kind::Membership => self.membership_changes += 1,
+            RestartCause::Failure => self.failures += 1,
+            RestartCause::Membership => self.membership_changes += 1,
         }
         if self.settings.most_membership_changes.is_some_and(|most| self.membership_changes > most) {
             let text = format!("{}, after {} membership changes", cause.text, self.membership_changes - 1);
@@ -133,32 +135,32 @@ impl Rounds {
     }
 
     pub(super) fn end(&mut self, text: &str, code: i32) {
-        self.phase = Phase::Closed { why: text.into(), code };
+        self.phase = RoundPhase::Closed { why: text.into(), code };
         self.pending = None;
         self.explain_at = None;
-        let notices = self.members.iter().map(|(id, member)| Action::Tell(*id, self.end_for(member)));
+        let notices = self.members.iter().map(|(id, member)| HostAction::Tell(*id, self.end_for(member)));
         let notices: Vec<_> = notices.collect();
         self.actions.extend(notices);
         self.admit_all_contenders();
     }
 
     /// What the end of the job means for one agent.
-    pub(super) fn end_for(&self, member: &Member) -> Notice {
-        let Phase::Closed { why, code } = &self.phase else { return Notice::Released };
+    pub(super) fn end_for(&self, member: &Participant) -> HostMessage {
+        let RoundPhase::Closed { why, code } = &self.phase else { return HostMessage::Released };
         let membership = member.who.membership;
         let has_finished = matches!(member.seat, Seat::Finished(_)) || self.gone_finished.contains_key(&membership);
         if *code == 0 && has_finished {
-            return Notice::Released;
+            return HostMessage::Released;
         }
         if member.is_late || !self.known.contains(&membership) {
-            return Notice::Late { text: why.clone() };
+            return HostMessage::Late { text: why.clone() };
         }
-        Notice::Closed { text: why.clone(), code: *code }
+        HostMessage::Closed { text: why.clone(), code: *code }
     }
 
     /// A node is lost from a round that is just over: if that ended because a worker failed, it is why the worker did.
     pub(super) fn explain_failure(&mut self, lost: Cause) {
-        if self.cause.as_ref().is_some_and(|cause| cause.kind == Kind::Failure) {
+        if self.cause.as_ref().is_some_and(|cause| cause.kind == RestartCause::Failure) {
             self.failures -= 1;
             self.count(lost);
         }

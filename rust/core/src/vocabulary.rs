@@ -1,14 +1,19 @@
-//! The words of health checks: each is shown, and set, by its name.
+//! Enumerations that have names outside of this crate: in Python, in health checks and in messages between nodes.
 
 use std::fmt;
-use std::str::FromStr;
 
-/// A name that none of the words has.
+/// A name that no value of an enumeration has.
 #[derive(Debug, PartialEq, Eq)]
 pub struct UnknownName {
     name: String,
     what: &'static str,
     known: Vec<&'static str>,
+}
+
+impl UnknownName {
+    pub(crate) fn new(name: &str, what: &'static str, known: Vec<&'static str>) -> Self {
+        Self { name: name.to_owned(), what, known }
+    }
 }
 
 impl fmt::Display for UnknownName {
@@ -19,7 +24,8 @@ impl fmt::Display for UnknownName {
 
 impl std::error::Error for UnknownName {}
 
-macro_rules! words {
+/// Defines an enumeration whose values have names.
+macro_rules! named_values {
     (
         $(#[$attribute:meta])* $type:ident, $what:literal:
         $($(#[$documentation:meta])* $word:ident = $name:literal,)+
@@ -31,10 +37,10 @@ macro_rules! words {
         }
 
         impl $type {
-            /// Every word.
+            /// All values.
             pub const ALL: [Self; [$($name),+].len()] = [$(Self::$word),+];
 
-            /// The name by which it is shown and set.
+            /// The name of the value.
             #[must_use]
             pub fn name(self) -> &'static str {
                 match self {
@@ -43,25 +49,27 @@ macro_rules! words {
             }
         }
 
-        impl FromStr for $type {
-            type Err = UnknownName;
+        impl std::str::FromStr for $type {
+            type Err = $crate::vocabulary::UnknownName;
 
-            fn from_str(name: &str) -> Result<Self, UnknownName> {
-                let unknown = || UnknownName { name: name.to_owned(), what: $what, known: vec![$($name),+] };
+            fn from_str(name: &str) -> std::result::Result<Self, Self::Err> {
+                let unknown = || $crate::vocabulary::UnknownName::new(name, $what, vec![$($name),+]);
                 Self::ALL.into_iter().find(|word| word.name() == name).ok_or_else(unknown)
             }
         }
     };
 }
 
-words! {
+pub(crate) use named_values;
+
+named_values! {
     /// What the agent is doing.
-    State, "state":
-    /// No agent has said anything.
+    AgentState, "state":
+    /// The agent has not reported a state.
     Unknown = "unknown",
     /// Before the first rendezvous.
     Starting = "starting",
-    /// Meeting the other nodes.
+    /// Waiting for the other nodes in a rendezvous.
     Rendezvous = "rendezvous",
     /// Starting the workers.
     Spawning = "spawning",
@@ -73,51 +81,52 @@ words! {
     ExitBarrier = "exit barrier",
 }
 
-words! {
-    /// Why workers were started again.
-    Cause, "cause of a restart":
-    /// A worker failed.
+named_values! {
+    /// The kind of cause that ends a round and restarts the workers.
+    #[derive(serde::Serialize, serde::Deserialize)]
+    RestartCause, "cause of a restart":
+    /// A worker failed. `--max-restarts` limits how often.
     Failure = "failure",
-    /// A node came or went.
+    /// A node joined, left or was lost.
     Membership = "membership",
 }
 
-words! {
-    /// A part of a restart, whose duration is measured.
-    Phase, "phase of a restart":
-    /// From the engine's note of the first failure to the agent's look at it.
+named_values! {
+    /// A phase of a restart, whose duration is measured.
+    RestartPhase, "phase of a restart":
+    /// From the first failure, as the engine saw it, to the agent's reaction.
     Detect = "detect",
     /// From the first signal to the moment when every process group is empty.
     Stop = "stop",
-    /// Meeting the other nodes.
+    /// Waiting for the other nodes in a rendezvous.
     Rendezvous = "rendezvous",
     /// Starting the workers.
     Spawn = "spawn",
 }
 
-words! {
-    /// Why a connection was ended before its peer did.
-    Dropped, "reason to drop a connection":
-    /// Another needed its place.
+named_values! {
+    /// Why the server closed a connection of a probe.
+    DropReason, "reason to drop a connection":
+    /// A newer connection needed its place.
     Room = "room",
-    /// Its time was over.
+    /// Its deadline passed.
     Deadline = "deadline",
-    /// Too much was left unread, by it and others.
+    /// It left too many bytes of answers unread.
     Unread = "unread",
 }
 
-words! {
-    /// How a worker is, or how it ended.
-    Outcome, "state of a worker":
+named_values! {
+    /// The state of a worker.
+    WorkerState, "state of a worker":
     /// It runs.
     Running = "running",
     /// Exit code 0.
     Succeeded = "succeeded",
-    /// Any other end of its own.
+    /// It exited with another code, or a signal killed it.
     Failed = "failed",
     /// The agent stopped it.
     Stopped = "stopped",
-    /// It ended, and its status is known to whoever started it.
+    /// It ended, and only the process that started it knows its status.
     Ended = "ended",
 }
 
@@ -127,13 +136,13 @@ mod tests {
 
     #[test]
     fn names_lead_back_and_others_are_refused_with_a_list() {
-        for state in State::ALL {
+        for state in AgentState::ALL {
             assert_eq!(state.name().parse(), Ok(state));
         }
-        for phase in Phase::ALL {
+        for phase in RestartPhase::ALL {
             assert_eq!(phase.name().parse(), Ok(phase));
         }
-        let refused = "fail".parse::<Cause>().expect_err("unknown").to_string();
+        let refused = "fail".parse::<RestartCause>().expect_err("unknown").to_string();
         assert_eq!(refused, "\"fail\" is not a cause of a restart; use one of failure, membership");
     }
 }
