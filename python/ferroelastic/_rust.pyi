@@ -170,8 +170,8 @@ class Group:
     """Process ids by index."""
     generation: int
     """Counts what has happened to the group: it grows with every exit and when a stop finishes."""
-    def exits(self) -> list[Exit]:
-        """The exits noticed so far, in the order the kernel reported them."""
+    def exits(self, since: int = 0) -> list[Exit]:
+        """The exits in the order in which the kernel reported them, without the first ``since`` of them."""
 
     def wait(
         self,

@@ -6,7 +6,7 @@ use ferroelastic_core::rendezvous::message::{HostMessage, Place};
 use ferroelastic_core::rendezvous::rounds::{HostAction, HostEvent};
 use ferroelastic_core::vocabulary::RestartCause;
 
-use crate::table::{LOSS_GRACE, MOMENT, SECOND, SILENCE, Table, begun, over};
+use crate::table::{LOSS_GRACE, MOMENT, SECOND, SILENCE, Table, begun, introduction, over};
 
 #[test]
 fn a_note_of_a_worker_in_the_store_is_a_failure() {
@@ -213,4 +213,14 @@ fn a_job_of_one_node_ends_at_once() {
     let mut table = Table::running(1, 1);
     let text = "rank 1 exited with 1 on node1, and no restart is left".into();
     assert_eq!(table.fail_for_good(1, 0), [HostAction::Tell(1, HostMessage::Closed { text, code: 7 })]);
+}
+
+#[test]
+fn a_failure_after_the_end_of_the_job_starts_no_round() {
+    let mut table = Table::running(2, 2);
+    table.step(HostEvent::Closed(1, "it was told to end".into(), 143));
+    assert_eq!(table.fail(2, 0, 1), []);
+    table.step(HostEvent::Entered(3, introduction(3)));
+    let actions = table.join(3, None);
+    assert!(begun(&actions).is_empty(), "{actions:?}");
 }

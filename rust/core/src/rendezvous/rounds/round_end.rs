@@ -24,7 +24,7 @@ pub(super) struct Pending {
 impl Rounds {
     pub(super) fn fail(&mut self, now: Instant, id: Id, round: u64, cause: Cause, is_final: bool) {
         let Some(member) = self.members.get(&id) else { return };
-        if self.begun != round + 1 {
+        if self.begun != round + 1 || matches!(self.phase, RoundPhase::Closed { .. }) {
             return;
         }
         if member.is_in() {
