@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 from sphinx.util.docutils import SphinxDirective
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from docutils.nodes import Node
     from sphinx.application import Sphinx
 
-__all__ = ["SECTIONS", "differences", "missing_names", "options", "setup", "variables", "worker_variables"]
+__all__ = ["PAGES", "SECTIONS", "differences", "missing_names", "options", "setup", "variables", "worker_variables"]
 
 SECTIONS: dict[str, str] = {
     "nnodes": "Size of the job",
@@ -109,7 +109,7 @@ def _plain(text: str) -> str:
     return text
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     lines = [head, ("---",) * len(head), *rows]
     return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
 
@@ -134,7 +134,25 @@ class Generated(SphinxDirective):
         return self.parse_text_to_nodes(text, allow_section_headings=True)
 
 
+PAGES: dict[str, str] = {
+    "ARCHITECTURE.md": "/engineering/architecture.md",
+    "CHANGELOG.md": "/changelog.md",
+    "CONTRIBUTING.md": "/engineering/contributing.md",
+    "SECURITY.md": "/security.md",
+}
+"""Files of the root folder that pages include, and their pages."""
+
+
+def _link_to_pages(_app: Sphinx, _path: object, _document: str, content: list[str]) -> None:
+    """Make the links of an included file of the root folder point to pages."""
+    text = content[0].replace("](docs/", "](/")
+    for name, page in PAGES.items():
+        text = text.replace(f"]({name}", f"]({page}")
+    content[0] = text
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     """Register the directive with Sphinx."""
     app.add_directive("generated", Generated)
+    app.connect("include-read", _link_to_pages)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

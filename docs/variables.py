@@ -99,7 +99,12 @@ VARIABLES: tuple[Variable, ...] = (
         f"{_SEE_NCCL}.",
         "`1`",
     ),
-    Variable("LOGLEVEL", "logs", "Level of the log of `ferrorun`: `DEBUG`, `INFO`, `WARNING`, `ERROR` in any case, or a number. `DEBUG` shows tracebacks of `ferrorun` itself.", "`WARNING`"),
+    Variable(
+        "LOGLEVEL",
+        "logs",
+        "Level of the log of `ferrorun`: `DEBUG`, `INFO`, `WARNING`, `ERROR` in any case, or a number. `DEBUG` shows tracebacks of `ferrorun` itself.",
+        "`WARNING`",
+    ),
     Variable(
         "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE",
         "logs",
@@ -155,8 +160,18 @@ VARIABLES: tuple[Variable, ...] = (
         "GPUs that count for `--nproc-per-node=gpu`, `--numa-binding` and `--virtual-local-rank`. Handed on to the workers.",
         "all GPUs",
     ),
-    Variable("HIP_VISIBLE_DEVICES", "devices", "The same for AMD GPUs. `CUDA_VISIBLE_DEVICES` counts where it is not set.", "all GPUs"),
-    Variable("ROCR_VISIBLE_DEVICES", "devices", "The same for AMD GPUs, one level below: the other variables count among the GPUs that it leaves.", "all GPUs"),
+    Variable(
+        "HIP_VISIBLE_DEVICES",
+        "devices",
+        "The same for AMD GPUs. `CUDA_VISIBLE_DEVICES` counts where it is not set.",
+        "all GPUs",
+    ),
+    Variable(
+        "ROCR_VISIBLE_DEVICES",
+        "devices",
+        "The same for AMD GPUs, one level below: the other variables count among the GPUs that it leaves.",
+        "all GPUs",
+    ),
     Variable(
         "VIRTUAL_ENV",
         "system",
@@ -164,7 +179,12 @@ VARIABLES: tuple[Variable, ...] = (
     ),
     Variable("CONDA_PREFIX", "system", "The same for an active conda environment."),
     Variable("PWD", "system", "Names the working directory in the message that it does not exist any more."),
-    Variable("TMPDIR", "system", "Folder for log folders without `--log-dir`, and for the named pipe of the watchdog.", "`/tmp`"),
+    Variable(
+        "TMPDIR",
+        "system",
+        "Folder for log folders without `--log-dir`, and for the named pipe of the watchdog.",
+        "`/tmp`",
+    ),
 )
 
 WORKER_VARIABLES: tuple[tuple[str, str], ...] = (
@@ -182,11 +202,17 @@ WORKER_VARIABLES: tuple[tuple[str, str], ...] = (
     ("TORCHELASTIC_RESTART_COUNT", "Restarts after failures so far. The same on all nodes."),
     ("TORCHELASTIC_MAX_RESTARTS", "`--max-restarts`."),
     ("TORCHELASTIC_RUN_ID", "Id of the job (`--rdzv-id`, a random one with `--standalone`)."),
-    ("TORCHELASTIC_USE_AGENT_STORE", "`True` if the agents host the workers' store, so `env://` of torch connects to it."),
+    (
+        "TORCHELASTIC_USE_AGENT_STORE",
+        "`True` if the agents host the workers' store, so `env://` of torch connects to it.",
+    ),
     ("TORCHELASTIC_ERROR_FILE", "File for the worker's exception."),
     ("TORCHELASTIC_TIMER_FILE", "Named pipe of the watchdog, if the watchdog is on."),
     ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "`1`, or the value of `ferrorun`'s own environment."),
     ("OMP_NUM_THREADS", "`1` if there are several workers and it was not set."),
-    ("CUDA_VISIBLE_DEVICES", "The one GPU of the worker with `--virtual-local-rank`. Otherwise the value of `ferrorun`'s own environment."),
+    (
+        "CUDA_VISIBLE_DEVICES",
+        "The one GPU of the worker with `--virtual-local-rank`. Otherwise the value of `ferrorun`'s own environment.",
+    ),
     ("FERROELASTIC_RUN", "The mark of the run."),
 )
