@@ -37,5 +37,8 @@ html_show_sphinx = False
 html_theme_options = {"navigation_with_keys": True}
 html_last_updated_fmt = None
 
+# Options keep their two dashes.
+smartquotes = False
+
 # Shell sessions show output too, which no lexer knows.
 suppress_warnings = ["misc.highlighting_failure"]

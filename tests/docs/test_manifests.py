@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from tests.docs.pages import Block, blocks, ferrorun_arguments, pages
+from tests.docs.pages import ROOT, Block, blocks, ferrorun_arguments, pages
 
 from ferroelastic.run import get_args_parser
 
@@ -164,3 +164,18 @@ def test_the_unit_is_well_formed() -> None:
     }
     assert int(unit["Service"]["TimeoutStopSec"]) > _GRACE_S
     assert unit["Service"]["KillMode"] in ("control-group", "mixed", "process", "none")
+
+
+def test_the_release_workflow_is_pinned() -> None:
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "release.yml").read_text())
+    steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
+    assert {one["machine"] for one in workflow["jobs"]["wheel"]["strategy"]["matrix"]["include"]} == {
+        "x86_64",
+        "aarch64",
+    }
+    for step in steps:
+        assert ("uses" in step) != ("run" in step)
+        if "uses" in step:
+            assert re.fullmatch(r"[\w-]+/[\w-]+@v\d+\.\d+\.\d+", step["uses"])
+        else:
+            subprocess.run(["bash", "-n", "-c", re.sub(r"\$\{\{.*?\}\}", "1", step["run"])], check=True)
