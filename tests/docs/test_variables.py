@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _PYTHON = sources_below(ROOT / "python" / "ferroelastic", "*.py")
-_RUST = {path: text for path, text in sources_below(ROOT / "rust", "*.rs").items() if "/src/" in path}
+_RUST = sources_below(ROOT / "rust" / "core" / "src", "*.rs") | sources_below(ROOT / "rust" / "python" / "src", "*.rs")
 _DOCUMENTED = {one.name for one in VARIABLES} | {name for name, _ in WORKER_VARIABLES}
 
 # `get_env_variable_or_raise` reads the variable that its caller names.
