@@ -24,7 +24,7 @@ myst_enable_extensions = ["colon_fence", "deflist"]
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_class_signature = "mixed"
-autodoc_default_options = {"members": True, "show-inheritance": True}
+autodoc_default_options = {"members": True}
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 
@@ -36,9 +36,6 @@ html_copy_source = False
 html_show_sphinx = False
 html_theme_options = {"navigation_with_keys": True}
 html_last_updated_fmt = None
-
-# Options keep their two dashes.
-smartquotes = False
 
 # Shell sessions show output too, which no lexer knows.
 suppress_warnings = ["misc.highlighting_failure"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from argparse import SUPPRESS, Action
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +57,7 @@ def _option(action: Action) -> Iterator[str]:
     if action.choices is not None:
         value = " {" + ",".join(map(str, action.choices)) + "}"
     yield f"### `{', '.join(names)}{value}`"
-    text = (action.help or "").replace("$", r"\$").replace("*", r"\*").replace("<", r"\<")
+    text = _plain(action.help or "")
     notes = []
     if takes_value and action.default not in (None, "", [], SUPPRESS):
         notes.append(f"Default: `{action.default}`.")
@@ -103,10 +104,10 @@ def missing_names() -> Iterator[str]:
 
 
 def _plain(text: str) -> str:
-    """Text that Markdown shows as it is."""
+    """Text that Markdown shows as it is, with options as code."""
     for character in "\\*_<[$":
         text = text.replace(character, f"\\{character}")
-    return text
+    return re.sub(r"(?<![\w`-])--?[a-z][a-z-]*(?:=[\w:]+)?", lambda option: f"`{option[0]}`", text)
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
