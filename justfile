@@ -20,14 +20,23 @@ fmt: setup
     {{ bin }}/ruff format .
     {{ bin }}/ruff check --quiet --fix .
 
-# formatting, clippy, ruff, mypy, and the stub against the native module
-lint: setup
+# formatting, clippy, ruff, mypy, the stub against the native module, and the documentation with its internal links
+lint: setup docs
     cargo fmt --all --check
     cargo clippy --workspace --all-targets --locked -- --deny warnings
     {{ bin }}/ruff format --check .
     {{ bin }}/ruff check .
     {{ bin }}/mypy
     {{ bin }}/python -m mypy.stubtest ferroelastic._rust
+
+# the documentation, as HTML in target/docs; a warning or a broken internal link fails
+docs: setup
+    rm -rf target/docs
+    {{ bin }}/python -m sphinx --quiet --fail-on-warning --keep-going --fresh-env --doctree-dir target/doctrees docs target/docs
+
+# the external links of the documentation, through the network
+docs-links: setup
+    {{ bin }}/python -m sphinx --quiet --builder linkcheck --doctree-dir target/doctrees docs target/docs-links
 
 # every test: the engine without Python, then the package, then what depends on pidfds once more without them
 test: setup
