@@ -32,6 +32,7 @@ from ferroelastic.multiprocessing import DefaultLogsSpecs, LogsSpecs
 from ferroelastic.multiprocessing.errors import ChildFailedError
 from ferroelastic.numa.binding import NumaOptions
 from ferroelastic.rendezvous import RendezvousParameters
+from ferroelastic.rendezvous._notifying import notifier_of
 from ferroelastic.rendezvous.utils import parse_rendezvous_endpoint
 from ferroelastic.utils.logging import get_logger
 
@@ -314,8 +315,8 @@ def _launch(
         **({} if interactive_rank is None else {"interactive_rank": interactive_rank}),
     )
     if health_check_server is not None:
-        # A server that was started before there was an agent has a proxy for the callback.
-        set_delegate = getattr(health_check_server.alive_callback, "set_delegate", None)
+        # A server that was started before the agent existed has a proxy for the callback, ours or torch's.
+        set_delegate = newer(health_check_server.alive_callback, "set_delegate", None)
         if set_delegate is not None:
             set_delegate(agent._get_alive_time)  # noqa: SLF001 - as torch's proxy is wired
     return _run_agent(agent, spec, config, entrypoint_name)
@@ -332,11 +333,11 @@ def _run_agent(
     except family(SignalException) as error:
         # Shutting the rendezvous down would close it for the other nodes too, who may go on without this one.
         shutdown_rdzv = False
-        leave = getattr(spec.rdzv_handler, "leave", None)
-        if leave is not None:
+        notifier = notifier_of(spec.rdzv_handler)
+        if notifier is not None:
             from ferroelastic._report import exit_code
 
-            leave(f"its agent was ended by {error.sigval.name}", exit_code(-error.sigval))
+            notifier.leave(f"its agent was ended by {error.sigval.name}", exit_code(-error.sigval))
         events.record(agent.get_event_failed(), config.event_log_handler)
         raise
     except Exception:
@@ -355,7 +356,7 @@ def _outputs(agent: LocalElasticAgent, config: LaunchConfig, entrypoint_name: st
     if result.is_failed():
         error = _failure_of(result, entrypoint_name)
         # Where workers of several nodes fail, that of the first counts on all nodes.
-        error.exit_code = getattr(agent, "job_exit_code", None)  # type: ignore[attr-defined]  # for ferrorun
+        error.exit_code = newer(agent, "job_exit_code", None)  # type: ignore[attr-defined]  # for ferrorun
         raise error
     return result.return_values
 

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal
 
 from ferroelastic import _leftovers, _signals
 from ferroelastic._engine import get_engine
@@ -24,6 +24,7 @@ from ferroelastic._text import message_of
 from ferroelastic._wait import wait_for_event
 from ferroelastic.rendezvous._agent_store import AgentStore
 from ferroelastic.rendezvous._native_settings import NativeSettings, endpoint_text
+from ferroelastic.rendezvous._notifying import Interruption, PlacedRendezvousInfo
 from ferroelastic.rendezvous._store_server import LOOPBACK
 from ferroelastic.rendezvous.api import (
     JobFailedError,
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from ferroelastic import _rust
     from ferroelastic.rendezvous.api import RendezvousParameters
 
-__all__ = ["Interruption", "NativeRendezvous", "NativeRendezvousInfo"]
+__all__ = ["NativeRendezvous"]
 
 logger = get_logger(__name__)
 
@@ -52,35 +53,6 @@ _LET_THE_OTHERS_GO_S = 2.0
 _NEXT_HOST_PAUSE_S = 0.25
 _OWN_STORE_ENV = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 _ENDED = ("closed", "released", "spare")
-
-
-class Interruption(NamedTuple):
-    """Why a round is over before its workers are."""
-
-    is_failure: bool
-    """A worker failed; otherwise a node came, went or was lost."""
-    is_final: bool
-    """There will be no other round."""
-    text: str
-    """What happened, and where."""
-    exit_code: int = 1
-    """That of the job, if it ends of this."""
-    stop_within_s: float | None = None
-    """Within so many seconds the workers of this node must be gone, because others will have their ranks then."""
-
-
-class NativeRendezvousInfo(RendezvousInfo):
-    """Outcome of a round, with all that the agents need: nobody has to ask the store for ranks.
-
-    Args:
-        place: the node's place.
-        store: store that the agents share.
-        bootstrap_store_info: where the workers find theirs.
-    """
-
-    def __init__(self, place: _rust.Place, store: AgentStore, bootstrap_store_info: RendezvousStoreInfo) -> None:
-        super().__init__(store, place.group_rank, place.group_world_size, bootstrap_store_info)
-        self.place = place
 
 
 class NativeRendezvous(RendezvousHandler):
@@ -100,13 +72,8 @@ class NativeRendezvous(RendezvousHandler):
     """
 
     renews_store = True
-    """Each round begins with an empty store: the agent need not see to that."""
-
-    tells_news = True
-    """What happens elsewhere is told through :attr:`news_fd` and :meth:`interruption`."""
-
     may_grow = False
-    """So the agent need not ask from time to time."""
+    notifies: Literal[True] = True
 
     def __init__(self, params: RendezvousParameters) -> None:
         self._backend = params.backend
@@ -300,7 +267,7 @@ class NativeRendezvous(RendezvousHandler):
             master = interruptible.call(RendezvousStoreInfo.build, place.group_rank, store, own_address)
         if not self._is_introduced:
             return RendezvousInfo(store, place.group_rank, place.group_world_size, master)
-        return NativeRendezvousInfo(place, store, master)
+        return PlacedRendezvousInfo(place, store, master)
 
     def _error(self, standing: _rust.Standing) -> Exception:
         if standing.state == "closed":

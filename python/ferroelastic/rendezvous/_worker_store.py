@@ -19,6 +19,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ferroelastic._compat import family
+from ferroelastic.rendezvous._notifying import renews_store
 from ferroelastic.rendezvous._store_server import start_store
 from ferroelastic.rendezvous.api import (
     RendezvousConnectionError,
@@ -83,7 +84,7 @@ def next_rendezvous(
         RendezvousTimeoutError: not all nodes of the round came within the store's timeout.
         RendezvousConnectionError: the store was lost meanwhile.
     """
-    if not handler.use_agent_store or getattr(handler, "renews_store", False) is True:
+    if not handler.use_agent_store or renews_store(handler):
         return handler.next_rendezvous()
     if hasattr(handler, "_bootstrap_store_info") and hasattr(handler, "_shared_tcp_store_server"):
         return _forget_store(handler)
@@ -152,7 +153,7 @@ def _move_store(
 ) -> RendezvousInfo:
     """Let rank 0 start a store if any node was given the address of the former round."""
     given = _address(info)
-    is_stale = previous is not None and given == getattr(previous, "handler_address", _address(previous))
+    is_stale = previous is not None and given == _handler_address(previous)
     servers: list[_rust.StoreServer] = []
 
     def start() -> str:
@@ -176,6 +177,11 @@ def _move_store(
     if not answer or (host, int(port)) == given:
         return info
     return RenewedRendezvousInfo(info, RendezvousStoreInfo(host, int(port)), servers[0] if servers else None)
+
+
+def _handler_address(info: RendezvousInfo) -> tuple[str, int]:
+    """Return the address that the handler gave, also where the workers got another one."""
+    return info.handler_address if isinstance(info, RenewedRendezvousInfo) else _address(info)
 
 
 def _address(info: RendezvousInfo) -> tuple[str, int]:

@@ -47,6 +47,7 @@ from ferroelastic.metrics import prof, put_metric
 from ferroelastic.multiprocessing.errors import ProcessFailure
 from ferroelastic.numa.binding import NumaOptions
 from ferroelastic.rendezvous import JobFailedError, RendezvousGracefulExitError
+from ferroelastic.rendezvous._notifying import PlacedRendezvousInfo, notifier_of
 from ferroelastic.rendezvous._worker_store import RenewedRendezvousInfo
 from ferroelastic.utils import interruptible
 from ferroelastic.utils.hostname import begin_look_up
@@ -57,7 +58,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from ferroelastic.rendezvous import RendezvousInfo
-    from ferroelastic.rendezvous._native import Interruption
+    from ferroelastic.rendezvous._notifying import Interruption, NotifyingRendezvous
     from ferroelastic.utils._store_types import Store
 
 __all__ = [
@@ -184,10 +185,9 @@ class SimpleElasticAgent(ElasticAgent):
         master_addr = (not moved and spec.master_addr) or master.master_addr
         master_port = (not moved and spec.master_port) or master.master_port
         self._store = info.store
-        place = getattr(info, "place", None)
-        if place is not None:
+        if isinstance(info, PlacedRendezvousInfo):
             # Counted for all nodes together: the number of the restart is the same everywhere.
-            self._remaining_restarts = max(0, spec.max_restarts - place.failures)
+            self._remaining_restarts = max(0, spec.max_restarts - info.place.failures)
 
         with self.record_duration("ASSIGN_WORKER_RANKS"):
             workers = self._assign_worker_ranks(info.store, info.rank, info.world_size, spec)
@@ -217,15 +217,14 @@ class SimpleElasticAgent(ElasticAgent):
             spec.event_log_handler,
         )
 
-    def _teller(self) -> Any:
-        """Return the rendezvous handler if it tells by itself what happens on other nodes; torch's are asked."""
-        handler = self._worker_group.spec.rdzv_handler
-        return handler if getattr(handler, "tells_news", False) is True else None
+    def _notifier(self) -> NotifyingRendezvous | None:
+        """Return the rendezvous handler if it reports events of other nodes; handlers with torch's interface are polled."""
+        return notifier_of(self._worker_group.spec.rdzv_handler)
 
     def _next_rendezvous(self, spec: WorkerSpec) -> RendezvousInfo:
-        teller = self._teller()
-        if teller is not None:
-            teller.introduce(spec.role, spec.local_world_size, spec.max_restarts)
+        notifier = self._notifier()
+        if notifier is not None:
+            notifier.introduce(spec.role, spec.local_world_size, spec.max_restarts)
         if "torch.distributed" in sys.modules:
             from ferroelastic import _torch
 
@@ -244,8 +243,9 @@ class SimpleElasticAgent(ElasticAgent):
         are alike, and the ranks follow without the store.
         """
         size = spec.local_world_size
-        place = getattr(self._rdzv_info, "place", None)
-        if place is not None:
+        info = self._rdzv_info
+        if isinstance(info, PlacedRendezvousInfo):
+            place = info.place
             first_rank, world_size = place.first_rank, place.world_size
             first_role_rank, role_world_size = place.first_role_rank, place.role_world_size
         elif os.environ.get("TORCH_ELASTIC_WORKER_IDENTICAL", "0") == "1":
@@ -327,12 +327,12 @@ class SimpleElasticAgent(ElasticAgent):
         except family(SignalException) as error:
             _signals.conclude()
             signalled, death_sig = error, error.sigval
-            # First the signals: a log handler may wait for whoever reads it.
-            teller = self._teller()
-            if teller is not None:
+            # Before the log message: a log handler may block on its reader.
+            notifier = self._notifier()
+            if notifier is not None:
                 from ferroelastic._report import exit_code
 
-                teller.say_farewell(f"its agent was ended by {error.sigval.name}", exit_code(-error.sigval))
+                notifier.say_farewell(f"its agent was ended by {error.sigval.name}", exit_code(-error.sigval))
             self._begin_stop(error.sigval)
             logger.warning("Received %s death signal, shutting down workers", death_sig)
         finally:
@@ -359,9 +359,9 @@ class SimpleElasticAgent(ElasticAgent):
             self.job_exit_code = None
             self._has_left_exit_barrier = False
         self._has_run = True
-        teller = self._teller()
-        if teller is not None:
-            teller.begin()
+        notifier = self._notifier()
+        if notifier is not None:
+            notifier.begin()
 
     def get_event_failed(self) -> Event:
         """Return the event that tells of the exception being handled."""
@@ -503,33 +503,33 @@ class SimpleElasticAgent(ElasticAgent):
                 interruption = self._interruption()
                 if interruption is None:
                     return result
-                self._obey(interruption)
+                self._restart_because_of(interruption)
             elif state in (WorkerState.UNHEALTHY, WorkerState.FAILED):
                 if not self._restart_failed_workers(result):
                     return result
             elif state == WorkerState.HEALTHY:
-                self._follow_the_others()
+                self._check_other_nodes()
             else:
                 raise RuntimeError(f"[{role}] Worker group in {state.name} state")
 
     def _restart_failed_workers(self, result: RunResult) -> bool:
-        """Start the workers again of which some have failed; if no restart is left, stop them and return ``False``."""
+        """Restart the workers after a failure; if no restart is left, stop them and return ``False``."""
         group = self._worker_group
         spec = group.spec
         interruption = self._interruption()
         if interruption is not None and not interruption.is_failure:
             # They fail because of a node that is gone.
-            self._obey(interruption)
+            self._restart_because_of(interruption)
             return True
         self._report_failure(result)
         if self._remaining_restarts <= 0:
             self._activity.busy("stopping")
             self._stop_workers(group)
             _signals.conclude()  # the outcome stands: no signal changes it
-            teller = self._teller()
-            interruption = None if teller is None else teller.verdict()
+            notifier = self._notifier()
+            interruption = None if notifier is None else notifier.verdict()
             if interruption is not None and not interruption.is_failure:
-                self._obey(interruption)
+                self._restart_because_of(interruption)
                 return True
             # Workers of another node may have failed before.
             self.job_exit_code = None if interruption is None else interruption.exit_code
@@ -547,14 +547,14 @@ class SimpleElasticAgent(ElasticAgent):
         self._restart_workers(group)
         return True
 
-    def _follow_the_others(self) -> None:
-        """Start the workers, which run, again if something has happened on other nodes. It does not use up a restart of this one."""
+    def _check_other_nodes(self) -> None:
+        """Restart the running workers if another node reports an event. This uses up no restart."""
         group = self._worker_group
         spec = group.spec
-        if self._teller() is not None:
+        if self._notifier() is not None:
             interruption = self._interruption()
             if interruption is not None:
-                self._obey(interruption)
+                self._restart_because_of(interruption)
             return
         waiting = spec.rdzv_handler.num_nodes_waiting()
         if waiting > 0:
@@ -568,16 +568,15 @@ class SimpleElasticAgent(ElasticAgent):
             self._restart_workers(group)
 
     def _interruption(self) -> Interruption | None:
-        """Return why the round is over for this node too, if it is and the rendezvous tells."""
-        teller = self._teller()
-        interruption: Interruption | None = None if teller is None else teller.interruption()
-        return interruption
+        """Return why the round is over; ``None`` while it is not, or where the rendezvous reports no events."""
+        notifier = self._notifier()
+        return None if notifier is None else notifier.interruption()
 
-    def _obey(self, interruption: Interruption) -> None:
-        """Start the workers again because of what happened elsewhere.
+    def _restart_because_of(self, interruption: Interruption) -> None:
+        """Restart the workers because of an event on another node.
 
         Raises:
-            JobFailedError: there will be no other round, or no restart is left.
+            JobFailedError: the job has ended, or no restart is left.
         """
         role = self._worker_group.spec.role
         if interruption.is_final:
@@ -591,10 +590,10 @@ class SimpleElasticAgent(ElasticAgent):
         self._restart_workers(self._worker_group)
 
     def _report_failure(self, result: RunResult) -> None:
-        """Tell the other nodes, if the rendezvous can, that workers of this one have failed."""
-        teller = self._teller()
-        if teller is not None:
-            teller.report_failure(
+        """Report failed workers of this node to the other nodes, if the rendezvous can."""
+        notifier = self._notifier()
+        if notifier is not None:
+            notifier.report_failure(
                 failed_first_at_ns(result) or time.time_ns(),
                 cause_of(result),
                 exit_code=exit_code_of(result),
@@ -617,7 +616,7 @@ class SimpleElasticAgent(ElasticAgent):
         start = time.monotonic()
         world_size: Any = self._worker_group.group_world_size
 
-        teller = self._teller()
+        notifier = self._notifier()
 
         def barrier(store: Any) -> None:
             store_util.barrier(
@@ -630,8 +629,8 @@ class SimpleElasticAgent(ElasticAgent):
         self._in_exit_barrier = True
         try:
             with self._activity.waiting("exit barrier"):
-                if teller is not None:
-                    teller.wait_for_others(timeout_s)
+                if notifier is not None:
+                    notifier.wait_for_others(timeout_s)
                 elif world_size == 1:  # no one to wait for
                     barrier(self._store)
                 else:

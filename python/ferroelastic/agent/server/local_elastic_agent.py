@@ -41,6 +41,7 @@ from ferroelastic.metrics.api import prof
 from ferroelastic.multiprocessing import LogsSpecs, PContext, ProcessFailure, start_processes
 from ferroelastic.multiprocessing._stopping import stop_group
 from ferroelastic.multiprocessing.errors._failures import exit_of
+from ferroelastic.rendezvous._notifying import may_grow
 from ferroelastic.utils import macros
 from ferroelastic.utils.hostname import hostname_for_report
 from ferroelastic.utils.logging import get_logger
@@ -180,22 +181,22 @@ class LocalElasticAgent(SimpleElasticAgent):
     def _setup_local_watchdog(self, envs: dict[int, dict[str, str]]) -> None:
         """Start the watchdog if it is asked for and none runs, and tell the workers its pipe."""
         watchdog_file = os.environ.get(TORCHELASTIC_TIMER_FILE)
+        current = _watchdog.as_worker_watchdog(self._worker_watchdog)
+        run_id = envs.get(0, {}).get("TORCHELASTIC_RUN_ID", "")
         if os.environ.get(TORCHELASTIC_ENABLE_FILE_TIMER) == "1":
             if watchdog_file is None:
-                watchdog_file = self._made_up_timer_file = self._made_up_timer_file or _make_up_timer_file()
+                watchdog_file = self._made_up_timer_file = self._made_up_timer_file or _watchdog.make_up_timer_file()
             if self._worker_watchdog is None:
                 logger.info("Starting a FileTimerServer with %s ...", watchdog_file)
                 if not envs:
                     logger.warning("Empty envs variables, using empty run_id for FileTimerServer")
-                run_id = envs[0]["TORCHELASTIC_RUN_ID"] if envs else ""
                 self._worker_watchdog = _watchdog.start_server(watchdog_file, run_id, self._log_watchdog_event)
                 self._timer_file = watchdog_file
                 logger.info("FileTimerServer started")
-            elif hasattr(self._worker_watchdog, "set_workers"):  # ours, and no subclass's own
-                watchdog_file = self._timer_file
-                moved_to = _make_up_timer_file()
-                server = _watchdog.renew(self._worker_watchdog, watchdog_file, moved_to, self._log_watchdog_event)
-                if server is not self._worker_watchdog:
+            elif current is not None:
+                watchdog_file, moved_to = self._timer_file, _watchdog.make_up_timer_file()
+                server = _watchdog.renew(current, watchdog_file, moved_to, run_id, self._log_watchdog_event)
+                if server is not current:
                     self._worker_watchdog, self._timer_file, watchdog_file = server, moved_to, moved_to
         else:
             logger.info(
@@ -365,8 +366,9 @@ class LocalElasticAgent(SimpleElasticAgent):
             **({} if self._interactive_rank is None else {"interactive_rank": self._interactive_rank}),
         )
         self._pcontext.on_first_failure = self._tell_first_failure
-        if hasattr(self._worker_watchdog, "set_workers"):
-            self._worker_watchdog.set_workers(_watchdog.workers_with_folders(self._pcontext, worker_group.workers))
+        watchdog = _watchdog.as_worker_watchdog(self._worker_watchdog)
+        if watchdog is not None:
+            watchdog.set_workers(_watchdog.workers_with_folders(self._pcontext, worker_group.workers))
         return self._pcontext.pids()
 
     def _worker_env(self, worker_group: WorkerGroup, worker: Any) -> dict[str, str]:
@@ -562,12 +564,12 @@ class LocalElasticAgent(SimpleElasticAgent):
             self._report_failure(RunResult(state=WorkerState.FAILED, failures={rank: failure}))
 
     def _explain_expiries(self, role: str, failures: dict[int, ProcessFailure]) -> None:
-        """Say of the workers that a watchdog has ended why it has."""
-        expiry_of = getattr(self._worker_watchdog, "expiry", None)
-        if expiry_of is None:
+        """Add the expired timer to the failures of workers that the watchdog has ended."""
+        watchdog = _watchdog.as_worker_watchdog(self._worker_watchdog)
+        if watchdog is None:
             return
         for rank, failure in failures.items():
-            expiry = expiry_of(failure.pid)
+            expiry = watchdog.expiry(failure.pid)
             if expiry is not None:
                 logger.error("[%s] rank %s: %s", role, rank, _watchdog.describe(expiry, failure.pid))
                 _watchdog.explain(failure, expiry)
@@ -584,26 +586,20 @@ class LocalElasticAgent(SimpleElasticAgent):
             return  # the first look is due at once: a worker may have ended before the engine knew it
         if group is None:
             super()._wait_for_event(timeout_s)
-        elif self._uninterruptible_state_timeout > 0 or getattr(self._rdzv_handler, "may_grow", True):
+        elif self._uninterruptible_state_timeout > 0 or may_grow(self._rdzv_handler):
             wait_for_event(group, seen, timeout_s, self._news_fd())
         else:
             wait_for_event(group, seen, None, self._news_fd())
 
     def _news_fd(self) -> int | None:
-        """Descriptor that is readable while the rendezvous has something to say, if it has one."""
-        news_fd = getattr(self._rdzv_handler, "news_fd", None)
-        return news_fd if isinstance(news_fd, int) else None
+        """Return a descriptor that is readable while the rendezvous has an event to report; ``None`` if it reports none."""
+        notifier = self._notifier()
+        return None if notifier is None else notifier.news_fd
 
 
 def _longest_stop_s(grace_s: float) -> float:
     """Seconds that stopping workers may take: the grace, as long again (at least 5) after SIGKILL, and the end of the logs."""
     return grace_s + max(5.0, grace_s) + 5.0
-
-
-def _make_up_timer_file() -> str:
-    import tempfile
-
-    return os.path.join(tempfile.gettempdir(), f"watchdog_timer_{os.urandom(16).hex()}")
 
 
 def _read_wait_channel(pid: int) -> str:
