@@ -281,15 +281,19 @@ class LocalElasticAgent(SimpleElasticAgent):
         }
         record(Event(name=name, source=EventSource.AGENT, metadata=metadata), spec.event_log_handler)
 
+    def _native_group(self) -> _rust.Group | None:
+        """Return the engine's group of the workers; ``None`` without workers, and for contexts of torch's class."""
+        context: object = self._pcontext
+        return context.native_group if isinstance(context, PContext) else None
+
     def _begin_stop(self, death_sig: signal.Signals, within_s: float | None = None) -> None:
-        begin_stop = getattr(self._pcontext, "begin_stop", None)
-        if begin_stop is not None:
+        if isinstance(self._pcontext, PContext):
             # The deadline of a stop does not move any more.
             limit_s = self._shutdown_timeout if within_s is None else max(0.0, within_s - _KILL_TIME_S)
-            begin_stop(death_sig, min(self._shutdown_timeout, limit_s))
+            self._pcontext.begin_stop(death_sig, min(self._shutdown_timeout, limit_s))
 
     def _outcome_before_signal(self) -> RunResult | None:
-        group: _rust.Group | None = getattr(self._pcontext, "_group", None)
+        group = self._native_group()
         worker_group = self._worker_group
         if group is None or self._has_left_exit_barrier or worker_group.state == WorkerState.STOPPED:
             return None
@@ -320,7 +324,7 @@ class LocalElasticAgent(SimpleElasticAgent):
         finally:
             self._stopping_workers_only = False
         self._deal_with_detached(has_succeeded=False)
-        group = getattr(self._pcontext, "_group", None)
+        group = self._native_group()
         report = None if group is None else group.stop_report()
         if report is not None:  # the engine may have begun by itself, before the agent looked
             self._activity.measured(report.elapsed_s)
@@ -453,7 +457,7 @@ class LocalElasticAgent(SimpleElasticAgent):
         if group is None:
             self._may_have_detached = False
             return
-        workers: _rust.Group | None = getattr(self._pcontext, "_group", None)
+        workers = self._native_group()
         report = None if workers is None else workers.stop_report()
         elapsed_s = 0.0 if report is None else report.elapsed_s
         grace_s = max(self._shutdown_timeout - elapsed_s, min(self._shutdown_timeout, _LEAST_DETACHED_GRACE_S))
@@ -532,7 +536,7 @@ class LocalElasticAgent(SimpleElasticAgent):
             return RunResult(state=WorkerState.UNKNOWN)
 
         # Before the look: an exit after it must not be taken for one that was seen.
-        group = getattr(context, "_group", None)
+        group = self._native_group()
         self._seen_generation = 0 if group is None else group.generation
         self._seen_context = weakref.ref(context)
         looked_ns = time.monotonic_ns()
@@ -580,7 +584,7 @@ class LocalElasticAgent(SimpleElasticAgent):
         For ``timeout_s`` seconds at most, unless there is nothing that only a look can tell: no stuck worker to be found, and
         a rendezvous that says by itself when something happens.
         """
-        group = getattr(self._pcontext, "_group", None)
+        group = self._native_group()
         seen = self._seen_generation
         if self._pcontext is not None and (self._seen_context is None or self._seen_context() is not self._pcontext):
             return  # the first look is due at once: a worker may have ended before the engine knew it
