@@ -16,7 +16,7 @@ import pytest
 from ferroelastic import _torch
 from ferroelastic._torch import create_rendezvous_handler
 from ferroelastic.agent.server import RunResult, SimpleElasticAgent, WorkerGroup, WorkerSpec, WorkerState
-from ferroelastic.agent.server.api import _own_connection
+from ferroelastic.agent.server._exit_barrier import _own_connection
 from ferroelastic.rendezvous import (
     RendezvousHandler,
     RendezvousInfo,

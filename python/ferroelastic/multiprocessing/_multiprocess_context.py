@@ -185,7 +185,9 @@ class MultiprocessContext(PContext):
         if self._pc is None:
             return
         exits = (
-            {} if self.native_group is None else {self._observed_ranks[ended.index]: ended for ended in self.native_group.exits()}
+            {}
+            if self.native_group is None
+            else {self._observed_ranks[ended.index]: ended for ended in self.native_group.exits()}
         )
         for rank in sorted(self._running_local_ranks):
             process = self._pc.processes[rank]

@@ -22,16 +22,20 @@ import socket
 import sys
 import time
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import ferroelastic.utils.store as store_util
 from ferroelastic import _signals
 from ferroelastic._checks import check_number
-from ferroelastic._compat import TorchVirtual, family
+from ferroelastic._compat import family
 from ferroelastic._signals import SignalException
 from ferroelastic._text import format_traceback
 from ferroelastic.agent.server._activity import Activity, cause_of, exit_code_of, failed_first_at_ns
-from ferroelastic.agent.server._ranks import agree_on_ranks
+from ferroelastic.agent.server._elastic_agent import DEFAULT_ROLE, ElasticAgent
+from ferroelastic.agent.server._events import status_event
+from ferroelastic.agent.server._exit_barrier import wait_in_store
+from ferroelastic.agent.server._ranks import assign_ranks
 from ferroelastic.agent.server._shutdown import shut_down
 from ferroelastic.agent.server._workers import (
     RunResult,
@@ -39,7 +43,7 @@ from ferroelastic.agent.server._workers import (
     WorkerGroup,
     WorkerSpec,
     WorkerState,
-    _RoleInstanceInfo,
+    _RoleInstanceInfo,  # noqa: F401 - a name of torch's module
 )
 from ferroelastic.events import Event, EventSource, record
 from ferroelastic.events._record import has_listener
@@ -49,7 +53,6 @@ from ferroelastic.numa.binding import NumaOptions
 from ferroelastic.rendezvous import JobFailedError, RendezvousGracefulExitError
 from ferroelastic.rendezvous._notifying import PlacedRendezvousInfo, notifier_of
 from ferroelastic.rendezvous._worker_store import RenewedRendezvousInfo
-from ferroelastic.utils import interruptible
 from ferroelastic.utils.hostname import begin_look_up
 from ferroelastic.utils.hostname import hostname_for_report as _get_fq_hostname
 from ferroelastic.utils.logging import get_logger
@@ -73,34 +76,11 @@ __all__ = [
     "WorkerState",
 ]
 
-DEFAULT_ROLE = "default"
 _SIGNALS_ENV = "TORCHELASTIC_SIGNALS_TO_HANDLE"
+
 _TERMINAL_STATE_SYNC_ID = "torchelastic/agent/terminal_state"
 
 logger = get_logger(__name__)
-
-
-class ElasticAgent(TorchVirtual, abc.ABC):
-    """Starts and supervises workers. Mirrors ``torch.distributed.elastic.agent.server.ElasticAgent``."""
-
-    @abc.abstractmethod
-    def run(self, role: str = DEFAULT_ROLE) -> RunResult:
-        """Run the workers until they end, starting them again when they fail.
-
-        Args:
-            role: role of the workers.
-
-        Returns:
-            How the workers of this node ended.
-
-        Raises:
-            SignalException: this process got a signal that ends it; the workers are gone.
-            RendezvousError: the nodes could not come together.
-        """
-
-    @abc.abstractmethod
-    def get_worker_group(self, role: str = DEFAULT_ROLE) -> WorkerGroup:
-        """Return the workers of a role. It may change while the agent runs."""
 
 
 class SimpleElasticAgent(ElasticAgent):
@@ -237,33 +217,10 @@ class SimpleElasticAgent(ElasticAgent):
     def _assign_worker_ranks(
         self, store: Any, group_rank: int, group_world_size: int, spec: WorkerSpec
     ) -> list[Worker]:
-        """Find out the ranks of the workers of this node.
-
-        The rendezvous may have said it. Otherwise the agents agree on it in the store. With ``TORCH_ELASTIC_WORKER_IDENTICAL=1`` all agents
-        are alike, and the ranks follow without the store.
-        """
-        size = spec.local_world_size
+        """Return the workers of this node with their ranks. See :func:`assign_ranks`."""
         info = self._rdzv_info
-        if isinstance(info, PlacedRendezvousInfo):
-            place = info.place
-            first_rank, world_size = place.first_rank, place.world_size
-            first_role_rank, role_world_size = place.first_role_rank, place.role_world_size
-        elif os.environ.get("TORCH_ELASTIC_WORKER_IDENTICAL", "0") == "1":
-            world_size = role_world_size = group_world_size * size
-            first_rank = first_role_rank = group_rank * size
-        else:
-            own = _RoleInstanceInfo(spec.role, group_rank, size)
-            first_rank, world_size, first_role_rank, role_world_size = agree_on_ranks(store, own, group_world_size)
-        return [
-            Worker(
-                local_rank=local_rank,
-                global_rank=first_rank + local_rank,
-                role_rank=first_role_rank + local_rank,
-                world_size=world_size,
-                role_world_size=role_world_size,
-            )
-            for local_rank in range(size)
-        ]
+        place = info.place if isinstance(info, PlacedRendezvousInfo) else None
+        return assign_ranks(store, group_rank, group_world_size, spec, place)
 
     @prof
     def _initialize_workers(self, worker_group: WorkerGroup) -> None:
@@ -418,37 +375,19 @@ class SimpleElasticAgent(ElasticAgent):
         exit_code: int | None = None,
         worker_pid: int | None = None,
     ) -> Event:
-        group = self._worker_group
-        spec = group.spec
-        details: dict[str, Any] = {
-            "group_world_size": group.group_world_size,
-            "entry_point": spec.get_entrypoint_name(),
-        }
-        if worker:
-            # Lists of one, as readers of torch's events know them.
-            details["local_rank"] = (worker.local_rank,)
-            details["role_rank"] = (worker.role_rank,)
-            details["role_world_size"] = (worker.role_world_size,)
-            details["exit_code"] = (exit_code,)
-            details["worker_pid"] = (worker_pid,)
-        return Event(
-            name=f"torchelastic.worker.status.{state}",
-            source=source,
-            metadata={
-                "run_id": spec.rdzv_handler.get_run_id(),
-                "global_rank": worker.global_rank if worker else None,
-                "group_rank": group.group_rank,
-                "worker_id": str(worker.id) if worker else None,
-                "role": spec.role,
-                "hostname": _hostname_for(spec.event_log_handler),
-                "state": state,
-                "total_run_time": self._total_execution_time,
-                "rdzv_backend": spec.rdzv_handler.get_backend(),
-                "raw_error": raw_error,
-                "metadata": json.dumps(details),
-                "agent_restarts": spec.max_restarts - self._remaining_restarts,
-                "duration_ms": duration_ms,
-            },
+        spec = self._worker_group.spec
+        return status_event(
+            self._worker_group,
+            state,
+            source,
+            worker,
+            exit_code=exit_code,
+            worker_pid=worker_pid,
+            hostname=_hostname_for(spec.event_log_handler),
+            total_run_time=self._total_execution_time,
+            remaining_restarts=self._remaining_restarts,
+            raw_error=raw_error,
+            duration_ms=duration_ms,
         )
 
     def _record_metrics(self, group_results: RunResult) -> None:
@@ -615,26 +554,21 @@ class SimpleElasticAgent(ElasticAgent):
         )
         start = time.monotonic()
         world_size: Any = self._worker_group.group_world_size
-
         notifier = self._notifier()
-
-        def barrier(store: Any) -> None:
-            store_util.barrier(
-                store=store,
-                world_size=world_size,
-                key_prefix=_TERMINAL_STATE_SYNC_ID,
-                barrier_timeout=timeout_s,
-            )
+        barrier = partial(
+            store_util.barrier,
+            world_size=world_size,
+            key_prefix=_TERMINAL_STATE_SYNC_ID,
+            barrier_timeout=timeout_s,
+        )
 
         self._in_exit_barrier = True
         try:
             with self._activity.waiting("exit barrier"):
                 if notifier is not None:
                     notifier.wait_for_others(timeout_s)
-                elif world_size == 1:  # no one to wait for
-                    barrier(self._store)
                 else:
-                    interruptible.call(barrier, _own_connection(self._store))
+                    wait_in_store(barrier, self._store, world_size)
             logger.info("Done waiting for other agents. Elapsed: %s seconds", time.monotonic() - start)
         except family(SignalException) as error:
             self._has_left_exit_barrier = world_size != 1
@@ -645,18 +579,6 @@ class SimpleElasticAgent(ElasticAgent):
             logger.exception("Error waiting on exit barrier. Elapsed: %s seconds", time.monotonic() - start)
         finally:
             self._in_exit_barrier = False
-
-
-def _own_connection(store: Any) -> Any:
-    """Return a store like ``store`` with a connection of its own, where that can be had.
-
-    A connection does one thing at a time. While it waits, the heartbeats that the rendezvous sends through the same store would
-    wait as well, and the others would take this node for dead.
-    """
-    try:
-        return store.clone()
-    except (AttributeError, NotImplementedError, RuntimeError):
-        return store
 
 
 def _hostname_for(destination: str) -> str:

@@ -14,7 +14,6 @@ Differences:
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import time
@@ -26,7 +25,10 @@ from ferroelastic import _leftovers, _signals
 from ferroelastic._checks import check_logs_specs, check_type
 from ferroelastic._compat import newer
 from ferroelastic._wait import wait_for_event
-from ferroelastic.agent.server import _watchdog
+from ferroelastic.agent.server import _stuck, _watchdog
+from ferroelastic.agent.server._detached import end_helpers, report_helpers
+from ferroelastic.agent.server._environment import set_local_rank, worker_environment
+from ferroelastic.agent.server._events import watchdog_event
 from ferroelastic.agent.server.api import (
     DEFAULT_ROLE,
     RunResult,
@@ -36,10 +38,10 @@ from ferroelastic.agent.server.api import (
     WorkerState,
 )
 from ferroelastic.agent.server.health_check_server import HealthCheckServer, create_healthcheck_server
-from ferroelastic.events import Event, EventSource, record
+from ferroelastic.events import record
 from ferroelastic.metrics.api import prof
 from ferroelastic.multiprocessing import LogsSpecs, PContext, ProcessFailure, start_processes
-from ferroelastic.multiprocessing._stopping import stop_group
+from ferroelastic.multiprocessing._stopping import longest_stop_s
 from ferroelastic.multiprocessing.errors._failures import exit_of
 from ferroelastic.rendezvous._notifying import may_grow
 from ferroelastic.utils import macros
@@ -51,7 +53,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ferroelastic import _rust
-    from ferroelastic.events import EventMetadataValue
 
 __all__ = [
     "TORCHELASTIC_ENABLE_FILE_TIMER",
@@ -69,27 +70,20 @@ TORCHELASTIC_HEALTH_CHECK_PORT = "TORCHELASTIC_HEALTH_CHECK_PORT"
 """Environment variable: port of the health server; unset starts none."""
 TORCHELASTIC_TIMER_FILE = "TORCHELASTIC_TIMER_FILE"
 """Environment variable: path of the watchdog's named pipe; unset makes one up."""
-TORCHELASTIC_UNINTERRUPTIBLE_STATE_TIMEOUT = "TORCHELASTIC_UNINTERRUPTIBLE_STATE_TIMEOUT"
+TORCHELASTIC_UNINTERRUPTIBLE_STATE_TIMEOUT = _stuck.TIMEOUT_ENV
 """Environment variable: seconds that a worker may sleep uninterruptibly; unset, unreadable or not positive means without limit."""
 
 _HEALTH_TIMEOUT_S = 60
-_LEAST_DETACHED_GRACE_S = 1.0
 _KILL_TIME_S = 0.25
-"""So long SIGKILL takes, at most, to end workers that must be gone by a certain time."""
-_STUCK_EXIT_CODE = 1  # it has none of its own, and the job must not end with 0
+"""Upper bound of the time that SIGKILL takes, for workers that must be gone by a deadline."""
 
 
-def _resolve_uninterruptible_state_timeout(explicit: float | None) -> float:
-    """Seconds from the argument, else from the environment, else 0, which means no limit."""
-    raw = os.environ.get(TORCHELASTIC_UNINTERRUPTIBLE_STATE_TIMEOUT, "") if explicit is None else explicit
-    try:
-        return max(0.0, float(raw))
-    except ValueError:
-        return 0.0
+_resolve_uninterruptible_state_timeout = _stuck.resolve_timeout_s  # torch's name
+_read_wait_channel = _stuck.read_wait_channel
 
 
 class _AliveCallbackProxy:
-    """An alive callback that can be made before the agent that answers it. Mirrors torch's ``_AliveCallbackProxy``."""
+    """An alive callback that exists before the agent that answers it. Mirrors torch's ``_AliveCallbackProxy``."""
 
     def __init__(self) -> None:
         self._delegate: Callable[[], int] | None = None
@@ -98,7 +92,7 @@ class _AliveCallbackProxy:
         return int(time.time()) if self._delegate is None else self._delegate()
 
     def set_delegate(self, delegate: Callable[[], int]) -> None:
-        """Ask ``delegate`` from now on."""
+        """Call ``delegate`` from now on."""
         self._delegate = delegate
 
 
@@ -256,30 +250,17 @@ class LocalElasticAgent(SimpleElasticAgent):
         return hostname_for_report()
 
     def _log_watchdog_event(self, name: str, request: Any | None) -> None:
-        """Record what the watchdog did (``name``) about a worker's request."""
-        wg = self._worker_group
-        spec = wg.spec
-        details = {"watchdog_event": name}
-        if request is not None:
-            details["worker_pid"] = str(request.worker_pid)
-            details["scope_id"] = request.scope_id
-            details["expiration_time"] = str(request.expiration_time)
-            details["signal"] = str(request.signal)
-        metadata: dict[str, EventMetadataValue] = {
-            "run_id": spec.rdzv_handler.get_run_id(),
-            "global_rank": None,
-            "group_rank": wg.group_rank,
-            "worker_id": None,
-            "role": spec.role,
-            "hostname": self._get_fq_hostname(),
-            "state": "RUNNING",
-            "total_run_time": self._total_execution_time,
-            "rdzv_backend": spec.rdzv_handler.get_backend(),
-            "raw_error": None,
-            "metadata": json.dumps(details),
-            "agent_restarts": spec.max_restarts - self._remaining_restarts,
-        }
-        record(Event(name=name, source=EventSource.AGENT, metadata=metadata), spec.event_log_handler)
+        """Record an action of the watchdog (``name``) on a worker's request."""
+        spec = self._worker_group.spec
+        event = watchdog_event(
+            self._worker_group,
+            name,
+            request,
+            hostname=self._get_fq_hostname(),
+            total_run_time=self._total_execution_time,
+            remaining_restarts=self._remaining_restarts,
+        )
+        record(event, spec.event_log_handler)
 
     def _native_group(self) -> _rust.Group | None:
         """Return the engine's group of the workers; ``None`` without workers, and for contexts of torch's class."""
@@ -324,10 +305,9 @@ class LocalElasticAgent(SimpleElasticAgent):
         finally:
             self._stopping_workers_only = False
         self._deal_with_detached(has_succeeded=False)
-        group = self._native_group()
-        report = None if group is None else group.stop_report()
-        if report is not None:  # the engine may have begun by itself, before the agent looked
-            self._activity.measured(report.elapsed_s)
+        stopped_within_s = self._stopped_within_s()
+        if stopped_within_s is not None:
+            self._activity.measured(stopped_within_s)
 
     @prof
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
@@ -345,7 +325,8 @@ class LocalElasticAgent(SimpleElasticAgent):
         log_line_prefixes: dict[int, str] | None = {} if self._log_line_prefix_template else None
         for worker in worker_group.workers:
             local_rank = worker.local_rank
-            envs[local_rank] = self._worker_env(worker_group, worker)
+            envs[local_rank] = worker_environment(worker_group, worker, spec.max_restarts - self._remaining_restarts)
+            self._set_local_rank_env(envs[local_rank], local_rank, spec)
             args[local_rank] = tuple(macros.substitute(list(spec.args), str(local_rank)))
             if self._log_line_prefix_template and log_line_prefixes is not None:
                 log_line_prefixes[local_rank] = Template(self._log_line_prefix_template).safe_substitute(
@@ -375,57 +356,14 @@ class LocalElasticAgent(SimpleElasticAgent):
             watchdog.set_workers(_watchdog.workers_with_folders(self._pcontext, worker_group.workers))
         return self._pcontext.pids()
 
-    def _worker_env(self, worker_group: WorkerGroup, worker: Any) -> dict[str, str]:
-        """Environment variables of one worker."""
-        spec = worker_group.spec
-        env = {
-            "RANK": str(worker.global_rank),
-            "GROUP_RANK": str(worker_group.group_rank),
-            "ROLE_RANK": str(worker.role_rank),
-            "ROLE_NAME": spec.role,
-            "LOCAL_WORLD_SIZE": str(spec.local_world_size),
-            "WORLD_SIZE": str(worker.world_size),
-            "GROUP_WORLD_SIZE": str(worker_group.group_world_size),
-            "ROLE_WORLD_SIZE": str(worker.role_world_size),
-            "MASTER_ADDR": str(worker_group.master_addr),
-            "MASTER_PORT": str(worker_group.master_port),
-            "TORCHELASTIC_RESTART_COUNT": str(spec.max_restarts - self._remaining_restarts),
-            "TORCHELASTIC_MAX_RESTARTS": str(spec.max_restarts),
-            "TORCHELASTIC_RUN_ID": spec.rdzv_handler.get_run_id(),
-            "TORCHELASTIC_USE_AGENT_STORE": str(spec.rdzv_handler.use_agent_store),
-            "TORCH_NCCL_ASYNC_ERROR_HANDLING": os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1"),
-        }
-        self._set_local_rank_env(env, worker.local_rank, spec)
-        if "OMP_NUM_THREADS" in os.environ:
-            env["OMP_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"]
-        return env
-
     def _set_local_rank_env(self, worker_env: dict[str, str], local_rank: int, spec: WorkerSpec) -> None:
-        """Set ``LOCAL_RANK`` and ``CUDA_VISIBLE_DEVICES``.
-
-        With ``spec.virtual_local_rank`` a worker sees its own device alone, as device 0, and has ``LOCAL_RANK`` 0.
-
-        Raises:
-            ValueError: the agent's own ``CUDA_VISIBLE_DEVICES`` has no device for this rank.
-        """
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        if not newer(spec, "virtual_local_rank", False):
-            worker_env["LOCAL_RANK"] = str(local_rank)
-            if visible is not None:
-                worker_env["CUDA_VISIBLE_DEVICES"] = visible
-            return
-        worker_env["LOCAL_RANK"] = "0"
-        devices = [str(local_rank)] if visible is None else visible.split(",")
-        position = 0 if visible is None else local_rank
-        if position >= len(devices):
-            raise ValueError(f"local_rank {local_rank} exceeds available GPUs in CUDA_VISIBLE_DEVICES={visible}")
-        worker_env["CUDA_VISIBLE_DEVICES"] = devices[position].strip()
+        set_local_rank(worker_env, local_rank, spec)
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
         """Stop the workers and, unless only they are to be stopped, the watchdog and the health server."""
         try:
             if self._pcontext:
-                with self._activity.allowing(_longest_stop_s(timeout)):
+                with self._activity.allowing(longest_stop_s(timeout)):
                     self._pcontext.close(death_sig, timeout)
             if not self._stopping_workers_only:
                 self._deal_with_detached(has_succeeded=self._worker_group.state == WorkerState.SUCCEEDED)
@@ -434,9 +372,9 @@ class LocalElasticAgent(SimpleElasticAgent):
                 self._stop_servers()
 
     def _deal_with_detached(self, *, has_succeeded: bool) -> None:
-        """End the helpers that left the session of their worker, or say that they go on; under ``ferrorun`` only.
+        """End the helpers that left the session of their worker, or log that they keep running; under ``ferrorun`` only.
 
-        After the workers, which may need them to save. They share the workers' deadline.
+        Called after the workers have ended, which may need their helpers to save.
         """
         run = _leftovers.current()
         if run is None or run.keep_detached or self._pcontext is None or not self._may_have_detached:
@@ -445,26 +383,24 @@ class LocalElasticAgent(SimpleElasticAgent):
         are_native = isinstance(self._worker_group.spec.entrypoint, str)
         if has_succeeded and not run.end_detached:
             self._may_have_detached = False
-            found = run.find_detached(sessions, are_native=are_native)
-            if found:
-                helpers = _leftovers.describe(found)
-                logger.warning(
-                    "Helper processes that left their worker's process group keep running: %s; --end-detached ends them",
-                    helpers,
-                )
+            report_helpers(run, sessions, are_native=are_native)
             return
-        group = run.hold_detached(sessions, are_native=are_native)
-        if group is None:
-            self._may_have_detached = False
-            return
-        workers = self._native_group()
-        report = None if workers is None else workers.stop_report()
-        elapsed_s = 0.0 if report is None else report.elapsed_s
-        grace_s = max(self._shutdown_timeout - elapsed_s, min(self._shutdown_timeout, _LEAST_DETACHED_GRACE_S))
-        with _signals.shielded(group.hurry), self._activity.allowing(_longest_stop_s(grace_s)):
-            stop_group(group, signal.SIGTERM, grace_s)
-            # Not before: a signal that leaves this method early lets the shutdown begin again.
-            self._may_have_detached = False
+        end_helpers(
+            run,
+            sessions,
+            are_native=are_native,
+            grace_s=self._shutdown_timeout,
+            elapsed_s=self._stopped_within_s() or 0.0,
+            activity=self._activity,
+        )
+        # Not before: a signal that leaves this method early lets the shutdown begin again.
+        self._may_have_detached = False
+
+    def _stopped_within_s(self) -> float | None:
+        """Return how many seconds the stop of the workers took, also of one that the engine began; ``None`` if there was none."""
+        group = self._native_group()
+        report = None if group is None else group.stop_report()
+        return None if report is None else report.elapsed_s
 
     def _stop_servers(self) -> None:
         if self._worker_watchdog is not None:
@@ -473,7 +409,7 @@ class LocalElasticAgent(SimpleElasticAgent):
         self._stop_healthcheck()
 
     def _check_uninterruptible_state_timeout(self, worker_group: WorkerGroup, timeout: float) -> RunResult | None:
-        """Result with the workers that have slept uninterruptibly for at least ``timeout`` seconds, or ``None``."""
+        """Return a result with the workers that have slept uninterruptibly for at least ``timeout`` seconds, or ``None``."""
         if self._pcontext is None:
             return None
         role = worker_group.spec.role
@@ -486,37 +422,23 @@ class LocalElasticAgent(SimpleElasticAgent):
         for local_rank, pid in pids.items():
             dwell = self._update_uninterruptible_dwell(pid, role, timeout)
             if dwell is not None and dwell >= timeout:
-                failure = ProcessFailure(local_rank, pid, _STUCK_EXIT_CODE, error_file="")
-                failure.message = (
-                    f"Worker pid={pid} stuck in uninterruptible sleep (D-state) for {dwell:.1f}s (>= {timeout:.1f}s),"
-                    f" waiting in {_read_wait_channel(pid)}"
-                )
+                failure = _stuck.failure_of(local_rank, pid, dwell, timeout, _read_wait_channel(pid))
                 logger.error("[%s] %s; marking worker group UNHEALTHY and disabling restarts.", role, failure.message)
                 failures[worker_group.workers[local_rank].global_rank] = failure
         if not failures:
             return None
-        # It holds a device or a mount of this host; a restarted worker would run into the same.
+        # It holds a device or a mount of this host, which would block a restarted worker too.
         self._remaining_restarts = 0
         return RunResult(state=WorkerState.UNHEALTHY, failures=failures)
 
     def _update_uninterruptible_dwell(self, pid: int, role: str, timeout: float) -> float | None:
-        """Seconds for which ``pid`` has been seen in uninterruptible sleep without a break; ``None`` if it is not."""
+        # Both functions by their names in this module, where programs replace them.
         state = read_proc_state(pid)
         if state is None:
             return None
-        if not is_uninterruptible_state(state):
-            self._uninterruptible_state_first_seen.pop(pid, None)
-            return None
-        now = time.monotonic()
-        first = self._uninterruptible_state_first_seen.setdefault(pid, now)
-        if first == now:
-            logger.warning(
-                "[%s] Worker pid=%s entered uninterruptible sleep (D-state); will mark UNHEALTHY if it remains for %.1fs.",
-                role,
-                pid,
-                timeout,
-            )
-        return now - first
+        is_uninterruptible = is_uninterruptible_state(state)
+        first_seen = self._uninterruptible_state_first_seen
+        return _stuck.dwell_s(first_seen, pid, role, timeout, is_uninterruptible=is_uninterruptible)
 
     @prof
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
@@ -540,7 +462,7 @@ class LocalElasticAgent(SimpleElasticAgent):
         self._seen_generation = 0 if group is None else group.generation
         self._seen_context = weakref.ref(context)
         looked_ns = time.monotonic_ns()
-        with self._activity.allowing(_longest_stop_s(self._shutdown_timeout)):  # of the peers of one that has failed
+        with self._activity.allowing(longest_stop_s(self._shutdown_timeout)):  # of the peers of one that has failed
             result = context.wait(0)
         if result is None:
             if self._uninterruptible_state_timeout > 0:
@@ -599,17 +521,3 @@ class LocalElasticAgent(SimpleElasticAgent):
         """Return a descriptor that is readable while the rendezvous has an event to report; ``None`` if it reports none."""
         notifier = self._notifier()
         return None if notifier is None else notifier.news_fd
-
-
-def _longest_stop_s(grace_s: float) -> float:
-    """Seconds that stopping workers may take: the grace, as long again (at least 5) after SIGKILL, and the end of the logs."""
-    return grace_s + max(5.0, grace_s) + 5.0
-
-
-def _read_wait_channel(pid: int) -> str:
-    """The kernel function that a process sleeps in, as far as it can be read."""
-    try:
-        with open(f"/proc/{pid}/wchan") as file:
-            return file.read() or "an unknown place"
-    except OSError:
-        return "an unknown place"
