@@ -66,7 +66,7 @@ def test_what_they_set(config: dict[str, Any], expected: dict[str, Any]) -> None
 
 
 @pytest.mark.parametrize(
-    ("rank", "timeout", "expected"), [("0", "7", (0, True, 7, 7)), (1, None, (1, False, 600, 600))]
+    ("rank", "timeout", "expected"), [("0", "7", (0, True, 7, 7)), (1, None, (1, False, 900, 900))]
 )
 def test_of_static(rank: object, timeout: object, expected: tuple[int, bool, int, int]) -> None:
     made = NativeSettings(parameters("host:1", (2, 2), backend="static", rank=rank, timeout=timeout))

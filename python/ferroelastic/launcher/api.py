@@ -23,7 +23,7 @@ from ferroelastic._checks import (
     check_whole_number,
 )
 from ferroelastic._compat import family, newer
-from ferroelastic._signals import DEFAULT_SIGNALS, SignalException
+from ferroelastic._signals import DEFAULT_SIGNALS, SIGNALS_ENV, SignalException
 from ferroelastic._text import entrypoint_name
 from ferroelastic.agent.server.api import RunResult, WorkerSpec
 from ferroelastic.agent.server.health_check_server import HealthCheckServer, create_healthcheck_server
@@ -32,6 +32,7 @@ from ferroelastic.multiprocessing import DefaultLogsSpecs, LogsSpecs
 from ferroelastic.multiprocessing.errors import ChildFailedError
 from ferroelastic.numa.binding import NumaOptions
 from ferroelastic.rendezvous import RendezvousParameters
+from ferroelastic.rendezvous._native_settings import DEFAULT_STATIC_TIMEOUT_S
 from ferroelastic.rendezvous._notifying import notifier_of
 from ferroelastic.rendezvous.utils import parse_rendezvous_endpoint
 from ferroelastic.utils.logging import get_logger
@@ -42,7 +43,6 @@ logger = get_logger(__name__)
 
 _SHUTDOWN_TIMEOUT_VARIABLE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 _DEFAULT_SHUTDOWN_TIMEOUT_S = 30
-_DEFAULT_RENDEZVOUS_TIMEOUT_S = 900
 
 
 @dataclass
@@ -115,7 +115,7 @@ class LaunchConfig:
         if self.rdzv_timeout != -1:
             self.rdzv_configs["timeout"] = self.rdzv_timeout
         else:
-            self.rdzv_configs.setdefault("timeout", _DEFAULT_RENDEZVOUS_TIMEOUT_S)
+            self.rdzv_configs.setdefault("timeout", DEFAULT_STATIC_TIMEOUT_S)
         if self.logs_specs is None:
             self.logs_specs = DefaultLogsSpecs()
         if self.interactive_rank is not None and not 0 <= self.interactive_rank < self.nproc_per_node:
@@ -272,7 +272,7 @@ def launch_agent(
     )
     names = newer(config, "signals_to_handle", DEFAULT_SIGNALS)
     # For code that installs handlers where the workers are started.
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = names
+    os.environ[SIGNALS_ENV] = names
     with _signals.Handling(names, forward=newer(config, "signals_to_forward", "")):
         return _launch(config, entrypoint, args, rdzv_parameters, entrypoint_name, health_check_server)
 

@@ -34,7 +34,6 @@ __all__ = ["PContext", "RunProcsResult"]
 
 logger = get_logger(__name__)
 
-_SIGNALS_ENV = "TORCHELASTIC_SIGNALS_TO_HANDLE"
 _OVERDUE_GRACE_S = 5.0
 _CONSOLE_PATIENCE_S = 0.5
 _LEAST_CONSOLE_PATIENCE_S = 0.05
@@ -183,7 +182,7 @@ class PContext(_compat.TorchVirtual, ABC):
                 "This could lead to orphaned worker processes if the torchrun is terminated."
             )
         _warn_of_ignored_sigchld()
-        names = os.environ.get(_SIGNALS_ENV, _signals.DEFAULT_SIGNALS)
+        names = os.environ.get(_signals.SIGNALS_ENV, _signals.DEFAULT_SIGNALS)
         self._handling = _signals.Handling(names, receiver=self._pass_on)
         self._handling.install()
         if self.interactive_rank is not None:

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Literal
 
 from ferroelastic import _leftovers, _signals
 from ferroelastic._engine import get_engine
-from ferroelastic._text import message_of
+from ferroelastic._text import endpoint_text, message_of
 from ferroelastic._wait import wait_for_event
 from ferroelastic.rendezvous._agent_store import AgentStore
-from ferroelastic.rendezvous._native_settings import NativeSettings, endpoint_text
+from ferroelastic.rendezvous._native_settings import NativeSettings
 from ferroelastic.rendezvous._notifying import Interruption, PlacedRendezvousInfo
 from ferroelastic.rendezvous._store_server import LOOPBACK
 from ferroelastic.rendezvous.api import (

@@ -76,7 +76,6 @@ __all__ = [
     "WorkerState",
 ]
 
-_SIGNALS_ENV = "TORCHELASTIC_SIGNALS_TO_HANDLE"
 
 _TERMINAL_STATE_SYNC_ID = "torchelastic/agent/terminal_state"
 
@@ -259,7 +258,7 @@ class SimpleElasticAgent(ElasticAgent):
     def run(self, role: str = DEFAULT_ROLE) -> RunResult:
         """Run the workers until they end. See :meth:`ElasticAgent.run`."""
         begin_look_up()
-        with _signals.Handling(os.environ.get(_SIGNALS_ENV, _signals.DEFAULT_SIGNALS)):
+        with _signals.Handling(os.environ.get(_signals.SIGNALS_ENV, _signals.DEFAULT_SIGNALS)):
             try:
                 return self._run(role)
             finally:
