@@ -1,26 +1,25 @@
-"""Everything this package takes from torch. The only module that imports it, function by function, when there is no way around.
+"""The only module that imports torch. Each function imports what it needs when it is called.
 
-What torch's objects look like to the rest of the package is settled by duck typing and by :mod:`ferroelastic._compat`.
+The rest of the package recognises torch's objects by duck typing and with :mod:`ferroelastic._compat`; special cases for torch's rendezvous
+handlers are in :mod:`ferroelastic.rendezvous._torch_handlers`.
 """
 
 from __future__ import annotations
 
 import importlib
-import sys
 from typing import TYPE_CHECKING, Any
 
 from ferroelastic._text import message_of
 from ferroelastic.rendezvous.api import RendezvousConnectionError
 
 if TYPE_CHECKING:
-    from ferroelastic.rendezvous.api import RendezvousHandler, RendezvousInfo, RendezvousParameters
+    from ferroelastic.rendezvous.api import RendezvousHandler, RendezvousParameters
 
 __all__ = [
     "accelerator_count",
     "create_rendezvous_handler",
     "cuda_device_count",
     "custom_device_count",
-    "next_rendezvous",
     "start_worker_server",
     "xpu_device_count",
 ]
@@ -108,35 +107,6 @@ def _innermost(error: BaseException) -> str:
     while (inner := error.__cause__ or error.__context__) is not None:
         error = inner
     return " ".join((getattr(error, "strerror", None) or message_of(error)).split())
-
-
-def next_rendezvous(
-    handler: RendezvousHandler, previous: RendezvousInfo | None, *, local_addr: str | None = None
-) -> RendezvousInfo:
-    """Join the next round, and see to it that the workers' store starts empty.
-
-    torch's handlers, and plug-ins written after them, give the workers of a restart the store of the attempt that died, with its keys.
-    See :mod:`ferroelastic.rendezvous._worker_store` for what is done about that.
-
-    Args:
-        handler: the handler.
-        previous: what the former round returned here, which also keeps that round's store alive; ``None`` in the first.
-        local_addr: address of this node, for a store that it may have to host.
-
-    Raises:
-        RendezvousTimeoutError: not all nodes of the round came to empty the store within its timeout.
-        RendezvousError: as the handler's ``next_rendezvous()``.
-    """
-    from ferroelastic.rendezvous import _worker_store
-
-    # Where torch's module is not loaded, the handler cannot be of its class.
-    static: Any = sys.modules.get("torch.distributed.elastic.rendezvous.static_tcp_rendezvous")
-    return _worker_store.next_rendezvous(
-        handler,
-        previous,
-        local_addr=local_addr,
-        has_fixed_port=static is not None and isinstance(handler, static.StaticTCPRendezvous),
-    )
 
 
 def start_worker_server(socket_path: str) -> Any:

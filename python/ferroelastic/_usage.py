@@ -377,10 +377,10 @@ def check_local_addr(address: str | None) -> None:
         return
     import socket
 
-    from ferroelastic.utils import interruptible
+    from ferroelastic.utils import _interruptible
 
     try:
-        interruptible.call(socket.getaddrinfo, address, None)
+        _interruptible.call(socket.getaddrinfo, address, None)
     except (OSError, ValueError) as error:
         if getattr(error, "errno", socket.EAI_NONAME) == socket.EAI_NONAME:
             raise UsageError(

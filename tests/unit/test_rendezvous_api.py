@@ -18,6 +18,7 @@ from ferroelastic.rendezvous import (
     RendezvousParameters,
     RendezvousStoreInfo,
     RendezvousTimeoutError,
+    _torch_handlers,
     _worker_store,
     rendezvous_handler_registry,
 )
@@ -301,13 +302,8 @@ class TestWorkerStore:
     """How nodes agree on an empty store, without torch."""
 
     @staticmethod
-    def join(handler: Any, previous: RendezvousInfo | None = None, *, has_fixed_port: bool = False) -> RendezvousInfo:
-        return _worker_store.next_rendezvous(
-            handler,
-            previous,
-            local_addr="this.node",
-            has_fixed_port=has_fixed_port,
-        )
+    def join(handler: Any, previous: RendezvousInfo | None = None) -> RendezvousInfo:
+        return _worker_store.next_rendezvous(handler, previous, local_addr="this.node")
 
     @staticmethod
     def address(info: RendezvousInfo) -> tuple[str, int]:
@@ -397,7 +393,8 @@ class TestWorkerStore:
 
     def static(self, store: MemoryStore, number: int, ranks: tuple[int, ...] = (0, 1)) -> None:
         handlers = [Handler(store.below("run"), rank, number) for rank in ranks]
-        in_threads(len(ranks), lambda index: self.join(handlers[index], has_fixed_port=True))
+        with mock.patch.object(_torch_handlers, "has_fixed_port", return_value=True):
+            in_threads(len(ranks), lambda index: self.join(handlers[index]))
 
     def test_a_fixed_port_keeps_its_store_and_loses_the_workers_keys(self) -> None:
         store = MemoryStore()

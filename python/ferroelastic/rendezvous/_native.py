@@ -37,8 +37,8 @@ from ferroelastic.rendezvous.api import (
     RendezvousTimeoutError,
 )
 from ferroelastic.rendezvous.utils import _matches_machine_hostname
-from ferroelastic.utils import interruptible, threads
-from ferroelastic.utils.ids import random_uuid
+from ferroelastic.utils import _interruptible, _threads
+from ferroelastic.utils._ids import random_uuid
 from ferroelastic.utils.logging import get_logger
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ class NativeRendezvous(RendezvousHandler):
             if self._settings.is_host and self._nodes[1] > 1:
                 # To ask a resolver may take its time.
                 name = "ferro-address"
-                threads.start(threading.Thread(target=self._check_own_address, name=name, daemon=True))
+                _threads.start(threading.Thread(target=self._check_own_address, name=name, daemon=True))
 
     def _check_own_address(self) -> None:
         host = self._settings.host
@@ -264,7 +264,7 @@ class NativeRendezvous(RendezvousHandler):
             master = RendezvousStoreInfo(place.address or self._host, self._port)
         else:
             own_address = self._local_addr or self._get_client().address
-            master = interruptible.call(RendezvousStoreInfo.build, place.group_rank, store, own_address)
+            master = _interruptible.call(RendezvousStoreInfo.build, place.group_rank, store, own_address)
         if not self._is_introduced:
             return RendezvousInfo(store, place.group_rank, place.group_world_size, master)
         return PlacedRendezvousInfo(place, store, master)

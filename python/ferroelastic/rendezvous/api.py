@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from ferroelastic._checks import check_number
 from ferroelastic._compat import TorchCompatible, TorchVirtual
+from ferroelastic.utils._hostname import fq_hostname
 from ferroelastic.utils.distributed import get_free_port
-from ferroelastic.utils.hostname import fq_hostname
 
 if TYPE_CHECKING:
     from ferroelastic.utils._store_types import Store

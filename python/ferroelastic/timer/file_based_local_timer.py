@@ -29,7 +29,7 @@ from ferroelastic.timer._pipe import Pipe
 from ferroelastic.timer._wire import VERSION, encode, encode_heartbeat, join
 from ferroelastic.timer.api import TimerClient, TimerRequest
 from ferroelastic.timer.debug_info_logging import log_debug_info_for_expired_timers
-from ferroelastic.utils import threads
+from ferroelastic.utils import _threads
 from ferroelastic.utils.logging import get_logger
 
 if TYPE_CHECKING:
@@ -274,7 +274,7 @@ class FileTimerServer:
             return
         logger.info("Starting %s... daemon=%s, file_path=%s", type(self).__name__, self._daemon, self._file_path)
         self._watchdog_thread = threading.Thread(target=self._watchdog_loop, name="ferro-timer", daemon=self._daemon)
-        threads.start(self._watchdog_thread)
+        _threads.start(self._watchdog_thread)
         # The thread must be gone before the interpreter is; the engine's own hook runs after this one, which is registered later.
         atexit.register(self._close)
         self._log_event("watchdog started", None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ferroelastic.utils import interruptible
+from ferroelastic.utils import _interruptible
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,7 +26,7 @@ def wait_in_store(barrier: Callable[..., None], store: Any, world_size: int) -> 
     if world_size == 1:  # no other agent to wait for
         barrier(store=store)
     else:
-        interruptible.call(barrier, store=_own_connection(store))
+        _interruptible.call(barrier, store=_own_connection(store))
 
 
 def _own_connection(store: Any) -> Any:

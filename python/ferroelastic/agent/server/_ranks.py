@@ -8,7 +8,7 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 from ferroelastic.agent.server._workers import Worker, _RoleInstanceInfo
-from ferroelastic.utils import interruptible
+from ferroelastic.utils import _interruptible
 
 if TYPE_CHECKING:
     from ferroelastic import _rust
@@ -73,9 +73,9 @@ def agree_on_ranks(store: Any, own: _RoleInstanceInfo, group_world_size: int) ->
     store.set(f"{_ROLE_INFO_PREFIX}{own.rank}", own.serialize())
     if own.rank == 0:
         keys = [f"{_ROLE_INFO_PREFIX}{rank}" for rank in range(group_world_size)]
-        _publish(store, [_RoleInstanceInfo.deserialize(info) for info in interruptible.call(store.multi_get, keys)])
+        _publish(store, [_RoleInstanceInfo.deserialize(info) for info in _interruptible.call(store.multi_get, keys)])
     first_rank, world_size, first_role_rank, role_world_size = json.loads(
-        interruptible.call(store.get, f"{_ASSIGNED_RANKS_PREFIX}{own.rank}")
+        _interruptible.call(store.get, f"{_ASSIGNED_RANKS_PREFIX}{own.rank}")
     )
     return first_rank, world_size, first_role_rank, role_world_size
 

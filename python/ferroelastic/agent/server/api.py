@@ -52,9 +52,9 @@ from ferroelastic.multiprocessing.errors import ProcessFailure
 from ferroelastic.numa.binding import NumaOptions
 from ferroelastic.rendezvous import JobFailedError, RendezvousGracefulExitError
 from ferroelastic.rendezvous._notifying import PlacedRendezvousInfo, notifier_of
-from ferroelastic.rendezvous._worker_store import RenewedRendezvousInfo
-from ferroelastic.utils.hostname import begin_look_up
-from ferroelastic.utils.hostname import hostname_for_report as _get_fq_hostname
+from ferroelastic.rendezvous._worker_store import RenewedRendezvousInfo, next_rendezvous
+from ferroelastic.utils._hostname import begin_look_up
+from ferroelastic.utils._hostname import hostname_for_report as _get_fq_hostname
 from ferroelastic.utils.logging import get_logger
 
 if TYPE_CHECKING:
@@ -205,9 +205,7 @@ class SimpleElasticAgent(ElasticAgent):
         if notifier is not None:
             notifier.introduce(spec.role, spec.local_world_size, spec.max_restarts)
         if "torch.distributed" in sys.modules:
-            from ferroelastic import _torch
-
-            self._rdzv_info = _torch.next_rendezvous(spec.rdzv_handler, self._rdzv_info, local_addr=spec.local_addr)
+            self._rdzv_info = next_rendezvous(spec.rdzv_handler, self._rdzv_info, local_addr=spec.local_addr)
         else:
             self._rdzv_info = spec.rdzv_handler.next_rendezvous()
         return self._rdzv_info

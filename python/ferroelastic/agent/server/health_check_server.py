@@ -12,7 +12,7 @@ import weakref
 from typing import TYPE_CHECKING
 
 from ferroelastic._text import describe_error, endpoint_text
-from ferroelastic.utils import threads
+from ferroelastic.utils import _threads
 from ferroelastic.utils.logging import get_logger
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class HealthCheckServer:
         atexit.register(self.stop)
         thread = threading.Thread(target=_answer_questions, args=(native, self), name="ferro-health", daemon=True)
         try:
-            threads.start(thread)
+            _threads.start(thread)
         except RuntimeError as error:
             self.stop()
             log.error("no health checks will be answered: %s", error)  # noqa: TRY400 - the text says all

@@ -45,7 +45,7 @@ from ferroelastic.multiprocessing._stopping import longest_stop_s
 from ferroelastic.multiprocessing.errors._failures import exit_of
 from ferroelastic.rendezvous._notifying import may_grow
 from ferroelastic.utils import macros
-from ferroelastic.utils.hostname import hostname_for_report
+from ferroelastic.utils._hostname import hostname_for_report
 from ferroelastic.utils.logging import get_logger
 from ferroelastic.utils.process_state import is_uninterruptible_state, read_proc_state
 

@@ -10,7 +10,7 @@ import socket
 import threading
 from contextlib import suppress
 
-from ferroelastic.utils import threads
+from ferroelastic.utils import _threads
 
 __all__ = ["begin_look_up", "fq_hostname", "hostname_for_report"]
 
@@ -25,7 +25,7 @@ class _LookUp:
         self.short_name = socket.gethostname()
         self.found: str | None = None
         self.thread = threading.Thread(target=self._ask, name="ferro-resolver", daemon=True)
-        threads.start(self.thread)
+        _threads.start(self.thread)
 
     def _ask(self) -> None:
         # As bytes: of text Python would make an internationalised name, with modules that are loaded for that alone.

@@ -13,7 +13,7 @@ import threading
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 from ferroelastic._wait import wait_for_event
-from ferroelastic.utils import threads
+from ferroelastic.utils import _threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -75,9 +75,9 @@ def call(function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
             os.close(completion.write_fd)
 
     try:
-        helper = threading.Thread(target=body, name="ferro-wait", daemon=True)
+        helper = threading.Thread(target=body, name="ferro-call", daemon=True)
         try:
-            threads.start(helper)
+            _threads.start(helper)
         except RuntimeError:  # no further thread to be had
             body()
         else:
