@@ -13,7 +13,6 @@ from unittest import mock
 
 import pytest
 
-from ferroelastic._torch import create_rendezvous_handler
 from ferroelastic.agent.server import RunResult, SimpleElasticAgent, WorkerGroup, WorkerSpec, WorkerState
 from ferroelastic.agent.server._exit_barrier import _own_connection
 from ferroelastic.rendezvous import (
@@ -25,6 +24,7 @@ from ferroelastic.rendezvous import (
     _torch_handlers,
     _worker_store,
 )
+from ferroelastic.rendezvous._torch_handlers import create_handler
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -109,7 +109,7 @@ class Nodes:
 
 
 def c10d(port: int, *, min_nodes: int = 2, max_nodes: int = 2, last_call_s: int = 1) -> Any:
-    return create_rendezvous_handler(
+    return create_handler(
         RendezvousParameters(
             "c10d",
             f"localhost:{port}",
@@ -128,7 +128,7 @@ def static(port: int, rank: int, world_size: int = 2, timeout_s: int = 30) -> An
     params = RendezvousParameters(
         "static", f"localhost:{port}", RUN_ID, world_size, world_size, rank=rank, timeout=timeout_s
     )
-    handler = create_rendezvous_handler(params)
+    handler = create_handler(params)
     assert type(handler).__name__ == "StaticTCPRendezvous"
     return handler
 
@@ -245,8 +245,8 @@ class TestStatic:
             import sys
             import torch.distributed
             from ferroelastic.rendezvous import RendezvousParameters, _worker_store
-            from ferroelastic._torch import create_rendezvous_handler
-            handler = create_rendezvous_handler(RendezvousParameters(
+            from ferroelastic.rendezvous._torch_handlers import create_handler
+            handler = create_handler(RendezvousParameters(
                 "static", f"localhost:{sys.argv[1]}", "run", 2, 2, rank=1, timeout=60))
             info = _worker_store.next_rendezvous(handler, None)
             info.store.underlying_store.set("from rank 1", "x")
@@ -407,7 +407,7 @@ import torch.distributed
 from ferroelastic.agent.server import LocalElasticAgent, WorkerSpec
 from ferroelastic.multiprocessing import DefaultLogsSpecs
 from ferroelastic.rendezvous import RendezvousParameters
-from ferroelastic._torch import create_rendezvous_handler
+from ferroelastic.rendezvous._torch_handlers import create_handler
 
 backend, script, logs = sys.argv[1:]
 config = {"c10d": {"is_host": True}, "static": {"rank": 0, "timeout": 60}}[backend]
@@ -416,7 +416,7 @@ if backend == "c10d":
 else:
     store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False, multi_tenant=True)
     endpoint = f"localhost:{store.port}"
-handler = create_rendezvous_handler(RendezvousParameters(backend, endpoint, "run", 1, 1, local_addr="localhost", **config))
+handler = create_handler(RendezvousParameters(backend, endpoint, "run", 1, 1, local_addr="localhost", **config))
 spec = WorkerSpec(
     role="trainer", local_world_size=2, rdzv_handler=handler, entrypoint=sys.executable, args=(script,), max_restarts=1
 )

@@ -132,7 +132,7 @@ def test_of_an_unknown_option_it_is_warned(made: list[NativeRendezvous], caplog:
 
 def test_a_file_as_the_store_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[RendezvousParameters] = []
-    monkeypatch.setattr("ferroelastic._torch.create_rendezvous_handler", asked.append)
+    monkeypatch.setattr("ferroelastic.rendezvous._torch_handlers.create_handler", asked.append)
     params = parameters("/some/file", store_type="file")
     registry._create_native_handler(params)
     assert asked == [params]

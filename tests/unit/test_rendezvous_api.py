@@ -161,7 +161,7 @@ class TestRegistry:
     @pytest.mark.parametrize("backend", ["etcd", "etcd-v2", "somebody's plug-in"])
     def test_other_backends_are_torchs(self, backend: str) -> None:
         handler = mock.Mock(get_backend=lambda: backend)
-        with mock.patch("ferroelastic._torch.create_rendezvous_handler", return_value=handler) as create:
+        with mock.patch("ferroelastic.rendezvous._torch_handlers.create_handler", return_value=handler) as create:
             params = parameters(backend)
             assert get_rendezvous_handler(params) is handler
         create.assert_called_once_with(params)

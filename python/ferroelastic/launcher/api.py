@@ -23,6 +23,7 @@ from ferroelastic._checks import (
     check_whole_number,
 )
 from ferroelastic._compat import family, newer
+from ferroelastic._exit_codes import exit_code
 from ferroelastic._signals import DEFAULT_SIGNALS, SIGNALS_ENV, SignalException
 from ferroelastic._text import entrypoint_name
 from ferroelastic.agent.server.api import RunResult, WorkerSpec
@@ -335,8 +336,6 @@ def _run_agent(
         shutdown_rdzv = False
         notifier = notifier_of(spec.rdzv_handler)
         if notifier is not None:
-            from ferroelastic._report import exit_code
-
             notifier.leave(f"its agent was ended by {error.sigval.name}", exit_code(-error.sigval))
         events.record(agent.get_event_failed(), config.event_log_handler)
         raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING
 
+from ferroelastic._ports import NO_OWNER, port_owner
 from ferroelastic._text import endpoint_text
 from ferroelastic.rendezvous._store_server import LOOPBACK, start_store
 from ferroelastic.rendezvous.api import RendezvousConnectionError
@@ -106,9 +107,7 @@ class NativeSettings:
 
 
 def _owner_of(port: int) -> str:
-    from ferroelastic._report import port_owner
-
-    owner = port_owner(port) or "this process or one of another user"
+    owner = port_owner(port) or NO_OWNER
     return f"the port is in use by {owner}; choose another one"
 
 

@@ -15,9 +15,9 @@ __all__ = ["RendezvousHandler", "RendezvousParameters", "get_rendezvous_handler"
 
 def _create_torch_handler(params: RendezvousParameters) -> RendezvousHandler:
     # torch is imported here, and only when one of its handlers is wanted.
-    from ferroelastic import _torch
+    from ferroelastic.rendezvous import _torch_handlers
 
-    return _torch.create_rendezvous_handler(params)
+    return _torch_handlers.create_handler(params)
 
 
 def _create_native_handler(params: RendezvousParameters) -> RendezvousHandler:

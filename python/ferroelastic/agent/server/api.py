@@ -29,6 +29,7 @@ import ferroelastic.utils.store as store_util
 from ferroelastic import _signals
 from ferroelastic._checks import check_number
 from ferroelastic._compat import family
+from ferroelastic._exit_codes import exit_code as _exit_code
 from ferroelastic._signals import SignalException
 from ferroelastic._text import format_traceback
 from ferroelastic.agent.server._activity import Activity, cause_of, exit_code_of, failed_first_at_ns
@@ -284,9 +285,7 @@ class SimpleElasticAgent(ElasticAgent):
             # Before the log message: a log handler may block on its reader.
             notifier = self._notifier()
             if notifier is not None:
-                from ferroelastic._report import exit_code
-
-                notifier.say_farewell(f"its agent was ended by {error.sigval.name}", exit_code(-error.sigval))
+                notifier.say_farewell(f"its agent was ended by {error.sigval.name}", _exit_code(-error.sigval))
             self._begin_stop(error.sigval)
             logger.warning("Received %s death signal, shutting down workers", death_sig)
         finally:

@@ -11,6 +11,7 @@ import threading
 import weakref
 from typing import TYPE_CHECKING
 
+from ferroelastic._ports import NO_OWNER, port_owner
 from ferroelastic._text import describe_error, endpoint_text
 from ferroelastic.utils import _threads
 from ferroelastic.utils.logging import get_logger
@@ -137,9 +138,7 @@ def _describe(error: Exception, host: str, port: int) -> str:
         return str(error)
     if error.errno != errno.EADDRINUSE:
         return error.strerror or str(error)
-    from ferroelastic._report import port_owner
-
-    owner = port_owner(port) or "this process or one of another user"
+    owner = port_owner(port) or NO_OWNER
     return f"failed to listen on {endpoint_text(host, port)}: the port is in use by {owner}; choose another one"
 
 
