@@ -35,7 +35,7 @@ def load(name: str, purpose: str) -> Any:
         if error.name != "torch":
             raise
         raise ModuleNotFoundError(
-            f"{purpose} takes torch, which is not installed: pip install torch", name="torch"
+            f"{purpose} needs torch, which is not installed: pip install torch", name="torch"
         ) from None
 
 

@@ -234,7 +234,7 @@ def check_rendezvous_backend(name: str) -> None:
     from ferroelastic.rendezvous.api import rendezvous_handler_registry
 
     theirs = getattr(sys.modules.get("torch.distributed.elastic.rendezvous.api"), "rendezvous_handler_registry", None)
-    known = {*rendezvous_handler_registry._registry, *getattr(theirs, "_registry", {})}  # noqa: SLF001 - no public way
+    known = {*rendezvous_handler_registry.backends, *getattr(theirs, "_registry", {})}
     if name in known:
         return
     from importlib.metadata import entry_points

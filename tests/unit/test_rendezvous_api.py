@@ -170,7 +170,7 @@ class TestRegistry:
         with (
             mock.patch.dict(sys.modules, {"torch": None, "torch.distributed.elastic.rendezvous": None}),
             mock.patch("importlib.import_module", side_effect=ModuleNotFoundError("no torch", name="torch")),
-            pytest.raises(ModuleNotFoundError, match="rendezvous backend 'etcd' takes torch, which is not installed"),
+            pytest.raises(ModuleNotFoundError, match="rendezvous backend 'etcd' needs torch, which is not installed"),
         ):
             get_rendezvous_handler(parameters("etcd"))
 

@@ -43,6 +43,7 @@ from ferroelastic.utils.logging import get_logger
 
 if TYPE_CHECKING:
     from ferroelastic import _rust
+    from ferroelastic.rendezvous._notifying import NotifyingRendezvous
     from ferroelastic.rendezvous.api import RendezvousParameters
 
 __all__ = ["NativeRendezvous"]
@@ -136,25 +137,13 @@ class NativeRendezvous(RendezvousHandler):
         return self._backend == "static" or os.environ.get(_OWN_STORE_ENV, "0") != "1"
 
     def introduce(self, role: str, local_world_size: int, max_restarts: int) -> None:
-        """Say what the workers of this node are, so that the rendezvous can assign their ranks.
-
-        Args:
-            role: their role.
-            local_world_size: how many there are.
-            max_restarts: how often they are started again. Nodes that have another number are refused.
-        """
+        """See :meth:`NotifyingRendezvous.introduce`. Nodes with another ``max_restarts`` are refused."""
         self._role = (role, local_world_size)
         self._must_be_equal["--max-restarts"] = str(max_restarts)
         self._is_introduced = True
 
     def begin(self) -> None:
-        """Let the next round be the first one of a new job, if the former job has ended: an agent may run again.
-
-        The node that hosted the former job hosts the next one at the same port.
-
-        Raises:
-            RendezvousConnectionError: the port cannot be listened at any more.
-        """
+        """See :meth:`NotifyingRendezvous.begin`. The node that hosted the former job hosts the next one at the same port."""
         client, server = self._client, self._server
         if self._is_closed or client is None or client.standing().state not in _ENDED:
             return
@@ -291,11 +280,11 @@ class NativeRendezvous(RendezvousHandler):
 
     @property
     def news_fd(self) -> int | None:
-        """Descriptor that is readable while :meth:`interruption` has something to say, once the agent takes part."""
+        """See :attr:`NotifyingRendezvous.news_fd`."""
         return None if self._client is None else self._client.alarm_fd
 
     def interruption(self) -> Interruption | None:
-        """Return why the round is over, or ``None`` while it is not."""
+        """See :meth:`NotifyingRendezvous.interruption`."""
         client = self._client
         if client is None:
             return None
@@ -309,24 +298,15 @@ class NativeRendezvous(RendezvousHandler):
         return None
 
     def report_failure(self, at_ns: int, text: str, *, exit_code: int = 1, is_final: bool) -> None:
-        """Tell all agents that a worker has failed.
-
-        Args:
-            at_ns: when, in nanoseconds since the epoch.
-            text: which one, and how.
-            exit_code: that of the job, if this failure ends it.
-            is_final: this agent has no restart left.
-        """
+        """See :meth:`NotifyingRendezvous.report_failure`."""
         if self._client is not None:
             self._client.fail(at_ns, text, exit_code, is_final)
 
     def verdict(self) -> Interruption | None:
-        """Wait for what becomes of the job after a last failure: it ends, unless a lost node is why the worker failed.
+        """See :meth:`NotifyingRendezvous.verdict`.
 
-        The host says so within a moment, and is gone itself after its silence.
-
-        Returns:
-            Why the round is over; ``None`` if there was none.
+        A final failure ends the job, unless a lost node is its cause. The host decides that within a moment; a host that does not answer
+        counts as lost after its heartbeat timeout.
         """
         client = self._client
         while client is not None:
@@ -337,18 +317,10 @@ class NativeRendezvous(RendezvousHandler):
         return None
 
     def wait_for_others(self, timeout_s: float) -> bool:
-        """Say that the workers of this node have succeeded, and wait until all others have.
+        """See :meth:`NotifyingRendezvous.wait_for_others`.
 
-        The node that hosts the rendezvous waits for as long as they take, unless it is told to end: without it they cannot go on.
-
-        Args:
-            timeout_s: how long another node waits, in seconds.
-
-        Returns:
-            Whether all have, or the job has ended otherwise; ``False`` if the round is over, and this node is to join again.
-
-        Raises:
-            RendezvousTimeoutError: they have not in time.
+        The timeout applies to nodes that do not host the rendezvous. The host stays until all nodes have finished, unless a signal ends it,
+        because they need it.
         """
         client = self._get_client()
         deadline = time.monotonic() + timeout_s
@@ -393,24 +365,14 @@ class NativeRendezvous(RendezvousHandler):
         return self._run_id
 
     def say_farewell(self, reason: str, exit_code: int) -> None:
-        """Tell the others that this node goes, before its workers are stopped: so theirs do not seem to fail.
-
-        Args:
-            reason: why, for the others.
-            exit_code: that of the job, if it ends without this node.
-        """
+        """See :meth:`NotifyingRendezvous.say_farewell`. A node that hosts the rendezvous ends the job."""
         if self._client is not None and os.getpid() == self._owner_pid:
             if self._is_host:
                 self._client.end(f"it hosts the rendezvous, and left: {reason}", exit_code)
             self._client.leave(reason)
 
     def leave(self, reason: str, exit_code: int = 1) -> None:
-        """Go. The others go on without this node, unless it hosts the rendezvous.
-
-        Args:
-            reason: why, for the others.
-            exit_code: that of the job, if it ends without this node.
-        """
+        """See :meth:`NotifyingRendezvous.leave`. A node that hosts the rendezvous ends the job."""
         self._is_closed = True
         client, self._client = self._client, None
         server, self._server = self._server, None
@@ -448,3 +410,8 @@ def _first_line(error: BaseException) -> str:
 def _log_remarks(client: _rust.RendezvousClient) -> None:
     for remark in client.take_remarks():
         logger.warning("%s", remark)
+
+
+if TYPE_CHECKING:
+    # `notifier_of` relies on it.
+    _: type[NotifyingRendezvous] = NativeRendezvous

@@ -95,7 +95,7 @@ class NotifyingRendezvous(Protocol):
             timeout_s: timeout in seconds.
 
         Returns:
-            ``False`` if the round is over and this node has to join again.
+            ``True`` if all have succeeded or the job has ended; ``False`` if the round is over and this node has to join again.
 
         Raises:
             RendezvousTimeoutError: the timeout has passed.

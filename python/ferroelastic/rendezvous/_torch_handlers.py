@@ -36,7 +36,7 @@ def _check_etcd(backend: str) -> None:
         is_there = True
     if not is_there:
         raise ModuleNotFoundError(
-            f"rendezvous backend {backend!r} takes the package python-etcd, which is not installed: pip install python-etcd. {_ETCD_V2}",
+            f"rendezvous backend {backend!r} needs the package python-etcd, which is not installed: pip install python-etcd. {_ETCD_V2}",
             name="etcd",
         )
 

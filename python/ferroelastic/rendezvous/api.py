@@ -291,6 +291,11 @@ class RendezvousHandlerRegistry:
     def __init__(self) -> None:
         self._registry: dict[str, RendezvousHandlerCreator] = {}
 
+    @property
+    def backends(self) -> set[str]:
+        """Names of the registered backends. Not in torch."""
+        return set(self._registry)
+
     def register(self, backend: str, creator: RendezvousHandlerCreator) -> None:
         """Add a backend.
 

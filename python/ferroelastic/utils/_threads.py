@@ -1,8 +1,8 @@
-"""Starting threads whose stacks are of no thread that has ended.
+"""Starts threads on stacks that no ended thread has used.
 
-An agent may run in a forked child. What is destroyed there may wait for a thread of the parent, which glibc takes for ended and knows by the
-address of its stack. glibc gives the stacks of ended threads to new ones: the wait would become one for a thread of ours. A larger stack
-than any of those is new memory.
+An agent may run in a forked child. A destructor there may join a thread of the parent. glibc identifies that thread by the address of its
+stack, takes it for ended, and reuses such stacks for new threads: the destructor would wait for one of our threads. glibc does not reuse a stack
+for a thread that needs a larger one.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ _lock = threading.Lock()
 
 
 def start(thread: threading.Thread) -> None:
-    """Start a thread on a stack of its own size, which is reserved and not used.
+    """Start a thread with a larger stack than other threads have. The additional memory is reserved, not used.
 
     Args:
         thread: the thread.
 
     Raises:
-        RuntimeError: it was started before, or no thread can be had.
+        RuntimeError: the thread was started before, or the system cannot start another thread.
     """
     from ferroelastic import _rust
 
     with _lock:
-        # A thread that somebody else starts at this moment gets a larger stack, too.
+        # The size is process-wide: a thread that another module starts now gets the larger stack, too.
         former = threading.stack_size(_rust.thread_stack_bytes())
         try:
             thread.start()
