@@ -33,6 +33,7 @@ from ferroelastic.agent.server.api import (
     DEFAULT_ROLE,
     RunResult,
     SimpleElasticAgent,
+    Worker,
     WorkerGroup,
     WorkerSpec,
     WorkerState,
@@ -325,8 +326,7 @@ class LocalElasticAgent(SimpleElasticAgent):
         log_line_prefixes: dict[int, str] | None = {} if self._log_line_prefix_template else None
         for worker in worker_group.workers:
             local_rank = worker.local_rank
-            envs[local_rank] = worker_environment(worker_group, worker, spec.max_restarts - self._remaining_restarts)
-            self._set_local_rank_env(envs[local_rank], local_rank, spec)
+            envs[local_rank] = self._worker_env(worker_group, worker)
             args[local_rank] = tuple(macros.substitute(list(spec.args), str(local_rank)))
             if self._log_line_prefix_template and log_line_prefixes is not None:
                 log_line_prefixes[local_rank] = Template(self._log_line_prefix_template).safe_substitute(
@@ -355,6 +355,13 @@ class LocalElasticAgent(SimpleElasticAgent):
         if watchdog is not None:
             watchdog.set_workers(_watchdog.workers_with_folders(self._pcontext, worker_group.workers))
         return self._pcontext.pids()
+
+    def _worker_env(self, worker_group: WorkerGroup, worker: Worker) -> dict[str, str]:
+        """Return the environment variables of one worker."""
+        spec = worker_group.spec
+        env = worker_environment(worker_group, worker, spec.max_restarts - self._remaining_restarts)
+        self._set_local_rank_env(env, worker.local_rank, spec)
+        return env
 
     def _set_local_rank_env(self, worker_env: dict[str, str], local_rank: int, spec: WorkerSpec) -> None:
         set_local_rank(worker_env, local_rank, spec)
