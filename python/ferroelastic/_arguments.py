@@ -6,6 +6,7 @@ from argparse import OPTIONAL, PARSER, REMAINDER, Action, ArgumentError, Argumen
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from ferroelastic._signals import DEFAULT_SIGNALS
 from ferroelastic.argparse_util import check_env, env
 
 
@@ -257,7 +258,7 @@ def get_args_parser() -> ArgumentParser:
     option(
         "--signals-to-handle",
         type=str,
-        default="SIGTERM,SIGINT,SIGHUP,SIGQUIT",
+        default=DEFAULT_SIGNALS,
         help="Signals to ferrorun that end the job; they are forwarded to the workers. "
         "SIGUSR1 and SIGUSR2 are usual additions under Slurm. All others that would end ferrorun are ignored.",
     )

@@ -1,19 +1,17 @@
 """What ``ferrorun`` says when a job did not succeed, and the exit code that tells it."""
 
-import contextlib
 import errno
 import os
 import re
 from argparse import Namespace
 from collections.abc import Iterator
-from typing import Any
 
+from ferroelastic._exit_codes import FAILURE, SIGNAL_BASE, exit_code
+from ferroelastic._ports import port_owner
 from ferroelastic._text import format_traceback, message_of
 from ferroelastic._usage import UsageError, named, working_directory
 
 _USAGE = 2
-_FAILURE = 1
-_SIGNAL_BASE = 128  # the shells' convention for a process that a signal ended
 
 
 def report(error: BaseException, args: Namespace | None) -> int:
@@ -28,10 +26,10 @@ def report(error: BaseException, args: Namespace | None) -> int:
         error, else 1.
     """
     if isinstance(error, KeyboardInterrupt):
-        return _SIGNAL_BASE + 2
+        return SIGNAL_BASE + 2
     signal = getattr(error, "sigval", None)
     if signal is not None:  # SignalException: the agent has said so in its log
-        return _SIGNAL_BASE + int(signal)
+        return SIGNAL_BASE + int(signal)
     first_failure = getattr(error, "get_first_failure", None)
     if first_failure is not None:  # ChildFailedError
         _, failure = first_failure()
@@ -41,14 +39,7 @@ def report(error: BaseException, args: Namespace | None) -> int:
         _print(format_traceback(error).rstrip("\n"))
     _print(f"ferrorun: error: {' '.join(_describe(error, args).split())}")
     code: int | None = getattr(error, "exit_code", None)  # JobFailedError
-    return code or (_USAGE if isinstance(error, ValueError) else _FAILURE)
-
-
-def exit_code(returncode: int | None) -> int:
-    """Return the exit code that stands for a worker's, which is minus the signal where one ended it. Never 0."""
-    if not returncode:
-        return _FAILURE
-    return _SIGNAL_BASE - returncode if returncode < 0 else returncode
+    return code or (_USAGE if isinstance(error, ValueError) else FAILURE)
 
 
 def _print(text: str) -> None:
@@ -202,40 +193,3 @@ def _is_here(host: str) -> bool:
     if host in {"localhost", "::1", socket.gethostname()} or host.startswith("127."):
         return True
     return any(host == address.address for addresses in psutil.net_if_addrs().values() for address in addresses)
-
-
-def port_owner(port: int) -> str:
-    """Return the process that listens on a TCP port of this host, as ``pid 123 (python train.py)``.
-
-    Args:
-        port: the port.
-
-    Returns:
-        The process, or ``""`` if none listens, this process does, or it is hidden from this user.
-    """
-    import psutil
-
-    pids: set[int | None] = set()
-    with contextlib.suppress(psutil.Error, OSError):
-        for connection in psutil.net_connections(kind="tcp"):
-            local: Any = connection.laddr
-            if connection.status == psutil.CONN_LISTEN and local and local.port == port:
-                pids.add(connection.pid)
-    owners = sorted(pid for pid in pids if pid is not None and pid != os.getpid())
-    if not owners:
-        return ""
-    return ", ".join(f"pid {pid} ({_command_of(pid)})" for pid in owners)
-
-
-def _command_of(pid: int, length: int = 60) -> str:
-    import psutil
-
-    try:
-        process = psutil.Process(pid)
-        program, *arguments = process.cmdline() or [process.name()]
-    except psutil.Error:
-        return "?"
-    from ferroelastic import _rust
-
-    line = _rust.printable(" ".join(" ".join([program.rpartition("/")[2], *arguments]).split()))
-    return line if len(line) <= length else line[: length - 1] + "…"

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DEFAULT_SIGNALS",
+    "SIGNALS_ENV",
     "Handling",
     "SignalException",
     "conclude",
@@ -48,7 +49,9 @@ __all__ = [
 ]
 
 DEFAULT_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT"
-"""The signals that end an agent, if nothing else is said."""
+"""The signals that end an agent by default."""
+SIGNALS_ENV = "TORCHELASTIC_SIGNALS_TO_HANDLE"
+"""Environment variable: names of the signals that end an agent, separated by commas."""
 
 _IMPATIENT = frozenset({signal.SIGINT, signal.SIGQUIT})
 _IMPATIENCE = 2

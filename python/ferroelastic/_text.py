@@ -1,4 +1,4 @@
-"""Texts about objects of other people's code, which are always to be had: an exception, its traceback, the name of a function.
+"""Texts for messages. Those about objects of other people's code never fail: an exception, its traceback, the name of a function.
 
 Whoever reports an error must not lose it for another one: a ``__str__`` that raises, or a warning that is turned into an error (CPython
 3.15 warns while it formats the traceback of a process that ``multiprocessing`` has started).
@@ -15,9 +15,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["describe_error", "entrypoint_name", "format_traceback", "message_of", "origin_of", "warn"]
+__all__ = ["describe_error", "endpoint_text", "entrypoint_name", "format_traceback", "message_of", "origin_of", "warn"]
 
 _MOST_FRAMES = 200
+
+
+def endpoint_text(host: str, port: int) -> str:
+    """Return an endpoint as ``host:port``, with an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
 
 
 def message_of(error: object) -> str:

@@ -1,142 +1,42 @@
-"""Everything this package takes from torch. The only module that imports it, function by function, when there is no way around.
+"""The only module that imports torch. Each function imports what it needs when it is called.
 
-What torch's objects look like to the rest of the package is settled by duck typing and by :mod:`ferroelastic._compat`.
+The rest of the package recognises torch's objects by duck typing and with :mod:`ferroelastic._compat`; special cases for torch's rendezvous
+handlers are in :mod:`ferroelastic.rendezvous._torch_handlers`.
 """
 
 from __future__ import annotations
 
 import importlib
-import sys
-from typing import TYPE_CHECKING, Any
-
-from ferroelastic._text import message_of
-from ferroelastic.rendezvous.api import RendezvousConnectionError
-
-if TYPE_CHECKING:
-    from ferroelastic.rendezvous.api import RendezvousHandler, RendezvousInfo, RendezvousParameters
+from typing import Any
 
 __all__ = [
     "accelerator_count",
-    "create_rendezvous_handler",
     "cuda_device_count",
     "custom_device_count",
-    "next_rendezvous",
+    "load",
     "start_worker_server",
     "xpu_device_count",
 ]
 
 
-_ETCD_BACKENDS = ("etcd", "etcd-v2")
-_ETCD_V2 = "It needs an etcd with the v2 API (--enable-v2, up to etcd 3.5)"
+def load(name: str, purpose: str) -> Any:
+    """Import a module of torch.
 
+    Args:
+        name: name of the module.
+        purpose: what it is needed for, for the error.
 
-def _import(name: str, purpose: str) -> Any:
+    Raises:
+        ModuleNotFoundError: torch is not installed.
+    """
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise
         raise ModuleNotFoundError(
-            f"{purpose} takes torch, which is not installed: pip install torch", name="torch"
+            f"{purpose} needs torch, which is not installed: pip install torch", name="torch"
         ) from None
-
-
-def _check_etcd(backend: str) -> None:
-    """Check that the client of an etcd is installed, which torch says late and without its package.
-
-    Raises:
-        ModuleNotFoundError: it is not.
-    """
-    from importlib.util import find_spec
-
-    try:
-        is_there = find_spec("etcd") is not None
-    except ValueError:  # it is loaded, and does not say where from
-        is_there = True
-    if not is_there:
-        raise ModuleNotFoundError(
-            f"rendezvous backend {backend!r} takes the package python-etcd, which is not installed: pip install python-etcd. {_ETCD_V2}",
-            name="etcd",
-        )
-
-
-def create_rendezvous_handler(params: RendezvousParameters) -> RendezvousHandler:
-    """Make one of torch's rendezvous handlers, or one of a plug-in (entry point group ``torchrun.handlers``).
-
-    Args:
-        params: parameters of this package's or of torch's class.
-
-    Raises:
-        ValueError: torch knows no such backend, or a parameter is wrong.
-        ModuleNotFoundError: torch is not installed, or python-etcd for a rendezvous over etcd.
-        RendezvousConnectionError: the backend cannot be reached.
-    """
-    purpose = f"rendezvous backend {params.backend!r}"
-    rendezvous = _import("torch.distributed.elastic.rendezvous", purpose)
-    registry = _import("torch.distributed.elastic.rendezvous.registry", purpose)
-    is_etcd = params.backend in _ETCD_BACKENDS
-    if is_etcd:
-        _check_etcd(params.backend)
-    theirs = rendezvous.RendezvousParameters(
-        backend=params.backend,
-        endpoint=params.endpoint,
-        run_id=params.run_id,
-        min_nodes=params.min_nodes,
-        max_nodes=params.max_nodes,
-        local_addr=params.local_addr,
-        **params.config,
-    )
-    try:
-        handler: RendezvousHandler = registry.get_rendezvous_handler(theirs)
-    except Exception as error:
-        if is_etcd and _is_of_etcd(error):
-            raise RendezvousConnectionError(
-                f"rendezvous backend {params.backend!r} cannot use the etcd at {params.endpoint!r}: {_innermost(error)}. {_ETCD_V2}"
-            ) from None
-        raise
-    return handler
-
-
-def _is_of_etcd(error: Exception) -> bool:
-    """Tell failures of an etcd, of python-etcd's classes or of torch's, from wrong parameters."""
-    names = [cls.__name__ for cls in type(error).__mro__]
-    return "EtcdException" in names or "RendezvousConnectionError" in names
-
-
-def _innermost(error: BaseException) -> str:
-    """Return the first of a chain of reasons, in one line."""
-    while (inner := error.__cause__ or error.__context__) is not None:
-        error = inner
-    return " ".join((getattr(error, "strerror", None) or message_of(error)).split())
-
-
-def next_rendezvous(
-    handler: RendezvousHandler, previous: RendezvousInfo | None, *, local_addr: str | None = None
-) -> RendezvousInfo:
-    """Join the next round, and see to it that the workers' store starts empty.
-
-    torch's handlers, and plug-ins written after them, give the workers of a restart the store of the attempt that died, with its keys.
-    See :mod:`ferroelastic.rendezvous._worker_store` for what is done about that.
-
-    Args:
-        handler: the handler.
-        previous: what the former round returned here, which also keeps that round's store alive; ``None`` in the first.
-        local_addr: address of this node, for a store that it may have to host.
-
-    Raises:
-        RendezvousTimeoutError: not all nodes of the round came to empty the store within its timeout.
-        RendezvousError: as the handler's ``next_rendezvous()``.
-    """
-    from ferroelastic.rendezvous import _worker_store
-
-    # Where torch's module is not loaded, the handler cannot be of its class.
-    static: Any = sys.modules.get("torch.distributed.elastic.rendezvous.static_tcp_rendezvous")
-    return _worker_store.next_rendezvous(
-        handler,
-        previous,
-        local_addr=local_addr,
-        has_fixed_port=static is not None and isinstance(handler, static.StaticTCPRendezvous),
-    )
 
 
 def start_worker_server(socket_path: str) -> Any:
@@ -145,18 +45,18 @@ def start_worker_server(socket_path: str) -> Any:
     Args:
         socket_path: path of the socket.
     """
-    return _import("torch._C._distributed_c10d", "the worker server")._WorkerServer(socket_path)  # noqa: SLF001 - no public name
+    return load("torch._C._distributed_c10d", "the worker server")._WorkerServer(socket_path)  # noqa: SLF001 - no public name
 
 
 def cuda_device_count() -> int:
     """Return how many CUDA (or ROCm) devices torch sees; 0 if it cannot use them."""
-    torch = _import("torch", "counting GPUs")
+    torch = load("torch", "counting GPUs")
     return int(torch.cuda.device_count()) if torch.cuda.is_available() else 0
 
 
 def xpu_device_count() -> int:
     """Return how many XPU devices torch sees; 0 if it cannot use them."""
-    torch = _import("torch", "counting XPUs")
+    torch = load("torch", "counting XPUs")
     return int(torch.xpu.device_count()) if torch.xpu.is_available() else 0
 
 
@@ -169,7 +69,7 @@ def custom_device_count(name: str) -> int | None:
     Returns:
         ``None`` if torch's private backend has another name.
     """
-    torch = _import("torch", f"counting devices of {name!r}")
+    torch = load("torch", f"counting devices of {name!r}")
     if name != torch._C._get_privateuse1_backend_name():  # noqa: SLF001 - no public name
         return None
     module = getattr(torch, name, None)
@@ -178,7 +78,7 @@ def custom_device_count(name: str) -> int | None:
 
 def accelerator_count() -> tuple[str, int]:
     """Return type and number of the accelerator devices that torch sees; ``("cpu", 0)`` if there are none."""
-    torch = _import("torch", "counting accelerators")
+    torch = load("torch", "counting accelerators")
     if hasattr(torch, "accelerator"):
         if torch.accelerator.is_available():
             return str(torch.accelerator.current_accelerator().type), int(torch.accelerator.device_count())

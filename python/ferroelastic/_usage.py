@@ -234,7 +234,7 @@ def check_rendezvous_backend(name: str) -> None:
     from ferroelastic.rendezvous.api import rendezvous_handler_registry
 
     theirs = getattr(sys.modules.get("torch.distributed.elastic.rendezvous.api"), "rendezvous_handler_registry", None)
-    known = {*rendezvous_handler_registry._registry, *getattr(theirs, "_registry", {})}  # noqa: SLF001 - no public way
+    known = {*rendezvous_handler_registry.backends, *getattr(theirs, "_registry", {})}
     if name in known:
         return
     from importlib.metadata import entry_points
@@ -377,10 +377,10 @@ def check_local_addr(address: str | None) -> None:
         return
     import socket
 
-    from ferroelastic.utils import interruptible
+    from ferroelastic.utils import _interruptible
 
     try:
-        interruptible.call(socket.getaddrinfo, address, None)
+        _interruptible.call(socket.getaddrinfo, address, None)
     except (OSError, ValueError) as error:
         if getattr(error, "errno", socket.EAI_NONAME) == socket.EAI_NONAME:
             raise UsageError(

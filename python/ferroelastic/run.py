@@ -381,7 +381,7 @@ def _check_standalone(args: Namespace) -> None:
 
 def _rendezvous_alone(args: Namespace) -> None:
     """Let a job on one node meet itself on a free port, so that it collides with no other job."""
-    from ferroelastic.utils.ids import random_uuid
+    from ferroelastic.utils._ids import random_uuid
 
     args.rdzv_backend = "c10d"
     args.rdzv_endpoint = "localhost:0"

@@ -11,7 +11,7 @@ import pytest
 from tests.conformance import stubs, workers
 from tests.conformance.implementations import OURS, TORCH, Implementation
 
-from ferroelastic._report import exit_code
+from ferroelastic._exit_codes import exit_code
 from ferroelastic.agent.server import _watchdog
 from ferroelastic.agent.server._activity import cause_of, exit_code_of, failed_first_at_ns
 from ferroelastic.multiprocessing.errors._failures import exit_of, failed_at_ns

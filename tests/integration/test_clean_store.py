@@ -13,18 +13,18 @@ from unittest import mock
 
 import pytest
 
-from ferroelastic import _torch
-from ferroelastic._torch import create_rendezvous_handler
 from ferroelastic.agent.server import RunResult, SimpleElasticAgent, WorkerGroup, WorkerSpec, WorkerState
-from ferroelastic.agent.server.api import _own_connection
+from ferroelastic.agent.server._exit_barrier import _own_connection
 from ferroelastic.rendezvous import (
     RendezvousHandler,
     RendezvousInfo,
     RendezvousParameters,
     RendezvousStoreInfo,
     RendezvousTimeoutError,
+    _torch_handlers,
     _worker_store,
 )
+from ferroelastic.rendezvous._torch_handlers import create_handler
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -103,13 +103,13 @@ class Nodes:
 
     def join(self) -> list[RendezvousInfo]:
         self.infos = in_threads(
-            len(self.handlers), lambda index: _torch.next_rendezvous(self.handlers[index], self.infos[index])
+            len(self.handlers), lambda index: _worker_store.next_rendezvous(self.handlers[index], self.infos[index])
         )
         return sorted(self.infos, key=lambda info: info.rank)
 
 
 def c10d(port: int, *, min_nodes: int = 2, max_nodes: int = 2, last_call_s: int = 1) -> Any:
-    return create_rendezvous_handler(
+    return create_handler(
         RendezvousParameters(
             "c10d",
             f"localhost:{port}",
@@ -128,7 +128,7 @@ def static(port: int, rank: int, world_size: int = 2, timeout_s: int = 30) -> An
     params = RendezvousParameters(
         "static", f"localhost:{port}", RUN_ID, world_size, world_size, rank=rank, timeout=timeout_s
     )
-    handler = create_rendezvous_handler(params)
+    handler = create_handler(params)
     assert type(handler).__name__ == "StaticTCPRendezvous"
     return handler
 
@@ -155,7 +155,7 @@ class TestC10d:
             # Whoever waits looks once a second, and should not come too late.
             early, late = (c10d(store.port, min_nodes=1, last_call_s=5) for _ in range(2))
             with shutting_down(early, late):
-                alone = _torch.next_rendezvous(early, None)
+                alone = _worker_store.next_rendezvous(early, None)
                 assert (alone.rank, alone.world_size) == (0, 1)
                 leave_keys(alone)
                 nodes = Nodes([early, late])
@@ -171,7 +171,7 @@ class TestC10d:
         with server() as store:
             handler = c10d(store.port, min_nodes=1, max_nodes=1)
             with shutting_down(handler):
-                first = _torch.next_rendezvous(handler, None)
+                first = _worker_store.next_rendezvous(handler, None)
                 client = workers_store(first)
                 real = handler.next_rendezvous
 
@@ -182,7 +182,7 @@ class TestC10d:
                     return info
 
                 with mock.patch.object(handler, "next_rendezvous", join):
-                    second = _torch.next_rendezvous(handler, first)
+                    second = _worker_store.next_rendezvous(handler, first)
                 assert address(second) != address(first)
                 with pytest.raises(dist.DistError):
                     client.get("still")
@@ -195,7 +195,7 @@ class TestC10d:
             handler._shared_tcp_store_server = marker = object()
             with shutting_down(handler):
                 for _ in range(2):
-                    _torch.next_rendezvous(handler, None)
+                    _worker_store.next_rendezvous(handler, None)
             assert handler._shared_tcp_store_server is marker
             del handler
 
@@ -235,7 +235,7 @@ class TestStatic:
             handlers = [static(store.port, rank, timeout_s=2) for rank in range(2)]
             Nodes(handlers).join()
             with pytest.raises(RendezvousTimeoutError, match=r"nodes \[1\] of 2 did not come .* within 2 s") as caught:
-                _torch.next_rendezvous(handlers[0], None)
+                _worker_store.next_rendezvous(handlers[0], None)
             assert isinstance(caught.value, torchs.RendezvousTimeoutError)
             del handlers
 
@@ -244,16 +244,15 @@ class TestStatic:
         program = """if True:
             import sys
             import torch.distributed
-            from ferroelastic import _torch
-            from ferroelastic.rendezvous import RendezvousParameters
-            from ferroelastic._torch import create_rendezvous_handler
-            handler = create_rendezvous_handler(RendezvousParameters(
+            from ferroelastic.rendezvous import RendezvousParameters, _worker_store
+            from ferroelastic.rendezvous._torch_handlers import create_handler
+            handler = create_handler(RendezvousParameters(
                 "static", f"localhost:{sys.argv[1]}", "run", 2, 2, rank=1, timeout=60))
-            info = _torch.next_rendezvous(handler, None)
+            info = _worker_store.next_rendezvous(handler, None)
             info.store.underlying_store.set("from rank 1", "x")
             info.store.set("first", "done")
             info.store.wait(["second"])  # as agents do when they assign ranks
-            info = _torch.next_rendezvous(handler, info)
+            info = _worker_store.next_rendezvous(handler, info)
             print(info.rank, info.store.underlying_store.check(["from rank 1"]))
         """
         with server() as store:
@@ -261,17 +260,17 @@ class TestStatic:
             with subprocess.Popen(
                 [sys.executable, "-c", program, str(store.port)], stdout=subprocess.PIPE, text=True
             ) as other:
-                info = _torch.next_rendezvous(handler, None)
+                info = _worker_store.next_rendezvous(handler, None)
                 info.store.wait(["first"])
                 assert store.check(["from rank 1"])
                 info.store.set("second", "done")
-                info = _torch.next_rendezvous(handler, info)
+                info = _worker_store.next_rendezvous(handler, info)
                 output, _ = other.communicate(timeout=60)
             assert (output, other.returncode) == ("1 False\n", 0)
             del handler, info
 
     def test_a_torch_that_cannot_list_keys_gets_another_store(self) -> None:
-        with server() as store, mock.patch.object(_worker_store, "_listing_store", return_value=None):
+        with server() as store, mock.patch.object(_torch_handlers, "listing_store", return_value=None):
             nodes = Nodes([static(store.port, 0), static(store.port, 1)])
             first, second = nodes.join()
             assert address(first) == address(second) == ("localhost", store.port)
@@ -366,7 +365,7 @@ def test_agents_tell_workers_where_their_store_is_and_forget_former_ranks() -> N
         assert in_threads(2, restart) == [(store.port, [0], 2), (store.port, [1], 2)]
         in_threads(2, lambda index: agents[index]._exit_barrier())
 
-        with mock.patch.object(_worker_store, "_listing_store", return_value=None):
+        with mock.patch.object(_torch_handlers, "listing_store", return_value=None):
             agents = [Agent(agent._worker_group.spec) for agent in agents]
             in_threads(2, restart)
             (first, *_), (second, *_) = in_threads(2, restart)
@@ -408,7 +407,7 @@ import torch.distributed
 from ferroelastic.agent.server import LocalElasticAgent, WorkerSpec
 from ferroelastic.multiprocessing import DefaultLogsSpecs
 from ferroelastic.rendezvous import RendezvousParameters
-from ferroelastic._torch import create_rendezvous_handler
+from ferroelastic.rendezvous._torch_handlers import create_handler
 
 backend, script, logs = sys.argv[1:]
 config = {"c10d": {"is_host": True}, "static": {"rank": 0, "timeout": 60}}[backend]
@@ -417,7 +416,7 @@ if backend == "c10d":
 else:
     store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False, multi_tenant=True)
     endpoint = f"localhost:{store.port}"
-handler = create_rendezvous_handler(RendezvousParameters(backend, endpoint, "run", 1, 1, local_addr="localhost", **config))
+handler = create_handler(RendezvousParameters(backend, endpoint, "run", 1, 1, local_addr="localhost", **config))
 spec = WorkerSpec(
     role="trainer", local_world_size=2, rdzv_handler=handler, entrypoint=sys.executable, args=(script,), max_restarts=1
 )

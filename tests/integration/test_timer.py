@@ -347,7 +347,7 @@ def test_what_is_not_understood_costs_itself_and_is_said_once(
     server.stop()
     (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert warning.startswith(
-        f"3 requests of timers at {path} were dropped: 2 not understood, 0 too long, 1 of an unknown"
+        f"3 requests of timers at {path} were dropped. In total 3 were broken (2 malformed, 0 too long, 1 of an unknown"
     )
 
 

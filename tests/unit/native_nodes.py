@@ -15,7 +15,8 @@ from ferroelastic.rendezvous import (
     RendezvousParameters,
 )
 from ferroelastic.rendezvous._agent_store import AgentStore
-from ferroelastic.rendezvous._native import Interruption, NativeRendezvous, NativeRendezvousInfo
+from ferroelastic.rendezvous._native import NativeRendezvous
+from ferroelastic.rendezvous._notifying import Interruption, PlacedRendezvousInfo
 from ferroelastic.rendezvous.registry import get_rendezvous_handler
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def refuses(port: int, host: str = "127.0.0.1") -> bool:
 
 
 def place_of(info: RendezvousInfo) -> _rust.Place:
-    assert isinstance(info, NativeRendezvousInfo)
+    assert isinstance(info, PlacedRendezvousInfo)
     return info.place
 
 

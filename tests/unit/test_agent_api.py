@@ -111,11 +111,11 @@ class TestRendezvous:
         agent._rendezvous(agent.get_worker_group())
         assert (agent.get_worker_group().master_addr, agent.get_worker_group().master_port) == ("other", 1234)
 
-    def test_it_goes_through_torchs_module_only_where_torch_is_loaded(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_store_is_renewed_only_where_torch_is_loaded(self, monkeypatch: pytest.MonkeyPatch) -> None:
         agent = Agent(spec(local_addr="this.node"))
         handler = agent._worker_group.spec.rdzv_handler
         with mock.patch(
-            "ferroelastic._torch.next_rendezvous", side_effect=lambda h, *_, **__: h.next_rendezvous()
+            "ferroelastic.agent.server.api.next_rendezvous", side_effect=lambda h, *_, **__: h.next_rendezvous()
         ) as join:
             monkeypatch.delitem(sys.modules, "torch.distributed", raising=False)
             agent._rendezvous(agent.get_worker_group())

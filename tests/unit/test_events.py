@@ -15,7 +15,7 @@ import pytest
 from ferroelastic import events
 from ferroelastic.events import Event, EventSource, NodeState, RdzvEvent, handlers
 from ferroelastic.events._record import has_listener
-from ferroelastic.utils import hostname
+from ferroelastic.utils import _hostname
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -157,21 +157,21 @@ def test_a_rendezvous_event_tells_who_and_what() -> None:
 
 
 def test_the_host_name_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hostname, "_look_up", None)
+    monkeypatch.setattr(_hostname, "_look_up", None)
     with mock.patch("socket.gethostbyaddr", return_value=("host", ["alias", "host.domain"], [])) as look_up:
-        assert [hostname.fq_hostname() for _ in range(3)] == ["host.domain"] * 3
+        assert [_hostname.fq_hostname() for _ in range(3)] == ["host.domain"] * 3
     look_up.assert_called_once()
 
 
 def test_a_resolver_that_does_not_answer_is_not_awaited(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = threading.Event()
-    monkeypatch.setattr(hostname, "_look_up", None)
-    monkeypatch.setattr(hostname, "_PATIENCE_S", 0.01)
+    monkeypatch.setattr(_hostname, "_look_up", None)
+    monkeypatch.setattr(_hostname, "_PATIENCE_S", 0.01)
     monkeypatch.setattr("socket.gethostbyaddr", lambda _name: (str(answers.wait(60)), [], []))
     try:
-        assert hostname.fq_hostname() == socket.gethostname()
+        assert _hostname.fq_hostname() == socket.gethostname()
         # It was asked before: a report does not wait at all, and never asks again.
-        monkeypatch.setattr(hostname, "_PATIENCE_S", 600)
-        assert hostname.hostname_for_report() == socket.gethostname()
+        monkeypatch.setattr(_hostname, "_PATIENCE_S", 600)
+        assert _hostname.hostname_for_report() == socket.gethostname()
     finally:
         answers.set()

@@ -2,7 +2,7 @@
 
 import uuid
 
-from ferroelastic.utils.ids import random_uuid
+from ferroelastic.utils._ids import random_uuid
 
 
 def test_a_random_uuid_is_one() -> None:

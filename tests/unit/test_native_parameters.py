@@ -66,7 +66,7 @@ def test_what_they_set(config: dict[str, Any], expected: dict[str, Any]) -> None
 
 
 @pytest.mark.parametrize(
-    ("rank", "timeout", "expected"), [("0", "7", (0, True, 7, 7)), (1, None, (1, False, 600, 600))]
+    ("rank", "timeout", "expected"), [("0", "7", (0, True, 7, 7)), (1, None, (1, False, 900, 900))]
 )
 def test_of_static(rank: object, timeout: object, expected: tuple[int, bool, int, int]) -> None:
     made = NativeSettings(parameters("host:1", (2, 2), backend="static", rank=rank, timeout=timeout))
@@ -132,7 +132,7 @@ def test_of_an_unknown_option_it_is_warned(made: list[NativeRendezvous], caplog:
 
 def test_a_file_as_the_store_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[RendezvousParameters] = []
-    monkeypatch.setattr("ferroelastic._torch.create_rendezvous_handler", asked.append)
+    monkeypatch.setattr("ferroelastic.rendezvous._torch_handlers.create_handler", asked.append)
     params = parameters("/some/file", store_type="file")
     registry._create_native_handler(params)
     assert asked == [params]

@@ -25,7 +25,7 @@ from ferroelastic.rendezvous import (
     RendezvousInfo,
     RendezvousTimeoutError,
 )
-from ferroelastic.rendezvous._native import NativeRendezvousInfo
+from ferroelastic.rendezvous._notifying import PlacedRendezvousInfo
 
 
 class TestOneNode:
@@ -36,7 +36,7 @@ class TestOneNode:
         assert (handler.is_closed(), handler.num_nodes_waiting(), handler.interruption()) == (False, 0, None)
         info = handler.next_rendezvous()
         assert isinstance(info, RendezvousInfo)
-        assert not isinstance(info, NativeRendezvousInfo)
+        assert not isinstance(info, PlacedRendezvousInfo)
         assert (info.rank, info.world_size) == (0, 1)
         where = info.bootstrap_store_info
         assert (where.master_addr, where.master_port) == ("127.0.0.1", handler._port)

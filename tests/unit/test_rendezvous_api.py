@@ -18,6 +18,7 @@ from ferroelastic.rendezvous import (
     RendezvousParameters,
     RendezvousStoreInfo,
     RendezvousTimeoutError,
+    _torch_handlers,
     _worker_store,
     rendezvous_handler_registry,
 )
@@ -160,7 +161,7 @@ class TestRegistry:
     @pytest.mark.parametrize("backend", ["etcd", "etcd-v2", "somebody's plug-in"])
     def test_other_backends_are_torchs(self, backend: str) -> None:
         handler = mock.Mock(get_backend=lambda: backend)
-        with mock.patch("ferroelastic._torch.create_rendezvous_handler", return_value=handler) as create:
+        with mock.patch("ferroelastic.rendezvous._torch_handlers.create_handler", return_value=handler) as create:
             params = parameters(backend)
             assert get_rendezvous_handler(params) is handler
         create.assert_called_once_with(params)
@@ -169,7 +170,7 @@ class TestRegistry:
         with (
             mock.patch.dict(sys.modules, {"torch": None, "torch.distributed.elastic.rendezvous": None}),
             mock.patch("importlib.import_module", side_effect=ModuleNotFoundError("no torch", name="torch")),
-            pytest.raises(ModuleNotFoundError, match="rendezvous backend 'etcd' takes torch, which is not installed"),
+            pytest.raises(ModuleNotFoundError, match="rendezvous backend 'etcd' needs torch, which is not installed"),
         ):
             get_rendezvous_handler(parameters("etcd"))
 
@@ -301,13 +302,8 @@ class TestWorkerStore:
     """How nodes agree on an empty store, without torch."""
 
     @staticmethod
-    def join(handler: Any, previous: RendezvousInfo | None = None, *, has_fixed_port: bool = False) -> RendezvousInfo:
-        return _worker_store.next_rendezvous(
-            handler,
-            previous,
-            local_addr="this.node",
-            has_fixed_port=has_fixed_port,
-        )
+    def join(handler: Any, previous: RendezvousInfo | None = None) -> RendezvousInfo:
+        return _worker_store.next_rendezvous(handler, previous, local_addr="this.node")
 
     @staticmethod
     def address(info: RendezvousInfo) -> tuple[str, int]:
@@ -397,7 +393,8 @@ class TestWorkerStore:
 
     def static(self, store: MemoryStore, number: int, ranks: tuple[int, ...] = (0, 1)) -> None:
         handlers = [Handler(store.below("run"), rank, number) for rank in ranks]
-        in_threads(len(ranks), lambda index: self.join(handlers[index], has_fixed_port=True))
+        with mock.patch.object(_torch_handlers, "has_fixed_port", return_value=True):
+            in_threads(len(ranks), lambda index: self.join(handlers[index]))
 
     def test_a_fixed_port_keeps_its_store_and_loses_the_workers_keys(self) -> None:
         store = MemoryStore()

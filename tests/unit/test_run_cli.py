@@ -325,7 +325,7 @@ def test_the_rendezvous_is_torchs(
     its = Launch()
     monkeypatch.setattr(theirs, "elastic_launch", its)
     monkeypatch.setattr("uuid.uuid4", lambda: "made-up")
-    monkeypatch.setattr("ferroelastic.utils.ids.random_uuid", lambda: "made-up")
+    monkeypatch.setattr("ferroelastic.utils._ids.random_uuid", lambda: "made-up")
     monkeypatch.setattr(run, "_name_thread", lambda _: None)
     monkeypatch.setattr("torch.multiprocessing._set_thread_name", lambda _: None)
     line = [*line, "--log-dir", str(tmp_path), "t.py", "x"]

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from ferroelastic import _report, rendezvous, run
+from ferroelastic import _ports, _report, rendezvous, run
 from ferroelastic.multiprocessing import SignalException
 from ferroelastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
@@ -322,7 +322,7 @@ def test_a_busy_port_of_a_hidden_process(
 
 def test_this_process_is_not_named_as_owner() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
-        assert _report.port_owner(server.getsockname()[1]) == ""
+        assert _ports.port_owner(server.getsockname()[1]) == ""
 
 
 # The launcher as a child of a scheduler or of another launcher, and called by a program.

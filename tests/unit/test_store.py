@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 from tests.memory_store import MemoryStore
 
-from ferroelastic.utils import interruptible
+from ferroelastic.utils import _interruptible
 from ferroelastic.utils import store as store_util
 from ferroelastic.utils.store import DistStoreError, barrier, get_all, store_timeout, synchronize
 
@@ -152,10 +152,10 @@ def usr1() -> None:
 
 
 def test_a_call_returns_and_raises_as_usual() -> None:
-    assert interruptible.call(divmod, 7, 2) == (3, 1)
-    assert interruptible.call(int, "11", base=2) == 3
+    assert _interruptible.call(divmod, 7, 2) == (3, 1)
+    assert _interruptible.call(int, "11", base=2) == 3
     with pytest.raises(ZeroDivisionError):
-        interruptible.call(divmod, 1, 0)
+        _interruptible.call(divmod, 1, 0)
 
 
 def test_a_signal_interrupts_a_call_that_blocks(usr1: None) -> None:
@@ -175,11 +175,11 @@ def test_a_signal_interrupts_a_call_that_blocks(usr1: None) -> None:
     interrupter.start()
     try:
         with pytest.raises(Interruption):
-            interruptible.call(block)
+            _interruptible.call(block)
     finally:
         release.set()
         interrupter.join()
 
 
 def test_off_the_main_thread_a_call_stays_in_its_thread() -> None:
-    assert in_threads(1, lambda _: interruptible.call(threading.get_ident) == threading.get_ident()) == [True]
+    assert in_threads(1, lambda _: _interruptible.call(threading.get_ident) == threading.get_ident()) == [True]

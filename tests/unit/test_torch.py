@@ -6,7 +6,7 @@ from unittest import mock
 import pytest
 
 from ferroelastic import _torch
-from ferroelastic.rendezvous import RendezvousParameters
+from ferroelastic.rendezvous import RendezvousParameters, _torch_handlers
 
 torch = pytest.importorskip("torch")
 
@@ -64,7 +64,7 @@ def test_a_plug_in_of_torch_gets_torchs_parameters() -> None:
     creator = mock.Mock(return_value=handler)
     with mock.patch.dict(theirs.rendezvous_handler_registry._registry, {"plug-in": creator}):
         ours = RendezvousParameters("plug-in", "host:1", "run", 1, 2, "here", key="value")
-        assert _torch.create_rendezvous_handler(ours) is handler
+        assert _torch_handlers.create_handler(ours) is handler
     (given,) = creator.call_args.args
     assert isinstance(given, theirs.RendezvousParameters)
     assert vars(given) == vars(ours)
@@ -72,7 +72,7 @@ def test_a_plug_in_of_torch_gets_torchs_parameters() -> None:
 
 def test_an_unknown_backend_is_torchs_error() -> None:
     with pytest.raises(ValueError, match="'nobody's' is not registered"):
-        _torch.create_rendezvous_handler(RendezvousParameters("nobody's", "", "run", 1, 1))
+        _torch_handlers.create_handler(RendezvousParameters("nobody's", "", "run", 1, 1))
 
 
 def test_a_module_that_torch_lacks_is_not_taken_for_torch() -> None:
@@ -80,4 +80,4 @@ def test_a_module_that_torch_lacks_is_not_taken_for_torch() -> None:
         mock.patch("importlib.import_module", side_effect=ModuleNotFoundError("no etcd", name="etcd")),
         pytest.raises(ModuleNotFoundError, match="no etcd"),
     ):
-        _torch.create_rendezvous_handler(RendezvousParameters("etcd", "", "run", 1, 1))
+        _torch_handlers.create_handler(RendezvousParameters("etcd", "", "run", 1, 1))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ferroelastic._compat import torch_module
 from ferroelastic.events.api import NodeState, RdzvEvent
-from ferroelastic.utils.hostname import hostname_for_report
+from ferroelastic.utils._hostname import hostname_for_report
 from ferroelastic.utils.log_level import chosen_log_level
 
 if TYPE_CHECKING:

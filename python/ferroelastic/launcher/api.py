@@ -23,7 +23,8 @@ from ferroelastic._checks import (
     check_whole_number,
 )
 from ferroelastic._compat import family, newer
-from ferroelastic._signals import DEFAULT_SIGNALS, SignalException
+from ferroelastic._exit_codes import exit_code
+from ferroelastic._signals import DEFAULT_SIGNALS, SIGNALS_ENV, SignalException
 from ferroelastic._text import entrypoint_name
 from ferroelastic.agent.server.api import RunResult, WorkerSpec
 from ferroelastic.agent.server.health_check_server import HealthCheckServer, create_healthcheck_server
@@ -32,6 +33,8 @@ from ferroelastic.multiprocessing import DefaultLogsSpecs, LogsSpecs
 from ferroelastic.multiprocessing.errors import ChildFailedError
 from ferroelastic.numa.binding import NumaOptions
 from ferroelastic.rendezvous import RendezvousParameters
+from ferroelastic.rendezvous._native_settings import DEFAULT_STATIC_TIMEOUT_S
+from ferroelastic.rendezvous._notifying import notifier_of
 from ferroelastic.rendezvous.utils import parse_rendezvous_endpoint
 from ferroelastic.utils.logging import get_logger
 
@@ -41,7 +44,6 @@ logger = get_logger(__name__)
 
 _SHUTDOWN_TIMEOUT_VARIABLE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 _DEFAULT_SHUTDOWN_TIMEOUT_S = 30
-_DEFAULT_RENDEZVOUS_TIMEOUT_S = 900
 
 
 @dataclass
@@ -114,7 +116,7 @@ class LaunchConfig:
         if self.rdzv_timeout != -1:
             self.rdzv_configs["timeout"] = self.rdzv_timeout
         else:
-            self.rdzv_configs.setdefault("timeout", _DEFAULT_RENDEZVOUS_TIMEOUT_S)
+            self.rdzv_configs.setdefault("timeout", DEFAULT_STATIC_TIMEOUT_S)
         if self.logs_specs is None:
             self.logs_specs = DefaultLogsSpecs()
         if self.interactive_rank is not None and not 0 <= self.interactive_rank < self.nproc_per_node:
@@ -271,7 +273,7 @@ def launch_agent(
     )
     names = newer(config, "signals_to_handle", DEFAULT_SIGNALS)
     # For code that installs handlers where the workers are started.
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = names
+    os.environ[SIGNALS_ENV] = names
     with _signals.Handling(names, forward=newer(config, "signals_to_forward", "")):
         return _launch(config, entrypoint, args, rdzv_parameters, entrypoint_name, health_check_server)
 
@@ -314,8 +316,8 @@ def _launch(
         **({} if interactive_rank is None else {"interactive_rank": interactive_rank}),
     )
     if health_check_server is not None:
-        # A server that was started before there was an agent has a proxy for the callback.
-        set_delegate = getattr(health_check_server.alive_callback, "set_delegate", None)
+        # A server that was started before the agent existed has a proxy for the callback, ours or torch's.
+        set_delegate = newer(health_check_server.alive_callback, "set_delegate", None)
         if set_delegate is not None:
             set_delegate(agent._get_alive_time)  # noqa: SLF001 - as torch's proxy is wired
     return _run_agent(agent, spec, config, entrypoint_name)
@@ -332,11 +334,9 @@ def _run_agent(
     except family(SignalException) as error:
         # Shutting the rendezvous down would close it for the other nodes too, who may go on without this one.
         shutdown_rdzv = False
-        leave = getattr(spec.rdzv_handler, "leave", None)
-        if leave is not None:
-            from ferroelastic._report import exit_code
-
-            leave(f"its agent was ended by {error.sigval.name}", exit_code(-error.sigval))
+        notifier = notifier_of(spec.rdzv_handler)
+        if notifier is not None:
+            notifier.leave(f"its agent was ended by {error.sigval.name}", exit_code(-error.sigval))
         events.record(agent.get_event_failed(), config.event_log_handler)
         raise
     except Exception:
@@ -355,7 +355,7 @@ def _outputs(agent: LocalElasticAgent, config: LaunchConfig, entrypoint_name: st
     if result.is_failed():
         error = _failure_of(result, entrypoint_name)
         # Where workers of several nodes fail, that of the first counts on all nodes.
-        error.exit_code = getattr(agent, "job_exit_code", None)  # type: ignore[attr-defined]  # for ferrorun
+        error.exit_code = newer(agent, "job_exit_code", None)  # type: ignore[attr-defined]  # for ferrorun
         raise error
     return result.return_values
 

@@ -34,7 +34,6 @@ __all__ = ["PContext", "RunProcsResult"]
 
 logger = get_logger(__name__)
 
-_SIGNALS_ENV = "TORCHELASTIC_SIGNALS_TO_HANDLE"
 _OVERDUE_GRACE_S = 5.0
 _CONSOLE_PATIENCE_S = 0.5
 _LEAST_CONSOLE_PATIENCE_S = 0.05
@@ -161,7 +160,11 @@ class PContext(_compat.TorchVirtual, ABC):
             raise
 
     @property
-    def _group(self) -> _rust.Group | None:
+    def native_group(self) -> _rust.Group | None:
+        """The workers as the engine's group, to wait for exits and to read them. Not in torch.
+
+        ``None`` before the start, without workers, and in subclasses that start processes without the engine.
+        """
         return self._groups[0] if self._groups else None
 
     def start(self) -> None:
@@ -179,7 +182,7 @@ class PContext(_compat.TorchVirtual, ABC):
                 "This could lead to orphaned worker processes if the torchrun is terminated."
             )
         _warn_of_ignored_sigchld()
-        names = os.environ.get(_SIGNALS_ENV, _signals.DEFAULT_SIGNALS)
+        names = os.environ.get(_signals.SIGNALS_ENV, _signals.DEFAULT_SIGNALS)
         self._handling = _signals.Handling(names, receiver=self._pass_on)
         self._handling.install()
         if self.interactive_rank is not None:
@@ -224,7 +227,7 @@ class PContext(_compat.TorchVirtual, ABC):
             return self._look()
         deadline = math.inf if timeout < 0 else time.monotonic() + timeout
         while True:
-            group = self._group
+            group = self.native_group
             generation = 0 if group is None else group.generation
             result = self._look()
             if result is not None:
@@ -288,10 +291,10 @@ class PContext(_compat.TorchVirtual, ABC):
             death_sig: the signal.
             timeout: seconds until SIGKILL.
         """
-        if self._group is not None:
+        if self.native_group is not None:
             # The deadline of a stop that is under way stays as it is.
             self._grace_s = self.shutdown_timeout if self._failures else timeout
-            self._group.stop(death_sig, timeout, kill_wait_s(timeout))
+            self.native_group.stop(death_sig, timeout, kill_wait_s(timeout))
 
     def _stop_tail(self, tail_log: TailLog) -> None:
         """Let a tail write what is left. All of them together wait for a console that takes nothing for no longer than one would."""
@@ -300,12 +303,12 @@ class PContext(_compat.TorchVirtual, ABC):
         tail_log.stop(max(_LEAST_CONSOLE_PATIENCE_S, self._tails_give_up_at - time.monotonic()))
 
     def _hurry(self) -> None:
-        if self._group is not None:
-            self._group.hurry()
+        if self.native_group is not None:
+            self.native_group.hurry()
 
     def _pass_on(self, number: int) -> int:
         """Send a signal to the workers, not to their children; return how many were there to get it."""
-        group = self._group
+        group = self.native_group
         return (
             0 if group is None else sum(group.signal(rank, number, leader_only=True) for rank in range(len(group.pids)))
         )

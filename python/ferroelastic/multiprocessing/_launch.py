@@ -77,36 +77,25 @@ def start_processes(
         if interactive_rank not in args:
             raise ValueError(f"interactive_rank={interactive_rank} is no local rank; give 0 to {nprocs - 1}")
         logs_specs = InteractiveLogsSpecs(logs_specs, interactive_rank)
+    common: dict[str, Any] = {
+        "name": name,
+        "args": args,
+        "envs": envs,
+        "logs_specs": logs_specs,
+        "log_line_prefixes": log_line_prefixes,
+        "numa_options": numa_options,
+        "duplicate_stdout_filters": duplicate_stdout_filters,
+        "duplicate_stderr_filters": duplicate_stderr_filters,
+    }
     context: PContext
     if isinstance(entrypoint, str):
         from ferroelastic.multiprocessing._subprocess_context import SubprocessContext
 
-        context = SubprocessContext(
-            name=name,
-            entrypoint=entrypoint,
-            args=args,
-            envs=envs,
-            logs_specs=logs_specs,
-            log_line_prefixes=log_line_prefixes,
-            numa_options=numa_options,
-            duplicate_stdout_filters=duplicate_stdout_filters,
-            duplicate_stderr_filters=duplicate_stderr_filters,
-        )
+        context = SubprocessContext(entrypoint=entrypoint, **common)
     else:
         from ferroelastic.multiprocessing._multiprocess_context import MultiprocessContext
 
-        context = MultiprocessContext(
-            name=name,
-            entrypoint=entrypoint,
-            args=args,
-            envs=envs,
-            start_method=start_method,
-            logs_specs=logs_specs,
-            log_line_prefixes=log_line_prefixes,
-            numa_options=numa_options,
-            duplicate_stdout_filters=duplicate_stdout_filters,
-            duplicate_stderr_filters=duplicate_stderr_filters,
-        )
+        context = MultiprocessContext(entrypoint=entrypoint, start_method=start_method, **common)
     context.shutdown_timeout = shutdown_timeout
     context.interactive_rank = interactive_rank
     interrupting: tuple[type[BaseException], ...] = (*family(SignalException), KeyboardInterrupt)

@@ -185,7 +185,9 @@ class MultiprocessContext(PContext):
         if self._pc is None:
             return
         exits = (
-            {} if self._group is None else {self._observed_ranks[ended.index]: ended for ended in self._group.exits()}
+            {}
+            if self.native_group is None
+            else {self._observed_ranks[ended.index]: ended for ended in self.native_group.exits()}
         )
         for rank in sorted(self._running_local_ranks):
             process = self._pc.processes[rank]
@@ -258,8 +260,8 @@ class MultiprocessContext(PContext):
             if self._hold is not None:
                 # A handler of the function for the signal to end would keep a worker here for the whole grace.
                 self._hold.release()
-            if self._group is not None:
-                self._stop_group(self._group, death_sig, timeout)
+            if self.native_group is not None:
+                self._stop_group(self.native_group, death_sig, timeout)
             elif self._pc is not None and any(process.exitcode is None for process in self._pc.processes):
                 # The start has failed: the engine does not know them, and some may not have been started.
                 _kill(self._pc.processes)

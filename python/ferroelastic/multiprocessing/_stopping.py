@@ -14,11 +14,12 @@ from ferroelastic.utils.logging import get_logger
 if TYPE_CHECKING:
     from ferroelastic import _rust
 
-__all__ = ["kill_wait_s", "stop_group"]
+__all__ = ["kill_wait_s", "longest_stop_s", "stop_group"]
 
 logger = get_logger(__name__)
 
 _LEAST_KILL_WAIT_S = 5.0
+_LOGS_WAIT_S = 5.0
 _IMPATIENCE = 2
 
 
@@ -72,8 +73,13 @@ def stop_group(
 
 
 def kill_wait_s(grace_s: float) -> float:
-    """Return how long processes have to go after SIGKILL."""
+    """Return the seconds that processes have to end after SIGKILL: as long as the grace period, and at least 5."""
     return max(_LEAST_KILL_WAIT_S, grace_s)
+
+
+def longest_stop_s(grace_s: float) -> float:
+    """Return an upper bound of the seconds that stopping workers takes: the grace period, the end after SIGKILL, and their logs."""
+    return grace_s + kill_wait_s(grace_s) + _LOGS_WAIT_S
 
 
 def _running_pids(group: _rust.Group) -> list[int]:

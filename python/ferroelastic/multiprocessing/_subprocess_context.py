@@ -92,8 +92,8 @@ class SubprocessContext(PContext):
         self.subprocess_handlers = {rank: SubprocessHandler.of_group(group, rank, argvs[rank]) for rank in ranks}
 
     def _capture_process_failures(self, done_local_ranks: set[int]) -> None:
-        if self._group is not None:
-            for ended in self._group.exits():
+        if self.native_group is not None:
+            for ended in self.native_group.exits():
                 if ended.index in self._running_local_ranks:
                     done_local_ranks.add(ended.index)
                     self._note_end(ended.index, ended.pid, exit_code(ended), ended)
@@ -121,8 +121,8 @@ class SubprocessContext(PContext):
 
     def pids(self) -> dict[int, int]:
         """Process ids by local rank."""
-        return {} if self._group is None else dict(enumerate(self._group.pids))
+        return {} if self.native_group is None else dict(enumerate(self.native_group.pids))
 
     def _close(self, death_sig: signal.Signals, timeout: float = 30) -> None:
-        if self._group is not None:
-            self._stop_group(self._group, death_sig, timeout)
+        if self.native_group is not None:
+            self._stop_group(self.native_group, death_sig, timeout)

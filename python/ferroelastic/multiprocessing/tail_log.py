@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, TextIO
 from ferroelastic._compat import family
 from ferroelastic._engine import get_engine
 from ferroelastic._signals import SignalException
-from ferroelastic.utils import threads
+from ferroelastic.utils import _threads
 from ferroelastic.utils.logging import get_logger
 
 if TYPE_CHECKING:
@@ -218,7 +218,7 @@ class _LineWriter:
             raise
         headers = [header for _, header in files.values()]
         self._thread = threading.Thread(target=self._run, args=(headers, dst, keep), name="ferro-tail", daemon=True)
-        threads.start(self._thread)
+        _threads.start(self._thread)
         return tail
 
     def expect(self, total: int) -> None:

@@ -16,14 +16,15 @@ import sys
 import threading
 import time
 from contextlib import suppress
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal
 
 from ferroelastic import _leftovers, _signals
 from ferroelastic._engine import get_engine
-from ferroelastic._text import message_of
+from ferroelastic._text import endpoint_text, message_of
 from ferroelastic._wait import wait_for_event
 from ferroelastic.rendezvous._agent_store import AgentStore
-from ferroelastic.rendezvous._native_settings import NativeSettings, endpoint_text
+from ferroelastic.rendezvous._native_settings import NativeSettings
+from ferroelastic.rendezvous._notifying import Interruption, PlacedRendezvousInfo
 from ferroelastic.rendezvous._store_server import LOOPBACK
 from ferroelastic.rendezvous.api import (
     JobFailedError,
@@ -36,15 +37,16 @@ from ferroelastic.rendezvous.api import (
     RendezvousTimeoutError,
 )
 from ferroelastic.rendezvous.utils import _matches_machine_hostname
-from ferroelastic.utils import interruptible, threads
-from ferroelastic.utils.ids import random_uuid
+from ferroelastic.utils import _interruptible, _threads
+from ferroelastic.utils._ids import random_uuid
 from ferroelastic.utils.logging import get_logger
 
 if TYPE_CHECKING:
     from ferroelastic import _rust
+    from ferroelastic.rendezvous._notifying import NotifyingRendezvous
     from ferroelastic.rendezvous.api import RendezvousParameters
 
-__all__ = ["Interruption", "NativeRendezvous", "NativeRendezvousInfo"]
+__all__ = ["NativeRendezvous"]
 
 logger = get_logger(__name__)
 
@@ -52,35 +54,6 @@ _LET_THE_OTHERS_GO_S = 2.0
 _NEXT_HOST_PAUSE_S = 0.25
 _OWN_STORE_ENV = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 _ENDED = ("closed", "released", "spare")
-
-
-class Interruption(NamedTuple):
-    """Why a round is over before its workers are."""
-
-    is_failure: bool
-    """A worker failed; otherwise a node came, went or was lost."""
-    is_final: bool
-    """There will be no other round."""
-    text: str
-    """What happened, and where."""
-    exit_code: int = 1
-    """That of the job, if it ends of this."""
-    stop_within_s: float | None = None
-    """Within so many seconds the workers of this node must be gone, because others will have their ranks then."""
-
-
-class NativeRendezvousInfo(RendezvousInfo):
-    """Outcome of a round, with all that the agents need: nobody has to ask the store for ranks.
-
-    Args:
-        place: the node's place.
-        store: store that the agents share.
-        bootstrap_store_info: where the workers find theirs.
-    """
-
-    def __init__(self, place: _rust.Place, store: AgentStore, bootstrap_store_info: RendezvousStoreInfo) -> None:
-        super().__init__(store, place.group_rank, place.group_world_size, bootstrap_store_info)
-        self.place = place
 
 
 class NativeRendezvous(RendezvousHandler):
@@ -100,13 +73,8 @@ class NativeRendezvous(RendezvousHandler):
     """
 
     renews_store = True
-    """Each round begins with an empty store: the agent need not see to that."""
-
-    tells_news = True
-    """What happens elsewhere is told through :attr:`news_fd` and :meth:`interruption`."""
-
     may_grow = False
-    """So the agent need not ask from time to time."""
+    notifies: Literal[True] = True
 
     def __init__(self, params: RendezvousParameters) -> None:
         self._backend = params.backend
@@ -147,7 +115,7 @@ class NativeRendezvous(RendezvousHandler):
             if self._settings.is_host and self._nodes[1] > 1:
                 # To ask a resolver may take its time.
                 name = "ferro-address"
-                threads.start(threading.Thread(target=self._check_own_address, name=name, daemon=True))
+                _threads.start(threading.Thread(target=self._check_own_address, name=name, daemon=True))
 
     def _check_own_address(self) -> None:
         host = self._settings.host
@@ -169,25 +137,13 @@ class NativeRendezvous(RendezvousHandler):
         return self._backend == "static" or os.environ.get(_OWN_STORE_ENV, "0") != "1"
 
     def introduce(self, role: str, local_world_size: int, max_restarts: int) -> None:
-        """Say what the workers of this node are, so that the rendezvous can assign their ranks.
-
-        Args:
-            role: their role.
-            local_world_size: how many there are.
-            max_restarts: how often they are started again. Nodes that have another number are refused.
-        """
+        """See :meth:`NotifyingRendezvous.introduce`. Nodes with another ``max_restarts`` are refused."""
         self._role = (role, local_world_size)
         self._must_be_equal["--max-restarts"] = str(max_restarts)
         self._is_introduced = True
 
     def begin(self) -> None:
-        """Let the next round be the first one of a new job, if the former job has ended: an agent may run again.
-
-        The node that hosted the former job hosts the next one at the same port.
-
-        Raises:
-            RendezvousConnectionError: the port cannot be listened at any more.
-        """
+        """See :meth:`NotifyingRendezvous.begin`. The node that hosted the former job hosts the next one at the same port."""
         client, server = self._client, self._server
         if self._is_closed or client is None or client.standing().state not in _ENDED:
             return
@@ -297,10 +253,10 @@ class NativeRendezvous(RendezvousHandler):
             master = RendezvousStoreInfo(place.address or self._host, self._port)
         else:
             own_address = self._local_addr or self._get_client().address
-            master = interruptible.call(RendezvousStoreInfo.build, place.group_rank, store, own_address)
+            master = _interruptible.call(RendezvousStoreInfo.build, place.group_rank, store, own_address)
         if not self._is_introduced:
             return RendezvousInfo(store, place.group_rank, place.group_world_size, master)
-        return NativeRendezvousInfo(place, store, master)
+        return PlacedRendezvousInfo(place, store, master)
 
     def _error(self, standing: _rust.Standing) -> Exception:
         if standing.state == "closed":
@@ -324,11 +280,11 @@ class NativeRendezvous(RendezvousHandler):
 
     @property
     def news_fd(self) -> int | None:
-        """Descriptor that is readable while :meth:`interruption` has something to say, once the agent takes part."""
+        """See :attr:`NotifyingRendezvous.news_fd`."""
         return None if self._client is None else self._client.alarm_fd
 
     def interruption(self) -> Interruption | None:
-        """Return why the round is over, or ``None`` while it is not."""
+        """See :meth:`NotifyingRendezvous.interruption`."""
         client = self._client
         if client is None:
             return None
@@ -342,24 +298,15 @@ class NativeRendezvous(RendezvousHandler):
         return None
 
     def report_failure(self, at_ns: int, text: str, *, exit_code: int = 1, is_final: bool) -> None:
-        """Tell all agents that a worker has failed.
-
-        Args:
-            at_ns: when, in nanoseconds since the epoch.
-            text: which one, and how.
-            exit_code: that of the job, if this failure ends it.
-            is_final: this agent has no restart left.
-        """
+        """See :meth:`NotifyingRendezvous.report_failure`."""
         if self._client is not None:
             self._client.fail(at_ns, text, exit_code, is_final)
 
     def verdict(self) -> Interruption | None:
-        """Wait for what becomes of the job after a last failure: it ends, unless a lost node is why the worker failed.
+        """See :meth:`NotifyingRendezvous.verdict`.
 
-        The host says so within a moment, and is gone itself after its silence.
-
-        Returns:
-            Why the round is over; ``None`` if there was none.
+        A final failure ends the job, unless a lost node is its cause. The host decides that within a moment; a host that does not answer
+        counts as lost after its heartbeat timeout.
         """
         client = self._client
         while client is not None:
@@ -370,18 +317,10 @@ class NativeRendezvous(RendezvousHandler):
         return None
 
     def wait_for_others(self, timeout_s: float) -> bool:
-        """Say that the workers of this node have succeeded, and wait until all others have.
+        """See :meth:`NotifyingRendezvous.wait_for_others`.
 
-        The node that hosts the rendezvous waits for as long as they take, unless it is told to end: without it they cannot go on.
-
-        Args:
-            timeout_s: how long another node waits, in seconds.
-
-        Returns:
-            Whether all have, or the job has ended otherwise; ``False`` if the round is over, and this node is to join again.
-
-        Raises:
-            RendezvousTimeoutError: they have not in time.
+        The timeout applies to nodes that do not host the rendezvous. The host stays until all nodes have finished, unless a signal ends it,
+        because they need it.
         """
         client = self._get_client()
         deadline = time.monotonic() + timeout_s
@@ -426,24 +365,14 @@ class NativeRendezvous(RendezvousHandler):
         return self._run_id
 
     def say_farewell(self, reason: str, exit_code: int) -> None:
-        """Tell the others that this node goes, before its workers are stopped: so theirs do not seem to fail.
-
-        Args:
-            reason: why, for the others.
-            exit_code: that of the job, if it ends without this node.
-        """
+        """See :meth:`NotifyingRendezvous.say_farewell`. A node that hosts the rendezvous ends the job."""
         if self._client is not None and os.getpid() == self._owner_pid:
             if self._is_host:
                 self._client.end(f"it hosts the rendezvous, and left: {reason}", exit_code)
             self._client.leave(reason)
 
     def leave(self, reason: str, exit_code: int = 1) -> None:
-        """Go. The others go on without this node, unless it hosts the rendezvous.
-
-        Args:
-            reason: why, for the others.
-            exit_code: that of the job, if it ends without this node.
-        """
+        """See :meth:`NotifyingRendezvous.leave`. A node that hosts the rendezvous ends the job."""
         self._is_closed = True
         client, self._client = self._client, None
         server, self._server = self._server, None
@@ -481,3 +410,8 @@ def _first_line(error: BaseException) -> str:
 def _log_remarks(client: _rust.RendezvousClient) -> None:
     for remark in client.take_remarks():
         logger.warning("%s", remark)
+
+
+if TYPE_CHECKING:
+    # `notifier_of` relies on it.
+    _: type[NotifyingRendezvous] = NativeRendezvous

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING
 
+from ferroelastic._ports import NO_OWNER, port_owner
+from ferroelastic._text import endpoint_text
 from ferroelastic.rendezvous._store_server import LOOPBACK, start_store
 from ferroelastic.rendezvous.api import RendezvousConnectionError
 from ferroelastic.rendezvous.utils import _matches_machine_hostname, parse_rendezvous_endpoint
@@ -14,12 +16,17 @@ if TYPE_CHECKING:
     from ferroelastic import _rust
     from ferroelastic.rendezvous.api import RendezvousParameters
 
-__all__ = ["NativeSettings", "endpoint_text"]
+__all__ = ["DEFAULT_STATIC_TIMEOUT_S", "NativeSettings"]
 
 logger = get_logger(__name__)
 
 _DEFAULT_PORT = 29400
-_DEFAULT_STATIC_TIMEOUT_S = 600
+DEFAULT_STATIC_TIMEOUT_S = 900
+"""Default of the option ``timeout`` in seconds.
+
+torch has two defaults: 900 in its launcher, which torchrun and ``elastic_launch`` use, and 600 for parameters that a program makes by
+hand. Here it is the launcher's for both.
+"""
 _OF_C10D = ("join_timeout", "last_call_timeout", "close_timeout", "read_timeout", "is_host", "store_type")
 _OF_STATIC = ("rank", "timeout")
 _OF_BOTH = ("heartbeat_timeout", "heartbeat", "keep_alive_interval", "keep_alive_max_attempt", "max_membership_changes")
@@ -48,7 +55,7 @@ class NativeSettings:
                 raise ValueError("the static rendezvous has no endpoint; give --master-addr and --master-port")
             if port == -1:
                 raise ValueError(f"the endpoint {params.endpoint!r} has no port; give --master-port")
-            self.join_timeout_s = self.connect_timeout_s = _seconds(params, "timeout", _DEFAULT_STATIC_TIMEOUT_S)
+            self.join_timeout_s = self.connect_timeout_s = _seconds(params, "timeout", DEFAULT_STATIC_TIMEOUT_S)
             # All of them or none.
             self.may_host = self.is_host = self.node_rank == 0
         else:
@@ -99,15 +106,8 @@ class NativeSettings:
             ) from error
 
 
-def endpoint_text(host: str, port: int) -> str:
-    """Return an endpoint as people write it."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
 def _owner_of(port: int) -> str:
-    from ferroelastic._report import port_owner
-
-    owner = port_owner(port) or "this process or one of another user"
+    owner = port_owner(port) or NO_OWNER
     return f"the port is in use by {owner}; choose another one"
 
 

@@ -1,16 +1,14 @@
 """Gives the workers of every round an empty store.
 
-A worker finds its peers through keys it leaves in a store, and a worker of a restart must not find those of the attempt that died.
-With torch's handlers it does:
+A worker finds its peers through keys that it leaves in a store. A worker of a restart must not find the keys of the failed attempt, but with
+torch's handlers it does. There are three remedies:
 
-* ``DynamicRendezvousHandler`` (c10d, etcd-v2) keeps its first store for life. Made to forget it, it starts another one for each round,
-  and publishes the address under the round's own prefix, so that a node which joins late finds it as well.
-* ``StaticTCPRendezvous`` has one store at a port that the user chose, and has to keep it. Rank 0 deletes what the workers left in it
-  when all agents have come, and their workers are gone. Before torch 2.10 a store cannot list its keys; then it is as with others:
-* Other handlers that return the same address as before: rank 0 starts a store and publishes its address through the returned one.
+* ``DynamicRendezvousHandler`` (c10d, etcd-v2) starts a new store in each round once it has forgotten its first one.
+* ``StaticTCPRendezvous`` has to keep its store, whose port the user chose. Rank 0 deletes the workers' keys after all agents have come,
+  because then all former workers have ended. Before torch 2.10 a store cannot list its keys, and the next remedy applies.
+* With other handlers that return the same address as before, rank 0 starts a store and publishes its address through the returned one.
 
-The last two need the nodes to agree. They count rounds in the store itself, not each for itself, because an agent may have been
-replaced by a new one.
+The last two need an agreement of the nodes. The round is counted in the store and not by each node, because an agent may have been replaced.
 """
 
 from __future__ import annotations
@@ -19,6 +17,8 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ferroelastic._compat import family
+from ferroelastic.rendezvous import _torch_handlers
+from ferroelastic.rendezvous._notifying import renews_store
 from ferroelastic.rendezvous._store_server import start_store
 from ferroelastic.rendezvous.api import (
     RendezvousConnectionError,
@@ -27,8 +27,8 @@ from ferroelastic.rendezvous.api import (
     RendezvousTimeoutError,
 )
 from ferroelastic.rendezvous.utils import _matches_machine_hostname
-from ferroelastic.utils import interruptible
-from ferroelastic.utils.hostname import fq_hostname
+from ferroelastic.utils import _interruptible
+from ferroelastic.utils._hostname import fq_hostname
 from ferroelastic.utils.logging import get_logger
 from ferroelastic.utils.store import DistStoreError
 
@@ -65,56 +65,35 @@ class RenewedRendezvousInfo(RendezvousInfo):
 
 
 def next_rendezvous(
-    handler: RendezvousHandler,
-    previous: RendezvousInfo | None,
-    *,
-    local_addr: str | None,
-    has_fixed_port: bool,
+    handler: RendezvousHandler, previous: RendezvousInfo | None, *, local_addr: str | None = None
 ) -> RendezvousInfo:
     """Join the next round with an empty store for the workers.
 
     Args:
         handler: the handler.
-        previous: what the former round returned here; ``None`` in the first.
-        local_addr: address of this node; by default its host name.
-        has_fixed_port: the workers' store has to stay at the port that the handler says (torch's static rendezvous).
+        previous: result of the former call, which also keeps that round's store alive; ``None`` in the first round.
+        local_addr: address of this node, for a store that it may have to host; by default its host name.
 
     Raises:
         RendezvousTimeoutError: not all nodes of the round came within the store's timeout.
-        RendezvousConnectionError: the store was lost meanwhile.
+        RendezvousConnectionError: the connection to the store was lost.
+        RendezvousError: as raised by the handler's ``next_rendezvous()``.
     """
-    if not handler.use_agent_store or getattr(handler, "renews_store", False) is True:
+    if not handler.use_agent_store or renews_store(handler):
         return handler.next_rendezvous()
-    if hasattr(handler, "_bootstrap_store_info") and hasattr(handler, "_shared_tcp_store_server"):
-        return _forget_store(handler)
+    if _torch_handlers.starts_stores(handler):
+        return _torch_handlers.join_with_new_store(handler)
 
     info = handler.next_rendezvous()
     if info.bootstrap_store_info is None:
         return info
+    has_fixed_port = _torch_handlers.has_fixed_port(handler)
     if has_fixed_port:
-        store = _listing_store(info.store)
+        store = _torch_handlers.listing_store(info.store)
         if store is not None:
             _empty_store(store, handler.get_run_id(), info)
             return info
     return _move_store(info, previous, local_addr=local_addr, has_fixed_port=has_fixed_port)
-
-
-def _forget_store(handler: Any) -> RendezvousInfo:
-    """Join with a handler that starts a store where it remembers none."""
-    # Kept until the round is complete: workers on other nodes use it until their agents have stopped them.
-    former = handler._shared_tcp_store_server  # noqa: SLF001 - torch has no public way
-    handler._bootstrap_store_info = None  # noqa: SLF001 - as above
-    handler._shared_tcp_store_server = None  # noqa: SLF001 - as above
-    info: RendezvousInfo = handler.next_rendezvous()
-    del former
-    return info
-
-
-def _listing_store(store: Any) -> Any:
-    """Return the store below all prefixes, or ``None`` if it cannot list its keys."""
-    while hasattr(store, "underlying_store"):
-        store = store.underlying_store
-    return store if hasattr(store, "list_keys") else None
 
 
 def _empty_store(store: Any, run_id: str, info: RendezvousInfo) -> None:
@@ -152,7 +131,7 @@ def _move_store(
 ) -> RendezvousInfo:
     """Let rank 0 start a store if any node was given the address of the former round."""
     given = _address(info)
-    is_stale = previous is not None and given == getattr(previous, "handler_address", _address(previous))
+    is_stale = previous is not None and given == _handler_address(previous)
     servers: list[_rust.StoreServer] = []
 
     def start() -> str:
@@ -176,6 +155,11 @@ def _move_store(
     if not answer or (host, int(port)) == given:
         return info
     return RenewedRendezvousInfo(info, RendezvousStoreInfo(host, int(port)), servers[0] if servers else None)
+
+
+def _handler_address(info: RendezvousInfo) -> tuple[str, int]:
+    """Return the address that the handler gave, also where the workers got another one."""
+    return info.handler_address if isinstance(info, RenewedRendezvousInfo) else _address(info)
 
 
 def _address(info: RendezvousInfo) -> tuple[str, int]:
@@ -238,13 +222,13 @@ def _settle(info: RendezvousInfo, arrival: _Arrival, prepare: Callable[[], str])
     done = f"{_KEYS}/{arrival.round}/done"
     try:
         if info.rank == 0:
-            interruptible.call(store.wait, [_complete_key(arrival.round)])
+            _interruptible.call(store.wait, [_complete_key(arrival.round)])
             answer = prepare()
             # First the number: whoever gets the answer may come back for the next round at once.
             store.add(_ROUND, 1)
             store.set(done, answer)
             return answer
-        interruptible.call(store.wait, [done])
+        _interruptible.call(store.wait, [done])
         return store.get(done).decode()
     except RuntimeError as error:
         if not isinstance(error, family(DistStoreError)):

@@ -1,7 +1,7 @@
 """Mirror of ``torch.distributed.elastic.rendezvous.api``.
 
-Intended differences: the host name is looked up once per process, and a handler can say that its store is clean in every round
-(:attr:`RendezvousHandler.renews_store`).
+Intended differences: the host name is looked up once per process, and a handler can declare that its store is empty in every round
+(:attr:`RendezvousHandler.renews_store`) and that the agent need not poll it (:attr:`RendezvousHandler.may_grow`).
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from ferroelastic._checks import check_number
 from ferroelastic._compat import TorchCompatible, TorchVirtual
+from ferroelastic.utils._hostname import fq_hostname
 from ferroelastic.utils.distributed import get_free_port
-from ferroelastic.utils.hostname import fq_hostname
 
 if TYPE_CHECKING:
     from ferroelastic.utils._store_types import Store
@@ -157,8 +157,13 @@ class RendezvousHandler(TorchVirtual, ABC):
 
     @property
     def renews_store(self) -> bool:
-        """Whether the workers' store is empty at the start of every round. If not, the agent sees to it. Not in torch."""
+        """Whether the workers' store is empty at the start of every round. If not, the agent empties it. Not in torch."""
         return False
+
+    @property
+    def may_grow(self) -> bool:
+        """Whether nodes can join later without notification, so that the agent has to poll :meth:`num_nodes_waiting`. Not in torch."""
+        return True
 
     @abstractmethod
     def next_rendezvous(self) -> RendezvousInfo:
@@ -285,6 +290,11 @@ class RendezvousHandlerRegistry:
 
     def __init__(self) -> None:
         self._registry: dict[str, RendezvousHandlerCreator] = {}
+
+    @property
+    def backends(self) -> set[str]:
+        """Names of the registered backends. Not in torch."""
+        return set(self._registry)
 
     def register(self, backend: str, creator: RendezvousHandlerCreator) -> None:
         """Add a backend.

@@ -14,15 +14,15 @@ __all__ = ["RendezvousHandler", "RendezvousParameters", "get_rendezvous_handler"
 
 
 def _create_torch_handler(params: RendezvousParameters) -> RendezvousHandler:
-    # torch is imported here, and only when one of its handlers is wanted.
-    from ferroelastic import _torch
+    # Imports torch, so only when one of its handlers is needed.
+    from ferroelastic.rendezvous import _torch_handlers
 
-    return _torch.create_rendezvous_handler(params)
+    return _torch_handlers.create_handler(params)
 
 
 def _create_native_handler(params: RendezvousParameters) -> RendezvousHandler:
     if params.backend == "c10d" and params.get("store_type", "tcp") != "tcp":
-        return _create_torch_handler(params)  # a file, for which it takes torch's rendezvous
+        return _create_torch_handler(params)  # a file: only torch's rendezvous supports it
     from ferroelastic.rendezvous._native import NativeRendezvous
 
     return NativeRendezvous(params)
@@ -43,9 +43,9 @@ def get_rendezvous_handler(params: RendezvousParameters) -> RendezvousHandler:
 
     Raises:
         ValueError: neither this package nor torch knows the backend, or a parameter is wrong.
-        ModuleNotFoundError: it takes torch, which is not installed.
+        ModuleNotFoundError: the backend needs torch, which is not installed.
         RendezvousConnectionError: the backend cannot be reached.
     """
-    if params.backend in handler_registry._registry:  # noqa: SLF001 - of this package
+    if params.backend in handler_registry.backends:
         return handler_registry.create_handler(params)
     return _create_torch_handler(params)

@@ -88,11 +88,11 @@ def _matches_machine_hostname(host: str) -> bool:
 
 def _resolve(host: str) -> list[tuple[str, str]]:
     """Return the canonical name (or ``""``) and the address of each record of ``host``; none if it does not resolve."""
-    from ferroelastic.utils import interruptible
+    from ferroelastic.utils import _interruptible
 
     try:
         # A name server may take minutes not to answer: a signal is not to wait for that.
-        records = interruptible.call(
+        records = _interruptible.call(
             socket.getaddrinfo, host, None, proto=socket.IPPROTO_TCP, flags=socket.AI_CANONNAME
         )
     except (OSError, ValueError):

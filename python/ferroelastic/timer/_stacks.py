@@ -10,7 +10,7 @@ from contextlib import suppress
 __all__ = ["STACKS_SIGNAL", "arm_stack_dump"]
 
 STACKS_SIGNAL = signal.SIGRTMIN + 13
-"""The signal on which a worker dumps its stacks. The engine has the same number."""
+"""Signal on which a worker dumps its stacks. The engine has the same number."""
 
 _NOBODY = 0
 _armed_by = _NOBODY

@@ -17,7 +17,7 @@ import time
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from ferroelastic._compat import TorchCompatible, TorchVirtual
-from ferroelastic.utils import threads
+from ferroelastic.utils import _threads
 from ferroelastic.utils.logging import get_logger
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ class TimerServer(TorchVirtual, abc.ABC):
         """Start to serve, in a thread."""
         logger.info("Starting %s... max_interval=%s, daemon=%s", type(self).__name__, self._max_interval, self._daemon)
         self._watchdog_thread = threading.Thread(target=self._watchdog_loop, name="ferro-timer", daemon=self._daemon)
-        threads.start(self._watchdog_thread)
+        _threads.start(self._watchdog_thread)
 
     def stop(self) -> None:
         """Stop to serve. Waits for the thread for ``max_interval`` seconds at most."""

@@ -26,9 +26,10 @@ from signal import SIGKILL
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ferroelastic.timer._pipe import Pipe
+from ferroelastic.timer._wire import VERSION, encode, encode_heartbeat, join
 from ferroelastic.timer.api import TimerClient, TimerRequest
 from ferroelastic.timer.debug_info_logging import log_debug_info_for_expired_timers
-from ferroelastic.utils import threads
+from ferroelastic.utils import _threads
 from ferroelastic.utils.logging import get_logger
 
 if TYPE_CHECKING:
@@ -43,7 +44,6 @@ U = TypeVar("U")
 
 logger = get_logger(__name__)
 
-_VERSION = 1
 _RELEASE = -1
 _JOIN_TIMEOUT_S = 5.0
 
@@ -60,7 +60,7 @@ class FileTimerRequest(TimerRequest):
 
     def __init__(self, worker_pid: int, scope_id: str, expiration_time: float, signal: int = 0) -> None:
         super().__init__(worker_id=worker_pid, scope_id=scope_id, expiration_time=expiration_time)
-        self.version = _VERSION
+        self.version = VERSION
         self.signal = signal
 
     @property
@@ -78,22 +78,14 @@ class FileTimerRequest(TimerRequest):
 
     def to_json(self) -> str:
         """Return the request in the wire format, without the line's end."""
-        return json.dumps(
-            {
-                "version": self.version,
-                "pid": self.worker_pid,
-                "scope_id": self.scope_id,
-                "expiration_time": self.expiration_time,
-                "signal": self.signal,
-            }
-        )
+        return encode(self.version, self.worker_pid, self.scope_id, self.expiration_time, self.signal)
 
 
 class FileTimerClient(TimerClient):
     """Asks the server of this host through its named pipe. Mirrors ``torch.distributed.elastic.timer.FileTimerClient``.
 
     A client in a worker also lets the agent see the worker's Python stacks when a timer expires: it arms a dump by ``faulthandler``
-    on the signal ``SIGRTMIN + 13``, if that has no use yet, to a file beside the worker's error file.
+    on a real-time signal (``STACKS_SIGNAL``), unless the program uses that signal, to a file beside the worker's error file.
 
     Args:
         file_path: path of the pipe; the agent tells it in ``TORCHELASTIC_TIMER_FILE``.
@@ -125,14 +117,29 @@ class FileTimerClient(TimerClient):
         """Requests, all told, that could not be sent when they were made."""
         return self._pipe.delayed
 
+    @property
+    def path(self) -> str:
+        """Path of the pipe (not in torch)."""
+        return self._file_path
+
     def _send_request(self, request: FileTimerRequest) -> None:
-        self._send(request, request.to_json())
+        self._pipe.send(request.worker_pid, request.scope_id, request.to_json())
 
-    def _send(self, request: FileTimerRequest, text: str) -> None:
-        self._pipe.send(request.worker_pid, request.scope_id, text)
+    def start_heartbeat(self, scope_id: str, expiration_time: float, slot: int, timeout_s: float) -> bool:
+        """Start a timer that beats in a slot postpone; for :func:`ferroelastic.timer.heartbeat`. Not in torch.
 
-    def _withdraw(self, request: FileTimerRequest) -> bool:
-        return self._pipe.withdraw(request.worker_pid, request.scope_id)
+        Args:
+            scope_id: scope of the timer.
+            expiration_time: deadline of the first beat, in seconds since the epoch.
+            slot: index of the slot.
+            timeout_s: longest time between two beats, in seconds.
+
+        Returns:
+            Whether the request was sent; otherwise it is dropped.
+        """
+        request = FileTimerRequest(getpid(), scope_id, expiration_time, self.signal)
+        self._pipe.send(request.worker_pid, scope_id, encode_heartbeat(request.to_json(), slot, timeout_s))
+        return not self._pipe.withdraw(request.worker_pid, scope_id)
 
     def acquire(self, scope_id: str, expiration_time: float) -> None:
         """Start the timer of a scope; see :meth:`TimerClient.acquire`.
@@ -142,12 +149,10 @@ class FileTimerClient(TimerClient):
             RuntimeError: the scope is too long.
         """
         pid = getpid()
-        # What `json.dumps` writes, in a fraction of the time. It has words of its own for numbers that are not finite.
+        # The same text as from `json.dumps`, in a fraction of the time. JSON spells numbers that are not finite differently.
         if type(expiration_time) is float and expiration_time - expiration_time == 0.0 and type(scope_id) is str:
-            request = (
-                f'{{"version": 1, "pid": {pid}, "scope_id": {encode_basestring_ascii(scope_id)}, '
-                f'"expiration_time": {expiration_time!r}, "signal": {self._signal_as_json}}}'
-            )
+            scope = encode_basestring_ascii(scope_id)
+            request = join(VERSION, pid, scope, repr(expiration_time), self._signal_as_json)
         else:
             request = FileTimerRequest(pid, scope_id, expiration_time, self.signal).to_json()
         self._pipe.send(pid, scope_id, request)
@@ -161,10 +166,7 @@ class FileTimerClient(TimerClient):
         """
         pid = getpid()
         if type(scope_id) is str:
-            request = (
-                f'{{"version": 1, "pid": {pid}, "scope_id": {encode_basestring_ascii(scope_id)}, '
-                '"expiration_time": -1, "signal": 0}'
-            )
+            request = join(VERSION, pid, encode_basestring_ascii(scope_id), _RELEASE, 0)
         else:
             request = FileTimerRequest(pid, scope_id, _RELEASE, 0).to_json()
         self._pipe.send(pid, scope_id, request)
@@ -272,7 +274,7 @@ class FileTimerServer:
             return
         logger.info("Starting %s... daemon=%s, file_path=%s", type(self).__name__, self._daemon, self._file_path)
         self._watchdog_thread = threading.Thread(target=self._watchdog_loop, name="ferro-timer", daemon=self._daemon)
-        threads.start(self._watchdog_thread)
+        _threads.start(self._watchdog_thread)
         # The thread must be gone before the interpreter is; the engine's own hook runs after this one, which is registered later.
         atexit.register(self._close)
         self._log_event("watchdog started", None)
@@ -374,22 +376,18 @@ class FileTimerServer:
         return True
 
     def _report_broken(self) -> None:
-        """Warn of what was received and not understood since the last time."""
+        """Warn of requests that were dropped since the last warning: broken ones, as in /metrics, and refused ones."""
         counts = self._counts
-        total = counts.broken + counts.oversized + counts.unknown_version + counts.refused
-        if total > self._reported:
+        broken = counts.broken + counts.oversized + counts.unknown_version
+        dropped = broken + counts.refused
+        if dropped > self._reported:
             logger.warning(
-                "%d requests of timers at %s were dropped: %d not understood, %d too long, %d of an unknown version, %d refused"
-                " (all told); the newest: %s",
-                total - self._reported,
-                self._file_path,
-                counts.broken,
-                counts.oversized,
-                counts.unknown_version,
-                counts.refused,
-                counts.last_broken,
+                "%d requests of timers at %s were dropped. In total %d were broken (%d malformed, %d too long, %d of an unknown"
+                " version) and %d were refused; the newest: %s",
+                *(dropped - self._reported, self._file_path, broken, counts.broken, counts.oversized),
+                *(counts.unknown_version, counts.refused, counts.last_broken),
             )
-            self._reported = total
+            self._reported = dropped
 
     def _get_scopes(self, timer_requests: list[FileTimerRequest]) -> list[str]:
         return [request.scope_id for request in timer_requests]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
 from typing import TYPE_CHECKING
 
 from ferroelastic.timer._pipe import BEATS_SUFFIX
-from ferroelastic.timer.file_based_local_timer import FileTimerClient, FileTimerRequest
+from ferroelastic.timer._wire import NEVER_S
+from ferroelastic.timer.file_based_local_timer import FileTimerClient
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,7 +22,6 @@ __all__ = ["Heartbeat", "heartbeat"]
 
 _TIMER_FILE_ENV = "TORCHELASTIC_TIMER_FILE"
 _ENABLE_ENV = "TORCHELASTIC_ENABLE_FILE_TIMER"
-_LONGEST_S = 1e9  # 30 years, what the server takes for never
 
 
 class Heartbeat:
@@ -91,7 +90,7 @@ def heartbeat(scope: str, timeout_s: float, *, client: FileTimerClient | None = 
         client = FileTimerClient(path)
     slot = _claim(client, scope)
     try:
-        _arm(slot, client, scope, min(float(timeout_s), _LONGEST_S))
+        _arm(slot, client, scope, min(float(timeout_s), NEVER_S))
     except BaseException:
         slot.close()
         raise
@@ -101,7 +100,7 @@ def heartbeat(scope: str, timeout_s: float, *, client: FileTimerClient | None = 
 def _claim(client: FileTimerClient, scope: str) -> BeatSlot:
     from ferroelastic._rust import BeatSlot
 
-    path = client._file_path  # noqa: SLF001 - torch's name
+    path = client.path
     try:
         return BeatSlot(path + BEATS_SUFFIX)
     except FileNotFoundError:
@@ -114,9 +113,6 @@ def _claim(client: FileTimerClient, scope: str) -> BeatSlot:
 
 def _arm(slot: BeatSlot, client: FileTimerClient, scope: str, timeout_s: float) -> None:
     slot.beat()
-    request = FileTimerRequest(os.getpid(), scope, time.time() + timeout_s, client.signal)
-    fields = {**json.loads(request.to_json()), "heartbeat": {"slot": slot.index, "timeout_s": timeout_s}}
-    client._send(request, json.dumps(fields))  # noqa: SLF001 - of this package
-    if client._withdraw(request):  # noqa: SLF001 - as above
-        # Nobody might send anything after it, and the hang would go unseen.
+    if not client.start_heartbeat(scope, time.time() + timeout_s, slot.index, timeout_s):
+        # An unsent request waits for the next one, which a process that hangs never sends.
         raise RuntimeError(f"heartbeat {scope!r} could not be started: the watchdog does not read its pipe")

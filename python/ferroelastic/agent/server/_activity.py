@@ -6,6 +6,7 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
+from ferroelastic._exit_codes import exit_code
 from ferroelastic.agent.server.health_check_server import HealthCheckServer
 
 if TYPE_CHECKING:
@@ -172,7 +173,6 @@ def exit_code_of(result: RunResult) -> int:
     """Return the exit code of a job that ends of this: that of the worker that failed first, 128+n for signal n."""
     if not result.failures:
         return 1
-    from ferroelastic._report import exit_code
     from ferroelastic.multiprocessing.errors._failures import failed_at_ns
 
     return exit_code(min(result.failures.values(), key=failed_at_ns).exitcode)

@@ -1,4 +1,4 @@
-"""The watchdog of an agent's workers, and what it has to say about a worker that it has ended."""
+"""The watchdog of an agent's workers, and its part of the failure report of a worker that it has ended."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import math
 import os
 import re
 import signal
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from ferroelastic._compat import newer
 from ferroelastic.multiprocessing.errors._failures import NOT_AVAILABLE
 from ferroelastic.utils.logging import get_logger
 
@@ -17,9 +18,19 @@ if TYPE_CHECKING:
     from ferroelastic._rust import Expiry
     from ferroelastic.agent.server._workers import Worker
     from ferroelastic.multiprocessing import PContext, ProcessFailure
-    from ferroelastic.timer import FileTimerServer
 
-__all__ = ["EVIDENCE_S_ENV", "PipeError", "describe", "explain", "renew", "start_server", "workers_with_folders"]
+__all__ = [
+    "EVIDENCE_S_ENV",
+    "PipeError",
+    "WorkerWatchdog",
+    "as_worker_watchdog",
+    "describe",
+    "explain",
+    "make_up_timer_file",
+    "renew",
+    "start_server",
+    "workers_with_folders",
+]
 
 logger = get_logger(__name__)
 
@@ -44,6 +55,35 @@ class PipeError(OSError):
     def __str__(self) -> str:
         """Return the text alone."""
         return str(self.strerror)
+
+
+@runtime_checkable
+class WorkerWatchdog(Protocol):
+    """A timer server with the capabilities of :class:`ferroelastic.timer.FileTimerServer` that torch's server lacks."""
+
+    def start(self) -> None:
+        """Serve the pipe; make it again if it was removed."""
+
+    def stop(self) -> None:
+        """Stop serving and remove the pipe."""
+
+    def set_workers(self, workers: Iterable[tuple[int, str, str]], /) -> None:
+        """Set the workers to inspect when a timer expires: process id, name and log folder of each."""
+
+    def expiry(self, pid: int, /) -> Expiry | None:
+        """Return the last timer whose expiry ended a process."""
+
+
+def as_worker_watchdog(server: object) -> WorkerWatchdog | None:
+    """Return ``server`` if it has our capabilities; ``None`` for torch's server, a subclass's own one, or no server."""
+    return server if isinstance(server, WorkerWatchdog) else None
+
+
+def make_up_timer_file() -> str:
+    """Return a path for the watchdog's pipe that no other process uses."""
+    import tempfile
+
+    return os.path.join(tempfile.gettempdir(), f"watchdog_timer_{os.urandom(16).hex()}")
 
 
 def start_server(path: str, run_id: str, log_event: Callable[[str, Any], None]) -> Any:
@@ -79,13 +119,16 @@ def start_server(path: str, run_id: str, log_event: Callable[[str, Any], None]) 
     return server
 
 
-def renew(server: FileTimerServer, path: str, other_path: str, log_event: Callable[[str, Any], None]) -> Any:
-    """See to it that the workers of a restart have a pipe. A restart is not abandoned for want of one.
+def renew(
+    server: WorkerWatchdog, path: str, other_path: str, run_id: str, log_event: Callable[[str, Any], None]
+) -> WorkerWatchdog:
+    """Make sure that the workers of a restart have a pipe. A missing pipe is logged and does not stop the restart.
 
     Args:
-        server: the server of the attempts before.
-        path: path of its pipe, which is made anew if it was removed.
-        other_path: path of a pipe to be made if another file, which is not the agent's to remove, has taken the place of the first.
+        server: the server of the previous attempts.
+        path: path of its pipe, which is made again if it was removed.
+        other_path: path of a second pipe, for the case that another file is at ``path``. The agent does not remove that file.
+        run_id: id of the run.
         log_event: see :class:`ferroelastic.timer.FileTimerServer`.
 
     Returns:
@@ -98,7 +141,7 @@ def renew(server: FileTimerServer, path: str, other_path: str, log_event: Callab
     else:
         return server
     try:
-        another = start_server(other_path, server._run_id, log_event)  # noqa: SLF001 - torch's name
+        another: WorkerWatchdog = start_server(other_path, run_id, log_event)
     except OSError as error:
         logger.error(  # noqa: TRY400 - the text says all
             "%s, and %s: workers that set timers fail; remove what is at %s",
@@ -134,7 +177,7 @@ def workers_with_folders(context: PContext, workers: Iterable[Worker]) -> list[t
         context: the workers' processes.
         workers: the workers.
     """
-    error_files = getattr(context, "error_files", {})
+    error_files = newer(context, "error_files", {})
     pids = context.pids()
     found = []
     for worker in workers:

@@ -22,16 +22,21 @@ import socket
 import sys
 import time
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import ferroelastic.utils.store as store_util
 from ferroelastic import _signals
 from ferroelastic._checks import check_number
-from ferroelastic._compat import TorchVirtual, family
+from ferroelastic._compat import family
+from ferroelastic._exit_codes import exit_code as _exit_code
 from ferroelastic._signals import SignalException
 from ferroelastic._text import format_traceback
 from ferroelastic.agent.server._activity import Activity, cause_of, exit_code_of, failed_first_at_ns
-from ferroelastic.agent.server._ranks import agree_on_ranks
+from ferroelastic.agent.server._elastic_agent import DEFAULT_ROLE, ElasticAgent
+from ferroelastic.agent.server._events import status_event
+from ferroelastic.agent.server._exit_barrier import wait_in_store
+from ferroelastic.agent.server._ranks import assign_ranks
 from ferroelastic.agent.server._shutdown import shut_down
 from ferroelastic.agent.server._workers import (
     RunResult,
@@ -39,7 +44,7 @@ from ferroelastic.agent.server._workers import (
     WorkerGroup,
     WorkerSpec,
     WorkerState,
-    _RoleInstanceInfo,
+    _RoleInstanceInfo,  # noqa: F401 - a name of torch's module
 )
 from ferroelastic.events import Event, EventSource, record
 from ferroelastic.events._record import has_listener
@@ -47,17 +52,17 @@ from ferroelastic.metrics import prof, put_metric
 from ferroelastic.multiprocessing.errors import ProcessFailure
 from ferroelastic.numa.binding import NumaOptions
 from ferroelastic.rendezvous import JobFailedError, RendezvousGracefulExitError
-from ferroelastic.rendezvous._worker_store import RenewedRendezvousInfo
-from ferroelastic.utils import interruptible
-from ferroelastic.utils.hostname import begin_look_up
-from ferroelastic.utils.hostname import hostname_for_report as _get_fq_hostname
+from ferroelastic.rendezvous._notifying import PlacedRendezvousInfo, notifier_of
+from ferroelastic.rendezvous._worker_store import RenewedRendezvousInfo, next_rendezvous
+from ferroelastic.utils._hostname import begin_look_up
+from ferroelastic.utils._hostname import hostname_for_report as _get_fq_hostname
 from ferroelastic.utils.logging import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from ferroelastic.rendezvous import RendezvousInfo
-    from ferroelastic.rendezvous._native import Interruption
+    from ferroelastic.rendezvous._notifying import Interruption, NotifyingRendezvous
     from ferroelastic.utils._store_types import Store
 
 __all__ = [
@@ -72,34 +77,10 @@ __all__ = [
     "WorkerState",
 ]
 
-DEFAULT_ROLE = "default"
-_SIGNALS_ENV = "TORCHELASTIC_SIGNALS_TO_HANDLE"
+
 _TERMINAL_STATE_SYNC_ID = "torchelastic/agent/terminal_state"
 
 logger = get_logger(__name__)
-
-
-class ElasticAgent(TorchVirtual, abc.ABC):
-    """Starts and supervises workers. Mirrors ``torch.distributed.elastic.agent.server.ElasticAgent``."""
-
-    @abc.abstractmethod
-    def run(self, role: str = DEFAULT_ROLE) -> RunResult:
-        """Run the workers until they end, starting them again when they fail.
-
-        Args:
-            role: role of the workers.
-
-        Returns:
-            How the workers of this node ended.
-
-        Raises:
-            SignalException: this process got a signal that ends it; the workers are gone.
-            RendezvousError: the nodes could not come together.
-        """
-
-    @abc.abstractmethod
-    def get_worker_group(self, role: str = DEFAULT_ROLE) -> WorkerGroup:
-        """Return the workers of a role. It may change while the agent runs."""
 
 
 class SimpleElasticAgent(ElasticAgent):
@@ -184,10 +165,9 @@ class SimpleElasticAgent(ElasticAgent):
         master_addr = (not moved and spec.master_addr) or master.master_addr
         master_port = (not moved and spec.master_port) or master.master_port
         self._store = info.store
-        place = getattr(info, "place", None)
-        if place is not None:
+        if isinstance(info, PlacedRendezvousInfo):
             # Counted for all nodes together: the number of the restart is the same everywhere.
-            self._remaining_restarts = max(0, spec.max_restarts - place.failures)
+            self._remaining_restarts = max(0, spec.max_restarts - info.place.failures)
 
         with self.record_duration("ASSIGN_WORKER_RANKS"):
             workers = self._assign_worker_ranks(info.store, info.rank, info.world_size, spec)
@@ -217,19 +197,16 @@ class SimpleElasticAgent(ElasticAgent):
             spec.event_log_handler,
         )
 
-    def _teller(self) -> Any:
-        """Return the rendezvous handler if it tells by itself what happens on other nodes; torch's are asked."""
-        handler = self._worker_group.spec.rdzv_handler
-        return handler if getattr(handler, "tells_news", False) is True else None
+    def _notifier(self) -> NotifyingRendezvous | None:
+        """Return the rendezvous handler if it reports events of other nodes; handlers with torch's interface are polled."""
+        return notifier_of(self._worker_group.spec.rdzv_handler)
 
     def _next_rendezvous(self, spec: WorkerSpec) -> RendezvousInfo:
-        teller = self._teller()
-        if teller is not None:
-            teller.introduce(spec.role, spec.local_world_size, spec.max_restarts)
+        notifier = self._notifier()
+        if notifier is not None:
+            notifier.introduce(spec.role, spec.local_world_size, spec.max_restarts)
         if "torch.distributed" in sys.modules:
-            from ferroelastic import _torch
-
-            self._rdzv_info = _torch.next_rendezvous(spec.rdzv_handler, self._rdzv_info, local_addr=spec.local_addr)
+            self._rdzv_info = next_rendezvous(spec.rdzv_handler, self._rdzv_info, local_addr=spec.local_addr)
         else:
             self._rdzv_info = spec.rdzv_handler.next_rendezvous()
         return self._rdzv_info
@@ -238,32 +215,10 @@ class SimpleElasticAgent(ElasticAgent):
     def _assign_worker_ranks(
         self, store: Any, group_rank: int, group_world_size: int, spec: WorkerSpec
     ) -> list[Worker]:
-        """Find out the ranks of the workers of this node.
-
-        The rendezvous may have said it. Otherwise the agents agree on it in the store. With ``TORCH_ELASTIC_WORKER_IDENTICAL=1`` all agents
-        are alike, and the ranks follow without the store.
-        """
-        size = spec.local_world_size
-        place = getattr(self._rdzv_info, "place", None)
-        if place is not None:
-            first_rank, world_size = place.first_rank, place.world_size
-            first_role_rank, role_world_size = place.first_role_rank, place.role_world_size
-        elif os.environ.get("TORCH_ELASTIC_WORKER_IDENTICAL", "0") == "1":
-            world_size = role_world_size = group_world_size * size
-            first_rank = first_role_rank = group_rank * size
-        else:
-            own = _RoleInstanceInfo(spec.role, group_rank, size)
-            first_rank, world_size, first_role_rank, role_world_size = agree_on_ranks(store, own, group_world_size)
-        return [
-            Worker(
-                local_rank=local_rank,
-                global_rank=first_rank + local_rank,
-                role_rank=first_role_rank + local_rank,
-                world_size=world_size,
-                role_world_size=role_world_size,
-            )
-            for local_rank in range(size)
-        ]
+        """Return the workers of this node with their ranks. See :func:`assign_ranks`."""
+        info = self._rdzv_info
+        place = info.place if isinstance(info, PlacedRendezvousInfo) else None
+        return assign_ranks(store, group_rank, group_world_size, spec, place)
 
     @prof
     def _initialize_workers(self, worker_group: WorkerGroup) -> None:
@@ -302,7 +257,7 @@ class SimpleElasticAgent(ElasticAgent):
     def run(self, role: str = DEFAULT_ROLE) -> RunResult:
         """Run the workers until they end. See :meth:`ElasticAgent.run`."""
         begin_look_up()
-        with _signals.Handling(os.environ.get(_SIGNALS_ENV, _signals.DEFAULT_SIGNALS)):
+        with _signals.Handling(os.environ.get(_signals.SIGNALS_ENV, _signals.DEFAULT_SIGNALS)):
             try:
                 return self._run(role)
             finally:
@@ -327,12 +282,10 @@ class SimpleElasticAgent(ElasticAgent):
         except family(SignalException) as error:
             _signals.conclude()
             signalled, death_sig = error, error.sigval
-            # First the signals: a log handler may wait for whoever reads it.
-            teller = self._teller()
-            if teller is not None:
-                from ferroelastic._report import exit_code
-
-                teller.say_farewell(f"its agent was ended by {error.sigval.name}", exit_code(-error.sigval))
+            # Before the log message: a log handler may block on its reader.
+            notifier = self._notifier()
+            if notifier is not None:
+                notifier.say_farewell(f"its agent was ended by {error.sigval.name}", _exit_code(-error.sigval))
             self._begin_stop(error.sigval)
             logger.warning("Received %s death signal, shutting down workers", death_sig)
         finally:
@@ -359,9 +312,9 @@ class SimpleElasticAgent(ElasticAgent):
             self.job_exit_code = None
             self._has_left_exit_barrier = False
         self._has_run = True
-        teller = self._teller()
-        if teller is not None:
-            teller.begin()
+        notifier = self._notifier()
+        if notifier is not None:
+            notifier.begin()
 
     def get_event_failed(self) -> Event:
         """Return the event that tells of the exception being handled."""
@@ -418,37 +371,19 @@ class SimpleElasticAgent(ElasticAgent):
         exit_code: int | None = None,
         worker_pid: int | None = None,
     ) -> Event:
-        group = self._worker_group
-        spec = group.spec
-        details: dict[str, Any] = {
-            "group_world_size": group.group_world_size,
-            "entry_point": spec.get_entrypoint_name(),
-        }
-        if worker:
-            # Lists of one, as readers of torch's events know them.
-            details["local_rank"] = (worker.local_rank,)
-            details["role_rank"] = (worker.role_rank,)
-            details["role_world_size"] = (worker.role_world_size,)
-            details["exit_code"] = (exit_code,)
-            details["worker_pid"] = (worker_pid,)
-        return Event(
-            name=f"torchelastic.worker.status.{state}",
-            source=source,
-            metadata={
-                "run_id": spec.rdzv_handler.get_run_id(),
-                "global_rank": worker.global_rank if worker else None,
-                "group_rank": group.group_rank,
-                "worker_id": str(worker.id) if worker else None,
-                "role": spec.role,
-                "hostname": _hostname_for(spec.event_log_handler),
-                "state": state,
-                "total_run_time": self._total_execution_time,
-                "rdzv_backend": spec.rdzv_handler.get_backend(),
-                "raw_error": raw_error,
-                "metadata": json.dumps(details),
-                "agent_restarts": spec.max_restarts - self._remaining_restarts,
-                "duration_ms": duration_ms,
-            },
+        spec = self._worker_group.spec
+        return status_event(
+            self._worker_group,
+            state,
+            source,
+            worker,
+            exit_code=exit_code,
+            worker_pid=worker_pid,
+            hostname=_hostname_for(spec.event_log_handler),
+            total_run_time=self._total_execution_time,
+            remaining_restarts=self._remaining_restarts,
+            raw_error=raw_error,
+            duration_ms=duration_ms,
         )
 
     def _record_metrics(self, group_results: RunResult) -> None:
@@ -503,33 +438,33 @@ class SimpleElasticAgent(ElasticAgent):
                 interruption = self._interruption()
                 if interruption is None:
                     return result
-                self._obey(interruption)
+                self._restart_because_of(interruption)
             elif state in (WorkerState.UNHEALTHY, WorkerState.FAILED):
                 if not self._restart_failed_workers(result):
                     return result
             elif state == WorkerState.HEALTHY:
-                self._follow_the_others()
+                self._check_other_nodes()
             else:
                 raise RuntimeError(f"[{role}] Worker group in {state.name} state")
 
     def _restart_failed_workers(self, result: RunResult) -> bool:
-        """Start the workers again of which some have failed; if no restart is left, stop them and return ``False``."""
+        """Restart the workers after a failure; if no restart is left, stop them and return ``False``."""
         group = self._worker_group
         spec = group.spec
         interruption = self._interruption()
         if interruption is not None and not interruption.is_failure:
             # They fail because of a node that is gone.
-            self._obey(interruption)
+            self._restart_because_of(interruption)
             return True
         self._report_failure(result)
         if self._remaining_restarts <= 0:
             self._activity.busy("stopping")
             self._stop_workers(group)
             _signals.conclude()  # the outcome stands: no signal changes it
-            teller = self._teller()
-            interruption = None if teller is None else teller.verdict()
+            notifier = self._notifier()
+            interruption = None if notifier is None else notifier.verdict()
             if interruption is not None and not interruption.is_failure:
-                self._obey(interruption)
+                self._restart_because_of(interruption)
                 return True
             # Workers of another node may have failed before.
             self.job_exit_code = None if interruption is None else interruption.exit_code
@@ -547,14 +482,14 @@ class SimpleElasticAgent(ElasticAgent):
         self._restart_workers(group)
         return True
 
-    def _follow_the_others(self) -> None:
-        """Start the workers, which run, again if something has happened on other nodes. It does not use up a restart of this one."""
+    def _check_other_nodes(self) -> None:
+        """Restart the running workers if another node reports an event. This uses up no restart."""
         group = self._worker_group
         spec = group.spec
-        if self._teller() is not None:
+        if self._notifier() is not None:
             interruption = self._interruption()
             if interruption is not None:
-                self._obey(interruption)
+                self._restart_because_of(interruption)
             return
         waiting = spec.rdzv_handler.num_nodes_waiting()
         if waiting > 0:
@@ -568,16 +503,15 @@ class SimpleElasticAgent(ElasticAgent):
             self._restart_workers(group)
 
     def _interruption(self) -> Interruption | None:
-        """Return why the round is over for this node too, if it is and the rendezvous tells."""
-        teller = self._teller()
-        interruption: Interruption | None = None if teller is None else teller.interruption()
-        return interruption
+        """Return why the round is over; ``None`` while it is not, or where the rendezvous reports no events."""
+        notifier = self._notifier()
+        return None if notifier is None else notifier.interruption()
 
-    def _obey(self, interruption: Interruption) -> None:
-        """Start the workers again because of what happened elsewhere.
+    def _restart_because_of(self, interruption: Interruption) -> None:
+        """Restart the workers because of an event on another node.
 
         Raises:
-            JobFailedError: there will be no other round, or no restart is left.
+            JobFailedError: the job has ended, or no restart is left.
         """
         role = self._worker_group.spec.role
         if interruption.is_final:
@@ -591,10 +525,10 @@ class SimpleElasticAgent(ElasticAgent):
         self._restart_workers(self._worker_group)
 
     def _report_failure(self, result: RunResult) -> None:
-        """Tell the other nodes, if the rendezvous can, that workers of this one have failed."""
-        teller = self._teller()
-        if teller is not None:
-            teller.report_failure(
+        """Report failed workers of this node to the other nodes, if the rendezvous can."""
+        notifier = self._notifier()
+        if notifier is not None:
+            notifier.report_failure(
                 failed_first_at_ns(result) or time.time_ns(),
                 cause_of(result),
                 exit_code=exit_code_of(result),
@@ -616,26 +550,21 @@ class SimpleElasticAgent(ElasticAgent):
         )
         start = time.monotonic()
         world_size: Any = self._worker_group.group_world_size
-
-        teller = self._teller()
-
-        def barrier(store: Any) -> None:
-            store_util.barrier(
-                store=store,
-                world_size=world_size,
-                key_prefix=_TERMINAL_STATE_SYNC_ID,
-                barrier_timeout=timeout_s,
-            )
+        notifier = self._notifier()
+        barrier = partial(
+            store_util.barrier,
+            world_size=world_size,
+            key_prefix=_TERMINAL_STATE_SYNC_ID,
+            barrier_timeout=timeout_s,
+        )
 
         self._in_exit_barrier = True
         try:
             with self._activity.waiting("exit barrier"):
-                if teller is not None:
-                    teller.wait_for_others(timeout_s)
-                elif world_size == 1:  # no one to wait for
-                    barrier(self._store)
+                if notifier is not None:
+                    notifier.wait_for_others(timeout_s)
                 else:
-                    interruptible.call(barrier, _own_connection(self._store))
+                    wait_in_store(barrier, self._store, world_size)
             logger.info("Done waiting for other agents. Elapsed: %s seconds", time.monotonic() - start)
         except family(SignalException) as error:
             self._has_left_exit_barrier = world_size != 1
@@ -646,18 +575,6 @@ class SimpleElasticAgent(ElasticAgent):
             logger.exception("Error waiting on exit barrier. Elapsed: %s seconds", time.monotonic() - start)
         finally:
             self._in_exit_barrier = False
-
-
-def _own_connection(store: Any) -> Any:
-    """Return a store like ``store`` with a connection of its own, where that can be had.
-
-    A connection does one thing at a time. While it waits, the heartbeats that the rendezvous sends through the same store would
-    wait as well, and the others would take this node for dead.
-    """
-    try:
-        return store.clone()
-    except (AttributeError, NotImplementedError, RuntimeError):
-        return store
 
 
 def _hostname_for(destination: str) -> str:

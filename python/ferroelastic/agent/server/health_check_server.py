@@ -11,8 +11,9 @@ import threading
 import weakref
 from typing import TYPE_CHECKING
 
-from ferroelastic._text import describe_error
-from ferroelastic.utils import threads
+from ferroelastic._ports import NO_OWNER, port_owner
+from ferroelastic._text import describe_error, endpoint_text
+from ferroelastic.utils import _threads
 from ferroelastic.utils.logging import get_logger
 
 if TYPE_CHECKING:
@@ -74,13 +75,13 @@ class HealthCheckServer:
         atexit.register(self.stop)
         thread = threading.Thread(target=_answer_questions, args=(native, self), name="ferro-health", daemon=True)
         try:
-            threads.start(thread)
+            _threads.start(thread)
         except RuntimeError as error:
             self.stop()
             log.error("no health checks will be answered: %s", error)  # noqa: TRY400 - the text says all
             return
         self._thread = thread
-        log.info("health checks are answered on http://%s", _place(native.host, native.port))
+        log.info("health checks are answered on http://%s", endpoint_text(native.host, native.port))
 
     def stop(self) -> None:
         """Stop to listen; the port is free afterwards. Doing so again does nothing.
@@ -122,15 +123,11 @@ def create_healthcheck_server(alive_callback: Callable[[], int], port: int, time
     return HealthCheckServer(alive_callback, port, timeout)
 
 
-def _place(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
-
-
 def _listen(host: str, port: int, timeout_s: float) -> _rust.HealthServer:
     from ferroelastic._engine import get_engine
 
     if not 0 <= port <= _MOST_PORT:
-        raise ValueError(f"failed to listen on {_place(host, port)}: a port is a number from 0 to {_MOST_PORT}")
+        raise ValueError(f"failed to listen on {endpoint_text(host, port)}: a port is a number from 0 to {_MOST_PORT}")
     return get_engine().health_server(host, port, timeout_s)
 
 
@@ -141,10 +138,8 @@ def _describe(error: Exception, host: str, port: int) -> str:
         return str(error)
     if error.errno != errno.EADDRINUSE:
         return error.strerror or str(error)
-    from ferroelastic._report import port_owner
-
-    owner = port_owner(port) or "this process or one of another user"
-    return f"failed to listen on {_place(host, port)}: the port is in use by {owner}; choose another one"
+    owner = port_owner(port) or NO_OWNER
+    return f"failed to listen on {endpoint_text(host, port)}: the port is in use by {owner}; choose another one"
 
 
 def _answer_questions(native: _rust.HealthServer, server: HealthCheckServer) -> None:

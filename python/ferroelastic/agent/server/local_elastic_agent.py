@@ -14,7 +14,6 @@ Differences:
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import time
@@ -26,23 +25,28 @@ from ferroelastic import _leftovers, _signals
 from ferroelastic._checks import check_logs_specs, check_type
 from ferroelastic._compat import newer
 from ferroelastic._wait import wait_for_event
-from ferroelastic.agent.server import _watchdog
+from ferroelastic.agent.server import _stuck, _watchdog
+from ferroelastic.agent.server._detached import end_helpers, report_helpers
+from ferroelastic.agent.server._environment import set_local_rank, worker_environment
+from ferroelastic.agent.server._events import watchdog_event
 from ferroelastic.agent.server.api import (
     DEFAULT_ROLE,
     RunResult,
     SimpleElasticAgent,
+    Worker,
     WorkerGroup,
     WorkerSpec,
     WorkerState,
 )
 from ferroelastic.agent.server.health_check_server import HealthCheckServer, create_healthcheck_server
-from ferroelastic.events import Event, EventSource, record
+from ferroelastic.events import record
 from ferroelastic.metrics.api import prof
 from ferroelastic.multiprocessing import LogsSpecs, PContext, ProcessFailure, start_processes
-from ferroelastic.multiprocessing._stopping import stop_group
+from ferroelastic.multiprocessing._stopping import longest_stop_s
 from ferroelastic.multiprocessing.errors._failures import exit_of
+from ferroelastic.rendezvous._notifying import may_grow
 from ferroelastic.utils import macros
-from ferroelastic.utils.hostname import hostname_for_report
+from ferroelastic.utils._hostname import hostname_for_report
 from ferroelastic.utils.logging import get_logger
 from ferroelastic.utils.process_state import is_uninterruptible_state, read_proc_state
 
@@ -50,7 +54,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ferroelastic import _rust
-    from ferroelastic.events import EventMetadataValue
 
 __all__ = [
     "TORCHELASTIC_ENABLE_FILE_TIMER",
@@ -68,27 +71,20 @@ TORCHELASTIC_HEALTH_CHECK_PORT = "TORCHELASTIC_HEALTH_CHECK_PORT"
 """Environment variable: port of the health server; unset starts none."""
 TORCHELASTIC_TIMER_FILE = "TORCHELASTIC_TIMER_FILE"
 """Environment variable: path of the watchdog's named pipe; unset makes one up."""
-TORCHELASTIC_UNINTERRUPTIBLE_STATE_TIMEOUT = "TORCHELASTIC_UNINTERRUPTIBLE_STATE_TIMEOUT"
+TORCHELASTIC_UNINTERRUPTIBLE_STATE_TIMEOUT = _stuck.TIMEOUT_ENV
 """Environment variable: seconds that a worker may sleep uninterruptibly; unset, unreadable or not positive means without limit."""
 
 _HEALTH_TIMEOUT_S = 60
-_LEAST_DETACHED_GRACE_S = 1.0
 _KILL_TIME_S = 0.25
-"""So long SIGKILL takes, at most, to end workers that must be gone by a certain time."""
-_STUCK_EXIT_CODE = 1  # it has none of its own, and the job must not end with 0
+"""Upper bound of the time that SIGKILL takes, for workers that must be gone by a deadline."""
 
 
-def _resolve_uninterruptible_state_timeout(explicit: float | None) -> float:
-    """Seconds from the argument, else from the environment, else 0, which means no limit."""
-    raw = os.environ.get(TORCHELASTIC_UNINTERRUPTIBLE_STATE_TIMEOUT, "") if explicit is None else explicit
-    try:
-        return max(0.0, float(raw))
-    except ValueError:
-        return 0.0
+_resolve_uninterruptible_state_timeout = _stuck.resolve_timeout_s  # torch's name
+_read_wait_channel = _stuck.read_wait_channel
 
 
 class _AliveCallbackProxy:
-    """An alive callback that can be made before the agent that answers it. Mirrors torch's ``_AliveCallbackProxy``."""
+    """An alive callback that exists before the agent that answers it. Mirrors torch's ``_AliveCallbackProxy``."""
 
     def __init__(self) -> None:
         self._delegate: Callable[[], int] | None = None
@@ -97,7 +93,7 @@ class _AliveCallbackProxy:
         return int(time.time()) if self._delegate is None else self._delegate()
 
     def set_delegate(self, delegate: Callable[[], int]) -> None:
-        """Ask ``delegate`` from now on."""
+        """Call ``delegate`` from now on."""
         self._delegate = delegate
 
 
@@ -180,22 +176,22 @@ class LocalElasticAgent(SimpleElasticAgent):
     def _setup_local_watchdog(self, envs: dict[int, dict[str, str]]) -> None:
         """Start the watchdog if it is asked for and none runs, and tell the workers its pipe."""
         watchdog_file = os.environ.get(TORCHELASTIC_TIMER_FILE)
+        current = _watchdog.as_worker_watchdog(self._worker_watchdog)
+        run_id = envs.get(0, {}).get("TORCHELASTIC_RUN_ID", "")
         if os.environ.get(TORCHELASTIC_ENABLE_FILE_TIMER) == "1":
             if watchdog_file is None:
-                watchdog_file = self._made_up_timer_file = self._made_up_timer_file or _make_up_timer_file()
+                watchdog_file = self._made_up_timer_file = self._made_up_timer_file or _watchdog.make_up_timer_file()
             if self._worker_watchdog is None:
                 logger.info("Starting a FileTimerServer with %s ...", watchdog_file)
                 if not envs:
                     logger.warning("Empty envs variables, using empty run_id for FileTimerServer")
-                run_id = envs[0]["TORCHELASTIC_RUN_ID"] if envs else ""
                 self._worker_watchdog = _watchdog.start_server(watchdog_file, run_id, self._log_watchdog_event)
                 self._timer_file = watchdog_file
                 logger.info("FileTimerServer started")
-            elif hasattr(self._worker_watchdog, "set_workers"):  # ours, and no subclass's own
-                watchdog_file = self._timer_file
-                moved_to = _make_up_timer_file()
-                server = _watchdog.renew(self._worker_watchdog, watchdog_file, moved_to, self._log_watchdog_event)
-                if server is not self._worker_watchdog:
+            elif current is not None:
+                watchdog_file, moved_to = self._timer_file, _watchdog.make_up_timer_file()
+                server = _watchdog.renew(current, watchdog_file, moved_to, run_id, self._log_watchdog_event)
+                if server is not current:
                     self._worker_watchdog, self._timer_file, watchdog_file = server, moved_to, moved_to
         else:
             logger.info(
@@ -255,40 +251,31 @@ class LocalElasticAgent(SimpleElasticAgent):
         return hostname_for_report()
 
     def _log_watchdog_event(self, name: str, request: Any | None) -> None:
-        """Record what the watchdog did (``name``) about a worker's request."""
-        wg = self._worker_group
-        spec = wg.spec
-        details = {"watchdog_event": name}
-        if request is not None:
-            details["worker_pid"] = str(request.worker_pid)
-            details["scope_id"] = request.scope_id
-            details["expiration_time"] = str(request.expiration_time)
-            details["signal"] = str(request.signal)
-        metadata: dict[str, EventMetadataValue] = {
-            "run_id": spec.rdzv_handler.get_run_id(),
-            "global_rank": None,
-            "group_rank": wg.group_rank,
-            "worker_id": None,
-            "role": spec.role,
-            "hostname": self._get_fq_hostname(),
-            "state": "RUNNING",
-            "total_run_time": self._total_execution_time,
-            "rdzv_backend": spec.rdzv_handler.get_backend(),
-            "raw_error": None,
-            "metadata": json.dumps(details),
-            "agent_restarts": spec.max_restarts - self._remaining_restarts,
-        }
-        record(Event(name=name, source=EventSource.AGENT, metadata=metadata), spec.event_log_handler)
+        """Record an action of the watchdog (``name``) on a worker's request."""
+        spec = self._worker_group.spec
+        event = watchdog_event(
+            self._worker_group,
+            name,
+            request,
+            hostname=self._get_fq_hostname(),
+            total_run_time=self._total_execution_time,
+            remaining_restarts=self._remaining_restarts,
+        )
+        record(event, spec.event_log_handler)
+
+    def _native_group(self) -> _rust.Group | None:
+        """Return the engine's group of the workers; ``None`` without workers, and for contexts of torch's class."""
+        context: object = self._pcontext
+        return context.native_group if isinstance(context, PContext) else None
 
     def _begin_stop(self, death_sig: signal.Signals, within_s: float | None = None) -> None:
-        begin_stop = getattr(self._pcontext, "begin_stop", None)
-        if begin_stop is not None:
+        if isinstance(self._pcontext, PContext):
             # The deadline of a stop does not move any more.
             limit_s = self._shutdown_timeout if within_s is None else max(0.0, within_s - _KILL_TIME_S)
-            begin_stop(death_sig, min(self._shutdown_timeout, limit_s))
+            self._pcontext.begin_stop(death_sig, min(self._shutdown_timeout, limit_s))
 
     def _outcome_before_signal(self) -> RunResult | None:
-        group: _rust.Group | None = getattr(self._pcontext, "_group", None)
+        group = self._native_group()
         worker_group = self._worker_group
         if group is None or self._has_left_exit_barrier or worker_group.state == WorkerState.STOPPED:
             return None
@@ -319,10 +306,9 @@ class LocalElasticAgent(SimpleElasticAgent):
         finally:
             self._stopping_workers_only = False
         self._deal_with_detached(has_succeeded=False)
-        group = getattr(self._pcontext, "_group", None)
-        report = None if group is None else group.stop_report()
-        if report is not None:  # the engine may have begun by itself, before the agent looked
-            self._activity.measured(report.elapsed_s)
+        stopped_within_s = self._stopped_within_s()
+        if stopped_within_s is not None:
+            self._activity.measured(stopped_within_s)
 
     @prof
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
@@ -365,61 +351,26 @@ class LocalElasticAgent(SimpleElasticAgent):
             **({} if self._interactive_rank is None else {"interactive_rank": self._interactive_rank}),
         )
         self._pcontext.on_first_failure = self._tell_first_failure
-        if hasattr(self._worker_watchdog, "set_workers"):
-            self._worker_watchdog.set_workers(_watchdog.workers_with_folders(self._pcontext, worker_group.workers))
+        watchdog = _watchdog.as_worker_watchdog(self._worker_watchdog)
+        if watchdog is not None:
+            watchdog.set_workers(_watchdog.workers_with_folders(self._pcontext, worker_group.workers))
         return self._pcontext.pids()
 
-    def _worker_env(self, worker_group: WorkerGroup, worker: Any) -> dict[str, str]:
-        """Environment variables of one worker."""
+    def _worker_env(self, worker_group: WorkerGroup, worker: Worker) -> dict[str, str]:
+        """Return the environment variables of one worker."""
         spec = worker_group.spec
-        env = {
-            "RANK": str(worker.global_rank),
-            "GROUP_RANK": str(worker_group.group_rank),
-            "ROLE_RANK": str(worker.role_rank),
-            "ROLE_NAME": spec.role,
-            "LOCAL_WORLD_SIZE": str(spec.local_world_size),
-            "WORLD_SIZE": str(worker.world_size),
-            "GROUP_WORLD_SIZE": str(worker_group.group_world_size),
-            "ROLE_WORLD_SIZE": str(worker.role_world_size),
-            "MASTER_ADDR": str(worker_group.master_addr),
-            "MASTER_PORT": str(worker_group.master_port),
-            "TORCHELASTIC_RESTART_COUNT": str(spec.max_restarts - self._remaining_restarts),
-            "TORCHELASTIC_MAX_RESTARTS": str(spec.max_restarts),
-            "TORCHELASTIC_RUN_ID": spec.rdzv_handler.get_run_id(),
-            "TORCHELASTIC_USE_AGENT_STORE": str(spec.rdzv_handler.use_agent_store),
-            "TORCH_NCCL_ASYNC_ERROR_HANDLING": os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1"),
-        }
+        env = worker_environment(worker_group, worker, spec.max_restarts - self._remaining_restarts)
         self._set_local_rank_env(env, worker.local_rank, spec)
-        if "OMP_NUM_THREADS" in os.environ:
-            env["OMP_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"]
         return env
 
     def _set_local_rank_env(self, worker_env: dict[str, str], local_rank: int, spec: WorkerSpec) -> None:
-        """Set ``LOCAL_RANK`` and ``CUDA_VISIBLE_DEVICES``.
-
-        With ``spec.virtual_local_rank`` a worker sees its own device alone, as device 0, and has ``LOCAL_RANK`` 0.
-
-        Raises:
-            ValueError: the agent's own ``CUDA_VISIBLE_DEVICES`` has no device for this rank.
-        """
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        if not newer(spec, "virtual_local_rank", False):
-            worker_env["LOCAL_RANK"] = str(local_rank)
-            if visible is not None:
-                worker_env["CUDA_VISIBLE_DEVICES"] = visible
-            return
-        worker_env["LOCAL_RANK"] = "0"
-        devices = [str(local_rank)] if visible is None else visible.split(",")
-        position = 0 if visible is None else local_rank
-        if position >= len(devices):
-            raise ValueError(f"local_rank {local_rank} exceeds available GPUs in CUDA_VISIBLE_DEVICES={visible}")
-        worker_env["CUDA_VISIBLE_DEVICES"] = devices[position].strip()
+        set_local_rank(worker_env, local_rank, spec)
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
         """Stop the workers and, unless only they are to be stopped, the watchdog and the health server."""
         try:
             if self._pcontext:
-                with self._activity.allowing(_longest_stop_s(timeout)):
+                with self._activity.allowing(longest_stop_s(timeout)):
                     self._pcontext.close(death_sig, timeout)
             if not self._stopping_workers_only:
                 self._deal_with_detached(has_succeeded=self._worker_group.state == WorkerState.SUCCEEDED)
@@ -428,9 +379,9 @@ class LocalElasticAgent(SimpleElasticAgent):
                 self._stop_servers()
 
     def _deal_with_detached(self, *, has_succeeded: bool) -> None:
-        """End the helpers that left the session of their worker, or say that they go on; under ``ferrorun`` only.
+        """End the helpers that left the session of their worker, or log that they keep running; under ``ferrorun`` only.
 
-        After the workers, which may need them to save. They share the workers' deadline.
+        Called after the workers have ended, which may need their helpers to save.
         """
         run = _leftovers.current()
         if run is None or run.keep_detached or self._pcontext is None or not self._may_have_detached:
@@ -439,26 +390,24 @@ class LocalElasticAgent(SimpleElasticAgent):
         are_native = isinstance(self._worker_group.spec.entrypoint, str)
         if has_succeeded and not run.end_detached:
             self._may_have_detached = False
-            found = run.find_detached(sessions, are_native=are_native)
-            if found:
-                helpers = _leftovers.describe(found)
-                logger.warning(
-                    "Helper processes that left their worker's process group keep running: %s; --end-detached ends them",
-                    helpers,
-                )
+            report_helpers(run, sessions, are_native=are_native)
             return
-        group = run.hold_detached(sessions, are_native=are_native)
-        if group is None:
-            self._may_have_detached = False
-            return
-        workers: _rust.Group | None = getattr(self._pcontext, "_group", None)
-        report = None if workers is None else workers.stop_report()
-        elapsed_s = 0.0 if report is None else report.elapsed_s
-        grace_s = max(self._shutdown_timeout - elapsed_s, min(self._shutdown_timeout, _LEAST_DETACHED_GRACE_S))
-        with _signals.shielded(group.hurry), self._activity.allowing(_longest_stop_s(grace_s)):
-            stop_group(group, signal.SIGTERM, grace_s)
-            # Not before: a signal that leaves this method early lets the shutdown begin again.
-            self._may_have_detached = False
+        end_helpers(
+            run,
+            sessions,
+            are_native=are_native,
+            grace_s=self._shutdown_timeout,
+            elapsed_s=self._stopped_within_s() or 0.0,
+            activity=self._activity,
+        )
+        # Not before: a signal that leaves this method early lets the shutdown begin again.
+        self._may_have_detached = False
+
+    def _stopped_within_s(self) -> float | None:
+        """Return how many seconds the stop of the workers took, also of one that the engine began; ``None`` if there was none."""
+        group = self._native_group()
+        report = None if group is None else group.stop_report()
+        return None if report is None else report.elapsed_s
 
     def _stop_servers(self) -> None:
         if self._worker_watchdog is not None:
@@ -467,7 +416,7 @@ class LocalElasticAgent(SimpleElasticAgent):
         self._stop_healthcheck()
 
     def _check_uninterruptible_state_timeout(self, worker_group: WorkerGroup, timeout: float) -> RunResult | None:
-        """Result with the workers that have slept uninterruptibly for at least ``timeout`` seconds, or ``None``."""
+        """Return a result with the workers that have slept uninterruptibly for at least ``timeout`` seconds, or ``None``."""
         if self._pcontext is None:
             return None
         role = worker_group.spec.role
@@ -480,37 +429,23 @@ class LocalElasticAgent(SimpleElasticAgent):
         for local_rank, pid in pids.items():
             dwell = self._update_uninterruptible_dwell(pid, role, timeout)
             if dwell is not None and dwell >= timeout:
-                failure = ProcessFailure(local_rank, pid, _STUCK_EXIT_CODE, error_file="")
-                failure.message = (
-                    f"Worker pid={pid} stuck in uninterruptible sleep (D-state) for {dwell:.1f}s (>= {timeout:.1f}s),"
-                    f" waiting in {_read_wait_channel(pid)}"
-                )
+                failure = _stuck.failure_of(local_rank, pid, dwell, timeout, _read_wait_channel(pid))
                 logger.error("[%s] %s; marking worker group UNHEALTHY and disabling restarts.", role, failure.message)
                 failures[worker_group.workers[local_rank].global_rank] = failure
         if not failures:
             return None
-        # It holds a device or a mount of this host; a restarted worker would run into the same.
+        # It holds a device or a mount of this host, which would block a restarted worker too.
         self._remaining_restarts = 0
         return RunResult(state=WorkerState.UNHEALTHY, failures=failures)
 
     def _update_uninterruptible_dwell(self, pid: int, role: str, timeout: float) -> float | None:
-        """Seconds for which ``pid`` has been seen in uninterruptible sleep without a break; ``None`` if it is not."""
+        # Both functions by their names in this module, where programs replace them.
         state = read_proc_state(pid)
         if state is None:
             return None
-        if not is_uninterruptible_state(state):
-            self._uninterruptible_state_first_seen.pop(pid, None)
-            return None
-        now = time.monotonic()
-        first = self._uninterruptible_state_first_seen.setdefault(pid, now)
-        if first == now:
-            logger.warning(
-                "[%s] Worker pid=%s entered uninterruptible sleep (D-state); will mark UNHEALTHY if it remains for %.1fs.",
-                role,
-                pid,
-                timeout,
-            )
-        return now - first
+        is_uninterruptible = is_uninterruptible_state(state)
+        first_seen = self._uninterruptible_state_first_seen
+        return _stuck.dwell_s(first_seen, pid, role, timeout, is_uninterruptible=is_uninterruptible)
 
     @prof
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
@@ -530,11 +465,11 @@ class LocalElasticAgent(SimpleElasticAgent):
             return RunResult(state=WorkerState.UNKNOWN)
 
         # Before the look: an exit after it must not be taken for one that was seen.
-        group = getattr(context, "_group", None)
+        group = self._native_group()
         self._seen_generation = 0 if group is None else group.generation
         self._seen_context = weakref.ref(context)
         looked_ns = time.monotonic_ns()
-        with self._activity.allowing(_longest_stop_s(self._shutdown_timeout)):  # of the peers of one that has failed
+        with self._activity.allowing(longest_stop_s(self._shutdown_timeout)):  # of the peers of one that has failed
             result = context.wait(0)
         if result is None:
             if self._uninterruptible_state_timeout > 0:
@@ -562,12 +497,12 @@ class LocalElasticAgent(SimpleElasticAgent):
             self._report_failure(RunResult(state=WorkerState.FAILED, failures={rank: failure}))
 
     def _explain_expiries(self, role: str, failures: dict[int, ProcessFailure]) -> None:
-        """Say of the workers that a watchdog has ended why it has."""
-        expiry_of = getattr(self._worker_watchdog, "expiry", None)
-        if expiry_of is None:
+        """Add the expired timer to the failures of workers that the watchdog has ended."""
+        watchdog = _watchdog.as_worker_watchdog(self._worker_watchdog)
+        if watchdog is None:
             return
         for rank, failure in failures.items():
-            expiry = expiry_of(failure.pid)
+            expiry = watchdog.expiry(failure.pid)
             if expiry is not None:
                 logger.error("[%s] rank %s: %s", role, rank, _watchdog.describe(expiry, failure.pid))
                 _watchdog.explain(failure, expiry)
@@ -578,38 +513,18 @@ class LocalElasticAgent(SimpleElasticAgent):
         For ``timeout_s`` seconds at most, unless there is nothing that only a look can tell: no stuck worker to be found, and
         a rendezvous that says by itself when something happens.
         """
-        group = getattr(self._pcontext, "_group", None)
+        group = self._native_group()
         seen = self._seen_generation
         if self._pcontext is not None and (self._seen_context is None or self._seen_context() is not self._pcontext):
             return  # the first look is due at once: a worker may have ended before the engine knew it
         if group is None:
             super()._wait_for_event(timeout_s)
-        elif self._uninterruptible_state_timeout > 0 or getattr(self._rdzv_handler, "may_grow", True):
+        elif self._uninterruptible_state_timeout > 0 or may_grow(self._rdzv_handler):
             wait_for_event(group, seen, timeout_s, self._news_fd())
         else:
             wait_for_event(group, seen, None, self._news_fd())
 
     def _news_fd(self) -> int | None:
-        """Descriptor that is readable while the rendezvous has something to say, if it has one."""
-        news_fd = getattr(self._rdzv_handler, "news_fd", None)
-        return news_fd if isinstance(news_fd, int) else None
-
-
-def _longest_stop_s(grace_s: float) -> float:
-    """Seconds that stopping workers may take: the grace, as long again (at least 5) after SIGKILL, and the end of the logs."""
-    return grace_s + max(5.0, grace_s) + 5.0
-
-
-def _make_up_timer_file() -> str:
-    import tempfile
-
-    return os.path.join(tempfile.gettempdir(), f"watchdog_timer_{os.urandom(16).hex()}")
-
-
-def _read_wait_channel(pid: int) -> str:
-    """The kernel function that a process sleeps in, as far as it can be read."""
-    try:
-        with open(f"/proc/{pid}/wchan") as file:
-            return file.read() or "an unknown place"
-    except OSError:
-        return "an unknown place"
+        """Return a descriptor that is readable while the rendezvous has an event to report; ``None`` if it reports none."""
+        notifier = self._notifier()
+        return None if notifier is None else notifier.news_fd

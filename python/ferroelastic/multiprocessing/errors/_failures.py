@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ferroelastic._compat import TorchCompatible, newer
-from ferroelastic.utils.hostname import hostname_for_report
+from ferroelastic.utils._hostname import hostname_for_report
 from ferroelastic.utils.logging import get_logger
 
 if TYPE_CHECKING:

@@ -1,6 +1,6 @@
 """The name of this host, looked up once per process and in the background.
 
-torch asks the resolver again for every event and every failure; where DNS is slow, that stalls its agent's loop and its end.
+torch asks the resolver again for every event and every failure. A slow DNS server therefore delays the loop and the end of its agent.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import socket
 import threading
 from contextlib import suppress
 
-from ferroelastic.utils import threads
+from ferroelastic.utils import _threads
 
 __all__ = ["begin_look_up", "fq_hostname", "hostname_for_report"]
 
@@ -25,10 +25,10 @@ class _LookUp:
         self.short_name = socket.gethostname()
         self.found: str | None = None
         self.thread = threading.Thread(target=self._ask, name="ferro-resolver", daemon=True)
-        threads.start(self.thread)
+        _threads.start(self.thread)
 
     def _ask(self) -> None:
-        # As bytes: of text Python would make an internationalised name, with modules that are loaded for that alone.
+        # As bytes: for text Python would import the modules of internationalised names.
         with suppress(OSError, UnicodeError):
             hostname, aliases, _ = socket.gethostbyaddr(self.short_name.encode())  # type: ignore[arg-type]  # it takes both
             self.found = next((one for one in (hostname, *aliases) if "." in one), hostname)
@@ -38,9 +38,9 @@ _look_up: _LookUp | None = None
 
 
 def begin_look_up() -> bool:
-    """Begin to look up the name of this host; ``False`` if that was begun before."""
+    """Start to look up the name of this host; return ``False`` if that was started before."""
     global _look_up  # noqa: PLW0603 - a process-wide cache
-    # A forked child may have gone to another UTS namespace: it asks for itself.
+    # A forked child may be in another UTS namespace, so it starts its own look-up.
     if _look_up is not None and _look_up.pid == os.getpid():
         return False
     _look_up = _LookUp()
@@ -48,7 +48,7 @@ def begin_look_up() -> bool:
 
 
 def fq_hostname() -> str:
-    """Return the fully qualified name of this host, or its short name if the resolver does not answer within half a second."""
+    """Return the fully qualified name of this host; its short name if the resolver does not answer within half a second."""
     begin_look_up()
     assert _look_up is not None  # noqa: S101 - for the type checker
     if _look_up.found is None:
@@ -57,9 +57,9 @@ def fq_hostname() -> str:
 
 
 def hostname_for_report() -> str:
-    """Return the name of this host, for people. It waits for no resolver that was asked before (:func:`begin_look_up`).
+    """Return the name of this host for a report. Does not wait for a look-up that :func:`begin_look_up` has started before.
 
-    Reports are made while a job fails, stops or ends.
+    Reports are made while a job fails, stops or ends, and must not delay it.
     """
     if begin_look_up():
         return fq_hostname()

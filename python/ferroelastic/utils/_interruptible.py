@@ -1,8 +1,8 @@
 """Blocking native calls that still let Python signal handlers run.
 
-A store's ``wait`` blocks in C++ for up to its timeout, minutes by default. CPython runs signal handlers on the main thread and
-only between bytecodes, so SIGTERM would be noticed when the wait is over. Here the call moves to a helper thread, and the main
-thread waits for it where signals wake it.
+A store's ``wait`` blocks in C++ for up to its timeout, which is minutes by default. CPython runs signal handlers on the main thread between
+bytecodes, so a handler of SIGTERM would run only after the wait. Here a helper thread makes the call, and the main thread waits for it in a
+way that signals interrupt.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import threading
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 from ferroelastic._wait import wait_for_event
-from ferroelastic.utils import threads
+from ferroelastic.utils import _threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,14 +25,14 @@ R = TypeVar("R")
 
 
 class _Completion:
-    """The end of the helper's work, to be waited for like an event of a group."""
+    """The end of the helper's work, with the interface of a native group for :func:`wait_for_event`."""
 
     def __init__(self) -> None:
         self.read_fd, self.write_fd = os.pipe()
 
     def wait(
         self,
-        generation: int,  # noqa: ARG002 - the face of a native group
+        generation: int,  # noqa: ARG002 - interface of a native group
         timeout_s: float | None,
         wake_fd: int | None = None,
         news_fd: int | None = None,  # noqa: ARG002 - as above
@@ -50,8 +50,8 @@ class _Completion:
 def call(function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
     """Call ``function`` so that signal handlers run while it blocks.
 
-    Off the main thread it is a plain call, since no handler runs there. When a handler raises, the exception leaves at once and
-    the helper thread (a daemon) stays behind until ``function`` returns; its outcome is dropped.
+    Off the main thread this is a plain call, because no handler runs there. An exception of a handler leaves this function at once. The
+    helper thread (a daemon) runs until ``function`` returns, and its outcome is dropped.
 
     Returns:
         What ``function`` returned.
@@ -75,10 +75,10 @@ def call(function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
             os.close(completion.write_fd)
 
     try:
-        helper = threading.Thread(target=body, name="ferro-wait", daemon=True)
+        helper = threading.Thread(target=body, name="ferro-call", daemon=True)
         try:
-            threads.start(helper)
-        except RuntimeError:  # no further thread to be had
+            _threads.start(helper)
+        except RuntimeError:  # the system cannot start another thread
             body()
         else:
             wait_for_event(completion, 0)

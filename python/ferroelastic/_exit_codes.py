@@ -1,0 +1,15 @@
+"""Exit codes of ``ferrorun``."""
+
+from __future__ import annotations
+
+__all__ = ["FAILURE", "SIGNAL_BASE", "exit_code"]
+
+FAILURE = 1
+SIGNAL_BASE = 128  # the shells' convention for a process that a signal ended
+
+
+def exit_code(returncode: int | None) -> int:
+    """Return the exit code for the return code of a worker, which is minus the number of the signal that ended it. Never 0."""
+    if not returncode:
+        return FAILURE
+    return SIGNAL_BASE - returncode if returncode < 0 else returncode

@@ -1,0 +1,63 @@
+"""Helper processes that left the session of their worker: the agent ends them or reports that they keep running."""
+
+from __future__ import annotations
+
+import signal
+from typing import TYPE_CHECKING
+
+from ferroelastic import _leftovers, _signals
+from ferroelastic.multiprocessing._stopping import longest_stop_s, stop_group
+from ferroelastic.utils.logging import get_logger
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ferroelastic.agent.server._activity import Activity
+
+__all__ = ["end_helpers", "report_helpers"]
+
+logger = get_logger("ferroelastic.agent.server.local_elastic_agent")
+
+_LEAST_GRACE_S = 1.0
+
+
+def report_helpers(run: _leftovers.Run, sessions: Sequence[int], *, are_native: bool) -> None:
+    """Log helpers that keep running after a success.
+
+    Args:
+        run: the run of this process.
+        sessions: process ids of the workers.
+        are_native: the engine has started the workers; see :meth:`_leftovers.Run.find_detached`.
+    """
+    found = run.find_detached(sessions, are_native=are_native)
+    if found:
+        logger.warning(
+            "Helper processes that left their worker's process group keep running: %s; --end-detached ends them",
+            _leftovers.describe(found),
+        )
+
+
+def end_helpers(
+    run: _leftovers.Run,
+    sessions: Sequence[int],
+    *,
+    are_native: bool,
+    grace_s: float,
+    elapsed_s: float,
+    activity: Activity,
+) -> None:
+    """End the helpers. They share the deadline of their workers, which may have needed them to save.
+
+    Args:
+        run: as for :func:`report_helpers`.
+        sessions: likewise.
+        are_native: likewise.
+        grace_s: grace period of the workers in seconds.
+        elapsed_s: seconds of it that stopping the workers has used.
+        activity: is told how long the stop may take.
+    """
+    group = run.hold_detached(sessions, are_native=are_native)
+    if group is not None:
+        left_s = max(grace_s - elapsed_s, min(grace_s, _LEAST_GRACE_S))
+        with _signals.shielded(group.hurry), activity.allowing(longest_stop_s(left_s)):
+            stop_group(group, signal.SIGTERM, left_s)

@@ -1,0 +1,73 @@
+"""Environment variables of workers."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from ferroelastic._compat import newer
+
+if TYPE_CHECKING:
+    from ferroelastic.agent.server._workers import Worker, WorkerGroup, WorkerSpec
+
+__all__ = ["set_local_rank", "worker_environment"]
+
+_INHERITED = "OMP_NUM_THREADS"
+
+
+def worker_environment(worker_group: WorkerGroup, worker: Worker, restart_count: int) -> dict[str, str]:
+    """Return the variables of one worker except those of :func:`set_local_rank`.
+
+    Args:
+        worker_group: the workers of this node, after a rendezvous.
+        worker: the worker.
+        restart_count: number of restarts so far.
+    """
+    spec = worker_group.spec
+    env = {
+        "RANK": str(worker.global_rank),
+        "GROUP_RANK": str(worker_group.group_rank),
+        "ROLE_RANK": str(worker.role_rank),
+        "ROLE_NAME": spec.role,
+        "LOCAL_WORLD_SIZE": str(spec.local_world_size),
+        "WORLD_SIZE": str(worker.world_size),
+        "GROUP_WORLD_SIZE": str(worker_group.group_world_size),
+        "ROLE_WORLD_SIZE": str(worker.role_world_size),
+        "MASTER_ADDR": str(worker_group.master_addr),
+        "MASTER_PORT": str(worker_group.master_port),
+        "TORCHELASTIC_RESTART_COUNT": str(restart_count),
+        "TORCHELASTIC_MAX_RESTARTS": str(spec.max_restarts),
+        "TORCHELASTIC_RUN_ID": spec.rdzv_handler.get_run_id(),
+        "TORCHELASTIC_USE_AGENT_STORE": str(spec.rdzv_handler.use_agent_store),
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1"),
+    }
+    if _INHERITED in os.environ:
+        env[_INHERITED] = os.environ[_INHERITED]
+    return env
+
+
+def set_local_rank(env: dict[str, str], local_rank: int, spec: WorkerSpec) -> None:
+    """Set ``LOCAL_RANK`` and ``CUDA_VISIBLE_DEVICES``.
+
+    With ``spec.virtual_local_rank`` a worker sees only its own device, as device 0, and has ``LOCAL_RANK`` 0.
+
+    Args:
+        env: variables of the worker, changed in place.
+        local_rank: rank of the worker on this node.
+        spec: specification of the worker, of torch's class as well.
+
+    Raises:
+        ValueError: ``CUDA_VISIBLE_DEVICES`` of the agent has no device for this rank.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not newer(spec, "virtual_local_rank", False):
+        env["LOCAL_RANK"] = str(local_rank)
+        if visible is not None:
+            env["CUDA_VISIBLE_DEVICES"] = visible
+        return
+    env["LOCAL_RANK"] = "0"
+    devices = [str(local_rank)] if visible is None else visible.split(",")
+    position = 0 if visible is None else local_rank
+    if position >= len(devices):
+        raise ValueError(f"local_rank {local_rank} exceeds available GPUs in CUDA_VISIBLE_DEVICES={visible}")
+    env["CUDA_VISIBLE_DEVICES"] = devices[position].strip()
