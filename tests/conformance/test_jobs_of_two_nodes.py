@@ -58,7 +58,7 @@ class Nodes:
         return sorted(self.launch.folder.glob(pattern))
 
     def begin(self, name: str, job: Job) -> None:
-        assert eventually(lambda: self.workers(f"{name}.rank*"), LONG_S), job.story
+        assert eventually(lambda: bool(self.workers(f"{name}.rank*")), LONG_S), job.story
 
     def let_end(self, name: str, code: int) -> None:
         part = self.launch.folder / f".exit.{name}"
