@@ -228,7 +228,7 @@ impl EventLoop {
             let gathering = move || {
                 let gathered = gather.run();
                 // The engine may have ended.
-                let _ = engine.tell(Order::Gathered { watchdog: watchdog_id, gathered });
+                let _ = engine.send(Order::Gathered { watchdog: watchdog_id, gathered });
             };
             if threads::builder("ferro-evidence").spawn(gathering).is_err() {
                 watchdog.gathered(&nothing);
@@ -443,7 +443,7 @@ impl EventLoop {
             let engine = engine.lock().unwrap_or_else(PoisonError::into_inner);
             let at = Moment::now();
             // The engine may have ended.
-            let _ = engine.tell(Order::Ended { process: id, status, usage, at });
+            let _ = engine.send(Order::Ended { process: id, status, usage, at });
         };
         threads::builder("ferro-wait").spawn(waiting).map(drop)
     }
