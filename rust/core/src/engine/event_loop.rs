@@ -431,7 +431,7 @@ impl EventLoop {
             let (status, usage) = loop {
                 match wait(leader.pid(), Collect::Observe, Block::Yes) {
                     Ok(Some((ExitStatus::Unknown, usage))) => {
-                        leader.wait_as_stranger();
+                        leader.poll_until_end();
                         break (ExitStatus::Unknown, usage);
                     }
                     Ok(Some(ended)) => break ended,

@@ -358,7 +358,7 @@ impl MembershipThread {
                 Ok(Some(notice)) => {
                     if let HostMessage::Welcome { silence } = &notice {
                         // Without it the heartbeats alone detect a broken network.
-                        let _ = link.stream.set_patience(*silence);
+                        let _ = link.stream.set_peer_timeout(*silence);
                     }
                     self.step(MemberEvent::Received(notice));
                 }
