@@ -18,7 +18,7 @@ use crate::sys::clock::Moment;
 use crate::sys::poller::{Interest, Poller};
 use crate::sys::probe::Support;
 use crate::sys::process::ProcessHandle;
-use crate::sys::spawn::{Command, SpawnStack, can_be_born_in, spawn};
+use crate::sys::spawn::{Command, SpawnStack, can_spawn_in, spawn};
 use crate::sys::threads;
 use crate::sys::timer::Timer;
 use crate::sys::wait::{Block, Collect, ExitStatus, Usage, wait};
@@ -329,7 +329,7 @@ impl EventLoop {
             Order::OwnOrphans => self.orphans.own_all(),
             Order::UseCgroup { folder, reply } => {
                 let wanted = folder.is_some();
-                self.cgroup = folder.filter(|folder| can_be_born_in(folder.as_fd(), &mut self.stack));
+                self.cgroup = folder.filter(|folder| can_spawn_in(folder.as_fd(), &mut self.stack));
                 let _ = reply.send(self.cgroup.is_some() == wanted);
             }
             Order::DismissGuard { reply } => self.guard.dismiss(reply),

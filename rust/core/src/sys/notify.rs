@@ -17,7 +17,7 @@ impl Notifier {
         Ok(Self(inotify::init(inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK)?))
     }
 
-    /// Starts to watch a file and returns the watch. A second watch of the same file is the same number.
+    /// Starts to watch a file and returns the number of the watch. Watching a file again returns the same number.
     pub fn watch(&self, path: &Path) -> io::Result<i32> {
         Ok(inotify::add_watch(&self.0, path, inotify::WatchFlags::MODIFY)?)
     }
