@@ -12,9 +12,8 @@ use rustix::fs::{Mode, OFlags};
 
 /// Creates a cgroup below that of this process and returns its folder.
 pub fn create(name: &str) -> io::Result<PathBuf> {
-    let own = own_folder().ok_or_else(|| {
-        io::Error::new(io::ErrorKind::NotFound, "this process is in no visible cgroup of version 2")
-    })?;
+    let own = own_folder()
+        .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "this process is in no visible cgroup of version 2"))?;
     let folder = own.join(name);
     fs::create_dir(&folder)?;
     // On another file system `create_dir` succeeds too, but the folder cannot hold processes.

@@ -151,8 +151,8 @@ impl Default for SpawnStack {
 /// `cgroup` if possible, otherwise in the agent's.
 ///
 /// The process has its own session, an empty signal mask, default signal dispositions, and no descriptors except its standard streams.
-/// Unless it outlives the agent, the kernel kills it with SIGKILL when the *calling thread* ends: call this from a thread that lives as long
-/// as the agent.
+/// Unless `outlives_agent` is set, the kernel kills it with SIGKILL when the *calling thread* ends: call this from a thread that lives as
+/// long as the agent.
 pub fn spawn(
     command: &Command,
     index: usize,

@@ -39,8 +39,8 @@ pub fn stand(socket: OwnedFd, orders: &Orders) {
     sweep(&sessions, orders);
 }
 
-/// Detaches the process from the agent: its session, its signals and its descriptors. The socket becomes descriptor 0. A copy of the agent's
-/// output would keep readers from seeing its end.
+/// Detaches the process from the agent: its session, its signals and its descriptors. The socket becomes descriptor 0. With a copy of the
+/// agent's output, its readers would not see the end of the stream.
 fn isolate(socket: OwnedFd) -> OwnedFd {
     let name: Vec<u8> = GUARD_NAME.bytes().chain([0]).collect();
     // The disposition is the first word; the value of SIG_IGN is 1.
