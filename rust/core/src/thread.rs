@@ -1,4 +1,4 @@
-//! The native threads of this crate. Each has an inbox and a wake-up descriptor; all handle forks and panics in the same way.
+//! The native threads of this crate. Each has an inbox and a wake-up descriptor. All follow the same rules for forks and panics.
 //!
 //! Each thread runs a [`Service`] that waits in a poller. A [`NativeThread`] is the handle: it sends orders and can wait for the reply.
 //!
@@ -203,7 +203,7 @@ impl<O: ThreadOrder> NativeThread<O> {
         answer.recv().map_err(|_| Error::Closed)
     }
 
-    /// As [`NativeThread::ask`], but waits for at most `timeout`. `None` if there is no reply within it.
+    /// As [`NativeThread::ask`], but waits for at most `timeout`. Returns `None` after the timeout.
     pub(crate) fn ask_within<T>(&self, timeout: Duration, order: impl FnOnce(Reply<T>) -> O) -> Result<Option<T>> {
         let (reply, answer) = sync_channel(1);
         self.send(order(reply))?;

@@ -91,8 +91,8 @@ fn exit_with_orphan(code: i32, kind: Orphan) -> ! {
     exit(code)
 }
 
-/// Ignores SIGTERM and starts a helper that does the same. The helper creates `file` when this process has ended, like Python's resource
-/// tracker cleans up.
+/// Ignores SIGTERM and starts a helper that does the same. The helper creates `file` when this process has ended: it imitates Python's
+/// resource tracker.
 fn cleaner(file: &str) -> ! {
     sys::ignore(libc::SIGTERM);
     let parent = std::process::id();

@@ -70,7 +70,7 @@ impl Poller {
     }
 }
 
-/// Blocks the calling thread until one of `fds` is readable (`poll(2)`). Returns for each whether it is; none means a timeout.
+/// Blocks the calling thread until one of `fds` is readable (`poll(2)`). Returns whether each is readable; all `false` means a timeout.
 ///
 /// A `timeout` of `None` waits without a limit. A wait that a signal interrupts returns as after a timeout.
 pub fn wait_readable<const N: usize>(fds: [Option<&dyn AsFd>; N], timeout: Option<Duration>) -> io::Result<[bool; N]> {

@@ -23,7 +23,7 @@ pub(super) const PIDFD_SIGNAL_PROCESS_GROUP: libc::c_uint = 4;
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
 const MAX_PAUSE: Duration = Duration::from_millis(32);
 
-/// A process, and the process group that it leads if it leads one.
+/// A process, and its process group if it leads one.
 #[derive(Debug)]
 pub struct ProcessHandle {
     pid: i32,

@@ -354,7 +354,8 @@ extern "C" fn child_main(argument: *mut c_void) -> c_int {
             std::ptr::write_volatile(&raw mut (*plan).failure, (stage as u8, *libc::__errno_location()));
             libc::_exit(127)
         };
-        // SIG_DFL is 0. Uses the system call, because libc's function refuses the two signals that libc uses itself. They may be ignored.
+        // SIG_DFL is 0. Uses the system call, because libc's function refuses two signals that it reserves. The agent may have inherited
+        // them as ignored.
         let default = [0usize; 4];
         let mut signal: c_int = 1;
         while signal <= 64 {

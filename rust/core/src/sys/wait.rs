@@ -103,7 +103,7 @@ pub fn wait(pid: i32, collect: Collect, block: Block) -> io::Result<Option<(Exit
 /// Exit status of a process that was reaped elsewhere, or that the kernel reaped itself because `SIGCHLD` is ignored.
 ///
 /// Uses `PIDFD_GET_INFO` with `PIDFD_INFO_EXIT` (Linux 6.15): a pidfd that was opened before the reap keeps the status. `None` on older
-/// kernels. The status becomes available shortly after the pidfd becomes readable, so this polls a few times.
+/// kernels. The status becomes available shortly after the pidfd becomes readable, so this polls for a short time.
 #[must_use]
 pub fn reaped_status(pidfd: BorrowedFd<'_>) -> Option<ExitStatus> {
     for _ in 0..MAX_POLLS {
