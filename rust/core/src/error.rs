@@ -1,4 +1,4 @@
-//! What can go wrong, always with the operation and the object.
+//! Errors. Each names the operation and its object.
 
 use std::any::Any;
 use std::io;
@@ -12,11 +12,11 @@ pub enum Error {
     /// A system call failed. Reads as "failed to open pidfd for worker 3 (pid 4711): no such process".
     #[error("failed to {operation} {object}: {}", reason(source))]
     Os {
-        /// What was tried, e.g. `open pidfd for`.
+        /// The operation, e.g. `open pidfd for`.
         operation: &'static str,
-        /// On what, e.g. `worker 3 (pid 4711)`.
+        /// Its object, e.g. `worker 3 (pid 4711)`.
         object: String,
-        /// The kernel's answer.
+        /// The error of the system call.
         source: io::Error,
     },
     /// A process could not be started.
@@ -28,21 +28,21 @@ pub enum Error {
     /// The engine thread panicked; its workers were killed.
     #[error("the supervision engine failed: {0}")]
     Failed(String),
-    /// A thread of this crate that is not the engine's panicked; what it owned is closed.
+    /// Another thread of this crate than the engine's panicked; its descriptors are closed.
     #[error("the thread {thread} panicked: {text}")]
     Panicked {
-        /// Its name.
+        /// The thread's name.
         thread: &'static str,
-        /// What it said.
+        /// The panic message.
         text: String,
     },
-    /// A handle was used in a process forked from the one that owns the engine.
-    #[error("this object belongs to process {owner}; it cannot be used in its forked child {here}")]
+    /// An object was used in a forked child of the process that owns it.
+    #[error("this object belongs to process {owner}; it cannot be used in its forked child {caller}")]
     Forked {
-        /// The process that owns the engine.
+        /// The process that owns the object.
         owner: u32,
         /// The process that tried to use it.
-        here: u32,
+        caller: u32,
     },
 }
 
@@ -56,14 +56,14 @@ impl Error {
     }
 }
 
-/// What a panic said.
+/// The message of a panic.
 pub(crate) fn panic_text(panic: &(dyn Any + Send)) -> String {
     let text = panic.downcast_ref::<&str>().copied();
     let text = text.or_else(|| panic.downcast_ref::<String>().map(String::as_str));
     text.unwrap_or("unknown panic").to_owned()
 }
 
-/// Which step of starting a process failed, for which command, and why.
+/// A process could not be started: the command, the failed step and the reason.
 #[derive(Debug, thiserror::Error)]
 #[error("failed to start worker {index}: {stage} {object}: {}", reason(source))]
 pub struct SpawnError {
@@ -71,13 +71,13 @@ pub struct SpawnError {
     pub index: usize,
     /// The step, named after the system call: `execve`, `open stdout`, `chdir` …
     pub stage: &'static str,
-    /// The path or value the step was about.
+    /// The path or value that the step used.
     pub object: String,
-    /// The kernel's answer.
+    /// The error of the system call.
     pub source: io::Error,
 }
 
-/// The kernel's answer as a fragment of a sentence: "no such file or directory", without the number.
+/// An error as a fragment of a sentence, without its number: "no such file or directory".
 fn reason(error: &io::Error) -> String {
     let text = error.to_string();
     let text = text.split(" (os error").next().unwrap_or_default();

@@ -1,14 +1,14 @@
-//! The supervision engine of ferroelastic: it starts workers, notices their exits at once and leaves no process behind.
+//! The supervision engine of ferroelastic: it starts workers, detects their exits immediately and leaves no process behind.
 //!
 //! Modules, from the bottom up. Imports go up only.
 //!
 //! - [`sys`]: safe wrappers over the kernel. The only place for `unsafe` and raw system calls.
-//! - `owner`: the fork rule.
-//! - [`vocabulary`]: enumerations whose names are visible outside of the crate.
-//! - [`text`]: escapes text from outside before it is shown.
-//! - `thread`: the native threads, and their handles.
+//! - `owner`: the check that refuses the use of an object in a forked child.
+//! - [`vocabulary`]: enumerations whose names are visible outside the crate.
+//! - [`text`]: escapes untrusted text before it is displayed.
+//! - `thread`: the native threads and their handles.
 //! - [`supervise`]: decisions about a group of workers. Its state machines take time and events as arguments and return actions.
-//! - [`health`]: answers to probes about the agent and its workers.
+//! - [`health`]: answers health probes about the agent and its workers.
 //! - [`watchdog`]: deadlines that workers set through a named pipe.
 //! - [`logs`]: copies growing log files to the console as whole, prefixed lines.
 //! - [`store`]: a key-value store for clients of torch's `TCPStore`.
@@ -17,7 +17,7 @@
 //! - [`host`]: the thread of the node that hosts a job: store and rendezvous at one port.
 //! - [`membership`]: the thread that connects an agent to the host.
 //!
-//! The crate knows no Python, reads no environment variable, installs no signal handler and has no global state.
+//! The crate does not depend on Python, reads no environment variable, installs no signal handler and has no global state.
 
 pub mod engine;
 pub mod error;

@@ -1,4 +1,4 @@
-//! The fork rule: an object of a process refuses work in its forked children.
+//! The fork rule: an object refuses its operations in forked children of the process that created it.
 
 use crate::error::{Error, Result};
 
@@ -15,8 +15,8 @@ impl Owner {
 
     /// Fails in any other process, such as a forked child.
     pub fn check(self) -> Result<()> {
-        let here = std::process::id();
-        if here == self.0 { Ok(()) } else { Err(Error::Forked { owner: self.0, here }) }
+        let caller = std::process::id();
+        if caller == self.0 { Ok(()) } else { Err(Error::Forked { owner: self.0, caller }) }
     }
 }
 

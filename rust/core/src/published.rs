@@ -1,4 +1,4 @@
-//! A value that a thread publishes, and waiting for its next version.
+//! A value that one thread publishes; other threads can wait for its next version.
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -18,11 +18,11 @@ named_values! {
     Timeout = "timeout",
     /// The caller's wake-up descriptor is readable.
     WakeFd = "wake",
-    /// The caller's descriptor for other news is readable.
+    /// The caller's descriptor for other events is readable.
     NewsFd = "news",
 }
 
-/// Descriptors of a caller that end its wait: for wake-ups (signals) and for other news.
+/// Descriptors of a caller that end its wait: one for signals, one for other events.
 pub type CallerFds<'a> = [Option<BorrowedFd<'a>>; 2];
 
 #[derive(Debug, Default)]
@@ -32,7 +32,7 @@ struct Inner<T> {
     waiters: Vec<Arc<WakeFd>>,
 }
 
-/// A value that one thread changes, and that other threads read and wait for.
+/// A value that one thread changes. Other threads read it and wait for changes.
 #[derive(Debug, Default)]
 pub(crate) struct Published<T>(Mutex<Inner<T>>);
 
@@ -55,37 +55,37 @@ impl<T> Published<T> {
         }
     }
 
-    /// Grows with each change.
+    /// Number of changes so far.
     pub(crate) fn generation(&self) -> u64 {
         self.lock().generation
     }
 
-    pub(crate) fn read<R>(&self, look: impl FnOnce(&T) -> R) -> R {
-        look(&self.lock().value)
+    pub(crate) fn read<R>(&self, read: impl FnOnce(&T) -> R) -> R {
+        read(&self.lock().value)
     }
 
-    /// Blocks until the generation exceeds `generation`, the timeout has passed, or one of `others` is readable.
+    /// Blocks until the generation exceeds `generation`, the timeout has passed, or one of `caller_fds` is readable.
     ///
-    /// Returns the error of `check` if it fails: the value will not change any more.
+    /// `check` fails if the value can no longer change. Returns its error then.
     pub(crate) fn wait(
         &self,
         generation: u64,
         timeout: Option<Duration>,
-        others: CallerFds<'_>,
+        caller_fds: CallerFds<'_>,
         check: impl Fn(&T) -> Result<()>,
     ) -> Result<Wake> {
         let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
-        let Some(waiter) = self.enter(generation, &check)? else {
+        let Some(waiter) = self.register_waiter(generation, &check)? else {
             return Ok(Wake::Event);
         };
         let outcome = loop {
             let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
-            let [first, second] = others.each_ref().map(|fd| fd.as_ref().map(|fd| fd as &dyn AsFd));
-            match wait_readable([Some(&*waiter as &dyn AsFd), first, second], left) {
-                Err(error) => break Err(Error::os("wait for", "news", error)),
+            let [wake_fd, news_fd] = caller_fds.each_ref().map(|fd| fd.as_ref().map(|fd| fd as &dyn AsFd));
+            match wait_readable([Some(&*waiter as &dyn AsFd), wake_fd, news_fd], left) {
+                Err(error) => break Err(Error::os("wait for", "an event", error)),
                 Ok([true, ..]) => {
                     waiter.drain();
-                    match self.look(generation, &check) {
+                    match self.is_newer(generation, &check) {
                         Ok(false) => {}
                         Ok(true) => break Ok(Wake::Event),
                         Err(error) => break Err(error),
@@ -94,7 +94,7 @@ impl<T> Published<T> {
                 Ok([_, true, _]) => break Ok(Wake::WakeFd),
                 Ok([_, _, true]) => break Ok(Wake::NewsFd),
                 Ok(_) if left.is_some_and(|left| left.is_zero()) => break Ok(Wake::Timeout),
-                // Interrupted, or woken before the deadline.
+                // Interrupted, or returned shortly before the deadline.
                 Ok(_) => {}
             }
         };
@@ -102,9 +102,9 @@ impl<T> Published<T> {
         outcome
     }
 
-    /// Registers a waiter unless the generation exceeds `generation` already.
-    fn enter(&self, generation: u64, check: &impl Fn(&T) -> Result<()>) -> Result<Option<Arc<WakeFd>>> {
-        if self.look(generation, check)? {
+    /// Registers a waiter, unless the generation already exceeds `generation`.
+    fn register_waiter(&self, generation: u64, check: &impl Fn(&T) -> Result<()>) -> Result<Option<Arc<WakeFd>>> {
+        if self.is_newer(generation, check)? {
             return Ok(None);
         }
         let waiter = WakeFd::new().map_err(|source| Error::os("create", "an eventfd", source))?;
@@ -118,7 +118,7 @@ impl<T> Published<T> {
         Ok(Some(waiter))
     }
 
-    fn look(&self, generation: u64, check: &impl Fn(&T) -> Result<()>) -> Result<bool> {
+    fn is_newer(&self, generation: u64, check: &impl Fn(&T) -> Result<()>) -> Result<bool> {
         let inner = self.lock();
         check(&inner.value)?;
         Ok(inner.generation > generation)

@@ -1,14 +1,13 @@
-//! Text that somebody else has written, made fit to be shown.
+//! Makes untrusted text safe to display.
 
-/// The beginning of `text`, no more than `most` bytes of it.
+/// The beginning of `text`: at most `max_bytes` bytes, cut at a character boundary.
 #[must_use]
-pub fn bounded(text: &str, most: usize) -> &str {
-    let end = (0..=text.len().min(most)).rev().find(|end| text.is_char_boundary(*end));
+pub fn bounded(text: &str, max_bytes: usize) -> &str {
+    let end = (0..=text.len().min(max_bytes)).rev().find(|end| text.is_char_boundary(*end));
     &text[..end.unwrap_or(0)]
 }
 
-/// `text` with everything escaped that does more to a terminal or a log than to be shown: control characters and changes of the
-/// direction of writing.
+/// `text` with control characters and changes of the writing direction escaped, because they can manipulate a terminal or a log.
 #[must_use]
 pub fn printable(text: &str) -> String {
     let is_unsafe = |c: char| {
@@ -29,13 +28,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_terminal_is_not_told_what_to_do() {
+    fn control_characters_and_direction_changes_are_escaped() {
         assert_eq!(printable("loss 0.5 für α"), "loss 0.5 für α");
         assert_eq!(printable("\u{1b}[2J\rgone\n\u{9b}1m\u{202e}txt"), r"\u{1b}[2J\rgone\n\u{9b}1m\u{202e}txt");
     }
 
     #[test]
-    fn a_character_is_not_cut() {
+    fn bounded_text_ends_at_a_character_boundary() {
         assert_eq!(bounded("αβ", 3), "α");
         assert_eq!(bounded("αβ", 4), "αβ");
     }

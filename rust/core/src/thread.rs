@@ -1,11 +1,10 @@
-//! The native threads of this crate: an owner, an inbox, a wake-up descriptor, one rule for forks and one for panics.
+//! The native threads of this crate. Each has an inbox and a wake-up descriptor. All follow the same rules for forks and panics.
 //!
-//! Each thread runs a [`Service`] that waits in a poller. A [`NativeThread`] is the handle: it sends orders, and waits for replies only as
-//! long as the service takes to answer.
+//! Each thread runs a [`Service`] that waits in a poller. A [`NativeThread`] is the handle: it sends orders and can wait for the reply.
 //!
 //! - Fork: a forked child has the handle but not the thread. The handle refuses every order there, and dropping it closes nothing.
-//! - Panic: the panic is caught, the service cleans up, and whoever closes the thread gets the error.
-//! - Drop: the thread gets its closing order and is not joined, so that a drop never blocks.
+//! - Panic: the panic is caught, the service cleans up, and the first caller of [`NativeThread::close`] gets the error.
+//! - Drop: the thread gets its closing order and is not joined. A drop never blocks.
 
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -20,7 +19,7 @@ use crate::sys::sigmask;
 use crate::sys::threads;
 use crate::sys::wake::WakeFd;
 
-/// Where a thread sends the reply to an order. It has room for one value, so sending never blocks the thread.
+/// Channel for the reply to an order. It has room for one value, so sending never blocks the thread.
 pub(crate) type Reply<T> = SyncSender<T>;
 
 /// An order to a thread.
@@ -31,7 +30,7 @@ pub(crate) trait ThreadOrder: Send + 'static {
 
 /// The work of a native thread.
 pub(crate) trait Service: Send + 'static {
-    /// What handles ask of it.
+    /// The orders it serves.
     type Order: ThreadOrder;
 
     /// Serves orders and events until an order ends the thread.
@@ -41,7 +40,7 @@ pub(crate) trait Service: Send + 'static {
     fn finish(&mut self, outcome: &Result<()>);
 }
 
-/// The thread's end of the line to its handle.
+/// The receiving end of the channel from the handle to the thread.
 pub(crate) struct Inbox<O> {
     orders: Receiver<O>,
     remote: Remote<O>,
@@ -53,12 +52,12 @@ impl<O> Inbox<O> {
         self.orders.try_recv().ok()
     }
 
-    /// Readable while there may be orders; [`WakeFd::drain`] acknowledges it.
+    /// Readable while orders may be pending. Call [`WakeFd::drain`] before reading them.
     pub(crate) fn wake(&self) -> &WakeFd {
         &self.remote.wake
     }
 
-    /// A way for helper threads to send orders.
+    /// A sender for helper threads.
     pub(crate) fn remote(&self) -> Remote<O> {
         self.remote.clone()
     }
@@ -78,7 +77,7 @@ impl<O> Clone for Remote<O> {
 
 impl<O> Remote<O> {
     /// Sends an order; `false` if the thread has ended.
-    pub(crate) fn tell(&self, order: O) -> bool {
+    pub(crate) fn send(&self, order: O) -> bool {
         let is_sent = self.orders.send(order).is_ok();
         self.wake.wake();
         is_sent
@@ -90,24 +89,24 @@ impl<O> Remote<O> {
     }
 }
 
-/// The two ends of a line to a thread.
-pub(crate) fn line<O>() -> Result<(Remote<O>, Inbox<O>)> {
+/// Creates the channel of a thread: its sender and its receiver.
+pub(crate) fn order_channel<O>() -> Result<(Remote<O>, Inbox<O>)> {
     let wake = Arc::new(WakeFd::new().map_err(|source| Error::os("create", "an eventfd", source))?);
     let (sender, orders) = channel();
     let remote = Remote { orders: sender, wake };
     Ok((remote.clone(), Inbox { orders, remote }))
 }
 
-/// How a close went.
+/// Outcome of [`NativeThread::close`].
 #[derive(Debug)]
 pub(crate) enum CloseOutcome {
-    /// The thread has ended. The outcome goes to the first caller; later callers get `Ok`.
-    Yes(Result<()>),
-    /// The thread still runs after the timeout.
-    No,
+    /// The thread has ended. The first caller gets its result; later callers get `Ok`.
+    Ended(Result<()>),
+    /// The thread still ran when the timeout passed.
+    TimedOut,
 }
 
-/// The end of a thread, as its handle sees it.
+/// The end of a thread. The thread sets it; its handle waits for it.
 #[derive(Debug, Default)]
 struct End {
     state: Mutex<EndState>,
@@ -125,12 +124,12 @@ impl End {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn reached(&self, outcome: Result<()>) {
+    fn set(&self, outcome: Result<()>) {
         self.lock().outcome = Some(outcome);
         self.changed.notify_all();
     }
 
-    /// Waits for the end. The lock is free while this waits.
+    /// Waits for the end without holding the lock.
     fn wait(&self, timeout: Option<Duration>) -> CloseOutcome {
         let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
         let mut state = self.lock();
@@ -140,13 +139,13 @@ impl End {
                 let thread = state.thread.take();
                 drop(state);
                 if let Some(thread) = thread {
-                    // Its last instruction was to report the end.
+                    // Does not block: setting the outcome was the thread's last action.
                     let _ = thread.join();
                 }
-                return CloseOutcome::Yes(outcome);
+                return CloseOutcome::Ended(outcome);
             }
             state = match deadline.map(|deadline| deadline.saturating_duration_since(Instant::now())) {
-                Some(left) if left.is_zero() => return CloseOutcome::No,
+                Some(left) if left.is_zero() => return CloseOutcome::TimedOut,
                 Some(left) => self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0,
                 None => self.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
             };
@@ -162,21 +161,21 @@ struct Parts<O> {
 /// The handle of a native thread.
 pub(crate) struct NativeThread<O: ThreadOrder> {
     owner: Owner,
-    /// `None` only while this is dropped.
+    /// `None` only during drop.
     parts: Option<Parts<O>>,
 }
 
 impl<O: ThreadOrder> NativeThread<O> {
-    /// Starts a thread. `create` makes its service on the calling thread, so that an error reaches the caller.
+    /// Starts a thread. `create` makes its service on the calling thread, so its error is returned to the caller.
     pub(crate) fn start<S: Service<Order = O>>(
         name: &'static str,
         create: impl FnOnce(Inbox<O>) -> Result<S>,
     ) -> Result<Self> {
-        let (remote, inbox) = line()?;
+        let (remote, inbox) = order_channel()?;
         let service = create(inbox)?;
         let end = Arc::new(End::default());
-        let its_end = Arc::clone(&end);
-        let thread = threads::builder(name).spawn(move || its_end.reached(run(name, service)));
+        let thread_end = Arc::clone(&end);
+        let thread = threads::builder(name).spawn(move || thread_end.set(run(name, service)));
         let thread = thread.map_err(|source| Error::os("start", format!("the thread {name}"), source))?;
         end.lock().thread = Some(thread);
         Ok(Self { owner: Owner::this_process(), parts: Some(Parts { remote, end }) })
@@ -193,21 +192,21 @@ impl<O: ThreadOrder> NativeThread<O> {
     }
 
     /// Sends an order. Fails if the thread has ended.
-    pub(crate) fn tell(&self, order: O) -> Result<()> {
-        if self.parts()?.remote.tell(order) { Ok(()) } else { Err(Error::Closed) }
+    pub(crate) fn send(&self, order: O) -> Result<()> {
+        if self.parts()?.remote.send(order) { Ok(()) } else { Err(Error::Closed) }
     }
 
     /// Sends an order and waits for the reply. Fails if the thread ends without one.
     pub(crate) fn ask<T>(&self, order: impl FnOnce(Reply<T>) -> O) -> Result<T> {
         let (reply, answer) = sync_channel(1);
-        self.tell(order(reply))?;
+        self.send(order(reply))?;
         answer.recv().map_err(|_| Error::Closed)
     }
 
-    /// As [`NativeThread::ask`], for at most `timeout`; `None` if there is no reply by then.
+    /// As [`NativeThread::ask`], but waits for at most `timeout`. Returns `None` after the timeout.
     pub(crate) fn ask_within<T>(&self, timeout: Duration, order: impl FnOnce(Reply<T>) -> O) -> Result<Option<T>> {
         let (reply, answer) = sync_channel(1);
-        self.tell(order(reply))?;
+        self.send(order(reply))?;
         match answer.recv_timeout(timeout) {
             Ok(answer) => Ok(Some(answer)),
             Err(RecvTimeoutError::Timeout) => Ok(None),
@@ -215,11 +214,11 @@ impl<O: ThreadOrder> NativeThread<O> {
         }
     }
 
-    /// Sends an order that ends the thread, and waits for the end; `None` waits without a limit. Idempotent.
+    /// Sends an order that ends the thread and waits for the end. A timeout of `None` waits without a limit. Idempotent.
     pub(crate) fn close(&self, order: O, timeout: Option<Duration>) -> Result<CloseOutcome> {
         let parts = self.parts()?;
-        // The thread may have ended already, or be about to: the wait tells.
-        parts.remote.tell(order);
+        // Fails if the thread has ended; the wait returns its outcome then.
+        parts.remote.send(order);
         Ok(parts.end.wait(timeout))
     }
 }
@@ -235,20 +234,20 @@ impl<O: ThreadOrder> Drop for NativeThread<O> {
         let is_forked = self.check_owner().is_err();
         let Some(parts) = self.parts.take() else { return };
         if is_forked {
-            // The channel belongs to the parent's thread, and may have been locked at the fork.
+            // Dropping the channel could deadlock: a thread of the parent may have held its lock at the fork.
             std::mem::forget(parts);
         } else {
-            parts.remote.tell(O::close());
+            parts.remote.send(O::close());
         }
     }
 }
 
 fn run<S: Service>(name: &'static str, mut service: S) -> Result<()> {
-    // Signals are for the interpreter's main thread.
+    // Signals must be delivered to the interpreter's main thread.
     sigmask::block_all().forever();
     let outcome = catch_unwind(AssertUnwindSafe(|| service.serve()));
     let outcome = outcome.unwrap_or_else(|panic| Err(Error::panicked(name, &*panic)));
-    // A second panic, caused by the state that the first one left, changes nothing about the outcome.
+    // The first panic may have left an inconsistent state. A second panic caused by it is ignored.
     let _ = catch_unwind(AssertUnwindSafe(|| service.finish(&outcome)));
     let _ = catch_unwind(AssertUnwindSafe(|| drop(service)));
     outcome
@@ -265,7 +264,7 @@ mod tests {
 
     enum Order {
         Echo(u32, Reply<u32>),
-        Hold(Receiver<()>),
+        Block(Receiver<()>),
         Panic,
         Close,
     }
@@ -291,7 +290,7 @@ mod tests {
                 while let Some(order) = self.inbox.next() {
                     match order {
                         Order::Echo(value, reply) => reply.send(value).expect("there is room"),
-                        Order::Hold(until) => drop(until.recv()),
+                        Order::Block(until) => drop(until.recv()),
                         Order::Panic => panic!("on purpose"),
                         Order::Close => return Ok(()),
                     }
@@ -306,8 +305,8 @@ mod tests {
 
     fn start() -> (NativeThread<Order>, Arc<AtomicBool>) {
         let is_finished = Arc::new(AtomicBool::new(false));
-        let its = Arc::clone(&is_finished);
-        let thread = NativeThread::start("ferro-test", move |inbox| Ok(Echo { inbox, is_finished: its }));
+        let flag = Arc::clone(&is_finished);
+        let thread = NativeThread::start("ferro-test", move |inbox| Ok(Echo { inbox, is_finished: flag }));
         (thread.expect("started"), is_finished)
     }
 
@@ -315,46 +314,46 @@ mod tests {
     fn orders_are_answered_until_the_thread_is_closed() {
         let (thread, is_finished) = start();
         assert_eq!(thread.ask(|reply| Order::Echo(7, reply)).expect("an answer"), 7);
-        assert!(matches!(thread.close(Order::Close, None), Ok(CloseOutcome::Yes(Ok(())))));
+        assert!(matches!(thread.close(Order::Close, None), Ok(CloseOutcome::Ended(Ok(())))));
         assert!(is_finished.load(Ordering::SeqCst));
         assert!(matches!(thread.ask(|reply| Order::Echo(7, reply)), Err(Error::Closed)));
-        assert!(matches!(thread.close(Order::Close, None), Ok(CloseOutcome::Yes(Ok(())))), "a close is idempotent");
+        assert!(matches!(thread.close(Order::Close, None), Ok(CloseOutcome::Ended(Ok(())))), "a close is idempotent");
     }
 
     #[test]
-    fn a_panic_is_an_error_for_the_first_close_and_the_service_cleans_up() {
+    fn the_first_close_after_a_panic_returns_the_error_and_the_service_cleans_up() {
         let (thread, is_finished) = start();
-        thread.tell(Order::Panic).expect("it runs");
-        let Ok(CloseOutcome::Yes(Err(error))) = thread.close(Order::Close, Some(TIMEOUT)) else { panic!("no error") };
+        thread.send(Order::Panic).expect("it runs");
+        let Ok(CloseOutcome::Ended(Err(error))) = thread.close(Order::Close, Some(TIMEOUT)) else { panic!("no error") };
         assert_eq!(error.to_string(), "the thread ferro-test panicked: on purpose");
         assert!(is_finished.load(Ordering::SeqCst));
-        assert!(matches!(thread.close(Order::Close, Some(TIMEOUT)), Ok(CloseOutcome::Yes(Ok(())))));
+        assert!(matches!(thread.close(Order::Close, Some(TIMEOUT)), Ok(CloseOutcome::Ended(Ok(())))));
     }
 
     #[test]
-    fn each_close_has_a_timeout_of_its_own() {
+    fn concurrent_closes_have_independent_timeouts() {
         let (thread, _) = start();
-        let (release, held) = channel();
-        thread.tell(Order::Hold(held)).expect("it runs");
+        let (release, blocked) = channel();
+        thread.send(Order::Block(blocked)).expect("it runs");
         let thread = Arc::new(thread);
         let waiter = Arc::clone(&thread);
-        let patient = std::thread::spawn(move || waiter.close(Order::Close, None));
-        // Another close waits without a limit meanwhile. With a lock held across that wait this would not return.
-        assert!(matches!(thread.close(Order::Close, Some(Duration::ZERO)), Ok(CloseOutcome::No)));
-        assert!(matches!(thread.close(Order::Close, Some(Duration::from_millis(1))), Ok(CloseOutcome::No)));
+        let unlimited = std::thread::spawn(move || waiter.close(Order::Close, None));
+        // If the close without a limit held a lock while it waits, these two would block.
+        assert!(matches!(thread.close(Order::Close, Some(Duration::ZERO)), Ok(CloseOutcome::TimedOut)));
+        assert!(matches!(thread.close(Order::Close, Some(Duration::from_millis(1))), Ok(CloseOutcome::TimedOut)));
         drop(release);
-        assert!(matches!(patient.join().expect("ended"), Ok(CloseOutcome::Yes(Ok(())))));
+        assert!(matches!(unlimited.join().expect("ended"), Ok(CloseOutcome::Ended(Ok(())))));
     }
 
     #[test]
-    fn a_drop_ends_the_thread_without_waiting_for_it() {
+    fn a_drop_ends_the_thread_without_joining_it() {
         let (thread, is_finished) = start();
-        let (release, held) = channel::<()>();
-        thread.tell(Order::Hold(held)).expect("it runs");
+        let (release, blocked) = channel::<()>();
+        thread.send(Order::Block(blocked)).expect("it runs");
         let end = Arc::clone(&thread.parts.as_ref().expect("it lives").end);
         drop(thread);
         assert!(!is_finished.load(Ordering::SeqCst));
         drop(release);
-        assert!(matches!(end.wait(Some(TIMEOUT)), CloseOutcome::Yes(Ok(()))));
+        assert!(matches!(end.wait(Some(TIMEOUT)), CloseOutcome::Ended(Ok(()))));
     }
 }

@@ -1,24 +1,24 @@
-//! Enumerations that have names outside of this crate: in Python, in health checks and in messages between nodes.
+//! Enumerations whose names are visible outside this crate: in Python, in health checks and in messages between nodes.
 
 use std::fmt;
 
-/// A name that no value of an enumeration has.
+/// A name that belongs to no value of an enumeration.
 #[derive(Debug, PartialEq, Eq)]
 pub struct UnknownName {
     name: String,
-    what: &'static str,
+    description: &'static str,
     known: Vec<&'static str>,
 }
 
 impl UnknownName {
-    pub(crate) fn new(name: &str, what: &'static str, known: Vec<&'static str>) -> Self {
-        Self { name: name.to_owned(), what, known }
+    pub(crate) fn new(name: &str, description: &'static str, known: Vec<&'static str>) -> Self {
+        Self { name: name.to_owned(), description, known }
     }
 }
 
 impl fmt::Display for UnknownName {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(formatter, "{:?} is not a {}; use one of {}", self.name, self.what, self.known.join(", "))
+        write!(formatter, "{:?} is not a {}; use one of {}", self.name, self.description, self.known.join(", "))
     }
 }
 
@@ -27,24 +27,24 @@ impl std::error::Error for UnknownName {}
 /// Defines an enumeration whose values have names.
 macro_rules! named_values {
     (
-        $(#[$attribute:meta])* $type:ident, $what:literal:
-        $($(#[$documentation:meta])* $word:ident = $name:literal,)+
+        $(#[$attribute:meta])* $type:ident, $description:literal:
+        $($(#[$documentation:meta])* $variant:ident = $name:literal,)+
     ) => {
         $(#[$attribute])*
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
         pub enum $type {
-            $($(#[$documentation])* $word,)+
+            $($(#[$documentation])* $variant,)+
         }
 
         impl $type {
             /// All values.
-            pub const ALL: [Self; [$($name),+].len()] = [$(Self::$word),+];
+            pub const ALL: [Self; [$($name),+].len()] = [$(Self::$variant),+];
 
             /// The name of the value.
             #[must_use]
             pub fn name(self) -> &'static str {
                 match self {
-                    $(Self::$word => $name,)+
+                    $(Self::$variant => $name,)+
                 }
             }
         }
@@ -53,8 +53,8 @@ macro_rules! named_values {
             type Err = $crate::vocabulary::UnknownName;
 
             fn from_str(name: &str) -> std::result::Result<Self, Self::Err> {
-                let unknown = || $crate::vocabulary::UnknownName::new(name, $what, vec![$($name),+]);
-                Self::ALL.into_iter().find(|word| word.name() == name).ok_or_else(unknown)
+                let unknown = || $crate::vocabulary::UnknownName::new(name, $description, vec![$($name),+]);
+                Self::ALL.into_iter().find(|value| value.name() == name).ok_or_else(unknown)
             }
         }
     };
@@ -63,7 +63,7 @@ macro_rules! named_values {
 pub(crate) use named_values;
 
 named_values! {
-    /// What the agent is doing.
+    /// The current activity of the agent.
     AgentState, "state":
     /// The agent has not reported a state.
     Unknown = "unknown",
@@ -82,21 +82,21 @@ named_values! {
 }
 
 named_values! {
-    /// The kind of cause that ends a round and restarts the workers.
+    /// The kind of event that ends a round and restarts the workers.
     #[derive(serde::Serialize, serde::Deserialize)]
     RestartCause, "cause of a restart":
-    /// A worker failed. `--max-restarts` limits how often.
+    /// A worker failed. `--max-restarts` limits these restarts.
     Failure = "failure",
-    /// A node joined, left or was lost.
+    /// A node joined, left or was lost. `max_membership_changes` limits these restarts.
     Membership = "membership",
 }
 
 named_values! {
-    /// A phase of a restart, whose duration is measured.
+    /// A phase of a restart. Its duration is measured.
     RestartPhase, "phase of a restart":
-    /// From the first failure, as the engine saw it, to the agent's reaction.
+    /// From the time at which the engine noticed the first failure to the agent's reaction.
     Detect = "detect",
-    /// From the first signal to the moment when every process group is empty.
+    /// From the first signal until every process group is empty.
     Stop = "stop",
     /// Waiting for the other nodes in a rendezvous.
     Rendezvous = "rendezvous",
@@ -105,13 +105,13 @@ named_values! {
 }
 
 named_values! {
-    /// Why the server closed a connection of a probe.
+    /// Why the health server closed a connection.
     DropReason, "reason to drop a connection":
-    /// A newer connection needed its place.
+    /// The connection limit was reached and a newer connection took its place.
     Room = "room",
     /// Its deadline passed.
     Deadline = "deadline",
-    /// It left too many bytes of answers unread.
+    /// The client left too many response bytes unread.
     Unread = "unread",
 }
 
@@ -126,7 +126,7 @@ named_values! {
     Failed = "failed",
     /// The agent stopped it.
     Stopped = "stopped",
-    /// It ended, and only the process that started it knows its status.
+    /// It ended, but the engine cannot get its exit status.
     Ended = "ended",
 }
 
@@ -135,7 +135,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_lead_back_and_others_are_refused_with_a_list() {
+    fn names_parse_to_their_values_and_unknown_names_list_the_known_ones() {
         for state in AgentState::ALL {
             assert_eq!(state.name().parse(), Ok(state));
         }

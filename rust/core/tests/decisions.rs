@@ -80,8 +80,8 @@ fn stopping_a_group_that_is_gone_ends_at_once() {
     let mut group = GroupState::new(1);
     let now = Instant::now();
     group.step(now, GroupEvent::Ended(vec![ended(0, ExitStatus::Exited(0))]));
-    assert!(group.step(now, GroupEvent::Stop(PLAN)).contains(&GroupAction::Look { index: 0 }));
-    assert!(is_finished(&group.step(now, GroupEvent::Looked { index: 0, anybody: false })));
+    assert!(group.step(now, GroupEvent::Stop(PLAN)).contains(&GroupAction::CheckMembers { index: 0 }));
+    assert!(is_finished(&group.step(now, GroupEvent::MembersChecked { index: 0, has_members: false })));
     assert_eq!(group.step(now, GroupEvent::Stop(PLAN)), [], "a stop that is over stays over");
 }
 
@@ -99,7 +99,7 @@ fn the_group_of_a_killed_leader_has_a_moment_to_clean_up() {
     let start = Instant::now();
     group.step(start, GroupEvent::Ended(vec![ended(1, ExitStatus::Exited(0))]));
     group.step(start, GroupEvent::Stop(PLAN));
-    group.step(start, GroupEvent::Looked { index: 1, anybody: true });
+    group.step(start, GroupEvent::MembersChecked { index: 1, has_members: true });
     let killed = start + PLAN.grace;
     let actions = group.step(killed, GroupEvent::Tick);
     assert!(
@@ -108,8 +108,8 @@ fn the_group_of_a_killed_leader_has_a_moment_to_clean_up() {
     );
     let actions =
         group.step(killed, GroupEvent::Ended(vec![ended(0, ExitStatus::Signalled { signal: 9, core_dumped: false })]));
-    assert_eq!(actions, [GroupAction::Look { index: 0 }]);
-    assert_eq!(group.step(killed, GroupEvent::Looked { index: 0, anybody: true }), []);
+    assert_eq!(actions, [GroupAction::CheckMembers { index: 0 }]);
+    assert_eq!(group.step(killed, GroupEvent::MembersChecked { index: 0, has_members: true }), []);
     assert!(group.next_tick().is_some_and(|due| due <= killed + GROUP_KILL_DELAY));
     let before = group.step(killed + Duration::from_millis(99), GroupEvent::Tick);
     assert!(!before.contains(&GroupAction::Kill { index: 0 }), "{before:?}");
@@ -131,14 +131,14 @@ fn nobody_is_signalled_in_the_linger_time() {
     let mut group = GroupState::new(2);
     group.step(start, GroupEvent::Ended(vec![ended(0, ExitStatus::Exited(0)), ended(1, ExitStatus::Exited(0))]));
     let actions = group.step(start, GroupEvent::Stop(plan));
-    assert_eq!(actions, [GroupAction::Look { index: 0 }, GroupAction::Look { index: 1 }]);
-    group.step(start, GroupEvent::Looked { index: 0, anybody: false });
-    group.step(start, GroupEvent::Looked { index: 1, anybody: true });
+    assert_eq!(actions, [GroupAction::CheckMembers { index: 0 }, GroupAction::CheckMembers { index: 1 }]);
+    group.step(start, GroupEvent::MembersChecked { index: 0, has_members: false });
+    group.step(start, GroupEvent::MembersChecked { index: 1, has_members: true });
     assert_eq!(group.step(start, GroupEvent::Stop(PLAN)), [], "another stop does not shorten it");
     let end = start + plan.linger;
     let actions = group.step(end, GroupEvent::Tick);
     assert!(actions.starts_with(&[GroupAction::Overdue { index: 1 }, GroupAction::Terminate { index: 1, signal: 15 }]));
-    group.step(end, GroupEvent::Looked { index: 1, anybody: true });
+    group.step(end, GroupEvent::MembersChecked { index: 1, has_members: true });
     let actions = group.step(end + PLAN.grace, GroupEvent::Tick);
     assert!(actions.contains(&GroupAction::Kill { index: 1 }), "{actions:?}");
 }
@@ -149,7 +149,7 @@ fn hurry_ends_the_linger_time() {
     let mut group = GroupState::new(1);
     group.step(start, GroupEvent::Ended(vec![ended(0, ExitStatus::Exited(0))]));
     group.step(start, GroupEvent::Stop(StopPlan { linger: Duration::MAX, ..PLAN }));
-    group.step(start, GroupEvent::Looked { index: 0, anybody: true });
+    group.step(start, GroupEvent::MembersChecked { index: 0, has_members: true });
     assert_eq!(group.step(start, GroupEvent::EndGrace), [GroupAction::Kill { index: 0 }]);
 }
 
@@ -168,7 +168,7 @@ fn who_is_there_at_the_last_deadline_is_named() {
     let start = Instant::now();
     group.step(start, GroupEvent::Stop(PLAN));
     group.step(start, GroupEvent::Ended(vec![ended(0, ExitStatus::Exited(0))]));
-    group.step(start, GroupEvent::Looked { index: 0, anybody: false });
+    group.step(start, GroupEvent::MembersChecked { index: 0, has_members: false });
     assert_eq!(group.step(start + PLAN.grace, GroupEvent::Tick), [GroupAction::KillLeader { index: 1 }]);
     assert_eq!(group.step(start + PLAN.grace + GROUP_KILL_DELAY, GroupEvent::Tick), [GroupAction::Kill { index: 1 }]);
     let actions = group.step(start + PLAN.grace + PLAN.kill_wait, GroupEvent::Tick);
@@ -239,12 +239,12 @@ proptest! {
                             prop_assert!(now >= earliest, "killed at {} ms", now);
                             killed_at[index].get_or_insert(now);
                         }
-                        GroupAction::Look { index } => {
+                        GroupAction::CheckMembers { index } => {
                             let gone = leader_gone[index].expect("only orphaned groups are looked at");
                             let killed = killed_at[index].is_some() && !actors[index].unkillable;
-                            let anybody = now < gone + actors[index].orphans_for && !killed;
-                            empty[index] |= !anybody;
-                            queue.extend(group.step(at(now), GroupEvent::Looked { index, anybody }));
+                            let has_members = now < gone + actors[index].orphans_for && !killed;
+                            empty[index] |= !has_members;
+                            queue.extend(group.step(at(now), GroupEvent::MembersChecked { index, has_members }));
                         }
                         GroupAction::Finished(stopped) => finished = Some((now, stopped)),
                     }

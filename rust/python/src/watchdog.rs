@@ -164,7 +164,7 @@ impl BeatSlot {
         if self.slot.is_own() {
             return Ok(());
         }
-        Err(to_python(py, Error::Forked { owner: self.slot.owner(), here: std::process::id() }))
+        Err(to_python(py, Error::Forked { owner: self.slot.owner(), caller: std::process::id() }))
     }
 }
 

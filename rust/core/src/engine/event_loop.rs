@@ -18,7 +18,7 @@ use crate::sys::clock::Moment;
 use crate::sys::poller::{Interest, Poller};
 use crate::sys::probe::Support;
 use crate::sys::process::ProcessHandle;
-use crate::sys::spawn::{Command, SpawnStack, can_be_born_in, spawn};
+use crate::sys::spawn::{Command, SpawnStack, can_spawn_in, spawn};
 use crate::sys::threads;
 use crate::sys::timer::Timer;
 use crate::sys::wait::{Block, Collect, ExitStatus, Usage, wait};
@@ -228,7 +228,7 @@ impl EventLoop {
             let gathering = move || {
                 let gathered = gather.run();
                 // The engine may have ended.
-                let _ = engine.tell(Order::Gathered { watchdog: watchdog_id, gathered });
+                let _ = engine.send(Order::Gathered { watchdog: watchdog_id, gathered });
             };
             if threads::builder("ferro-evidence").spawn(gathering).is_err() {
                 watchdog.gathered(&nothing);
@@ -329,7 +329,7 @@ impl EventLoop {
             Order::OwnOrphans => self.orphans.own_all(),
             Order::UseCgroup { folder, reply } => {
                 let wanted = folder.is_some();
-                self.cgroup = folder.filter(|folder| can_be_born_in(folder.as_fd(), &mut self.stack));
+                self.cgroup = folder.filter(|folder| can_spawn_in(folder.as_fd(), &mut self.stack));
                 let _ = reply.send(self.cgroup.is_some() == wanted);
             }
             Order::DismissGuard { reply } => self.guard.dismiss(reply),
@@ -431,7 +431,7 @@ impl EventLoop {
             let (status, usage) = loop {
                 match wait(leader.pid(), Collect::Observe, Block::Yes) {
                     Ok(Some((ExitStatus::Unknown, usage))) => {
-                        leader.wait_as_stranger();
+                        leader.poll_until_end();
                         break (ExitStatus::Unknown, usage);
                     }
                     Ok(Some(ended)) => break ended,
@@ -443,7 +443,7 @@ impl EventLoop {
             let engine = engine.lock().unwrap_or_else(PoisonError::into_inner);
             let at = Moment::now();
             // The engine may have ended.
-            let _ = engine.tell(Order::Ended { process: id, status, usage, at });
+            let _ = engine.send(Order::Ended { process: id, status, usage, at });
         };
         threads::builder("ferro-wait").spawn(waiting).map(drop)
     }

@@ -77,13 +77,13 @@ impl Group {
 
     fn decide(&self, event: GroupEvent) -> Result<()> {
         let group = self.id;
-        self.line.tell(Order::Decide { group, event })
+        self.line.send(Order::Decide { group, event })
     }
 }
 
 impl Drop for Group {
     /// Leaves running processes alone and reaps them when they end.
     fn drop(&mut self) {
-        let _ = self.line.tell(Order::Release { group: self.id });
+        let _ = self.line.send(Order::Release { group: self.id });
     }
 }

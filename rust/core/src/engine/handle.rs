@@ -92,13 +92,13 @@ impl Engine {
 
     /// The guard ends the workers at the time on this page, also while this process is suspended.
     pub fn watch_lease(&self, page: Arc<LeasePage>) -> Result<()> {
-        self.line.tell(Order::WatchLease(page))
+        self.line.send(Order::WatchLease(page))
     }
 
     /// Declares that all children in other sessions than this process's own belong to workers. Where this process is PID 1 or a subreaper,
     /// the engine reaps them.
     pub fn own_orphans(&self) -> Result<()> {
-        self.line.tell(Order::OwnOrphans)
+        self.line.send(Order::OwnOrphans)
     }
 
     /// Starts workers in this cgroup from now on; `None` starts them in the agent's own. `false` if the kernel cannot do that.
@@ -123,6 +123,6 @@ impl Engine {
     pub fn close(&self, timeout: Duration) -> Result<bool> {
         let ended = self.line.close(Order::Close { kill_wait: timeout }, Some(timeout + CLOSE_MARGIN))?;
         // A failure of the thread has been published to the waiters.
-        Ok(matches!(ended, CloseOutcome::Yes(_)))
+        Ok(matches!(ended, CloseOutcome::Ended(_)))
     }
 }

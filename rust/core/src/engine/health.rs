@@ -84,7 +84,7 @@ impl HealthServer {
     }
 
     fn tell(&self, order: health::Order) -> Result<()> {
-        self.line.tell(Order::Health(order))
+        self.line.send(Order::Health(order))
     }
 }
 

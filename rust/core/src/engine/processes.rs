@@ -88,9 +88,9 @@ impl GroupEntry {
         }
         while let Some(action) = actions.pop() {
             match action {
-                GroupAction::Look { index } => {
-                    let anybody = !self.processes[index].leader.living_members().is_empty();
-                    actions.extend(self.state.step(now, GroupEvent::Looked { index, anybody }));
+                GroupAction::CheckMembers { index } => {
+                    let has_members = !self.processes[index].leader.living_members().is_empty();
+                    actions.extend(self.state.step(now, GroupEvent::MembersChecked { index, has_members }));
                 }
                 GroupAction::Finished(stopped) => self.finish(&stopped, now),
                 signal => {
@@ -111,7 +111,7 @@ impl GroupEntry {
             GroupAction::Kill { index } => {
                 let _ = self.processes[index].leader.signal_group(libc::SIGKILL);
             }
-            GroupAction::Look { .. } | GroupAction::Finished(_) => return false,
+            GroupAction::CheckMembers { .. } | GroupAction::Finished(_) => return false,
         }
         true
     }

@@ -31,6 +31,6 @@ impl Tail {
 
 impl Drop for Tail {
     fn drop(&mut self) {
-        let _ = self.line.tell(Order::DropTail { tail: self.id });
+        let _ = self.line.send(Order::DropTail { tail: self.id });
     }
 }

@@ -108,7 +108,7 @@ impl Watchdog {
 
 impl Drop for Watchdog {
     fn drop(&mut self) {
-        let _ = self.line.tell(Order::CloseWatchdog { id: self.id, reply: None });
+        let _ = self.line.send(Order::CloseWatchdog { id: self.id, reply: None });
     }
 }
 
@@ -131,7 +131,7 @@ mod tests {
     /// Runs `work` on the engine thread.
     fn run(watchdog: &Watchdog, work: impl FnOnce(&mut WatchdogServer) + Send + 'static) {
         let order = watchdog::Order::Run(Box::new(work));
-        watchdog.line.tell(Order::Watchdog { id: watchdog.id, order }).expect("the engine runs");
+        watchdog.line.send(Order::Watchdog { id: watchdog.id, order }).expect("the engine runs");
     }
 
     /// An engine with a watchdog, and the path of its pipe.

@@ -36,7 +36,7 @@ impl HostThread {
         if let Some(connection) = self.connections.get_mut(&peer) {
             connection.protocol = Protocol::Agent(AgentFrames::new(rest));
             // Without it the heartbeats alone detect a broken network.
-            let _ = connection.stream.set_patience(agents.silence);
+            let _ = connection.stream.set_peer_timeout(agents.silence);
         }
         self.take_messages(peer);
         self.set_timer();

@@ -74,8 +74,8 @@ impl StoreServer {
     /// Fails, once, if the thread had ended earlier by an error.
     pub fn close(&self, timeout: Duration) -> Result<()> {
         match self.thread.close(Order::Close { timeout }, None)? {
-            CloseOutcome::Yes(outcome) => outcome,
-            CloseOutcome::No => Ok(()),
+            CloseOutcome::Ended(outcome) => outcome,
+            CloseOutcome::TimedOut => Ok(()),
         }
     }
 }
@@ -348,7 +348,7 @@ mod tests {
         let server = start(None);
         let mut client = TcpStream::connect(server.address()).expect("connect");
         client.set_read_timeout(Some(PATIENCE)).expect("set");
-        server.thread.tell(Order::Panic).expect("it runs");
+        server.thread.send(Order::Panic).expect("it runs");
         assert_eq!(client.read(&mut [0]).unwrap_or(0), 0, "the end, or a reset");
         let error = server.close(Duration::ZERO).expect_err("it has failed");
         assert_eq!(error.to_string(), "the thread ferro-store panicked: on purpose");
@@ -386,7 +386,7 @@ mod tests {
             }
         };
         stands(|standing| matches!(standing, MembershipState::Placed(_)));
-        server.thread.tell(Order::Panic).expect("it runs");
+        server.thread.send(Order::Panic).expect("it runs");
         let standing = stands(|standing| !matches!(standing, MembershipState::Placed(_)));
         let MembershipState::Closed { text, code: 1 } = standing else { panic!("it is {standing:?}") };
         assert_eq!(text, "the agent that hosts the rendezvous has failed: the thread ferro-store panicked: on purpose");

@@ -1,31 +1,31 @@
-//! Cutting bytes into whole lines.
+//! Splitting bytes into whole lines.
 
 use memchr::memmem::Finder;
 use memchr::{memchr, memchr2};
 
-/// A line longer than this is broken up. Bounds the memory of a worker that never ends its line.
+/// Maximum length of a line in bytes. Longer lines are broken up, which bounds the memory use for output without line ends.
 pub const MAX_LINE: usize = 1 << 20;
 
-/// How the lines of one stream look on the console.
+/// Format of the lines of one stream on the console.
 #[derive(Clone, Debug)]
 pub struct LineFormat {
     prefix: Vec<u8>,
-    only_with: Vec<Finder<'static>>,
+    filters: Vec<Finder<'static>>,
 }
 
-/// What is on the console already of the line that a chunk begins with.
+/// The part of a chunk's first line that is already on the console.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Opening {
-    /// So many bytes of it.
-    pub shown: usize,
-    /// They are the last on the console: it goes on where they end.
-    pub in_place: bool,
+pub struct ShownPart {
+    /// Length in bytes.
+    pub bytes: usize,
+    /// Nothing was written to the console after it: the rest of the line can follow directly.
+    pub is_last: bool,
 }
 
-/// What one call to [`LineFormat::format`] has done.
+/// Outcome of [`LineFormat::format`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Formatted {
-    /// Bytes of the chunk that are done with.
+    /// Number of processed bytes of the chunk.
     pub consumed: usize,
     /// Lines written.
     pub lines: u64,
@@ -34,94 +34,94 @@ pub struct Formatted {
 }
 
 impl LineFormat {
-    /// Every line gets `prefix`. If `only_with` is not empty, lines without any of its strings are left out.
+    /// Every line gets `prefix`. If `filters` is not empty, only lines that contain one of its strings are kept.
     #[must_use]
-    pub fn new(prefix: &[u8], only_with: &[Vec<u8>]) -> Self {
+    pub fn new(prefix: &[u8], filters: &[Vec<u8>]) -> Self {
         Self {
             prefix: prefix.to_vec(),
-            only_with: only_with.iter().map(|needle| Finder::new(needle).into_owned()).collect(),
+            filters: filters.iter().map(|needle| Finder::new(needle).into_owned()).collect(),
         }
     }
 
-    /// Appends the whole lines of `chunk` to `out`. `\n`, `\r\n` and `\r` end a line and come out as `\n`.
+    /// Appends the whole lines of `chunk` to `out`. Lines end in `\n`, `\r\n` or `\r`; the output has `\n`.
     ///
-    /// What comes after the last line end is left for the next chunk, unless `last` says that there will be none. `after_return` is the
-    /// memory between the chunks of a stream: the former one ended in `\r`, so a `\n` at the start of this one belongs to it. `opening`
-    /// says what was shown before its line was whole.
+    /// The bytes after the last line end are not consumed, unless `is_final` says that no chunk follows. `after_cr` is state between the
+    /// chunks of a stream: the previous chunk ended in `\r`, so a `\n` at the start of this one belongs to the same line end.
+    /// `shown` is the part of the first line that is already on the console.
     pub fn format(
         &self,
         chunk: &[u8],
-        last: bool,
-        after_return: &mut bool,
-        opening: Opening,
+        is_final: bool,
+        after_cr: &mut bool,
+        shown: ShownPart,
         out: &mut Vec<u8>,
     ) -> Formatted {
-        let (mut done, mut opening) = (Formatted::default(), opening);
+        let (mut done, mut shown) = (Formatted::default(), shown);
         let mut rest = chunk;
-        if *after_return && !rest.is_empty() {
-            *after_return = false;
+        if *after_cr && !rest.is_empty() {
+            *after_cr = false;
             if rest[0] == b'\n' {
                 rest = &rest[1..];
             }
         }
-        // Most logs hold no carriage return: then one kind of line end is looked for, which is faster.
-        let has_returns = memchr(b'\r', rest).is_some();
+        // Most logs contain no carriage return. Searching for one kind of line end is faster.
+        let has_cr = memchr(b'\r', rest).is_some();
         loop {
-            let end = if has_returns { memchr2(b'\n', b'\r', rest) } else { memchr(b'\n', rest) };
+            let end = if has_cr { memchr2(b'\n', b'\r', rest) } else { memchr(b'\n', rest) };
             match end {
                 Some(end) => {
-                    self.write(&rest[..end], &mut opening, &mut done, out);
-                    let returned = rest[end] == b'\r';
+                    self.write(&rest[..end], &mut shown, &mut done, out);
+                    let is_cr = rest[end] == b'\r';
                     rest = &rest[end + 1..];
-                    if returned {
+                    if is_cr {
                         match rest.first() {
                             Some(b'\n') => rest = &rest[1..],
                             Some(_) => {}
-                            None => *after_return = true,
+                            None => *after_cr = true,
                         }
                     }
                 }
                 None if rest.len() >= MAX_LINE => {
-                    self.write(&rest[..MAX_LINE], &mut opening, &mut done, out);
+                    self.write(&rest[..MAX_LINE], &mut shown, &mut done, out);
                     done.broken += 1;
                     rest = &rest[MAX_LINE..];
                 }
                 None => break,
             }
         }
-        if last && !rest.is_empty() {
-            self.write(rest, &mut opening, &mut done, out);
+        if is_final && !rest.is_empty() {
+            self.write(rest, &mut shown, &mut done, out);
             rest = &[];
         }
         done.consumed = chunk.len() - rest.len();
         done
     }
 
-    /// Appends what is new of a line that has no end yet.
-    pub fn format_piece(&self, piece: &[u8], opening: Opening, out: &mut Vec<u8>) {
-        if !opening.in_place {
+    /// Appends the new bytes of a line that has no end yet.
+    pub fn format_partial(&self, line: &[u8], shown: ShownPart, out: &mut Vec<u8>) {
+        if !shown.is_last {
             out.extend_from_slice(&self.prefix);
         }
-        out.extend_from_slice(&piece[opening.shown.min(piece.len())..]);
+        out.extend_from_slice(&line[shown.bytes.min(line.len())..]);
     }
 
-    /// Whether lines may be shown before they are whole: a filter has to see all of a line.
+    /// Whether unfinished lines may be shown. A filter needs the whole line.
     #[must_use]
-    pub fn shows_pieces(&self) -> bool {
-        self.only_with.is_empty()
+    pub fn shows_partial_lines(&self) -> bool {
+        self.filters.is_empty()
     }
 
-    fn write(&self, line: &[u8], opening: &mut Opening, done: &mut Formatted, out: &mut Vec<u8>) {
-        let Opening { shown, in_place } = std::mem::take(opening);
-        if !self.only_with.is_empty() && !self.only_with.iter().any(|needle| needle.find(line).is_some()) {
+    fn write(&self, line: &[u8], shown: &mut ShownPart, done: &mut Formatted, out: &mut Vec<u8>) {
+        let shown = std::mem::take(shown);
+        if !self.filters.is_empty() && !self.filters.iter().any(|needle| needle.find(line).is_some()) {
             return;
         }
         done.lines += 1;
-        if shown > 0 && shown >= line.len() && !in_place {
-            return; // all of it was shown, and something else after it
+        if shown.bytes > 0 && shown.bytes >= line.len() && !shown.is_last {
+            return; // the whole line was shown, and other output after it
         }
         out.reserve(self.prefix.len() + line.len() + 1);
-        self.format_piece(line, Opening { shown, in_place }, out);
+        self.format_partial(line, shown, out);
         out.push(b'\n');
     }
 }
@@ -134,7 +134,7 @@ mod tests {
 
     fn all_at_once(format: &LineFormat, bytes: &[u8]) -> Vec<u8> {
         let mut out = Vec::new();
-        format.format(bytes, true, &mut false, Opening::default(), &mut out);
+        format.format(bytes, true, &mut false, ShownPart::default(), &mut out);
         out
     }
 
@@ -146,10 +146,10 @@ mod tests {
     }
 
     #[test]
-    fn an_unfinished_line_waits() {
+    fn an_unfinished_line_is_not_consumed() {
         let format = LineFormat::new(b"", &[]);
         let mut out = Vec::new();
-        let done = format.format(b"whole\nhal", false, &mut false, Opening::default(), &mut out);
+        let done = format.format(b"whole\nhal", false, &mut false, ShownPart::default(), &mut out);
         assert_eq!((out.as_slice(), done.consumed), (b"whole\n".as_slice(), 6));
     }
 
@@ -157,7 +157,7 @@ mod tests {
     fn a_line_without_end_is_broken_up() {
         let format = LineFormat::new(b"", &[]);
         let mut out = Vec::new();
-        let done = format.format(&vec![b'x'; MAX_LINE + 3], false, &mut false, Opening::default(), &mut out);
+        let done = format.format(&vec![b'x'; MAX_LINE + 3], false, &mut false, ShownPart::default(), &mut out);
         assert_eq!((done.consumed, done.broken, out.len()), (MAX_LINE, 1, MAX_LINE + 1));
     }
 
@@ -168,31 +168,31 @@ mod tests {
     }
 
     #[test]
-    fn a_line_goes_on_where_it_was_shown() {
+    fn the_shown_part_of_a_line_is_not_repeated() {
         let format = LineFormat::new(b"[r]:", &[]);
-        let whole = |opening| {
+        let whole = |shown| {
             let mut out = Vec::new();
-            format.format(b"(Pdb) n\nnext\n", false, &mut false, opening, &mut out);
+            format.format(b"(Pdb) n\nnext\n", false, &mut false, shown, &mut out);
             String::from_utf8(out).expect("text")
         };
-        assert_eq!(whole(Opening { shown: 6, in_place: true }), "n\n[r]:next\n");
-        assert_eq!(whole(Opening { shown: 6, in_place: false }), "[r]:n\n[r]:next\n");
-        assert_eq!(whole(Opening { shown: 7, in_place: true }), "\n[r]:next\n");
-        assert_eq!(whole(Opening { shown: 7, in_place: false }), "[r]:next\n");
+        assert_eq!(whole(ShownPart { bytes: 6, is_last: true }), "n\n[r]:next\n");
+        assert_eq!(whole(ShownPart { bytes: 6, is_last: false }), "[r]:n\n[r]:next\n");
+        assert_eq!(whole(ShownPart { bytes: 7, is_last: true }), "\n[r]:next\n");
+        assert_eq!(whole(ShownPart { bytes: 7, is_last: false }), "[r]:next\n");
     }
 
     proptest! {
-        /// However the bytes arrive, the console shows the same.
+        /// The output does not depend on the boundaries of the chunks.
         #[test]
-        fn chunking_changes_nothing(bytes in proptest::collection::vec(prop_oneof![Just(b'\n'), Just(b'\r'), Just(b'a'), any::<u8>()], 0..200), cuts in proptest::collection::vec(0usize..200, 0..8)) {
+        fn chunking_does_not_change_the_output(bytes in proptest::collection::vec(prop_oneof![Just(b'\n'), Just(b'\r'), Just(b'a'), any::<u8>()], 0..200), cuts in proptest::collection::vec(0usize..200, 0..8)) {
             let format = LineFormat::new(b"[0]:", &[]);
             let mut cuts: Vec<usize> = cuts.into_iter().map(|cut| cut.min(bytes.len())).chain([bytes.len()]).collect();
             cuts.sort_unstable();
-            let (mut start, mut after_return, mut out) = (0, false, Vec::new());
+            let (mut start, mut after_cr, mut out) = (0, false, Vec::new());
             for cut in cuts {
-                start += format.format(&bytes[start..cut], false, &mut after_return, Opening::default(), &mut out).consumed;
+                start += format.format(&bytes[start..cut], false, &mut after_cr, ShownPart::default(), &mut out).consumed;
             }
-            format.format(&bytes[start..], true, &mut after_return, Opening::default(), &mut out);
+            format.format(&bytes[start..], true, &mut after_cr, ShownPart::default(), &mut out);
             prop_assert_eq!(out, all_at_once(&format, &bytes));
         }
     }

@@ -1,8 +1,8 @@
-//! Growing log files to whole, prefixed console lines.
+//! Copies growing log files to a console as whole, prefixed lines.
 //!
-//! Workers write their streams straight into files; the engine only reads behind them. So a training loop never waits for the agent or
-//! for whoever reads the console, the files are complete even if the agent is killed, and the files are the buffer: a
-//! console that takes nothing costs neither memory nor lines.
+//! Workers write their streams directly to files, and the engine reads these files. A training loop therefore never waits for the agent or
+//! for the reader of the console, and the files are complete even if the agent is killed. The files are also the buffer: a blocked console
+//! uses no memory and loses no lines.
 
 mod lines;
 mod tail;

@@ -1,4 +1,4 @@
-//! One tail: some growing files, one console.
+//! One tail: growing files and their console.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -7,69 +7,69 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::{Mode, OFlags};
 
-use super::lines::{LineFormat, MAX_LINE, Opening};
+use super::lines::{LineFormat, MAX_LINE, ShownPart};
 use crate::error::Error;
 use crate::sys::console::Console;
 
-/// What to follow and where to copy it.
+/// The files to follow and their destination.
 #[derive(Debug)]
 pub struct TailSpec {
-    /// Files and the prefix of their lines. A file that does not exist is created.
+    /// Files and the prefix of their lines. Missing files are created.
     pub files: Vec<(PathBuf, Vec<u8>)>,
-    /// Where the lines go.
+    /// Destination of the lines.
     pub console: OwnedFd,
-    /// If not empty, only lines with one of these strings.
+    /// If not empty, only lines that contain one of these strings are copied.
     pub only_lines_with: Vec<Vec<u8>>,
-    /// Lines are shown only when they are whole, however long that takes.
+    /// Never show an unfinished line.
     pub whole_lines_only: bool,
 }
 
-/// What a finished tail has done.
+/// Statistics and errors of a finished tail.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct TailReport {
     /// Lines written to the console.
     pub lines: u64,
     /// Bytes written to the console, prefixes included.
     pub bytes: u64,
-    /// Lines broken up because they were too long.
+    /// Lines broken up because they were longer than [`MAX_LINE`].
     pub broken_lines: u64,
-    /// Bytes of the files that never reached the console.
+    /// Bytes of the files that were not written to the console.
     pub dropped_bytes: u64,
-    /// Why the console takes nothing any more, if it said so: its reader has closed it, the disk is full.
+    /// The error that ended writing to the console, e.g. its reader closed it or the disk is full.
     pub console_error: Option<String>,
-    /// Files that could not be read, and why.
+    /// Files that could not be opened, with the errors.
     pub unread: Vec<(PathBuf, String)>,
 }
 
-/// How far a call to [`FileTail::pump`] came.
+/// Outcome of [`FileTail::pump`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Pumped {
-    /// Everything there is was written.
+    /// All available bytes were written.
     Idle,
-    /// There is more to do.
+    /// More bytes are available.
     More,
-    /// The console takes nothing now.
+    /// A write to the console would block.
     ConsoleFull,
 }
 
-/// The stream whose unfinished line is the last on a console: its tail, and its place there.
+/// The stream whose unfinished line is the last output on a console: the id of its tail and its index in it.
 pub(super) type OpenLine = Option<(u64, usize)>;
 
 #[derive(Debug)]
 struct LogStream {
     path: PathBuf,
-    /// `Err` says why there is none: it is tried again.
+    /// `Err` if it could not be opened. Opening is retried.
     file: Result<OwnedFd, io::Error>,
     format: LineFormat,
     offset: u64,
-    after_return: bool,
+    after_cr: bool,
     dirty: bool,
-    /// Nothing tells when the file grows: it is looked at from time to time.
+    /// There is no inotify watch: the file is polled.
     is_polled: bool,
-    /// Bytes of the line at `offset`, which has no end yet, that are on the console.
-    shown: usize,
-    /// When the rest of it is shown.
-    piece_due: Option<Instant>,
+    /// Number of bytes of the unfinished line at `offset` that are on the console.
+    shown_bytes: usize,
+    /// When the rest of the unfinished line is shown.
+    partial_due: Option<Instant>,
 }
 
 impl LogStream {
@@ -79,11 +79,11 @@ impl LogStream {
             file: open_log(path),
             format,
             offset: 0,
-            after_return: false,
+            after_cr: false,
             dirty: true,
             is_polled: false,
-            shown: 0,
-            piece_due: None,
+            shown_bytes: 0,
+            partial_due: None,
         }
     }
 }
@@ -92,13 +92,13 @@ fn open_log(path: &Path) -> io::Result<OwnedFd> {
     Ok(rustix::fs::open(path, OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC, Mode::from_raw_mode(0o666))?)
 }
 
-/// An unfinished line is shown this long after its first byte that is not.
-const PIECE_AGE: Duration = Duration::from_millis(100);
+/// From the first byte of an unfinished line that is not shown to showing it.
+const PARTIAL_LINE_DELAY: Duration = Duration::from_millis(100);
 
-/// Bytes read from one stream before the next has its turn; grows up to [`MAX_LINE`] for a line that does not fit.
+/// Bytes read from one stream before the next is served. Grows up to [`MAX_LINE`] for a line that does not fit.
 const CHUNK: usize = 256 * 1024;
 
-/// What a console is, whoever has opened it: device and number of its file.
+/// Identifies a console independent of its descriptor: device and inode of its file.
 pub(super) type ConsoleKey = (u64, u64);
 
 #[derive(Debug)]
@@ -113,11 +113,11 @@ pub(super) struct FileTail {
     pub(super) finishing: Option<Finish>,
 }
 
-/// A tail on its last way: to the end of the files, or until the console has taken nothing for `patience`.
+/// State of a tail that copies the rest of its files and then ends. It gives up when the console has been blocked for `timeout`.
 #[derive(Debug)]
 pub(super) struct Finish {
-    pub(super) patience: Duration,
-    pub(super) give_up: Option<Instant>,
+    pub(super) timeout: Duration,
+    pub(super) deadline: Option<Instant>,
 }
 
 impl FileTail {
@@ -148,24 +148,24 @@ impl FileTail {
         self.console.as_fd()
     }
 
-    /// The file of a stream has grown.
-    pub(super) fn mark(&mut self, stream: usize) {
+    /// Notes that the file of a stream has grown.
+    pub(super) fn mark_dirty(&mut self, stream: usize) {
         self.streams[stream].dirty = true;
     }
 
-    pub(super) fn mark_all(&mut self) {
+    pub(super) fn mark_all_dirty(&mut self) {
         for stream in &mut self.streams {
             stream.dirty = true;
         }
     }
 
-    /// Nothing will tell when the file of a stream grows.
-    pub(super) fn poll(&mut self, stream: usize) {
+    /// Makes a stream polled, because its file has no watch.
+    pub(super) fn set_polled(&mut self, stream: usize) {
         self.streams[stream].is_polled = true;
     }
 
-    /// Looks at the files of which nothing tells when they grow; `false` if there are none.
-    pub(super) fn mark_polled(&mut self) -> bool {
+    /// Marks the polled streams, and those whose file could not be opened. `false` if there are none.
+    pub(super) fn mark_polled_dirty(&mut self) -> bool {
         let mut has_polled = false;
         for stream in self.streams.iter_mut().filter(|stream| stream.is_polled || stream.file.is_err()) {
             stream.dirty = true;
@@ -175,22 +175,22 @@ impl FileTail {
     }
 
     /// When the next unfinished line is shown.
-    pub(super) fn next_piece(&self) -> Option<Instant> {
-        self.streams.iter().filter_map(|stream| stream.piece_due).min()
+    pub(super) fn next_partial(&self) -> Option<Instant> {
+        self.streams.iter().filter_map(|stream| stream.partial_due).min()
     }
 
-    /// Copies one chunk of each stream that has something new. `open` is the console's last line, if that has no end.
+    /// Copies one chunk of each dirty stream. `open` is the stream whose unfinished line is the last on the console.
     pub(super) fn pump(&mut self, id: u64, now: Instant, open: &mut OpenLine, scratch: &mut Vec<u8>) -> Pumped {
         if !self.flush() {
             return Pumped::ConsoleFull;
         }
-        let last = self.finishing.is_some();
+        let is_final = self.finishing.is_some();
         for index in 0..self.streams.len() {
             let stream = &self.streams[index];
             if stream.dirty {
-                self.read_chunk((id, index), now, last, open, scratch);
-            } else if stream.piece_due.is_some_and(|due| now >= due) {
-                self.show_piece((id, index), open, scratch);
+                self.read_chunk((id, index), now, is_final, open, scratch);
+            } else if stream.partial_due.is_some_and(|due| now >= due) {
+                self.show_partial((id, index), open, scratch);
             } else {
                 continue;
             }
@@ -201,8 +201,15 @@ impl FileTail {
         if self.streams.iter().any(|stream| stream.dirty) { Pumped::More } else { Pumped::Idle }
     }
 
-    fn read_chunk(&mut self, at: (u64, usize), now: Instant, last: bool, open: &mut OpenLine, scratch: &mut Vec<u8>) {
-        let stream = &mut self.streams[at.1];
+    fn read_chunk(
+        &mut self,
+        key: (u64, usize),
+        now: Instant,
+        is_final: bool,
+        open: &mut OpenLine,
+        scratch: &mut Vec<u8>,
+    ) {
+        let stream = &mut self.streams[key.1];
         if stream.file.is_err() {
             stream.file = open_log(&stream.path);
         }
@@ -216,62 +223,63 @@ impl FileTail {
             let read = read_full(file, scratch, stream.offset);
             let at_end = read < size;
             if read == 0 && rustix::fs::fstat(file).is_ok_and(|stat| stat.st_size.cast_unsigned() < stream.offset) {
-                // Truncated under us: what is written from now on starts at the beginning.
-                (stream.offset, stream.shown) = (0, 0);
+                // The file was truncated: continue at its beginning.
+                (stream.offset, stream.shown_bytes) = (0, 0);
             }
-            let in_place = *open == Some(at);
+            let is_last = *open == Some(key);
             let before = self.pending.len();
-            if open.is_some() && !in_place {
+            if open.is_some() && !is_last {
                 self.pending.push(b'\n');
             }
             let begin = self.pending.len();
-            let opening = Opening { shown: stream.shown, in_place };
-            let (after_return, is_last) = (&mut stream.after_return, last && at_end);
-            let done = stream.format.format(&scratch[..read], is_last, after_return, opening, &mut self.pending);
+            let shown = ShownPart { bytes: stream.shown_bytes, is_last };
+            let (after_cr, is_final) = (&mut stream.after_cr, is_final && at_end);
+            let done = stream.format.format(&scratch[..read], is_final, after_cr, shown, &mut self.pending);
             if self.pending.len() == begin {
                 self.pending.truncate(before);
             } else {
                 *open = None;
             }
             if done.consumed > 0 {
-                stream.shown = 0;
+                stream.shown_bytes = 0;
             }
             stream.offset += done.consumed as u64;
             stream.dirty = !at_end;
             self.report.lines += done.lines;
             self.report.broken_lines += done.broken;
             if at_end || done.consumed > 0 || size > MAX_LINE {
-                let is_hidden = read - done.consumed > stream.shown;
-                let may_show = at_end && is_hidden && !self.whole_lines_only && stream.format.shows_pieces();
-                stream.piece_due = if may_show { stream.piece_due.or(now.checked_add(PIECE_AGE)) } else { None };
+                let has_hidden = read - done.consumed > stream.shown_bytes;
+                let may_show = at_end && has_hidden && !self.whole_lines_only && stream.format.shows_partial_lines();
+                let due = stream.partial_due.or(now.checked_add(PARTIAL_LINE_DELAY));
+                stream.partial_due = if may_show { due } else { None };
                 return;
             }
             size *= 2;
         }
     }
 
-    /// Shows what there is of a line that has no end yet.
-    fn show_piece(&mut self, at: (u64, usize), open: &mut OpenLine, scratch: &mut Vec<u8>) {
-        let stream = &mut self.streams[at.1];
-        stream.piece_due = None;
+    /// Shows the unfinished line of a stream.
+    fn show_partial(&mut self, key: (u64, usize), open: &mut OpenLine, scratch: &mut Vec<u8>) {
+        let stream = &mut self.streams[key.1];
+        stream.partial_due = None;
         let Ok(file) = &stream.file else { return };
         scratch.resize(MAX_LINE, 0);
         let read = read_full(file, scratch, stream.offset);
-        let whole = memchr::memchr2(b'\n', b'\r', &scratch[..read]);
-        if read <= stream.shown || whole.is_some() {
-            return; // its end has come meanwhile: that is reported, too
+        let line_end = memchr::memchr2(b'\n', b'\r', &scratch[..read]);
+        if read <= stream.shown_bytes || line_end.is_some() {
+            return; // the file has grown, which is notified separately
         }
-        let in_place = *open == Some(at);
-        if open.is_some() && !in_place {
+        let is_last = *open == Some(key);
+        if open.is_some() && !is_last {
             self.pending.push(b'\n');
         }
-        let opening = Opening { shown: stream.shown, in_place };
-        stream.format.format_piece(&scratch[..read], opening, &mut self.pending);
-        stream.shown = read;
-        *open = Some(at);
+        let shown = ShownPart { bytes: stream.shown_bytes, is_last };
+        stream.format.format_partial(&scratch[..read], shown, &mut self.pending);
+        stream.shown_bytes = read;
+        *open = Some(key);
     }
 
-    /// Writes what is pending. `false` if the console takes nothing now.
+    /// Writes the pending bytes. `false` if the write would block.
     fn flush(&mut self) -> bool {
         while self.written < self.pending.len() {
             if self.report.console_error.is_some() {
@@ -283,12 +291,12 @@ impl FileTail {
                     self.written += count;
                     self.report.bytes += count as u64;
                     if let Some(finish) = &mut self.finishing {
-                        finish.give_up = Instant::now().checked_add(finish.patience);
+                        finish.deadline = Instant::now().checked_add(finish.timeout);
                     }
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return false,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                // The reader has gone (EPIPE), the disk is full: the files go on.
+                // The reader has closed the console (EPIPE) or the disk is full. The log files are not affected.
                 Err(error) => self.report.console_error = Some(error.to_string()),
             }
         }
@@ -297,14 +305,14 @@ impl FileTail {
         true
     }
 
-    /// Ends the tail; what was not copied is counted.
+    /// Ends the tail and counts the bytes that were not copied.
     pub(super) fn report(mut self) -> TailReport {
         self.report.dropped_bytes += (self.pending.len() - self.written) as u64;
         for stream in self.streams {
             match stream.file {
                 Ok(file) => {
                     let size = rustix::fs::fstat(&file).map_or(0, |stat| stat.st_size.cast_unsigned());
-                    let shown = stream.offset + stream.shown as u64;
+                    let shown = stream.offset + stream.shown_bytes as u64;
                     self.report.dropped_bytes += size.saturating_sub(shown);
                 }
                 Err(error) => self.report.unread.push((stream.path, error.to_string())),
@@ -314,7 +322,7 @@ impl FileTail {
     }
 }
 
-/// Reads until `buffer` is full or the file ends. An error reads as the end: there is nothing to copy.
+/// Reads until `buffer` is full or the file ends. An error is treated as the end of the file.
 fn read_full(file: &OwnedFd, buffer: &mut [u8], offset: u64) -> usize {
     let mut read = 0;
     while read < buffer.len() {

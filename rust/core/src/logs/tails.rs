@@ -1,4 +1,4 @@
-//! All tails of an engine, and when each has something to do.
+//! The tails of an engine, and the schedule of their work.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::os::fd::AsFd;
@@ -11,12 +11,12 @@ use crate::sys::notify::Notifier;
 use crate::sys::poller::{Interest, Poller};
 use crate::thread::Reply;
 
-/// How often files are looked at of which nothing tells when they grow: there is no inotify instance or watch to be had, or the file
-/// could not be opened.
-const POLL_PAUSE: Duration = Duration::from_millis(20);
+/// Interval for polling files without a watch (the user's inotify limits are reached, or the file could not be opened) and consoles that
+/// the poller refuses.
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
-/// After copying, reports are left to gather for this long: a worker that writes line by line must not wake the engine for each.
-const GATHER: Duration = Duration::from_millis(2);
+/// After copying, notifications are ignored for this long. Otherwise a worker that writes single lines would wake the engine for each.
+const BATCH_DELAY: Duration = Duration::from_millis(2);
 
 /// The tails of an engine.
 pub(crate) struct Tails {
@@ -26,18 +26,18 @@ pub(crate) struct Tails {
     resume_at: Option<Instant>,
     by_id: BTreeMap<u64, FileTail>,
     runnable: BTreeSet<u64>,
-    /// Tails whose console takes nothing now.
+    /// Tails whose console is full.
     full: BTreeSet<u64>,
-    /// Those of them whose console could not be added to the poller.
-    unreported: BTreeSet<u64>,
-    /// Callers that wait for the end of a tail.
+    /// Tails in `full` whose console could not be added to the poller. They are polled.
+    polled_consoles: BTreeSet<u64>,
+    /// Replies that are due at the end of a tail.
     waiting: HashMap<u64, Vec<Reply<TailReport>>>,
     /// Reports of tails that have ended, until their handles are dropped.
     finished: HashMap<u64, TailReport>,
     watches: HashMap<i32, Vec<(u64, usize)>>,
-    /// When files are looked at that are not watched.
+    /// When polled files and consoles are checked next.
     poll_at: Option<Instant>,
-    /// The last line of each console, where that has no end. Several tails may share a console.
+    /// For each console, the stream whose unfinished line is its last output. Several tails may share a console.
     open_lines: HashMap<ConsoleKey, OpenLine>,
     scratch: Vec<u8>,
 }
@@ -52,7 +52,7 @@ impl Tails {
             by_id: BTreeMap::new(),
             runnable: BTreeSet::new(),
             full: BTreeSet::new(),
-            unreported: BTreeSet::new(),
+            polled_consoles: BTreeSet::new(),
             waiting: HashMap::new(),
             finished: HashMap::new(),
             watches: HashMap::new(),
@@ -62,16 +62,16 @@ impl Tails {
         }
     }
 
-    /// Starts to follow the files of `spec`.
+    /// Adds a tail for the files of `spec`.
     pub(crate) fn add(&mut self, id: u64, spec: &TailSpec, poller: &Poller) -> Result<(), Error> {
         let mut tail = FileTail::open(spec)?;
         for (index, (path, _)) in spec.files.iter().enumerate() {
             match self.notifier.as_ref().map(|notifier| notifier.watch(path)) {
                 Some(Ok(watch)) => self.watches.entry(watch).or_default().push((id, index)),
-                Some(Err(_)) | None => tail.poll(index),
+                Some(Err(_)) | None => tail.set_polled(index),
             }
         }
-        if tail.mark_polled() {
+        if tail.mark_polled_dirty() {
             self.poll_at.get_or_insert_with(Instant::now);
         }
         self.open_lines.entry(tail.console_key()).or_default();
@@ -81,24 +81,24 @@ impl Tails {
         Ok(())
     }
 
-    /// The notifier is readable.
+    /// Handles a readable notifier.
     pub(crate) fn notified(&mut self) {
         let Some(notifier) = &self.notifier else { return };
         let (watches, tails, runnable) = (&self.watches, &mut self.by_id, &mut self.runnable);
         let complete = notifier.drain(|watch| {
             for (id, stream) in watches.get(&watch).into_iter().flatten() {
                 if let Some(tail) = tails.get_mut(id) {
-                    tail.mark(*stream);
+                    tail.mark_dirty(*stream);
                     runnable.insert(*id);
                 }
             }
         });
         if !complete {
-            self.look_everywhere();
+            self.mark_all_dirty();
         }
     }
 
-    /// The console of a tail has room.
+    /// Handles a console that has room again.
     pub(crate) fn console_ready(&mut self, id: u64, poller: &Poller) {
         if self.full.remove(&id) {
             if let Some(tail) = self.by_id.get(&id) {
@@ -108,16 +108,16 @@ impl Tails {
         }
     }
 
-    /// Follows the files to their end and then ends the tail; it gives up when the console has taken nothing for `patience`.
+    /// Copies the rest of the files and then ends the tail. Gives up when the console has been blocked for `timeout`.
     ///
-    /// The report goes to `reply`. A further call gets the same report and does not extend the patience of the first.
-    pub(crate) fn finish(&mut self, id: u64, patience: Duration, now: Instant, reply: Reply<TailReport>) {
+    /// Sends the report to `reply`. A further call gets the same report and does not change the timeout.
+    pub(crate) fn finish(&mut self, id: u64, timeout: Duration, now: Instant, reply: Reply<TailReport>) {
         if let Some(report) = self.finished.get(&id) {
             let _ = reply.send(report.clone());
         } else if let Some(tail) = self.by_id.get_mut(&id) {
             if tail.finishing.is_none() {
-                tail.mark_all();
-                tail.finishing = Some(Finish { patience, give_up: now.checked_add(patience) });
+                tail.mark_all_dirty();
+                tail.finishing = Some(Finish { timeout, deadline: now.checked_add(timeout) });
                 self.runnable.insert(id);
             }
             self.waiting.entry(id).or_default().push(reply);
@@ -131,13 +131,13 @@ impl Tails {
         self.finished.remove(&id);
     }
 
-    /// Copies one chunk of each stream that has grown, and ends the finishing tails that have reached the end of their files.
+    /// Copies one chunk of each stream that has grown. Ends finishing tails that have reached the end of their files or their deadline.
     pub(crate) fn pump(&mut self, now: Instant, poller: &Poller, console_token: impl Fn(u64) -> u64) {
         if self.resume_at.is_some_and(|at| at <= now) {
             self.resume_at = None;
             self.listen(poller, true);
         }
-        self.look_at_clock(now);
+        self.handle_deadlines(now);
         let mut ended = Vec::new();
         let turn: Vec<u64> = self.runnable.iter().copied().collect();
         for id in &turn {
@@ -153,21 +153,21 @@ impl Tails {
                     self.runnable.remove(id);
                     self.full.insert(*id);
                     if poller.add(tail.console_fd(), console_token(*id), Interest::Writable).is_err() {
-                        // The poller cannot report when the console has room: try to write again after a pause.
-                        self.unreported.insert(*id);
-                        self.poll_at = self.poll_at.or(now.checked_add(POLL_PAUSE));
+                        // The poller cannot report when the console has room. Retry after a pause.
+                        self.polled_consoles.insert(*id);
+                        self.poll_at = self.poll_at.or(now.checked_add(POLL_INTERVAL));
                     }
                 }
             }
         }
-        let given_up = |tail: &FileTail| {
+        let is_timed_out = |tail: &FileTail| {
             let finish = tail.finishing.as_ref();
-            finish.and_then(|finish| finish.give_up).is_some_and(|at| at <= now)
+            finish.and_then(|finish| finish.deadline).is_some_and(|deadline| deadline <= now)
         };
-        ended.extend(self.full.iter().filter(|id| self.by_id.get(id).is_some_and(given_up)));
+        ended.extend(self.full.iter().filter(|id| self.by_id.get(id).is_some_and(is_timed_out)));
         if !turn.is_empty() && !self.by_id.is_empty() {
             self.listen(poller, false);
-            self.resume_at = now.checked_add(GATHER);
+            self.resume_at = now.checked_add(BATCH_DELAY);
         }
         for id in ended {
             let Some(report) = self.end(id, poller) else { continue };
@@ -178,44 +178,44 @@ impl Tails {
         }
     }
 
-    /// Whether [`Tails::pump`] has something to do at once.
+    /// Whether [`Tails::pump`] has something to do now.
     pub(crate) fn is_busy(&self) -> bool {
         !self.runnable.is_empty()
     }
 
-    /// When [`Tails::pump`] has something to do at the latest.
+    /// The next deadline of [`Tails::pump`].
     pub(crate) fn next_tick(&self) -> Option<Instant> {
-        let give_up = |id| self.by_id.get(id)?.finishing.as_ref()?.give_up;
-        // A console that is full shows no piece of a line.
-        let pieces = self.by_id.iter().filter(|(id, _)| !self.full.contains(id));
-        let pieces = pieces.filter_map(|(_, tail)| tail.next_piece());
-        self.full.iter().filter_map(give_up).chain(pieces).chain(self.resume_at).chain(self.poll_at).min()
+        let finish_deadline = |id| self.by_id.get(id)?.finishing.as_ref()?.deadline;
+        // Unfinished lines cannot be shown on a full console.
+        let not_full = self.by_id.iter().filter(|(id, _)| !self.full.contains(id));
+        let partial = not_full.filter_map(|(_, tail)| tail.next_partial());
+        self.full.iter().filter_map(finish_deadline).chain(partial).chain(self.resume_at).chain(self.poll_at).min()
     }
 
-    /// Files that are not watched are looked at, and unfinished lines shown, when that is due.
-    fn look_at_clock(&mut self, now: Instant) {
+    /// Makes the tails runnable whose polled files or consoles are due, or whose unfinished lines are.
+    fn handle_deadlines(&mut self, now: Instant) {
         let is_poll = self.poll_at.take_if(|at| *at <= now).is_some();
         if is_poll {
-            for id in std::mem::take(&mut self.unreported) {
+            for id in std::mem::take(&mut self.polled_consoles) {
                 self.full.remove(&id);
                 self.runnable.insert(id);
             }
         }
         for (id, tail) in &mut self.by_id {
-            let has_polled = is_poll && tail.mark_polled();
+            let has_polled = is_poll && tail.mark_polled_dirty();
             if has_polled {
-                self.poll_at = now.checked_add(POLL_PAUSE);
+                self.poll_at = now.checked_add(POLL_INTERVAL);
             }
-            let has_piece = tail.next_piece().is_some_and(|due| due <= now);
-            if (has_polled || has_piece) && !self.full.contains(id) {
+            let has_partial = tail.next_partial().is_some_and(|due| due <= now);
+            if (has_polled || has_partial) && !self.full.contains(id) {
                 self.runnable.insert(*id);
             }
         }
     }
 
-    fn look_everywhere(&mut self) {
+    fn mark_all_dirty(&mut self) {
         for (id, tail) in &mut self.by_id {
-            tail.mark_all();
+            tail.mark_all_dirty();
             if !self.full.contains(id) {
                 self.runnable.insert(*id);
             }
@@ -225,8 +225,8 @@ impl Tails {
     fn end(&mut self, id: u64, poller: &Poller) -> Option<TailReport> {
         let tail = self.by_id.remove(&id)?;
         self.runnable.remove(&id);
-        let is_reported = !self.unreported.remove(&id);
-        if self.full.remove(&id) && is_reported {
+        let is_in_poller = !self.polled_consoles.remove(&id);
+        if self.full.remove(&id) && is_in_poller {
             let _ = poller.remove(tail.console_fd());
         }
         self.unwatch(id);
@@ -254,6 +254,7 @@ impl Tails {
         });
     }
 
+    /// Adds the notifier to the poller, or removes it.
     fn listen(&mut self, poller: &Poller, listen: bool) {
         if let Some(notifier) = &self.notifier
             && self.listening != listen
@@ -280,13 +281,13 @@ mod tests {
     const TOKEN: u64 = 7;
     const TIMEOUT: Duration = Duration::from_secs(600);
 
-    /// A file of one line, a tail of it, and a console pipe with no room: its ends.
+    /// A tail of a file with one line, whose console is a full pipe. Returns the pipe's reading end and the file, too.
     fn full_console() -> (Tails, Poller, OwnedFd, OwnedFd) {
         let file = memfd_create("log", MemfdFlags::CLOEXEC).expect("a file");
         rustix::io::write(&file, b"a line\n").expect("written");
         let path = format!("/proc/self/fd/{}", file.as_raw_fd()).into();
         let (reader, writer) = rustix::pipe::pipe().expect("a pipe");
-        // The size that a console asks for.
+        // The same size as a console requests.
         rustix::pipe::fcntl_setpipe_size(&writer, 1 << 20).expect("resized");
         rustix::io::ioctl_fionbio(&writer, true).expect("non-blocking");
         while rustix::io::write(&writer, &[b'x'; 4096]).is_ok() {}
@@ -305,9 +306,9 @@ mod tests {
     }
 
     #[test]
-    fn a_full_console_that_the_poller_refuses_is_tried_again() {
+    fn a_full_console_that_the_poller_refuses_is_polled() {
         let (mut tails, poller, reader, _file) = full_console();
-        // The poller has the console already and refuses to add it a second time.
+        // The poller refuses to add the same descriptor twice.
         poller.add(tails.by_id[&TOKEN].console_fd(), 99, Interest::Writable).expect("added");
         let report = finish(&mut tails);
         let now = Instant::now();
@@ -317,14 +318,14 @@ mod tests {
         let mut room = vec![0; 1 << 20];
         rustix::io::read(&reader, &mut room).expect("read");
         while let Some(next) = tails.next_tick() {
-            assert!(next <= now + 2 * POLL_PAUSE, "it waits for the patience of the finish alone");
+            assert!(next <= now + 2 * POLL_INTERVAL, "the console is not polled before the timeout of the finish");
             tails.pump(next, &poller, |id| id);
         }
         assert_eq!(report.try_recv().expect("finished").lines, 1);
     }
 
     #[test]
-    fn each_finish_of_a_tail_gets_its_report() {
+    fn every_finish_call_gets_the_same_report() {
         let (mut tails, poller, reader, _file) = full_console();
         rustix::io::read(&reader, &mut vec![0; 1 << 20]).expect("read");
         let reports = [finish(&mut tails), finish(&mut tails)];

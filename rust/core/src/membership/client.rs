@@ -44,7 +44,7 @@ impl RendezvousClient {
         if matches!(call, Call::Join { .. }) {
             self.shared.view.publish(|view| view.joins_under_way += 1);
         }
-        self.thread.tell(Order::Call(call))
+        self.thread.send(Order::Call(call))
     }
 
     /// The state of the membership.

@@ -358,7 +358,7 @@ impl MembershipThread {
                 Ok(Some(notice)) => {
                     if let HostMessage::Welcome { silence } = &notice {
                         // Without it the heartbeats alone detect a broken network.
-                        let _ = link.stream.set_patience(*silence);
+                        let _ = link.stream.set_peer_timeout(*silence);
                     }
                     self.step(MemberEvent::Received(notice));
                 }
@@ -423,7 +423,7 @@ mod tests {
     use crate::published::Published;
     use crate::sys::lease::LeasePage;
     use crate::sys::wake::WakeFd;
-    use crate::thread::line;
+    use crate::thread::order_channel;
 
     /// A listener that takes no more connections, as a machine behind a broken route: what asks for one gets no answer.
     fn silent() -> (TcpListener, Vec<TcpStream>) {
@@ -450,7 +450,7 @@ mod tests {
         let lease = Arc::new(LeasePage::create().expect("page"));
         let endpoint = settings.endpoint.clone();
         let shared = Arc::new(Shared { view: Published::new(MembershipView::new()), alarm, lease, endpoint });
-        let (remote, inbox) = line().expect("a line");
+        let (remote, inbox) = order_channel().expect("a channel");
         let endpoint = (dead.ip().to_string(), dead.port());
         let mut member = MembershipThread::new(endpoint, who, settings, inbox, shared).expect("a thread");
         let (role, timeout) = ("default".into(), Duration::from_secs(60));
@@ -461,7 +461,7 @@ mod tests {
         member.set_timer();
         let thread = std::thread::spawn(move || member.serve());
         live.accept().expect("a connection");
-        assert!(remote.tell(Order::Close));
+        assert!(remote.send(Order::Close));
         thread.join().expect("no panic").expect("no error");
     }
 }

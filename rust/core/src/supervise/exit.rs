@@ -1,4 +1,4 @@
-//! How a worker ended.
+//! The exit of a worker.
 
 use crate::sys::clock::Moment;
 use crate::sys::wait::{ExitStatus, Usage};
@@ -8,17 +8,17 @@ use crate::sys::wait::{ExitStatus, Usage};
 pub struct Exit {
     /// Position of the worker in its group.
     pub index: usize,
-    /// Its process id.
+    /// Process id of the worker.
     pub pid: i32,
-    /// Position among the exits of the group, set by the group: 0 is the first that the kernel reported.
+    /// Position among the exits of the group: 0 is the first that the kernel reported. Set by the group.
     pub order: usize,
     /// Exit code or signal.
     pub status: ExitStatus,
-    /// The kernel's accounting.
+    /// Resource usage of the worker.
     pub usage: Usage,
-    /// The stop of the group may have caused the exit, because it had signalled this worker. Set by the group.
+    /// The stop of the group may have caused the exit: it had already signalled the workers. Set by the group.
     pub stopped: bool,
-    /// When it was noticed.
+    /// The time at which the engine noticed the exit.
     pub at: Moment,
 }
 

@@ -1,4 +1,4 @@
-//! The decisions about a group of workers: failures and stops.
+//! The state machine of a group of workers: failures and stops.
 
 use std::time::Instant;
 
@@ -9,21 +9,21 @@ use crate::sys::wait::ExitStatus;
 /// An event of a group.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum GroupEvent {
-    /// Workers exited, in this order. The group sets `order` and `stopped` of each exit. One event holds all exits that the kernel has
-    /// reported so far, so that workers that died together are all known to be dead before the group acts.
+    /// Workers exited, in this order. The group sets `order` and `stopped` of each exit. One event contains all exits that the kernel has
+    /// reported so far: the group must know all simultaneous exits before it acts.
     Ended(Vec<Exit>),
     /// Stop the group.
     Stop(StopPlan),
-    /// Stop the group at the first failure, or now if there was one.
+    /// Stop the group at the first failure, or now if a worker has already failed.
     StopOnFailure(StopPlan),
     /// End the linger time and the grace period of a running stop: send SIGKILL now.
     EndGrace,
-    /// The answer to [`GroupAction::Look`].
-    Looked {
+    /// The answer to [`GroupAction::CheckMembers`].
+    MembersChecked {
         /// The worker.
         index: usize,
         /// Whether its process group has a living member.
-        anybody: bool,
+        has_members: bool,
     },
     /// A deadline may have passed.
     Tick,
@@ -64,19 +64,19 @@ impl GroupState {
     }
 
     /// Handles an event and returns the actions to carry out.
-    #[must_use = "dropped actions are signals that nobody sends"]
+    #[must_use = "dropped actions are signals that are never sent"]
     pub fn step(&mut self, now: Instant, event: GroupEvent) -> Vec<GroupAction> {
         let mut actions = match event {
-            GroupEvent::Ended(ended) => self.note(now, ended),
+            GroupEvent::Ended(ended) => self.record_exits(now, ended),
             GroupEvent::Stop(plan) => self.begin(now, plan),
             GroupEvent::StopOnFailure(plan) => {
                 self.on_failure = Some(plan);
-                self.react(now)
+                self.stop_after_failure(now)
             }
             GroupEvent::EndGrace => self.teardown.as_mut().map_or_else(Vec::new, |stop| stop.end_grace(now)),
-            GroupEvent::Looked { index, anybody } => {
+            GroupEvent::MembersChecked { index, has_members } => {
                 let stop = self.teardown.as_mut();
-                stop.map_or_else(Vec::new, |stop| stop.looked(now, index, anybody))
+                stop.map_or_else(Vec::new, |stop| stop.members_checked(now, index, has_members))
             }
             GroupEvent::Tick => self.teardown.as_mut().map_or_else(Vec::new, |stop| stop.tick(now)),
         };
@@ -84,7 +84,7 @@ impl GroupState {
         actions
     }
 
-    fn note(&mut self, now: Instant, ended: Vec<Exit>) -> Vec<GroupAction> {
+    fn record_exits(&mut self, now: Instant, ended: Vec<Exit>) -> Vec<GroupAction> {
         let mut actions = Vec::new();
         for mut exit in ended {
             let index = exit.index;
@@ -98,12 +98,12 @@ impl GroupState {
                 actions.extend(stop.leader_ended(index));
             }
         }
-        actions.extend(self.react(now));
+        actions.extend(self.stop_after_failure(now));
         actions
     }
 
-    /// Starts the stop at the first failure. An unknown status is not a failure.
-    fn react(&mut self, now: Instant) -> Vec<GroupAction> {
+    /// Starts the planned stop if a worker has failed. An unknown status is not a failure.
+    fn stop_after_failure(&mut self, now: Instant) -> Vec<GroupAction> {
         let is_failure = |exit: &Exit| !exit.status.is_success() && exit.status != ExitStatus::Unknown;
         match self.on_failure {
             Some(plan) if self.exits.iter().any(is_failure) => self.begin(now, plan),
@@ -111,7 +111,7 @@ impl GroupState {
         }
     }
 
-    /// Starts a stop. Has no effect on a stop that has begun.
+    /// Starts a stop. Has no effect if a stop has already started.
     fn begin(&mut self, now: Instant, plan: StopPlan) -> Vec<GroupAction> {
         if self.teardown.is_some() {
             return Vec::new();

@@ -1,4 +1,5 @@
-//! The decisions: how a group of workers is stopped and what its exits mean. No clock, no process, no descriptor in here.
+//! Decisions about a group of workers: how it is stopped and which exits are failures. This module reads no clock and uses no process or
+//! descriptor.
 
 mod exit;
 mod group;

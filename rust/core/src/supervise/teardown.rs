@@ -1,4 +1,4 @@
-//! Stopping a group: one deadline for all, in parallel, until every process group is verified empty.
+//! Stopping a group: all workers in parallel, with common deadlines, until every process group is verified to be empty.
 
 use std::time::{Duration, Instant};
 
@@ -7,81 +7,82 @@ use crate::sys::wait::ExitStatus;
 /// How to stop a group.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StopPlan {
-    /// Time to finish without any signal. Zero signals at once.
+    /// Time to finish without a signal. Zero signals immediately.
     pub linger: Duration,
-    /// The signal that asks to end. SIGKILL has no grace.
+    /// The signal that requests termination. SIGKILL has no grace period.
     pub signal: i32,
-    /// From that signal to SIGKILL. `Duration::MAX` never kills.
+    /// Grace period from that signal to SIGKILL. `Duration::MAX` never kills.
     pub grace: Duration,
-    /// From SIGKILL to giving up on processes that the kernel does not let go.
+    /// Timeout from SIGKILL to giving up on processes that survive it, for example in an uninterruptible system call.
     pub kill_wait: Duration,
 }
 
-/// What a finished stop has to say.
+/// Outcome of a finished stop.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Stopped {
-    /// Just before the first signal.
+    /// When the stop began, before the first signal.
     pub began: Instant,
-    /// From there to the end.
+    /// Duration of the stop.
     pub elapsed: Duration,
-    /// Workers whose group outlived the grace and got SIGKILL.
+    /// Workers whose group outlived the grace period and was sent SIGKILL.
     pub killed: Vec<usize>,
     /// Workers whose group was not empty at the last deadline.
     pub unfinished: Vec<usize>,
 }
 
-/// What the shell must do.
+/// An action that the engine must carry out.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum GroupAction {
     /// Send `signal` to the process group of a worker, and SIGCONT if it is stopped.
     Terminate {
-        /// Whose group.
+        /// The worker.
         index: usize,
-        /// Which signal.
+        /// The signal.
         signal: i32,
     },
-    /// Note the members of this group: they have outlived the linger time, and are signalled next.
+    /// Record the members of this group for the report: they have outlived the linger time. They are signalled next.
     Overdue {
-        /// Whose group.
+        /// The worker.
         index: usize,
     },
-    /// Send SIGKILL to the leader of a process group alone.
+    /// Send SIGKILL to the worker alone, not to its process group.
     KillLeader {
-        /// Which worker.
+        /// The worker.
         index: usize,
     },
     /// Send SIGKILL to the process group of a worker.
     Kill {
-        /// Whose group.
+        /// The worker.
         index: usize,
     },
-    /// See whether anybody lives in the group of this worker, whose leader has ended; answer with [`super::GroupEvent::Looked`].
-    Look {
-        /// Whose group.
+    /// Check whether the process group of this worker, which has ended, has living members. Answer with
+    /// [`super::GroupEvent::MembersChecked`].
+    CheckMembers {
+        /// The worker.
         index: usize,
     },
     /// The stop is over.
     Finished(Stopped),
 }
 
-/// The kernel has no event for a process group that became empty (only a cgroup has one). Where members outlive their leader, the
-/// group is looked at again after a pause that grows from the first value to the second.
+/// First and longest pause between two checks of a process group whose members outlive their leader. The group is polled because the kernel
+/// has no event for a group that becomes empty (only for a cgroup).
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
-const LONGEST_PAUSE: Duration = Duration::from_millis(32);
+const MAX_PAUSE: Duration = Duration::from_millis(32);
 
-/// From the SIGKILL of a leader to that of its group. A worker's helpers see its end and clean up: Python's resource tracker, which
-/// ignores SIGTERM, unlinks the shared memory of a killed worker.
+/// From the SIGKILL of a leader to that of its group. In this time the helpers of a killed worker can clean up: Python's resource tracker,
+/// which ignores SIGTERM, unlinks its shared memory.
 const GROUP_KILL_DELAY: Duration = Duration::from_millis(100);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum StopPhase {
-    /// Nobody was signalled yet.
+    /// No signal was sent yet.
     Linger,
-    /// Everybody has the signal of the plan.
+    /// The signal of the plan was sent to all groups.
     Grace,
-    /// Leaders have SIGKILL; their groups get it at this moment.
+    /// SIGKILL was sent to the leaders. Their groups are sent it at this time.
     KillingLeaders(Instant),
-    /// All groups have SIGKILL.
+    /// SIGKILL was sent to all groups.
     Killing,
     Over,
 }
@@ -89,10 +90,10 @@ enum StopPhase {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum WorkerStop {
     /// The leader has not ended.
-    Led,
-    /// The leader has ended, others may live in its group.
-    Orphaned { look_at: Option<Instant>, pause: Duration },
-    /// Nobody is left.
+    LeaderAlive,
+    /// The leader has ended, but its group may have other members.
+    Orphaned { check_at: Option<Instant>, pause: Duration },
+    /// The group is empty.
     Empty,
 }
 
@@ -103,29 +104,29 @@ pub(super) struct Teardown {
     phase: StopPhase,
     began: Instant,
     deadline: Option<Instant>,
-    members: Vec<WorkerStop>,
+    workers: Vec<WorkerStop>,
     killed: Vec<usize>,
 }
 
 impl Teardown {
-    /// Begins: everybody is asked to end, also the group of a leader that is already dead.
+    /// Begins the stop. Includes the groups of leaders that have already ended.
     pub(super) fn begin(now: Instant, plan: StopPlan, leader_ended: &[bool]) -> (Self, Vec<GroupAction>) {
-        let members =
-            leader_ended.iter().map(|ended| if *ended { Self::orphaned() } else { WorkerStop::Led }).collect();
+        let workers =
+            leader_ended.iter().map(|ended| if *ended { Self::orphaned() } else { WorkerStop::LeaderAlive }).collect();
         let mut teardown =
-            Self { plan, phase: StopPhase::Linger, began: now, deadline: None, members, killed: Vec::new() };
+            Self { plan, phase: StopPhase::Linger, began: now, deadline: None, workers, killed: Vec::new() };
         let mut actions = if plan.linger.is_zero() {
             teardown.signal(now)
         } else {
             teardown.deadline = now.checked_add(plan.linger);
             Vec::new()
         };
-        let dead = (0..leader_ended.len()).filter(|index| leader_ended[*index]);
-        actions.extend(dead.map(|index| GroupAction::Look { index }));
+        let ended = (0..leader_ended.len()).filter(|index| leader_ended[*index]);
+        actions.extend(ended.map(|index| GroupAction::CheckMembers { index }));
         (teardown, actions)
     }
 
-    /// Sends the signal of the plan to everybody that is left; the grace begins.
+    /// Sends the signal of the plan to all groups that are not empty. The grace period begins.
     fn signal(&mut self, now: Instant) -> Vec<GroupAction> {
         let signal = self.plan.signal;
         if signal == libc::SIGKILL {
@@ -136,7 +137,7 @@ impl Teardown {
         self.unfinished().into_iter().map(|index| GroupAction::Terminate { index, signal }).collect()
     }
 
-    /// Sends SIGKILL: to leaders first, and to groups whose leader is dead.
+    /// Sends SIGKILL to the leaders, and to the groups whose leader has ended.
     fn kill(&mut self, now: Instant) -> Vec<GroupAction> {
         let delay = GROUP_KILL_DELAY.min(self.plan.kill_wait / 2);
         self.deadline = now.checked_add(self.plan.kill_wait);
@@ -146,15 +147,15 @@ impl Teardown {
             return self.killed.iter().map(|index| GroupAction::Kill { index: *index }).collect();
         }
         self.phase = StopPhase::KillingLeaders(now + delay);
-        let kill = |index: &usize| match self.members[*index] {
-            WorkerStop::Led => GroupAction::KillLeader { index: *index },
+        let kill = |index: &usize| match self.workers[*index] {
+            WorkerStop::LeaderAlive => GroupAction::KillLeader { index: *index },
             WorkerStop::Orphaned { .. } | WorkerStop::Empty => GroupAction::Kill { index: *index },
         };
         self.killed.iter().map(kill).collect()
     }
 
-    /// Whether this stop may be why a worker ended. SIGKILL is no reaction to another signal: where this stop has not sent it, somebody
-    /// else has, the out-of-memory killer for one.
+    /// Whether this stop may have caused this exit. A worker that died of SIGKILL before this stop sent it was killed by something else,
+    /// such as the out-of-memory killer.
     pub(super) fn explains(&self, status: ExitStatus) -> bool {
         let is_kill = matches!(status, ExitStatus::Signalled { signal: libc::SIGKILL, .. });
         !(self.phase == StopPhase::Linger || (self.phase == StopPhase::Grace && is_kill))
@@ -162,32 +163,32 @@ impl Teardown {
 
     /// The leader of a group has ended.
     pub(super) fn leader_ended(&mut self, index: usize) -> Vec<GroupAction> {
-        if self.members[index] != WorkerStop::Led {
+        if self.workers[index] != WorkerStop::LeaderAlive {
             return Vec::new();
         }
-        self.members[index] = Self::orphaned();
-        vec![GroupAction::Look { index }]
+        self.workers[index] = Self::orphaned();
+        vec![GroupAction::CheckMembers { index }]
     }
 
-    /// The answer to [`GroupAction::Look`].
-    pub(super) fn looked(&mut self, now: Instant, index: usize, anybody: bool) -> Vec<GroupAction> {
-        let WorkerStop::Orphaned { pause, .. } = self.members[index] else {
+    /// The answer to [`GroupAction::CheckMembers`].
+    pub(super) fn members_checked(&mut self, now: Instant, index: usize, has_members: bool) -> Vec<GroupAction> {
+        let WorkerStop::Orphaned { pause, .. } = self.workers[index] else {
             return Vec::new();
         };
-        if !anybody {
-            self.members[index] = WorkerStop::Empty;
+        if !has_members {
+            self.workers[index] = WorkerStop::Empty;
             return Vec::new();
         }
-        self.members[index] =
-            WorkerStop::Orphaned { look_at: now.checked_add(pause), pause: (pause * 2).min(LONGEST_PAUSE) };
-        // Somebody may have joined the group since it was killed.
+        self.workers[index] =
+            WorkerStop::Orphaned { check_at: now.checked_add(pause), pause: (pause * 2).min(MAX_PAUSE) };
+        // A process may have joined the group after SIGKILL was sent to it.
         match self.phase {
             StopPhase::Killing => vec![GroupAction::Kill { index }],
             StopPhase::Linger | StopPhase::Grace | StopPhase::KillingLeaders(_) | StopPhase::Over => Vec::new(),
         }
     }
 
-    /// Kills now.
+    /// Ends the linger time and the grace period.
     pub(super) fn end_grace(&mut self, now: Instant) -> Vec<GroupAction> {
         match self.phase {
             StopPhase::Linger | StopPhase::Grace => self.kill(now),
@@ -195,7 +196,7 @@ impl Teardown {
         }
     }
 
-    /// Time has passed.
+    /// Handles the deadlines that have passed.
     pub(super) fn tick(&mut self, now: Instant) -> Vec<GroupAction> {
         let mut actions = Vec::new();
         let is_due = self.deadline.is_some_and(|deadline| deadline <= now);
@@ -211,18 +212,18 @@ impl Teardown {
             }
             _ => {}
         }
-        for (index, member) in self.members.iter_mut().enumerate() {
-            if let WorkerStop::Orphaned { look_at, .. } = member
-                && look_at.is_some_and(|at| at <= now)
+        for (index, worker) in self.workers.iter_mut().enumerate() {
+            if let WorkerStop::Orphaned { check_at, .. } = worker
+                && check_at.is_some_and(|at| at <= now)
             {
-                *look_at = None;
-                actions.push(GroupAction::Look { index });
+                *check_at = None;
+                actions.push(GroupAction::CheckMembers { index });
             }
         }
         actions
     }
 
-    /// The outcome, once: when all groups are empty or the last deadline has passed.
+    /// The outcome when all groups are empty or the last deadline has passed. Returns it only once.
     pub(super) fn finished(&mut self, now: Instant) -> Option<Stopped> {
         let unfinished = self.unfinished();
         let out_of_time = self.phase == StopPhase::Killing && self.deadline.is_some_and(|deadline| deadline <= now);
@@ -238,28 +239,28 @@ impl Teardown {
         })
     }
 
-    /// When [`Teardown::tick`] has something to do.
+    /// The next time at which [`Teardown::tick`] has something to do.
     pub(super) fn next_tick(&self) -> Option<Instant> {
         if self.phase == StopPhase::Over {
             return None;
         }
-        let looks = self.members.iter().filter_map(|member| match member {
-            WorkerStop::Orphaned { look_at, .. } => *look_at,
-            WorkerStop::Led | WorkerStop::Empty => None,
+        let checks = self.workers.iter().filter_map(|worker| match worker {
+            WorkerStop::Orphaned { check_at, .. } => *check_at,
+            WorkerStop::LeaderAlive | WorkerStop::Empty => None,
         });
         let group_kill = match self.phase {
             StopPhase::KillingLeaders(at) => Some(at),
             _ => None,
         };
-        looks.chain(self.deadline).chain(group_kill).min()
+        checks.chain(self.deadline).chain(group_kill).min()
     }
 
     fn unfinished(&self) -> Vec<usize> {
-        let members = self.members.iter().enumerate();
-        members.filter(|(_, member)| **member != WorkerStop::Empty).map(|(index, _)| index).collect()
+        let workers = self.workers.iter().enumerate();
+        workers.filter(|(_, worker)| **worker != WorkerStop::Empty).map(|(index, _)| index).collect()
     }
 
     fn orphaned() -> WorkerStop {
-        WorkerStop::Orphaned { look_at: None, pause: FIRST_PAUSE }
+        WorkerStop::Orphaned { check_at: None, pause: FIRST_PAUSE }
     }
 }

@@ -1,7 +1,7 @@
-//! Heartbeats in shared memory: one word that a process writes and the engine reads.
+//! Heartbeats in shared memory: each process writes its own slot, and the engine reads it.
 //!
-//! The page is a sealed `memfd_create(2)`: nobody can shrink it under its readers. A link beside the watchdog's pipe leads to it through
-//! `/proc/PID/fd`, so that it is found by path and gone with its owner.
+//! The page is a sealed `memfd_create(2)`, so no process can shrink it while others map it. A symbolic link beside the watchdog's pipe
+//! points to its entry in `/proc/PID/fd`: clients find the page by path, and the entry disappears when its owner ends.
 
 use std::fs;
 use std::io;
@@ -16,14 +16,14 @@ use rustix::process::{Pid, test_kill_process};
 
 use super::clock::monotonic_ns;
 
-/// How many heartbeats fit on a page.
+/// Number of slots in a page.
 pub const SLOTS: usize = 4096;
 
-/// One cache line, so that the beats of one process do not slow down another's.
+/// Fills one cache line to avoid false sharing between processes.
 #[repr(C, align(64))]
 #[derive(Debug)]
 struct Slot {
-    /// Process id of the one that beats; 0 if the slot is free.
+    /// Process id of the owner; 0 if the slot is free.
     owner: AtomicU64,
     /// `CLOCK_MONOTONIC` of the last beat in nanoseconds.
     beat_ns: AtomicU64,
@@ -61,7 +61,7 @@ impl Drop for Map {
     }
 }
 
-/// A byte that the kernel clears in a forked child: knowing it there costs no system call.
+/// A byte that the kernel clears in a forked child (`MADV_WIPEONFORK`). It detects a fork without a system call.
 #[derive(Debug)]
 struct ForkMark(NonNull<AtomicU8>);
 
@@ -99,7 +99,7 @@ impl Drop for ForkMark {
     }
 }
 
-/// The page as its owner, the watchdog, sees it.
+/// The page in the process that creates it: the watchdog's side.
 #[derive(Debug)]
 pub struct BeatPage {
     map: Map,
@@ -109,7 +109,7 @@ pub struct BeatPage {
 }
 
 impl BeatPage {
-    /// Makes a page and the link to it, in place of a link that is there.
+    /// Creates a page and the link to it. Replaces an existing link.
     pub fn create(link: &Path) -> io::Result<Self> {
         let fd = memfd_create("ferroelastic-beats", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
         ftruncate(&fd, BYTES as u64)?;
@@ -121,7 +121,7 @@ impl BeatPage {
         Ok(page)
     }
 
-    /// Makes the link again if it is not there, or leads to another page.
+    /// Creates the link again if it is missing or points to another page.
     pub fn link(&self) -> io::Result<()> {
         match fs::read_link(&self.link) {
             Ok(target) if target == self.target => return Ok(()),
@@ -131,15 +131,15 @@ impl BeatPage {
         std::os::unix::fs::symlink(&self.target, &self.link)
     }
 
-    /// The last beat of a slot, if it belongs to process `pid`.
+    /// The last heartbeat of a slot, or `None` if the slot does not belong to process `pid`.
     #[must_use]
     pub fn last_beat_ns(&self, slot: u32, pid: i32) -> Option<u64> {
         let slot = self.map.slots().get(usize::try_from(slot).ok()?)?;
-        let owned = slot.owner.load(Ordering::Acquire) == u64::try_from(pid).ok()?;
-        owned.then(|| slot.beat_ns.load(Ordering::Acquire))
+        let is_owner = slot.owner.load(Ordering::Acquire) == u64::try_from(pid).ok()?;
+        is_owner.then(|| slot.beat_ns.load(Ordering::Acquire))
     }
 
-    /// Takes the slots of a process that has ended back.
+    /// Frees the slots of a process that has ended.
     pub fn free(&self, pid: i32) {
         let Ok(pid) = u64::try_from(pid) else { return };
         for slot in self.map.slots() {
@@ -158,63 +158,63 @@ impl Drop for BeatPage {
     }
 }
 
-/// A slot as the process that beats sees it.
+/// A slot in the process that sends heartbeats: the worker's side.
 #[derive(Debug)]
 pub struct BeatSlot {
     map: Map,
     index: u32,
     owner: u32,
-    mark: ForkMark,
+    fork_mark: ForkMark,
 }
 
 impl BeatSlot {
-    /// Takes a free slot of the page at `link`, or one whose owner is dead. `ENOSPC` if there is none.
+    /// Claims a free slot of the page at `link`, or one whose owner is dead. Fails with `ENOSPC` if there is none.
     pub fn claim(link: &Path) -> io::Result<Self> {
         let fd = open(link, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
         if rustix::fs::fstat(&fd)?.st_size != BYTES.try_into().unwrap_or(i64::MAX) {
             return Err(io::Error::from_raw_os_error(libc::EINVAL));
         }
-        let (map, mark) = (Map::new(&fd)?, ForkMark::new()?);
+        let (map, fork_mark) = (Map::new(&fd)?, ForkMark::new()?);
         let owner = std::process::id();
         for (index, slot) in (0..).zip(map.slots()) {
-            let found = slot.owner.load(Ordering::Relaxed);
-            let free = found == 0 || is_dead(found);
-            if free && slot.owner.compare_exchange(found, owner.into(), Ordering::AcqRel, Ordering::Relaxed).is_ok() {
+            let former = slot.owner.load(Ordering::Relaxed);
+            let free = former == 0 || is_dead(former);
+            if free && slot.owner.compare_exchange(former, owner.into(), Ordering::AcqRel, Ordering::Relaxed).is_ok() {
                 slot.beat_ns.store(monotonic_ns(), Ordering::Release);
-                return Ok(Self { map, index, owner, mark });
+                return Ok(Self { map, index, owner, fork_mark });
             }
         }
         Err(io::Error::from_raw_os_error(libc::ENOSPC))
     }
 
-    /// Position in the page.
+    /// Index of the slot in the page.
     #[must_use]
     pub fn index(&self) -> u32 {
         self.index
     }
 
-    /// The process that took it.
+    /// The process that claimed the slot.
     #[must_use]
     pub fn owner(&self) -> u32 {
         self.owner
     }
 
-    /// Whether this is still the process that took it, and not a forked child.
+    /// Whether the calling process claimed the slot. `false` in a forked child.
     #[must_use]
     pub fn is_own(&self) -> bool {
-        self.mark.byte().load(Ordering::Relaxed) != 0
+        self.fork_mark.byte().load(Ordering::Relaxed) != 0
     }
 
     fn slot(&self) -> &Slot {
         &self.map.slots()[self.index as usize]
     }
 
-    /// Says that the process is alive.
+    /// Records a heartbeat.
     pub fn beat(&self) {
         self.slot().beat_ns.store(monotonic_ns(), Ordering::Release);
     }
 
-    /// Gives the slot back; others may take it.
+    /// Frees the slot for other processes.
     pub fn release(&self) {
         let _ = self.slot().owner.compare_exchange(self.owner.into(), 0, Ordering::AcqRel, Ordering::Relaxed);
     }

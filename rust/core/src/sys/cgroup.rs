@@ -1,7 +1,7 @@
-//! A cgroup of our own for a run: nobody leaves it, whatever they do to their session, their environment or their parent.
+//! A cgroup for one run. Processes stay in it even if they change their session, their environment or their parent.
 //!
-//! Only version 2, and only where this process may make one below its own: as root, or where the part of the tree it is in was delegated to
-//! its user. No controller is enabled, so processes of both levels do not conflict, and nothing is accounted differently.
+//! Supports version 2 only. This process must be allowed to create a cgroup below its own: it runs as root, or its part of the tree was
+//! delegated to its user. No controller is enabled: processes may then be in both levels, and the accounting does not change.
 
 use std::fs;
 use std::io;
@@ -10,19 +10,18 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{Mode, OFlags};
 
-/// Makes a cgroup below that of this process and returns its folder.
+/// Creates a cgroup below that of this process and returns its folder.
 pub fn create(name: &str) -> io::Result<PathBuf> {
-    let own = own_folder().ok_or_else(|| {
-        io::Error::new(io::ErrorKind::NotFound, "this process is in no cgroup of version 2 that it can see")
-    })?;
+    let own = own_folder()
+        .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "this process is in no visible cgroup of version 2"))?;
     let folder = own.join(name);
     fs::create_dir(&folder)?;
-    // On any other file system a folder can be made as well, and holds no processes.
+    // On another file system `create_dir` succeeds too, but the folder cannot hold processes.
     if folder.join("cgroup.procs").exists() {
         return Ok(folder);
     }
     fs::remove_dir(&folder)?;
-    Err(io::Error::new(io::ErrorKind::Unsupported, "not a cgroup file system"))
+    Err(io::Error::new(io::ErrorKind::Unsupported, format!("{} is not on a cgroup file system", own.display())))
 }
 
 /// A descriptor of the folder, for `CLONE_INTO_CGROUP`.
@@ -42,14 +41,14 @@ pub fn members(folder: &Path) -> Vec<i32> {
     pids
 }
 
-/// Removes a cgroup. Processes that live on go to the one above it.
+/// Removes a cgroup and the cgroups below it. Moves processes that are still alive to its parent.
 pub fn remove(folder: &Path) -> io::Result<()> {
     for below in folders_below(folder) {
         remove(&below)?;
     }
     if let Some(above) = folder.parent() {
         for pid in members(folder) {
-            // One that has ended meanwhile is not to be moved.
+            // Fails if the process has ended in the meantime.
             let _ = fs::write(above.join("cgroup.procs"), pid.to_string());
         }
     }
@@ -66,16 +65,16 @@ fn own_folder() -> Option<PathBuf> {
     folder_in(&fs::read_to_string("/proc/self/mountinfo").ok()?, &fs::read_to_string("/proc/self/cgroup").ok()?)
 }
 
-/// Puts together where version 2 is mounted (`/proc/PID/mountinfo`) and which cgroup of it a process is in (`/proc/PID/cgroup`).
+/// Joins the mount point of version 2 (from `/proc/PID/mountinfo`) and the cgroup of the process (from `/proc/PID/cgroup`).
 fn folder_in(mountinfo: &str, cgroup: &str) -> Option<PathBuf> {
     let path = cgroup.lines().find_map(|line| line.strip_prefix("0::"))?;
     let (root, mount_point) = mountinfo.lines().find_map(|line| {
-        let (place, kind) = line.split_once(" - ")?;
-        let mut fields = place.split(' ').skip(3);
+        let (location, kind) = line.split_once(" - ")?;
+        let mut fields = location.split(' ').skip(3);
         let mount = (fields.next()?, fields.next()?);
         kind.starts_with("cgroup2 ").then_some(mount)
     })?;
-    // A namespace may show a part of the tree that the process is not in: as `/..`.
+    // In a cgroup namespace the process may be outside the visible part of the tree. Its path then begins with `/..`.
     let below = Path::new(path).strip_prefix(root).ok()?;
     let is_inside = below.components().all(|part| matches!(part, std::path::Component::Normal(_)));
     is_inside.then(|| Path::new(mount_point).join(below))
@@ -92,7 +91,7 @@ mod tests {
     const SHARED: &str = "31 25 0:27 /docker/1 /sys/fs/cgroup ro - cgroup2 cgroup rw\n";
 
     #[test]
-    fn the_folder_is_found() {
+    fn the_folder_joins_mount_point_and_path() {
         let of = |mounts, cgroup| folder_in(mounts, cgroup).map(|folder| folder.display().to_string());
         assert_eq!(of(UNIFIED, "0::/user.slice/a.scope\n").as_deref(), Some("/sys/fs/cgroup/user.slice/a.scope"));
         assert_eq!(of(HYBRID, "4:memory:/x\n0::/\n").as_deref(), Some("/sys/fs/cgroup/unified/"));
@@ -100,7 +99,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_seen_is_no_folder() {
+    fn a_cgroup_outside_the_mounted_tree_has_no_folder() {
         assert_eq!(folder_in(UNIFIED, "4:memory:/x\n"), None);
         assert_eq!(folder_in("25 1 0:22 / /sys rw - sysfs sysfs rw\n", "0::/\n"), None);
         assert_eq!(folder_in(SHARED, "0::/docker/2\n"), None);

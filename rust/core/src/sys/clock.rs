@@ -1,19 +1,19 @@
-//! Reading the clocks, and arithmetic with instants that cannot overflow.
+//! Reading the clocks, and arithmetic with instants without overflow.
 
 use std::time::{Duration, Instant};
 
 use rustix::time::{ClockId, clock_gettime};
 
-/// Stands for "no limit". Longer durations cannot be added to every instant.
+/// Upper bound of durations; stands for "no limit". Adding a longer duration to an instant might overflow.
 pub const ENDLESS: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 
-/// `now + duration`, with [`ENDLESS`] as the upper bound of the duration.
+/// `now + duration`. The duration is at most [`ENDLESS`].
 #[must_use]
 pub fn later(now: Instant, duration: Duration) -> Instant {
     now + duration.min(ENDLESS)
 }
 
-/// The instant `duration` from now, with [`ENDLESS`] as its upper bound.
+/// The instant `duration` from now. The duration is at most [`ENDLESS`].
 #[must_use]
 pub fn after(duration: Duration) -> Instant {
     later(Instant::now(), duration)
@@ -30,10 +30,10 @@ fn nanoseconds(clock: ClockId) -> u64 {
     time.tv_sec.cast_unsigned() * 1_000_000_000 + time.tv_nsec.cast_unsigned()
 }
 
-/// One instant on all clocks that reports use.
+/// One point in time on each clock that reports use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Moment {
-    /// For arithmetic.
+    /// The same time for arithmetic.
     pub instant: Instant,
     /// `CLOCK_MONOTONIC` in nanoseconds.
     pub monotonic_ns: u64,
@@ -42,7 +42,7 @@ pub struct Moment {
 }
 
 impl Moment {
-    /// This instant.
+    /// The current time.
     #[must_use]
     pub fn now() -> Self {
         Self { instant: Instant::now(), monotonic_ns: monotonic_ns(), realtime_ns: nanoseconds(ClockId::Realtime) }
@@ -54,8 +54,8 @@ impl Moment {
         Duration::from_nanos(self.realtime_ns).as_secs_f64()
     }
 
-    /// The monotonic instant of a wall clock time, by the wall clock of this moment. A later step of the wall clock does not move it.
-    /// `None` if it is too far ahead for an instant.
+    /// Converts a wall clock time to a monotonic instant. Later steps of the wall clock do not change the result.
+    /// `None` if the time is too far in the future for an [`Instant`].
     #[must_use]
     pub fn instant_of(&self, wall_s: f64) -> Option<Instant> {
         let ahead_s = wall_s - self.wall_s();

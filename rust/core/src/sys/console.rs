@@ -1,4 +1,4 @@
-//! Writing to somebody else's pipe, terminal, socket or file without ever waiting for its reader.
+//! Writing to an inherited pipe, terminal, socket or file without blocking on its reader.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -6,24 +6,24 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fs::{FileType, Mode, OFlags};
 
-/// What a pipe is asked to hold: the most that an unprivileged process may ask for.
+/// Requested capacity of a pipe: the default maximum for unprivileged processes.
 const PIPE_SIZE: usize = 1 << 20;
 
-/// How a descriptor is kept from blocking the writer.
+/// How writes to a descriptor avoid blocking.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum WriteMode {
-    /// A file never makes the writer wait for a reader.
+    /// Plain writes: a file has no reader to wait for.
     File,
-    /// Our own non-blocking description of a pipe or terminal. The one that was inherited is shared with others, whose
-    /// writes must not start to fail with EAGAIN.
+    /// The pipe or terminal was opened again, with `O_NONBLOCK`. Setting it on the inherited file description instead would make the
+    /// writes of other processes fail with EAGAIN.
     Reopened,
-    /// A socket takes the wish with each write.
+    /// `MSG_DONTWAIT` with each write.
     Socket,
-    /// What could not be opened again: asked for room first, and given no more than a pipe takes in one piece.
-    Asked,
+    /// The descriptor could not be opened again. Each write polls for room first and is at most `PIPE_BUF` bytes long.
+    Polled,
 }
 
-/// A console that lines are written to.
+/// A non-blocking output.
 #[derive(Debug)]
 pub struct Console {
     fd: OwnedFd,
@@ -39,24 +39,24 @@ impl Console {
             FileType::Socket => Self { fd: shared, mode: WriteMode::Socket },
             kind => {
                 if kind == FileType::Fifo {
-                    // With 64 KiB, reader and writer wait for each other half of the time. Refused where the user's limit is reached.
+                    // With the default of 64 KiB, reader and writer would often wait for each other. Fails at the user's limit.
                     let _ = rustix::pipe::fcntl_setpipe_size(&shared, PIPE_SIZE);
                 }
                 let path = format!("/proc/self/fd/{}", shared.as_raw_fd());
                 let flags = OFlags::WRONLY | OFlags::NONBLOCK | OFlags::CLOEXEC | OFlags::NOCTTY;
                 match rustix::fs::open(path, flags, Mode::empty()) {
                     Ok(own) => Self { fd: own, mode: WriteMode::Reopened },
-                    Err(_) => Self { fd: shared, mode: WriteMode::Asked },
+                    Err(_) => Self { fd: shared, mode: WriteMode::Polled },
                 }
             }
         })
     }
 
-    /// Writes what can be written now. `WouldBlock` means that nothing can.
+    /// Writes as much of `bytes` as possible without blocking, and returns the number of bytes. Fails with `WouldBlock` if it is 0.
     pub fn write(&self, bytes: &[u8]) -> io::Result<usize> {
         let written = match self.mode {
             WriteMode::File | WriteMode::Reopened => rustix::io::write(&self.fd, bytes)?,
-            WriteMode::Asked => {
+            WriteMode::Polled => {
                 if !self.has_room()? {
                     return Err(io::ErrorKind::WouldBlock.into());
                 }

@@ -1,9 +1,9 @@
-//! Descriptors that arrive as numbers.
+//! Descriptors that callers pass as numbers.
 
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
 
-/// Our own copy of the descriptor with this number, closed on exec. `EBADF` if there is none.
+/// Duplicates the descriptor `number`; the copy is closed on exec. Fails with `EBADF` if it is not open.
 pub fn duplicate(number: RawFd) -> io::Result<OwnedFd> {
     if number < 0 {
         return Err(io::Error::from_raw_os_error(libc::EBADF));

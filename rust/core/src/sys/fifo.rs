@@ -1,4 +1,4 @@
-//! The reading end of a named pipe: `mkfifo(3)`, owned by one process at a time.
+//! The reading end of a named pipe (`mkfifo(3)`). One process at a time owns it.
 
 use std::fs;
 use std::io;
@@ -9,18 +9,18 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{CWD, FileType, FlockOperation, Mode, OFlags, flock, fstat, mknodat, open};
 use rustix::io::Errno;
 
-/// A named pipe that this process reads. Removed when it is dropped, unless somebody else has put another file there.
+/// A named pipe that this process reads. Dropping it removes the file, unless another file has replaced it.
 #[derive(Debug)]
 pub struct Fifo {
     path: PathBuf,
     reader: OwnedFd,
-    /// A writer of one's own: without any, the end of the pipe would be readable for ever.
+    /// Kept open, because a pipe without a writer is always readable (end of file).
     _writer: OwnedFd,
 }
 
 impl Fifo {
-    /// Makes the pipe, or takes over one that a dead process has left. `AddrInUse` if somebody reads it, `AlreadyExists` if
-    /// there is a file that is no pipe and not empty.
+    /// Creates the pipe, or takes over an existing pipe without a reader. Fails with `AddrInUse` if the pipe has a reader, and with
+    /// `AlreadyExists` if the path is another kind of file than a pipe or an empty file.
     pub fn create(path: &Path) -> io::Result<Self> {
         loop {
             match mknodat(CWD, path, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0) {
@@ -44,16 +44,16 @@ impl Fifo {
                 }
                 Err(error) => return Err(error.into()),
             }
-            if let Some(fifo) = Self::take(path)? {
+            if let Some(fifo) = Self::open_and_lock(path)? {
                 return Ok(fifo);
             }
         }
     }
 
-    /// Opens the pipe at `path` and locks it; `None` if it was replaced meanwhile.
-    fn take(path: &Path) -> io::Result<Option<Self>> {
-        let ours = OFlags::NONBLOCK | OFlags::CLOEXEC | OFlags::NOFOLLOW;
-        let reader = match open(path, OFlags::RDONLY | ours, Mode::empty()) {
+    /// Opens the pipe at `path` and locks it; `None` if it was removed or replaced in the meantime.
+    fn open_and_lock(path: &Path) -> io::Result<Option<Self>> {
+        let flags = OFlags::NONBLOCK | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+        let reader = match open(path, OFlags::RDONLY | flags, Mode::empty()) {
             Err(Errno::NOENT) => return Ok(None),
             reader => reader?,
         };
@@ -64,27 +64,27 @@ impl Fifo {
         if !is_at(&reader, path) {
             return Ok(None);
         }
-        let writer = open(path, OFlags::WRONLY | ours, Mode::empty())?;
+        let writer = open(path, OFlags::WRONLY | flags, Mode::empty())?;
         let fifo = Self { path: path.to_owned(), reader, _writer: writer };
-        // What the clients of a dead server have left is of nobody's interest.
+        // Discard unread bytes from clients of a former server.
         let mut stale = [0; 4096];
         while fifo.read(&mut stale)? > 0 {}
         Ok(Some(fifo))
     }
 
-    /// Where it is.
+    /// Path of the pipe.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Whether it is still to be found at its path.
+    /// Whether its path still refers to this pipe.
     #[must_use]
     pub fn is_in_place(&self) -> bool {
         is_at(&self.reader, &self.path)
     }
 
-    /// Reads what there is, without waiting; 0 if there is nothing.
+    /// Reads available bytes without blocking; 0 if there are none.
     pub fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
         match rustix::io::read(&self.reader, buffer) {
             Err(Errno::AGAIN | Errno::INTR) => Ok(0),
@@ -107,7 +107,7 @@ impl Drop for Fifo {
     }
 }
 
-/// Whether a process has the pipe open for reading: otherwise it cannot be opened for writing without waiting.
+/// Whether a process has the pipe open for reading. Without a reader, a non-blocking open for writing fails with ENXIO.
 fn has_reader(path: &Path) -> io::Result<bool> {
     match open(path, OFlags::WRONLY | OFlags::NONBLOCK | OFlags::CLOEXEC | OFlags::NOFOLLOW, Mode::empty()) {
         Ok(_) => Ok(true),
@@ -117,8 +117,8 @@ fn has_reader(path: &Path) -> io::Result<bool> {
 }
 
 fn is_at(fd: &OwnedFd, path: &Path) -> bool {
-    let (Ok(open), Ok(there)) = (fstat(fd), fs::symlink_metadata(path)) else {
+    let (Ok(open), Ok(found)) = (fstat(fd), fs::symlink_metadata(path)) else {
         return false;
     };
-    (open.st_dev, open.st_ino) == (there.dev(), there.ino())
+    (open.st_dev, open.st_ino) == (found.dev(), found.ino())
 }

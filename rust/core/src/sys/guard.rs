@@ -1,13 +1,12 @@
-//! A process that outlives a killed agent by a moment, to end what the kernel does not end with it.
+//! The guard: a process that outlives a killed agent and kills the remaining processes of its run.
 //!
-//! `PR_SET_PDEATHSIG` reaches the workers and nobody else: data loader processes, servers and helpers that workers have started live on and
-//! hold their GPUs. The agent tells the guard of each worker: its pid, which is the number of its session, and its pidfd. When the agent is
-//! gone, the guard kills what is left of these sessions, of the run's cgroup, and what carries the run's mark in its environment.
+//! `PR_SET_PDEATHSIG` reaches only the workers. Processes that workers have started (data loaders, servers, helpers) would survive the
+//! agent and hold their GPUs. The agent sends the guard the pid of each worker, which is also its session id, and its pidfd. When the agent
+//! is gone, the guard kills the processes in these sessions, in the run's cgroup, and those with the run's mark in their environment.
 //!
-//! An agent that is suspended cannot end its workers either. Where others wait for it no longer than a lease lasts, the guard ends the
-//! workers with the lease.
+//! A suspended agent cannot stop its workers when its lease expires. The guard kills them then.
 //!
-//! The guard decides nothing else. An agent that ends as it should kills it.
+//! The guard has no other purpose. An agent that ends normally kills its guard.
 
 mod stand;
 
@@ -33,88 +32,92 @@ use crate::owner::Owner;
 
 pub use stand::stand;
 
-/// What a guard is to end when its agent is gone.
+/// Selects the processes to kill when the agent is gone.
 #[derive(Clone, Debug)]
 pub struct Orders {
-    /// Marks the run's processes in their environment.
+    /// The mark of the run in the environment of its processes.
     pub mark: Mark,
-    /// Processes that have left the sessions of the workers live on.
+    /// Spare the processes that have left the sessions of the workers.
     pub keep_detached: bool,
     /// The run's cgroup, if it has one.
     pub cgroup: Option<PathBuf>,
 }
 
-/// A program that calls [`stand`] with its descriptor 0, for an agent that cannot be forked.
+/// A program that calls [`stand`] with its descriptor 0. For agents with several threads, which must not fork without exec.
 #[derive(Clone, Debug)]
 pub struct Program {
     /// Program and arguments.
     pub argv: Vec<CString>,
-    /// The whole environment, as `NAME=value`. The run's mark is not in it.
+    /// The whole environment, as `NAME=value`. Must not contain the run's mark.
     pub env: Vec<CString>,
 }
 
-/// The agent's end of a guard.
+/// The agent's handle of a guard process.
 #[derive(Debug)]
 pub struct Guard {
     owner: Owner,
     pid: i32,
     pidfd: Option<OwnedFd>,
-    line: OwnedFd,
+    socket: OwnedFd,
 }
 
-/// What the agent tells the guard: a worker was started, or is gone with all of its session; or where it reads until when they may run.
+/// First byte of a message from the agent to its guard.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
-enum Word {
+enum MessageKind {
+    /// A worker was started.
     Hold = b'H',
+    /// A worker and all processes of its session have ended.
     Release = b'R',
+    /// The lease of the workers, as a descriptor of its page.
     Lease = b'L',
 }
 
 const MESSAGE_BYTES: usize = 5;
 
 impl Guard {
-    /// Whether this process can be forked: there is no other thread, whose locks the child would inherit.
+    /// Whether this process can be forked: a child would inherit the locks of other threads, so there must be none.
     pub fn can_fork() -> io::Result<bool> {
         Ok(fs::read_dir("/proc/self/task")?.count() == 1)
     }
 
-    /// Forks the guard. It is this program without an exec, so there must be no other thread: `ResourceBusy` otherwise.
+    /// Forks the guard without an exec. Fails with `ResourceBusy` if this process has other threads.
     pub fn fork(orders: &Orders) -> io::Result<Self> {
         if !Self::can_fork()? {
             return Err(io::ErrorKind::ResourceBusy.into());
         }
-        let (theirs, ours) = line()?;
+        let (guard_socket, socket) = socket_pair()?;
         // SAFETY: there is one thread, so the child may use whatever the parent may. It does not return from this branch.
         match unsafe { libc::fork() } {
             -1 => Err(io::Error::last_os_error()),
             0 => {
-                drop(ours);
-                let _ = std::panic::catch_unwind(|| stand(theirs, orders));
+                drop(socket);
+                let _ = std::panic::catch_unwind(|| stand(guard_socket, orders));
                 // SAFETY: ends the process without running what the parent's libraries have registered for its end.
                 unsafe { libc::_exit(0) }
             }
             pid => {
                 let pidfd = Pid::from_raw(pid).and_then(|raw| pidfd_open(raw, PidfdFlags::empty()).ok());
-                Ok(Self { owner: Owner::this_process(), pid, pidfd, line: ours })
+                Ok(Self { owner: Owner::this_process(), pid, pidfd, socket })
             }
         }
     }
 
-    /// Executes the guard.
+    /// Starts the guard as a program of its own.
     pub fn execute(program: &Program, pidfd: bool, stack: &mut SpawnStack) -> Result<Self> {
-        let (theirs, ours) = line().map_err(|source| crate::Error::os("create", "the line to a guard", source))?;
+        let (guard_socket, socket) =
+            socket_pair().map_err(|source| crate::Error::os("create", "the socket of a guard process", source))?;
         let command = Command {
             argv: program.argv.clone(),
             env: program.env.clone(),
-            stdin: Some(Arc::new(theirs)),
+            stdin: Some(Arc::new(guard_socket)),
             stdout: Stdio::File("/dev/null".into()),
             stderr: Stdio::File("/dev/null".into()),
             outlives_agent: true,
             ..Command::default()
         };
         let spawned = spawn(&command, 0, pidfd, None, stack)?;
-        Ok(Self { owner: Owner::this_process(), pid: spawned.pid, pidfd: spawned.pidfd, line: ours })
+        Ok(Self { owner: Owner::this_process(), pid: spawned.pid, pidfd: spawned.pidfd, socket })
     }
 
     /// Process id of the guard.
@@ -123,34 +126,34 @@ impl Guard {
         self.pid
     }
 
-    /// A descriptor that is readable once the guard has ended, or is about to.
+    /// A descriptor that becomes readable when the guard ends. Without a pidfd this may be shortly before its end.
     #[must_use]
     pub fn end_fd(&self) -> BorrowedFd<'_> {
-        self.pidfd.as_ref().unwrap_or(&self.line).as_fd()
+        self.pidfd.as_ref().unwrap_or(&self.socket).as_fd()
     }
 
-    /// A worker was started.
+    /// Adds a worker and its session to the processes that the guard kills.
     pub fn hold(&self, leader: i32, pidfd: Option<BorrowedFd<'_>>) {
-        let with = pidfd.is_some_and(|pidfd| self.send(Word::Hold, leader, Some(pidfd)).is_ok());
-        if !with {
-            // Without pidfds, or with too many descriptors on their way.
-            let _ = self.send(Word::Hold, leader, None);
+        let is_sent_with_pidfd = pidfd.is_some_and(|pidfd| self.send(MessageKind::Hold, leader, Some(pidfd)).is_ok());
+        if !is_sent_with_pidfd {
+            // There is no pidfd, or the kernel's limit of descriptors in flight is reached.
+            let _ = self.send(MessageKind::Hold, leader, None);
         }
     }
 
-    /// A worker is gone, and so is its session.
+    /// Removes a worker: all processes of its session have ended.
     pub fn release(&self, leader: i32) {
-        let _ = self.send(Word::Release, leader, None);
+        let _ = self.send(MessageKind::Release, leader, None);
     }
 
-    /// From now on the workers may run as long as this page says. That counts also while the agent is suspended.
+    /// From now on the guard kills the workers when this lease expires, even while the agent is suspended.
     pub fn watch_lease(&self, page: &LeasePage) {
-        let _ = self.send(Word::Lease, 0, Some(page.as_fd()));
+        let _ = self.send(MessageKind::Lease, 0, Some(page.as_fd()));
     }
 
-    /// Never waits: a guard that does not read (it is suspended) is not told.
-    fn send(&self, word: Word, leader: i32, fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
-        let mut message = [word as u8; MESSAGE_BYTES];
+    /// Never blocks. The message is lost if the socket is full, because the guard is suspended.
+    fn send(&self, kind: MessageKind, leader: i32, fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
+        let mut message = [kind as u8; MESSAGE_BYTES];
         message[1..].copy_from_slice(&leader.to_ne_bytes());
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let mut ancillary = SendAncillaryBuffer::new(&mut space);
@@ -159,17 +162,17 @@ impl Guard {
             ancillary.push(SendAncillaryMessage::ScmRights(fds));
         }
         let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
-        rustix::net::sendmsg(&self.line, &[io::IoSlice::new(&message)], &mut ancillary, flags)?;
+        rustix::net::sendmsg(&self.socket, &[io::IoSlice::new(&message)], &mut ancillary, flags)?;
         Ok(())
     }
 
-    /// Collects the guard if it has ended; `true` if it has.
+    /// Whether the guard has ended. Reaps it.
     #[must_use]
     pub fn has_ended(&self) -> bool {
         !matches!(wait(self.pid, Collect::Reap, Block::No), Ok(None))
     }
 
-    /// Kills the guard; it touches nobody. It is collected by [`Guard::has_ended`].
+    /// Kills the guard; its workers are not affected. [`Guard::has_ended`] reaps it.
     pub fn kill(&self) {
         match &self.pidfd {
             Some(pidfd) => {
@@ -182,7 +185,7 @@ impl Guard {
         }
     }
 
-    /// Kills the guard and waits until it is gone, for at most `timeout`; `false` if it is not.
+    /// Kills the guard and waits until it has ended. `false` if that takes longer than `timeout`.
     #[must_use]
     pub fn dismiss(self, timeout: Duration) -> bool {
         let began = Instant::now();
@@ -201,7 +204,7 @@ impl Guard {
 }
 
 impl Drop for Guard {
-    /// A guard that nobody has dismissed has nothing to guard. In a forked child it is somebody else's.
+    /// Kills a guard that was not dismissed. Does nothing in a forked child, where the guard belongs to the parent.
     fn drop(&mut self) {
         if self.owner.check().is_ok() {
             self.kill();
@@ -210,6 +213,6 @@ impl Drop for Guard {
     }
 }
 
-fn line() -> io::Result<(OwnedFd, OwnedFd)> {
+fn socket_pair() -> io::Result<(OwnedFd, OwnedFd)> {
     Ok(rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?)
 }

@@ -1,6 +1,7 @@
-//! Until when the workers of an agent may run, in shared memory: the agent writes it, and a process that outlives its suspension reads it.
+//! The lease of an agent's workers, in shared memory. The agent writes its deadlines; the guard process reads them, even while the agent is
+//! suspended.
 //!
-//! Times are of `CLOCK_BOOTTIME`, which goes on while the machine sleeps.
+//! Times are those of `CLOCK_BOOTTIME`, which also runs while the machine is suspended.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -12,7 +13,7 @@ use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, ftrunc
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 use rustix::time::{ClockId, clock_gettime};
 
-/// Two deadlines in nanoseconds; 0 is none.
+/// Two deadlines in nanoseconds. 0 means no deadline.
 #[repr(C)]
 #[derive(Debug)]
 struct Words {
@@ -35,7 +36,7 @@ unsafe impl Send for LeasePage {}
 unsafe impl Sync for LeasePage {}
 
 impl LeasePage {
-    /// A page without deadlines.
+    /// Creates a page without deadlines.
     pub fn create() -> io::Result<Self> {
         let fd = memfd_create("ferroelastic-lease", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
         ftruncate(&fd, BYTES as u64)?;
@@ -43,7 +44,7 @@ impl LeasePage {
         Self::open(fd)
     }
 
-    /// The page of another process. It must be sealed, so that nobody takes it away from under its readers.
+    /// Maps the page of another process. It must be sealed, because reading beyond the end of a shrunk file raises SIGBUS.
     pub fn open(fd: OwnedFd) -> io::Result<Self> {
         let is_large_enough = u64::try_from(rustix::fs::fstat(&fd)?.st_size).is_ok_and(|size| size >= BYTES as u64);
         if !is_large_enough || !fcntl_get_seals(&fd)?.contains(SealFlags::SHRINK) {
@@ -61,33 +62,33 @@ impl LeasePage {
         unsafe { self.words.as_ref() }
     }
 
-    /// Sets when the workers are told to end, and when none of them may be left.
+    /// Sets the deadlines for signalling the workers and for killing them.
     pub fn set(&self, stop_at: Option<Instant>, kill_at: Option<Instant>) {
-        let (here, now_ns) = (Instant::now(), now_ns());
-        let on_page = |at: Option<Instant>| {
+        let (now, now_ns) = (Instant::now(), now_ns());
+        let to_boottime_ns = |at: Option<Instant>| {
             let Some(at) = at else { return 0 };
-            let ahead = u64::try_from(at.saturating_duration_since(here).as_nanos()).unwrap_or(u64::MAX);
-            let behind = u64::try_from(here.saturating_duration_since(at).as_nanos()).unwrap_or(u64::MAX);
+            let ahead = u64::try_from(at.saturating_duration_since(now).as_nanos()).unwrap_or(u64::MAX);
+            let behind = u64::try_from(now.saturating_duration_since(at).as_nanos()).unwrap_or(u64::MAX);
             now_ns.saturating_add(ahead).saturating_sub(behind).max(1)
         };
-        self.words().stop_ns.store(on_page(stop_at), Ordering::Release);
-        self.words().kill_ns.store(on_page(kill_at), Ordering::Release);
+        self.words().stop_ns.store(to_boottime_ns(stop_at), Ordering::Release);
+        self.words().kill_ns.store(to_boottime_ns(kill_at), Ordering::Release);
     }
 
-    /// Whether the workers are to be told to end.
+    /// Whether the deadline for signalling the workers has passed.
     #[must_use]
     pub fn is_over(&self) -> bool {
         let at_ns = self.words().stop_ns.load(Ordering::Acquire);
         at_ns != 0 && now_ns() >= at_ns
     }
 
-    /// When none of the workers may be left, in nanoseconds of `CLOCK_BOOTTIME`.
+    /// The deadline for killing the workers, in nanoseconds of `CLOCK_BOOTTIME`.
     #[must_use]
     pub fn kill_at_ns(&self) -> Option<u64> {
         Some(self.words().kill_ns.load(Ordering::Acquire)).filter(|at_ns| *at_ns != 0)
     }
 
-    /// How long until then.
+    /// The time until the deadline for killing the workers.
     #[must_use]
     pub fn left(&self) -> Option<Duration> {
         self.kill_at_ns().map(|at_ns| Duration::from_nanos(at_ns.saturating_sub(now_ns())))
@@ -119,7 +120,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_one_writes_the_other_reads() {
+    fn deadlines_are_visible_through_another_mapping() {
         let page = LeasePage::create().expect("a page");
         let other = LeasePage::open(page.as_fd().try_clone_to_owned().expect("dup")).expect("the same page");
         assert!((other.kill_at_ns(), other.is_over()) == (None, false));

@@ -1,7 +1,7 @@
-//! Finding what a run has left: processes that its workers have started and that no process group of a worker leads to.
+//! Finding the remaining processes of a run: descendants of its workers that are outside the workers' process groups.
 //!
-//! Three marks tell them, and each has its gap. A *session* of a worker is left with `setsid`. The *environment* of the run can be
-//! overwritten (a process that changes its title does) or taken off. A *cgroup* has no gap, but cannot be made everywhere.
+//! Three properties identify them. A process leaves its *session* with `setsid`. It may overwrite or clear its *environment*, as programs
+//! that change their title do. It cannot leave the *cgroup*, but creating a cgroup is not always permitted.
 
 use std::fs;
 use std::os::fd::{AsFd, OwnedFd};
@@ -13,32 +13,32 @@ use super::cgroup;
 use super::process::pidfd_send_signal;
 use super::procfs::{self, Stat};
 
-/// Name of guard processes, as `/proc/PID/comm` shows it. They end by themselves.
+/// Name of guard processes in `/proc/PID/comm`.
 pub(super) const GUARD_NAME: &str = "ferro-guard";
 
-/// The variable that marks the processes of a run. Runs nest: a run in a worker of another adds its token to the value.
+/// The variable that marks the processes of a run. Runs can be nested: an inner run adds its token to the value.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mark {
     /// Name of the variable.
     pub name: String,
-    /// What stands for this run in its value, between colons.
+    /// Token of this run. The value of the variable is a list of tokens, separated by colons.
     pub token: String,
 }
 
-/// The worker at the head of a session.
+/// A session that a worker leads.
 #[derive(Debug)]
 pub struct Session {
-    /// Its process id, which is the session's number.
+    /// Process id of the worker, which is also the session id.
     pub leader: i32,
-    /// Its pidfd, if there are pidfds.
+    /// Pidfd of the worker, if the kernel supports pidfds.
     pub pidfd: Option<OwnedFd>,
-    /// When it was started, in clock ticks since boot; `None` if it had ended before that was asked.
+    /// Start time of the worker in clock ticks since boot; `None` if the worker had ended before it was read.
     pub started: Option<u64>,
 }
 
 impl Session {
-    /// Whether the number still means this session. It goes to nobody else while somebody is in the session; a process that has it now
-    /// and is not the leader has got it after the session was gone.
+    /// Whether the session id still names this session. The kernel does not reuse the id while the session has members. A living process
+    /// with this pid but another start time has therefore received it after the session's end.
     fn is_current(&self) -> bool {
         match procfs::stat(self.leader).filter(|stat| !stat.is_dead()) {
             Some(stat) => Some(stat.started) == self.started,
@@ -47,36 +47,36 @@ impl Session {
     }
 }
 
-/// What tells the processes of a run.
+/// Selects processes of a run: those with the mark, in one of the sessions, or in the cgroup.
 #[derive(Clone, Copy, Debug)]
 pub struct Query<'a> {
-    /// The mark in their environment, unless they may leave their session.
+    /// The mark in their environment. `None` does not search by the mark.
     pub mark: Option<&'a Mark>,
     /// Their sessions.
     pub sessions: &'a [Session],
-    /// Their cgroup, unless they may leave their session.
+    /// Their cgroup. `None` does not search by the cgroup.
     pub cgroup: Option<&'a Path>,
-    /// A session that none of them is in: that of the agent.
+    /// Processes in this session are excluded: it is the agent's.
     pub not_in_session: i32,
 }
 
-/// A process, told from a later one with the same number by the time at which it was started.
+/// A process. Its start time distinguishes it from a later process with the same pid.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Found {
     /// Process id.
     pub pid: i32,
-    /// When it was started, in clock ticks since boot.
+    /// Start time in clock ticks since boot.
     pub started: u64,
 }
 
 impl Found {
-    /// Sends it a signal; `false` if it is gone.
+    /// Sends a signal. `false` if the process has ended.
     #[must_use]
     pub fn signal(&self, signal: i32) -> bool {
         let Some(raw) = Pid::from_raw(self.pid) else { return false };
         let is_same = || procfs::stat(self.pid).is_some_and(|stat| stat.started == self.started);
         match pidfd_open(raw, PidfdFlags::empty()) {
-            // Looked at again with the process held: the number may have gone to somebody else in between.
+            // Compare the start time after opening the pidfd: the pid may have been reused before.
             Ok(process) => is_same() && pidfd_send_signal(process.as_fd(), signal, 0).unwrap_or(false),
             Err(rustix::io::Errno::SRCH) => false,
             // SAFETY: takes integers.
@@ -85,7 +85,7 @@ impl Found {
     }
 }
 
-/// The living processes of a run. Guards of runs that nest in this one are not among them: they end by themselves, and have work to do.
+/// The living processes of a run. Excludes the guards of nested runs: they end by themselves, after killing the processes of their runs.
 #[must_use]
 pub fn find(query: &Query<'_>) -> Vec<Found> {
     let own = i32::try_from(std::process::id()).unwrap_or(0);

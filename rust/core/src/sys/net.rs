@@ -1,4 +1,4 @@
-//! Listening for TCP connections: non-blocking, closed on exec, no SIGPIPE.
+//! TCP listeners and connections: non-blocking, closed on exec, without SIGPIPE.
 
 use std::io;
 use std::net::{SocketAddr, ToSocketAddrs};
@@ -10,19 +10,19 @@ use rustix::net::{
     getsockname, listen, recv, send, shutdown, socket_with, sockopt,
 };
 
-/// A host and its port as users write them: an IPv6 address is in brackets.
+/// `host:port`, with an IPv6 address in brackets.
 #[must_use]
 pub fn endpoint(host: &str, port: u16) -> String {
     if host.contains(':') { format!("[{host}]:{port}") } else { format!("{host}:{port}") }
 }
 
-/// Connections that the kernel completes before they are accepted; it takes the least of this and `somaxconn`.
+/// Length of the accept queue. The kernel limits it to `somaxconn`.
 const BACKLOG: i32 = 4096;
 
-/// Longest pause between two probes of a silent connection: the kernel takes no longer one.
-const MOST_KEEPALIVE: Duration = Duration::from_secs(32_767);
+/// Maximum interval of keepalive probes that the kernel accepts.
+const MAX_KEEPALIVE: Duration = Duration::from_secs(32_767);
 
-/// A socket that listens.
+/// A listening socket.
 #[derive(Debug)]
 pub struct Listener {
     fd: OwnedFd,
@@ -30,21 +30,23 @@ pub struct Listener {
 }
 
 impl Listener {
-    /// Listens on the first address of a host name that can be bound; port 0 picks a free port. Blocks in the resolver.
+    /// Listens on the first address of `host` that can be bound; port 0 picks a free port. Blocks in the resolver.
+    ///
+    /// Fails with the error of the last address.
     pub fn bind_name(host: &str, port: u16) -> io::Result<Self> {
-        let mut failed = io::Error::new(io::ErrorKind::AddrNotAvailable, "the host has no address");
+        let mut last_error = io::Error::new(io::ErrorKind::AddrNotAvailable, "the host has no address");
         for address in (host, port).to_socket_addrs()? {
             match Self::bind(address) {
                 Ok(listener) => return Ok(listener),
-                Err(error) => failed = error,
+                Err(error) => last_error = error,
             }
         }
-        Err(failed)
+        Err(last_error)
     }
 
     /// Listens on `address`; port 0 picks a free port.
     ///
-    /// An address that another process has just released can be bound at once. The IPv6 address `::` accepts IPv4 as well.
+    /// Sets `SO_REUSEADDR`: an address that was just released can be bound again at once. The IPv6 address `::` also accepts IPv4.
     pub fn bind(address: SocketAddr) -> io::Result<Self> {
         let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
         let fd = socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK, None)?;
@@ -58,7 +60,7 @@ impl Listener {
         Ok(Self { fd, address })
     }
 
-    /// Where it listens, with the port that was taken.
+    /// The bound address, with the actual port.
     #[must_use]
     pub fn address(&self) -> SocketAddr {
         self.address
@@ -69,7 +71,7 @@ impl Listener {
         Ok(Stream(accept_with(&self.fd, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK)?))
     }
 
-    /// What a process forked from this one inherits, for it to close.
+    /// The copy of this listener that a forked child inherits and should close.
     #[must_use]
     pub fn inherited(&self) -> InheritedListener {
         InheritedListener { number: self.fd.as_raw_fd(), address: self.address }
@@ -78,7 +80,7 @@ impl Listener {
 
 impl Drop for Listener {
     fn drop(&mut self) {
-        // A forked child may hold a copy, which would go on to take connections that nobody accepts.
+        // A copy in a forked child would keep the socket listening, and clients would connect to it in vain.
         let _ = shutdown(&self.fd, Shutdown::Both);
     }
 }
@@ -97,9 +99,9 @@ pub struct InheritedListener {
 }
 
 impl InheritedListener {
-    /// Closes the copy, unless its number belongs to something else by now.
+    /// Closes the copy, unless its descriptor number now refers to something else.
     ///
-    /// To be called in the forked child only: in the parent the descriptor has its owner.
+    /// Call this only in the forked child: in the parent the descriptor belongs to the [`Listener`].
     pub fn close_in_child(self) {
         // SAFETY: only passed to getsockname and getsockopt, which say EBADF for a number that is not open.
         let borrowed = unsafe { BorrowedFd::borrow_raw(self.number) };
@@ -111,12 +113,12 @@ impl InheritedListener {
     }
 }
 
-/// One connection.
+/// A TCP connection.
 #[derive(Debug)]
 pub struct Stream(OwnedFd);
 
 impl Stream {
-    /// Begins to connect. It is writable when that has succeeded or failed, which [`Stream::connected`] tells.
+    /// Starts to connect. The stream becomes writable when that has succeeded or failed; [`Stream::connected`] returns the outcome.
     pub fn connect(address: SocketAddr) -> io::Result<Self> {
         let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
         let fd = socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK, None)?;
@@ -126,7 +128,7 @@ impl Stream {
         }
     }
 
-    /// Whether [`Stream::connect`] has succeeded; `false` while it goes on.
+    /// Whether the connection is established; `false` while it is in progress.
     pub fn connected(&self) -> io::Result<bool> {
         sockopt::socket_error(&self.0)??;
         match getpeername(&self.0) {
@@ -136,18 +138,18 @@ impl Stream {
         }
     }
 
-    /// Its address on this side.
+    /// The local address.
     pub fn local_address(&self) -> io::Result<SocketAddr> {
         Ok(SocketAddr::try_from(getsockname(&self.0)?)?)
     }
 
-    /// Its address on the other side.
+    /// The address of the peer.
     pub fn peer_address(&self) -> io::Result<SocketAddr> {
         let Some(address) = getpeername(&self.0)? else { return Err(io::ErrorKind::NotConnected.into()) };
         Ok(SocketAddr::try_from(address)?)
     }
 
-    /// Bytes that have come in, 0 at the end; `WouldBlock` if there are none yet.
+    /// Reads available bytes and returns their number; 0 at the end of the stream. Fails with `WouldBlock` if there are none yet.
     pub fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
         loop {
             match recv(&self.0, &mut *buffer, RecvFlags::empty()) {
@@ -158,7 +160,7 @@ impl Stream {
         }
     }
 
-    /// Sends as much as there is room for; `WouldBlock` if there is none.
+    /// Sends as many bytes as fit into the send buffer and returns their number. Fails with `WouldBlock` if it is full.
     pub fn write(&self, bytes: &[u8]) -> io::Result<usize> {
         loop {
             match send(&self.0, bytes, SendFlags::NOSIGNAL) {
@@ -169,23 +171,25 @@ impl Stream {
         }
     }
 
-    /// Sends what is written at once: small replies must not wait for more (`TCP_NODELAY`).
+    /// Disables Nagle's algorithm (`TCP_NODELAY`), which would delay small replies.
     pub fn set_nodelay(&self) -> io::Result<()> {
         Ok(sockopt::set_tcp_nodelay(&self.0, true)?)
     }
 
-    /// Ends the connection when the peer's machine has acknowledged nothing for so long, with something to acknowledge or without
-    /// (`TCP_USER_TIMEOUT`, `SO_KEEPALIVE`). Until then what is lost is sent again at least each second, where the kernel can
-    /// (`TCP_RTO_MAX_MS`, Linux 6.15): its own pauses double, and after an interruption of 9 s the next attempt may be 6 s away.
-    pub fn set_patience(&self, patience: Duration) -> io::Result<()> {
+    /// Closes the connection when the peer's machine has acknowledged nothing for `timeout`, whether data is in flight
+    /// (`TCP_USER_TIMEOUT`) or not (`SO_KEEPALIVE`).
+    ///
+    /// Limits the retransmission interval to 1 s where the kernel supports it (`TCP_RTO_MAX_MS`, Linux 6.15). By default the interval
+    /// doubles, so that after an interruption of 9 s the next attempt may be 6 s away.
+    pub fn set_peer_timeout(&self, timeout: Duration) -> io::Result<()> {
         const TCP_RTO_MAX_MS: libc::c_int = 44;
         const PROBES: u32 = 5;
         let rto_max_ms: libc::c_int = 1000;
-        let milliseconds = u32::try_from(patience.as_millis()).unwrap_or(u32::MAX).max(1);
+        let milliseconds = u32::try_from(timeout.as_millis()).unwrap_or(u32::MAX).max(1);
         sockopt::set_tcp_user_timeout(&self.0, milliseconds)?;
-        let pause = (patience / PROBES).clamp(Duration::from_secs(1), MOST_KEEPALIVE);
-        sockopt::set_tcp_keepidle(&self.0, pause)?;
-        sockopt::set_tcp_keepintvl(&self.0, pause)?;
+        let interval = (timeout / PROBES).clamp(Duration::from_secs(1), MAX_KEEPALIVE);
+        sockopt::set_tcp_keepidle(&self.0, interval)?;
+        sockopt::set_tcp_keepintvl(&self.0, interval)?;
         sockopt::set_socket_keepalive(&self.0, true)?;
         // SAFETY: an integer of the size that is given. An older kernel says ENOPROTOOPT.
         unsafe {
@@ -200,7 +204,7 @@ impl Stream {
         Ok(())
     }
 
-    /// Whether the peer's machine has acknowledged all that was sent (`TCP_INFO`). It does that for a process that is suspended.
+    /// Whether the peer's machine has acknowledged all sent bytes (`TCP_INFO`). Its kernel also does this while the process is suspended.
     pub fn is_acknowledged(&self) -> io::Result<bool> {
         // SAFETY: a plain C structure, for which zeros are valid.
         let mut info: libc::tcp_info = unsafe { std::mem::zeroed() };
@@ -218,16 +222,16 @@ impl Stream {
         if result == 0 { Ok(info.tcpi_unacked == 0) } else { Err(io::Error::last_os_error()) }
     }
 
-    /// Tells the peer that nothing more comes.
+    /// Closes the sending direction. The peer reads the end of the stream.
     pub fn finish_writing(&self) {
-        // Fails only where the peer is gone, which the next read tells.
+        // Fails only if the connection is gone; the next read returns that error.
         let _ = shutdown(&self.0, Shutdown::Write);
     }
 }
 
 impl Drop for Stream {
     fn drop(&mut self) {
-        // A forked child may hold a copy, which would keep the connection open.
+        // A copy in a forked child would keep the connection open.
         let _ = shutdown(&self.0, Shutdown::Both);
     }
 }
@@ -243,13 +247,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn both_families_listen_and_say_where() {
+    fn ipv4_and_ipv6_addresses_listen_and_report_their_port() {
         for host in ["127.0.0.1:0", "[::1]:0", "0.0.0.0:0", "[::]:0"] {
             let listener = Listener::bind(host.parse().expect("an address")).expect(host);
             assert_ne!(listener.address().port(), 0, "{host}");
             let port = listener.address().port();
-            let nobody = listener.accept().expect_err("no connection");
-            assert_eq!(nobody.kind(), io::ErrorKind::WouldBlock);
+            let error = listener.accept().expect_err("no connection");
+            assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
             let to = if host.contains("::1") { "::1" } else { "127.0.0.1" };
             std::net::TcpStream::connect((to, port)).expect("connect");
             listener.accept().expect("a connection");
@@ -257,7 +261,7 @@ mod tests {
     }
 
     #[test]
-    fn a_port_that_is_taken_is_refused_and_free_again_after_a_drop() {
+    fn a_port_in_use_is_refused_and_free_again_after_a_drop() {
         let listener = Listener::bind("127.0.0.1:0".parse().expect("an address")).expect("bind");
         let address = listener.address();
         let refused = Listener::bind(address).expect_err("taken");
@@ -267,7 +271,7 @@ mod tests {
     }
 
     #[test]
-    fn a_dropped_listener_takes_no_connections_through_a_copy() {
+    fn a_copy_of_a_dropped_listener_accepts_no_connections() {
         let listener = Listener::bind("127.0.0.1:0".parse().expect("an address")).expect("bind");
         let address = listener.address();
         let copy = listener.as_fd().try_clone_to_owned().expect("dup");
@@ -278,15 +282,15 @@ mod tests {
     }
 
     #[test]
-    fn a_forked_copy_is_closed_by_its_number_and_nothing_else_is() {
+    fn close_in_child_closes_only_the_copy_of_the_listener() {
         let listener = Listener::bind("127.0.0.1:0".parse().expect("an address")).expect("bind");
-        // In place of a fork: a second descriptor of the same socket, which this test does not own any more.
+        // Instead of a fork: a second descriptor of the same socket, without an owner.
         let copy = listener.as_fd().try_clone_to_owned().expect("dup");
         let number = std::os::fd::IntoRawFd::into_raw_fd(copy);
         let inherited = InheritedListener { number, address: listener.address() };
         inherited.close_in_child();
         assert!(!std::path::Path::new(&format!("/proc/self/fd/{number}")).exists());
-        // The number is free or somebody else's now.
+        // The number may be free now, or in use by another test.
         inherited.close_in_child();
         let other = std::net::TcpListener::bind("127.0.0.1:0").expect("bind");
         InheritedListener { number: other.as_raw_fd(), address: listener.address() }.close_in_child();

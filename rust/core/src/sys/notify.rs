@@ -1,4 +1,4 @@
-//! Knowing when a file grows: `inotify(7)`.
+//! Notifications about growing files: `inotify(7)`.
 
 use std::io;
 use std::mem::MaybeUninit;
@@ -12,23 +12,23 @@ use rustix::fs::inotify;
 pub struct Notifier(OwnedFd);
 
 impl Notifier {
-    /// A new instance; fails with `EMFILE` where the user's `max_user_instances` are used up.
+    /// Creates an instance. Fails with `EMFILE` if the user's limit (`max_user_instances`) is reached.
     pub fn new() -> io::Result<Self> {
         Ok(Self(inotify::init(inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK)?))
     }
 
-    /// Watches a file. Watching one twice gives the same number.
+    /// Starts to watch a file and returns the number of the watch. Watching a file again returns the same number.
     pub fn watch(&self, path: &Path) -> io::Result<i32> {
         Ok(inotify::add_watch(&self.0, path, inotify::WatchFlags::MODIFY)?)
     }
 
     /// Ends a watch.
     pub fn unwatch(&self, watch: i32) {
-        // Fails only for a watch that ended by itself with its file.
+        // Fails only if the kernel has already removed the watch together with its file.
         let _ = inotify::remove_watch(&self.0, watch);
     }
 
-    /// Calls `modified` for the watches reported since the last time. `false` means that reports were lost: look at every file.
+    /// Calls `modified` for each watch reported since the last call. `false` means that reports were lost: check every file.
     pub fn drain(&self, mut modified: impl FnMut(i32)) -> bool {
         let mut buffer = [MaybeUninit::<u8>::uninit(); 8192];
         let mut reader = inotify::Reader::new(&self.0, &mut buffer);

@@ -8,14 +8,14 @@ use std::time::Duration;
 use rustix::event::epoll;
 use rustix::event::{PollFd, PollFlags, Timespec};
 
-/// What a registration waits for.
+/// The readiness that a registration reports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Interest {
-    /// Bytes to read, a signalled eventfd, an expired timer, a process that ended.
+    /// Bytes to read, a signalled eventfd, an expired timer, or an ended process.
     Readable,
     /// Room to write.
     Writable,
-    /// Nothing but errors and a peer that is gone altogether, which are reported to all.
+    /// Only errors and hang-ups, which epoll always reports.
     Hangup,
 }
 
@@ -36,7 +36,7 @@ pub struct Poller {
 }
 
 impl Poller {
-    /// A new instance, closed on exec.
+    /// Creates an instance that is closed on exec.
     pub fn new() -> io::Result<Self> {
         Ok(Self { epoll: epoll::create(epoll::CreateFlags::CLOEXEC)? })
     }
@@ -46,7 +46,7 @@ impl Poller {
         Ok(epoll::add(&self.epoll, fd, epoll::EventData::new_u64(token), interest.flags())?)
     }
 
-    /// Watches `fd`, which is watched already, for something else.
+    /// Changes the token and the interest of a watched `fd`.
     pub fn modify(&self, fd: impl AsFd, token: u64, interest: Interest) -> io::Result<()> {
         Ok(epoll::modify(&self.epoll, fd, epoll::EventData::new_u64(token), interest.flags())?)
     }
@@ -56,7 +56,7 @@ impl Poller {
         Ok(epoll::delete(&self.epoll, fd)?)
     }
 
-    /// Appends the tokens that are ready, in the order they became ready. `block` says whether to wait for one.
+    /// Appends the ready tokens, in the order in which they became ready. With `block`, waits until there is at least one, or for a signal.
     pub fn wait(&self, block: bool, ready: &mut Vec<u64>) -> io::Result<()> {
         const NOW: Timespec = Timespec { tv_sec: 0, tv_nsec: 0 };
         let mut buffer = [MaybeUninit::<epoll::Event>::uninit(); 128];
@@ -70,9 +70,9 @@ impl Poller {
     }
 }
 
-/// Blocks the calling thread until one of `fds` is readable, `poll(2)`. Returns which are; none means the timeout passed.
+/// Blocks the calling thread until one of `fds` is readable (`poll(2)`). Returns whether each is readable; all `false` means a timeout.
 ///
-/// `timeout` of `None` waits for ever. An interrupted wait returns as if the timeout had passed.
+/// A `timeout` of `None` waits without a limit. A wait that a signal interrupts returns as after a timeout.
 pub fn wait_readable<const N: usize>(fds: [Option<&dyn AsFd>; N], timeout: Option<Duration>) -> io::Result<[bool; N]> {
     let mut polled: Vec<PollFd<'_>> =
         fds.iter().flatten().map(|fd| PollFd::from_borrowed_fd(fd.as_fd(), PollFlags::IN)).collect();
@@ -81,6 +81,6 @@ pub fn wait_readable<const N: usize>(fds: [Option<&dyn AsFd>; N], timeout: Optio
         Ok(_) | Err(rustix::io::Errno::INTR) => {}
         Err(error) => return Err(error.into()),
     }
-    let mut answers = polled.iter().map(|fd| !fd.revents().is_empty());
-    Ok(fds.map(|fd| fd.is_some() && answers.next().unwrap_or(false)))
+    let mut readable = polled.iter().map(|fd| !fd.revents().is_empty());
+    Ok(fds.map(|fd| fd.is_some() && readable.next().unwrap_or(false)))
 }

@@ -1,6 +1,6 @@
-//! What this kernel, container runtime and seccomp policy allow, found by trying it in a throw-away child.
+//! Detects which features the kernel, the container runtime and the seccomp policy allow, by trying them in a short-lived child.
 //!
-//! Some policies answer an unknown system call by killing the caller, so the agent itself never tries.
+//! Some policies kill a process that makes an unknown system call, so the agent itself never tries.
 
 use std::ffi::{c_int, c_void};
 use std::io;
@@ -11,17 +11,17 @@ use super::spawn::SpawnStack;
 use super::wait::{Block, Collect, wait};
 use super::{poller, sigmask};
 
-/// The features that decide how exits are noticed and groups are signalled.
+/// The features that determine how the engine detects exits and signals groups.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Support {
-    /// pidfds can be had at birth, opened, polled and signalled (Linux 5.4, Docker since late 2020, not every gVisor).
+    /// `clone` returns pidfds, and they can be opened, polled and signalled (Linux 5.4, Docker since late 2020, not every gVisor).
     pub pidfd: bool,
-    /// A pidfd signals the group its process leads (Linux 6.9).
+    /// A pidfd can signal the process group that its process leads (Linux 6.9).
     pub group_signals: bool,
 }
 
 impl Support {
-    /// The fallback: one blocking `waitid` thread per worker, zombies held until their group is empty.
+    /// The fallback: one thread per worker blocks in `waitid`, and a zombie is kept until its group is empty.
     pub const NONE: Self = Self { pidfd: false, group_signals: false };
 }
 
@@ -29,7 +29,7 @@ const PIDFD_WORKS: u8 = 0;
 const GROUP_SIGNALS_WORK: u8 = 1;
 const NOTHING_WORKS: u8 = 2;
 
-/// Tries everything once. Takes about 0.2 ms.
+/// Tries each feature once. Takes about 0.2 ms.
 #[must_use]
 pub fn probe() -> Support {
     match run_probe() {
@@ -39,9 +39,9 @@ pub fn probe() -> Support {
     }
 }
 
-/// The answer comes through the memory that both share, not as an exit status: that is lost where SIGCHLD is ignored.
+/// The child returns its result through shared memory. An exit status would be lost if SIGCHLD is ignored.
 fn run_probe() -> io::Result<u8> {
-    let mut answer = NOTHING_WORKS;
+    let mut result = NOTHING_WORKS;
     let mut stack = SpawnStack::new();
     let mut raw_pidfd: c_int = -1;
     let blocked = sigmask::block_all();
@@ -52,7 +52,7 @@ fn run_probe() -> io::Result<u8> {
             probe_child,
             stack.top(),
             flags,
-            (&raw mut answer).cast(),
+            (&raw mut result).cast(),
             &raw mut raw_pidfd,
             std::ptr::null_mut::<c_void>(),
             std::ptr::null_mut::<c_void>(),
@@ -68,17 +68,17 @@ fn run_probe() -> io::Result<u8> {
     let readable = pidfd.as_ref().is_some_and(|pidfd| matches!(poller::wait_readable([Some(pidfd)], None), Ok([true])));
     wait(pid, Collect::Reap, Block::Yes)?;
     // SAFETY: the child, which has ended, was the only one to write it.
-    let answer = unsafe { std::ptr::read_volatile(&raw const answer) };
-    Ok(if readable { answer } else { NOTHING_WORKS })
+    let result = unsafe { std::ptr::read_volatile(&raw const result) };
+    Ok(if readable { result } else { NOTHING_WORKS })
 }
 
-/// Runs in the throw-away child, which shares the agent's memory: nothing but system calls.
+/// Runs in the child, which shares the agent's memory. It must make system calls only.
 extern "C" fn probe_child(result: *mut c_void) -> c_int {
     // SAFETY: `result` is the parent's, which stands still until this process ends; the rest are integers. The descriptor is checked before it is wrapped, and the child exits without unwinding.
     unsafe {
         libc::setsid();
         let raw = libc::syscall(libc::SYS_pidfd_open, libc::getpid(), 0u32);
-        let answer = match c_int::try_from(raw) {
+        let outcome = match c_int::try_from(raw) {
             Ok(raw) if raw >= 0 => {
                 let pidfd = OwnedFd::from_raw_fd(raw);
                 if !matches!(pidfd_send_signal(pidfd.as_fd(), 0, 0), Ok(true)) {
@@ -91,7 +91,7 @@ extern "C" fn probe_child(result: *mut c_void) -> c_int {
             }
             _ => NOTHING_WORKS,
         };
-        std::ptr::write_volatile(result.cast::<u8>(), answer);
+        std::ptr::write_volatile(result.cast::<u8>(), outcome);
         libc::_exit(0)
     }
 }

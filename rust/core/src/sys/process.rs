@@ -1,11 +1,11 @@
-//! Signalling a process and its group without ever hitting a stranger.
+//! Signalling a process and its group, safe against pid reuse.
 //!
-//! A pid is a number that the kernel gives to somebody else once its owner was reaped. Two holds keep that from mattering:
+//! The kernel may reuse a pid once its process was reaped. Two mechanisms prevent signals to the wrong process:
 //!
-//! - a *pidfd* names the process itself. From Linux 6.9 on it also signals the whole group the process leads, even when the leader
-//!   was reaped, and answers ESRCH when nobody is left in it.
-//! - on older kernels the leader is left a zombie until its group is empty: a zombie keeps its number. A process that somebody else
-//!   may reap is told from a later one by the time at which it was started.
+//! - A *pidfd* refers to the process itself. Since Linux 6.9 it can also signal the whole group that the process leads, even after the
+//!   leader was reaped; it fails with ESRCH if the group is empty.
+//! - On older kernels the leader stays a zombie until its group is empty: the pid of a zombie is not reused. For a process that another
+//!   process may reap, the start time is compared before each signal.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -19,22 +19,22 @@ use super::procfs::{self, Stat};
 /// `PIDFD_SIGNAL_PROCESS_GROUP`, Linux 6.9.
 pub(super) const PIDFD_SIGNAL_PROCESS_GROUP: libc::c_uint = 4;
 
-/// Pauses between two looks at a process that is not our child.
+/// Pauses between two polls of a process that is not a child.
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
-const LONGEST_PAUSE: Duration = Duration::from_millis(32);
+const MAX_PAUSE: Duration = Duration::from_millis(32);
 
-/// A process that leads (or is about to lead) a process group.
+/// A process, and its process group if it leads one.
 #[derive(Debug)]
 pub struct ProcessHandle {
     pid: i32,
     pidfd: Option<OwnedFd>,
     group_signals: bool,
-    /// When it was started, in clock ticks since boot, where no pidfd names it.
+    /// Start time in clock ticks since boot. Only set without a pidfd.
     started: Option<u64>,
 }
 
 impl ProcessHandle {
-    /// Takes hold of a process that was just spawned.
+    /// A handle of a process that was just spawned.
     #[must_use]
     pub fn spawned(pid: i32, pidfd: Option<OwnedFd>, support: Support) -> Self {
         let group_signals = support.group_signals && pidfd.is_some();
@@ -42,7 +42,7 @@ impl ProcessHandle {
         Self { pid, pidfd, group_signals, started }
     }
 
-    /// Takes hold of a running process.
+    /// Opens a handle of a running process. Fails with ESRCH if there is none.
     pub fn open(pid: i32, support: Support) -> io::Result<Self> {
         let raw = Pid::from_raw(pid).filter(|_| pid > 0).ok_or(io::ErrorKind::InvalidInput)?;
         let pidfd = if support.pidfd {
@@ -54,7 +54,7 @@ impl ProcessHandle {
         Ok(Self::spawned(pid, pidfd, support))
     }
 
-    /// A second hold on the same process.
+    /// A second handle of the same process.
     pub fn try_clone(&self) -> io::Result<Self> {
         let pidfd = self.pidfd.as_ref().map(OwnedFd::try_clone).transpose()?;
         Ok(Self { pid: self.pid, pidfd, group_signals: self.group_signals, started: self.started })
@@ -66,59 +66,59 @@ impl ProcessHandle {
         self.pid
     }
 
-    /// The pidfd, readable once the process has ended.
+    /// The pidfd. It is readable once the process has ended.
     #[must_use]
     pub fn pidfd(&self) -> Option<BorrowedFd<'_>> {
         self.pidfd.as_ref().map(AsFd::as_fd)
     }
 
-    /// Whether the leader may be reaped as soon as it has ended: its group can be reached without its pid.
+    /// Whether the leader may be reaped before its group is empty: the pidfd can signal the group without the pid.
     #[must_use]
     pub fn may_be_reaped(&self) -> bool {
         self.group_signals
     }
 
-    /// Signals the leader alone. `false` if it is gone.
+    /// Signals the leader alone. `false` if it has ended and was reaped.
     pub fn signal(&self, signal: i32) -> io::Result<bool> {
         match &self.pidfd {
             Some(pidfd) => pidfd_send_signal(pidfd.as_fd(), signal, 0),
-            None if !self.holds_its_number() => Ok(false),
+            None if !self.is_pid_current() => Ok(false),
             // SAFETY: takes integers. The number is still the leader's: it is alive, or a zombie that we have not collected.
-            None => found(unsafe { libc::kill(self.pid, signal) }),
+            None => is_delivered(unsafe { libc::kill(self.pid, signal) }),
         }
     }
 
-    /// Signals the group, or the leader alone while it has no group of its own yet. `false` if nobody is there.
+    /// Signals the group, or the leader alone if it does not lead a group yet. `false` if there is no such process.
     pub fn signal_group(&self, signal: i32) -> io::Result<bool> {
         let delivered = match &self.pidfd {
             Some(pidfd) if self.group_signals => pidfd_send_signal(pidfd.as_fd(), signal, PIDFD_SIGNAL_PROCESS_GROUP)?,
             // SAFETY: takes integers. The number still names our group: its leader is alive or an uncollected zombie.
-            _ => found(unsafe { libc::killpg(self.pid, signal) })?,
+            _ => is_delivered(unsafe { libc::killpg(self.pid, signal) })?,
         };
         Ok(delivered || self.signal(signal)?)
     }
 
-    /// Whether the number is still this process's, dead or alive.
-    fn holds_its_number(&self) -> bool {
+    /// Whether the pid still belongs to this process, running or zombie.
+    fn is_pid_current(&self) -> bool {
         self.started.is_none_or(|started| procfs::stat(self.pid).is_some_and(|stat| stat.started == started))
     }
 
-    /// Waits for the end of a process that is not our child, without a pidfd: the kernel has no event for that.
-    pub fn wait_as_stranger(&self) {
+    /// Polls until the process has ended. For a process that is not a child and has no pidfd, because the kernel has no event for its end.
+    pub fn poll_until_end(&self) {
         let mut pause = FIRST_PAUSE;
-        while procfs::stat(self.pid).is_some_and(|stat| !stat.is_dead()) && self.holds_its_number() {
+        while procfs::stat(self.pid).is_some_and(|stat| !stat.is_dead()) && self.is_pid_current() {
             std::thread::sleep(pause);
-            pause = (pause * 2).min(LONGEST_PAUSE);
+            pause = (pause * 2).min(MAX_PAUSE);
         }
     }
 
-    /// Whether the leader is stopped (SIGSTOP, SIGTSTP, a debugger).
+    /// Whether the leader is stopped by SIGSTOP, SIGTSTP or a debugger.
     #[must_use]
     pub fn is_stopped(&self) -> bool {
         procfs::stat(self.pid).is_some_and(|stat| matches!(stat.state, 'T' | 't'))
     }
 
-    /// The living members of the group, the leader included. Zombies whose parent has yet to collect them do not count.
+    /// The living members of the group, including the leader. Zombies are not included.
     #[must_use]
     pub fn living_members(&self) -> Vec<Stat> {
         if self.group_signals
@@ -131,16 +131,16 @@ impl ProcessHandle {
     }
 }
 
-/// Whether orphans become children of this process: it is PID 1 or a subreaper (`PR_SET_CHILD_SUBREAPER`).
+/// Whether orphans become children of this process, because it is PID 1 or a subreaper (`PR_SET_CHILD_SUBREAPER`).
 #[must_use]
 pub fn inherits_orphans() -> bool {
     let mut is_subreaper: libc::c_int = 0;
     // SAFETY: the pointer is valid for the write of an integer.
-    let asked = unsafe { libc::prctl(libc::PR_GET_CHILD_SUBREAPER, &raw mut is_subreaper) };
-    std::process::id() == 1 || (asked == 0 && is_subreaper != 0)
+    let result = unsafe { libc::prctl(libc::PR_GET_CHILD_SUBREAPER, &raw mut is_subreaper) };
+    std::process::id() == 1 || (result == 0 && is_subreaper != 0)
 }
 
-/// `pidfd_send_signal(2)`; libc has no wrapper. `false` for ESRCH.
+/// `pidfd_send_signal(2)`, for which libc has no wrapper. `false` for ESRCH.
 pub(super) fn pidfd_send_signal(pidfd: BorrowedFd<'_>, signal: i32, flags: libc::c_uint) -> io::Result<bool> {
     // SAFETY: the descriptor is open, the siginfo pointer may be null.
     let result = unsafe {
@@ -152,10 +152,11 @@ pub(super) fn pidfd_send_signal(pidfd: BorrowedFd<'_>, signal: i32, flags: libc:
             flags,
         )
     };
-    found(if result < 0 { -1 } else { 0 })
+    is_delivered(if result < 0 { -1 } else { 0 })
 }
 
-fn found(result: i32) -> io::Result<bool> {
+/// Converts the result of a system call that sends a signal. `false` for ESRCH.
+fn is_delivered(result: i32) -> io::Result<bool> {
     if result == 0 {
         return Ok(true);
     }

@@ -1,10 +1,10 @@
-//! Reading `/proc`: who is in a process group, and in what state.
+//! Reading processes from `/proc`.
 
 use std::fs;
 
 use crate::text::printable;
 
-/// A process as `/proc/PID/stat` shows it.
+/// Fields of `/proc/PID/stat`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Stat {
     /// Process id.
@@ -17,19 +17,19 @@ pub struct Stat {
     pub group: i32,
     /// Session id.
     pub session: i32,
-    /// When it was started, in clock ticks since boot: with the pid it names a process uniquely.
+    /// Start time in clock ticks since boot. Identifies a process uniquely together with the pid.
     pub started: u64,
 }
 
 impl Stat {
-    /// A zombie or a process in its last instants: nothing of it is left but its exit status.
+    /// Whether the process is a zombie or exiting: only its exit status is left.
     #[must_use]
     pub fn is_dead(self) -> bool {
         matches!(self.state, 'Z' | 'X' | 'x')
     }
 }
 
-/// Parses the line of `/proc/PID/stat`; the command in it may hold spaces and parentheses.
+/// Parses `/proc/PID/stat`. The command in it may contain spaces and parentheses.
 #[must_use]
 pub fn parse_stat(line: &str) -> Option<Stat> {
     let pid = line.split_once(' ')?.0.parse().ok()?;
@@ -48,33 +48,34 @@ pub fn stat(pid: i32) -> Option<Stat> {
     parse_stat(&fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)
 }
 
-/// All processes there are.
+/// The pids of all processes.
 #[must_use]
 pub fn pids() -> Vec<i32> {
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
     entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
 }
 
-/// The children of a process: of all its threads where the kernel lists them (`CONFIG_PROC_CHILDREN`), else all processes there are.
+/// Candidates for the children of a process: exactly the children of all its threads if the kernel lists them (`CONFIG_PROC_CHILDREN`),
+/// otherwise the pids of all processes.
 #[must_use]
 pub fn children(pid: i32) -> Vec<i32> {
     let threads = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
     let lists = threads.map(|thread| fs::read_to_string(thread.path().join("children")).ok());
     let lists: Option<Vec<String>> = lists.collect();
-    let listed = |lists: Vec<String>| {
+    let parse = |lists: Vec<String>| {
         let words = lists.iter().flat_map(|list| list.split_ascii_whitespace());
         words.filter_map(|word| word.parse().ok()).collect()
     };
-    lists.map_or_else(pids, listed)
+    lists.map_or_else(pids, parse)
 }
 
-/// The processes of a group that are not dead.
+/// The processes of a group without zombies.
 #[must_use]
 pub fn living_members(group: i32) -> Vec<Stat> {
     pids().into_iter().filter_map(stat).filter(|stat| stat.group == group && !stat.is_dead()).collect()
 }
 
-/// The kernel function a process sleeps in, `/proc/PID/wchan`; empty where it cannot be read.
+/// The kernel function in which a process sleeps (`/proc/PID/wchan`). Empty if it does not sleep or the file cannot be read.
 #[must_use]
 pub fn wait_channel(pid: i32) -> String {
     match fs::read_to_string(format!("/proc/{pid}/wchan")) {
@@ -83,14 +84,14 @@ pub fn wait_channel(pid: i32) -> String {
     }
 }
 
-/// The command line of a process, its words separated by spaces; its name where that is empty. Empty if it does not exist.
+/// The command line of a process with its arguments separated by spaces, or its name if that is empty. Empty if the process does not exist.
 #[must_use]
 pub fn command(pid: i32) -> String {
     let read = |name| fs::read(format!("/proc/{pid}/{name}")).unwrap_or_default();
     let line = read("cmdline");
     let words: Vec<_> = line.split(|byte| *byte == 0).filter(|word| !word.is_empty()).collect();
     let text = if words.is_empty() { read("comm") } else { words.join(&b' ') };
-    // A process may call itself anything.
+    // A process can set its name and command line to any bytes.
     printable(String::from_utf8_lossy(&text).trim_end())
 }
 
@@ -106,17 +107,17 @@ mod tests {
     }
 
     #[test]
-    fn broken_lines_are_refused() {
+    fn malformed_lines_are_refused() {
         for line in ["", "x", "1 (a", "1 (a)", "1 (a) S", "1 (a) S 1", "1 (a) S 1 x", "1 (a) S 1 2 3"] {
             assert_eq!(parse_stat(line), None, "{line:?}");
         }
     }
 
     #[test]
-    fn this_process_is_alive_and_in_a_group() {
+    fn this_process_is_a_living_member_of_its_group() {
         let pid = i32::try_from(std::process::id()).expect("pids fit");
-        let me = stat(pid).expect("own stat");
-        assert!(!me.is_dead());
-        assert!(living_members(me.group).iter().any(|member| member.pid == pid));
+        let own = stat(pid).expect("own stat");
+        assert!(!own.is_dead());
+        assert!(living_members(own.group).iter().any(|member| member.pid == pid));
     }
 }

@@ -1,5 +1,5 @@
-//! Addresses of host names. The resolver may take minutes where a name server does not answer, and cannot be interrupted: it is asked from
-//! a thread that nobody waits for.
+//! Resolving host names. The system resolver may block for minutes if a name server does not answer, and it cannot be interrupted. It
+//! therefore runs in a thread that is never joined.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
@@ -9,7 +9,7 @@ use std::time::Duration;
 use super::sigmask;
 use super::threads;
 
-/// Asks for the addresses of a host and hands them to `done`: at once for a numeric address, else from another thread, later.
+/// Resolves a host and passes its addresses to `done`: immediately for a numeric address, otherwise later from another thread.
 pub fn resolve(
     host: &str,
     port: u16,
@@ -20,23 +20,27 @@ pub fn resolve(
         return Ok(());
     }
     let host = host.to_owned();
-    let ask = move || {
-        // Signals are for the interpreter's main thread.
+    let resolve = move || {
+        // Signals must be delivered to the interpreter's main thread.
         sigmask::block_all().forever();
         done((host.as_str(), port).to_socket_addrs().map(Iterator::collect));
     };
-    threads::builder("ferro-resolve").spawn(ask).map(drop)
+    threads::builder("ferro-resolve").spawn(resolve).map(drop)
 }
 
-/// The addresses of a host; `TimedOut` if the resolver takes longer than `timeout`.
+/// The addresses of a host. Fails with `TimedOut` if the resolver takes longer than `timeout`.
 pub fn resolve_within(host: &str, port: u16, timeout: Duration) -> io::Result<Vec<SocketAddr>> {
-    let (answer, answers) = channel();
+    let (sender, receiver) = channel();
     resolve(host, port, move |addresses| {
-        // Nobody may wait any more.
-        let _ = answer.send(addresses);
+        // Fails after the timeout, when the receiver is gone.
+        let _ = sender.send(addresses);
     })?;
-    let late = || io::Error::new(io::ErrorKind::TimedOut, format!("the resolver did not answer for {host:?} in time"));
-    answers.recv_timeout(timeout).unwrap_or_else(|_| Err(late()))
+    let timed_out = || {
+        let seconds = timeout.as_secs_f64();
+        let text = format!("the resolver did not answer for {host:?} within {seconds} s");
+        io::Error::new(io::ErrorKind::TimedOut, text)
+    };
+    receiver.recv_timeout(timeout).unwrap_or_else(|_| Err(timed_out()))
 }
 
 #[cfg(test)]
@@ -44,7 +48,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_and_numbers_are_resolved() {
+    fn names_and_numeric_addresses_are_resolved() {
         for host in ["127.0.0.1", "localhost"] {
             let found = resolve_within(host, 7, Duration::from_secs(60)).expect(host);
             assert!(found.iter().all(|address| address.ip().is_loopback() && address.port() == 7), "{found:?}");

@@ -2,13 +2,13 @@
 
 use std::mem::MaybeUninit;
 
-/// All signals of the calling thread are blocked until this is dropped.
+/// Keeps all signals of the calling thread blocked until it is dropped.
 #[derive(Debug)]
 pub struct BlockedSignals {
     former: libc::sigset_t,
 }
 
-/// Blocks every signal in the calling thread, `pthread_sigmask(3)`.
+/// Blocks all signals in the calling thread (`pthread_sigmask(3)`).
 #[must_use = "the signals are unblocked when the guard is dropped"]
 pub fn block_all() -> BlockedSignals {
     let mut all = MaybeUninit::<libc::sigset_t>::uninit();
@@ -22,7 +22,7 @@ pub fn block_all() -> BlockedSignals {
 }
 
 impl BlockedSignals {
-    /// Leaves the signals blocked for the rest of the thread's life.
+    /// Keeps the signals blocked until the thread ends.
     pub fn forever(self) {
         std::mem::forget(self);
     }

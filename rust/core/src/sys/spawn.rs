@@ -1,8 +1,8 @@
-//! Starting a process with `vfork` semantics and a pidfd from birth.
+//! Starting a process with `vfork` semantics and a pidfd from `clone(2)`.
 //!
 //! `std::process::Command` with a `pre_exec` hook forks: it copies the page tables of the agent, 7.4 ms at 400 MB. `posix_spawn` cannot
-//! arm a parent death signal. So this is `clone(CLONE_VM | CLONE_VFORK | CLONE_PIDFD)`: the child borrows the agent's memory until it
-//! executes the program, while the calling thread stands still. Everything the child needs is prepared before.
+//! arm a parent death signal. This module uses `clone(CLONE_VM | CLONE_VFORK | CLONE_PIDFD)`: the child shares the agent's memory until it
+//! executes the program, and the calling thread is suspended until then. The parent allocates all data of the child before the clone.
 
 use std::ffi::{CStr, CString, OsStr, c_char, c_int, c_void};
 use std::io;
@@ -16,13 +16,13 @@ use rustix::fs::{Mode, OFlags};
 use super::sigmask;
 use crate::error::SpawnError;
 
-/// Where a standard stream of a process goes.
+/// Destination of a standard stream of a process.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Stdio {
-    /// To the same place as the agent's.
+    /// The agent's stream.
     #[default]
     Inherit,
-    /// To this file, created or truncated.
+    /// This file, created or truncated.
     File(PathBuf),
 }
 
@@ -33,19 +33,19 @@ pub struct Command {
     pub argv: Vec<CString>,
     /// The whole environment, as `NAME=value`.
     pub env: Vec<CString>,
-    /// Standard input, the agent's if none.
+    /// Standard input; `None` inherits the agent's.
     pub stdin: Option<Arc<OwnedFd>>,
     /// Standard output.
     pub stdout: Stdio,
     /// Standard error.
     pub stderr: Stdio,
-    /// Working directory, the agent's if none.
+    /// Working directory; `None` inherits the agent's.
     pub cwd: Option<CString>,
-    /// Logical CPUs the process may run on, the agent's if none.
+    /// Logical CPUs on which the process may run; `None` inherits the agent's.
     pub cpus: Option<Vec<usize>>,
-    /// Soft limit of its open descriptors (`RLIMIT_NOFILE`), the agent's if none.
+    /// Soft limit of open descriptors (`RLIMIT_NOFILE`); `None` inherits the agent's.
     pub open_files: Option<u64>,
-    /// The process is not killed when the thread that spawned it ends.
+    /// Do not kill the process when the thread that spawned it ends.
     pub outlives_agent: bool,
 }
 
@@ -54,7 +54,7 @@ pub struct Command {
 pub struct Spawned {
     /// Process id, also its process group and session id.
     pub pid: i32,
-    /// Its pidfd, if one was asked for.
+    /// Its pidfd, if requested.
     pub pidfd: Option<OwnedFd>,
 }
 
@@ -101,7 +101,7 @@ impl Stage {
     }
 }
 
-/// Everything the child reads and the one thing it writes, in memory that both share until the exec.
+/// Data of the child in shared memory. The child writes only `failure`.
 struct ChildPlan {
     programs: Vec<*const c_char>,
     argv: Vec<*const c_char>,
@@ -118,7 +118,7 @@ struct ChildPlan {
     failure: (u8, c_int),
 }
 
-/// Memory the child runs on. One serves any number of spawns, one after the other.
+/// Stack of the child. It can be reused for one spawn after the other.
 #[derive(Debug)]
 pub struct SpawnStack(Vec<u128>);
 
@@ -147,10 +147,12 @@ impl Default for SpawnStack {
     }
 }
 
-/// Starts `command`. `index` only serves the error.
+/// Starts `command`. `index` is its position in the group, for the error. With `pidfd`, the result has a pidfd. The process is born in
+/// `cgroup` if possible, otherwise in the agent's.
 ///
-/// The process has its own session, an empty signal mask, default dispositions, no descriptor but its standard streams, and,
-/// unless it is to outlive the agent, is killed with SIGKILL when the *calling thread* ends: call it from a thread that lives as long as the agent.
+/// The process has its own session, an empty signal mask, default signal dispositions, and no descriptors except its standard streams.
+/// Unless `outlives_agent` is set, the kernel kills it with SIGKILL when the *calling thread* ends: call this from a thread that lives as
+/// long as the agent.
 pub fn spawn(
     command: &Command,
     index: usize,
@@ -193,7 +195,7 @@ pub fn spawn(
         failure: (0, 0),
     };
 
-    // While the child borrows this memory no handler of the agent may run in it.
+    // A signal handler of the agent must not run in the child while it shares this memory.
     let blocked = sigmask::block_all();
     let mut raw_pidfd: c_int = -1;
     let cloned = clone_child(&mut plan, stack, pidfd.then_some(&mut raw_pidfd), cgroup);
@@ -207,7 +209,7 @@ pub fn spawn(
     let Some(stage) = Stage::ALL.into_iter().find(|known| *known as u8 == stage) else {
         return Ok(Spawned { pid, pidfd });
     };
-    // The child exits right after it wrote the failure: collecting it does not take long.
+    // Does not block for long: the child exits immediately after writing the failure.
     let _ = super::wait::wait(pid, super::wait::Collect::Reap, super::wait::Block::Yes);
     let object = match (stage, &command.cwd) {
         (Stage::Chdir, Some(cwd)) => OsStr::from_bytes(cwd.to_bytes()),
@@ -216,7 +218,7 @@ pub fn spawn(
     Err(fail(stage.name(), object, io::Error::from_raw_os_error(errno)))
 }
 
-/// Starts the child and returns when it has executed its program or has exited.
+/// Clones the child. Returns when it has executed its program or exited.
 fn clone_child(
     plan: &mut ChildPlan,
     stack: &mut SpawnStack,
@@ -233,7 +235,7 @@ fn clone_child(
         if let Ok(pid) = unsafe { clone_into_cgroup(flags, stack, plan, pidfd, cgroup) } {
             return Ok(pid);
         }
-        // Outside of it is better than not at all: an old kernel, a policy, a cgroup that somebody has removed.
+        // Fall back to the agent's cgroup: the kernel is too old, a policy denies the call, or the cgroup was removed.
     }
     // SAFETY: as above.
     let pid = unsafe {
@@ -250,10 +252,10 @@ fn clone_child(
     if pid < 0 { Err(io::Error::last_os_error()) } else { Ok(pid) }
 }
 
-/// `clone3(2)` with `CLONE_INTO_CGROUP` (Linux 5.7): the child is born in the cgroup. To move it there afterwards takes 10 ms, because the kernel
-/// waits for all its CPUs then, and what the child has started by that time stays outside.
+/// `clone3(2)` with `CLONE_INTO_CGROUP` (Linux 5.7): the child is born in the cgroup. Moving it there later would take 10 ms, because the
+/// kernel then waits for all CPUs, and would miss processes that the child has started before.
 ///
-/// libc has no wrapper that takes a stack, so this is the system call itself.
+/// libc has no wrapper that takes a stack, so this makes the system call in assembly.
 ///
 /// # Safety
 ///
@@ -266,7 +268,7 @@ unsafe fn clone_into_cgroup(
     pidfd: *mut c_int,
     cgroup: BorrowedFd<'_>,
 ) -> io::Result<libc::pid_t> {
-    // libc's constant has the type of the 32 bits that it does not fit in.
+    // libc declares this constant as a 32-bit integer, in which the value does not fit.
     const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
     // SAFETY: plain integers, for which zeros are valid.
     let mut arguments: libc::clone_args = unsafe { std::mem::zeroed() };
@@ -302,7 +304,7 @@ unsafe fn clone_into_cgroup(
     libc::pid_t::try_from(result).ok().filter(|pid| *pid > 0).ok_or_else(error)
 }
 
-/// Written for x86-64 only.
+/// Implemented for x86-64 only.
 #[cfg(not(target_arch = "x86_64"))]
 unsafe fn clone_into_cgroup(
     _flags: c_int,
@@ -314,13 +316,13 @@ unsafe fn clone_into_cgroup(
     Err(io::ErrorKind::Unsupported.into())
 }
 
-/// Whether a process can be born in this cgroup, found by trying it with one that ends at once.
-pub fn can_be_born_in(cgroup: BorrowedFd<'_>, stack: &mut SpawnStack) -> bool {
-    let nothing = vec![std::ptr::null()];
+/// Whether [`spawn`] can start processes in this cgroup. Tries it with a process that exits immediately.
+pub fn can_spawn_in(cgroup: BorrowedFd<'_>, stack: &mut SpawnStack) -> bool {
+    let empty = vec![std::ptr::null()];
     let mut plan = ChildPlan {
-        programs: nothing.clone(),
-        argv: nothing.clone(),
-        envp: nothing,
+        programs: empty.clone(),
+        argv: empty.clone(),
+        envp: empty,
         stdin: -1,
         stdout: -1,
         stderr: -1,
@@ -343,7 +345,7 @@ pub fn can_be_born_in(cgroup: BorrowedFd<'_>, stack: &mut SpawnStack) -> bool {
     cloned.is_ok()
 }
 
-/// Runs in the child. Async-signal-safe calls only: no allocation, no lock, no panic, no return.
+/// Runs in the child. Must only make async-signal-safe calls: no allocation, no lock, no panic, no return.
 extern "C" fn child_main(argument: *mut c_void) -> c_int {
     let plan: *mut ChildPlan = argument.cast();
     // SAFETY: the parent's thread stands still until this process has executed or exited, so the plan is ours alone.
@@ -352,7 +354,8 @@ extern "C" fn child_main(argument: *mut c_void) -> c_int {
             std::ptr::write_volatile(&raw mut (*plan).failure, (stage as u8, *libc::__errno_location()));
             libc::_exit(127)
         };
-        // SIG_DFL is zero. The system call itself: libc refuses the two signals it uses, which somebody may have left ignored.
+        // SIG_DFL is 0. Uses the system call, because libc's function refuses two signals that it reserves. The agent may have inherited
+        // them as ignored.
         let default = [0usize; 4];
         let mut signal: c_int = 1;
         while signal <= 64 {
@@ -404,7 +407,7 @@ extern "C" fn child_main(argument: *mut c_void) -> c_int {
             failed(Stage::Chdir);
         }
         if libc::syscall(libc::SYS_close_range, 3u32, u32::MAX, 0u32) < 0 {
-            // Linux before 5.9.
+            // `close_range` needs Linux 5.9.
             let mut fd = 3;
             while fd <= (*plan).highest_fd {
                 libc::close(fd);
@@ -415,7 +418,7 @@ extern "C" fn child_main(argument: *mut c_void) -> c_int {
         libc::sigemptyset(&raw mut none);
         libc::sigprocmask(libc::SIG_SETMASK, &raw const none, std::ptr::null_mut());
 
-        // As execvp(3): a directory of PATH without the program is passed over; "permission denied" is remembered.
+        // Like execvp(3): skip directories of PATH that lack the program; remember EACCES.
         let mut program = (*plan).programs.as_ptr();
         let mut denied = false;
         while !(*program).is_null() {
@@ -449,10 +452,10 @@ fn candidates(program: &CStr, env: &[CString]) -> Vec<CString> {
 }
 
 fn open_log(path: &Path) -> io::Result<OwnedFd> {
-    // Appending: a worker that re-opens its stream, and helpers that inherit it, never overwrite each other.
+    // With O_APPEND, a worker that opens its stream again and helpers that inherit it do not overwrite each other's output.
     let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::APPEND | OFlags::CLOEXEC;
     let fd = rustix::fs::open(path, flags, Mode::from_raw_mode(0o666))?;
-    // Above the standard streams, in case the agent runs with one of them closed: dup2 would then be no copy at all.
+    // If the agent runs with a closed standard stream, the log could get its number. dup2 would then do nothing, and exec would close it.
     Ok(rustix::io::fcntl_dupfd_cloexec(&fd, 3)?)
 }
 
@@ -471,7 +474,8 @@ fn cpu_mask(cpus: &[usize]) -> Vec<u64> {
     mask
 }
 
-/// An upper bound of the open descriptors, for kernels without `close_range`. Others may be opened meanwhile: some room is added.
+/// Upper bound of the descriptor numbers in use, for kernels without `close_range`. The margin covers descriptors that other threads open
+/// before the clone.
 fn highest_fd() -> c_int {
     let highest = std::fs::read_dir("/proc/self/fd").map_or(0, |entries| {
         entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok()).max().unwrap_or(0)
@@ -479,7 +483,7 @@ fn highest_fd() -> c_int {
     highest + 256
 }
 
-/// `prctl(PR_SET_PDEATHSIG)` for the calling process: it gets `signal` when the thread that created it ends.
+/// `prctl(PR_SET_PDEATHSIG)` for the calling process: it receives `signal` when the thread that created it ends.
 pub fn arm_parent_death_signal(signal: c_int) -> io::Result<()> {
     // SAFETY: takes an integer, touches no memory.
     if unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, signal) } < 0 {

@@ -1,25 +1,26 @@
-//! Starting threads whose stacks are of no thread that has ended.
+//! Starting threads that never reuse the stack of an ended thread.
 //!
-//! A forked child has the memory of all threads of its parent, and none of them. Whatever it destroys may wait for such a thread, which
-//! glibc knows by the address of its stack, and takes for ended. glibc gives the stacks of ended threads to new ones: a wait for a thread
-//! that never was here would become one for ours, which does not end. A larger stack than any of those is new memory.
+//! A forked child inherits the memory of its parent but none of its other threads. A destructor in the child may join a thread that exists
+//! only in the parent. glibc identifies threads by their stack address and treats such a thread as ended, so the join returns. But glibc
+//! also reuses the stacks of ended threads for new ones: the join would then wait for one of our threads, which does not end. A stack that
+//! is larger than all others is always new memory.
 
 use std::sync::OnceLock;
 use std::thread::Builder;
 
-/// Stacks of the usual size, if there is no limit.
-const USUAL_BYTES: u64 = 8 << 20;
+/// Default stack size of a thread.
+const DEFAULT_BYTES: u64 = 8 << 20;
 
-/// A builder of a thread.
+/// A builder for a thread with this name and a larger stack than that of other threads.
 pub fn builder(name: &str) -> Builder {
     Builder::new().name(name.into()).stack_size(stack_bytes())
 }
 
-/// Twice what other threads have: memory that is reserved, not used.
+/// Twice the stack size of other threads. The memory is reserved but not used.
 pub fn stack_bytes() -> usize {
     static BYTES: OnceLock<usize> = OnceLock::new();
     *BYTES.get_or_init(|| {
         let limit = rustix::process::getrlimit(rustix::process::Resource::Stack).current.unwrap_or(0);
-        usize::try_from(2 * limit.clamp(USUAL_BYTES, 64 * USUAL_BYTES)).unwrap_or(16 << 20)
+        usize::try_from(2 * limit.clamp(DEFAULT_BYTES, 64 * DEFAULT_BYTES)).unwrap_or(16 << 20)
     })
 }

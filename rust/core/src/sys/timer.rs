@@ -1,4 +1,4 @@
-//! One-shot deadlines in a poller: `timerfd_create(2)`, exact to the nanosecond and free of timer slack.
+//! One-shot deadlines in a poller: `timerfd_create(2)`, with nanosecond resolution and without timer slack.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -16,13 +16,13 @@ pub struct Timer {
 }
 
 impl Timer {
-    /// A disarmed timer.
+    /// Creates a disarmed timer.
     pub fn new() -> io::Result<Self> {
         let fd = timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK)?;
         Ok(Self { fd, armed: None })
     }
 
-    /// Becomes readable at `deadline` (at once if it has passed), or never for `None`.
+    /// Makes the timer readable at `deadline`, immediately if it has passed. `None` disarms it.
     pub fn set(&mut self, deadline: Option<Instant>) -> io::Result<()> {
         if deadline == self.armed {
             return Ok(());
@@ -30,7 +30,7 @@ impl Timer {
         let zero = Timespec { tv_sec: 0, tv_nsec: 0 };
         let value = match deadline {
             None => zero,
-            // Zero would disarm the timer: a deadline that has passed is one nanosecond away.
+            // Zero would disarm the timer, so a deadline that has passed is set to one nanosecond from now.
             Some(at) => at
                 .saturating_duration_since(Instant::now())
                 .max(Duration::from_nanos(1))
@@ -43,7 +43,7 @@ impl Timer {
         Ok(())
     }
 
-    /// Acknowledges an expiry; the timer is disarmed.
+    /// Acknowledges an expiry. The timer is disarmed afterwards.
     pub fn drain(&mut self) {
         let mut count = [0u8; 8];
         let _ = rustix::io::read(&self.fd, &mut count);

@@ -1,9 +1,9 @@
-//! What a running process uses, from `/proc/PID/statm` and `/proc/PID/stat`.
+//! Resource usage of a running process, from `/proc/PID/statm` and `/proc/PID/stat`.
 
 use std::fs;
 use std::time::Duration;
 
-/// Memory and CPU time of one process, all its threads together, its children not.
+/// Memory and CPU time of all threads of one process, without its children.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RunningUsage {
     /// Resident memory.
@@ -12,7 +12,7 @@ pub struct RunningUsage {
     pub cpu: Duration,
 }
 
-/// Reads what process `pid` uses; `None` if it does not exist or may not be looked at.
+/// Reads the usage of process `pid`. `None` if it does not exist or access is denied.
 #[must_use]
 pub fn of(pid: i32) -> Option<RunningUsage> {
     let statm = fs::read_to_string(format!("/proc/{pid}/statm")).ok()?;
@@ -26,7 +26,7 @@ fn resident_pages(statm: &str) -> Option<u64> {
 }
 
 fn cpu_time(stat: &str, ticks_per_second: u64) -> Option<Duration> {
-    // The command may hold spaces and parentheses.
+    // The command may contain spaces and parentheses.
     let mut fields = stat.rsplit_once(')')?.1.split_ascii_whitespace();
     let user: u64 = fields.nth(11)?.parse().ok()?;
     let system: u64 = fields.next()?.parse().ok()?;
@@ -57,7 +57,7 @@ mod tests {
     }
 
     #[test]
-    fn this_process_uses_something_and_a_missing_one_nothing() {
+    fn a_running_process_has_usage_and_a_missing_one_has_none() {
         let pid = i32::try_from(std::process::id()).expect("pids fit");
         assert!(of(pid).expect("own usage").resident_bytes > 0);
         assert_eq!(of(0), None);

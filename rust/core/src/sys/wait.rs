@@ -17,7 +17,7 @@ pub enum ExitStatus {
         /// Whether a core was dumped.
         core_dumped: bool,
     },
-    /// Somebody else collected the status, or `SIGCHLD` is ignored in this process.
+    /// Another process or thread collected the status, or `SIGCHLD` is ignored in this process.
     Unknown,
 }
 
@@ -29,7 +29,7 @@ impl ExitStatus {
     }
 }
 
-/// What the kernel accounted to a process over its life.
+/// Resource usage of a process over its lifetime, from the kernel's accounting.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Usage {
     /// Time on a CPU in user mode.
@@ -40,12 +40,12 @@ pub struct Usage {
     pub max_rss_bytes: u64,
 }
 
-/// Whether looking at a status also collects the zombie.
+/// Whether reading a status also reaps the zombie.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Collect {
-    /// Leave the zombie, `WNOWAIT`: its pid cannot be reused, and somebody else may still collect it.
+    /// Leave the zombie (`WNOWAIT`): its pid cannot be reused, and another thread can still collect the status.
     Observe,
-    /// Collect it.
+    /// Reap it.
     Reap,
 }
 
@@ -54,14 +54,16 @@ pub enum Collect {
 pub enum Block {
     /// Wait until the process ends.
     Yes,
-    /// Only look.
+    /// Return immediately.
     No,
 }
 
-/// How often [`reaped_status`] looks.
-const MOST_LOOKS: usize = 100;
+/// Maximum number of polls in [`reaped_status`].
+const MAX_POLLS: usize = 100;
 
-/// Exit status of a child, or `None` while it runs. A process that is not (or no longer) a child gives [`ExitStatus::Unknown`].
+/// Exit status of a child, or `None` while it runs or if a signal interrupts the wait.
+///
+/// Returns [`ExitStatus::Unknown`] for a process that is not, or no longer, a child.
 pub fn wait(pid: i32, collect: Collect, block: Block) -> io::Result<Option<(ExitStatus, Usage)>> {
     let mut options = libc::WEXITED;
     if collect == Collect::Observe {
@@ -72,7 +74,7 @@ pub fn wait(pid: i32, collect: Collect, block: Block) -> io::Result<Option<(Exit
     }
     let mut info = MaybeUninit::<libc::siginfo_t>::zeroed();
     let mut usage = MaybeUninit::<libc::rusage>::zeroed();
-    // The system call itself, not libc's waitid(3): only it hands out the rusage.
+    // Uses the system call, because libc's waitid(3) does not return the rusage.
     // SAFETY: both pointers are valid for writes for the duration of the call.
     let result =
         unsafe { libc::syscall(libc::SYS_waitid, libc::P_PID, pid, info.as_mut_ptr(), options, usage.as_mut_ptr()) };
@@ -98,13 +100,13 @@ pub fn wait(pid: i32, collect: Collect, block: Block) -> io::Result<Option<(Exit
     Ok(Some((status, usage_from(&usage))))
 }
 
-/// Exit status of a process that another process has reaped, or whose status the kernel discarded because `SIGCHLD` is ignored.
+/// Exit status of a process that was reaped elsewhere, or that the kernel reaped itself because `SIGCHLD` is ignored.
 ///
-/// `PIDFD_GET_INFO` with `PIDFD_INFO_EXIT` (Linux 6.15): a pidfd that was opened before the reap keeps the status. `None` on older kernels.
-/// The status is there a moment after the pidfd became readable, so this looks a few times.
+/// Uses `PIDFD_GET_INFO` with `PIDFD_INFO_EXIT` (Linux 6.15): a pidfd that was opened before the reap keeps the status. `None` on older
+/// kernels. The status becomes available shortly after the pidfd becomes readable, so this polls for a short time.
 #[must_use]
 pub fn reaped_status(pidfd: BorrowedFd<'_>) -> Option<ExitStatus> {
-    for _ in 0..MOST_LOOKS {
+    for _ in 0..MAX_POLLS {
         // SAFETY: a plain C structure, for which zeros are valid.
         let mut info: libc::pidfd_info = unsafe { std::mem::zeroed() };
         info.mask = u64::from(libc::PIDFD_INFO_EXIT);
@@ -114,14 +116,14 @@ pub fn reaped_status(pidfd: BorrowedFd<'_>) -> Option<ExitStatus> {
             return Some(status_from(info.exit_code));
         }
         if result != 0 && io::Error::last_os_error().raw_os_error() != Some(libc::ESRCH) {
-            return None; // the kernel does not know the request
+            return None; // the kernel does not support the request
         }
         std::thread::yield_now();
     }
     None
 }
 
-/// Takes a status word of `wait(2)` apart.
+/// Decodes a status word of `wait(2)`.
 fn status_from(word: i32) -> ExitStatus {
     if libc::WIFSIGNALED(word) {
         ExitStatus::Signalled { signal: libc::WTERMSIG(word), core_dumped: libc::WCOREDUMP(word) }
@@ -138,7 +140,7 @@ fn usage_from(usage: &libc::rusage) -> Usage {
     Usage {
         user_time: duration(usage.ru_utime),
         system_time: duration(usage.ru_stime),
-        // The kernel counts kibibytes.
+        // The kernel reports kibibytes.
         max_rss_bytes: u64::try_from(usage.ru_maxrss).unwrap_or(0) * 1024,
     }
 }

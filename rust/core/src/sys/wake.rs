@@ -10,17 +10,17 @@ use rustix::event::{EventfdFlags, eventfd};
 pub struct WakeFd(OwnedFd);
 
 impl WakeFd {
-    /// A new, unsignalled descriptor, non-blocking and closed on exec.
+    /// Creates an unsignalled descriptor that is non-blocking and closed on exec.
     pub fn new() -> io::Result<Self> {
         Ok(Self(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?))
     }
 
-    /// Makes the descriptor readable. Never blocks: a full counter is readable already.
+    /// Makes the descriptor readable. Never blocks. Fails only if the counter is full; the descriptor is readable then.
     pub fn wake(&self) {
         let _ = rustix::io::write(&self.0, &1u64.to_ne_bytes());
     }
 
-    /// Takes back all wakes so far.
+    /// Clears all wakes so far.
     pub fn drain(&self) {
         let mut count = [0u8; 8];
         let _ = rustix::io::read(&self.0, &mut count);

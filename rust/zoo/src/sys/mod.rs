@@ -1,4 +1,4 @@
-//! The system calls of the zoo.
+//! System calls of the misbehaving children.
 
 use std::ffi::c_int;
 
@@ -12,7 +12,7 @@ pub(crate) fn ignore(signal: c_int) {
     unsafe { libc::signal(signal, libc::SIG_IGN) };
 }
 
-/// Dies by `signal`, without leaving a core.
+/// Ends by `signal`, without a core dump.
 pub(crate) fn die_by(signal: c_int) -> ! {
     let none = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: the limit is valid for reads; SIG_DFL runs no code of ours (Rust installs handlers for SIGSEGV and SIGBUS).
@@ -55,7 +55,7 @@ pub(crate) fn monotonic_ns() -> u64 {
     time.tv_sec.cast_unsigned() * 1_000_000_000 + time.tv_nsec.cast_unsigned()
 }
 
-/// Process, process group and session id, the parent's process id, and the parent death signal.
+/// The process, process group, session and parent ids, and the parent death signal.
 pub(crate) fn identity() -> ([i32; 4], c_int) {
     let mut death_signal: c_int = -1;
     // SAFETY: take and return integers; the kernel stores one integer at the address.
@@ -65,8 +65,8 @@ pub(crate) fn identity() -> ([i32; 4], c_int) {
     }
 }
 
-/// Forks; the child runs `settle`, then `stay`, and exits. Returns its pid once it is settled.
-pub(crate) fn fork_settled(settle: impl FnOnce(), stay: impl FnOnce()) -> i32 {
+/// Forks a child that runs `prepare`, then `stay`, and exits. Returns its pid after `prepare`.
+pub(crate) fn fork_ready(prepare: impl FnOnce(), stay: impl FnOnce()) -> i32 {
     let mut pipe = [0; 2];
     // SAFETY: the array has room for two descriptors; this process has one thread, so the child may do anything.
     let child = unsafe {
@@ -75,7 +75,7 @@ pub(crate) fn fork_settled(settle: impl FnOnce(), stay: impl FnOnce()) -> i32 {
     };
     let [read, write] = pipe;
     if child == 0 {
-        settle();
+        prepare();
         // SAFETY: one byte that is valid for reads.
         unsafe { libc::write(write, c"x".as_ptr().cast(), 1) };
         stay();
@@ -87,8 +87,8 @@ pub(crate) fn fork_settled(settle: impl FnOnce(), stay: impl FnOnce()) -> i32 {
     child
 }
 
-/// Waits until this process's `parent` is gone.
-pub(crate) fn wait_for_orphanage(parent: u32) {
+/// Waits until the `parent` of this process has ended.
+pub(crate) fn wait_until_orphaned(parent: u32) {
     // SAFETY: takes nothing.
     while unsafe { libc::getppid() }.cast_unsigned() == parent {
         wait_until(i64::try_from(monotonic_ns()).unwrap_or(0) + 500_000);
