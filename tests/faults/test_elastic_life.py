@@ -255,7 +255,7 @@ def test_no_rank_runs_twice_while_an_agent_is_suspended(nodes: Nodes) -> None:
     for name in "ab":
         nodes.let_end(name, 0)
     assert [host.end(), guest.end()] == [0, 0], guest.story
-    assert "others take their ranks" in guest.errors or "taken for lost" in guest.errors, guest.errors
+    assert "others take their ranks" in guest.errors or "declared lost" in guest.errors, guest.errors
 
 
 def test_a_suspended_host_is_waited_for(nodes: Nodes) -> None:

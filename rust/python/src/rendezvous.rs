@@ -156,7 +156,7 @@ impl RendezvousClient {
     }
 
     fn standing(&self, py: Python<'_>) -> PyResult<Standing> {
-        self.0.standing().map(Standing::from).map_err(|error| to_python(py, error))
+        self.0.state().map(Standing::from).map_err(|error| to_python(py, error))
     }
 
     #[getter]
@@ -183,7 +183,7 @@ impl RendezvousClient {
     }
 
     fn take_remarks(&self, py: Python<'_>) -> PyResult<Vec<String>> {
-        self.0.take_remarks().map_err(|error| to_python(py, error))
+        self.0.take_warnings().map_err(|error| to_python(py, error))
     }
 
     #[pyo3(signature = (generation, timeout_s=None, wake_fd=None, news_fd=None))]
