@@ -132,7 +132,7 @@ def nodes_workers(job: Job) -> list[int]:
 @pytest.mark.parametrize("order", ["host first", "host last"])
 def test_nodes_with_different_restarts_are_refused_with_both_values(nodes: Nodes, order: str) -> None:
     names = "ab" if order == "host first" else "ba"
-    text = "its job has --max-restarts=1, this node was started with --max-restarts=3: give all nodes the same"
+    text = "the job has --max-restarts=1, this node was started with --max-restarts=3: give all nodes the same"
     jobs = {}
     for name in names:
         restarts = 1 if name == "a" else 3

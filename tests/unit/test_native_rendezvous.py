@@ -348,7 +348,7 @@ class TestInVain:
     def test_another_jobs_endpoint(self, nodes: Nodes) -> None:
         host = nodes.host()
         stranger = nodes.guest(host, run_id="other")
-        text = f"the rendezvous at 127.0.0.1:{host._port} refused this node: it belongs to job .job., not to job .other."
+        text = f"the rendezvous at 127.0.0.1:{host._port} refused this node: the rendezvous belongs to job .job., not to job .other."
         with pytest.raises(RendezvousConnectionError, match=text):
             stranger.next_rendezvous()
         assert not stranger.is_closed()

@@ -4,7 +4,7 @@ use std::io::{self, ErrorKind};
 use std::time::Instant;
 
 use super::frames::AgentFrames;
-use crate::store::wire::{Decoder, empty};
+use crate::store::wire::{Decoder, reset_buffer};
 use crate::sys::net::Stream;
 use crate::sys::poller::Interest;
 
@@ -72,7 +72,7 @@ impl Connection {
                 Err(error) => return Err(error),
             }
         }
-        empty(&mut self.output);
+        reset_buffer(&mut self.output);
         self.sent = 0;
         Ok(())
     }

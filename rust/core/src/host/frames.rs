@@ -1,7 +1,7 @@
 //! Parses the stream of an agent into messages and checks their order. Pure.
 
 use crate::rendezvous::message::{self, AgentMessage, InvalidMessage, MAX_FRAME_BYTES};
-use crate::store::wire::empty;
+use crate::store::wire::reset_buffer;
 
 /// Maximum number of workers of a node. The sum over all nodes fits the type of a world size.
 const MAX_WORKERS: u64 = 1 << 20;
@@ -56,7 +56,7 @@ impl AgentFrames {
         let Some(message) = message::decode(&mut frame)? else { return Ok(None) };
         self.parsed += size;
         if self.parsed == self.bytes.len() {
-            empty(&mut self.bytes);
+            reset_buffer(&mut self.bytes);
             self.parsed = 0;
         }
         self.check(&message)?;

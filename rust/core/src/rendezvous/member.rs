@@ -114,7 +114,7 @@ pub enum Failure {
     Unreachable(String),
     /// The host refused the agent, or the server is not a host.
     Refused(String),
-    /// The host's job had ended, or was about to end, when the agent came. Another host may follow.
+    /// The host's job had ended, or was about to end, when the agent joined. Another host may follow.
     Late(String),
 }
 
@@ -231,9 +231,9 @@ impl Member {
     }
 
     /// Handles an event and returns the actions to carry out.
-    #[must_use = "dropped actions are messages that nobody sends"]
+    #[must_use = "the actions must be carried out"]
     pub fn step(&mut self, now: Instant, event: MemberEvent) -> Vec<MemberAction> {
-        self.forgive_own_suspension(now);
+        self.reset_after_own_suspension(now);
         self.last_step = now;
         // The lease first: if it has lapsed, the event must not count for the job any more.
         self.check_lease(now);
@@ -498,10 +498,10 @@ impl Member {
     }
 
     /// If this process was suspended, it could not receive anything: resets the deadlines of the host instead of declaring it lost.
-    fn forgive_own_suspension(&mut self, now: Instant) {
+    fn reset_after_own_suspension(&mut self, now: Instant) {
         let due = self.next_tick().map(|due| due.max(self.last_step));
         if let (Link::Up(up), Some(due)) = (&mut self.link, due) {
-            up.forgive_suspension(now, due);
+            up.reset_after_suspension(now, due);
         }
     }
 
@@ -546,7 +546,7 @@ impl Member {
     }
 }
 
-/// The cause of the end of a round whose lease has lapsed.
+/// The cause for which a round ends when its lease has lapsed.
 pub(crate) fn lapsed_cause(endpoint: &str) -> Cause {
     let text = format!(
         "the host of the rendezvous at {endpoint} has not answered for too long (heartbeat_timeout): this node stops its workers before others take their ranks"

@@ -266,9 +266,9 @@ impl Rounds {
     }
 
     /// Handles an event and returns the actions to carry out.
-    #[must_use = "dropped actions are messages that nobody sends"]
+    #[must_use = "the actions must be carried out"]
     pub fn step(&mut self, now: Instant, event: HostEvent) -> Vec<HostAction> {
-        self.forgive_own_suspension(now);
+        self.reset_after_own_suspension(now);
         self.last_step = now;
         match event {
             HostEvent::Entered(id, agent) => self.enter(now, id, agent),

@@ -419,7 +419,7 @@ fn settings_that_differ_are_refused_with_both_values() {
         let settings = [("--max-restarts".to_owned(), restarts.to_owned())].into();
         Introduction { settings, ..introduction(id) }
     };
-    let text = "its job has --max-restarts=3, this node was started with --max-restarts=1: give all nodes the same";
+    let text = "the job has --max-restarts=3, this node was started with --max-restarts=1: give all nodes the same";
     let mut table = Table::new(settings(2, 2));
     table.step(HostEvent::Entered(1, who(1, "3")));
     assert_eq!(refused(&table.step(HostEvent::Entered(2, who(2, "1")))).as_deref(), Some(text));
@@ -442,7 +442,7 @@ fn a_refused_agent_is_reported_by_the_host() {
     table.enter(1, (2, 2));
     let actions = table.enter(2, (1, 4));
     let (host, text) = &remarks(&actions)[0];
-    assert!(*host == 1 && text.starts_with("node2 (agent 100) was turned away: its job has --nnodes=2:2"), "{text}");
+    assert!(*host == 1 && text.starts_with("node2 (agent 100) was turned away: the job has --nnodes=2:2"), "{text}");
 }
 
 #[test]

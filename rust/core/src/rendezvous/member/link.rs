@@ -121,7 +121,7 @@ impl Up {
 
     /// If this process missed the deadline `due` because it was suspended, restarts the silence timeout. The lease is not extended: the
     /// host's clock went on.
-    pub(super) fn forgive_suspension(&mut self, now: Instant, due: Instant) {
+    pub(super) fn reset_after_suspension(&mut self, now: Instant, due: Instant) {
         if now > due + self.silence / 2 {
             (self.last_heard, self.next_beat_at) = (now, now);
         }

@@ -107,7 +107,7 @@ impl Rounds {
 
     /// If this process or its machine was suspended, it could not receive anything: resets the deadlines of all peers instead of declaring
     /// them lost.
-    pub(super) fn forgive_own_suspension(&mut self, now: Instant) {
+    pub(super) fn reset_after_own_suspension(&mut self, now: Instant) {
         if self.due.is_some_and(|due| now > due.max(self.last_step) + self.settings.silence / 4) {
             for member in self.members.values_mut() {
                 (member.last_heard, member.suspicion) = (now, Suspicion::None);

@@ -89,7 +89,7 @@ impl Rounds {
         }
     }
 
-    /// The job has ended: contenders for ranks are told too.
+    /// After the end of the job, contenders for ranks get its result too.
     pub(super) fn admit_all_contenders(&mut self) {
         for (id, agent) in std::mem::take(&mut self.contenders) {
             self.admit(self.last_step, id, agent);
@@ -103,7 +103,7 @@ impl Rounds {
         member.last_heard = now;
         if former != Suspicion::None && !member.agent.is_host {
             self.schedule_silence_check(now);
-            // Decisions may have waited for this agent.
+            // Decisions that waited for this agent can be made now.
             self.schedule(now);
         }
         let Some(member) = self.members.get(&id) else { return };
@@ -144,20 +144,20 @@ impl Rounds {
         let settings = &self.settings;
         if agent.protocol != PROTOCOL {
             return Some(format!(
-                "its agents use protocol version {PROTOCOL}, this node version {}: install the same version of ferroelastic on all nodes",
+                "the rendezvous uses protocol version {PROTOCOL}, this node version {}: install the same version of ferroelastic on all nodes",
                 agent.protocol
             ));
         }
         if agent.run_id != settings.run_id {
             return Some(format!(
-                "it belongs to job {:?}, not to job {:?}: give all nodes the same --rdzv-id, or use another endpoint for this job",
+                "the rendezvous belongs to job {:?}, not to job {:?}: give all nodes the same --rdzv-id, or use another endpoint for this job",
                 settings.run_id,
                 bounded(&agent.run_id, MAX_TEXT_BYTES)
             ));
         }
         if agent.nodes != (settings.min_nodes, settings.max_nodes) {
             return Some(format!(
-                "its job has --nnodes={}:{}, this node was started with --nnodes={}:{}: give all nodes the same",
+                "the job has --nnodes={}:{}, this node was started with --nnodes={}:{}: give all nodes the same",
                 settings.min_nodes, settings.max_nodes, agent.nodes.0, agent.nodes.1
             ));
         }
@@ -182,6 +182,6 @@ fn setting_mismatch(reference: &Introduction, agent: &Introduction) -> Option<St
     reference.settings.iter().find_map(|(name, value)| {
         let other = agent.settings.get(name).filter(|other| *other != value)?;
         let [name, value, other] = [name, value, other].map(|text| printable(bounded(text, MAX_VALUE_BYTES)));
-        Some(format!("its job has {name}={value}, this node was started with {name}={other}: give all nodes the same"))
+        Some(format!("the job has {name}={value}, this node was started with {name}={other}: give all nodes the same"))
     })
 }

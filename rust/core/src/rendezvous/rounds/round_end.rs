@@ -7,7 +7,7 @@ use crate::rendezvous::message::{Cause, HostMessage};
 use crate::vocabulary::RestartCause;
 
 /// A node that is lost within this time after a worker's failure, or before it, explains the failure: workers fail with their peers, and
-/// the failure may be heard of first. A final failure ends the job after this time.
+/// the failure may be reported first. A final failure ends the job after this time.
 const LOSS_GRACE: Duration = Duration::from_millis(250);
 
 /// A failure that will end the round.
