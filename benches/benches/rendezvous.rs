@@ -85,7 +85,7 @@ fn restart(nodes: u32, rounds: u64) {
         last_call: PATIENCE,
         silence: Duration::from_secs(600),
         address: None,
-        most_membership_changes: None,
+        max_membership_changes: None,
     };
     let address: SocketAddr = "127.0.0.1:0".parse().expect("an address");
     let host = StoreServer::start(address, Limits::default(), Some(settings)).expect("host");

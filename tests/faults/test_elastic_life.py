@@ -132,7 +132,7 @@ def nodes_workers(job: Job) -> list[int]:
 @pytest.mark.parametrize("order", ["host first", "host last"])
 def test_nodes_with_different_restarts_are_refused_with_both_values(nodes: Nodes, order: str) -> None:
     names = "ab" if order == "host first" else "ba"
-    text = "its job has --max-restarts=1, this node was started with --max-restarts=3: give all nodes the same"
+    text = "the job has --max-restarts=1, this node was started with --max-restarts=3: give all nodes the same"
     jobs = {}
     for name in names:
         restarts = 1 if name == "a" else 3
@@ -255,7 +255,7 @@ def test_no_rank_runs_twice_while_an_agent_is_suspended(nodes: Nodes) -> None:
     for name in "ab":
         nodes.let_end(name, 0)
     assert [host.end(), guest.end()] == [0, 0], guest.story
-    assert "others take their ranks" in guest.errors or "taken for lost" in guest.errors, guest.errors
+    assert "others take their ranks" in guest.errors or "declared lost" in guest.errors, guest.errors
 
 
 def test_a_suspended_host_is_waited_for(nodes: Nodes) -> None:

@@ -327,7 +327,7 @@ class TestInVain:
         host = nodes.host((3, 3), join_timeout=1)
         text = (
             rf"not enough nodes came to the rendezvous 'job' at 127.0.0.1:{host._port} within 1 s: it takes 3, "
-            r"these did: 127.0.0.1 \(agent \d+\)"
+            r"these nodes joined: 127.0.0.1 \(agent \d+\)"
         )
         with pytest.raises(RendezvousTimeoutError, match=text):
             host.next_rendezvous()
@@ -342,13 +342,13 @@ class TestInVain:
 
     def test_a_name_that_is_none(self, nodes: Nodes) -> None:
         guest = nodes("no-such-host.invalid:29400", (2, 2), read_timeout=1)
-        with pytest.raises(RendezvousConnectionError, match=r"host name \"no-such-host\.invalid\" is not known"):
+        with pytest.raises(RendezvousConnectionError, match=r"host name \"no-such-host\.invalid\" cannot be resolved"):
             guest.next_rendezvous()
 
     def test_another_jobs_endpoint(self, nodes: Nodes) -> None:
         host = nodes.host()
         stranger = nodes.guest(host, run_id="other")
-        text = f"the rendezvous at 127.0.0.1:{host._port} does not take this node: it is that of job .job., not of job .other."
+        text = f"the rendezvous at 127.0.0.1:{host._port} refused this node: the rendezvous belongs to job .job., not to job .other."
         with pytest.raises(RendezvousConnectionError, match=text):
             stranger.next_rendezvous()
         assert not stranger.is_closed()
@@ -381,7 +381,7 @@ class TestInVain:
         with closing(_rust.StoreServer("127.0.0.1")) as server:
             guest = nodes(f"127.0.0.1:{server.port}", (2, 2))
             with pytest.raises(
-                RendezvousConnectionError, match="is a TCPStore of torch: a torchrun hosts it, or a script"
+                RendezvousConnectionError, match="is a TCPStore of torch, started by torchrun or by a script"
             ):
                 guest.next_rendezvous()
 
@@ -397,7 +397,7 @@ class TestInVain:
 
             answering = nodes.pool.submit(answer)
             guest = nodes(f"127.0.0.1:{server.getsockname()[1]}", (2, 2))
-            with pytest.raises(RendezvousConnectionError, match="is no store, nor a rendezvous: agents of ferrorun"):
+            with pytest.raises(RendezvousConnectionError, match="is neither a TCPStore nor a ferrorun rendezvous: start all nodes with ferrorun"):
                 guest.next_rendezvous()
             answering.result(LONG_S)
 

@@ -23,7 +23,7 @@ fn host(min_nodes: u32, max_nodes: u32, silence: Duration) -> StoreServer {
         last_call: Duration::from_millis(50),
         silence,
         address: None,
-        most_membership_changes: None,
+        max_membership_changes: None,
     };
     let address: SocketAddr = "127.0.0.1:0".parse().expect("an address");
     StoreServer::start(address, Limits::default(), Some(settings)).expect("host")
@@ -52,7 +52,7 @@ fn wait_for<T>(client: &RendezvousClient, want: impl Fn(&MembershipState) -> Opt
     let deadline = Instant::now() + PATIENCE;
     loop {
         let generation = client.generation().expect("generation");
-        let standing = client.standing().expect("standing");
+        let standing = client.state().expect("standing");
         if let Some(found) = want(&standing) {
             return found;
         }
@@ -205,7 +205,7 @@ fn all_leave_together_when_all_have_succeeded() {
         place(agent);
     }
     for agent in &agents {
-        assert!(matches!(agent.standing().expect("standing"), MembershipState::Placed(_)));
+        assert!(matches!(agent.state().expect("standing"), MembershipState::Placed(_)));
         agent.call(Call::Finished).expect("call");
     }
     for agent in &agents {
@@ -250,7 +250,7 @@ fn a_host_that_comes_later_is_found() {
         last_call: Duration::ZERO,
         silence: Duration::from_secs(5),
         address: None,
-        most_membership_changes: None,
+        max_membership_changes: None,
     };
     let address: SocketAddr = ([127, 0, 0, 1], port).into();
     let _server = StoreServer::start(address, Limits::default(), Some(settings)).expect("host");
@@ -285,7 +285,7 @@ fn what_is_no_rendezvous_is_told_apart() {
     let client = agent(port, "a", (1, 1));
     join(&client);
     let Failure::Refused(text) = failure(&client) else { panic!("another failure") };
-    assert!(text.contains("is no store, nor a rendezvous"), "{text}");
+    assert!(text.contains("is neither a TCPStore nor a ferrorun rendezvous"), "{text}");
     web.join().expect("join");
 }
 
@@ -366,7 +366,7 @@ fn times_may_be_as_long_as_there_are() {
         last_call: Duration::MAX,
         silence: Duration::MAX,
         address: None,
-        most_membership_changes: None,
+        max_membership_changes: None,
     };
     let address: SocketAddr = "127.0.0.1:0".parse().expect("an address");
     let host = StoreServer::start(address, Limits::default(), Some(settings)).expect("host");
@@ -387,7 +387,7 @@ fn to_look_for_remarks_is_no_news() {
     join(&client);
     place(&client);
     let before = client.generation().expect("generation");
-    assert_eq!(client.take_remarks().expect("own process"), Vec::<String>::new());
+    assert_eq!(client.take_warnings().expect("own process"), Vec::<String>::new());
     assert_eq!(client.generation().expect("generation"), before);
 }
 
@@ -406,7 +406,7 @@ fn an_agent_that_says_twice_who_it_is_is_turned_out() {
     second.write_all(&frames(&[enter()])).expect("write");
     let (kind, text) = over(&first);
     assert_eq!(kind, RestartCause::Membership);
-    assert!(text.ends_with("it said a second time who it is"), "{text}");
+    assert!(text.ends_with("it introduced itself twice"), "{text}");
     assert!(last_words(&mut second).contains("Refused"));
 }
 

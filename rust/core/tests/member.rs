@@ -28,11 +28,11 @@ fn a_host_that_is_not_up_is_tried_again_until_the_connect_timeout() {
     let mut now = start;
     assert_eq!(member.step(now, join()), [MemberAction::Connect]);
     let mut attempts = 1;
-    while *member.standing() == MembershipState::Joining {
+    while *member.state() == MembershipState::Joining {
         let refused = MemberEvent::NotConnected { text: "connection refused".into(), is_refused: true };
         let actions = member.step(now, refused);
-        assert!(actions.iter().all(|action| matches!(action, MemberAction::Remark(_))), "{actions:?}");
-        if let Some(next) = member.next_tick().filter(|_| *member.standing() == MembershipState::Joining) {
+        assert!(actions.iter().all(|action| matches!(action, MemberAction::Warning(_))), "{actions:?}");
+        if let Some(next) = member.next_tick().filter(|_| *member.state() == MembershipState::Joining) {
             assert!(next - now <= SECOND / 4);
             now = next;
             attempts += member.step(now, MemberEvent::Tick).len();
@@ -41,7 +41,7 @@ fn a_host_that_is_not_up_is_tried_again_until_the_connect_timeout() {
     assert!(attempts > 200, "{attempts}");
     assert_eq!(now - start, 60 * SECOND);
     let text = "the host of the rendezvous at host:29400 was not reached within 60 s: connection refused";
-    assert_eq!(*member.standing(), MembershipState::Failed(Failure::Unreachable(text.into())));
+    assert_eq!(*member.state(), MembershipState::Failed(Failure::Unreachable(text.into())));
 }
 
 #[test]
@@ -52,7 +52,7 @@ fn a_host_that_does_not_answer_is_given_up_after_the_connect_timeout() {
     let due = member.next_tick().expect("a deadline");
     assert_eq!(due - start, 60 * SECOND);
     assert_eq!(member.step(due, MemberEvent::Tick), [MemberAction::Disconnect]);
-    assert!(matches!(member.standing(), MembershipState::Failed(Failure::Unreachable(_))));
+    assert!(matches!(member.state(), MembershipState::Failed(Failure::Unreachable(_))));
 }
 
 #[test]
@@ -66,7 +66,7 @@ fn why_a_host_was_not_reached_is_said_also_if_the_last_attempt_has_no_time() {
     member.step(start + 59 * SECOND, MemberEvent::Tick);
     member.step(later, MemberEvent::Tick);
     let text = "the host of the rendezvous at host:29400 was not reached within 60 s: connection refused";
-    assert_eq!(*member.standing(), MembershipState::Failed(Failure::Unreachable(text.into())));
+    assert_eq!(*member.state(), MembershipState::Failed(Failure::Unreachable(text.into())));
 }
 
 #[test]
@@ -110,13 +110,13 @@ fn placed(member: &mut Member, now: Instant) {
     let asked = member.step(now, MemberEvent::Received(HostMessage::Welcome { silence: SILENCE }));
     assert!(matches!(asked[..], [MemberAction::Send(AgentMessage::Join(_))]));
     member.step(now, MemberEvent::Received(HostMessage::Begin(place())));
-    assert!(matches!(member.standing(), MembershipState::Placed(_)));
+    assert!(matches!(member.state(), MembershipState::Placed(_)));
 }
 
 /// Lets time pass until the agent stands otherwise, with a host that answers the first beats.
 fn beats_until_over(member: &mut Member, start: Instant, answered: u64) -> (u64, Instant) {
     let (mut sent, mut now) = (0, start);
-    while matches!(member.standing(), MembershipState::Placed(_)) {
+    while matches!(member.state(), MembershipState::Placed(_)) {
         now = member.next_tick().expect("a deadline");
         for action in member.step(now, MemberEvent::Tick) {
             if let MemberAction::Send(AgentMessage::Beat { number }) = action {
@@ -139,7 +139,7 @@ fn an_agent_that_the_host_does_not_answer_stops_its_workers_before_it_is_lost() 
     let (beats, now) = beats_until_over(&mut member, start, 3);
     // Counted from when the third beat was sent, and not from when it was answered.
     assert_eq!((beats, now - start), (14, 15 * SECOND));
-    let MembershipState::Over(place, cause) = member.standing() else { panic!("{:?}", member.standing()) };
+    let MembershipState::Over(place, cause) = member.state() else { panic!("{:?}", member.state()) };
     assert_eq!((place.round, cause.kind), (4, RestartCause::Membership));
     assert_eq!(member.lease().expect("it goes on").kill_at - start, Duration::from_millis(17_250));
     assert_eq!(member.step(now, join()), [MemberAction::Connect]);
@@ -156,7 +156,7 @@ fn the_lease_goes_on_while_the_agent_is_suspended() {
         let text = "rank 0 was killed".into();
         let actions = member.step(now, MemberEvent::Call(Call::Failed { at_ns: 1, text, code: 137, is_final: true }));
         let has_told = actions.iter().any(|action| matches!(action, MemberAction::Send(AgentMessage::Failed { .. })));
-        assert_eq!((has_told, matches!(member.standing(), MembershipState::Over(..))), (!is_over, is_over), "{pause}");
+        assert_eq!((has_told, matches!(member.state(), MembershipState::Over(..))), (!is_over, is_over), "{pause}");
     }
 }
 
@@ -186,7 +186,7 @@ fn the_workers_of_others_are_waited_for_without_a_lease() {
     placed(&mut member, start);
     member.step(start, MemberEvent::Call(Call::Finished));
     member.step(start + 13 * SECOND, MemberEvent::Tick);
-    assert!(matches!(member.standing(), MembershipState::Placed(_)));
+    assert!(matches!(member.state(), MembershipState::Placed(_)));
 }
 
 #[test]
@@ -199,11 +199,11 @@ fn an_agent_that_does_not_reach_the_host_reports_the_reason() {
         let refused = MemberEvent::NotConnected { text, is_refused: true };
         let actions = member.step(start + second * SECOND, refused);
         told.extend(actions.into_iter().filter_map(|action| match action {
-            MemberAction::Remark(text) => Some(text),
+            MemberAction::Warning(text) => Some(text),
             _ => None,
         }));
     }
-    let text = "the host of the rendezvous at host:29400 is not reached: connection refused; trying for 50 s more (read_timeout)";
+    let text = "the host of the rendezvous at host:29400 cannot be reached: connection refused; retrying for 50 s (read_timeout)";
     assert_eq!(told[0], text);
     assert!(told.len() == 2 && told[1].contains("no route to host"), "{told:?}");
 }
@@ -216,7 +216,7 @@ fn an_agent_that_comes_late_is_told_so() {
     let text = String::from("the job has succeeded");
     let actions = member.step(now, MemberEvent::Received(HostMessage::Late { text: text.clone() }));
     assert_eq!(actions, [MemberAction::Disconnect]);
-    assert_eq!(*member.standing(), MembershipState::Failed(Failure::Late(text)));
+    assert_eq!(*member.state(), MembershipState::Failed(Failure::Late(text)));
 }
 
 #[test]
@@ -231,12 +231,10 @@ fn a_host_that_is_gone_is_not_waited_for() {
     let (mut member, now) = member(false);
     placed(&mut member, now);
     member.step(now, MemberEvent::Disconnected("it was closed".into()));
-    assert!(matches!(member.standing(), MembershipState::Over(..)));
+    assert!(matches!(member.state(), MembershipState::Over(..)));
     assert_eq!(member.step(now, join()), [MemberAction::Connect]);
     member.step(now, MemberEvent::NotConnected { text: "connection refused".into(), is_refused: true });
-    let MembershipState::Failed(Failure::Unreachable(text)) = member.standing() else {
-        panic!("{:?}", member.standing())
-    };
+    let MembershipState::Failed(Failure::Unreachable(text)) = member.state() else { panic!("{:?}", member.state()) };
     assert!(text.contains("is gone"), "{text}");
 }
 
@@ -259,11 +257,11 @@ fn an_agent_that_is_heard_waits_as_long_as_the_host_lets_it() {
         now = member.next_tick().expect("a deadline");
         member.step(now, MemberEvent::Received(HostMessage::Probe));
     }
-    assert_eq!(*member.standing(), MembershipState::Joining);
+    assert_eq!(*member.state(), MembershipState::Joining);
     // A connection that ends is made again, and the time begins anew.
     let actions = member.step(now, MemberEvent::Disconnected("it broke".into()));
     assert_eq!(actions, [MemberAction::Connect]);
-    assert_eq!(*member.standing(), MembershipState::Joining);
+    assert_eq!(*member.state(), MembershipState::Joining);
 }
 
 #[test]
@@ -275,12 +273,12 @@ fn an_agent_that_has_finished_says_so_again_when_its_connection_has_ended() {
         [MemberAction::Send(AgentMessage::Finished { round: 4 })]
     );
     assert_eq!(member.step(now, MemberEvent::Disconnected("it broke".into())), [MemberAction::Connect]);
-    assert!(matches!(member.standing(), MembershipState::Placed(_)));
+    assert!(matches!(member.state(), MembershipState::Placed(_)));
     member.step(now, MemberEvent::Connected);
     let said = member.step(now, MemberEvent::Received(HostMessage::Welcome { silence: SILENCE }));
     assert_eq!(said, [MemberAction::Send(AgentMessage::Finished { round: 4 })]);
     member.step(now, MemberEvent::Received(HostMessage::Released));
-    assert_eq!(*member.standing(), MembershipState::Released);
+    assert_eq!(*member.state(), MembershipState::Released);
 }
 
 #[test]
@@ -288,10 +286,10 @@ fn only_an_agent_that_has_finished_is_released() {
     let (mut member, now) = member(false);
     placed(&mut member, now);
     member.step(now, MemberEvent::Received(HostMessage::Released));
-    assert!(matches!(member.standing(), MembershipState::Placed(_)));
+    assert!(matches!(member.state(), MembershipState::Placed(_)));
     let text = String::from("the job has succeeded");
     member.step(now, MemberEvent::Received(HostMessage::Closed { text: text.clone(), code: 0 }));
-    assert_eq!(*member.standing(), MembershipState::Closed { text, code: 1 });
+    assert_eq!(*member.state(), MembershipState::Closed { text, code: 1 });
 }
 
 #[test]
@@ -313,5 +311,5 @@ fn another_host_has_rounds_of_its_own() {
     member.step(now, join());
     let place = Place { round: 0, ..place() };
     member.step(now, MemberEvent::Received(HostMessage::Begin(place.clone())));
-    assert_eq!(*member.standing(), MembershipState::Placed(place));
+    assert_eq!(*member.state(), MembershipState::Placed(place));
 }

@@ -114,8 +114,8 @@ proptest! {
 
 #[test]
 fn who_does_not_begin_as_a_client_is_refused() {
-    assert_eq!(decode(&[b"GET / HTTP/1.1\r\n"]), Err(Refusal::NoClient(b'G')));
-    assert_eq!(decode(&[&[0, 1, 2, 3, 4]]), Err(Refusal::Magic(0x0403_0201)));
+    assert_eq!(decode(&[b"GET / HTTP/1.1\r\n"]), Err(Refusal::NotAClient(b'G')));
+    assert_eq!(decode(&[&[0, 1, 2, 3, 4]]), Err(Refusal::WrongMagic(0x0403_0201)));
     assert_eq!(
         decode(&[&[0], &[0xce, 0xf7], &[0x85, 0x3c, 13, 1, 0, 0, 0]]),
         Ok(vec![StoreRequest::Ping { nonce: 1 }])
@@ -129,16 +129,16 @@ fn the_limits_are_torchs() {
     let after = |bytes: Vec<u8>| decode(&[&[validate(), bytes].concat()]);
     let key = |size: usize| encode(&StoreRequest::Get { key: vec![b'k'; size].into() });
     assert!(after(key(8192)).is_ok_and(|requests| requests.len() == 1));
-    assert_eq!(after(key(8193)), Err(Refusal::TooLarge { what: "a key", size: 8193, limit: 8192 }));
+    assert_eq!(after(key(8193)), Err(Refusal::TooLarge { item: "a key", size: 8193, limit: 8192 }));
     let set = |size: usize| encode(&StoreRequest::Set { key: (*b"k").into(), value: vec![0; size] });
     assert!(after(set(8 << 20)).is_ok_and(|requests| requests.len() == 1));
-    assert!(matches!(after(set((8 << 20) + 1)), Err(Refusal::TooLarge { what: "a value", .. })));
+    assert!(matches!(after(set((8 << 20) + 1)), Err(Refusal::TooLarge { item: "a value", .. })));
     let check = |count: usize| encode(&StoreRequest::Check { keys: vec![(*b"").into(); count] });
     assert!(after(check(131_072)).is_ok_and(|requests| requests.len() == 1));
-    assert!(matches!(after(check(131_073)), Err(Refusal::TooLarge { what: "a number of keys", .. })));
+    assert!(matches!(after(check(131_073)), Err(Refusal::TooLarge { item: "a number of keys", .. })));
     // What is announced is refused before it has come, and not made room for.
     let announced = [vec![1], u64::MAX.to_le_bytes().to_vec()].concat();
-    assert!(matches!(after(announced), Err(Refusal::TooLarge { what: "a key", size: u64::MAX, .. })));
+    assert!(matches!(after(announced), Err(Refusal::TooLarge { item: "a key", size: u64::MAX, .. })));
 }
 
 #[test]
@@ -366,12 +366,12 @@ fn a_reply_has_its_limit_whatever_it_is_made_of() {
         (compare(), 65),
         (StoreRequest::QueuePop { key: key("q") }, 65),
     ] {
-        assert_eq!(refused(&mut store, request), Err(Misuse::TooMuch { size, limit: 64 }));
+        assert_eq!(refused(&mut store, request), Err(Misuse::ReplyTooLarge { size, limit: 64 }));
     }
     // The number of keys, and each after its length: 8 + 9 + 8 + 39.
     let names = |size| StoreRequest::Set { key: vec![b'n'; size].into(), value: Vec::new() };
     store.ask(YOU, names(39));
     assert_eq!(store.ask(ME, StoreRequest::ListKeys)[0].1.len(), 64);
     store.ask(YOU, names(0));
-    assert_eq!(refused(&mut store, StoreRequest::ListKeys), Err(Misuse::TooMuch { size: 72, limit: 64 }));
+    assert_eq!(refused(&mut store, StoreRequest::ListKeys), Err(Misuse::ReplyTooLarge { size: 72, limit: 64 }));
 }

@@ -1,4 +1,4 @@
-//! What a client of the health server sends.
+//! Parses the bytes that a client of the health server sends.
 #![no_main]
 
 use ferroelastic_core::health::http::{MAX_HEAD, Received, parse};
@@ -6,11 +6,11 @@ use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|received: &[u8]| {
     match parse(received) {
-        // More is waited for only while there is room for it.
+        // An incomplete head is below the limit, so there is room for more bytes.
         Received::Incomplete => assert!(received.len() < MAX_HEAD),
         Received::Request(request) => {
             assert!(!request.path.is_empty() && !request.path.contains(['?', '#', ' ', '\r', '\n']));
-            // What follows a head does not change it.
+            // Bytes after a head do not change it.
             let mut more = received.to_vec();
             more.extend_from_slice(b"GET / HTTP/1.1\r\n\r\n");
             assert_eq!(parse(&more), Received::Request(request));

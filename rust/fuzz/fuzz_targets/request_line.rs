@@ -1,4 +1,4 @@
-//! What a watchdog reads from its pipe. The properties are those of `rust/core/tests/request_line.rs`.
+//! Parses the bytes that a watchdog reads from its pipe. The properties are those of `rust/core/tests/request_line.rs`.
 #![no_main]
 
 use ferroelastic_core::watchdog::lines::{LONGEST, Lines};

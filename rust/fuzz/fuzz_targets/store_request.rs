@@ -1,14 +1,14 @@
-//! What a client of the store sends. The properties are those of `rust/core/tests/store_stream.rs`.
+//! Decodes and applies the bytes that a client of the store sends. The properties are those of `rust/core/tests/store_stream.rs`.
 #![no_main]
 
 use ferroelastic_core::store::state::StoreState;
 use ferroelastic_core::store::wire::{Decoder, Limits, MAGIC, Refusal, StoreRequest};
 use libfuzzer_sys::fuzz_target;
 
-/// Small, so that an input can reach them.
+/// Limits that are small enough for an input to exceed.
 const LIMITS: Limits = Limits { key_bytes: 64, value_bytes: 256, keys: 8, request_bytes: 1024, reply_bytes: 4096 };
 
-/// The requests of a stream that comes in such pieces, and why it ends if it does.
+/// The requests of a stream that arrives in these pieces, and the refusal that ends it, if any.
 fn requests<'a>(pieces: impl Iterator<Item = &'a [u8]>) -> (Vec<StoreRequest>, Option<Refusal>) {
     let (mut decoder, mut requests, mut fed) = (Decoder::new(LIMITS), Vec::new(), 0);
     for piece in pieces {
@@ -21,30 +21,30 @@ fn requests<'a>(pieces: impl Iterator<Item = &'a [u8]>) -> (Vec<StoreRequest>, O
                 Err(refusal) => return (requests, Some(refusal)),
             }
         }
-        // No more is held than has come, and than a request and the field after it may have.
+        // The decoder holds at most the received bytes, and at most one request and the next field.
         assert!(decoder.held() <= fed && decoder.held() <= 1024 + 256 + 8);
     }
     (requests, None)
 }
 
 fuzz_target!(|input: &[u8]| {
-    // The first byte says how the rest is cut. Half of the inputs need not find the number that clients begin with.
-    let Some((&how, rest)) = input.split_first() else { return };
+    // The first byte selects the fragmentation, and whether the magic number of clients is prepended: half of the inputs get it for free.
+    let Some((&mode, rest)) = input.split_first() else { return };
     let mut stream = Vec::new();
-    if how & 1 == 0 {
+    if mode & 1 == 0 {
         stream.extend_from_slice(&[0]);
         stream.extend_from_slice(&MAGIC.to_le_bytes());
     }
     stream.extend_from_slice(rest);
     let (whole, refusal) = requests(std::iter::once(&stream[..]));
-    let size = usize::from(how >> 1) + 1;
+    let size = usize::from(mode >> 1) + 1;
     assert_eq!(requests(stream.chunks(size)), (whole.clone(), refusal));
     // Every request has at least its opcode.
     assert!(whole.len() <= stream.len());
 
     let (mut state, mut replies) = (StoreState::default(), Vec::new());
     for (number, request) in (0..).zip(whole) {
-        // Whoever misuses the store is gone, the others stay.
+        // A peer that misuses the store is disconnected; the others stay.
         let peer = number % 3;
         if state.apply(peer, request, &mut replies).is_err() {
             state.forget(peer);

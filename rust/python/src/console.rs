@@ -9,7 +9,7 @@ use pyo3::prelude::*;
 
 use crate::errors::{os, to_python};
 
-/// Writes to somebody else's terminal, pipe, socket or file without waiting for its reader.
+/// Writes to a terminal, pipe, socket or file of another owner without waiting for its reader.
 #[pyclass(frozen, module = "ferroelastic._rust")]
 pub(crate) struct Console(console::Console);
 

@@ -21,7 +21,7 @@ use crate::rendezvous::RendezvousClient;
 use crate::tail::Tail;
 use crate::watchdog::Watchdog;
 
-/// How to start one process.
+/// The specification of a process to start.
 #[pyclass(frozen, module = "ferroelastic._rust")]
 pub(crate) struct Command(spawn::Command);
 
@@ -161,7 +161,7 @@ impl Engine {
     }
 }
 
-/// Our own copy of a descriptor that Python owns.
-fn duplicate(py: Python<'_>, what: &str, fd: RawFd) -> PyResult<OwnedFd> {
-    fd::duplicate(fd).map_err(|source| to_python(py, os("duplicate", format!("{what} {fd}"), source)))
+/// Duplicates a descriptor that Python owns.
+fn duplicate(py: Python<'_>, name: &str, fd: RawFd) -> PyResult<OwnedFd> {
+    fd::duplicate(fd).map_err(|source| to_python(py, os("duplicate", format!("{name} {fd}"), source)))
 }

@@ -1,4 +1,4 @@
-//! The core's errors as Python exceptions.
+//! Conversion of the core's errors to Python exceptions.
 
 use std::io;
 
@@ -47,7 +47,7 @@ pub(crate) fn detached<T: Send>(
     py.detach(call).map_err(|error| to_python(py, error))
 }
 
-/// A system call of the binding itself that failed.
+/// The error of a system call that the binding itself made.
 pub(crate) fn os(operation: &'static str, object: String, source: io::Error) -> Error {
     Error::Os { operation, object, source }
 }

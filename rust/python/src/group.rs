@@ -1,4 +1,4 @@
-//! `Group` and what it reports.
+//! `Group` and its reports.
 
 use std::os::fd::{AsFd, RawFd};
 use std::time::Duration;
@@ -68,7 +68,7 @@ impl Exit {
     }
 }
 
-/// A process that was still there when a stop ran out of time.
+/// A process that was still alive when the stop timed out.
 #[pyclass(frozen, get_all, module = "ferroelastic._rust")]
 #[derive(Clone)]
 pub(crate) struct Survivor {
@@ -78,7 +78,7 @@ pub(crate) struct Survivor {
     wait_channel: String,
 }
 
-/// A process that was signalled because it had not finished in the linger time.
+/// A process that was signalled because it had not exited within the linger time.
 #[pyclass(frozen, get_all, module = "ferroelastic._rust")]
 #[derive(Clone)]
 pub(crate) struct Leftover {
@@ -87,7 +87,7 @@ pub(crate) struct Leftover {
     command: String,
 }
 
-/// What a finished stop found.
+/// The report of a finished stop.
 #[pyclass(frozen, get_all, module = "ferroelastic._rust")]
 pub(crate) struct StopReport {
     signalled_ns: u64,
@@ -130,8 +130,8 @@ impl Group {
     }
 }
 
-/// Waits detached from the interpreter, on duplicates of the descriptors, which no other thread can close meanwhile.
-pub(crate) fn waited(
+/// Waits detached from the interpreter. Waits on duplicates of the descriptors, because other threads may close the originals meanwhile.
+pub(crate) fn wait_detached(
     py: Python<'_>,
     timeout_s: Option<f64>,
     fds: [Option<RawFd>; 2],
@@ -141,8 +141,8 @@ pub(crate) fn waited(
     let mut others = [None, None];
     for (other, fd) in others.iter_mut().zip(fds) {
         let Some(fd) = fd else { continue };
-        let held = duplicate(fd);
-        *other = Some(held.map_err(|source| to_python(py, os("duplicate", format!("descriptor {fd}"), source)))?);
+        let copy = duplicate(fd);
+        *other = Some(copy.map_err(|source| to_python(py, os("duplicate", format!("descriptor {fd}"), source)))?);
     }
     let woken = detached(py, || wait(timeout, others.each_ref().map(|fd| fd.as_ref().map(AsFd::as_fd))))?;
     Ok(woken.name())
@@ -184,7 +184,7 @@ impl Group {
         wake_fd: Option<RawFd>,
         news_fd: Option<RawFd>,
     ) -> PyResult<&'static str> {
-        waited(py, timeout_s, [wake_fd, news_fd], |timeout, others| self.0.wait(generation, timeout, others))
+        wait_detached(py, timeout_s, [wake_fd, news_fd], |timeout, others| self.0.wait(generation, timeout, others))
     }
 
     #[pyo3(signature = (index, signal, *, leader_only=false))]

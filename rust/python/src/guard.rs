@@ -1,4 +1,4 @@
-//! `Guard`, and what the guard process runs.
+//! `Guard`, and the functions that the guard process calls.
 
 use std::collections::HashMap;
 use std::ffi::OsString;
@@ -17,7 +17,7 @@ use pyo3::prelude::*;
 use crate::convert::{c_string, environment};
 use crate::errors::{os, to_python};
 
-/// A process that ends what a killed agent leaves behind.
+/// A process that kills the processes that a killed agent leaves behind.
 #[pyclass(frozen, module = "ferroelastic._rust")]
 pub(crate) struct Guard {
     #[pyo3(get)]
@@ -29,11 +29,13 @@ pub(crate) struct Guard {
 }
 
 impl Guard {
-    /// The guard itself, for the engine. A forked child may have copied a locked mutex, so the owner is checked first.
+    /// Passes the guard to the engine. A forked child may have copied a locked mutex, so the owner is checked first.
     pub(crate) fn take(&self, py: Python<'_>) -> PyResult<(guard::Guard, Program)> {
         self.owner.check().map_err(|error| to_python(py, error))?;
         let parts = self.parts.lock().unwrap_or_else(PoisonError::into_inner).take();
-        parts.ok_or_else(|| PyValueError::new_err(format!("the guard process {} was handed over already", self.pid)))
+        parts.ok_or_else(|| {
+            PyValueError::new_err(format!("the guard process {} has already been passed to an engine", self.pid))
+        })
     }
 }
 
@@ -66,7 +68,7 @@ impl Guard {
     }
 }
 
-/// What an executed guard process runs.
+/// The main function of a guard process that was started as a program.
 #[pyfunction]
 #[pyo3(signature = (name, token, *, keep_detached=false, cgroup=None))]
 pub(crate) fn stand_guard(
@@ -76,27 +78,27 @@ pub(crate) fn stand_guard(
     keep_detached: bool,
     cgroup: Option<PathBuf>,
 ) -> PyResult<()> {
-    let line = fd::duplicate(0).map_err(|source| to_python(py, os("use", "descriptor 0".into(), source)))?;
-    py.detach(|| guard::stand(line, &Orders { mark: Mark { name, token }, keep_detached, cgroup }));
+    let connection = fd::duplicate(0).map_err(|source| to_python(py, os("use", "descriptor 0".into(), source)))?;
+    py.detach(|| guard::stand(connection, &Orders { mark: Mark { name, token }, keep_detached, cgroup }));
     Ok(())
 }
 
-/// Makes a cgroup below this process's own, for the workers of a run.
+/// Creates a cgroup below this process's own, for the workers of a run.
 #[pyfunction]
 pub(crate) fn create_cgroup(py: Python<'_>, name: &str) -> PyResult<OsString> {
     let created = py.detach(|| cgroup::create(name));
-    // Not as a path: that would import pathlib.
+    // Not a `PathBuf`: its conversion would import pathlib.
     created.map(PathBuf::into_os_string).map_err(|source| to_python(py, os("create", format!("cgroup {name}"), source)))
 }
 
-/// Removes a cgroup; processes that live on go to the one above it.
+/// Removes a cgroup. Its live processes move to the parent cgroup.
 #[pyfunction]
 pub(crate) fn remove_cgroup(py: Python<'_>, folder: &str) -> PyResult<()> {
     let removed = py.detach(|| cgroup::remove(Path::new(folder)));
     removed.map_err(|source| to_python(py, os("remove", format!("cgroup {folder}"), source)))
 }
 
-/// The living processes of a run that no process group of a worker leads to.
+/// Finds the live processes of a run that are in no worker's process group.
 #[pyfunction]
 #[pyo3(signature = (name, token, *, sessions=vec![], cgroup=None, not_in_session=0), text_signature = "(name, token, *, sessions=(), cgroup=None, not_in_session=0)")]
 pub(crate) fn find_detached(

@@ -22,8 +22,8 @@ impl HealthServer {
     }
 }
 
-/// A word of the core's.
-fn word<T: std::str::FromStr<Err: std::fmt::Display>>(text: &str) -> PyResult<T> {
+/// Parses a named value of the core.
+fn named_value<T: std::str::FromStr<Err: std::fmt::Display>>(text: &str) -> PyResult<T> {
     text.parse().map_err(|error: T::Err| PyValueError::new_err(error.to_string()))
 }
 
@@ -42,7 +42,7 @@ impl HealthServer {
     fn next_question(&self, py: Python<'_>) -> PyResult<bool> {
         let asked = detached(py, || self.0.next_question())?;
         if asked {
-            // Attached again: this thread has the interpreter.
+            // Attached again: this thread holds the GIL.
             self.0.started().map_err(|error| to_python(py, error))?;
         }
         Ok(asked)
@@ -61,7 +61,7 @@ impl HealthServer {
     }
 
     fn set_state(&self, py: Python<'_>, state: &str) -> PyResult<()> {
-        self.update(py, Update::State(word(state)?))
+        self.update(py, Update::State(named_value(state)?))
     }
 
     fn set_workers(&self, py: Python<'_>, workers: Vec<(u64, u64, i32)>) -> PyResult<()> {
@@ -70,12 +70,12 @@ impl HealthServer {
     }
 
     fn note_restart(&self, py: Python<'_>, cause: &str, reason: String) -> PyResult<()> {
-        self.update(py, Update::Restart { cause: word(cause)?, reason })
+        self.update(py, Update::Restart { cause: named_value(cause)?, reason })
     }
 
     fn observe_phase(&self, py: Python<'_>, phase: &str, duration_s: f64) -> PyResult<()> {
-        let took = span("duration_s", duration_s)?;
-        self.update(py, Update::Phase { phase: word(phase)?, took })
+        let duration = span("duration_s", duration_s)?;
+        self.update(py, Update::Phase { phase: named_value(phase)?, took: duration })
     }
 
     fn close(&self, py: Python<'_>) -> PyResult<()> {

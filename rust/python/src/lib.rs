@@ -1,6 +1,6 @@
-//! The native module `ferroelastic._rust`. Its manual is `python/ferroelastic/_rust.pyi`.
+//! The native module `ferroelastic._rust`, documented in `python/ferroelastic/_rust.pyi`.
 //!
-//! Takes arguments, calls ferroelastic-core, maps errors. Decides nothing.
+//! Converts arguments, calls ferroelastic-core and maps errors. Makes no decisions.
 
 mod console;
 mod convert;
@@ -16,19 +16,19 @@ mod watchdog;
 
 use pyo3::prelude::*;
 
-/// `prctl(PR_SET_PDEATHSIG)` for the calling process.
+/// Calls `prctl(PR_SET_PDEATHSIG)` for the calling process.
 #[pyfunction]
 fn arm_parent_death_signal(signal: i32) -> PyResult<()> {
     Ok(ferroelastic_core::sys::spawn::arm_parent_death_signal(signal)?)
 }
 
-/// Size of the stacks of this package's threads.
+/// Stack size of this package's threads in bytes.
 #[pyfunction]
 fn thread_stack_bytes() -> usize {
     ferroelastic_core::sys::threads::stack_bytes()
 }
 
-/// Text of others without what a terminal would obey.
+/// Text of another process without terminal control characters.
 #[pyfunction]
 fn printable(text: &str) -> String {
     ferroelastic_core::text::printable(text)

@@ -1,4 +1,4 @@
-//! `RendezvousClient` and what it tells.
+//! `RendezvousClient` and its state.
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsRawFd, RawFd};
@@ -13,7 +13,7 @@ use pyo3::prelude::*;
 
 use crate::convert::span;
 use crate::errors::{detached, to_python};
-use crate::group::waited;
+use crate::group::wait_detached;
 
 /// A place in a round.
 #[pyclass(frozen, get_all, module = "ferroelastic._rust")]
@@ -67,7 +67,7 @@ impl From<message::Cause> for Cause {
     }
 }
 
-/// How an agent stands.
+/// The state of a membership.
 #[pyclass(frozen, get_all, module = "ferroelastic._rust")]
 pub(crate) struct Standing {
     state: &'static str,
@@ -78,16 +78,16 @@ pub(crate) struct Standing {
 }
 
 impl From<member::MembershipState> for Standing {
-    fn from(standing: member::MembershipState) -> Self {
+    fn from(state: member::MembershipState) -> Self {
         use member::MembershipState as S;
 
-        let (place, cause) = match &standing {
+        let (place, cause) = match &state {
             S::Placed(place) => (Some(place.clone()), None),
             S::Over(place, cause) => (Some(place.clone()), Some(cause.clone())),
             _ => (None, None),
         };
-        let exit_code = if let S::Closed { code, .. } = &standing { Some(*code) } else { None };
-        let (state, text) = match standing {
+        let exit_code = if let S::Closed { code, .. } = &state { Some(*code) } else { None };
+        let (state, text) = match state {
             S::Idle => ("idle", String::new()),
             S::Joining => ("joining", String::new()),
             S::Placed(_) => ("placed", String::new()),
@@ -128,10 +128,10 @@ impl RendezvousClient {
         settings: Option<BTreeMap<String, String>>,
     ) -> PyResult<Self> {
         let connect_timeout = span("connect_timeout_s", connect_timeout_s)?;
-        let who = Introduction::new(run_id, name.unwrap_or_default(), (min_nodes, max_nodes));
-        let who = Introduction { is_host, node_rank, settings: settings.unwrap_or_default(), ..who };
+        let introduction = Introduction::new(run_id, name.unwrap_or_default(), (min_nodes, max_nodes));
+        let introduction = Introduction { is_host, node_rank, settings: settings.unwrap_or_default(), ..introduction };
         let settings = member::MemberSettings { endpoint: endpoint(host, port), connect_timeout, is_host };
-        detached(py, || membership::RendezvousClient::start(host, port, who, settings)).map(Self)
+        detached(py, || membership::RendezvousClient::start(host, port, introduction, settings)).map(Self)
     }
 
     fn join(&self, py: Python<'_>, role: String, local_world_size: u64, timeout_s: f64) -> PyResult<()> {
@@ -156,7 +156,7 @@ impl RendezvousClient {
     }
 
     fn standing(&self, py: Python<'_>) -> PyResult<Standing> {
-        self.0.standing().map(Standing::from).map_err(|error| to_python(py, error))
+        self.0.state().map(Standing::from).map_err(|error| to_python(py, error))
     }
 
     #[getter]
@@ -183,7 +183,7 @@ impl RendezvousClient {
     }
 
     fn take_remarks(&self, py: Python<'_>) -> PyResult<Vec<String>> {
-        self.0.take_remarks().map_err(|error| to_python(py, error))
+        self.0.take_warnings().map_err(|error| to_python(py, error))
     }
 
     #[pyo3(signature = (generation, timeout_s=None, wake_fd=None, news_fd=None))]
@@ -195,7 +195,7 @@ impl RendezvousClient {
         wake_fd: Option<RawFd>,
         news_fd: Option<RawFd>,
     ) -> PyResult<&'static str> {
-        waited(py, timeout_s, [wake_fd, news_fd], |timeout, others| self.0.wait(generation, timeout, others))
+        wait_detached(py, timeout_s, [wake_fd, news_fd], |timeout, others| self.0.wait(generation, timeout, others))
     }
 
     fn close(&self, py: Python<'_>) -> PyResult<()> {

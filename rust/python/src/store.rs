@@ -16,7 +16,7 @@ use pyo3::prelude::*;
 use crate::convert::span;
 use crate::errors::{self, detached};
 
-/// A store that clients of torch's `TCPStore` can use, and the host of a rendezvous.
+/// A store for clients of torch's `TCPStore`, and the host of a rendezvous.
 #[pyclass(frozen, module = "ferroelastic._rust")]
 pub(crate) struct StoreServer(host::StoreServer);
 
@@ -59,7 +59,7 @@ impl StoreServer {
             last_call,
             silence,
             address,
-            most_membership_changes,
+            max_membership_changes: most_membership_changes,
         });
         detached(py, || host::StoreServer::start((host, port).into(), limits, settings)).map(Self)
     }
@@ -71,8 +71,8 @@ impl StoreServer {
 
     #[pyo3(signature = (patience_s=0.0))]
     fn close(&self, py: Python<'_>, patience_s: f64) -> PyResult<()> {
-        let patience = span("patience_s", patience_s)?;
-        detached(py, || self.0.close(patience))
+        let timeout = span("patience_s", patience_s)?;
+        detached(py, || self.0.close(timeout))
     }
 }
 
@@ -83,12 +83,12 @@ create_exception!(ferroelastic._rust, StoreTimeoutError, PyRuntimeError, "Keys o
 pub(crate) struct StoreClient {
     owner: Owner,
     client: Mutex<store::StoreClient>,
-    /// Beside the client, which is locked while a request is under way.
+    /// Not in the client, which is locked while a request is under way.
     timeout: Mutex<Duration>,
 }
 
 impl StoreClient {
-    /// Sends a request and takes the answer, detached from the interpreter. A forked child shares the parent's connection, and may have
+    /// Sends a request and receives the answer, detached from the interpreter. A forked child shares the parent's connection, and may have
     /// copied a locked mutex, so the owner is checked first.
     fn ask<T: Send>(
         &self,

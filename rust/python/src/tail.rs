@@ -6,7 +6,7 @@ use pyo3::prelude::*;
 use crate::convert::span;
 use crate::errors::detached;
 
-/// What a finished tail did.
+/// The report of a finished tail.
 #[pyclass(frozen, get_all, module = "ferroelastic._rust")]
 pub(crate) struct TailReport {
     lines: u64,
@@ -43,7 +43,7 @@ impl Tail {
 #[pymethods]
 impl Tail {
     fn finish(&self, py: Python<'_>, timeout_s: f64) -> PyResult<TailReport> {
-        let patience = span("timeout_s", timeout_s)?;
-        detached(py, || self.0.finish(patience)).map(TailReport::from)
+        let timeout = span("timeout_s", timeout_s)?;
+        detached(py, || self.0.finish(timeout)).map(TailReport::from)
     }
 }

@@ -1,4 +1,4 @@
-//! `Watchdog`, what it reports, and `BeatSlot`.
+//! `Watchdog`, its reports, and `BeatSlot`.
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -14,7 +14,7 @@ use crate::errors::{detached, to_python};
 
 type Row = (i32, String, f64, i32);
 
-/// What a watchdog has received.
+/// Counts of the requests that a watchdog has received.
 #[pyclass(frozen, get_all, module = "ferroelastic._rust")]
 pub(crate) struct WatchdogCounts {
     requests: u64,
@@ -27,7 +27,7 @@ pub(crate) struct WatchdogCounts {
     last_broken: String,
 }
 
-/// A timer that expired, and what was done.
+/// A timer that expired, and the outcome of its signal.
 #[pyclass(frozen, get_all, module = "ferroelastic._rust")]
 pub(crate) struct Expiry {
     pid: i32,
@@ -65,7 +65,7 @@ impl Expiry {
     }
 }
 
-/// Deadlines that processes set themselves through a named pipe.
+/// Enforces deadlines that processes set for themselves through a named pipe.
 #[pyclass(frozen, module = "ferroelastic._rust")]
 pub(crate) struct Watchdog(engine::Watchdog);
 
@@ -152,7 +152,7 @@ impl Watchdog {
     }
 }
 
-/// A word of shared memory by which a process shows that it is alive.
+/// A word of shared memory with which a process reports its heartbeats.
 #[pyclass(frozen, module = "ferroelastic._rust")]
 pub(crate) struct BeatSlot {
     slot: beats::BeatSlot,
@@ -173,10 +173,10 @@ impl BeatSlot {
     #[new]
     #[expect(clippy::needless_pass_by_value, reason = "extracted from a Python object")]
     fn new(py: Python<'_>, path: PathBuf) -> PyResult<Self> {
-        let name = || format!("a slot of {}", path.display());
+        let object = || format!("a slot of {}", path.display());
         let claimed = beats::BeatSlot::claim(&path);
-        let slot =
-            claimed.map_err(|source| to_python(py, error::Error::Os { operation: "take", object: name(), source }))?;
+        let slot = claimed
+            .map_err(|source| to_python(py, error::Error::Os { operation: "take", object: object(), source }))?;
         Ok(Self { slot, closed: AtomicBool::new(false) })
     }
 

@@ -1,4 +1,4 @@
-//! Accepting connections while the process has descriptors left.
+//! Accepts connections while the process has descriptors left.
 
 use std::io::ErrorKind;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
@@ -14,16 +14,16 @@ use crate::store::wire::Decoder;
 use crate::sys::poller::Interest;
 use crate::sys::wake::WakeFd;
 
-/// Connections accepted before the existing ones have their turn.
+/// Number of connections accepted before existing connections are served.
 const ACCEPTED_PER_TURN: usize = 256;
 
-/// Pause after a connection could not be accepted.
+/// Pause after a failure to accept a connection.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// Descriptors left to the rest of the agent's process.
-const RESERVE: u64 = 64;
+/// Number of descriptors reserved for the rest of the agent's process.
+const RESERVED_DESCRIPTORS: u64 = 64;
 
-/// When descriptors run short, a connection that has sent nothing for this long is closed. Agents and workers send at once.
+/// When descriptors run short, connections that have sent nothing for this long are closed. Agents and workers send at once.
 const SILENT_TIMEOUT: Duration = Duration::from_secs(1);
 
 impl HostThread {
@@ -36,34 +36,35 @@ impl HostThread {
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return,
                 Err(error) => {
                     let is_full = matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE));
-                    if !(is_full && self.turn_away()) {
+                    if !(is_full && self.reject_next()) {
                         self.pause();
                     }
                     return;
                 }
             };
-            let is_short = self.is_short_of(stream.as_fd().as_raw_fd());
+            let is_near_limit = self.is_near_limit(stream.as_fd().as_raw_fd());
             self.last_peer += 1;
             let peer = self.last_peer;
             let _ = stream.set_nodelay();
             if self.poller.add(&stream, peer, Interest::Readable).is_ok() {
                 self.connections.insert(peer, Connection::new(stream, Decoder::new(self.limits)));
             }
-            if is_short {
-                return self.make_room();
+            if is_near_limit {
+                return self.close_silent();
             }
         }
     }
 
-    /// Whether so few descriptors are left that the rest of this process needs them.
-    fn is_short_of(&self, number: RawFd) -> bool {
+    /// Whether so few descriptors are left that the rest of the process needs them.
+    fn is_near_limit(&self, number: RawFd) -> bool {
         let limit = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
-        self.agents.is_some() && u64::try_from(number).is_ok_and(|number| number.saturating_add(RESERVE) >= limit)
+        self.agents.is_some()
+            && u64::try_from(number).is_ok_and(|number| number.saturating_add(RESERVED_DESCRIPTORS) >= limit)
     }
 
     /// Closes the connections that have sent nothing for too long. If there are none, it accepts no further connection until one has been
     /// silent for that long; new connections wait in the listener's queue.
-    fn make_room(&mut self) {
+    fn close_silent(&mut self) {
         let now = Instant::now();
         let silent = self.connections.iter().filter_map(|(peer, connection)| Some((*peer, connection.silent_since?)));
         let silent: Vec<_> = silent.collect();
@@ -77,33 +78,34 @@ impl HostThread {
             self.disconnect(*peer);
         }
         let text = format!(
-            "file descriptors ran short: closed {} connections to the rendezvous that had said nothing for {} s; raise the limit (ulimit -n) or find their sender",
+            "file descriptors ran short: closed {} connections to the rendezvous that had sent nothing for {} s; raise the limit (ulimit -n) or find the program that opens them",
             old.len(),
             SILENT_TIMEOUT.as_secs()
         );
-        self.decide(HostEvent::Stranger(text));
+        self.decide(HostEvent::ForeignPeer(text));
     }
 
-    /// The process has no descriptor left: accepts the next connection on the spare one and drops it, so that the poller stops reporting
-    /// it. Its client retries later. Returns whether that succeeded.
-    fn turn_away(&mut self) -> bool {
-        let is_done = self.spare.take().is_some() && self.listener.as_ref().is_some_and(|from| from.accept().is_ok());
+    /// The process has no descriptor left: frees the spare one, accepts the next connection on it and closes that, so that the poller stops
+    /// reporting it. The client retries later. Returns whether this succeeded.
+    fn reject_next(&mut self) -> bool {
+        let is_rejected =
+            self.spare.take().is_some() && self.listener.as_ref().is_some_and(|from| from.accept().is_ok());
         self.spare = WakeFd::new().ok();
-        is_done
+        is_rejected
     }
 
-    /// Connections can be neither accepted nor turned away now. They stay in the queue, and the poller does not report them for a while.
+    /// Stops accepting for a while. Connections stay in the listener's queue, and the poller does not report them.
     fn pause(&mut self) {
         self.pause_until(Instant::now() + PAUSE);
     }
 
     fn pause_until(&mut self, at: Instant) {
-        self.listen(Interest::Hangup);
-        self.listen_at = Some(at);
+        self.watch_listener(Interest::Hangup);
+        self.resume_at = Some(at);
         self.set_timer();
     }
 
-    pub(super) fn listen(&self, interest: Interest) {
+    pub(super) fn watch_listener(&self, interest: Interest) {
         if let Some(listener) = &self.listener {
             // Cannot fail: the descriptor is valid.
             let _ = self.poller.modify(listener, LISTENER, interest);

@@ -4,7 +4,7 @@ use std::io::{self, ErrorKind};
 use std::time::Instant;
 
 use super::frames::AgentFrames;
-use crate::store::wire::{Decoder, empty};
+use crate::store::wire::{Decoder, reset_buffer};
 use crate::sys::net::Stream;
 use crate::sys::poller::Interest;
 
@@ -23,7 +23,7 @@ pub(super) struct Connection {
     output: Vec<u8>,
     sent: usize,
     pub(super) interest: Interest,
-    /// When it was accepted, as long as it has sent nothing.
+    /// When it was accepted; `None` once it has sent bytes.
     pub(super) silent_since: Option<Instant>,
 }
 
@@ -38,9 +38,9 @@ impl Connection {
         self.output.len() - self.sent
     }
 
-    /// The buffer to append bytes to send.
+    /// The buffer for bytes to send.
     pub(super) fn output(&mut self) -> &mut Vec<u8> {
-        self.forget_sent(0);
+        self.compact(0);
         &mut self.output
     }
 
@@ -48,15 +48,15 @@ impl Connection {
         if self.output.is_empty() && bytes.len() > self.output.capacity() {
             self.output = bytes;
         } else {
-            self.forget_sent(bytes.len());
+            self.compact(bytes.len());
             self.output.extend_from_slice(&bytes);
         }
     }
 
     /// Compacts the buffer once at least half of it has been sent, so that a slow reader cannot make it grow. Amortised O(1) per byte.
-    fn forget_sent(&mut self, coming: usize) {
+    fn compact(&mut self, additional: usize) {
         if self.sent > 0 && self.sent >= self.unsent() {
-            let mut rest = Vec::with_capacity(self.unsent() + coming);
+            let mut rest = Vec::with_capacity(self.unsent() + additional);
             rest.extend_from_slice(&self.output[self.sent..]);
             self.output = rest;
             self.sent = 0;
@@ -72,7 +72,7 @@ impl Connection {
                 Err(error) => return Err(error),
             }
         }
-        empty(&mut self.output);
+        reset_buffer(&mut self.output);
         self.sent = 0;
         Ok(())
     }
@@ -87,8 +87,8 @@ impl Connection {
     }
 
     /// Whether it is an agent that has introduced itself.
-    pub(super) fn has_entered(&self) -> bool {
-        if let Protocol::Agent(frames) = &self.protocol { frames.has_entered() } else { false }
+    pub(super) fn is_introduced(&self) -> bool {
+        if let Protocol::Agent(frames) = &self.protocol { frames.is_introduced() } else { false }
     }
 }
 
@@ -104,12 +104,12 @@ mod tests {
     use crate::sys::net::Listener;
 
     #[test]
-    fn who_reads_slowly_for_ever_costs_what_is_unsent() {
+    fn a_slow_reader_costs_memory_for_unsent_bytes_only() {
         const REPLY: usize = 700 << 10;
         let listener = Listener::bind("127.0.0.1:0".parse().expect("an address")).expect("bind");
         let mut reader = TcpStream::connect(listener.address()).expect("connect");
         let stream = listener.accept().expect("a connection");
-        // There is less room in the kernel than is always left to send.
+        // A send buffer smaller than the unsent bytes that the loop leaves.
         set_socket_send_buffer_size(&stream, 64 << 10).expect("set");
         stream.set_nodelay().expect("set");
         let mut connection = Connection::new(stream, Decoder::new(Limits::default()));
@@ -117,14 +117,14 @@ mod tests {
         for number in 0..30u8 {
             connection.reply(vec![number; REPLY]);
             while connection.unsent() > 300 << 10 {
-                connection.send().expect("room or none");
-                let size = reader.read(&mut buffer).expect("some");
+                connection.send().expect("send");
+                let size = reader.read(&mut buffer).expect("read");
                 for byte in &buffer[..size] {
                     assert_eq!(usize::from(*byte), read / REPLY);
                     read += 1;
                 }
             }
-            assert!(connection.unsent() > 0, "it has caught up");
+            assert!(connection.unsent() > 0, "nothing is unsent: the reader has caught up");
             expected += REPLY;
             let held = connection.output.capacity();
             assert!(held < 3 * REPLY, "{held} bytes for {} unsent, after {expected}", connection.unsent());

@@ -23,13 +23,13 @@ pub(super) const LISTENER: u64 = 1;
 const TIMER: u64 = 2;
 const FIRST_PEER: Peer = 3;
 
-/// Bytes read from a connection before the others have their turn.
+/// Number of bytes read from a connection before the others are served.
 const CHUNK: usize = 64 * 1024;
 
-/// A connection with this many unsent bytes is not read from.
-const MOST_UNSENT: usize = 1 << 20;
+/// A connection with this many unsent bytes is not read from until the peer reads.
+const MAX_UNSENT: usize = 1 << 20;
 
-/// Bytes of replies to a connection before the others have their turn.
+/// Number of reply bytes for a connection before the others are served.
 const REPLIED_PER_TURN: usize = 4 << 20;
 
 /// An order to the thread.
@@ -47,7 +47,7 @@ impl ThreadOrder for Order {
     }
 }
 
-/// The server of a key-value store for clients of torch's `TCPStore`, and of a rendezvous at the same port. Both end when it is dropped.
+/// The server of a key-value store for clients of torch's `TCPStore`, and of a rendezvous at the same port. Dropping it ends both.
 #[derive(Debug)]
 pub struct StoreServer {
     address: SocketAddr,
@@ -55,7 +55,7 @@ pub struct StoreServer {
 }
 
 impl StoreServer {
-    /// Listens on `address`; port 0 picks a free port. Without `rendezvous` it serves a store alone.
+    /// Listens on `address`; port 0 selects a free port. Without `rendezvous` it serves only the store.
     pub fn start(address: SocketAddr, limits: Limits, rendezvous: Option<HostSettings>) -> Result<Self> {
         let listener = Listener::bind(address).map_err(|source| Error::os("listen on", address.to_string(), source))?;
         let address = listener.address();
@@ -69,9 +69,9 @@ impl StoreServer {
         self.address
     }
 
-    /// Closes the port and all connections. Agents that are about to leave have `timeout` for that.
+    /// Closes the port and all connections. Agents that are about to leave have until `timeout` to do so.
     ///
-    /// Fails, once, if the thread had ended earlier by an error.
+    /// Returns the error with which the thread ended earlier, but only once.
     pub fn close(&self, timeout: Duration) -> Result<()> {
         match self.thread.close(Order::Close { timeout }, None)? {
             CloseOutcome::Ended(outcome) => outcome,
@@ -83,8 +83,8 @@ impl StoreServer {
 /// The state of the thread.
 pub(super) struct HostThread {
     pub(super) listener: Option<Listener>,
-    /// Accepts no connection before this.
-    pub(super) listen_at: Option<Instant>,
+    /// No connection is accepted before this time.
+    pub(super) resume_at: Option<Instant>,
     pub(super) limits: Limits,
     inbox: Inbox<Order>,
     pub(super) poller: Poller,
@@ -99,7 +99,7 @@ pub(super) struct HostThread {
     /// Connections with unsent replies.
     pub(super) to_flush: Vec<Peer>,
     chunk: Vec<u8>,
-    /// Holds a descriptor in reserve for a process that has run out of them.
+    /// A reserve descriptor, for when the process has no other left.
     pub(super) spare: Option<WakeFd>,
 }
 
@@ -111,7 +111,7 @@ impl Service for HostThread {
         let poll_failed = |source| Error::os("wait for", "events", source);
         loop {
             self.poller.wait(true, &mut ready).map_err(poll_failed)?;
-            // Received messages count before deadlines that have passed meanwhile.
+            // Handle received messages before deadlines that have passed meanwhile.
             let is_due = ready.contains(&TIMER);
             if is_due {
                 self.poller.wait(false, &mut ready).map_err(poll_failed)?;
@@ -151,7 +151,7 @@ impl HostThread {
         watched.map_err(|source| Error::os("watch", "the descriptors of the store's thread", source))?;
         Ok(Self {
             listener: Some(listener),
-            listen_at: None,
+            resume_at: None,
             inbox,
             poller,
             timer,
@@ -172,7 +172,7 @@ impl HostThread {
         self.inbox.wake().drain();
         while let Some(order) = self.inbox.next() {
             match order {
-                Order::Close { timeout } => self.begin_to_close(timeout),
+                Order::Close { timeout } => self.begin_close(timeout),
                 #[cfg(test)]
                 Order::Panic => panic!("on purpose"),
             }
@@ -180,9 +180,9 @@ impl HostThread {
     }
 
     /// Stops listening. The thread ends when the agents have gone, or after `timeout`.
-    fn begin_to_close(&mut self, timeout: Duration) {
+    fn begin_close(&mut self, timeout: Duration) {
         if let Some(listener) = self.listener.take() {
-            // A forked process may hold a copy, for which the poller would report connections.
+            // A forked process may hold a copy of the listener, for which the poller would still report connections.
             let _ = self.poller.remove(&listener);
         }
         self.close_at = Some(after(timeout));
@@ -193,24 +193,24 @@ impl HostThread {
     fn handle_deadlines(&mut self) {
         self.timer.drain();
         let now = Instant::now();
-        if self.listen_at.take_if(|at| now >= *at).is_some() {
+        if self.resume_at.take_if(|at| now >= *at).is_some() {
             self.spare = self.spare.take().or_else(|| WakeFd::new().ok());
-            self.listen(Interest::Readable);
+            self.watch_listener(Interest::Readable);
         }
-        self.end_visits(now);
+        self.close_unintroduced(now);
         self.decide(HostEvent::Tick);
         self.set_timer();
     }
 
     pub(super) fn set_timer(&mut self) {
         let agents = self.agents.as_ref().and_then(Agents::next_tick);
-        let next = [agents, self.close_at, self.listen_at].into_iter().flatten().min();
+        let next = [agents, self.close_at, self.resume_at].into_iter().flatten().min();
         // Cannot fail: the descriptor is valid.
         let _ = self.timer.set(next);
     }
 
     /// Empties the store for a new round and closes the connections of the old round's workers.
-    pub(super) fn renew(&mut self) {
+    pub(super) fn renew_store(&mut self) {
         self.connections.retain(|_, connection| {
             if !connection.is_agent() {
                 // A forked process may hold a copy of the socket, which the poller would still report.
@@ -247,11 +247,11 @@ impl HostThread {
         self.serve_requests(peer);
     }
 
-    /// Serves the complete requests of a connection, as long as the peer takes the replies.
+    /// Serves the complete requests of a connection while the peer takes the replies.
     fn serve_requests(&mut self, peer: Peer) {
         let mut replied = 0;
         while let Some(connection) = self.connections.get_mut(&peer)
-            && connection.unsent() < MOST_UNSENT
+            && connection.unsent() < MAX_UNSENT
         {
             if replied > REPLIED_PER_TURN {
                 return self.postpone(peer);
@@ -263,7 +263,7 @@ impl HostThread {
                     return self.upgrade(peer, rest);
                 }
                 Ok(Some(request)) => {
-                    // `admit` may have started a new round. Connections of the old round must not write to the new store.
+                    // `admit` may have begun a new round. Connections of the old round must not write to the new store.
                     let is_for_us = self.admit(peer, &request) && self.connections.contains_key(&peer);
                     !is_for_us || self.state.apply(peer, request, &mut self.replies).is_ok()
                 }
@@ -281,14 +281,14 @@ impl HostThread {
                 self.flush();
                 return self.disconnect(peer);
             }
-            if self.connections.get(&peer).is_some_and(|connection| connection.unsent() >= MOST_UNSENT) {
+            if self.connections.get(&peer).is_some_and(|connection| connection.unsent() >= MAX_UNSENT) {
                 self.flush();
             }
         }
         self.flush();
     }
 
-    /// Continues with a connection when it is writable, after the other connections have had their turn.
+    /// Stops serving a connection in this turn. It continues when the connection is writable.
     fn postpone(&mut self, peer: Peer) {
         self.flush();
         if let Some(connection) = self.connections.get_mut(&peer)
@@ -337,58 +337,58 @@ mod tests {
     use crate::rendezvous::member::{self, Call, MembershipState};
     use crate::rendezvous::message::Introduction;
 
-    const PATIENCE: Duration = Duration::from_secs(20);
+    const TIMEOUT: Duration = Duration::from_secs(20);
 
     fn start(rendezvous: Option<HostSettings>) -> StoreServer {
         StoreServer::start("127.0.0.1:0".parse().expect("an address"), Limits::default(), rendezvous).expect("start")
     }
 
     #[test]
-    fn a_panic_ends_all_connections_and_is_told_to_the_owner() {
+    fn a_panic_closes_all_connections_and_is_an_error_of_close() {
         let server = start(None);
         let mut client = TcpStream::connect(server.address()).expect("connect");
-        client.set_read_timeout(Some(PATIENCE)).expect("set");
+        client.set_read_timeout(Some(TIMEOUT)).expect("set");
         server.thread.send(Order::Panic).expect("it runs");
-        assert_eq!(client.read(&mut [0]).unwrap_or(0), 0, "the end, or a reset");
+        assert_eq!(client.read(&mut [0]).unwrap_or(0), 0, "expected the end of the stream or a reset");
         let error = server.close(Duration::ZERO).expect_err("it has failed");
         assert_eq!(error.to_string(), "the thread ferro-store panicked: on purpose");
-        server.close(Duration::ZERO).expect("it was told");
-        assert!(TcpStream::connect(server.address()).is_err(), "nobody listens any more");
+        server.close(Duration::ZERO).expect("the error is returned once");
+        assert!(TcpStream::connect(server.address()).is_err(), "the port is still open");
     }
 
     #[test]
-    fn a_panic_is_told_to_all_agents() {
+    fn a_panic_is_reported_to_all_agents() {
         let server = start(Some(HostSettings {
             run_id: "job".into(),
             min_nodes: 1,
             max_nodes: 1,
             last_call: Duration::ZERO,
-            silence: PATIENCE,
+            silence: TIMEOUT,
             address: None,
-            most_membership_changes: None,
+            max_membership_changes: None,
         }));
         let port = server.address().port();
-        let who = Introduction { is_host: true, ..Introduction::new("job".into(), "a".into(), (1, 1)) };
+        let introduction = Introduction { is_host: true, ..Introduction::new("job".into(), "a".into(), (1, 1)) };
         let settings =
-            member::MemberSettings { endpoint: format!("127.0.0.1:{port}"), connect_timeout: PATIENCE, is_host: true };
-        let agent = RendezvousClient::start("127.0.0.1", port, who, settings).expect("client");
-        agent.call(Call::Join { role: "default".into(), local_world_size: 1, timeout: PATIENCE }).expect("call");
-        let stands = |is_wanted: fn(&MembershipState) -> bool| {
-            let deadline = Instant::now() + PATIENCE;
+            member::MemberSettings { endpoint: format!("127.0.0.1:{port}"), connect_timeout: TIMEOUT, is_host: true };
+        let agent = RendezvousClient::start("127.0.0.1", port, introduction, settings).expect("client");
+        agent.call(Call::Join { role: "default".into(), local_world_size: 1, timeout: TIMEOUT }).expect("call");
+        let wait_for = |is_wanted: fn(&MembershipState) -> bool| {
+            let deadline = Instant::now() + TIMEOUT;
             loop {
                 let generation = agent.generation().expect("generation");
-                let standing = agent.standing().expect("standing");
-                if is_wanted(&standing) {
-                    return standing;
+                let state = agent.state().expect("state");
+                if is_wanted(&state) {
+                    return state;
                 }
-                assert!(Instant::now() < deadline, "it stays {standing:?}");
-                agent.wait(generation, Some(PATIENCE), [None; 2]).expect("wait");
+                assert!(Instant::now() < deadline, "the state stays {state:?}");
+                agent.wait(generation, Some(TIMEOUT), [None; 2]).expect("wait");
             }
         };
-        stands(|standing| matches!(standing, MembershipState::Placed(_)));
+        wait_for(|state| matches!(state, MembershipState::Placed(_)));
         server.thread.send(Order::Panic).expect("it runs");
-        let standing = stands(|standing| !matches!(standing, MembershipState::Placed(_)));
-        let MembershipState::Closed { text, code: 1 } = standing else { panic!("it is {standing:?}") };
+        let state = wait_for(|state| !matches!(state, MembershipState::Placed(_)));
+        let MembershipState::Closed { text, code: 1 } = state else { panic!("the state is {state:?}") };
         assert_eq!(text, "the agent that hosts the rendezvous has failed: the thread ferro-store panicked: on purpose");
     }
 }

@@ -1,19 +1,19 @@
-//! Recognises agents of torchrun and turns them away with an error.
+//! Recognises agents of torchrun and rejects them with an error.
 //!
-//! A torchrun agent that joins this endpoint finds a store, and would wait in it for other torchrun agents until its timeout. It gets an
-//! error that names the cause where its protocol has room for one. Otherwise its connection is closed.
+//! A torchrun agent that joins this endpoint finds a store, and would wait there for other torchrun agents until its timeout. Where its
+//! protocol has room, it gets an error that names the cause. Otherwise its connection is closed.
 
 use crate::store::wire::StoreRequest;
 
-/// The answer to an agent of torch's c10d rendezvous, which takes it for its pickled state: a reference to a module, whose name is in
-/// the `ModuleNotFoundError` that it fails with. In base64: "this endpoint is served by ferrorun, which torchrun cannot join: start
-/// this node with ferrorun too".
+/// The reply to an agent of torch's c10d rendezvous, which unpickles it as the rendezvous state. It refers to a module that does not exist,
+/// and the module's name appears in the agent's `ModuleNotFoundError`. In base64: "this endpoint is served by ferrorun, which torchrun
+/// cannot join: start this node with ferrorun too".
 const STATE: &[u8] = b"Y3RoaXMgZW5kcG9pbnQgaXMgc2VydmVkIGJ5IGZlcnJvcnVuLCB3aGljaCB0b3JjaHJ1biBjYW5ub3Qgam9pbjogc3RhcnQgdGhpcyBub2RlIHdpdGggZmVycm9ydW4gdG9vCnN0YXRlCi4=";
 
-/// Prefix of the key of torch's c10d rendezvous state; the id of the job follows.
+/// Prefix of the key of torch's c10d rendezvous state. The id of the job follows it.
 const STATE_PREFIX: &[u8] = b"/torch.rendezvous.";
 
-/// The first key that an agent of torch's static rendezvous writes, below a prefix of its own.
+/// The first key that an agent of torch's static rendezvous writes, after a prefix of its own.
 const ROLE_PREFIX: &[u8] = b"torchelastic/role_info/";
 
 /// The answer to a request, by its sender.
@@ -37,7 +37,7 @@ pub fn screen(request: &StoreRequest) -> Admission {
             answer.extend_from_slice(STATE);
             Admission::Answer(answer)
         }
-        // "The key is set."
+        // The reply that ends a wait: the key is set.
         StoreRequest::Wait { keys } if keys.iter().any(|key| is_state(key)) => Admission::Answer(vec![0]),
         StoreRequest::Set { key, .. } if is_role(key) => Admission::Disconnect,
         _ => Admission::Worker,

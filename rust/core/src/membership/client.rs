@@ -27,40 +27,43 @@ pub struct RendezvousClient {
 impl RendezvousClient {
     /// Starts a membership. It connects with the first call to join.
     ///
-    /// `host` and `port` are the address of the rendezvous, `who` is the agent. An empty name stands for the address of this node.
-    pub fn start(host: &str, port: u16, who: Introduction, settings: MemberSettings) -> Result<Self> {
+    /// `host` and `port` are the address of the rendezvous; `introduction` describes the agent. If its name is empty, the address of this
+    /// node is used.
+    pub fn start(host: &str, port: u16, introduction: Introduction, settings: MemberSettings) -> Result<Self> {
         let alarm = WakeFd::new().map_err(|source| Error::os("create", "an eventfd", source))?;
         let lease = LeasePage::create().map_err(|source| Error::os("create", "the page of a lease", source))?;
         let (lease, endpoint) = (Arc::new(lease), settings.endpoint.clone());
         let shared = Arc::new(Shared { view: Published::new(MembershipView::new()), alarm, lease, endpoint });
-        let (host, its) = ((host.to_owned(), port), Arc::clone(&shared));
-        let thread = NativeThread::start(THREAD, |inbox| MembershipThread::new(host, who, settings, inbox, its))?;
+        let (host, thread_shared) = ((host.to_owned(), port), Arc::clone(&shared));
+        let thread = NativeThread::start(THREAD, |inbox| {
+            MembershipThread::new(host, introduction, settings, inbox, thread_shared)
+        })?;
         Ok(Self { thread, shared })
     }
 
-    /// Sends a call of the agent to its thread.
+    /// Sends a call of the agent to the membership's thread.
     pub fn call(&self, call: Call) -> Result<()> {
         self.thread.check_owner()?;
         if matches!(call, Call::Join { .. }) {
-            self.shared.view.publish(|view| view.joins_under_way += 1);
+            self.shared.view.publish(|view| view.pending_joins += 1);
         }
         self.thread.send(Order::Call(call))
     }
 
     /// The state of the membership.
-    pub fn standing(&self) -> Result<MembershipState> {
+    pub fn state(&self) -> Result<MembershipState> {
         self.thread.check_owner()?;
-        // A state from before a call to join is no answer to it.
-        let standing = self.shared.view.read(|view| match view.joins_under_way {
-            0 => view.standing.clone(),
+        // A state from before a call to join must not be taken for its result.
+        let state = self.shared.view.read(|view| match view.pending_joins {
+            0 => view.state.clone(),
             _ => MembershipState::Joining,
         });
-        // After a suspension of this process, its thread may not have run yet.
-        Ok(match standing {
+        // After a suspension of this process, the membership's thread may not have run yet.
+        Ok(match state {
             MembershipState::Placed(place) if self.shared.lease.is_over() => {
-                MembershipState::Over(place, member::lapsed(&self.shared.endpoint))
+                MembershipState::Over(place, member::lapsed_cause(&self.shared.endpoint))
             }
-            standing => standing,
+            state => state,
         })
     }
 
@@ -77,21 +80,21 @@ impl RendezvousClient {
         Ok(self.shared.lease.left().filter(|_| self.shared.lease.is_over()))
     }
 
-    /// The address of this node by which it reaches the host, once it does.
+    /// The address by which this node reaches the host; `None` before the first connection.
     pub fn address(&self) -> Result<Option<IpAddr>> {
         self.thread.check_owner()?;
         Ok(self.shared.view.read(|view| view.address))
     }
 
-    /// Takes the host's messages to the user since the last call.
-    pub fn take_remarks(&self) -> Result<Vec<String>> {
+    /// Takes the warnings for the user that have arrived since the last call.
+    pub fn take_warnings(&self) -> Result<Vec<String>> {
         self.thread.check_owner()?;
-        let mut remarks = Vec::new();
-        // Taking nothing must not count as news: waiters call this after each wake-up.
-        if !self.shared.view.read(|view| view.remarks.is_empty()) {
-            self.shared.publish(|view| remarks = std::mem::take(&mut view.remarks));
+        let mut warnings = Vec::new();
+        // Do not publish if there is nothing to take: that would wake waiters, which call this after each wake-up.
+        if !self.shared.view.read(|view| view.warnings.is_empty()) {
+            self.shared.publish(|view| warnings = std::mem::take(&mut view.warnings));
         }
-        Ok(remarks)
+        Ok(warnings)
     }
 
     /// Grows with each change of the state.
@@ -100,7 +103,7 @@ impl RendezvousClient {
         Ok(self.shared.view.generation())
     }
 
-    /// Blocks until there is something newer than `generation`, `timeout` has passed (`None`: never), or one of `others` is readable.
+    /// Blocks until the generation exceeds `generation`, `timeout` has passed (`None`: no timeout), or one of `others` is readable.
     pub fn wait(&self, generation: u64, timeout: Option<Duration>, others: CallerFds<'_>) -> Result<Wake> {
         self.thread.check_owner()?;
         self.shared.view.wait(generation, timeout, others, |view| match &view.failure {
@@ -110,7 +113,7 @@ impl RendezvousClient {
         })
     }
 
-    /// Readable while there are messages to the user, and after the end of a round or of the rendezvous until the next call to join.
+    /// Readable while there are warnings for the user, and from the end of a round or of the rendezvous until the next call to join.
     pub fn alarm(&self) -> Result<BorrowedFd<'_>> {
         self.thread.check_owner()?;
         Ok(self.shared.alarm.as_fd())
@@ -118,7 +121,7 @@ impl RendezvousClient {
 
     /// Ends the membership after the earlier calls have been sent.
     pub fn close(&self) -> Result<()> {
-        // A failure of the thread has been published.
+        // A failure of the thread has been published already.
         self.thread.close(Order::Close, None).map(drop)
     }
 }

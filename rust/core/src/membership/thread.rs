@@ -21,11 +21,11 @@ const WAKE: u64 = 0;
 const TIMER: u64 = 1;
 const STREAM: u64 = 2;
 
-/// The host echoes this, as every `TCPStore` server does.
+/// The payload of the first ping. Every `TCPStore` server echoes it.
 const NONCE: [u8; 4] = *b"ferr";
 
-/// If a host has several addresses, each has this long to answer before the next one is tried.
-const ADDRESS_TURN: Duration = Duration::from_secs(1);
+/// If the host has several addresses, the time for each to accept a connection before the next one is tried.
+const ADDRESS_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// A connection to the host.
 #[derive(Debug)]
@@ -36,16 +36,16 @@ struct HostConnection {
     input: Vec<u8>,
     output: Vec<u8>,
     interest: Interest,
-    /// Further addresses of the host.
+    /// The remaining addresses of the host; the last one is tried next.
     others: Vec<SocketAddr>,
-    /// The deadline for this address if there are others.
-    turn_ends: Option<Instant>,
+    /// When the next address is tried instead, if there are several.
+    attempt_deadline: Option<Instant>,
 }
 
 /// The state of the thread.
 pub(super) struct MembershipThread {
     endpoint: (String, u16),
-    who: Introduction,
+    introduction: Introduction,
     member: Member,
     inbox: Inbox<Order>,
     shared: Arc<Shared>,
@@ -57,7 +57,7 @@ pub(super) struct MembershipThread {
     /// An answer of the resolver is outstanding.
     is_resolving: bool,
     /// The last published state.
-    shown: MembershipState,
+    published: MembershipState,
 }
 
 /// An answer of the resolver.
@@ -72,7 +72,7 @@ impl Service for MembershipThread {
         loop {
             self.poller.wait(true, &mut ready).map_err(poll_failed)?;
             if ready.contains(&TIMER) {
-                // Received messages count before a deadline that has passed meanwhile.
+                // Handle received messages before a deadline that has passed meanwhile.
                 self.poller.wait(false, &mut ready).map_err(poll_failed)?;
             }
             let is_due = ready.contains(&TIMER);
@@ -89,8 +89,8 @@ impl Service for MembershipThread {
             }
             if is_due {
                 self.timer.drain();
-                if self.link.as_ref().and_then(|link| link.turn_ends).is_some_and(|end| Instant::now() >= end) {
-                    self.try_others(ErrorKind::TimedOut.into());
+                if self.link.as_ref().and_then(|link| link.attempt_deadline).is_some_and(|end| Instant::now() >= end) {
+                    self.try_other_addresses(ErrorKind::TimedOut.into());
                 }
                 self.step(MemberEvent::Tick);
             }
@@ -124,7 +124,7 @@ impl ThreadOrder for Order {
 impl MembershipThread {
     pub(super) fn new(
         endpoint: (String, u16),
-        who: Introduction,
+        introduction: Introduction,
         settings: MemberSettings,
         inbox: Inbox<Order>,
         shared: Arc<Shared>,
@@ -136,8 +136,20 @@ impl MembershipThread {
         poller.add(&timer, TIMER, Interest::Readable).map_err(failed)?;
         let member = Member::new(settings, Instant::now());
         let (link, resolver, is_resolving) = (None, channel(), false);
-        let shown = MembershipState::Idle;
-        Ok(Self { endpoint, who, member, inbox, shared, poller, timer, link, resolver, is_resolving, shown })
+        let published = MembershipState::Idle;
+        Ok(Self {
+            endpoint,
+            introduction,
+            member,
+            inbox,
+            shared,
+            poller,
+            timer,
+            link,
+            resolver,
+            is_resolving,
+            published,
+        })
     }
 
     /// Carries out the orders; `false` if one of them ends the thread.
@@ -149,7 +161,7 @@ impl MembershipThread {
                     let is_join = matches!(call, Call::Join { .. });
                     self.step(MemberEvent::Call(call));
                     if is_join {
-                        self.shared.view.publish(|view| view.joins_under_way -= 1);
+                        self.shared.view.publish(|view| view.pending_joins -= 1);
                     }
                 }
                 Order::Close => return false,
@@ -172,29 +184,29 @@ impl MembershipThread {
                     MemberAction::Disconnect => {
                         // Messages from before the disconnect are still sent.
                         self.flush();
-                        self.hang_up();
+                        self.drop_connection();
                     }
-                    MemberAction::Remark(text) => self.shared.publish(|view| view.remarks.push(text)),
+                    MemberAction::Warning(text) => self.shared.publish(|view| view.warnings.push(text)),
                 }
             }
             events.extend(self.flush());
         }
         self.set_timer();
-        self.show();
+        self.publish_state();
     }
 
     /// Publishes the state of the membership if it has changed.
-    fn show(&mut self) {
+    fn publish_state(&mut self) {
         let lease = self.member.lease();
         let may_lapse = self.member.has_running_workers() || self.member.has_lapsed();
         let stop_at = lease.filter(|_| may_lapse).map(|lease| lease.stop_at);
         self.shared.lease.set(stop_at, lease.map(|lease| lease.kill_at));
-        let standing = self.member.standing();
-        if *standing == self.shown {
+        let state = self.member.state();
+        if *state == self.published {
             return;
         }
-        self.shown = standing.clone();
-        self.shared.publish(|view| view.standing = standing.clone());
+        self.published = state.clone();
+        self.shared.publish(|view| view.state = state.clone());
     }
 
     // ---- connecting
@@ -207,7 +219,7 @@ impl MembershipThread {
         let (host, port) = &self.endpoint;
         let (answer, wake) = (self.resolver.0.clone(), self.inbox.remote());
         let done = move |addresses| {
-            // The thread may have ended.
+            // Fails if the thread has ended.
             let _ = answer.send(addresses);
             wake.wake();
         };
@@ -225,10 +237,10 @@ impl MembershipThread {
         self.is_resolving = false;
         let event = match addresses {
             _ if !self.member.is_connecting() => None,
-            // The last is taken first.
-            Ok(addresses) => self.try_next(addresses.into_iter().rev().collect(), None),
+            // Addresses are taken from the end.
+            Ok(addresses) => self.try_next_address(addresses.into_iter().rev().collect(), None),
             Err(error) => {
-                let text = format!("host name {:?} is not known: {error}", self.endpoint.0);
+                let text = format!("host name {:?} cannot be resolved: {error}", self.endpoint.0);
                 Some(MemberEvent::NotConnected { text, is_refused: false })
             }
         };
@@ -238,8 +250,12 @@ impl MembershipThread {
         }
     }
 
-    fn try_next(&mut self, mut addresses: Vec<SocketAddr>, mut error: Option<io::Error>) -> Option<MemberEvent> {
-        self.hang_up();
+    fn try_next_address(
+        &mut self,
+        mut addresses: Vec<SocketAddr>,
+        mut error: Option<io::Error>,
+    ) -> Option<MemberEvent> {
+        self.drop_connection();
         while let Some(address) = addresses.pop() {
             let stream = Stream::connect(address).and_then(|stream| {
                 stream.set_nodelay()?;
@@ -251,8 +267,8 @@ impl MembershipThread {
                     let interest = Interest::Writable;
                     let (input, output) = (Vec::new(), Vec::new());
                     let (is_connected, has_echoed) = (false, false);
-                    let is_one_of_several = error.is_some() || !addresses.is_empty();
-                    let turn_ends = is_one_of_several.then(|| Instant::now() + ADDRESS_TURN);
+                    let has_alternatives = error.is_some() || !addresses.is_empty();
+                    let attempt_deadline = has_alternatives.then(|| Instant::now() + ADDRESS_TIMEOUT);
                     let others = addresses;
                     self.link = Some(HostConnection {
                         stream,
@@ -262,7 +278,7 @@ impl MembershipThread {
                         output,
                         interest,
                         others,
-                        turn_ends,
+                        attempt_deadline,
                     });
                     return None;
                 }
@@ -274,28 +290,28 @@ impl MembershipThread {
         Some(MemberEvent::NotConnected { text: error.to_string(), is_refused })
     }
 
-    /// The connection to one address has failed.
-    fn try_others(&mut self, error: io::Error) {
+    /// An attempt to connect to one address has failed: tries the next one.
+    fn try_other_addresses(&mut self, error: io::Error) {
         let others = self.link.as_mut().map(|link| std::mem::take(&mut link.others)).unwrap_or_default();
-        match self.try_next(others, Some(error)) {
+        match self.try_next_address(others, Some(error)) {
             Some(event) => self.step(event),
             None => self.set_timer(),
         }
     }
 
     fn set_timer(&mut self) {
-        let turn_ends = self.link.as_ref().and_then(|link| link.turn_ends);
+        let attempt_deadline = self.link.as_ref().and_then(|link| link.attempt_deadline);
         // Cannot fail: the descriptor is valid.
-        let _ = self.timer.set(self.member.next_tick().into_iter().chain(turn_ends).min());
+        let _ = self.timer.set(self.member.next_tick().into_iter().chain(attempt_deadline).min());
     }
 
-    fn hang_up(&mut self) {
+    fn drop_connection(&mut self) {
         if let Some(link) = self.link.take() {
             let _ = self.poller.remove(&link.stream);
         }
     }
 
-    /// The connection is established, readable or writable.
+    /// Serves the connection after an event: it is established, readable or writable.
     fn serve_connection(&mut self) {
         let Some(link) = &mut self.link else { return };
         if !link.is_connected {
@@ -303,16 +319,16 @@ impl MembershipThread {
                 Ok(true) => {}
                 // The event belongs to an earlier connection.
                 Ok(false) => return,
-                Err(error) => return self.try_others(error),
+                Err(error) => return self.try_other_addresses(error),
             }
             link.is_connected = true;
-            link.turn_ends = None;
+            link.attempt_deadline = None;
             self.introduce();
             return self.step(MemberEvent::Connected);
         }
         let mut chunk = [0; 16 * 1024];
         match link.stream.read(&mut chunk) {
-            Ok(0) => self.lost("it was closed by the host"),
+            Ok(0) => self.connection_lost("it was closed by the host"),
             Ok(read) => {
                 link.input.extend_from_slice(&chunk[..read]);
                 self.take_messages();
@@ -322,18 +338,18 @@ impl MembershipThread {
                     self.step(event);
                 }
             }
-            Err(error) => self.lost(&error.to_string()),
+            Err(error) => self.connection_lost(&error.to_string()),
         }
     }
 
-    /// Introduces this agent, after the opening of every store client.
+    /// Sends the opening of a store client, the upgrade and the introduction of this agent.
     fn introduce(&mut self) {
         let Some(link) = &mut self.link else { return };
         let address = link.stream.local_address().ok().map(|address| address.ip().to_canonical());
-        self.who.connection += 1;
-        let mut who = self.who.clone();
-        if who.name.is_empty() {
-            who.name = address.map_or_else(String::new, |address| address.to_string());
+        self.introduction.connection += 1;
+        let mut introduction = self.introduction.clone();
+        if introduction.name.is_empty() {
+            introduction.name = address.map_or_else(String::new, |address| address.to_string());
         }
         self.shared.view.publish(|view| view.address = address);
         link.output.push(opcode::VALIDATE);
@@ -341,7 +357,7 @@ impl MembershipThread {
         link.output.push(opcode::PING);
         link.output.extend_from_slice(&NONCE);
         link.output.push(UPGRADE);
-        message::encode(&AgentMessage::Enter(who), &mut link.output);
+        message::encode(&AgentMessage::Enter(introduction), &mut link.output);
     }
 
     fn take_messages(&mut self) {
@@ -349,43 +365,42 @@ impl MembershipThread {
             if !link.has_echoed {
                 let Some(echo) = link.input.first_chunk() else { return };
                 if *echo != NONCE {
-                    return self.refuse_host("is no store, nor a rendezvous");
+                    return self.refuse_host("is neither a TCPStore nor a ferrorun rendezvous");
                 }
                 link.input.drain(..NONCE.len());
                 link.has_echoed = true;
             }
             match message::decode::<HostMessage>(&mut link.input) {
-                Ok(Some(notice)) => {
-                    if let HostMessage::Welcome { silence } = &notice {
-                        // Without it the heartbeats alone detect a broken network.
+                Ok(Some(message)) => {
+                    if let HostMessage::Welcome { silence } = &message {
+                        // If this fails, heartbeats alone detect a broken network.
                         let _ = link.stream.set_peer_timeout(*silence);
                     }
-                    self.step(MemberEvent::Received(notice));
+                    self.step(MemberEvent::Received(message));
                 }
                 Ok(None) => return,
-                Err(garbled) => return self.lost(&format!("what it said is garbled: {garbled}")),
+                Err(error) => return self.connection_lost(&format!("it sent an invalid message: {error}")),
             }
         }
     }
 
-    /// The connection has ended.
-    fn lost(&mut self, text: &str) {
+    /// Handles the end of the connection.
+    fn connection_lost(&mut self, text: &str) {
         // A ferrorun host would have sent more than the echo. If one has welcomed this agent earlier, that host has gone.
         let has_only_echoed = self.link.as_ref().is_some_and(|link| link.has_echoed && link.input.is_empty());
-        if has_only_echoed && !self.member.was_welcome() {
-            return self.refuse_host("is a TCPStore of torch: a torchrun hosts it, or a script does");
+        if has_only_echoed && !self.member.was_welcomed() {
+            return self.refuse_host("is a TCPStore of torch, started by torchrun or by a script");
         }
-        self.hang_up();
+        self.drop_connection();
         self.step(MemberEvent::Disconnected(text.to_owned()));
     }
 
-    fn refuse_host(&mut self, what: &str) {
-        self.hang_up();
+    fn refuse_host(&mut self, description: &str) {
+        self.drop_connection();
         let endpoint = endpoint(&self.endpoint.0, self.endpoint.1);
-        let text = format!(
-            "what listens at {endpoint} {what}: agents of ferrorun meet where ferrorun hosts; start all nodes with it, or choose another port"
-        );
-        self.step(MemberEvent::Stranger(text));
+        let text =
+            format!("the server at {endpoint} {description}: start all nodes with ferrorun, or choose another port");
+        self.step(MemberEvent::ForeignServer(text));
     }
 
     /// Sends as much as the kernel takes.
@@ -396,17 +411,17 @@ impl MembershipThread {
                 Ok(sent) => drop(link.output.drain(..sent)),
                 Err(error) if error.kind() == ErrorKind::WouldBlock => break,
                 Err(error) => {
-                    self.hang_up();
+                    self.drop_connection();
                     return Some(MemberEvent::Disconnected(error.to_string()));
                 }
             }
         }
-        // Does not read while bytes are unsent: the host must read first.
+        // While bytes are unsent, wait for the host to read them, and read nothing.
         let interest = if link.output.is_empty() { Interest::Readable } else { Interest::Writable };
         if interest != link.interest {
             link.interest = interest;
             if let Err(error) = self.poller.modify(&link.stream, STREAM, interest) {
-                self.hang_up();
+                self.drop_connection();
                 return Some(MemberEvent::Disconnected(error.to_string()));
             }
         }
@@ -425,11 +440,11 @@ mod tests {
     use crate::sys::wake::WakeFd;
     use crate::thread::order_channel;
 
-    /// A listener that takes no more connections, as a machine behind a broken route: what asks for one gets no answer.
-    fn silent() -> (TcpListener, Vec<TcpStream>) {
+    /// A listener that accepts no further connection, like a machine behind a broken route: connection attempts get no answer.
+    fn unresponsive_listener() -> (TcpListener, Vec<TcpStream>) {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("bind");
         let address = listener.local_addr().expect("address");
-        // The same listener goes on, with a shorter queue.
+        // Shortens the queue of the same listener.
         rustix::net::listen(&listener, 0).expect("listen");
         let mut queued = Vec::new();
         while let Ok(stream) = TcpStream::connect_timeout(&address, Duration::from_millis(100)) {
@@ -439,11 +454,11 @@ mod tests {
     }
 
     #[test]
-    fn an_address_that_does_not_answer_gives_way_to_the_next() {
-        let (dead, _queued) = silent();
+    fn the_next_address_is_tried_if_one_does_not_answer() {
+        let (dead, _queued) = unresponsive_listener();
         let live = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("bind");
         let [dead, there] = [&dead, &live].map(|listener| listener.local_addr().expect("address"));
-        let who = Introduction::new("job".into(), "node".into(), (1, 1));
+        let introduction = Introduction::new("job".into(), "node".into(), (1, 1));
         let connect_timeout = Duration::from_secs(60);
         let settings = MemberSettings { endpoint: "host".into(), connect_timeout, is_host: false };
         let alarm = WakeFd::new().expect("alarm");
@@ -452,12 +467,12 @@ mod tests {
         let shared = Arc::new(Shared { view: Published::new(MembershipView::new()), alarm, lease, endpoint });
         let (remote, inbox) = order_channel().expect("a channel");
         let endpoint = (dead.ip().to_string(), dead.port());
-        let mut member = MembershipThread::new(endpoint, who, settings, inbox, shared).expect("a thread");
+        let mut member = MembershipThread::new(endpoint, introduction, settings, inbox, shared).expect("a thread");
         let (role, timeout) = ("default".into(), Duration::from_secs(60));
         member.step(MemberEvent::Call(Call::Join { role, local_world_size: 1, timeout }));
         member.take_addresses();
-        // As if the host's name had two addresses; the last is taken first.
-        assert!(member.try_next(vec![there, dead], None).is_none());
+        // As if the host's name had two addresses. They are taken from the end.
+        assert!(member.try_next_address(vec![there, dead], None).is_none());
         member.set_timer();
         let thread = std::thread::spawn(move || member.serve());
         live.accept().expect("a connection");

@@ -11,24 +11,24 @@ use crate::sys::wake::WakeFd;
 /// What the thread publishes.
 #[derive(Debug)]
 pub(super) struct MembershipView {
-    pub(super) standing: MembershipState,
-    /// Calls to join that the thread has not served yet.
-    pub(super) joins_under_way: usize,
+    pub(super) state: MembershipState,
+    /// Calls to join that the thread has not handled yet.
+    pub(super) pending_joins: usize,
     /// The address of this node by which it reaches the host.
     pub(super) address: Option<IpAddr>,
-    pub(super) remarks: Vec<String>,
+    pub(super) warnings: Vec<String>,
     pub(super) failure: Option<String>,
     pub(super) is_closed: bool,
 }
 
 impl MembershipView {
-    /// Of an agent that has not joined.
+    /// The view of an agent that has not joined.
     pub(super) fn new() -> Self {
         Self {
-            standing: MembershipState::Idle,
-            joins_under_way: 0,
+            state: MembershipState::Idle,
+            pending_joins: 0,
             address: None,
-            remarks: Vec::new(),
+            warnings: Vec::new(),
             failure: None,
             is_closed: false,
         }
@@ -38,7 +38,7 @@ impl MembershipView {
 #[derive(Debug)]
 pub(super) struct Shared {
     pub(super) view: Published<MembershipView>,
-    /// Readable while there is news for an agent whose workers run.
+    /// Readable while there is an event that an agent with running workers must handle.
     pub(super) alarm: WakeFd,
     /// The time until which the workers may run.
     pub(super) lease: Arc<LeasePage>,
@@ -51,8 +51,8 @@ impl Shared {
             change(view);
             // Under the lock of the view, so that the alarm agrees with the published view.
             let is_quiet =
-                matches!(view.standing, MembershipState::Joining | MembershipState::Placed(_) | MembershipState::Idle);
-            if is_quiet && view.remarks.is_empty() && !view.is_closed {
+                matches!(view.state, MembershipState::Joining | MembershipState::Placed(_) | MembershipState::Idle);
+            if is_quiet && view.warnings.is_empty() && !view.is_closed {
                 self.alarm.drain();
             } else {
                 self.alarm.wake();

@@ -1,4 +1,5 @@
-//! What one agent does in a rendezvous: when it connects, what it says, and what it makes of the answers. Pure: events in, actions out.
+//! The decisions of one agent in a rendezvous: when it connects, which messages it sends, and how it handles the host's messages. Pure:
+//! events in, actions out.
 
 mod link;
 
@@ -6,144 +7,144 @@ use std::time::{Duration, Instant};
 
 use link::Link;
 
-use super::message::{AgentMessage, Cause, HostMessage, Join, MOST_TEXT_BYTES, Place};
+use super::message::{AgentMessage, Cause, HostMessage, Join, MAX_TEXT_BYTES, Place};
 use crate::sys::clock::{ENDLESS, later};
 use crate::text::bounded;
 use crate::vocabulary::RestartCause;
 
 pub use link::Lease;
 
-/// Between attempts to connect to a host that is not up yet. Nothing tells when it is.
-const FIRST_PAUSE: Duration = Duration::from_millis(5);
-const LONGEST_PAUSE: Duration = Duration::from_millis(250);
+/// Pauses between attempts to connect to a host that is not up yet. No event reports when it is.
+const FIRST_RETRY_PAUSE: Duration = Duration::from_millis(5);
+const MAX_RETRY_PAUSE: Duration = Duration::from_millis(250);
 
-/// An agent that has not reached the host for so long reports the reason, and again when the reason has changed.
-const EXPLAIN_AFTER: Duration = Duration::from_secs(10);
+/// An agent that cannot reach the host reports the reason after this time, and again when the reason has changed.
+const REPORT_AFTER: Duration = Duration::from_secs(10);
 
-/// What an agent was told.
+/// Settings of an agent.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MemberSettings {
-    /// Where the host is, for messages to people.
+    /// Address of the host, for messages to the user.
     pub endpoint: String,
-    /// How long it is tried to reach the host.
+    /// How long to try to connect to the host.
     pub connect_timeout: Duration,
-    /// The host is in this process: it need not be told that the agent lives.
+    /// Whether the host is in this process. The agent then needs no heartbeats and no lease.
     pub is_host: bool,
 }
 
-/// What the program asks of its agent's membership.
+/// A call of the program to its agent's membership.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Call {
-    /// Take part in the next round.
+    /// Join the next round.
     Join {
         /// Role of the workers.
         role: String,
-        /// How many.
+        /// Number of workers.
         local_world_size: u64,
-        /// How long to wait.
+        /// How long to wait for the round.
         timeout: Duration,
     },
     /// A worker has failed.
     Failed {
-        /// When, in nanoseconds of the wall clock.
+        /// Time of the failure in nanoseconds of the wall clock.
         at_ns: u64,
-        /// Who, and how.
+        /// The worker and its exit status, as text.
         text: String,
-        /// Exit code of the job if this ends it.
+        /// Exit code of the job if this failure ends it.
         code: i32,
-        /// There is no restart left.
+        /// No restart is left.
         is_final: bool,
     },
     /// All workers have succeeded.
     Finished,
-    /// There shall be no other round.
+    /// End the job: no further round begins.
     Close {
-        /// Why.
+        /// The reason.
         text: String,
         /// Exit code of the job.
         code: i32,
     },
-    /// Go.
+    /// Leave the rendezvous, for this reason.
     Leave(String),
 }
 
-/// What happens.
+/// An event at the agent.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum MemberEvent {
-    /// The program wants something.
+    /// The program has made a call.
     Call(Call),
-    /// There is a connection.
+    /// The connection is established.
     Connected,
-    /// There is none.
+    /// An attempt to connect has failed.
     NotConnected {
-        /// Why.
+        /// The reason.
         text: String,
-        /// Nobody listens there, and a machine said so.
+        /// The connection was refused: the machine is up, and no process listens at the port.
         is_refused: bool,
     },
-    /// Something answered that is no rendezvous of this package.
-    Stranger(String),
-    /// The connection has ended.
+    /// The server at the endpoint is not a rendezvous of ferrorun.
+    ForeignServer(String),
+    /// The connection has ended; the text is the reason.
     Disconnected(String),
-    /// The host says something.
+    /// The host has sent a message.
     Received(HostMessage),
     /// A deadline may have passed.
     Tick,
 }
 
-/// What is to be done.
+/// An action for the caller to carry out.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum MemberAction {
     /// Connect, and introduce the agent.
     Connect,
-    /// Send this.
+    /// Send a message to the host.
     Send(AgentMessage),
-    /// End the connection.
+    /// Close the connection.
     Disconnect,
-    /// Tell the user.
-    Remark(String),
+    /// Report a warning to the user.
+    Warning(String),
 }
 
 /// Why an agent cannot take part.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Failure {
-    /// Not enough nodes came in time.
+    /// Not enough nodes joined in time.
     TimedOut(String),
-    /// The host cannot be reached, or is gone.
+    /// The host cannot be reached, or has gone.
     Unreachable(String),
-    /// The host does not want it.
+    /// The host refused the agent, or the server is not a host.
     Refused(String),
-    /// The job of this host had ended, or was about to, when the agent came. There may be another host.
+    /// The host's job had ended, or was about to end, when the agent joined. Another host may follow.
     Late(String),
 }
 
-/// How it stands.
+/// The state of a membership.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum MembershipState {
     /// It has not asked to join.
     Idle,
-    /// It waits for a round.
+    /// It waits for a round to begin.
     Joining,
     /// It is in a round.
     Placed(Place),
-    /// Its round is over.
+    /// Its round has ended.
     Over(Place, Cause),
     /// All workers of all nodes have succeeded.
     Released,
-    /// There will be no other round.
+    /// There will be no further round.
     Closed {
-        /// Why.
+        /// The reason.
         text: String,
-        /// Exit code of the job; 0 if it was a spare that is not needed.
+        /// Exit code of the job; 0 if this node was a spare of a job that has succeeded.
         code: i32,
     },
     /// It cannot take part.
     Failed(Failure),
 }
 
-/// A round that is asked for.
+/// A call to join that has not been answered yet.
 #[derive(Debug)]
-struct Wish {
+struct PendingJoin {
     role: String,
     local_world_size: u64,
     timeout: Duration,
@@ -155,100 +156,100 @@ struct Wish {
 pub struct Member {
     settings: MemberSettings,
     link: Link,
-    standing: MembershipState,
-    wish: Option<Wish>,
-    /// Until when it is tried to reach the host.
-    connect_until: Instant,
-    pause: Duration,
-    /// Why it was not reached so far.
-    unreached: Option<String>,
-    /// When people are told that it was not reached, and of which reason they know.
-    explain_at: Instant,
-    explained: Option<String>,
-    was_welcome: bool,
+    state: MembershipState,
+    pending_join: Option<PendingJoin>,
+    /// When it gives up connecting to the host.
+    connect_deadline: Instant,
+    retry_pause: Duration,
+    /// The error of the last attempt to connect.
+    last_connect_error: Option<String>,
+    /// When a connection error is reported to the user, and the last error that was reported.
+    report_at: Instant,
+    reported_error: Option<String>,
+    was_welcomed: bool,
     last_round: Option<u64>,
-    /// The last round was told over the connection that there is: the next one has a larger number. Over another connection, it may be
-    /// another host's.
-    is_round_of_link: bool,
+    /// Whether the last round began over the current connection. The next round then has a larger number. Another connection may lead to
+    /// another host, which counts from 0.
+    is_last_round_of_link: bool,
     /// The round in which its workers have succeeded.
-    finished: Option<u64>,
+    finished_round: Option<u64>,
     last_step: Instant,
     actions: Vec<MemberAction>,
 }
 
 impl Member {
-    /// An agent that has not asked for anything.
+    /// An agent that has not joined.
     #[must_use]
     pub fn new(settings: MemberSettings, now: Instant) -> Self {
         Self {
             settings,
             link: Link::Down,
-            standing: MembershipState::Idle,
-            wish: None,
-            connect_until: now,
-            pause: FIRST_PAUSE,
-            unreached: None,
-            explain_at: now,
-            explained: None,
-            was_welcome: false,
+            state: MembershipState::Idle,
+            pending_join: None,
+            connect_deadline: now,
+            retry_pause: FIRST_RETRY_PAUSE,
+            last_connect_error: None,
+            report_at: now,
+            reported_error: None,
+            was_welcomed: false,
             last_round: None,
-            is_round_of_link: false,
-            finished: None,
+            is_last_round_of_link: false,
+            finished_round: None,
             last_step: now,
             actions: Vec::new(),
         }
     }
 
-    /// Whether the host has welcomed it, and they talk.
+    /// Whether the connection is established and the host has welcomed the agent.
     #[must_use]
     pub fn is_up(&self) -> bool {
         matches!(self.link, Link::Up(_))
     }
 
-    /// Whether it waits for a connection to be made.
+    /// Whether a connection is being made.
     #[must_use]
     pub fn is_connecting(&self) -> bool {
         matches!(self.link, Link::Connecting)
     }
 
-    /// Whether a host has welcomed it at any time.
+    /// Whether any host has welcomed this agent.
     #[must_use]
-    pub fn was_welcome(&self) -> bool {
-        self.was_welcome
+    pub fn was_welcomed(&self) -> bool {
+        self.was_welcomed
     }
 
-    /// How it stands.
+    /// The state of the membership.
     #[must_use]
-    pub fn standing(&self) -> &MembershipState {
-        &self.standing
+    pub fn state(&self) -> &MembershipState {
+        &self.state
     }
 
-    /// Until when the workers of its round may run, by its own clock; `None` while the host sees to that.
+    /// How long the workers of its round may run; `None` without a connection, or if the host is in this process.
     #[must_use]
     pub fn lease(&self) -> Option<Lease> {
         if self.settings.is_host { None } else { self.link.lease() }
     }
 
     /// Handles an event and returns the actions to carry out.
-    #[must_use = "dropped actions are messages that nobody sends"]
+    #[must_use = "the actions must be carried out"]
     pub fn step(&mut self, now: Instant, event: MemberEvent) -> Vec<MemberAction> {
-        self.forgive_own_pause(now);
+        self.reset_after_own_suspension(now);
         self.last_step = now;
-        // What its workers do after the end of its lease says nothing about the job.
-        self.look_at_lease(now);
+        // The lease first: if it has lapsed, the event must not count for the job any more.
+        self.check_lease(now);
         match event {
             MemberEvent::Call(call) => self.call(now, call),
             MemberEvent::Connected => self.link = Link::Entering { since: now },
             MemberEvent::NotConnected { text, is_refused } => self.not_connected(now, &text, is_refused),
-            MemberEvent::Stranger(text) => {
+            MemberEvent::ForeignServer(text) => {
                 self.link = Link::Down;
                 self.fail(Failure::Refused(text));
             }
             MemberEvent::Disconnected(text) => self.disconnected(now, &text),
-            MemberEvent::Received(notice) => self.receive(now, notice),
+            MemberEvent::Received(message) => self.receive(now, message),
             MemberEvent::Tick => {}
         }
-        self.look_at_clock(now);
+        self.handle_deadlines(now);
         std::mem::take(&mut self.actions)
     }
 
@@ -257,31 +258,31 @@ impl Member {
     pub fn next_tick(&self) -> Option<Instant> {
         let link = match &self.link {
             Link::Pausing { next } => Some(*next),
-            Link::Connecting | Link::Entering { .. } => Some(self.connect_until),
+            Link::Connecting | Link::Entering { .. } => Some(self.connect_deadline),
             Link::Up(up) if !self.settings.is_host => Some(up.next_tick(self.has_running_workers())),
             Link::Up(_) | Link::Lapsed(_) | Link::Down => None,
         };
-        link.into_iter().chain(self.give_up_at()).min()
+        link.into_iter().chain(self.join_deadline()).min()
     }
 
-    /// When it gives up waiting for a round, unless the host hears it: that says when it is enough, knows who came and who is a spare,
-    /// and is not silent for long.
-    fn give_up_at(&self) -> Option<Instant> {
-        self.wish.as_ref().filter(|_| !self.is_up()).map(|wish| wish.deadline)
+    /// When it gives up waiting for a round. While connected it does not: the host applies the join timeout, because it knows which nodes
+    /// have joined and which are spares.
+    fn join_deadline(&self) -> Option<Instant> {
+        self.pending_join.as_ref().filter(|_| !self.is_up()).map(|pending_join| pending_join.deadline)
     }
 
-    /// Its workers have succeeded, and those of others may not have yet.
+    /// Whether the workers of this node have succeeded while those of other nodes may still run.
     fn has_finished(&self) -> bool {
-        matches!(&self.standing, MembershipState::Placed(place) if self.finished == Some(place.round))
+        matches!(&self.state, MembershipState::Placed(place) if self.finished_round == Some(place.round))
     }
 
-    /// Whether this node is in a round, and its workers have not succeeded.
+    /// Whether this node is in a round and its workers have not succeeded yet.
     #[must_use]
     pub fn has_running_workers(&self) -> bool {
-        matches!(self.standing, MembershipState::Placed(_)) && !self.has_finished()
+        matches!(self.state, MembershipState::Placed(_)) && !self.has_finished()
     }
 
-    /// Whether it has given up its connection because the host did not answer, and has no other yet.
+    /// Whether its lease has lapsed and it has not connected again.
     #[must_use]
     pub fn has_lapsed(&self) -> bool {
         matches!(self.link, Link::Lapsed(_))
@@ -290,113 +291,115 @@ impl Member {
     fn call(&mut self, now: Instant, call: Call) {
         match call {
             Call::Join { role, local_world_size, timeout } => {
-                if matches!(self.standing, MembershipState::Closed { .. } | MembershipState::Released) {
+                if matches!(self.state, MembershipState::Closed { .. } | MembershipState::Released) {
                     return;
                 }
-                self.standing = MembershipState::Joining;
-                self.finished = None;
-                self.wish = Some(Wish { role, local_world_size, timeout, deadline: later(now, timeout) });
+                self.state = MembershipState::Joining;
+                self.finished_round = None;
+                self.pending_join =
+                    Some(PendingJoin { role, local_world_size, timeout, deadline: later(now, timeout) });
                 match self.link {
                     Link::Down | Link::Lapsed(_) => self.connect(now),
-                    Link::Up(_) => self.ask(now),
+                    Link::Up(_) => self.send_join(now),
                     Link::Pausing { .. } | Link::Connecting | Link::Entering { .. } => {}
                 }
             }
             Call::Failed { at_ns, text, code, is_final } => {
                 if let Some(round) = self.last_round {
-                    self.send(AgentMessage::Failed { round, at_ns, text: short(&text), code, is_final });
+                    self.send(AgentMessage::Failed { round, at_ns, text: bounded_text(&text), code, is_final });
                 }
             }
             Call::Finished => {
-                if let MembershipState::Placed(place) = &self.standing {
+                if let MembershipState::Placed(place) = &self.state {
                     let round = place.round;
-                    self.finished = Some(round);
+                    self.finished_round = Some(round);
                     self.send(AgentMessage::Finished { round });
                 }
             }
-            Call::Close { text, code } => self.send(AgentMessage::Close { text: short(&text), code }),
+            Call::Close { text, code } => self.send(AgentMessage::Close { text: bounded_text(&text), code }),
             Call::Leave(text) => {
-                self.send(AgentMessage::Leave { text: short(&text) });
-                self.wish = None;
+                self.send(AgentMessage::Leave { text: bounded_text(&text) });
+                self.pending_join = None;
                 self.link = Link::Down;
                 self.actions.push(MemberAction::Disconnect);
             }
         }
     }
 
-    fn send(&mut self, request: AgentMessage) {
+    fn send(&mut self, message: AgentMessage) {
         if matches!(self.link, Link::Up(_)) {
-            self.actions.push(MemberAction::Send(request));
+            self.actions.push(MemberAction::Send(message));
         }
     }
 
-    /// Asks for the round that is wished for.
-    fn ask(&mut self, now: Instant) {
-        let Some(wish) = &self.wish else { return };
+    /// Sends the pending request to join.
+    fn send_join(&mut self, now: Instant) {
+        let Some(pending_join) = &self.pending_join else { return };
         let join = Join {
             after: self.last_round,
-            role: wish.role.clone(),
-            local_world_size: wish.local_world_size,
-            timeout: wish.deadline.saturating_duration_since(now),
+            role: pending_join.role.clone(),
+            local_world_size: pending_join.local_world_size,
+            timeout: pending_join.deadline.saturating_duration_since(now),
         };
         self.send(AgentMessage::Join(join));
     }
 
     fn connect(&mut self, now: Instant) {
-        self.connect_until = later(now, self.settings.connect_timeout);
-        self.pause = FIRST_PAUSE;
-        self.unreached = None;
-        self.explain_at = now + EXPLAIN_AFTER;
+        self.connect_deadline = later(now, self.settings.connect_timeout);
+        self.retry_pause = FIRST_RETRY_PAUSE;
+        self.last_connect_error = None;
+        self.report_at = now + REPORT_AFTER;
         self.link = Link::Connecting;
         self.actions.push(MemberAction::Connect);
     }
 
     fn not_connected(&mut self, now: Instant, text: &str, is_refused: bool) {
         self.link = Link::Down;
-        if self.wish.is_none() && !self.has_finished() {
+        if self.pending_join.is_none() && !self.has_finished() {
             return;
         }
         let endpoint = &self.settings.endpoint;
-        if is_refused && self.was_welcome {
+        if is_refused && self.was_welcomed {
             let text = format!("the agent that hosted the rendezvous at {endpoint} is gone: {text}");
             return self.fail(Failure::Unreachable(text));
         }
-        if now >= self.connect_until {
+        if now >= self.connect_deadline {
             let tried_s = self.settings.connect_timeout.as_secs_f64();
             let text =
                 format!("the host of the rendezvous at {endpoint} was not reached within {tried_s:.0} s: {text}");
             return self.fail(Failure::Unreachable(text));
         }
-        if now >= self.explain_at && self.explained.as_deref() != Some(text) {
-            let left_s = self.connect_until.saturating_duration_since(now).as_secs_f64();
-            self.actions.push(MemberAction::Remark(format!(
-                "the host of the rendezvous at {endpoint} is not reached: {text}; trying for {left_s:.0} s more (read_timeout)"
+        if now >= self.report_at && self.reported_error.as_deref() != Some(text) {
+            let left_s = self.connect_deadline.saturating_duration_since(now).as_secs_f64();
+            self.actions.push(MemberAction::Warning(format!(
+                "the host of the rendezvous at {endpoint} cannot be reached: {text}; retrying for {left_s:.0} s (read_timeout)"
             )));
-            self.explained = Some(text.to_owned());
-            self.explain_at = now + EXPLAIN_AFTER;
+            self.reported_error = Some(text.to_owned());
+            self.report_at = now + REPORT_AFTER;
         }
-        self.unreached = Some(text.to_owned());
-        self.link = Link::Pausing { next: (now + self.pause).min(self.connect_until) };
-        self.pause = (self.pause * 2).min(LONGEST_PAUSE);
+        self.last_connect_error = Some(text.to_owned());
+        self.link = Link::Pausing { next: (now + self.retry_pause).min(self.connect_deadline) };
+        self.retry_pause = (self.retry_pause * 2).min(MAX_RETRY_PAUSE);
     }
 
     fn disconnected(&mut self, now: Instant, text: &str) {
         let was_up = matches!(self.link, Link::Up(_));
         self.link = Link::Down;
-        let lost = format!("the connection to the rendezvous at {} was lost: {text}", self.settings.endpoint);
+        let description = format!("the connection to the rendezvous at {} was lost: {text}", self.settings.endpoint);
         if self.has_finished() {
-            // Its workers are done, whatever happens: it comes back to hear how the others fare.
+            // Its workers have succeeded: it reconnects to learn how the other nodes end.
             if was_up {
                 self.connect(now);
             } else {
                 self.not_connected(now, text, false);
             }
-        } else if let MembershipState::Placed(place) = &self.standing {
-            let cause = Cause { kind: RestartCause::Membership, node: String::new(), at_ns: None, text: lost, code: 1 };
-            self.standing = MembershipState::Over(place.clone(), cause);
-        } else if let Some(wish) = &mut self.wish {
+        } else if let MembershipState::Placed(place) = &self.state {
+            let cause =
+                Cause { kind: RestartCause::Membership, node: String::new(), at_ns: None, text: description, code: 1 };
+            self.state = MembershipState::Over(place.clone(), cause);
+        } else if let Some(pending_join) = &mut self.pending_join {
             if was_up {
-                wish.deadline = later(now, wish.timeout);
+                pending_join.deadline = later(now, pending_join.timeout);
                 self.connect(now);
             } else {
                 self.not_connected(now, text, false);
@@ -404,60 +407,61 @@ impl Member {
         }
     }
 
-    fn receive(&mut self, now: Instant, notice: HostMessage) {
+    fn receive(&mut self, now: Instant, message: HostMessage) {
         if let Link::Up(up) = &mut self.link {
-            up.hear(now);
+            up.note_heard(now);
         }
-        match notice {
+        match message {
             HostMessage::Welcome { silence } => {
                 if let Link::Entering { since } = self.link {
                     self.link = Link::up(since, now, silence.min(ENDLESS));
-                    self.explained = None;
-                    self.was_welcome = true;
-                    self.is_round_of_link = false;
+                    self.reported_error = None;
+                    self.was_welcomed = true;
+                    self.is_last_round_of_link = false;
                     if self.has_finished()
-                        && let Some(round) = self.finished
+                        && let Some(round) = self.finished_round
                     {
                         return self.send(AgentMessage::Finished { round });
                     }
-                    // To this host, or by now, it is a new one.
+                    // The host may be another one, or count this agent as a new member.
                     self.last_round = None;
-                    self.ask(now);
+                    self.send_join(now);
                 }
             }
             HostMessage::Begin(place) => {
-                let is_new = !self.is_round_of_link || self.last_round.is_none_or(|last| place.round > last);
-                if self.wish.is_some() && is_new {
-                    self.wish = None;
+                let is_new = !self.is_last_round_of_link || self.last_round.is_none_or(|last| place.round > last);
+                if self.pending_join.is_some() && is_new {
+                    self.pending_join = None;
                     self.last_round = Some(place.round);
-                    self.is_round_of_link = true;
-                    self.standing = MembershipState::Placed(place);
+                    self.is_last_round_of_link = true;
+                    self.state = MembershipState::Placed(place);
                 }
             }
             HostMessage::Over { round, cause } => {
-                if let MembershipState::Placed(place) = &self.standing
+                if let MembershipState::Placed(place) = &self.state
                     && place.round == round
                 {
-                    self.standing = MembershipState::Over(place.clone(), cause);
+                    self.state = MembershipState::Over(place.clone(), cause);
                 }
             }
             HostMessage::TimedOut { waiting, cause } => {
-                if self.wish.is_some() {
-                    let since = cause.map_or_else(String::new, |cause| format!(", after this: {cause}"));
-                    self.fail(Failure::TimedOut(format!("these did: {}{since}", waiting.join(", "))));
+                if self.pending_join.is_some() {
+                    let previous =
+                        cause.map_or_else(String::new, |cause| format!("; the previous round ended: {cause}"));
+                    self.fail(Failure::TimedOut(format!("these nodes joined: {}{previous}", waiting.join(", "))));
                 }
             }
             HostMessage::Released => {
                 if self.has_finished() {
-                    self.standing = MembershipState::Released;
+                    self.state = MembershipState::Released;
                 }
             }
             HostMessage::Closed { text, code } => {
-                self.wish = None;
-                if self.standing != MembershipState::Released {
-                    // A job whose workers of this node have not succeeded has not.
+                self.pending_join = None;
+                if self.state != MembershipState::Released {
+                    // The workers of this node have not succeeded, so this node must not report success.
                     let code = if code == 0 && self.has_running_workers() { 1 } else { code };
-                    self.standing = MembershipState::Closed { text, code };
+                    self.state = MembershipState::Closed { text, code };
                 }
             }
             HostMessage::Late { text } => {
@@ -468,17 +472,17 @@ impl Member {
             HostMessage::Refused { text } => {
                 self.link = Link::Down;
                 self.actions.push(MemberAction::Disconnect);
-                let text = format!("the rendezvous at {} does not take this node: {text}", self.settings.endpoint);
+                let text = format!("the rendezvous at {} refused this node: {text}", self.settings.endpoint);
                 self.fail(Failure::Refused(text));
             }
             HostMessage::Dropped { text } => {
                 self.actions.push(MemberAction::Disconnect);
                 self.disconnected(now, &text);
             }
-            HostMessage::Remark { text } => self.actions.push(MemberAction::Remark(text)),
+            HostMessage::Warning { text } => self.actions.push(MemberAction::Warning(text)),
             HostMessage::Beat { number } => {
                 if let Link::Up(up) = &mut self.link {
-                    up.answered(number);
+                    up.note_answer(number);
                 }
             }
             HostMessage::Probe => {}
@@ -486,71 +490,71 @@ impl Member {
     }
 
     fn fail(&mut self, failure: Failure) {
-        self.wish = None;
+        self.pending_join = None;
         if matches!(self.link, Link::Pausing { .. }) {
             self.link = Link::Down;
         }
-        self.standing = MembershipState::Failed(failure);
+        self.state = MembershipState::Failed(failure);
     }
 
-    /// This process was stopped: that it has heard nothing meanwhile says nothing about the host.
-    fn forgive_own_pause(&mut self, now: Instant) {
+    /// If this process was suspended, it could not receive anything: resets the deadlines of the host instead of declaring it lost.
+    fn reset_after_own_suspension(&mut self, now: Instant) {
         let due = self.next_tick().map(|due| due.max(self.last_step));
         if let (Link::Up(up), Some(due)) = (&mut self.link, due) {
-            up.forgive_pause(now, due);
+            up.reset_after_suspension(now, due);
         }
     }
 
-    /// Its workers run, and the host may have taken this node for lost: they end before others take their ranks.
-    fn look_at_lease(&mut self, now: Instant) {
+    /// If the lease has lapsed, gives up the connection and ends the round: the workers must be gone before other nodes take their ranks.
+    fn check_lease(&mut self, now: Instant) {
         let Some(lease) = self.lease().filter(|lease| self.has_running_workers() && now >= lease.stop_at) else {
             return;
         };
-        if let MembershipState::Placed(place) = &self.standing {
-            self.standing = MembershipState::Over(place.clone(), lapsed(&self.settings.endpoint));
+        if let MembershipState::Placed(place) = &self.state {
+            self.state = MembershipState::Over(place.clone(), lapsed_cause(&self.settings.endpoint));
         }
         self.link = Link::Lapsed(lease);
         self.actions.push(MemberAction::Disconnect);
     }
 
-    fn look_at_clock(&mut self, now: Instant) {
+    fn handle_deadlines(&mut self, now: Instant) {
         let may_lapse = self.has_running_workers();
         match &mut self.link {
             Link::Pausing { next } if now >= *next => {
                 self.link = Link::Connecting;
                 self.actions.push(MemberAction::Connect);
             }
-            Link::Connecting | Link::Entering { .. } if now >= self.connect_until => {
+            Link::Connecting | Link::Entering { .. } if now >= self.connect_deadline => {
                 self.actions.push(MemberAction::Disconnect);
-                // The last attempt has no time left for an answer.
-                let text = self.unreached.take();
+                // The last attempt had no time for an answer.
+                let text = self.last_connect_error.take();
                 self.not_connected(now, text.as_deref().unwrap_or("no answer"), false);
             }
             Link::Up(up) if !self.settings.is_host => {
-                if let Some(silence) = up.is_silent(now).filter(|_| !may_lapse) {
+                if let Some(silence) = up.exceeded_silence(now).filter(|_| !may_lapse) {
                     self.actions.push(MemberAction::Disconnect);
                     self.disconnected(now, &format!("it was silent for {:.1} s", silence.as_secs_f64()));
-                } else if let Some(number) = up.beat(now) {
+                } else if let Some(number) = up.next_beat(now) {
                     self.send(AgentMessage::Beat { number });
                 }
             }
             _ => {}
         }
-        if self.give_up_at().is_some_and(|at| now >= at) {
-            self.fail(Failure::TimedOut("the host was not there to say who did".into()));
+        if self.join_deadline().is_some_and(|at| now >= at) {
+            self.fail(Failure::TimedOut("the host is not connected, so the nodes that joined are not known".into()));
         }
     }
 }
 
-/// The cause of the end of a round for a node whose lease has lapsed.
-pub(crate) fn lapsed(endpoint: &str) -> Cause {
+/// The cause for which a round ends when its lease has lapsed.
+pub(crate) fn lapsed_cause(endpoint: &str) -> Cause {
     let text = format!(
         "the host of the rendezvous at {endpoint} has not answered for too long (heartbeat_timeout): this node stops its workers before others take their ranks"
     );
     Cause { kind: RestartCause::Membership, node: String::new(), at_ns: None, text, code: 1 }
 }
 
-/// What fits into a message.
-fn short(text: &str) -> String {
-    bounded(text, MOST_TEXT_BYTES).to_owned()
+/// Shortens a text to the limit of a message.
+fn bounded_text(text: &str) -> String {
+    bounded(text, MAX_TEXT_BYTES).to_owned()
 }

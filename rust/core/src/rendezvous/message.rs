@@ -1,7 +1,8 @@
-//! What agents and the host of a rendezvous say to each other.
+//! The messages between agents and the host of a rendezvous.
 //!
-//! An agent begins like any client of the store, so that a store which is not ours can be told from no store at all, and then sends the
-//! opcode [`UPGRADE`](crate::store::wire::UPGRADE). From there on both sides send frames: a length of 4 bytes, little-endian, and as much JSON.
+//! An agent begins like a client of the store, which lets it distinguish a foreign store from no store. Then it sends the opcode
+//! [`UPGRADE`](crate::store::wire::UPGRADE). After that both sides send frames: a length of 4 bytes, little-endian, and that many bytes of
+//! JSON.
 
 use std::collections::BTreeMap;
 use std::hash::{BuildHasher, RandomState};
@@ -15,45 +16,45 @@ use crate::vocabulary::RestartCause;
 /// Version of the messages. Agents of another version are refused.
 pub const PROTOCOL: u32 = 2;
 
-/// Longest frame. The longest message carries the cause of a failure.
-pub const MOST_FRAME_BYTES: usize = 64 * 1024;
+/// Maximum length of a frame. The longest message carries the cause of a failure.
+pub const MAX_FRAME_BYTES: usize = 64 * 1024;
 
-/// Longest text that somebody else has written into a message.
-pub const MOST_TEXT_BYTES: usize = 8 * 1024;
+/// Maximum length of a text from another process within a message.
+pub const MAX_TEXT_BYTES: usize = 8 * 1024;
 
-/// Who an agent is, and what job it was started for.
+/// The identity of an agent, and the settings of its job.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Introduction {
     /// Version of the messages.
     pub protocol: u32,
-    /// The job.
+    /// Id of the job.
     pub run_id: String,
-    /// Address of the node, or what the user calls it.
-    #[serde(deserialize_with = "shown")]
+    /// Address of the node, or the name that the user has given it.
+    #[serde(deserialize_with = "printable_string")]
     pub name: String,
-    /// Process id there.
+    /// Process id of the agent.
     pub pid: u32,
-    /// Which membership this is: the same in all its connections, and no other's. Two agents of one process look alike otherwise.
+    /// Identifies the membership. It is the same for all connections of the membership and distinguishes two agents of one process.
     pub membership: u64,
-    /// Which connection of the membership this is; later ones have larger numbers.
+    /// Number of the connection within the membership. It grows with each connection.
     pub connection: u64,
     /// Whether it runs in the process that hosts the rendezvous.
     pub is_host: bool,
-    /// Fewest and most nodes of a round, as it was told.
+    /// Minimum and maximum number of nodes of a round.
     pub nodes: (u32, u32),
-    /// The rank it was given beforehand (static rendezvous).
+    /// The rank that the user has assigned to this node (static rendezvous).
     pub node_rank: Option<u32>,
-    /// Other settings that must be the same on all nodes, by the name of their option.
+    /// Other settings that must be the same on all nodes, by option name.
     #[serde(default)]
     pub settings: BTreeMap<String, String>,
 }
 
 impl Introduction {
-    /// Of a new membership of this process.
+    /// The introduction of a new membership of this process.
     #[must_use]
     pub fn new(run_id: String, name: String, nodes: (u32, u32)) -> Self {
         let pid = std::process::id();
-        // Forked processes have the same random state, and each its own pid.
+        // Forked processes share the random state but not the pid.
         let membership = RandomState::new().hash_one((pid, SystemTime::now()));
         let protocol = PROTOCOL;
         let settings = BTreeMap::new();
@@ -72,70 +73,70 @@ impl Introduction {
     }
 }
 
-/// An agent is ready for a round: its workers of the former one are gone.
+/// A request to join a round. The workers of the former round are gone.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Join {
-    /// The round it took part in last.
+    /// The last round that the agent took part in.
     pub after: Option<u64>,
     /// Role of its workers.
     pub role: String,
-    /// How many it starts.
+    /// Number of its workers.
     pub local_world_size: u64,
     /// How long it waits for the round to begin.
     pub timeout: Duration,
 }
 
-/// From an agent to the host.
+/// A message from an agent to the host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum AgentMessage {
-    /// The first message.
+    /// The introduction; always the first message.
     Enter(Introduction),
-    /// Take me into the next round.
+    /// Request to join the next round.
     Join(Join),
-    /// A worker of mine has failed in this round.
+    /// A worker of this agent has failed.
     Failed {
         /// The round.
         round: u64,
-        /// When, as nanoseconds of the wall clock.
+        /// Time of the failure in nanoseconds of the wall clock.
         at_ns: u64,
-        /// Who, and how.
-        #[serde(deserialize_with = "shown")]
+        /// The worker and its exit status, as text.
+        #[serde(deserialize_with = "printable_string")]
         text: String,
         /// Exit code of the job if this failure ends it.
         code: i32,
-        /// I will not come back.
+        /// No restart is left.
         is_final: bool,
     },
-    /// All my workers of this round have succeeded.
+    /// All workers of this agent have succeeded in this round.
     Finished {
         /// The round.
         round: u64,
     },
-    /// There shall be no other round.
+    /// End the job: no further round begins.
     Close {
-        /// Why.
-        #[serde(deserialize_with = "shown")]
+        /// The reason.
+        #[serde(deserialize_with = "printable_string")]
         text: String,
         /// Exit code of the job.
         code: i32,
     },
-    /// I go; the others may go on.
+    /// The agent leaves. The other nodes may go on.
     Leave {
-        /// Why.
-        #[serde(deserialize_with = "shown")]
+        /// The reason.
+        #[serde(deserialize_with = "printable_string")]
         text: String,
     },
-    /// I am there.
+    /// A heartbeat.
     Beat {
-        /// Which beat of this connection.
+        /// Number of the heartbeat on this connection.
         number: u64,
     },
 }
 
-/// A place in a round.
+/// The place of a node in a round.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Place {
-    /// The round, from 0.
+    /// Number of the round, from 0.
     pub round: u64,
     /// Rank of the node.
     pub group_rank: u64,
@@ -149,11 +150,11 @@ pub struct Place {
     pub first_role_rank: u64,
     /// Number of workers of its role.
     pub role_world_size: u64,
-    /// Address that workers find their store at, where the host's user has said one. The port is the host's.
+    /// Address of the workers' store, if the host was given one. The port is that of the endpoint.
     pub address: Option<String>,
-    /// How many rounds ended because a worker failed.
+    /// Number of rounds that ended because a worker failed.
     pub failures: u64,
-    /// How many rounds ended because nodes came or went.
+    /// Number of rounds that ended because nodes joined, left or were lost.
     pub membership_changes: u64,
     /// Why the round before this one ended.
     pub cause: Option<Cause>,
@@ -164,111 +165,112 @@ pub struct Place {
 pub struct Cause {
     /// The kind of cause.
     pub kind: RestartCause,
-    /// The node it happened on, as [`Introduction::name`].
-    #[serde(deserialize_with = "shown")]
+    /// The node where it happened, as [`Introduction::name`].
+    #[serde(deserialize_with = "printable_string")]
     pub node: String,
-    /// When, as nanoseconds of the wall clock, where that is known.
+    /// Time in nanoseconds of the wall clock, if known.
     pub at_ns: Option<u64>,
     /// What happened.
-    #[serde(deserialize_with = "shown")]
+    #[serde(deserialize_with = "printable_string")]
     pub text: String,
-    /// Exit code of the job, if it ends of this.
+    /// Exit code of the job if this ends it.
     pub code: i32,
 }
 
 impl Cause {
-    /// Whether this is known to have happened before `other`, of which it may not be known when it happened.
+    /// Whether this cause has a timestamp that precedes `other`'s. A cause without a timestamp counts as later.
     #[must_use]
     pub fn is_before(&self, other: &Self) -> bool {
         self.at_ns.is_some_and(|at_ns| other.at_ns.is_none_or(|other| at_ns < other))
     }
 }
 
-/// From the host to an agent.
+/// A message from the host to an agent.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum HostMessage {
-    /// The answer to the first message.
+    /// The answer to the introduction.
     Welcome {
-        /// The other side is taken for lost after so much silence.
+        /// Either side declares the other lost after this time without a message.
         silence: Duration,
     },
-    /// A round begins.
+    /// A round begins; the agent has this place.
     Begin(Place),
-    /// The round is over: stop your workers and join again.
+    /// The round has ended: stop the workers and join again.
     Over {
         /// The round.
         round: u64,
-        /// Why.
+        /// The cause.
         cause: Cause,
     },
     /// The round did not begin in time.
     TimedOut {
-        /// Nodes that are there.
-        #[serde(deserialize_with = "shown_list")]
+        /// Names of the nodes that have joined.
+        #[serde(deserialize_with = "printable_strings")]
         waiting: Vec<String>,
         /// Why the round before it ended.
-        #[serde(deserialize_with = "shown_option")]
+        #[serde(deserialize_with = "optional_printable_string")]
         cause: Option<String>,
     },
     /// All workers of all nodes have succeeded.
     Released,
-    /// There will be no other round.
+    /// There will be no further round.
     Closed {
-        /// Why.
-        #[serde(deserialize_with = "shown")]
+        /// The reason.
+        #[serde(deserialize_with = "printable_string")]
         text: String,
         /// Exit code of the job; 0 for a spare of a job that has succeeded.
         code: i32,
     },
-    /// The job has ended, or was about to, when the agent came.
+    /// The job had ended, or was about to end, when the agent came.
     Late {
-        /// How it ended.
-        #[serde(deserialize_with = "shown")]
+        /// How the job ended.
+        #[serde(deserialize_with = "printable_string")]
         text: String,
     },
-    /// The host does not want this agent.
+    /// The host refuses this agent.
     Refused {
-        /// Why.
-        #[serde(deserialize_with = "shown")]
+        /// The reason.
+        #[serde(deserialize_with = "printable_string")]
         text: String,
     },
-    /// The host has taken this agent for lost. It may come again, as another one.
+    /// The host has declared this agent lost. The agent may connect again as a new member.
     Dropped {
-        /// Why.
-        #[serde(deserialize_with = "shown")]
+        /// The reason.
+        #[serde(deserialize_with = "printable_string")]
         text: String,
     },
-    /// Something that people should know.
-    Remark {
-        /// What.
-        #[serde(deserialize_with = "shown")]
+    /// A warning for the user.
+    #[serde(rename = "Remark")]
+    Warning {
+        /// The warning.
+        #[serde(deserialize_with = "printable_string")]
         text: String,
     },
-    /// The answer to a beat.
+    /// The answer to a heartbeat.
     Beat {
-        /// That of the beat.
+        /// Number of the heartbeat.
         number: u64,
     },
-    /// Needs no answer but that of the machine, which acknowledges it.
+    /// A probe: the agent does not reply, but its kernel acknowledges the bytes.
     Probe,
 }
 
-/// Why what came is no message.
+/// Why received bytes are not a message.
 #[derive(Debug, thiserror::Error)]
-pub enum Garbled {
-    /// It announces more than a message has.
-    #[error("a message of {0} bytes is over the limit of {MOST_FRAME_BYTES}")]
+pub enum InvalidMessage {
+    /// The announced length exceeds the limit.
+    #[error("a message of {0} bytes is over the limit of {MAX_FRAME_BYTES}")]
     TooLong(usize),
-    /// It is not one.
-    #[error("it is not understood: {0}")]
-    NotUnderstood(#[from] serde_json::Error),
+    /// The frame is not a valid message.
+    #[error("it cannot be parsed: {0}")]
+    Malformed(#[from] serde_json::Error),
 }
 
 /// Appends a message as a frame.
 pub fn encode(message: &impl Serialize, frames: &mut Vec<u8>) {
     let start = frames.len();
     frames.extend_from_slice(&[0; 4]);
-    // Strings, numbers and lists of them: there is nothing to fail, and a vector takes everything.
+    // Cannot fail: the messages hold strings, numbers and lists of them, and a vector accepts all bytes.
     if serde_json::to_writer(&mut *frames, message).is_err() {
         return frames.truncate(start);
     }
@@ -276,12 +278,12 @@ pub fn encode(message: &impl Serialize, frames: &mut Vec<u8>) {
     frames[start..start + 4].copy_from_slice(&length.to_le_bytes());
 }
 
-/// Takes the first message off the front of `frames`; `None` until it is complete.
-pub fn decode<M: DeserializeOwned>(frames: &mut Vec<u8>) -> Result<Option<M>, Garbled> {
+/// Removes the first message from the front of `frames`; `None` until it is complete.
+pub fn decode<M: DeserializeOwned>(frames: &mut Vec<u8>) -> Result<Option<M>, InvalidMessage> {
     let Some(length) = frames.first_chunk() else { return Ok(None) };
     let length = usize::try_from(u32::from_le_bytes(*length)).unwrap_or(usize::MAX);
-    if length > MOST_FRAME_BYTES {
-        return Err(Garbled::TooLong(length));
+    if length > MAX_FRAME_BYTES {
+        return Err(InvalidMessage::TooLong(length));
     }
     let Some(frame) = frames.get(4..4 + length) else { return Ok(None) };
     let message = serde_json::from_slice(frame)?;
@@ -289,15 +291,15 @@ pub fn decode<M: DeserializeOwned>(frames: &mut Vec<u8>) -> Result<Option<M>, Ga
     Ok(Some(message))
 }
 
-/// Text of another process, which is shown to people.
-fn shown<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
+/// Makes text of another process printable, because it is shown to the user.
+fn printable_string<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
     String::deserialize(deserializer).map(|text| printable(&text))
 }
 
-fn shown_list<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
+fn printable_strings<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
     Vec::<String>::deserialize(deserializer).map(|texts| texts.iter().map(|text| printable(text)).collect())
 }
 
-fn shown_option<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
+fn optional_printable_string<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
     Option::<String>::deserialize(deserializer).map(|text| text.as_deref().map(printable))
 }

@@ -1,4 +1,4 @@
-//! Who takes part in a round that begins, and with which ranks. Pure.
+//! Selects the nodes of a round and assigns their ranks. Pure.
 
 use std::collections::HashMap;
 use std::time::Instant;
@@ -11,14 +11,14 @@ pub type Id = u64;
 /// An agent that waits for a round.
 pub(super) struct Candidate<'a> {
     pub(super) id: Id,
-    pub(super) who: &'a Introduction,
+    pub(super) agent: &'a Introduction,
     pub(super) join: &'a Join,
     pub(super) since: Instant,
-    /// Its rank in the last round, if it took part.
-    pub(super) former: Option<u64>,
+    /// Its rank in the last round, if it took part in that.
+    pub(super) former_rank: Option<u64>,
 }
 
-/// What all who take part are told alike.
+/// The part of a [`Place`] that is the same for all nodes of the round.
 pub(super) struct Round {
     pub(super) number: u64,
     pub(super) address: Option<String>,
@@ -27,46 +27,48 @@ pub(super) struct Round {
     pub(super) cause: Option<Cause>,
 }
 
-/// Picks those who take part. They come in the order of their ranks.
-pub(super) fn choose(mut waiting: Vec<Candidate<'_>>, most: usize) -> Vec<Candidate<'_>> {
-    // The host's own agent has its place in any case: the store is at the address of rank 0.
-    waiting.sort_by_key(|one| (!one.who.is_host, one.former.is_none(), one.since, one.id));
-    waiting.truncate(most);
-    waiting.sort_by_key(|one| {
-        let former = one.former.unwrap_or(u64::MAX);
-        (one.who.node_rank, !one.who.is_host, former, one.who.name.clone(), one.id)
+/// Picks the nodes of the round, in the order of their ranks.
+pub(super) fn choose(mut waiting: Vec<Candidate<'_>>, max_nodes: usize) -> Vec<Candidate<'_>> {
+    // The host's own agent always takes part: the store is at the address of rank 0.
+    waiting.sort_by_key(|candidate| {
+        (!candidate.agent.is_host, candidate.former_rank.is_none(), candidate.since, candidate.id)
+    });
+    waiting.truncate(max_nodes);
+    waiting.sort_by_key(|candidate| {
+        let former_rank = candidate.former_rank.unwrap_or(u64::MAX);
+        (candidate.agent.node_rank, !candidate.agent.is_host, former_rank, candidate.agent.name.clone(), candidate.id)
     });
     waiting
 }
 
-/// The place of each. Workers have ranks in the order of their nodes, among all and among those of their role.
-pub(super) fn places(seated: &[Candidate<'_>], round: &Round) -> Vec<(Id, Place)> {
+/// The places of the chosen nodes. Ranks of workers follow the order of the nodes, both in the world and within each role.
+pub(super) fn places(chosen: &[Candidate<'_>], round: &Round) -> Vec<(Id, Place)> {
     let mut role_sizes: HashMap<&str, u64> = HashMap::new();
-    for one in seated {
-        *role_sizes.entry(&one.join.role).or_default() += one.join.local_world_size;
+    for candidate in chosen {
+        *role_sizes.entry(&candidate.join.role).or_default() += candidate.join.local_world_size;
     }
     let world_size = role_sizes.values().sum();
     let mut first_rank = 0;
     let mut first_role_ranks: HashMap<&str, u64> = HashMap::new();
-    let mut places = Vec::with_capacity(seated.len());
-    for (group_rank, one) in (0..).zip(seated) {
-        let first_role_rank = first_role_ranks.entry(&one.join.role).or_default();
+    let mut places = Vec::with_capacity(chosen.len());
+    for (group_rank, candidate) in (0..).zip(chosen) {
+        let first_role_rank = first_role_ranks.entry(&candidate.join.role).or_default();
         let place = Place {
             round: round.number,
             group_rank,
-            group_world_size: u64::try_from(seated.len()).unwrap_or(u64::MAX),
+            group_world_size: u64::try_from(chosen.len()).unwrap_or(u64::MAX),
             first_rank,
             world_size,
             first_role_rank: *first_role_rank,
-            role_world_size: role_sizes[one.join.role.as_str()],
+            role_world_size: role_sizes[candidate.join.role.as_str()],
             address: round.address.clone(),
             failures: round.failures,
             membership_changes: round.membership_changes,
             cause: round.cause.clone(),
         };
-        first_rank += one.join.local_world_size;
-        *first_role_rank += one.join.local_world_size;
-        places.push((one.id, place));
+        first_rank += candidate.join.local_world_size;
+        *first_role_rank += candidate.join.local_world_size;
+        places.push((candidate.id, place));
     }
     places
 }

@@ -1,6 +1,6 @@
-//! A key-value store that stock clients of torch's `TCPStore` can use.
+//! A key-value store that is compatible with clients of torch's `TCPStore`.
 //!
-//! [`wire`] parses the stream of a connection into requests, [`state`] applies them, and [`client`] is a client. The server's thread is in
+//! [`wire`] decodes the stream of a connection into requests, [`state`] applies them, and [`client`] is a client. The server's thread is in
 //! [`crate::host`], because a rendezvous uses the same port.
 
 pub mod client;

@@ -1,12 +1,12 @@
-//! What a store holds, and what each request does to it. Pure: requests in, replies out.
+//! The contents of a store, and the effect of each request. Pure: requests in, replies out.
 //!
-//! The semantics are those of torch's libuv server, its oddities included, for clients see them.
+//! The semantics are those of torch's libuv server, including its oddities, because clients depend on them.
 
 use std::collections::{HashMap, VecDeque};
 
 use super::wire::{Key, Limits, StoreRequest, Value};
 
-/// A connection, by a number of the caller's.
+/// A connection, as numbered by the caller.
 pub type Peer = u64;
 
 const READY: u8 = 0;
@@ -14,10 +14,10 @@ const NOT_READY: u8 = 1;
 const STOP_WAITING: u8 = 0;
 const WAIT_CANCELED: u8 = 1;
 
-/// What a connection is told. Replies of a connection are in order; other than the answer to a `WAIT`, each comes at once.
+/// A reply to a connection. Replies to one connection are in order. All come at once, except for the answers to `WAIT` and `BARRIER`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StoreReply {
-    /// To whom.
+    /// The connection to reply to.
     pub peer: Peer,
     /// The bytes.
     pub bytes: Vec<u8>,
@@ -26,36 +26,36 @@ pub struct StoreReply {
 /// A request that torch's server answers by closing the connection.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Misuse {
-    /// `ADD` to something that is no number.
-    #[error("the value of key {0} is no number")]
+    /// `ADD` to a value that is not a number.
+    #[error("the value of key {0} is not a number")]
     NotANumber(String),
-    /// The answer is larger than [`Limits::reply_bytes`].
+    /// The reply exceeds [`Limits::reply_bytes`].
     #[error("a reply of {size} bytes is over the limit of {limit}")]
-    TooMuch {
-        /// What it would have.
+    ReplyTooLarge {
+        /// Size of the reply.
         size: usize,
-        /// What it may have.
+        /// The limit.
         limit: u64,
     },
 }
 
-/// What a connection waits for.
+/// The keys that a connection waits for.
 #[derive(Debug)]
 struct Waiting {
-    /// How many keys are missing, each counted as often as it was named.
+    /// Number of missing keys, where a key that was named twice counts twice.
     missing: usize,
-    /// Those keys, each once.
+    /// The missing keys, each once.
     keys: Vec<Key>,
 }
 
 /// The contents of a store.
 #[derive(Debug)]
 pub struct StoreState {
-    most_replied: u64,
+    max_reply_bytes: u64,
     values: HashMap<Key, Value>,
     queues: HashMap<Key, VecDeque<Value>>,
     waiting: HashMap<Peer, Waiting>,
-    /// By key, who waits for it, in the order in which they came; also who is at the barrier of that name.
+    /// The waiters of each key in the order of their arrival, including those at a barrier with this name.
     waiters: HashMap<Key, Vec<Peer>>,
     replies: Vec<StoreReply>,
 }
@@ -67,11 +67,11 @@ impl Default for StoreState {
 }
 
 impl StoreState {
-    /// A store without a key.
+    /// An empty store.
     #[must_use]
     pub fn new(limits: &Limits) -> Self {
         Self {
-            most_replied: limits.reply_bytes,
+            max_reply_bytes: limits.reply_bytes,
             values: HashMap::new(),
             queues: HashMap::new(),
             waiting: HashMap::new(),
@@ -80,14 +80,14 @@ impl StoreState {
         }
     }
 
-    /// Does what a connection asks for; the replies that follow from it, also to others, are appended to `replies`.
+    /// Applies a request. Appends the replies that follow from it, also those to other connections, to `replies`.
     pub fn apply(&mut self, peer: Peer, request: StoreRequest, replies: &mut Vec<StoreReply>) -> Result<(), Misuse> {
         let answered = self.dispatch(peer, request);
         replies.append(&mut self.replies);
         answered
     }
 
-    /// A connection has ended: it waits for nothing any more. The counters of barriers that it has entered stay.
+    /// A connection has ended: removes it from all lists of waiters. The counters of the barriers that it has entered stay.
     pub fn forget(&mut self, peer: Peer) {
         let Some(waiting) = self.waiting.remove(&peer) else { return };
         for key in waiting.keys {
@@ -100,13 +100,13 @@ impl StoreState {
         }
     }
 
-    /// The value of a key, for those on this side of the wire.
+    /// The value of a key.
     #[must_use]
     pub fn get(&self, key: &[u8]) -> Option<&Value> {
         self.values.get(key)
     }
 
-    /// How many keys there are, without queues.
+    /// Number of keys, without queues.
     #[must_use]
     pub fn len(&self) -> usize {
         self.values.len()
@@ -124,8 +124,8 @@ impl StoreState {
             StoreRequest::CompareSet { key, expected, desired } => self.compare_set(peer, &key, &expected, desired)?,
             StoreRequest::Get { key } => {
                 let value = self.values.get(&key).map_or(&[][..], Vec::as_slice);
-                self.allow(sized_len(value))?;
-                let reply = sized(value);
+                self.check_reply_size(prefixed_size(value))?;
+                let reply = prefixed(value);
                 self.reply(peer, reply);
             }
             StoreRequest::Add { key, delta } => {
@@ -138,7 +138,7 @@ impl StoreState {
                 self.reply(peer, vec![if ready { READY } else { NOT_READY }]);
             }
             StoreRequest::Wait { keys } => self.wait(peer, keys),
-            StoreRequest::GetNumKeys => self.reply(peer, count(self.values.len())),
+            StoreRequest::GetNumKeys => self.reply(peer, encode_count(self.values.len())),
             StoreRequest::DeleteKey { key } => {
                 let existed = self.values.remove(&key).is_some();
                 self.reply(peer, i64::from(existed).to_le_bytes().to_vec());
@@ -149,10 +149,10 @@ impl StoreState {
             }
             StoreRequest::MultiGet { keys } => {
                 let values = || keys.iter().map(|key| self.values.get(key).map_or(&[][..], Vec::as_slice));
-                let size = values().map(sized_len).fold(0, usize::saturating_add);
-                self.allow(size)?;
+                let size = values().map(prefixed_size).fold(0, usize::saturating_add);
+                self.check_reply_size(size)?;
                 let mut reply = Vec::with_capacity(size);
-                values().for_each(|value| push_sized(&mut reply, value));
+                values().for_each(|value| push_prefixed(&mut reply, value));
                 self.reply(peer, reply);
             }
             StoreRequest::MultiSet { pairs } => pairs.into_iter().for_each(|(key, value)| self.set(key, value)),
@@ -166,18 +166,20 @@ impl StoreState {
                 self.wake_one(&key);
             }
             StoreRequest::QueuePop { key } => self.queue_pop(peer, &key)?,
-            StoreRequest::QueueLen { key } => self.reply(peer, count(self.queues.get(&key).map_or(0, VecDeque::len))),
+            StoreRequest::QueueLen { key } => {
+                self.reply(peer, encode_count(self.queues.get(&key).map_or(0, VecDeque::len)));
+            }
             StoreRequest::ListKeys => {
-                let mut reply = count(self.values.len());
-                let sizes = self.values.keys().map(|key| sized_len(key));
+                let mut reply = encode_count(self.values.len());
+                let sizes = self.values.keys().map(|key| prefixed_size(key));
                 let size = sizes.fold(reply.len(), usize::saturating_add);
-                self.allow(size)?;
+                self.check_reply_size(size)?;
                 reply.reserve_exact(size - reply.len());
-                self.values.keys().for_each(|key| push_sized(&mut reply, key));
+                self.values.keys().for_each(|key| push_prefixed(&mut reply, key));
                 self.reply(peer, reply);
             }
             StoreRequest::Barrier { key, world_size } => self.barrier(peer, key, world_size)?,
-            // Not for the store: the server has seen to it.
+            // Handled by the server.
             StoreRequest::Upgrade => {}
         }
         Ok(())
@@ -188,13 +190,13 @@ impl StoreState {
         self.values.insert(key, value);
     }
 
-    /// A missing key is taken for empty when that is expected. Otherwise the peer is told what it expects to be told, as if it were there.
+    /// A missing key matches an empty expected value. Otherwise a missing key echoes the expected value, as torch's server does.
     fn compare_set(&mut self, peer: Peer, key: &Key, expected: &[u8], desired: Value) -> Result<(), Misuse> {
         let current = self.values.get(key).map(Vec::as_slice);
         let is_expected = current.unwrap_or_default() == expected;
         let reply = if is_expected { &desired } else { current.unwrap_or(expected) };
-        self.allow(sized_len(reply))?;
-        let reply = sized(reply);
+        self.check_reply_size(prefixed_size(reply))?;
+        let reply = prefixed(reply);
         if is_expected {
             self.values.insert(key.clone(), desired);
         }
@@ -207,7 +209,7 @@ impl StoreState {
         let current = match self.values.get(key) {
             None => 0,
             Some(value) => {
-                number(value).ok_or_else(|| Misuse::NotANumber(String::from_utf8_lossy(key).into_owned()))?
+                parse_integer(value).ok_or_else(|| Misuse::NotANumber(String::from_utf8_lossy(key).into_owned()))?
             }
         };
         let sum = current.wrapping_add(delta);
@@ -216,7 +218,7 @@ impl StoreState {
     }
 
     fn is_present(&self, key: &Key) -> bool {
-        // A queue is there as long as it holds something.
+        // A queue is present while it is not empty.
         self.values.contains_key(key) || self.queues.contains_key(key)
     }
 
@@ -235,48 +237,49 @@ impl StoreState {
             self.waiters.entry(key.clone()).or_default().push(peer);
         }
         let missing = keys.len();
-        // When the peer gives up, each list of waiters is gone through once, however often the key was named.
+        // With each key once, a peer that stops waiting is removed from each list in one pass.
         keys.sort_unstable();
         keys.dedup();
         self.waiting.insert(peer, Waiting { missing, keys });
     }
 
-    /// A key is there: whoever waits for nothing else may go on.
+    /// A key is present: wakes all waiters that need no other key.
     fn wake(&mut self, key: &Key) {
         for peer in self.waiters.remove(key).unwrap_or_default() {
-            self.found(peer);
+            self.note_present(peer);
         }
     }
 
-    /// What was pushed is for one of those who wait: the first who may go on now. Who waits for more than this would leave it there.
+    /// Wakes the first waiter that needs no key but this one, because a pushed value is for one waiter. Waiters that need further keys keep
+    /// waiting.
     fn wake_one(&mut self, key: &Key) {
         let Some(mut peers) = self.waiters.remove(key) else { return };
-        let goes_on = peers.iter().position(|peer| self.found(*peer));
-        peers.drain(..goes_on.map_or(peers.len(), |first| first + 1));
+        let woken = peers.iter().position(|peer| self.note_present(*peer));
+        peers.drain(..woken.map_or(peers.len(), |first| first + 1));
         if !peers.is_empty() {
             self.waiters.insert(key.clone(), peers);
         }
     }
 
-    /// A key that a connection waits for is there; whether it has waited for nothing else and was told.
-    fn found(&mut self, peer: Peer) -> bool {
+    /// Notes that a key is present for a waiter. Returns whether it needed no other key and was woken.
+    fn note_present(&mut self, peer: Peer) -> bool {
         let Some(waiting) = self.waiting.get_mut(&peer) else { return false };
         waiting.missing -= 1;
-        let is_all = waiting.missing == 0;
-        if is_all {
+        let is_woken = waiting.missing == 0;
+        if is_woken {
             self.forget(peer);
             self.reply(peer, vec![STOP_WAITING]);
         }
-        is_all
+        is_woken
     }
 
     fn queue_pop(&mut self, peer: Peer, key: &Key) -> Result<(), Misuse> {
         let front = self.queues.get(key).and_then(VecDeque::front);
-        self.allow(size_of::<i64>() + front.map_or(0, |value| sized_len(value)))?;
-        let mut reply = count(self.queues.get(key).map_or(0, VecDeque::len));
+        self.check_reply_size(size_of::<i64>() + front.map_or(0, |value| prefixed_size(value)))?;
+        let mut reply = encode_count(self.queues.get(key).map_or(0, VecDeque::len));
         if let Some(queue) = self.queues.get_mut(key) {
             if let Some(value) = queue.pop_front() {
-                push_sized(&mut reply, &value);
+                push_prefixed(&mut reply, &value);
             }
             if queue.is_empty() {
                 self.queues.remove(key);
@@ -286,7 +289,7 @@ impl StoreState {
         Ok(())
     }
 
-    /// Who enters waits for the key, which is there as a counter, until the barrier is full or somebody else sets it.
+    /// Counts the peer at the barrier. The peer waits until the count reaches `world_size`, or until another connection sets the key.
     fn barrier(&mut self, peer: Peer, key: Key, world_size: i64) -> Result<(), Misuse> {
         self.forget(peer);
         if self.add(&key, 1)? < world_size {
@@ -298,10 +301,14 @@ impl StoreState {
         Ok(())
     }
 
-    /// Refuses a reply that is too large, before there is one.
-    fn allow(&self, size: usize) -> Result<(), Misuse> {
-        let limit = self.most_replied;
-        if u64::try_from(size).is_ok_and(|size| size <= limit) { Ok(()) } else { Err(Misuse::TooMuch { size, limit }) }
+    /// Refuses a reply that is too large before it is built.
+    fn check_reply_size(&self, size: usize) -> Result<(), Misuse> {
+        let limit = self.max_reply_bytes;
+        if u64::try_from(size).is_ok_and(|size| size <= limit) {
+            Ok(())
+        } else {
+            Err(Misuse::ReplyTooLarge { size, limit })
+        }
     }
 
     fn reply(&mut self, peer: Peer, bytes: Vec<u8>) {
@@ -309,30 +316,30 @@ impl StoreState {
     }
 }
 
-/// What bytes take after their length.
-fn sized_len(bytes: &[u8]) -> usize {
+/// Size of a length-prefixed byte string.
+fn prefixed_size(bytes: &[u8]) -> usize {
     size_of::<u64>().saturating_add(bytes.len())
 }
 
-/// Bytes after their length.
-fn sized(bytes: &[u8]) -> Vec<u8> {
-    let mut sized = Vec::with_capacity(sized_len(bytes));
-    push_sized(&mut sized, bytes);
-    sized
+/// A length-prefixed byte string.
+fn prefixed(bytes: &[u8]) -> Vec<u8> {
+    let mut prefixed = Vec::with_capacity(prefixed_size(bytes));
+    push_prefixed(&mut prefixed, bytes);
+    prefixed
 }
 
-fn push_sized(to: &mut Vec<u8>, bytes: &[u8]) {
+fn push_prefixed(to: &mut Vec<u8>, bytes: &[u8]) {
     to.extend_from_slice(&(bytes.len() as u64).to_le_bytes());
     to.extend_from_slice(bytes);
 }
 
-fn count(count: usize) -> Vec<u8> {
+fn encode_count(count: usize) -> Vec<u8> {
     i64::try_from(count).unwrap_or(i64::MAX).to_le_bytes().to_vec()
 }
 
-/// As `stoll(3)` reads it: after white space and a sign, as many digits as there are. `None` without a digit, or if it does not fit.
-fn number(text: &[u8]) -> Option<i64> {
-    // Rust's white space is without the vertical tab.
+/// Parses like `stoll(3)`: white space, a sign, then digits up to the first other byte. `None` without a digit or on overflow.
+fn parse_integer(text: &[u8]) -> Option<i64> {
+    // `is_ascii_whitespace` lacks the vertical tab.
     let start = text.iter().position(|byte| !matches!(byte, b'\t'..=b'\r' | b' '))?;
     let text = &text[start..];
     let (sign, digits) = match text.split_first()? {

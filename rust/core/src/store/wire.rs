@@ -1,30 +1,30 @@
-//! The requests of a `TCPStore` client, cut out of the stream in which they come.
+//! Decodes the byte stream of a `TCPStore` client into requests.
 //!
-//! A request is an opcode and its arguments, without an envelope: its length is known when it has been read. What has been understood of it
-//! is kept, so that a request of many keys costs what it holds, however it is fragmented. Integers are little-endian.
+//! A request is an opcode and its arguments, without a length. Parsed arguments are kept until the request is complete, so that each byte
+//! is parsed once, however the request is fragmented. Integers are little-endian.
 
-/// Opcode by which an agent changes to the rendezvous protocol. No `TCPStore` has it: torch's server closes the connection.
+/// The opcode that changes a connection to the rendezvous protocol. No `TCPStore` has it: torch's server closes the connection.
 pub const UPGRADE: u8 = 0xFE;
 
-/// The first message of a connection carries this.
+/// The magic number in the first message of a connection.
 pub const MAGIC: u32 = 0x3C85_F7CE;
 
-/// Bounds of what a client may ask for. Beyond them its connection is closed, as torch's server does.
+/// Limits of a client's requests. A client that exceeds them is disconnected, as by torch's server.
 ///
-/// A connection holds at most one request and one reply of the largest size, and a few MiB. What is stored has no bound, nor have
-/// connections: whoever knows the port is taken for one of the job's own workers.
+/// A connection holds at most one request and one reply of the maximum size, and a few MiB. The stored data and the number of connections
+/// have no limit: every client of the port is trusted as a worker of the job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// Bytes of a key: 8 KiB, as in torch.
+    /// Maximum size of a key: 8 KiB, as in torch.
     pub key_bytes: u64,
-    /// Bytes of a value in a request: 8 MiB, as in torch.
+    /// Maximum size of a value in a request: 8 MiB, as in torch.
     pub value_bytes: u64,
-    /// Keys of a request: 131,072, as in torch.
+    /// Maximum number of keys in a request: 131,072, as in torch.
     pub keys: u64,
-    /// Bytes of the keys and values of a request: 256 MiB. Torch's server has no such bound.
+    /// Maximum size of all keys and values in a request: 256 MiB. Torch's server has no such limit.
     pub request_bytes: u64,
-    /// Bytes of the reply to a request: 256 MiB. Torch's server has no such bound. A few bytes can ask for a large value many times over,
-    /// and `APPEND` makes values that are larger than a request.
+    /// Maximum size of a reply: 256 MiB. Torch's server has no such limit. A short request can ask for a large value many times, and
+    /// `APPEND` makes values larger than a request.
     pub reply_bytes: u64,
 }
 
@@ -34,10 +34,10 @@ impl Default for Limits {
     }
 }
 
-/// Room for bytes to come, or to be sent, that a connection keeps while there are none: thousands of them may be idle.
-const KEPT_ROOM: usize = 1024;
+/// Capacity that the buffers of an idle connection may keep. Thousands of connections may be idle.
+const KEPT_CAPACITY: usize = 1024;
 
-/// A key as it is stored: with the prefixes that clients give it.
+/// A key as stored, with the prefixes that clients add.
 pub type Key = Box<[u8]>;
 /// A value.
 pub type Value = Vec<u8>;
@@ -101,54 +101,54 @@ pub enum StoreRequest {
         key: Key,
         world_size: i64,
     },
-    /// Not torch's: what follows is for the rendezvous.
+    /// An extension of this package: the rendezvous protocol follows.
     Upgrade,
 }
 
 /// Why a connection is closed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {
-    /// The first message is not the one that every client begins with.
-    #[error("the peer is no client of a TCPStore: it began with {0:#04x}")]
-    NoClient(u8),
-    /// It began as a client, with another number than clients have.
-    #[error("the peer is no client of a TCPStore: its number is {0:#010x}")]
-    Magic(u32),
-    /// The opcode is unknown, or came at a wrong time.
-    #[error("opcode {0} is not known here")]
+    /// The first byte is not the opcode of a client's first message.
+    #[error("the peer is not a TCPStore client: its first byte is {0:#04x}")]
+    NotAClient(u8),
+    /// The first message has a wrong magic number.
+    #[error("the peer is not a TCPStore client: its magic number is {0:#010x}")]
+    WrongMagic(u32),
+    /// The opcode is unknown or out of place.
+    #[error("opcode {0} is unknown or out of place")]
     Opcode(u8),
-    /// Something is larger than the limits allow.
-    #[error("{what} of {size} is over the limit of {limit}")]
+    /// A limit is exceeded.
+    #[error("{item} of {size} is over the limit of {limit}")]
     TooLarge {
-        /// What it is.
-        what: &'static str,
-        /// What the peer announced.
+        /// The limited item.
+        item: &'static str,
+        /// The announced size.
         size: u64,
-        /// What is allowed.
+        /// The limit.
         limit: u64,
     },
 }
 
-/// What has been read of the arguments of a request.
+/// An incompletely parsed request.
 #[derive(Debug, Default)]
 struct Partial {
     opcode: u8,
-    /// Keys and values in the order in which they come.
+    /// Parsed keys and values in their order.
     fields: Vec<Vec<u8>>,
-    /// How many keys, or pairs, the list has.
+    /// Number of elements (keys or pairs) of a list.
     count: Option<u64>,
-    /// Bytes that the fields have taken.
+    /// Total size of the fields.
     bytes: u64,
 }
 
-/// Cuts the stream of one connection into requests.
+/// Decodes the stream of one connection into requests.
 #[derive(Debug)]
 pub struct Decoder {
     limits: Limits,
     is_validated: bool,
     buffer: Vec<u8>,
-    /// What of the buffer has been understood.
-    used: usize,
+    /// Number of parsed bytes in the buffer.
+    parsed: usize,
     partial: Option<Partial>,
 }
 
@@ -174,7 +174,7 @@ pub(crate) mod opcode {
     pub(crate) const BARRIER: u8 = 18;
 }
 
-/// What a field is, for its limit.
+/// The kind of a field, which determines its limit.
 #[derive(Clone, Copy)]
 enum Field {
     Key,
@@ -182,43 +182,43 @@ enum Field {
 }
 
 impl Decoder {
-    /// For a connection that has just been accepted.
+    /// The decoder of a new connection.
     #[must_use]
     pub fn new(limits: Limits) -> Self {
-        Self { limits, is_validated: false, buffer: Vec::new(), used: 0, partial: None }
+        Self { limits, is_validated: false, buffer: Vec::new(), parsed: 0, partial: None }
     }
 
     /// Takes the next bytes of the stream.
     pub fn feed(&mut self, bytes: &[u8]) {
-        // What has been understood makes room, at a cost that is no more than what is left.
-        if self.used > 0 && self.used * 2 >= self.buffer.len() {
-            self.buffer.drain(..self.used);
-            self.used = 0;
+        // Drops the parsed bytes once they are at least half of the buffer: amortised O(1) per byte.
+        if self.parsed > 0 && self.parsed * 2 >= self.buffer.len() {
+            self.buffer.drain(..self.parsed);
+            self.parsed = 0;
         }
         self.buffer.extend_from_slice(bytes);
     }
 
-    /// Bytes that are held for a request that is not complete.
+    /// Number of bytes held for an incomplete request.
     #[must_use]
     pub fn held(&self) -> usize {
         let fields = self.partial.as_ref().map_or(0, |partial| usize::try_from(partial.bytes).unwrap_or(usize::MAX));
-        fields.saturating_add(self.buffer.len() - self.used)
+        fields.saturating_add(self.buffer.len() - self.parsed)
     }
 
-    /// What has come after the last request that was taken.
+    /// Takes the bytes after the last decoded request.
     pub fn take_rest(&mut self) -> Vec<u8> {
-        self.buffer.split_off(self.used)
+        self.buffer.split_off(self.parsed)
     }
 
-    /// Gives back the room of bytes that were all understood.
-    fn settle(&mut self) {
-        if self.used == self.buffer.len() {
-            empty(&mut self.buffer);
-            self.used = 0;
+    /// Resets the buffer if all its bytes have been parsed.
+    fn reset_if_parsed(&mut self) {
+        if self.parsed == self.buffer.len() {
+            reset_buffer(&mut self.buffer);
+            self.parsed = 0;
         }
     }
 
-    /// The next request; `None` until more bytes have come.
+    /// The next request; `None` until more bytes arrive.
     #[expect(clippy::should_implement_trait, reason = "not an iterator: there may be more after None")]
     pub fn next(&mut self) -> Result<Option<StoreRequest>, Refusal> {
         if !self.is_validated && !self.validate()? {
@@ -228,7 +228,7 @@ impl Decoder {
             self.partial = self.take_array::<1>().map(|[opcode]| Partial { opcode, ..Partial::default() });
         }
         let Some(mut partial) = self.partial.take() else {
-            self.settle();
+            self.reset_if_parsed();
             return Ok(None);
         };
         let request = self.arguments(&mut partial)?;
@@ -238,17 +238,17 @@ impl Decoder {
         Ok(request)
     }
 
-    /// Whether the first message, which has no answer, is complete.
+    /// Whether the first message is complete. It has no reply.
     fn validate(&mut self) -> Result<bool, Refusal> {
-        match self.buffer.get(self.used) {
+        match self.buffer.get(self.parsed) {
             None => return Ok(false),
             Some(&opcode::VALIDATE) => {}
-            Some(&other) => return Err(Refusal::NoClient(other)),
+            Some(&other) => return Err(Refusal::NotAClient(other)),
         }
         let Some([_, magic @ ..]) = self.take_array::<5>() else { return Ok(false) };
         let magic = u32::from_le_bytes(magic);
         if magic != MAGIC {
-            return Err(Refusal::Magic(magic));
+            return Err(Refusal::WrongMagic(magic));
         }
         self.is_validated = true;
         Ok(true)
@@ -316,14 +316,14 @@ impl Decoder {
     }
 
     fn list(&mut self, partial: &mut Partial) -> Result<Option<Vec<Key>>, Refusal> {
-        if !self.fields_of_list(partial, &[Field::Key])? {
+        if !self.list_fields(partial, &[Field::Key])? {
             return Ok(None);
         }
         Ok(Some(std::mem::take(&mut partial.fields).into_iter().map(boxed).collect()))
     }
 
     fn pairs(&mut self, partial: &mut Partial) -> Result<Option<Vec<(Key, Value)>>, Refusal> {
-        if !self.fields_of_list(partial, &[Field::Key, Field::Value])? {
+        if !self.list_fields(partial, &[Field::Key, Field::Value])? {
             return Ok(None);
         }
         let mut fields = std::mem::take(&mut partial.fields).into_iter();
@@ -334,8 +334,8 @@ impl Decoder {
         Ok(Some(pairs))
     }
 
-    /// Whether all fields of a list are there, each of whose elements has fields of these kinds.
-    fn fields_of_list(&mut self, partial: &mut Partial, kinds: &[Field]) -> Result<bool, Refusal> {
+    /// Whether all fields of a list are parsed. Each element of the list has fields of these kinds.
+    fn list_fields(&mut self, partial: &mut Partial, kinds: &[Field]) -> Result<bool, Refusal> {
         let count = match partial.count {
             Some(count) => count,
             None => match self.take_array() {
@@ -343,9 +343,9 @@ impl Decoder {
                 None => return Ok(false),
             },
         };
-        within("a number of keys", count, self.limits.keys)?;
+        check_limit("a number of keys", count, self.limits.keys)?;
         partial.count = Some(count);
-        // It fits: there is a limit to the number of keys.
+        // Cannot overflow: the number of keys is limited.
         let expected = usize::try_from(count).unwrap_or(usize::MAX).saturating_mul(kinds.len());
         while partial.fields.len() < expected {
             if !self.field(partial, kinds[partial.fields.len() % kinds.len()])? {
@@ -355,36 +355,36 @@ impl Decoder {
         Ok(true)
     }
 
-    /// Whether the next field was there and was taken.
+    /// Parses the next field; `false` until it is complete.
     fn field(&mut self, partial: &mut Partial, kind: Field) -> Result<bool, Refusal> {
-        let Some(announced) = self.buffer[self.used..].first_chunk() else { return Ok(false) };
+        let Some(announced) = self.buffer[self.parsed..].first_chunk() else { return Ok(false) };
         let size = u64::from_le_bytes(*announced);
         match kind {
-            Field::Key => within("a key", size, self.limits.key_bytes)?,
-            Field::Value => within("a value", size, self.limits.value_bytes)?,
+            Field::Key => check_limit("a key", size, self.limits.key_bytes)?,
+            Field::Value => check_limit("a value", size, self.limits.value_bytes)?,
         }
-        within("a request", partial.bytes.saturating_add(size), self.limits.request_bytes)?;
-        let start = self.used + size_of::<u64>();
+        check_limit("a request", partial.bytes.saturating_add(size), self.limits.request_bytes)?;
+        let start = self.parsed + size_of::<u64>();
         let Some(bytes) = usize::try_from(size).ok().and_then(|size| self.buffer.get(start..start.checked_add(size)?))
         else {
             return Ok(false);
         };
         partial.fields.push(bytes.to_vec());
         partial.bytes += size;
-        self.used = start + partial.fields.last().map_or(0, Vec::len);
+        self.parsed = start + partial.fields.last().map_or(0, Vec::len);
         Ok(true)
     }
 
     fn take_array<const N: usize>(&mut self) -> Option<[u8; N]> {
-        let array = *self.buffer[self.used..].first_chunk()?;
-        self.used += N;
+        let array = *self.buffer[self.parsed..].first_chunk()?;
+        self.parsed += N;
         Some(array)
     }
 }
 
 /// Empties a buffer of a connection. Frees a large buffer instead of shrinking it, because shrinking would fragment the heap.
-pub(crate) fn empty(buffer: &mut Vec<u8>) {
-    if buffer.capacity() > KEPT_ROOM {
+pub(crate) fn reset_buffer(buffer: &mut Vec<u8>) {
+    if buffer.capacity() > KEPT_CAPACITY {
         *buffer = Vec::new();
     } else {
         buffer.clear();
@@ -395,6 +395,6 @@ fn boxed(key: Vec<u8>) -> Key {
     key.into_boxed_slice()
 }
 
-fn within(what: &'static str, size: u64, limit: u64) -> Result<(), Refusal> {
-    if size <= limit { Ok(()) } else { Err(Refusal::TooLarge { what, size, limit }) }
+fn check_limit(item: &'static str, size: u64, limit: u64) -> Result<(), Refusal> {
+    if size <= limit { Ok(()) } else { Err(Refusal::TooLarge { item, size, limit }) }
 }

@@ -11,8 +11,9 @@ use crate::table::{LOSS_GRACE, MOMENT, SECOND, SILENCE, Table, begun, introducti
 #[test]
 fn a_note_of_a_worker_in_the_store_is_a_failure() {
     let mut table = Table::running(2, 2);
-    let ended =
-        over(&table.step(HostEvent::Announced { text: "rank 3 wrote /remote_error".into(), grace: Duration::ZERO }));
+    let ended = over(
+        &table.step(HostEvent::FailureAnnounced { text: "rank 3 wrote /remote_error".into(), grace: Duration::ZERO }),
+    );
     assert_eq!(ended.len(), 2);
     assert_eq!(ended[0].1, RestartCause::Failure);
 }
@@ -21,13 +22,13 @@ fn a_note_of_a_worker_in_the_store_is_a_failure() {
 fn after_a_note_that_workers_write_evidence_they_have_time_for_it() {
     let mut table = Table::running(2, 2);
     let grace = 20 * SECOND;
-    assert_eq!(table.step(HostEvent::Announced { text: "rank 3 wrote /exception_dump".into(), grace }), []);
+    assert_eq!(table.step(HostEvent::FailureAnnounced { text: "rank 3 wrote /exception_dump".into(), grace }), []);
     assert_eq!(table.pass(grace.saturating_sub(MOMENT), &[1, 2]), []);
     assert_eq!(over(&table.pass(2 * MOMENT, &[1, 2])).len(), 2);
     // A worker that fails meanwhile ends the round before.
     table.join(1, Some(0));
     table.join(2, Some(0));
-    table.step(HostEvent::Announced { text: "rank 3 wrote /exception_dump".into(), grace });
+    table.step(HostEvent::FailureAnnounced { text: "rank 3 wrote /exception_dump".into(), grace });
     assert_eq!(over(&table.fail(1, 1, 1)).len(), 2);
     table.join(1, Some(1));
     table.join(2, Some(1));
@@ -38,8 +39,8 @@ fn after_a_note_that_workers_write_evidence_they_have_time_for_it() {
 fn of_two_notes_the_earlier_deadline_counts() {
     let mut table = Table::running(2, 2);
     let grace = 20 * SECOND;
-    table.step(HostEvent::Announced { text: "rank 3 wrote /exception_dump".into(), grace });
-    let error = HostEvent::Announced { text: "rank 3 wrote /remote_error".into(), grace: Duration::ZERO };
+    table.step(HostEvent::FailureAnnounced { text: "rank 3 wrote /exception_dump".into(), grace });
+    let error = HostEvent::FailureAnnounced { text: "rank 3 wrote /remote_error".into(), grace: Duration::ZERO };
     assert_eq!(over(&table.step(error)).len(), 2);
 }
 
@@ -120,7 +121,7 @@ fn a_node_that_leaves_explains_no_failure() {
     assert_eq!(table.rounds.closed(), Some("rank 1 exited with 1 on node1, and no restart is left"));
     // A note of a failure is one, also if its worker has not ended by then.
     let mut table = Table::running(2, 3);
-    table.step(HostEvent::Announced { text: "rank 3 wrote /exception_dump".into(), grace: 20 * SECOND });
+    table.step(HostEvent::FailureAnnounced { text: "rank 3 wrote /exception_dump".into(), grace: 20 * SECOND });
     let ended = over(&table.step(HostEvent::Left(3, "its agent was ended by SIGTERM".into())));
     assert_eq!(ended.iter().map(|(_, kind, _)| *kind).collect::<Vec<_>>(), [RestartCause::Failure; 2]);
 }
@@ -185,7 +186,7 @@ fn nor_does_a_node_that_begins_again() {
 fn a_note_in_the_store_does_not_hasten_the_last_failure() {
     let mut table = Table::running(2, 3);
     table.fail_for_good(1, 0);
-    table.step(HostEvent::Announced { text: "rank 2 wrote /remote_error".into(), grace: Duration::ZERO });
+    table.step(HostEvent::FailureAnnounced { text: "rank 2 wrote /remote_error".into(), grace: Duration::ZERO });
     assert_eq!(over(&table.step(HostEvent::Lost(3, "gone".into()))).len(), 2);
 }
 
@@ -212,7 +213,7 @@ fn of_two_last_failures_the_first_is_named_whichever_is_heard_first() {
 fn a_job_of_one_node_ends_at_once() {
     let mut table = Table::running(1, 1);
     let text = "rank 1 exited with 1 on node1, and no restart is left".into();
-    assert_eq!(table.fail_for_good(1, 0), [HostAction::Tell(1, HostMessage::Closed { text, code: 7 })]);
+    assert_eq!(table.fail_for_good(1, 0), [HostAction::Send(1, HostMessage::Closed { text, code: 7 })]);
 }
 
 #[test]

@@ -63,7 +63,7 @@ fn who_does_not_belong_here_is_told_why() {
     let who = introduction(1);
     let stranger = Introduction { run_id: "other".into(), ..who.clone() };
     let text = refused(&table.step(HostEvent::Entered(1, stranger))).expect("refused");
-    assert!(text.contains("that of job \"job\", not of job \"other\""), "{text}");
+    assert!(text.contains("belongs to job \"job\", not to job \"other\""), "{text}");
     let text = refused(&table.enter(2, (1, 4))).expect("refused");
     assert!(text.contains("--nnodes=2:2") && text.contains("--nnodes=1:4"), "{text}");
     let older = Introduction { protocol: 0, ..who };
@@ -136,7 +136,7 @@ fn survivors_that_are_too_few_wait_for_another_or_until_the_join_timeout() {
     let actions = table.pass(JOIN_TIMEOUT, &[1]);
     let waiting = vec!["node1 (agent 100)".into()];
     let cause = Some("node3 (agent 100) was lost: gone".into());
-    assert_eq!(actions, [HostAction::Tell(1, HostMessage::TimedOut { waiting, cause })]);
+    assert_eq!(actions, [HostAction::Send(1, HostMessage::TimedOut { waiting, cause })]);
 }
 
 #[test]
@@ -189,12 +189,12 @@ fn a_newcomer_does_not_interrupt_workers_that_are_about_to_succeed() {
     let actions = table.step(HostEvent::Finished(1, 1));
     let spare = HostMessage::Late { text: "the job has succeeded".into() };
     let told = [(1, HostMessage::Released), (2, HostMessage::Released), (4, spare)];
-    assert_eq!(actions, told.map(|(id, notice)| HostAction::Tell(id, notice)));
+    assert_eq!(actions, told.map(|(id, notice)| HostAction::Send(id, notice)));
 }
 
 #[test]
 fn membership_changes_have_a_limit_of_their_own() {
-    let limited = HostSettings { most_membership_changes: Some(1), ..settings(1, 2) };
+    let limited = HostSettings { max_membership_changes: Some(1), ..settings(1, 2) };
     let mut table = Table::new(limited);
     for id in [1, 2] {
         table.enter(id, (1, 2));
@@ -218,7 +218,7 @@ fn a_failure_without_a_restart_left_closes_the_job_for_all() {
     assert_eq!(table.fail_for_good(2, 0), []);
     let actions = table.pass(LOSS_GRACE, &[1, 2]);
     let text = "rank 2 exited with 1 on node2, and no restart is left".to_owned();
-    assert_eq!(actions, [1, 2].map(|id| HostAction::Tell(id, HostMessage::Closed { text: text.clone(), code: 7 })));
+    assert_eq!(actions, [1, 2].map(|id| HostAction::Send(id, HostMessage::Closed { text: text.clone(), code: 7 })));
 }
 
 #[test]
@@ -226,7 +226,7 @@ fn a_node_that_has_finished_is_not_missed() {
     let mut table = Table::running(2, 2);
     table.step(HostEvent::Finished(2, 0));
     assert_eq!(table.step(HostEvent::Lost(2, "gone".into())), []);
-    assert_eq!(table.step(HostEvent::Finished(1, 0)), [HostAction::Tell(1, HostMessage::Released)]);
+    assert_eq!(table.step(HostEvent::Finished(1, 0)), [HostAction::Send(1, HostMessage::Released)]);
 }
 
 #[test]
@@ -244,9 +244,9 @@ fn a_silent_node_is_lost_after_the_silence_and_not_before() {
     assert_eq!(table.pass(SILENCE.saturating_sub(MOMENT), &[1, 2]), []);
     let actions = table.pass(2 * MOMENT, &[1, 2]);
     assert!(
-        matches!(&actions[0], HostAction::Tell(3, HostMessage::Dropped { text }) if text.contains("silent for 15.0 s"))
+        matches!(&actions[0], HostAction::Send(3, HostMessage::Dropped { text }) if text.contains("silent for 15.0 s"))
     );
-    assert_eq!(actions[1], HostAction::Drop(3));
+    assert_eq!(actions[1], HostAction::Disconnect(3));
     assert_eq!(over(&actions).len(), 2);
 }
 
@@ -283,10 +283,10 @@ fn an_agent_that_comes_again_takes_its_own_place() {
         table.join(1, None);
         table.join(2, None);
         // One that it has given up, and that was slower.
-        assert_eq!(table.step(HostEvent::Entered(7, again(1, node_ranks[1]))), [HostAction::Drop(7)]);
+        assert_eq!(table.step(HostEvent::Entered(7, again(1, node_ranks[1]))), [HostAction::Disconnect(7)]);
         // Only it has seen its connection break.
         let actions = table.step(HostEvent::Entered(8, again(3, node_ranks[1])));
-        assert!(actions.contains(&HostAction::Drop(2)), "{actions:?}");
+        assert!(actions.contains(&HostAction::Disconnect(2)), "{actions:?}");
         assert_eq!(refused(&actions), None);
         assert_eq!(
             over(&actions).iter().map(|(id, kind, _)| (*id, *kind)).collect::<Vec<_>>(),
@@ -304,7 +304,7 @@ fn a_node_that_has_finished_and_comes_again_has_finished() {
     table.step(HostEvent::Finished(2, 0));
     table.step(HostEvent::Entered(8, again(3, None)));
     assert_eq!(table.step(HostEvent::Finished(8, 0)), []);
-    assert!(table.step(HostEvent::Finished(1, 0)).contains(&HostAction::Tell(8, HostMessage::Released)));
+    assert!(table.step(HostEvent::Finished(1, 0)).contains(&HostAction::Send(8, HostMessage::Released)));
 }
 
 #[test]
@@ -320,11 +320,11 @@ fn a_node_that_has_finished_may_lose_its_connection() {
     let ended = over(&table.step(HostEvent::Finished(7, 0)));
     assert_eq!(ended.iter().map(|(id, ..)| *id).collect::<Vec<_>>(), [7], "no worker of its was in this round");
     let actions = table.step(HostEvent::Finished(1, 0));
-    assert!(actions.contains(&HostAction::Tell(8, HostMessage::Released)), "{actions:?}");
+    assert!(actions.contains(&HostAction::Send(8, HostMessage::Released)), "{actions:?}");
     // An agent that comes now is late.
     let late = table.enter(9, (2, 2));
     let text = "the job has succeeded".into();
-    assert_eq!(late[late.len() - 2..], [HostAction::Tell(9, HostMessage::Late { text }), HostAction::Drop(9)]);
+    assert_eq!(late[late.len() - 2..], [HostAction::Send(9, HostMessage::Late { text }), HostAction::Disconnect(9)]);
 }
 
 #[test]
@@ -370,7 +370,7 @@ fn of_many_who_wait_some_are_named() {
         table.join(id, None);
     }
     let actions = table.pass(JOIN_TIMEOUT, &(1..=99).collect::<Vec<_>>());
-    let HostAction::Tell(1, HostMessage::TimedOut { waiting, .. }) = &actions[0] else { panic!("{actions:?}") };
+    let HostAction::Send(1, HostMessage::TimedOut { waiting, .. }) = &actions[0] else { panic!("{actions:?}") };
     assert_eq!((waiting.len(), waiting[32].as_str()), (33, "67 more"));
 }
 
@@ -389,11 +389,14 @@ fn an_agent_that_comes_after_the_end_was_no_spare() {
         }
         let actions = table.enter(4, (2, 2));
         let text = table.rounds.closed().expect("the end").to_owned();
-        assert_eq!(actions[1..], [HostAction::Tell(4, HostMessage::Late { text: text.clone() }), HostAction::Drop(4)]);
+        assert_eq!(
+            actions[1..],
+            [HostAction::Send(4, HostMessage::Late { text: text.clone() }), HostAction::Disconnect(4)]
+        );
         // An agent that was there before, and whose connection broke, hears how the job has ended.
         table.step(HostEvent::Lost(3, "gone".into()));
         let code = if is_success { 0 } else { 7 };
-        assert_eq!(table.enter(3, (2, 2)).last(), Some(&HostAction::Tell(3, HostMessage::Closed { text, code })));
+        assert_eq!(table.enter(3, (2, 2)).last(), Some(&HostAction::Send(3, HostMessage::Closed { text, code })));
     }
 }
 
@@ -406,7 +409,7 @@ fn all_nodes_hear_of_the_failure_and_its_exit_code() {
     table.step(HostEvent::Finished(1, 0));
     table.fail_for_good(2, 0);
     let text = "rank 2 exited with 1 on node2, and no restart is left".to_owned();
-    let told = [1, 2, 3, 4].map(|id| HostAction::Tell(id, HostMessage::Closed { text: text.clone(), code: 7 }));
+    let told = [1, 2, 3, 4].map(|id| HostAction::Send(id, HostMessage::Closed { text: text.clone(), code: 7 }));
     assert_eq!(table.pass(LOSS_GRACE, &[1, 2, 3, 4]), told);
 }
 
@@ -416,7 +419,7 @@ fn settings_that_differ_are_refused_with_both_values() {
         let settings = [("--max-restarts".to_owned(), restarts.to_owned())].into();
         Introduction { settings, ..introduction(id) }
     };
-    let text = "its job has --max-restarts=3, this node was started with --max-restarts=1: give all nodes the same";
+    let text = "the job has --max-restarts=3, this node was started with --max-restarts=1: give all nodes the same";
     let mut table = Table::new(settings(2, 2));
     table.step(HostEvent::Entered(1, who(1, "3")));
     assert_eq!(refused(&table.step(HostEvent::Entered(2, who(2, "1")))).as_deref(), Some(text));
@@ -427,7 +430,7 @@ fn settings_that_differ_are_refused_with_both_values() {
     table.join(2, None);
     let actions = table.step(HostEvent::Entered(1, who(1, "3")));
     assert_eq!(refused(&actions).as_deref(), Some(text));
-    assert!(actions.contains(&HostAction::Drop(2)), "{actions:?}");
+    assert!(actions.contains(&HostAction::Disconnect(2)), "{actions:?}");
     let (host, told) = &remarks(&actions)[0];
     assert!(*host == 1 && told.ends_with(text), "{told}");
     assert_eq!(begun(&table.join(1, None)), []);
@@ -439,7 +442,7 @@ fn a_refused_agent_is_reported_by_the_host() {
     table.enter(1, (2, 2));
     let actions = table.enter(2, (1, 4));
     let (host, text) = &remarks(&actions)[0];
-    assert!(*host == 1 && text.starts_with("node2 (agent 100) was turned away: its job has --nnodes=2:2"), "{text}");
+    assert!(*host == 1 && text.starts_with("node2 (agent 100) was turned away: the job has --nnodes=2:2"), "{text}");
 }
 
 #[test]
@@ -448,27 +451,27 @@ fn agents_that_wait_are_told_the_reason_and_each_change_of_it() {
     table.enter(1, (3, 4));
     table.join(1, None);
     let told = |actions: &[HostAction]| remarks(actions).into_iter().map(|(_, text)| text).collect::<Vec<_>>();
-    let one = "waiting for nodes: 1 of 3 have come (node1 (agent 100))";
+    let one = "waiting for nodes: 1 of at least 3 have joined (node1 (agent 100))";
     assert_eq!(told(&table.listen(60 * SECOND, &[1])), [one]);
     table.enter(2, (3, 4));
     table.join(2, None);
-    let two = "waiting for nodes: 2 of 3 have come (node1 (agent 100), node2 (agent 100))";
+    let two = "waiting for nodes: 2 of at least 3 have joined (node1 (agent 100), node2 (agent 100))";
     assert_eq!(told(&table.listen(60 * SECOND, &[1, 2])), [two; 2]);
     table.enter(3, (3, 4));
     table.join(3, None);
-    let enough = "3 nodes have come, which are enough; waiting for others, up to 4, until the last call";
+    let enough = "3 nodes have joined, which is enough; waiting for up to 4 nodes until the last call ends";
     assert_eq!(told(&table.listen(20 * SECOND, &[1, 2, 3])), [enough; 3]);
     assert_eq!(begun(&table.pass(20 * SECOND, &[1, 2, 3])).len(), 3);
     table.fail(1, 0, 1);
     table.join(1, Some(0));
     table.join(2, Some(0));
-    let stop = "waiting for nodes that stop their workers: node3 (agent 100)";
+    let stop = "waiting for nodes that are stopping their workers: node3 (agent 100)";
     assert_eq!(told(&table.listen(60 * SECOND, &[1, 2, 3])), [stop; 2]);
 }
 
 #[test]
 fn a_spare_that_may_not_join_is_told_the_reason() {
-    let mut table = Table::new(HostSettings { most_membership_changes: Some(0), ..settings(1, 2) });
+    let mut table = Table::new(HostSettings { max_membership_changes: Some(0), ..settings(1, 2) });
     table.enter(1, (1, 2));
     table.join(1, None);
     table.pass(60 * SECOND, &[1]);
@@ -488,14 +491,14 @@ fn the_replacement_of_a_silent_node_waits_until_that_is_lost() {
     }
     table.pass(3 * SECOND, &[1]);
     let actions = table.step(HostEvent::Entered(7, who(7, 1)));
-    let text = "node rank 1 is held by node2 (agent 100), heard of 3.0 s ago: waiting until that node is heard of again or is lost";
-    assert_eq!(actions, [HostAction::Tell(7, HostMessage::Remark { text: text.into() })]);
+    let text = "node rank 1 is held by node2 (agent 100), last heard from 3.0 s ago: waiting until that node responds or is lost";
+    assert_eq!(actions, [HostAction::Send(7, HostMessage::Warning { text: text.into() })]);
     // One that goes in the meantime is not taken in later.
     table.step(HostEvent::Entered(6, who(6, 1)));
     table.step(HostEvent::Lost(6, "gone".into()));
     let actions = table.pass(SILENCE, &[1]);
     assert_eq!(over(&actions).len(), 1);
-    assert!(actions.contains(&HostAction::Tell(7, HostMessage::Welcome { silence: SILENCE })), "{actions:?}");
+    assert!(actions.contains(&HostAction::Send(7, HostMessage::Welcome { silence: SILENCE })), "{actions:?}");
     table.join(1, Some(0));
     let ranks: Vec<_> = begun(&table.join(7, None)).iter().map(|(id, place)| (*id, place.group_rank)).collect();
     assert_eq!(ranks, [(1, 0), (7, 1)]);
@@ -505,15 +508,15 @@ fn the_replacement_of_a_silent_node_waits_until_that_is_lost() {
 fn the_silence_of_a_node_is_looked_into_and_reported() {
     let mut table = Table::running(1, 2);
     let actions = table.listen(SILENCE / 2, &[1]);
-    let probe = actions.iter().position(|action| *action == HostAction::Tell(2, HostMessage::Probe)).expect("a probe");
-    assert!(actions[probe..].contains(&HostAction::Examine(2)), "{actions:?}");
+    let probe = actions.iter().position(|action| *action == HostAction::Send(2, HostMessage::Probe)).expect("a probe");
+    assert!(actions[probe..].contains(&HostAction::CheckProbe(2)), "{actions:?}");
     for (is_acknowledged, guess) in [(true, "the agent is suspended or stuck"), (false, "network to it is down")] {
-        let told = remarks(&table.step(HostEvent::Examined(2, is_acknowledged)));
+        let told = remarks(&table.step(HostEvent::ProbeChecked(2, is_acknowledged)));
         assert!(told[0].0 == 1 && told[0].1.contains(guess), "{told:?}");
     }
     // It goes on.
     assert_eq!(over(&table.pass(SILENCE, &[1, 2])), []);
-    assert_eq!(table.step(HostEvent::Examined(2, true)), []);
+    assert_eq!(table.step(HostEvent::ProbeChecked(2, true)), []);
 }
 
 #[test]
@@ -527,5 +530,8 @@ fn an_agent_that_waits_for_a_rank_hears_of_the_end() {
     table.step(HostEvent::Entered(7, who(7, 1)));
     let actions = table.step(HostEvent::Closed(1, "it was told to end".into(), 143));
     let text = "node1 (agent 100): it was told to end".to_owned();
-    assert!(actions.ends_with(&[HostAction::Tell(7, HostMessage::Late { text }), HostAction::Drop(7)]), "{actions:?}");
+    assert!(
+        actions.ends_with(&[HostAction::Send(7, HostMessage::Late { text }), HostAction::Disconnect(7)]),
+        "{actions:?}"
+    );
 }

@@ -21,7 +21,7 @@ pub(crate) fn settings(min_nodes: u32, max_nodes: u32) -> HostSettings {
         last_call: 30 * SECOND,
         silence: SILENCE,
         address: None,
-        most_membership_changes: None,
+        max_membership_changes: None,
     }
 }
 
@@ -129,13 +129,13 @@ impl Table {
 
 /// What is said without anything having been decided.
 fn is_small_talk(action: &HostAction) -> bool {
-    use HostMessage::{Beat, Probe, Remark};
-    matches!(action, HostAction::Examine(_) | HostAction::Tell(_, Beat { .. } | Probe | Remark { .. }))
+    use HostMessage::{Beat, Probe, Warning};
+    matches!(action, HostAction::CheckProbe(_) | HostAction::Send(_, Beat { .. } | Probe | Warning { .. }))
 }
 
 pub(crate) fn remarks(actions: &[HostAction]) -> Vec<(Id, String)> {
     let remarks = actions.iter().filter_map(|action| match action {
-        HostAction::Tell(id, HostMessage::Remark { text }) => Some((*id, text.clone())),
+        HostAction::Send(id, HostMessage::Warning { text }) => Some((*id, text.clone())),
         _ => None,
     });
     remarks.collect()
@@ -143,7 +143,7 @@ pub(crate) fn remarks(actions: &[HostAction]) -> Vec<(Id, String)> {
 
 pub(crate) fn begun(actions: &[HostAction]) -> Vec<(Id, Place)> {
     let begun = actions.iter().filter_map(|action| match action {
-        HostAction::Tell(id, HostMessage::Begin(place)) => Some((*id, place.clone())),
+        HostAction::Send(id, HostMessage::Begin(place)) => Some((*id, place.clone())),
         _ => None,
     });
     begun.collect()
@@ -151,7 +151,7 @@ pub(crate) fn begun(actions: &[HostAction]) -> Vec<(Id, Place)> {
 
 pub(crate) fn over(actions: &[HostAction]) -> Vec<(Id, RestartCause, String)> {
     let over = actions.iter().filter_map(|action| match action {
-        HostAction::Tell(id, HostMessage::Over { cause, .. }) => Some((*id, cause.kind, cause.text.clone())),
+        HostAction::Send(id, HostMessage::Over { cause, .. }) => Some((*id, cause.kind, cause.text.clone())),
         _ => None,
     });
     over.collect()
@@ -159,7 +159,7 @@ pub(crate) fn over(actions: &[HostAction]) -> Vec<(Id, RestartCause, String)> {
 
 pub(crate) fn refused(actions: &[HostAction]) -> Option<String> {
     actions.iter().find_map(|action| match action {
-        HostAction::Tell(_, HostMessage::Refused { text }) => Some(text.clone()),
+        HostAction::Send(_, HostMessage::Refused { text }) => Some(text.clone()),
         _ => None,
     })
 }

@@ -136,7 +136,7 @@ impl Job {
             last_call: LAST_CALL,
             silence: SILENCE,
             address: None,
-            most_membership_changes: None,
+            max_membership_changes: None,
         };
         let mut job = Self {
             random: Random::new(seed),
@@ -258,7 +258,7 @@ impl Job {
                     self.later(at, Happening::Connected(index, link));
                 }
                 member::MemberAction::Send(request) => self.send_to_host(index, request),
-                member::MemberAction::Remark(_) => {}
+                member::MemberAction::Warning(_) => {}
                 member::MemberAction::Disconnect => {
                     if let Some(link) = self.agents[index].link.take() {
                         let at = self.arrival(index, link, true);
@@ -273,7 +273,7 @@ impl Job {
         let tick = agent.tick;
         let next = agent.member.next_tick();
         let has_ended = matches!(agent.work, Work::Ended(_));
-        let waits = matches!(agent.member.standing(), MembershipState::Joining) && agent.is_alive && !has_ended;
+        let waits = matches!(agent.member.state(), MembershipState::Joining) && agent.is_alive && !has_ended;
         // The host's own agent leaves it to the host: they are one process.
         let is_with_host = index == 0 && agent.member.is_up();
         assert!(!waits || is_with_host || next.is_some(), "agent {index} waits without a deadline");
@@ -319,7 +319,7 @@ impl Job {
 
     /// What the agent's program makes of how its membership stands.
     fn work(&mut self, index: usize) {
-        let standing = self.agents[index].member.standing().clone();
+        let standing = self.agents[index].member.state().clone();
         let work = self.agents[index].work.clone();
         match (standing, work) {
             (_, Work::Ended(_)) => {}
@@ -415,7 +415,7 @@ impl Job {
         for action in actions {
             match action {
                 rounds::HostAction::RenewStore => self.check_that_nobody_runs(),
-                rounds::HostAction::Tell(link, notice) => {
+                rounds::HostAction::Send(link, notice) => {
                     if matches!(notice, HostMessage::Dropped { .. }) {
                         self.check_that_its_workers_are_gone(link);
                         // It has been silent since then, at the latest.
@@ -427,11 +427,11 @@ impl Job {
                     }
                     self.send_to_agent(link, notice);
                 }
-                rounds::HostAction::Examine(link) => {
+                rounds::HostAction::CheckProbe(link) => {
                     let is_cut = self.links.get(&link).is_some_and(|index| self.now < self.agents[*index].cut_until);
                     self.later(Duration::ZERO, Happening::Examined(link, !is_cut));
                 }
-                rounds::HostAction::Drop(link) => {
+                rounds::HostAction::Disconnect(link) => {
                     if let Some(index) = self.links.remove(&link) {
                         let at = self.arrival(index, link, false);
                         self.later(at, Happening::AgentSeesEnd(index, link));
@@ -493,7 +493,7 @@ impl Job {
             }
             Happening::ToHost(link, request) => {
                 if self.links.contains_key(&link) {
-                    self.step_host(rounds::HostEvent::requested(link, request));
+                    self.step_host(rounds::HostEvent::from_message(link, request));
                 }
             }
             Happening::ToAgent(index, link, notice) => {
@@ -531,7 +531,7 @@ impl Job {
             Happening::WorkersEnd(index, turn, fails) => self.workers_end(index, turn, fails),
             Happening::WorkersAreGone(index, turn) => self.workers_are_gone(index, turn),
             Happening::Examined(link, is_acknowledged) => {
-                self.step_host(rounds::HostEvent::Examined(link, is_acknowledged));
+                self.step_host(rounds::HostEvent::ProbeChecked(link, is_acknowledged));
             }
             Happening::Leave(index) => self.leave(index),
             Happening::Cut(index, length) => self.agents[index].cut_until = self.now + length,

@@ -1,65 +1,73 @@
-//! The connection of one agent to its host, and for how long that vouches for its workers.
+//! The connection of an agent to its host, and the lease that it renews.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-/// Of the silence after which the other side is taken for lost, an agent is silent for no more than this part.
+/// Heartbeats that an agent sends within the silence timeout.
 const BEATS_PER_SILENCE: u32 = 15;
 
-/// When the host has not answered for this part of the silence, the workers are told to end.
-const STOP_PART: (u32, u32) = (4, 5);
+/// Fraction of the silence timeout without an answer after which the workers are stopped.
+const STOP_FRACTION: (u32, u32) = (4, 5);
 
-/// When it has not for this part, none of them may be left.
-const KILL_PART: (u32, u32) = (19, 20);
+/// Fraction of the silence timeout without an answer after which the workers are killed.
+const KILL_FRACTION: (u32, u32) = (19, 20);
 
-/// Until when workers may run.
+/// How long the workers of a node may run.
 ///
-/// The host takes an agent for lost a certain time after it has heard of it. The agent counts the same time from when it has *sent* what
-/// the host has answered. That is earlier, so its workers are gone before others take their ranks, whatever is lost on the way.
+/// The host declares an agent lost when it has heard nothing from it for the silence timeout. The agent counts the same time from when it
+/// *sent* the last message that the host has answered. That is earlier, so its workers are gone before others take their ranks, even if
+/// messages are lost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Lease {
-    /// When it was sent what the host has answered last.
+    /// When the last message was sent that the host has answered.
     pub renewed: Instant,
-    /// The workers are told to end.
+    /// When the workers are stopped.
     pub stop_at: Instant,
-    /// None of them is left.
+    /// When the workers are killed.
     pub kill_at: Instant,
 }
 
 #[derive(Debug)]
 pub(super) enum Link {
     Down,
-    /// Between two attempts to connect.
+    /// Pausing between two attempts to connect.
     Pausing {
         next: Instant,
     },
     Connecting,
-    /// The host has not said anything yet.
+    /// Connected; the host has not welcomed the agent yet.
     Entering {
         since: Instant,
     },
     Up(Up),
-    /// It was given up, because the host did not answer for too long. The workers are being stopped.
+    /// Given up because the host has not answered in time. The workers are being stopped.
     Lapsed(Lease),
 }
 
-/// Both sides talk.
+/// The state of a connection that the host has welcomed.
 #[derive(Debug)]
 pub(super) struct Up {
-    heard: Instant,
-    beat_at: Instant,
+    last_heard: Instant,
+    next_beat_at: Instant,
     silence: Duration,
-    /// Beats that were sent, and when those were that have no answer.
-    beats: u64,
+    /// Number of heartbeats sent, and the unanswered ones with the time of sending.
+    beats_sent: u64,
     unanswered: VecDeque<(u64, Instant)>,
     renewed: Instant,
 }
 
 impl Link {
-    /// The host has answered what was sent at `since`.
+    /// The host has answered the introduction, which was sent at `since`.
     pub(super) fn up(since: Instant, now: Instant, silence: Duration) -> Self {
-        let beat_at = now + silence / BEATS_PER_SILENCE;
-        Self::Up(Up { heard: now, beat_at, silence, beats: 0, unanswered: VecDeque::new(), renewed: since })
+        let next_beat_at = now + silence / BEATS_PER_SILENCE;
+        Self::Up(Up {
+            last_heard: now,
+            next_beat_at,
+            silence,
+            beats_sent: 0,
+            unanswered: VecDeque::new(),
+            renewed: since,
+        })
     }
 
     pub(super) fn lease(&self) -> Option<Lease> {
@@ -73,17 +81,17 @@ impl Link {
 
 impl Up {
     fn lease(&self) -> Lease {
-        let part = |(part, whole): (u32, u32)| self.renewed + self.silence / whole * part;
-        Lease { renewed: self.renewed, stop_at: part(STOP_PART), kill_at: part(KILL_PART) }
+        let fraction = |(numerator, denominator): (u32, u32)| self.renewed + self.silence / denominator * numerator;
+        Lease { renewed: self.renewed, stop_at: fraction(STOP_FRACTION), kill_at: fraction(KILL_FRACTION) }
     }
 
-    /// The host has said something.
-    pub(super) fn hear(&mut self, now: Instant) {
-        self.heard = now;
+    /// A message of the host has arrived.
+    pub(super) fn note_heard(&mut self, now: Instant) {
+        self.last_heard = now;
     }
 
-    /// The host has answered a beat.
-    pub(super) fn answered(&mut self, number: u64) {
+    /// The host has answered a heartbeat.
+    pub(super) fn note_answer(&mut self, number: u64) {
         while let Some((_, sent)) = self.unanswered.front().copied().filter(|(first, _)| *first <= number) {
             self.unanswered.pop_front();
             self.renewed = sent;
@@ -91,30 +99,31 @@ impl Up {
     }
 
     pub(super) fn next_tick(&self, has_running_workers: bool) -> Instant {
-        let end = if has_running_workers { self.lease().stop_at } else { self.heard + self.silence };
-        self.beat_at.min(end)
+        let end = if has_running_workers { self.lease().stop_at } else { self.last_heard + self.silence };
+        self.next_beat_at.min(end)
     }
 
-    /// The number of the beat that is due, if one is; it counts as sent.
-    pub(super) fn beat(&mut self, now: Instant) -> Option<u64> {
-        if now < self.beat_at {
+    /// The number of the heartbeat to send, if one is due. It counts as sent.
+    pub(super) fn next_beat(&mut self, now: Instant) -> Option<u64> {
+        if now < self.next_beat_at {
             return None;
         }
-        self.beat_at = now + self.silence / BEATS_PER_SILENCE;
-        self.beats += 1;
-        self.unanswered.push_back((self.beats, now));
-        Some(self.beats)
+        self.next_beat_at = now + self.silence / BEATS_PER_SILENCE;
+        self.beats_sent += 1;
+        self.unanswered.push_back((self.beats_sent, now));
+        Some(self.beats_sent)
     }
 
-    /// How long the host has been silent, if that is too long.
-    pub(super) fn is_silent(&self, now: Instant) -> Option<Duration> {
-        (now >= self.heard + self.silence).then_some(self.silence)
+    /// The silence timeout, if the host has exceeded it.
+    pub(super) fn exceeded_silence(&self, now: Instant) -> Option<Duration> {
+        (now >= self.last_heard + self.silence).then_some(self.silence)
     }
 
-    /// This process was stopped until now, when it was due to do something before. The lease goes on: time passes on the host too.
-    pub(super) fn forgive_pause(&mut self, now: Instant, due: Instant) {
+    /// If this process missed the deadline `due` because it was suspended, restarts the silence timeout. The lease is not extended: the
+    /// host's clock went on.
+    pub(super) fn reset_after_suspension(&mut self, now: Instant, due: Instant) {
         if now > due + self.silence / 2 {
-            (self.heard, self.beat_at) = (now, now);
+            (self.last_heard, self.next_beat_at) = (now, now);
         }
     }
 }

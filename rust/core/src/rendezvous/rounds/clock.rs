@@ -1,32 +1,32 @@
-//! What becomes due: silences, last calls, join timeouts, and failures that were announced.
+//! Deadlines: silent agents, last calls, join timeouts and announced failures.
 
 use std::time::{Duration, Instant};
 
 use super::reasons::names;
-use super::{Doubt, Gone, HostAction, Id, Participant, RoundPhase, Rounds, Seat};
+use super::{Departure, HostAction, Id, Participant, RoundPhase, Rounds, Seat, Suspicion};
 use crate::rendezvous::message::HostMessage;
 
-/// After this part of the silence with which an agent is lost, its machine is asked whether it is there.
-const DOUBTFUL_PART: u32 = 3;
+/// After this fraction of the silence timeout, the host checks whether the agent's machine answers.
+const SUSPICION_FRACTION: u32 = 3;
 
-/// The machine has so long to answer.
-const ANSWER_TIME: Duration = Duration::from_secs(1);
+/// How long the machine has to acknowledge the probe.
+const PROBE_TIMEOUT: Duration = Duration::from_secs(1);
 
 impl Rounds {
-    /// Something is due at this time, and may be before.
-    pub(super) fn expect_by(&mut self, at: Instant) {
+    /// Schedules a check of the deadlines at this time or earlier.
+    pub(super) fn schedule(&mut self, at: Instant) {
         self.due = Some(self.due.map_or(at, |due| due.min(at)));
     }
 
-    /// An agent that was heard now may be silent from now on.
-    pub(super) fn expect_silence(&mut self, now: Instant) {
-        self.expect_by(now + self.settings.silence / DOUBTFUL_PART);
+    /// Schedules the check of an agent that was heard at `now`.
+    pub(super) fn schedule_silence_check(&mut self, now: Instant) {
+        self.schedule(now + self.settings.silence / SUSPICION_FRACTION);
     }
 
-    /// The earliest deadline that there is. To find it all members are looked at.
-    fn earliest(&self) -> Option<Instant> {
-        let silences = self.members.values().filter(|member| !member.who.is_host);
-        let silences = silences.map(|member| member.heard + self.patience(member));
+    /// The earliest deadline. O(members).
+    fn earliest_deadline(&self) -> Option<Instant> {
+        let silences = self.members.values().filter(|member| !member.agent.is_host);
+        let silences = silences.map(|member| member.last_heard + self.silence_limit(member));
         let last_call = match self.phase {
             RoundPhase::Gathering { last_call, .. } => last_call.filter(|_| self.tally.returning == 0),
             _ => None,
@@ -39,62 +39,64 @@ impl Rounds {
         silences.chain(waits).chain(last_call).chain(pending).chain(self.explain_at).min()
     }
 
-    /// For how long an agent may be silent until something is done about it.
-    fn patience(&self, member: &Participant) -> Duration {
+    /// How long an agent may be silent before the next step of its check.
+    fn silence_limit(&self, member: &Participant) -> Duration {
         let silence = self.settings.silence;
-        match member.doubt {
-            Doubt::None => silence / DOUBTFUL_PART,
-            Doubt::Probed => (silence / DOUBTFUL_PART + ANSWER_TIME).min(silence),
-            Doubt::Examined => silence,
+        match member.suspicion {
+            Suspicion::None => silence / SUSPICION_FRACTION,
+            Suspicion::Probed => (silence / SUSPICION_FRACTION + PROBE_TIMEOUT).min(silence),
+            Suspicion::Checked => silence,
         }
     }
 
-    /// When the last of the nodes of this round that are silent now would be lost.
+    /// When the last of the running nodes that are silent now would be lost; `None` if none is silent.
     fn silent_until(&self) -> Option<Instant> {
         let silent = self.members.values().filter(|member| {
-            matches!(member.seat, Seat::Running(_)) && member.doubt != Doubt::None && !member.who.is_host
+            matches!(member.seat, Seat::Running(_)) && member.suspicion != Suspicion::None && !member.agent.is_host
         });
-        silent.map(|member| member.heard + self.settings.silence).max()
+        silent.map(|member| member.last_heard + self.settings.silence).max()
     }
 
-    /// Looks into the silence of an agent: has its machine gone, or only stopped the agent? That is for people to know; either way it is
-    /// lost when it has been silent for long enough.
-    fn doubt(&mut self, now: Instant) {
+    /// Checks silent agents: has the machine gone, or is only the agent suspended? The result is for the user. In both cases the agent is
+    /// lost when the silence timeout has passed.
+    fn check_silent(&mut self, now: Instant) {
         let is_due = |member: &Participant| {
-            let is_doubtful = matches!(member.doubt, Doubt::None | Doubt::Probed);
-            !member.who.is_host && is_doubtful && now >= member.heard + self.patience(member)
+            let is_unchecked = matches!(member.suspicion, Suspicion::None | Suspicion::Probed);
+            !member.agent.is_host && is_unchecked && now >= member.last_heard + self.silence_limit(member)
         };
-        let doubtful: Vec<Id> = self.members.iter().filter(|(_, member)| is_due(member)).map(|(id, _)| *id).collect();
-        for id in doubtful {
+        let suspects: Vec<Id> = self.members.iter().filter(|(_, member)| is_due(member)).map(|(id, _)| *id).collect();
+        for id in suspects {
             let Some(member) = self.members.get_mut(&id) else { continue };
-            if member.doubt == Doubt::None {
-                member.doubt = Doubt::Probed;
-                self.tell(id, HostMessage::Probe);
+            if member.suspicion == Suspicion::None {
+                member.suspicion = Suspicion::Probed;
+                self.send(id, HostMessage::Probe);
             } else {
-                member.doubt = Doubt::Examined;
-                self.actions.push(HostAction::Examine(id));
+                member.suspicion = Suspicion::Checked;
+                self.actions.push(HostAction::CheckProbe(id));
             }
         }
     }
 
-    pub(super) fn examined(&mut self, now: Instant, id: Id, is_acknowledged: bool) {
-        let Some(member) = self.members.get(&id).filter(|member| member.doubt == Doubt::Examined) else { return };
-        let (silent, silence) = (now.saturating_duration_since(member.heard), self.settings.silence);
-        let guess = if is_acknowledged {
+    pub(super) fn probe_checked(&mut self, now: Instant, id: Id, is_acknowledged: bool) {
+        let Some(member) = self.members.get(&id).filter(|member| member.suspicion == Suspicion::Checked) else {
+            return;
+        };
+        let (silent, silence) = (now.saturating_duration_since(member.last_heard), self.settings.silence);
+        let diagnosis = if is_acknowledged {
             "its machine answers, so the agent is suspended or stuck"
         } else {
-            "its machine does not answer either, or the network to it is down"
+            "its machine does not answer, or the network to it is down"
         };
         let text = format!(
-            "{} has been silent for {:.1} s: {guess}; it is lost after {:.1} s (heartbeat_timeout)",
+            "{} has been silent for {:.1} s: {diagnosis}; it is declared lost after {:.1} s (heartbeat_timeout)",
             member.label(),
             silent.as_secs_f64(),
             silence.as_secs_f64()
         );
-        self.remark(&text);
+        self.warn_host(&text);
     }
 
-    /// When an agent that waits is told that it has waited in vain. Spares wait as long as there is a round.
+    /// When a waiting agent times out. Spares have no deadline while a round runs.
     pub(super) fn join_deadline(&self, member: &Participant) -> Option<Instant> {
         let RoundPhase::Gathering { since: gathering, .. } = self.phase else { return None };
         match &member.seat {
@@ -103,41 +105,42 @@ impl Rounds {
         }
     }
 
-    /// This process was stopped, or its machine was: it has heard nobody meanwhile, and nobody is to blame for that.
-    pub(super) fn forgive_own_pause(&mut self, now: Instant) {
+    /// If this process or its machine was suspended, it could not receive anything: resets the deadlines of all peers instead of declaring
+    /// them lost.
+    pub(super) fn reset_after_own_suspension(&mut self, now: Instant) {
         if self.due.is_some_and(|due| now > due.max(self.last_step) + self.settings.silence / 4) {
             for member in self.members.values_mut() {
-                (member.heard, member.doubt) = (now, Doubt::None);
+                (member.last_heard, member.suspicion) = (now, Suspicion::None);
             }
         }
     }
 
-    /// Does what is due.
-    pub(super) fn look_at_clock(&mut self, now: Instant) {
+    /// Handles the deadlines that have passed.
+    pub(super) fn handle_deadlines(&mut self, now: Instant) {
         if self.due.is_none_or(|due| now < due) {
-            return debug_assert!(self.earliest().is_none_or(|at| self.due.is_some_and(|due| due <= at)));
+            return debug_assert!(self.earliest_deadline().is_none_or(|at| self.due.is_some_and(|due| due <= at)));
         }
-        self.end_what_is_due(now);
-        self.due = self.earliest();
+        self.handle_due(now);
+        self.due = self.earliest_deadline();
     }
 
-    fn end_what_is_due(&mut self, now: Instant) {
+    fn handle_due(&mut self, now: Instant) {
         let silence = self.settings.silence;
-        let is_silent = |member: &Participant| !member.who.is_host && now >= member.heard + silence;
+        let is_silent = |member: &Participant| !member.agent.is_host && now >= member.last_heard + silence;
         let silent: Vec<Id> = self.members.iter().filter(|(_, member)| is_silent(member)).map(|(id, _)| *id).collect();
         for id in silent {
             let text = format!("it was silent for {:.1} s", silence.as_secs_f64());
-            self.tell(id, HostMessage::Dropped { text: format!("this node was taken for lost: {text}") });
-            self.actions.push(HostAction::Drop(id));
-            let heard = self.members.get(&id).map_or(now, |member| member.heard);
-            self.remove(now, id, &format!("was lost: {text}"), Gone::Lost(heard));
+            self.send(id, HostMessage::Dropped { text: format!("this node was declared lost: {text}") });
+            self.actions.push(HostAction::Disconnect(id));
+            let last_heard = self.members.get(&id).map_or(now, |member| member.last_heard);
+            self.remove(now, id, &format!("was lost: {text}"), Departure::Lost(last_heard));
         }
-        self.doubt(now);
-        // A silent node may have been lost before, which would explain a last failure. One that is not the last is explained later.
+        self.check_silent(now);
+        // If a silent node turns out to be lost, that may explain a final failure, so wait for it. Other failures can be explained later.
         let is_silent = self.silent_until().is_some();
         if let Some(pending) = self.pending.take_if(|pending| now >= pending.at && !(pending.is_final && is_silent)) {
             if pending.is_final {
-                self.close_for_good(&pending.cause);
+                self.close_after_failure(&pending.cause);
             } else {
                 self.end_round(now, &pending.cause);
             }
@@ -149,15 +152,15 @@ impl Rounds {
         if late.is_empty() {
             return;
         }
-        if self.tally.waiting >= self.least_nodes() {
-            // Those who are on their way take longer than the others wait.
+        if self.tally.waiting >= self.min_nodes() {
+            // The returning nodes take longer than the waiting nodes allow: begin without them.
             return self.begin();
         }
         let waiting = names(self.waiting());
         let cause = self.cause.as_ref().map(|cause| cause.text.clone());
         for id in late {
-            self.tell(id, HostMessage::TimedOut { waiting: waiting.clone(), cause: cause.clone() });
-            self.sit(id, Seat::Away);
+            self.send(id, HostMessage::TimedOut { waiting: waiting.clone(), cause: cause.clone() });
+            self.set_seat(id, Seat::Away);
         }
     }
 }

@@ -1,23 +1,23 @@
-//! How rounds end: of a worker's failure, or because a node came, went or was lost; and which of the two it was.
+//! The end of a round: by a worker's failure, or because a node joined, left or was lost. Also attributes failures to lost nodes.
 
 use std::time::{Duration, Instant};
 
-use super::{Gone, HostAction, Id, Participant, RoundPhase, Rounds, Seat};
+use super::{Departure, HostAction, Id, Participant, RoundPhase, Rounds, Seat};
 use crate::rendezvous::message::{Cause, HostMessage};
 use crate::vocabulary::RestartCause;
 
-/// A node that is lost so long after a worker's failure, or before it, explains it: workers fail with their peers, and their agent may
-/// be heard first. A last failure ends the job after this time.
+/// A node that is lost within this time after a worker's failure, or before it, explains the failure: workers fail with their peers, and
+/// the failure may be reported first. A final failure ends the job after this time.
 const LOSS_GRACE: Duration = Duration::from_millis(250);
 
-/// A failure that ends the round by a time at the latest.
+/// A failure that will end the round.
 #[derive(Debug)]
-pub(super) struct Pending {
-    /// When it was heard of.
+pub(super) struct PendingEnd {
+    /// When the host heard of it.
     since: Instant,
     pub(super) at: Instant,
     pub(super) cause: Cause,
-    /// It ends the job.
+    /// No restart is left: it ends the job.
     pub(super) is_final: bool,
 }
 
@@ -27,12 +27,12 @@ impl Rounds {
         if self.begun != round + 1 || matches!(self.phase, RoundPhase::Closed { .. }) {
             return;
         }
-        if member.is_in() {
+        if member.is_in_round() {
             match is_final {
-                true if self.members.values().filter(|member| member.is_in()).count() == 1 => {
-                    self.close_for_good(&cause);
+                true if self.members.values().filter(|member| member.is_in_round()).count() == 1 => {
+                    self.close_after_failure(&cause);
                 }
-                true => self.expect_end(now, now + LOSS_GRACE, cause, true),
+                true => self.schedule_round_end(now, now + LOSS_GRACE, cause, true),
                 false if self.pending.as_ref().is_some_and(|pending| pending.is_final) => {}
                 false => self.end_round(now, &cause),
             }
@@ -40,81 +40,81 @@ impl Rounds {
             && known.kind == RestartCause::Failure
         {
             if is_final {
-                return self.close_for_good(&cause);
+                return self.close_after_failure(&cause);
             }
-            // It was first, and heard of second.
+            // This failure happened first but was reported later.
             if cause.is_before(known) {
                 *known = cause;
             }
         }
     }
 
-    /// The running round ends of `cause`, unless it ends before. What ends the job counts more than what does not.
-    pub(super) fn expect_end(&mut self, since: Instant, at: Instant, cause: Cause, is_final: bool) {
+    /// Ends the running round with `cause` at `at`, unless it ends earlier. A final failure takes precedence over others.
+    pub(super) fn schedule_round_end(&mut self, since: Instant, at: Instant, cause: Cause, is_final: bool) {
         if !matches!(self.phase, RoundPhase::Running) {
             return;
         }
         let pending = match self.pending.take() {
             Some(known) if known.is_final && !is_final => known,
             Some(known) if known.is_final == is_final => {
-                // What happened first counts, whichever was heard of first.
+                // The failure that happened first counts, even if it was reported later.
                 let cause = if cause.is_before(&known.cause) { cause } else { known.cause };
-                Pending { since: since.min(known.since), at: at.min(known.at), cause, is_final }
+                PendingEnd { since: since.min(known.since), at: at.min(known.at), cause, is_final }
             }
-            _ => Pending { since, at, cause, is_final },
+            _ => PendingEnd { since, at, cause, is_final },
         };
-        self.expect_by(pending.at);
+        self.schedule(pending.at);
         self.pending = Some(pending);
     }
 
-    /// A node of the running round is gone. That explains a failure of this time, and no other.
-    pub(super) fn lose(&mut self, now: Instant, lost: &Cause, gone: Gone) {
+    /// A node of the running round has left or was lost. A loss explains a failure within [`LOSS_GRACE`], and no other.
+    pub(super) fn handle_loss(&mut self, now: Instant, loss: &Cause, departure: Departure) {
         match self.pending.take() {
-            Some(pending) if !gone.explains(pending.since) => {
+            Some(pending) if !departure.explains(pending.since) => {
                 if pending.is_final {
                     self.pending = Some(pending);
                 } else {
                     self.end_round(now, &pending.cause);
                 }
             }
-            _ => self.end_round(now, lost),
+            _ => self.end_round(now, loss),
         }
     }
 
     pub(super) fn end_round(&mut self, now: Instant, cause: &Cause) {
-        if !self.count(cause.clone()) {
+        if !self.count_end(cause.clone()) {
             return;
         }
         let mut returning = Vec::new();
         for (id, member) in &self.members {
             if let Seat::Running(place) | Seat::Finished(place) = &member.seat {
                 self.actions
-                    .push(HostAction::Tell(*id, HostMessage::Over { round: place.round, cause: cause.clone() }));
+                    .push(HostAction::Send(*id, HostMessage::Over { round: place.round, cause: cause.clone() }));
                 returning.push(*id);
             }
         }
         for id in returning {
-            self.sit(id, Seat::Returning);
+            self.set_seat(id, Seat::Returning);
         }
         self.pending = None;
-        self.gone_finished.clear();
+        self.finished_departed.clear();
         self.phase = RoundPhase::Gathering { since: now, last_call: None };
         self.members.values_mut().for_each(|member| member.is_late = false);
-        // Spares have waited without a deadline.
+        // Spares had no deadline while the round ran.
         if let Some(deadline) = self.members.values().filter_map(|member| self.join_deadline(member)).min() {
-            self.expect_by(deadline);
+            self.schedule(deadline);
         }
-        self.expect_explanation(now);
+        self.schedule_explanation(now);
         self.try_begin(now);
     }
 
-    /// Counts why a round ended; `false` if that was once too often, and the job is closed.
-    pub(super) fn count(&mut self, cause: Cause) -> bool {
+    /// Counts the end of a round; `false` if the limit of membership changes is exceeded and the job is closed.
+    pub(super) fn count_end(&mut self, cause: Cause) -> bool {
         match cause.kind {
             RestartCause::Failure => self.failures += 1,
             RestartCause::Membership => self.membership_changes += 1,
         }
-        if self.settings.most_membership_changes.is_some_and(|most| self.membership_changes > most) {
+        if self.settings.max_membership_changes.is_some_and(|max| self.membership_changes > max) {
             let text = format!("{}, after {} membership changes", cause.text, self.membership_changes - 1);
             self.close(&text, cause.code);
             return false;
@@ -123,11 +123,11 @@ impl Rounds {
         true
     }
 
-    pub(super) fn close_for_good(&mut self, cause: &Cause) {
+    pub(super) fn close_after_failure(&mut self, cause: &Cause) {
         self.close(&format!("{}, and no restart is left", cause.text), cause.code);
     }
 
-    /// Ends the job, unless it has ended. It has not succeeded, whatever the code says.
+    /// Ends the job as failed, unless it has ended already. The exit code is never 0.
     pub(super) fn close(&mut self, text: &str, code: i32) {
         if self.closed().is_none() {
             self.end(text, if code == 0 { 1 } else { code });
@@ -138,37 +138,37 @@ impl Rounds {
         self.phase = RoundPhase::Closed { why: text.into(), code };
         self.pending = None;
         self.explain_at = None;
-        let notices = self.members.iter().map(|(id, member)| HostAction::Tell(*id, self.end_for(member)));
-        let notices: Vec<_> = notices.collect();
-        self.actions.extend(notices);
+        let messages = self.members.iter().map(|(id, member)| HostAction::Send(*id, self.end_message(member)));
+        let messages: Vec<_> = messages.collect();
+        self.actions.extend(messages);
         self.admit_all_contenders();
     }
 
-    /// What the end of the job means for one agent.
-    pub(super) fn end_for(&self, member: &Participant) -> HostMessage {
+    /// The message that tells an agent the end of the job.
+    pub(super) fn end_message(&self, member: &Participant) -> HostMessage {
         let RoundPhase::Closed { why, code } = &self.phase else { return HostMessage::Released };
-        let membership = member.who.membership;
-        let has_finished = matches!(member.seat, Seat::Finished(_)) || self.gone_finished.contains_key(&membership);
+        let membership = member.agent.membership;
+        let has_finished = matches!(member.seat, Seat::Finished(_)) || self.finished_departed.contains_key(&membership);
         if *code == 0 && has_finished {
             return HostMessage::Released;
         }
-        if member.is_late || !self.known.contains(&membership) {
+        if member.is_late || !self.ever_waited.contains(&membership) {
             return HostMessage::Late { text: why.clone() };
         }
         HostMessage::Closed { text: why.clone(), code: *code }
     }
 
-    /// A node is lost from a round that is just over: if that ended because a worker failed, it is why the worker did.
-    pub(super) fn explain_failure(&mut self, lost: Cause) {
+    /// A node is lost from a round that has just ended. If a worker's failure ended the round, the loss is its cause.
+    pub(super) fn attribute_failure(&mut self, loss: Cause) {
         if self.cause.as_ref().is_some_and(|cause| cause.kind == RestartCause::Failure) {
             self.failures -= 1;
-            self.count(lost);
+            self.count_end(loss);
         }
     }
 }
 
-impl Gone {
-    /// Whether workers may have failed at `since` because of this.
+impl Departure {
+    /// Whether this departure may have caused failures reported at `since`.
     pub(super) fn explains(self, since: Instant) -> bool {
         matches!(self, Self::Lost(at) if at <= since + LOSS_GRACE)
     }
