@@ -197,13 +197,13 @@ impl EventLoop {
     fn record_exits(&mut self, id: u64, ended: Vec<Exit>) {
         for watchdog in self.watchdogs.values_mut() {
             for ended in &ended {
-                watchdog.client_ended(ended.pid, &self.poller);
+                watchdog.remove_ended_client(ended.pid, &self.poller);
             }
         }
         if let Some(group) = self.groups.get_mut(&id) {
             let known = group.state.exits().len();
             group.step(Instant::now(), GroupEvent::Ended(ended));
-            self.health.note_exits(&group.state.exits()[known..]);
+            self.health.record_exits(&group.state.exits()[known..]);
         }
         self.forget_released(id);
     }
@@ -489,12 +489,12 @@ impl Service for EventLoop {
                     Token::Console(tail) => self.tails.console_ready(tail, &self.poller),
                     Token::Fifo(id) => {
                         if let Some(watchdog) = self.watchdogs.get_mut(&id) {
-                            watchdog.readable(&self.poller);
+                            watchdog.read_pipe(&self.poller);
                         }
                     }
                     Token::TimerClient { watchdog, pid } => {
                         if let (Some(watchdog), Ok(pid)) = (self.watchdogs.get_mut(&watchdog), pid.try_into()) {
-                            watchdog.client_ended(pid, &self.poller);
+                            watchdog.remove_ended_client(pid, &self.poller);
                         }
                     }
                     Token::HealthListener(server) => self.health.listener_ready(server),

@@ -36,7 +36,8 @@ impl HealthServer {
         let question = ProgressQuestion::new().map_err(|source| Error::os("create", "an eventfd", source))?;
         let question = Arc::new(question);
         let asked = Arc::clone(&question);
-        let id = line.ask(|reply| Order::Health(health::Order::Open { listener, question: asked, timeout, reply }))??;
+        let id =
+            line.ask(|reply| Order::Health(health::Order::Open { listener, question: asked, timeout, reply }))??;
         Ok(Self { line: Arc::clone(line), id, address, inherited, question })
     }
 

@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::order::{Line, Order};
 use crate::error::{Error, Result};
 use crate::thread::Reply;
-use crate::watchdog::{self, Config, Expiry, Reports, WatchdogCounts, WorkerProcess, make_files, wire};
+use crate::watchdog::{self, Config, Expiry, Reports, WatchdogCounts, WorkerProcess, create_files, wire};
 
 /// A named pipe through which processes set their own deadlines. Dropping the handle closes the watchdog.
 #[derive(Debug)]
@@ -22,15 +22,11 @@ impl Watchdog {
     /// Creates the named pipe of a watchdog. Requests are served after [`Watchdog::start`].
     pub(super) fn create(line: &Arc<Line>, config: Config) -> Result<Self> {
         line.check_owner()?;
-        let files = make_files(&config.path)?;
+        let files = create_files(&config.path)?;
         let reports = Arc::new(Reports::new()?);
         let (server_reports, server_config) = (Arc::clone(&reports), config.clone());
-        let id = line.ask(|reply| Order::CreateWatchdog {
-            config: server_config,
-            files,
-            reports: server_reports,
-            reply,
-        })?;
+        let id =
+            line.ask(|reply| Order::CreateWatchdog { config: server_config, files, reports: server_reports, reply })?;
         Ok(Self { line: Arc::clone(line), id, config, reports })
     }
 
@@ -163,7 +159,11 @@ mod tests {
         assert_eq!(waited.to_string(), "the supervision engine failed: the thread ferro-sup panicked: on purpose");
         for worker in &workers {
             let Some(pidfd) = worker.pidfd() else { continue };
-            assert!(matches!(wait_readable([Some(&pidfd)], Some(TIMEOUT)), Ok([true])), "worker {} still runs", worker.pid());
+            assert!(
+                matches!(wait_readable([Some(&pidfd)], Some(TIMEOUT)), Ok([true])),
+                "worker {} still runs",
+                worker.pid()
+            );
         }
         assert!(watchdog.next_expiries().expect("own process").is_empty(), "waiters for expiries are woken");
         assert!(engine.close(TIMEOUT).expect("own process"), "the thread has ended");
