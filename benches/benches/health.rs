@@ -165,7 +165,7 @@ fn exits_under_load(engine: &Engine, rounds: usize) {
     print_percentiles("probe of /readyz, under a flood of clients", probes);
     stop.store(true, Ordering::Relaxed);
     let opened: usize = clients.into_iter().map(|client| client.join().expect("no panic")).sum();
-    println!("{:<58} {opened}", "clients of that flood");
+    println!("{:<58} {opened}", "clients of the flood");
     server.close().expect("own process");
     answering.join().expect("no panic");
 }

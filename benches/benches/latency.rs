@@ -49,7 +49,7 @@ fn exit_to_peers(engine: &Engine, label: &str, size: usize, rounds: usize) {
         assert!(group.signal(size / 2, 9, true).expect("signal"));
         let report = wait_for_stop(&group);
         let first = &group.exits(0).expect("own process")[0];
-        assert_eq!((first.index, first.status, first.wait_for_stop), (size / 2, KILLED, false));
+        assert_eq!((first.index, first.status, first.stopped), (size / 2, KILLED, false));
         noticed.push(Duration::from_nanos(first.at.monotonic_ns - killed));
         reacted.push(Duration::from_nanos(report.signalled_ns.saturating_sub(first.at.monotonic_ns)));
     }

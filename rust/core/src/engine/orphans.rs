@@ -16,7 +16,7 @@ const POLL_INTERVAL: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub(super) struct Orphans {
     /// This process is PID 1 or a subreaper.
-    inherits_orphans: bool,
+    is_subreaper: bool,
     /// All sessions except this process's own belong to workers.
     owns_all: bool,
     /// Sessions of workers, including those of previous rounds.
@@ -26,7 +26,7 @@ pub(super) struct Orphans {
 
 impl Orphans {
     pub(super) fn new() -> Self {
-        Self { inherits_orphans: inherits_orphans(), owns_all: false, sessions: HashSet::new(), next_poll: None }
+        Self { is_subreaper: inherits_orphans(), owns_all: false, sessions: HashSet::new(), next_poll: None }
     }
 
     /// All children outside this process's own session belong to workers.
@@ -36,7 +36,7 @@ impl Orphans {
 
     /// Registers the session of a new worker.
     pub(super) fn add_session(&mut self, session: i32, now: Instant) {
-        if self.inherits_orphans {
+        if self.is_subreaper {
             self.sessions.insert(session);
             self.next_poll = self.next_poll.or(Some(now + POLL_INTERVAL));
         }

@@ -69,7 +69,7 @@ impl TimerClient {
         self.handle.as_ref().and_then(ProcessHandle::pidfd)
     }
 
-    /// Whether the process has ended, by its pidfd. Without one, a process counts as ended once its pid was reused.
+    /// Whether the process has ended, by its pidfd, or without one by its `/proc` entry and start time.
     pub(crate) fn has_ended(&self, pid: i32) -> bool {
         match self.pidfd() {
             Some(pidfd) => matches!(wait_readable([Some(&pidfd)], Some(std::time::Duration::ZERO)), Ok([true])),

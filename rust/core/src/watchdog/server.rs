@@ -406,7 +406,7 @@ impl WatchdogServer {
         self.remove_ended_client(pid, poller);
         let is_gone = pid > 0 && self.clients.get(pid).is_none();
         let ownership = match self.clients.get(pid).map_or(Ownership::Foreign, |client| client.ownership) {
-            // An agent's watchdog signals workers only, never the agent itself or its guard.
+            // An agent's watchdog signals workers and their descendants only, never the agent itself or its guard.
             Ownership::Ours { worker: 0 } if self.has_set_workers => Ownership::Foreign,
             ownership => ownership,
         };
@@ -471,7 +471,7 @@ impl WatchdogServer {
         collection
     }
 
-    /// Sends the pending signals, now that their evidence is complete.
+    /// Sends the pending signals after the collection of their evidence has finished.
     pub(crate) fn handle_evidence(&mut self, evidence: &Evidence) {
         let Some(pending) = self.pending.take_if(|pending| pending.id == evidence.id) else {
             return;
