@@ -205,7 +205,7 @@ impl EventLoop {
             group.step(Instant::now(), GroupEvent::Ended(ended));
             self.health.record_exits(&group.state.exits()[known..]);
         }
-        self.forget_released(id);
+        self.remove_released(id);
     }
 
     fn next_tick(&mut self) -> Option<Instant> {
@@ -266,7 +266,7 @@ impl EventLoop {
                 if let Some(entry) = self.groups.get_mut(&group) {
                     entry.released = true;
                 }
-                self.forget_released(group);
+                self.remove_released(group);
             }
             Order::Exited { process, status, usage, at } => {
                 if let Some((group, index)) = self.processes.remove(&process)
@@ -368,7 +368,7 @@ impl EventLoop {
                 }
             }
         }
-        self.adopt(GroupEntry::new(processes, Reaper::Engine))
+        self.register_group(GroupEntry::new(processes, Reaper::Engine))
     }
 
     fn observe_group(&mut self, observed: Vec<Observed>) -> Result<StartedGroup> {
@@ -384,11 +384,11 @@ impl EventLoop {
                 sentinel: sentinel.filter(|_| !is_child),
             });
         }
-        self.adopt(GroupEntry::new(processes, Reaper::Program))
+        self.register_group(GroupEntry::new(processes, Reaper::Program))
     }
 
     /// Registers the processes of a new group with the poller, the guard and the orphan reaper.
-    fn adopt(&mut self, entry: GroupEntry) -> Result<StartedGroup> {
+    fn register_group(&mut self, entry: GroupEntry) -> Result<StartedGroup> {
         let id = self.next_id();
         let started = StartedGroup {
             id,
@@ -449,7 +449,7 @@ impl EventLoop {
     }
 
     /// Removes a group if its handle was dropped and all its processes have ended.
-    fn forget_released(&mut self, id: u64) {
+    fn remove_released(&mut self, id: u64) {
         if self.groups.get(&id).is_some_and(|group| group.released && group.all_ended())
             && let Some(group) = self.groups.remove(&id)
         {

@@ -102,7 +102,7 @@ impl GroupEntry {
     /// Carries out an action that sends a signal or precedes one; `false` for other actions.
     fn send_signal(&mut self, action: &GroupAction) -> bool {
         match *action {
-            GroupAction::Overdue { index } => self.note_overdue(index),
+            GroupAction::Overdue { index } => self.record_overdue(index),
             GroupAction::Terminate { index, signal } => self.terminate(index, signal),
             GroupAction::KillLeader { index } => {
                 let _ = self.processes[index].leader.signal(libc::SIGKILL);
@@ -115,7 +115,7 @@ impl GroupEntry {
         true
     }
 
-    fn note_overdue(&mut self, index: usize) {
+    fn record_overdue(&mut self, index: usize) {
         let members = self.processes[index].leader.living_members().into_iter();
         self.overdue.extend(members.map(|member| Leftover {
             index,

@@ -77,7 +77,7 @@ impl HttpStatus {
 
     /// The body of an error response.
     #[must_use]
-    pub fn remedy(self) -> &'static str {
+    pub fn error_text(self) -> &'static str {
         match self {
             Self::MethodNotAllowed => "method not supported; use GET or HEAD\n",
             Self::HeadTooLarge => "request head too large; the limits are 8192 bytes and 64 header lines\n",

@@ -427,7 +427,7 @@ impl Servers {
         match connection.step(now, &mut self.scratch) {
             Next::Wait => self.watch(id, poller),
             Next::Close => self.drop_connection(id, poller),
-            Next::Refuse(status) => self.answer(id, now, poller, status, TEXT, status.remedy().as_bytes()),
+            Next::Refuse(status) => self.answer(id, now, poller, status, TEXT, status.error_text().as_bytes()),
             Next::Answer => self.complete.push(id),
         }
     }
@@ -464,7 +464,7 @@ impl Servers {
             }
             ProbePath::Other => {
                 let status = HttpStatus::NotFound;
-                self.answer(id, now, poller, status, TEXT, status.remedy().as_bytes());
+                self.answer(id, now, poller, status, TEXT, status.error_text().as_bytes());
             }
         }
     }
@@ -479,14 +479,14 @@ impl Servers {
             Next::Close => self.drop_connection(id, poller),
             _ if connection.unsent() > 0 => {
                 self.watch(id, poller);
-                self.bound_unsent(server, id, poller);
+                self.limit_unsent(server, id, poller);
             }
             _ => self.watch(id, poller),
         }
     }
 
     /// Drops slow readers until the unsent bytes are within the limit: the one that has been idle longest first, and never `newest`.
-    fn bound_unsent(&mut self, server: u64, newest: u64, poller: &Poller) {
+    fn limit_unsent(&mut self, server: u64, newest: u64, poller: &Poller) {
         loop {
             let unread = self.connections.iter().filter(|(_, one)| one.server == server && one.unsent() > 0);
             let unsent: usize = unread.clone().map(|(_, one)| one.unsent()).sum();

@@ -298,7 +298,7 @@ impl WatchdogServer {
         }
         if request.is_release() {
             self.deadlines.release(pid, &request.scope);
-            self.forget_if_foreign(pid);
+            self.remove_if_foreign(pid);
             return;
         }
         let at = match request.heartbeat {
@@ -315,7 +315,7 @@ impl WatchdogServer {
     }
 
     /// No event reports the end of a foreign process, so the table keeps it only while it has timers.
-    fn forget_if_foreign(&mut self, pid: i32) {
+    fn remove_if_foreign(&mut self, pid: i32) {
         let foreign = self.clients.get(pid).is_some_and(|client| client.ownership == Ownership::Foreign);
         if foreign && !self.deadlines.has(pid) {
             self.clients.remove(pid);
@@ -443,7 +443,7 @@ impl WatchdogServer {
             self.reports.record_cause(&expiry);
             return Some(expiry);
         }
-        self.forget_if_foreign(pid);
+        self.remove_if_foreign(pid);
         None
     }
 
@@ -526,7 +526,7 @@ impl WatchdogServer {
     /// Releases all timers of a process.
     pub(crate) fn clear(&mut self, pid: i32) {
         self.deadlines.release_all(pid);
-        self.forget_if_foreign(pid);
+        self.remove_if_foreign(pid);
     }
 
     pub(crate) fn timers(&self) -> Vec<TimerRequest> {
