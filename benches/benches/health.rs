@@ -1,6 +1,6 @@
-//! How long a health probe takes, and what probes cost the engine's other work. `cargo bench --bench health`
+//! Latency of health probes, and their effect on the engine's other work. `cargo bench --bench health`
 //!
-//! Each figure is checked before it is timed: a sample whose answer is not the expected one is a panic.
+//! Every sample checks its outcome: an unexpected answer panics.
 
 use std::ffi::CString;
 use std::io::{Read, Write};
@@ -17,9 +17,9 @@ use ferroelastic_core::sys::clock::Moment;
 use ferroelastic_core::sys::spawn::Command;
 use ferroelastic_core::vocabulary::AgentState;
 
-const PATIENCE: Duration = Duration::from_secs(10);
+const TIMEOUT: Duration = Duration::from_secs(10);
 const WORKERS: u64 = 8;
-const CROWD: usize = 10_000;
+const OPEN_CLIENTS: usize = 10_000;
 
 fn sleepers(engine: &Engine, count: usize) -> Group {
     let word = |word: &str| CString::new(word).expect("no NUL");
@@ -31,7 +31,7 @@ fn serve(engine: &Engine) -> Arc<HealthServer> {
     Arc::new(engine.health_server("127.0.0.1", 0, Duration::from_secs(60)).expect("bind"))
 }
 
-/// A thread that answers at once, as the agent's does where Python is idle.
+/// Starts a thread that answers immediately, like the agent's thread while Python is idle.
 fn answer(server: &Arc<HealthServer>) -> std::thread::JoinHandle<()> {
     let server = Arc::clone(server);
     std::thread::spawn(move || {
@@ -43,7 +43,7 @@ fn answer(server: &Arc<HealthServer>) -> std::thread::JoinHandle<()> {
     })
 }
 
-/// From before the connection to the last byte of the answer.
+/// Time from before the connection to the last byte of the answer.
 fn probe(address: SocketAddr, path: &str, code: &str) -> Duration {
     let start = Instant::now();
     let mut stream = TcpStream::connect(address).expect("connect");
@@ -62,7 +62,7 @@ fn latency(engine: &Engine, rounds: usize) {
     let started = |(rank, pid): (u64, &i32)| Started { local_rank: rank, rank, pid: *pid };
     server.update(Update::Workers((0..).zip(group.pids()).map(started).collect())).expect("engine");
     server.update(Update::State(AgentState::Running)).expect("engine");
-    // Nobody answers yet: the first probe waits for its budget, all others are told at once.
+    // No thread answers yet: the first probe waits for the answer timeout, the others are answered immediately.
     probe(address, "/livez", "503");
     let stuck = (0..rounds).map(|_| probe(address, "/livez", "503")).collect();
     print_percentiles("probe of /livez while the interpreter is stuck", stuck);
@@ -73,11 +73,11 @@ fn latency(engine: &Engine, rounds: usize) {
         print_percentiles(&format!("probe of {path}, {WORKERS} workers"), samples);
     }
     let asked = (0..rounds.min(20)).map(|_| {
-        // Longer than an answer is reused.
+        // Longer than the time for which an answer is reused.
         std::thread::sleep(Duration::from_millis(110));
         probe(address, "/livez", "200")
     });
-    print_percentiles("probe of /livez that asks the callback's thread", asked.collect());
+    print_percentiles("probe of /livez that waits for the callback's thread", asked.collect());
     server.close().expect("own process");
     answering.join().expect("no panic");
     kill(&group);
@@ -97,7 +97,7 @@ fn kill(group: &Group) {
     }
     let mut generation = 0;
     while group.exits(0).expect("own process").len() < group.pids().len() {
-        group.wait(generation, Some(PATIENCE), [None; 2]).expect("engine");
+        group.wait(generation, Some(TIMEOUT), [None; 2]).expect("engine");
         generation = group.generation().expect("own process");
     }
 }
@@ -115,12 +115,12 @@ fn throughput(engine: &Engine, probes: usize) {
         assert!(client.join().expect("no panic").is_some());
     }
     let rate = 2.0 * f64::from(u32::try_from(probes).expect("small")) / start.elapsed().as_secs_f64();
-    println!("{:<58} {rate:.0}/s", "probes of /livez, 2 clients, a connection each");
+    println!("{:<58} {rate:.0}/s", "probes of /livez, 2 clients, one connection per probe");
     server.close().expect("own process");
     answering.join().expect("no panic");
 }
 
-/// From `kill(2)` to the engine's note of the exit.
+/// Time from `kill(2)` until the engine records the exit.
 fn exits(engine: &Engine, label: &str, rounds: usize) {
     let samples = (0..rounds).map(|_| {
         let group = sleepers(engine, 1);
@@ -132,8 +132,7 @@ fn exits(engine: &Engine, label: &str, rounds: usize) {
     print_percentiles(label, samples.collect());
 }
 
-/// Clients that come without an end, as fast as two threads can open connections, `CROWD` of them held open at a time. One in two says
-/// nothing.
+/// Two threads open connections as fast as they can and keep the newest `OPEN_CLIENTS` open. Every second client sends no request.
 fn exits_under_load(engine: &Engine, rounds: usize) {
     let server = serve(engine);
     let answering = answer(&server);
@@ -142,37 +141,37 @@ fn exits_under_load(engine: &Engine, rounds: usize) {
         .map(|_| {
             let stop = Arc::clone(&stop);
             std::thread::spawn(move || {
-                let mut crowd = std::collections::VecDeque::new();
+                let mut open = std::collections::VecDeque::new();
                 let mut opened = 0usize;
                 while !stop.load(Ordering::Relaxed) {
                     let Ok(mut stream) = TcpStream::connect(address) else { continue };
                     if opened.is_multiple_of(2) {
                         let _ = stream.write_all(b"GET /livez HTTP/1.1\r\nHost: bench\r\n\r\n");
                     }
-                    crowd.push_back(stream);
+                    open.push_back(stream);
                     opened += 1;
-                    if crowd.len() > CROWD / 2 {
-                        crowd.pop_front();
+                    if open.len() > OPEN_CLIENTS / 2 {
+                        open.pop_front();
                     }
                 }
                 opened
             })
         })
         .collect();
-    // Until the crowd is there.
+    // The first answer shows that the server is serving under load.
     while !probe_is_alive(address) {}
-    exits(engine, "SIGKILL to exit noticed, in a crowd of clients", rounds);
+    exits(engine, "SIGKILL to exit noticed, under a flood of clients", rounds);
     let probes = (0..rounds).map(|_| probe(address, "/readyz", "503")).collect();
-    print_percentiles("probe of /readyz, in a crowd of clients", probes);
+    print_percentiles("probe of /readyz, under a flood of clients", probes);
     stop.store(true, Ordering::Relaxed);
     let opened: usize = clients.into_iter().map(|client| client.join().expect("no panic")).sum();
-    println!("{:<58} {opened}", "clients of that crowd");
+    println!("{:<58} {opened}", "clients of the flood");
     server.close().expect("own process");
     answering.join().expect("no panic");
 }
 
 fn main() {
-    // `cargo test --benches` runs this too: then once is enough to see that it works.
+    // `cargo test --benches` runs this too, as a smoke test with few rounds.
     let is_bench = std::env::args().any(|argument| argument == "--bench");
     let rounds = if is_bench { 1000 } else { 2 };
     let engine = Engine::start().expect("engine");

@@ -1,6 +1,6 @@
-//! How long the engine takes for what it is there for. `cargo bench`
+//! Latency of the engine's main operations. `cargo bench`
 //!
-//! Each figure is checked before it is timed: a sample whose outcome is not the expected one is a panic.
+//! Every sample checks its outcome: an unexpected one panics.
 
 use std::ffi::CString;
 use std::fs::File;
@@ -19,8 +19,8 @@ use ferroelastic_core::sys::probe::Support;
 use ferroelastic_core::sys::spawn::Command;
 use ferroelastic_core::sys::wait::ExitStatus;
 
-const PATIENCE: Duration = Duration::from_secs(10);
-const PLAN: StopPlan = StopPlan { linger: Duration::ZERO, signal: 15, grace: PATIENCE, kill_wait: PATIENCE };
+const TIMEOUT: Duration = Duration::from_secs(10);
+const PLAN: StopPlan = StopPlan { linger: Duration::ZERO, signal: 15, grace: TIMEOUT, kill_wait: TIMEOUT };
 const KILLED: ExitStatus = ExitStatus::Signalled { signal: 9, core_dumped: false };
 
 fn sleeper() -> Command {
@@ -28,18 +28,18 @@ fn sleeper() -> Command {
     Command { argv: vec![word("/bin/sleep"), word("1000")], ..Command::default() }
 }
 
-fn stopped(group: &Group) -> StopReport {
+fn wait_for_stop(group: &Group) -> StopReport {
     loop {
         let generation = group.generation().expect("own process");
         if let Some(report) = group.stop_report().expect("own process") {
             assert!(report.survivors.is_empty() && report.killed.is_empty());
             return report;
         }
-        group.wait(generation, Some(PATIENCE), [None; 2]).expect("engine");
+        group.wait(generation, Some(TIMEOUT), [None; 2]).expect("engine");
     }
 }
 
-/// From `kill(2)` on one worker of a group to the engine's note of its exit, and from there to the first signal to its peers.
+/// Time from `kill(2)` on one worker until the engine records its exit, and from there to the first signal to its peers.
 fn exit_to_peers(engine: &Engine, label: &str, size: usize, rounds: usize) {
     let (mut noticed, mut reacted) = (Vec::new(), Vec::new());
     for _ in 0..rounds {
@@ -47,7 +47,7 @@ fn exit_to_peers(engine: &Engine, label: &str, size: usize, rounds: usize) {
         group.stop_on_failure(PLAN).expect("arm");
         let killed = Moment::now().monotonic_ns;
         assert!(group.signal(size / 2, 9, true).expect("signal"));
-        let report = stopped(&group);
+        let report = wait_for_stop(&group);
         let first = &group.exits(0).expect("own process")[0];
         assert_eq!((first.index, first.status, first.stopped), (size / 2, KILLED, false));
         noticed.push(Duration::from_nanos(first.at.monotonic_ns - killed));
@@ -61,12 +61,12 @@ fn stop(engine: &Engine, label: &str, size: usize, rounds: usize) {
     let samples = (0..rounds).map(|_| {
         let group = engine.spawn(vec![sleeper(); size]).expect("spawn");
         group.stop(PLAN).expect("stop");
-        stopped(&group).elapsed
+        wait_for_stop(&group).elapsed
     });
     print_percentiles(&format!("{label}: SIGTERM to {size} groups verified empty"), samples.collect());
 }
 
-/// Time the caller waits for one worker to be started, as the process grows; `std` with a `pre_exec` hook is what it would be otherwise.
+/// Time for a call that starts one worker, by the size of the process, compared with `std` with a `pre_exec` hook.
 fn spawn(engine: &Engine, rounds: usize) {
     let mut ballast: Vec<u8> = Vec::new();
     for megabytes in [0usize, 400] {
@@ -78,7 +78,7 @@ fn spawn(engine: &Engine, rounds: usize) {
             let group = engine.spawn(vec![sleeper()]).expect("spawn");
             ours.push(start.elapsed());
             group.stop(PLAN).expect("stop");
-            stopped(&group);
+            wait_for_stop(&group);
 
             let mut command = StdCommand::new("/bin/sleep");
             command.arg("1000").stdin(StdStdio::null());
@@ -95,7 +95,7 @@ fn spawn(engine: &Engine, rounds: usize) {
     }
 }
 
-/// Whole, prefixed lines from four files to a pipe.
+/// Throughput of prefixed lines from four files to a pipe.
 fn tail(engine: &Engine, rounds: usize) {
     const LINES: u32 = 200_000;
     let folder = std::env::temp_dir().join(format!("ferroelastic-bench-{}", std::process::id()));
@@ -125,7 +125,7 @@ fn tail(engine: &Engine, rounds: usize) {
             }
             total
         });
-        let report = tail.finish(PATIENCE).expect("finish");
+        let report = tail.finish(TIMEOUT).expect("finish");
         assert_eq!((report.lines, report.dropped_bytes), (4 * u64::from(LINES), 0));
         assert_eq!(reading.join().expect("no panic") as u64, report.bytes);
         samples.push(start.elapsed());
@@ -138,7 +138,7 @@ fn tail(engine: &Engine, rounds: usize) {
 }
 
 fn main() {
-    // `cargo test --benches` runs this too: then once is enough to see that it works.
+    // `cargo test --benches` runs this too, as a smoke test with few rounds.
     let rounds = if std::env::args().any(|argument| argument == "--bench") { 100 } else { 2 };
     let engine = Engine::start().expect("engine");
     println!("backend: {:?}", engine.support());

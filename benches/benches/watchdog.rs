@@ -1,6 +1,6 @@
-//! How exactly the watchdog keeps deadlines, and what a request costs it. `cargo bench --bench watchdog`
+//! Precision of the watchdog's deadlines, and the cost of a request. `cargo bench --bench watchdog`
 //!
-//! Each figure is checked before it is timed: a sample whose outcome is not the expected one is a panic.
+//! Every sample checks its outcome: an unexpected one panics.
 
 use std::ffi::CString;
 use std::fs::File;
@@ -19,7 +19,7 @@ use ferroelastic_core::watchdog::lines::Lines;
 use ferroelastic_core::watchdog::wire::{TimerRequest, parse};
 use ferroelastic_core::watchdog::{Config, ExpiryOutcome};
 
-const PATIENCE: Duration = Duration::from_secs(10);
+const TIMEOUT: Duration = Duration::from_secs(10);
 const FAR_S: f64 = 100_000.0;
 
 fn wall_s() -> f64 {
@@ -32,7 +32,7 @@ fn line(pid: i32, scope: &str, expiration_time: f64, signal: i32) -> String {
     )
 }
 
-fn me() -> i32 {
+fn own_pid() -> i32 {
     i32::try_from(std::process::id()).expect("pids fit")
 }
 
@@ -52,11 +52,11 @@ fn serve() -> Served {
     Served { engine, watchdog, pipe }
 }
 
-/// From the deadline to the decision, to the signal, and to the exit being noticed, among `others` timers that are not due.
+/// Time from the deadline to the decision to signal, and until the engine notices the exit, among `others` timers that are not due.
 fn deadline_to_kill(others: usize, rounds: usize) {
     let mut served = serve();
     for other in 0..others {
-        let line = line(me(), &other.to_string(), wall_s() + FAR_S, 0);
+        let line = line(own_pid(), &other.to_string(), wall_s() + FAR_S, 0);
         served.pipe.write_all(line.as_bytes()).expect("write");
     }
     served.watchdog.drain().expect("served");
@@ -75,7 +75,7 @@ fn deadline_to_kill(others: usize, rounds: usize) {
             if let Some(exit) = group.exits(0).expect("own process").pop() {
                 break exit;
             }
-            group.wait(generation, Some(PATIENCE), [None; 2]).expect("engine");
+            group.wait(generation, Some(TIMEOUT), [None; 2]).expect("engine");
         };
         assert_eq!(exit.status, ExitStatus::Signalled { signal: 9, core_dumped: false });
         decided.push(Duration::from_nanos(expiry.late_ns));
@@ -85,16 +85,16 @@ fn deadline_to_kill(others: usize, rounds: usize) {
     print_percentiles(&format!("watchdog: deadline to exit noticed, among {others} timers"), noticed);
 }
 
-/// What the engine does with a request: cut the line, parse it, put it into the table.
+/// Time for one request on the engine thread: split the line, parse it, arm the timer.
 fn registration(rounds: u32) {
     let lines: Vec<String> =
-        (0..100).map(|scope| line(me(), &format!("train.py#{scope}"), wall_s() + FAR_S, 9)).collect();
+        (0..100).map(|scope| line(own_pid(), &format!("train.py#{scope}"), wall_s() + FAR_S, 9)).collect();
     let received = Moment::now();
-    let (mut cutter, mut deadlines) = (Lines::default(), Deadlines::default());
+    let (mut splitter, mut deadlines) = (Lines::default(), Deadlines::default());
     let samples = (0..rounds).map(|_| {
         let began = Instant::now();
         for line in &lines {
-            cutter.feed(line.as_bytes(), |line| {
+            splitter.feed(line.as_bytes(), |line| {
                 let request: TimerRequest = parse(line.expect("short")).request.expect("whole");
                 let at = expiry_instant(received, request.expiration_time);
                 deadlines.arm(request, at).expect("room");
@@ -104,19 +104,19 @@ fn registration(rounds: u32) {
     });
     let samples = samples.collect();
     assert_eq!(deadlines.len(), 100);
-    print_percentiles("watchdog: one request cut, parsed and armed", samples);
+    print_percentiles("watchdog: one request split, parsed and armed", samples);
 }
 
-/// Requests through the pipe, from the first write to the last one being known.
+/// Throughput of requests through the pipe, from the first write until the last request is handled.
 fn throughput(requests: u64, rounds: usize) {
     let mut served = serve();
     let mut rates: Vec<u64> = Vec::new();
     for round in 1..=rounds as u64 {
         let began = Instant::now();
         for _ in 0..requests / 2 {
-            let acquire = line(me(), "bench", wall_s() + FAR_S, 9);
+            let acquire = line(own_pid(), "bench", wall_s() + FAR_S, 9);
             served.pipe.write_all(acquire.as_bytes()).expect("write");
-            let release = line(me(), "bench", -1.0, 0);
+            let release = line(own_pid(), "bench", -1.0, 0);
             served.pipe.write_all(release.as_bytes()).expect("write");
         }
         served.watchdog.drain().expect("served");

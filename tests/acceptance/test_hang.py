@@ -55,7 +55,7 @@ def test_a_pipe_that_another_agent_serves_is_one_line(launch: Launcher, log_dir:
         other.stop()
     # The rest are events.
     (line,) = [line for line in job.errors.splitlines() if not line.startswith("{") and "WARNING" not in line]
-    assert line.startswith(f"ferrorun: error: failed to take the watchdog's pipe {path} (another process serves it)")
+    assert line.startswith(f"ferrorun: error: failed to create the watchdog's pipe {path} (another process serves it)")
     assert line.endswith("set TORCHELASTIC_TIMER_FILE to another path, or do not set it")
     assert job.output == b""
     assert not os.path.exists(path)

@@ -45,7 +45,7 @@ class TestServer:
             (lambda: int(time.time() - 45), 200, r"alive: last progress [45]\d s ago, timeout 60 s; "),
             (lambda: time.time() + 1000, 200, "alive: last progress 0 s ago, timeout 60 s; "),
             (lambda: None, 503, r"alive_callback failed: TypeError: float\(\) argument must be"),
-            (lambda: float("nan"), 503, "alive_callback failed: it returned nan, which is no time"),
+            (lambda: float("nan"), 503, "alive_callback failed: it returned nan, which is not a time"),
             (lambda: 1 // 0, 503, "alive_callback failed: ZeroDivisionError: "),
             (lambda: sys.exit("over"), 503, "alive_callback failed: SystemExit: over"),
         ],

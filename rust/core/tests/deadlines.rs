@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use ferroelastic_core::sys::clock::Moment;
-use ferroelastic_core::watchdog::deadlines::{Deadlines, Full, MOST_TIMERS, expiry_instant};
+use ferroelastic_core::watchdog::deadlines::{Deadlines, Full, MAX_TIMERS, expiry_instant};
 use ferroelastic_core::watchdog::wire::TimerRequest;
 use proptest::prelude::*;
 
@@ -67,12 +67,12 @@ fn arming_and_releasing_at_every_step_takes_no_memory() {
 #[test]
 fn a_full_table_refuses() {
     let mut deadlines = Deadlines::default();
-    for scope in 0..MOST_TIMERS {
+    for scope in 0..MAX_TIMERS {
         deadlines.arm(request(1, &scope.to_string(), 0.0), None).expect("room");
     }
     assert_eq!(deadlines.arm(request(1, "one more", 0.0), None), Err(Full));
     assert_eq!(deadlines.arm(request(1, "7", 0.0), None), Ok(()), "takes the place of its own");
-    assert_eq!(deadlines.forget(1).len(), MOST_TIMERS);
+    assert_eq!(deadlines.release_all(1).len(), MAX_TIMERS);
     assert!(deadlines.is_empty());
 }
 
@@ -125,7 +125,7 @@ proptest! {
                 Step::Forget { pid } => {
                     let before = model.len();
                     model.retain(|(owner, _), _| *owner != pid);
-                    prop_assert_eq!(deadlines.forget(pid).len(), before - model.len());
+                    prop_assert_eq!(deadlines.release_all(pid).len(), before - model.len());
                 }
                 Step::Pass { time: passed } => {
                     time += passed;

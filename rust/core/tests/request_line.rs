@@ -1,6 +1,6 @@
 //! What comes through the watchdog's pipe may be anything. The same as the fuzz target `request_line`, on a stable compiler.
 
-use ferroelastic_core::watchdog::lines::{LONGEST, Lines};
+use ferroelastic_core::watchdog::lines::{Lines, MAX_LINE_BYTES};
 use ferroelastic_core::watchdog::wire::{TimerRequest, parse};
 use proptest::prelude::*;
 
@@ -8,10 +8,10 @@ use proptest::prelude::*;
 fn check(stream: &[u8]) -> Result<Vec<TimerRequest>, TestCaseError> {
     let (mut lines, mut whole) = (Lines::default(), Vec::new());
     lines.feed(stream, |line| whole.extend(line.map(<[u8]>::to_vec)));
-    prop_assert!(lines.held() <= LONGEST);
+    prop_assert!(lines.held() <= MAX_LINE_BYTES);
     let mut requests = Vec::new();
     for line in whole {
-        prop_assert!(!line.is_empty() && line.len() <= LONGEST && !line.contains(&b'\n'));
+        prop_assert!(!line.is_empty() && line.len() <= MAX_LINE_BYTES && !line.contains(&b'\n'));
         let parsed = parse(&line);
         prop_assert!(parsed.request.is_some() || parsed.broken.is_some());
         if let Some(request) = parsed.request {

@@ -358,7 +358,7 @@ fn what_is_at_the_path_already() {
 
         fs::write(&path, "precious").expect("write");
         let refused = make().expect_err("a file with content").to_string();
-        assert!(refused.contains("it is a file with content"), "{refused}");
+        assert!(refused.contains("a non-empty file exists there"), "{refused}");
         assert_eq!(fs::read_to_string(&path).expect("still there"), "precious");
 
         fs::write(&path, "").expect("write");

@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::guard::{GuardPost, Warnings};
+use super::guard::{GuardSlot, Warnings};
 use super::order::{Observed, Order, StartedGroup};
 use super::orphans::Orphans;
 use super::processes::{GroupEntry, Process, Reaper};
@@ -25,7 +25,7 @@ use crate::sys::wait::{Block, Collect, ExitStatus, Usage, wait};
 use crate::thread::{Inbox, Remote, Service};
 use crate::watchdog::{WatchdogServer, WatchdogTokens};
 
-/// What a registration in the poller belongs to.
+/// The source of an event, packed into a poller token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Token {
     Wake,
@@ -42,7 +42,7 @@ enum Token {
 
 impl Token {
     const KIND_SHIFT: u32 = 56;
-    /// A pid takes 22 bits on Linux; the watchdog's number is above them.
+    /// Pids have at most 22 bits on Linux. The watchdog's id is in the bits above the pid.
     const PID_BITS: u32 = 32;
 
     fn pack(self) -> u64 {
@@ -81,21 +81,21 @@ impl Token {
 /// The state of the engine thread.
 pub(super) struct EventLoop {
     inbox: Inbox<Order>,
-    /// For the threads that wait for exits where there are no pidfds.
-    ended: Arc<Mutex<Remote<Order>>>,
+    /// For the threads that wait for exits on kernels without pidfds.
+    exit_sender: Arc<Mutex<Remote<Order>>>,
     poller: Poller,
     timer: Timer,
     support: Support,
     stack: SpawnStack,
     groups: BTreeMap<u64, GroupEntry>,
-    /// Group and index of a process, by its number in this engine (not its pid).
+    /// Group and index of each process, by its id in this engine (not its pid).
     processes: HashMap<u64, (u64, usize)>,
     tails: Tails,
     watchdogs: BTreeMap<u64, WatchdogServer>,
     health: health::Servers,
-    guard: GuardPost,
+    guard: GuardSlot,
     orphans: Orphans,
-    /// The cgroup of new workers, if the run has one.
+    /// The cgroup of new workers; `None` means the agent's own.
     cgroup: Option<OwnedFd>,
     last_id: u64,
     closing: bool,
@@ -110,7 +110,7 @@ impl EventLoop {
             .and_then(|()| poller.add(&timer, Token::Timer.pack(), Interest::Readable));
         watched.map_err(|source| Error::os("watch", "the engine's own descriptors", source))?;
         Ok(Self {
-            ended: Arc::new(Mutex::new(inbox.remote())),
+            exit_sender: Arc::new(Mutex::new(inbox.remote())),
             inbox,
             poller,
             timer,
@@ -124,7 +124,7 @@ impl EventLoop {
                 listener: |server| Token::HealthListener(server).pack(),
                 connection: |connection| Token::HealthConnection(connection).pack(),
             }),
-            guard: GuardPost::new(warnings),
+            guard: GuardSlot::new(warnings),
             orphans: Orphans::new(),
             cgroup: None,
             last_id: 0,
@@ -138,29 +138,29 @@ impl EventLoop {
         self.orphans.reap(now, |pid| Some(pid) == guard || is_worker(pid));
     }
 
-    fn guard_ended(&mut self) {
+    fn handle_guard_end(&mut self) {
         let leaders = self.groups.values().flat_map(|group| group.processes.iter().map(|process| &process.leader));
         let token = Token::Guard.pack();
-        if self.guard.ended(&self.poller, token, self.support.pidfd, &mut self.stack, leaders) {
+        if self.guard.handle_end(&self.poller, token, self.support.pidfd, &mut self.stack, leaders) {
             self.groups.values().for_each(|group| group.progress.wake_waiters());
         }
     }
 
     fn answer_probes(&mut self) {
-        if self.health.is_idle() {
+        if self.health.is_empty() {
             return;
         }
         if self.health.receive(Instant::now(), &self.poller) {
-            // An order from before the request takes effect before the answer.
-            self.take_orders();
+            // An order sent before the request takes effect before the answer.
+            self.handle_orders();
         }
         let (watchdogs, now) = (&self.watchdogs, Moment::now());
         self.health.respond(now.instant, &self.poller, &|pids| figures(watchdogs, pids, now));
     }
 
-    /// Handles the exits in `ready`. It polls again until there is no further exit before it acts on the first one, so that workers that
-    /// died together are all known to be dead before any worker is signalled.
-    fn notice_exits(&mut self, ready: &mut Vec<u64>) -> Result<()> {
+    /// Handles the exits in `ready`. Polls again until there is no further exit before it acts on the first one: workers that died
+    /// together are then all known to be dead before any worker is signalled.
+    fn handle_exits(&mut self, ready: &mut Vec<u64>) -> Result<()> {
         let mut batches: BTreeMap<u64, Vec<Exit>> = BTreeMap::new();
         let mut seen = 0;
         loop {
@@ -189,23 +189,23 @@ impl EventLoop {
             ready.extend(further.into_iter().filter(|token| matches!(Token::unpack(*token), Token::Process(_))));
         }
         for (group, ended) in batches {
-            self.note_ended(group, ended);
+            self.record_exits(group, ended);
         }
         Ok(())
     }
 
-    fn note_ended(&mut self, id: u64, ended: Vec<Exit>) {
+    fn record_exits(&mut self, id: u64, ended: Vec<Exit>) {
         for watchdog in self.watchdogs.values_mut() {
             for ended in &ended {
-                watchdog.client_ended(ended.pid, &self.poller);
+                watchdog.remove_ended_client(ended.pid, &self.poller);
             }
         }
         if let Some(group) = self.groups.get_mut(&id) {
             let known = group.state.exits().len();
             group.step(Instant::now(), GroupEvent::Ended(ended));
-            self.health.note_exits(&group.state.exits()[known..]);
+            self.health.record_exits(&group.state.exits()[known..]);
         }
-        self.forget_released(id);
+        self.remove_released(id);
     }
 
     fn next_tick(&mut self) -> Option<Instant> {
@@ -216,33 +216,33 @@ impl EventLoop {
     }
 
     /// Handles expired timers.
-    fn watch(&mut self) {
+    fn handle_deadlines(&mut self) {
         if self.watchdogs.is_empty() {
             return;
         }
         let now = Moment::now();
         for (id, watchdog) in &mut self.watchdogs {
-            let Some(gather) = watchdog.pump(now, &self.poller) else { continue };
+            let Some(collection) = watchdog.handle_deadlines(now, &self.poller) else { continue };
             let (watchdog_id, engine) = (*id, self.inbox.remote());
-            let nothing = gather.nothing();
-            let gathering = move || {
-                let gathered = gather.run();
+            let empty = collection.empty();
+            let collect = move || {
+                let evidence = collection.run();
                 // The engine may have ended.
-                let _ = engine.send(Order::Gathered { watchdog: watchdog_id, gathered });
+                let _ = engine.send(Order::Evidence { watchdog: watchdog_id, evidence });
             };
-            if threads::builder("ferro-evidence").spawn(gathering).is_err() {
-                watchdog.gathered(&nothing);
+            if threads::builder("ferro-evidence").spawn(collect).is_err() {
+                watchdog.handle_evidence(&empty);
             }
         }
     }
 
-    fn take_orders(&mut self) {
+    fn handle_orders(&mut self) {
         while let Some(order) = self.inbox.next() {
-            self.obey(order);
+            self.handle(order);
         }
     }
 
-    fn obey(&mut self, order: Order) {
+    fn handle(&mut self, order: Order) {
         match order {
             Order::Spawn { commands, reply } => {
                 let _ = reply.send(self.spawn_group(&commands));
@@ -250,7 +250,7 @@ impl EventLoop {
             Order::Observe { processes, reply } => {
                 let _ = reply.send(self.observe_group(processes));
             }
-            Order::Decide { group, event } => {
+            Order::GroupEvent { group, event } => {
                 if let Some(group) = self.groups.get_mut(&group) {
                     group.step(Instant::now(), event);
                 }
@@ -266,23 +266,23 @@ impl EventLoop {
                 if let Some(entry) = self.groups.get_mut(&group) {
                     entry.released = true;
                 }
-                self.forget_released(group);
+                self.remove_released(group);
             }
-            Order::Ended { process, status, usage, at } => {
+            Order::Exited { process, status, usage, at } => {
                 if let Some((group, index)) = self.processes.remove(&process)
                     && let Some(entry) = self.groups.get(&group)
                 {
                     let pid = entry.processes[index].leader.pid();
                     let ended = Exit::new(index, pid, status, usage, at);
-                    self.note_ended(group, vec![ended]);
+                    self.record_exits(group, vec![ended]);
                 }
             }
             Order::Tail { spec, reply } => {
                 let id = self.next_id();
                 let _ = reply.send(self.tails.add(id, &spec, &self.poller).map(|()| id));
             }
-            Order::FinishTail { tail, patience, reply } => {
-                self.tails.finish(tail, patience, Instant::now(), reply);
+            Order::FinishTail { tail, timeout, reply } => {
+                self.tails.finish(tail, timeout, Instant::now(), reply);
             }
             Order::DropTail { tail } => self.tails.drop_tail(tail, &self.poller),
             Order::CreateWatchdog { config, files, reports, reply } => {
@@ -294,19 +294,19 @@ impl EventLoop {
             }
             Order::Watchdog { id, order } => {
                 if let Some(watchdog) = self.watchdogs.get_mut(&id) {
-                    watchdog.obey(order, &self.poller);
+                    watchdog.handle(order, &self.poller);
                 }
             }
             Order::DrainWatchdog { id, reply } => {
                 if let Some(watchdog) = self.watchdogs.get_mut(&id) {
                     watchdog.drain(&self.poller);
-                    self.watch();
+                    self.handle_deadlines();
                     let _ = reply.send(());
                 }
             }
-            Order::Gathered { watchdog, gathered } => {
+            Order::Evidence { watchdog, evidence } => {
                 if let Some(watchdog) = self.watchdogs.get_mut(&watchdog) {
-                    watchdog.gathered(&gathered);
+                    watchdog.handle_evidence(&evidence);
                 }
             }
             Order::CloseWatchdog { id, reply } => {
@@ -320,7 +320,7 @@ impl EventLoop {
             Order::Health(order) => {
                 let id = self.next_id();
                 let exits = self.groups.values().map(|group| group.state.exits());
-                order.serve(&mut self.health, &self.poller, id, exits);
+                order.handle(&mut self.health, &self.poller, id, exits);
             }
             Order::AdoptGuard { guard, program, reply } => {
                 let _ = reply.send(self.guard.adopt(guard, program, &self.poller, Token::Guard.pack()));
@@ -328,19 +328,19 @@ impl EventLoop {
             Order::WatchLease(page) => self.guard.watch_lease(page),
             Order::OwnOrphans => self.orphans.own_all(),
             Order::UseCgroup { folder, reply } => {
-                let wanted = folder.is_some();
+                let is_requested = folder.is_some();
                 self.cgroup = folder.filter(|folder| can_spawn_in(folder.as_fd(), &mut self.stack));
-                let _ = reply.send(self.cgroup.is_some() == wanted);
+                let _ = reply.send(self.cgroup.is_some() == is_requested);
             }
             Order::DismissGuard { reply } => self.guard.dismiss(reply),
             Order::Close { kill_wait } => {
                 self.closing = true;
-                self.kill_everybody(kill_wait);
+                self.kill_all(kill_wait);
             }
         }
     }
 
-    fn kill_everybody(&mut self, kill_wait: Duration) {
+    fn kill_all(&mut self, kill_wait: Duration) {
         let now = Instant::now();
         let plan = StopPlan { linger: Duration::ZERO, signal: libc::SIGKILL, grace: Duration::ZERO, kill_wait };
         for group in self.groups.values_mut() {
@@ -368,7 +368,7 @@ impl EventLoop {
                 }
             }
         }
-        self.adopt(GroupEntry::new(processes, Reaper::Engine))
+        self.register_group(GroupEntry::new(processes, Reaper::Engine))
     }
 
     fn observe_group(&mut self, observed: Vec<Observed>) -> Result<StartedGroup> {
@@ -380,15 +380,15 @@ impl EventLoop {
             processes.push(Process {
                 id: self.next_id(),
                 leader,
-                // The exit of a child is a better signal than the end of its pipe, which its own children may hold open.
+                // A child is observed directly: its own children may keep the sentinel's pipe open.
                 sentinel: sentinel.filter(|_| !is_child),
             });
         }
-        self.adopt(GroupEntry::new(processes, Reaper::Other))
+        self.register_group(GroupEntry::new(processes, Reaper::Program))
     }
 
-    /// Watches the processes of a new group.
-    fn adopt(&mut self, entry: GroupEntry) -> Result<StartedGroup> {
+    /// Registers the processes of a new group with the poller, the guard and the orphan reaper.
+    fn register_group(&mut self, entry: GroupEntry) -> Result<StartedGroup> {
         let id = self.next_id();
         let started = StartedGroup {
             id,
@@ -399,7 +399,7 @@ impl EventLoop {
             self.processes.insert(process.id, (id, index));
             let watched = match process.exit_fd() {
                 Some(fd) => self.poller.add(fd, Token::Process(process.id).pack(), Interest::Readable),
-                None => self.wait_in_a_thread(process),
+                None => self.wait_on_thread(process),
             };
             if let Err(source) = watched {
                 for Process { leader, id, .. } in &entry.processes {
@@ -415,19 +415,19 @@ impl EventLoop {
         }
         let now = Instant::now();
         for Process { leader, .. } in &entry.processes {
-            self.guard.hold(leader.pid(), leader.pidfd());
-            self.orphans.expect(leader.pid(), now);
+            self.guard.add_worker(leader.pid(), leader.pidfd());
+            self.orphans.add_session(leader.pid(), now);
         }
         self.groups.insert(id, entry);
         Ok(started)
     }
 
-    /// Without pidfds: a thread that blocks in `waitid` until the process has ended, and leaves the zombie. It polls a process that is
-    /// not a child.
-    fn wait_in_a_thread(&self, process: &Process) -> std::io::Result<()> {
+    /// Without pidfds, starts a thread that blocks in `waitid` until the process has ended and leaves the zombie. It polls a process that
+    /// is not a child.
+    fn wait_on_thread(&self, process: &Process) -> std::io::Result<()> {
         let (id, leader) = (process.id, process.leader.try_clone()?);
-        let engine = Arc::clone(&self.ended);
-        let waiting = move || {
+        let engine = Arc::clone(&self.exit_sender);
+        let wait_for_exit = move || {
             let (status, usage) = loop {
                 match wait(leader.pid(), Collect::Observe, Block::Yes) {
                     Ok(Some((ExitStatus::Unknown, usage))) => {
@@ -439,23 +439,23 @@ impl EventLoop {
                     Err(_) => break (ExitStatus::Unknown, Usage::default()),
                 }
             };
-            // Taking the time under the lock makes exits arrive in the order of their times.
+            // The timestamp is read under the lock, so exits arrive in timestamp order.
             let engine = engine.lock().unwrap_or_else(PoisonError::into_inner);
             let at = Moment::now();
             // The engine may have ended.
-            let _ = engine.send(Order::Ended { process: id, status, usage, at });
+            let _ = engine.send(Order::Exited { process: id, status, usage, at });
         };
-        threads::builder("ferro-wait").spawn(waiting).map(drop)
+        threads::builder("ferro-wait").spawn(wait_for_exit).map(drop)
     }
 
-    /// Removes a group whose handle was dropped, once all its processes have ended.
-    fn forget_released(&mut self, id: u64) {
+    /// Removes a group if its handle was dropped and all its processes have ended.
+    fn remove_released(&mut self, id: u64) {
         if self.groups.get(&id).is_some_and(|group| group.released && group.all_ended())
             && let Some(group) = self.groups.remove(&id)
         {
-            group.reap_held();
+            group.reap_zombies();
             for Process { leader, .. } in &group.processes {
-                self.guard.release(leader.pid());
+                self.guard.remove_worker(leader.pid());
             }
         }
     }
@@ -477,33 +477,33 @@ impl Service for EventLoop {
             self.timer.set(next).map_err(poll_failed)?;
             ready.clear();
             self.poller.wait(!self.tails.is_busy() && !self.health.is_busy(), &mut ready).map_err(poll_failed)?;
-            self.notice_exits(&mut ready)?;
+            self.handle_exits(&mut ready)?;
             for token in ready.drain(..) {
                 match Token::unpack(token) {
                     Token::Wake => {
                         self.inbox.wake().drain();
-                        self.take_orders();
+                        self.handle_orders();
                     }
                     Token::Timer => self.timer.drain(),
                     Token::Notifier => self.tails.notified(),
                     Token::Console(tail) => self.tails.console_ready(tail, &self.poller),
                     Token::Fifo(id) => {
                         if let Some(watchdog) = self.watchdogs.get_mut(&id) {
-                            watchdog.readable(&self.poller);
+                            watchdog.read_pipe(&self.poller);
                         }
                     }
                     Token::TimerClient { watchdog, pid } => {
                         if let (Some(watchdog), Ok(pid)) = (self.watchdogs.get_mut(&watchdog), pid.try_into()) {
-                            watchdog.client_ended(pid, &self.poller);
+                            watchdog.remove_ended_client(pid, &self.poller);
                         }
                     }
-                    Token::HealthListener(server) => self.health.acceptable(server),
-                    Token::HealthConnection(connection) => self.health.ready(connection),
-                    Token::Guard => self.guard_ended(),
+                    Token::HealthListener(server) => self.health.listener_ready(server),
+                    Token::HealthConnection(connection) => self.health.connection_ready(connection),
+                    Token::Guard => self.handle_guard_end(),
                     Token::Process(_) => {}
                 }
             }
-            self.watch();
+            self.handle_deadlines();
             let now = Instant::now();
             for group in self.groups.values_mut() {
                 if group.state.next_tick().is_some_and(|at| at <= now) {
@@ -512,18 +512,18 @@ impl Service for EventLoop {
             }
             self.tails.pump(now, &self.poller, |tail| Token::Console(tail).pack());
             self.reap_orphans(now);
-            // Probes come last: they delay no signal, no deadline and no log line.
+            // Probes come last, so they do not delay signals, deadlines or log lines.
             self.answer_probes();
         }
         Ok(())
     }
 
-    /// After a failure it kills the workers. Waiters get the error.
+    /// Kills the workers after a failure of the thread, and passes the error to the waiters.
     fn finish(&mut self, outcome: &Result<()>) {
         let failure = outcome.as_ref().err().map(ToString::to_string);
         if failure.is_some() {
-            // Keeps the line to the guard open until this process ends. The guard then ends the remaining workers.
-            std::mem::forget(std::mem::replace(&mut self.guard, GuardPost::new(Warnings::default())));
+            // The forgotten guard keeps its socket open until this process ends. Then the guard kills the remaining workers.
+            std::mem::forget(std::mem::replace(&mut self.guard, GuardSlot::new(Warnings::default())));
         }
         for group in self.groups.values() {
             if failure.is_some() {
@@ -531,13 +531,13 @@ impl Service for EventLoop {
                     let _ = process.leader.signal_group(libc::SIGKILL);
                 }
             }
-            group.reap_held();
+            group.reap_zombies();
             group.progress.publish_closed(failure.clone());
         }
     }
 }
 
-/// The sums over all watchdogs, and the time since the last request or heartbeat of each of `pids`.
+/// The sums over all watchdogs, and the time since the last request or heartbeat of each process in `pids`.
 fn figures(watchdogs: &BTreeMap<u64, WatchdogServer>, pids: &[i32], now: Moment) -> WatchdogFigures {
     let mut figures = WatchdogFigures::default();
     for watchdog in watchdogs.values() {

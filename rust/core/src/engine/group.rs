@@ -1,4 +1,4 @@
-//! The handle of a group of processes.
+//! The handle of a group of supervised processes.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -29,13 +29,13 @@ impl Group {
         &self.pids
     }
 
-    /// Grows with every batch of exits, at the end of a stop and at the end of the engine.
+    /// A counter that grows with every batch of exits, at the end of a stop and at the end of the engine.
     pub fn generation(&self) -> Result<u64> {
         self.line.check_owner()?;
         Ok(self.progress.generation())
     }
 
-    /// The exits in the order in which the kernel reported them, without the first `since` of them.
+    /// The exits in the order in which the kernel reported them, without the first `since`.
     pub fn exits(&self, since: usize) -> Result<Vec<Exit>> {
         self.line.check_owner()?;
         Ok(self.progress.exits(since))
@@ -47,26 +47,26 @@ impl Group {
         self.progress.wait(generation, timeout, others)
     }
 
-    /// Signals the process group of one worker, or its leader alone; `false` if there was no process left.
+    /// Signals the process group of one worker, or its leader alone; `false` if no process was left.
     pub fn signal(&self, index: usize, signal: i32, leader_only: bool) -> Result<bool> {
         let group = self.id;
         let delivered = self.line.ask(|reply| Order::Signal { group, index, signal, leader_only, reply })?;
         delivered.map_err(|source| Error::os("signal", format!("worker {index} (pid {})", self.pids[index]), source))
     }
 
-    /// Starts to stop the group. Has no effect on a stop that has begun.
+    /// Starts to stop the group. Idempotent: a running stop keeps its plan.
     pub fn stop(&self, plan: StopPlan) -> Result<()> {
-        self.decide(GroupEvent::Stop(plan))
+        self.send(GroupEvent::Stop(plan))
     }
 
-    /// From now on the engine starts the stop itself, at the first failure.
+    /// From now on the engine starts the stop itself at the first failure.
     pub fn stop_on_failure(&self, plan: StopPlan) -> Result<()> {
-        self.decide(GroupEvent::StopOnFailure(plan))
+        self.send(GroupEvent::StopOnFailure(plan))
     }
 
     /// Ends the grace period of a running stop now.
     pub fn end_grace(&self) -> Result<()> {
-        self.decide(GroupEvent::EndGrace)
+        self.send(GroupEvent::EndGrace)
     }
 
     /// The outcome of the stop; `None` before its end.
@@ -75,14 +75,14 @@ impl Group {
         Ok(self.progress.report())
     }
 
-    fn decide(&self, event: GroupEvent) -> Result<()> {
+    fn send(&self, event: GroupEvent) -> Result<()> {
         let group = self.id;
-        self.line.send(Order::Decide { group, event })
+        self.line.send(Order::GroupEvent { group, event })
     }
 }
 
 impl Drop for Group {
-    /// Leaves running processes alone and reaps them when they end.
+    /// Running processes continue; the engine reaps them when they end.
     fn drop(&mut self) {
         let _ = self.line.send(Order::Release { group: self.id });
     }

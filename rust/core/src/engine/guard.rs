@@ -1,4 +1,4 @@
-//! The guard process of the engine: tells it about workers, notices its death and starts a new one.
+//! The guard process of the engine: registers workers with it, notices its death and starts a replacement.
 
 use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -11,8 +11,8 @@ use crate::sys::process::ProcessHandle;
 use crate::sys::spawn::SpawnStack;
 use crate::thread::Reply;
 
-/// Most replacements of a dead guard. A user who kills every one of them wants none.
-const MOST_REPLACEMENTS: u32 = 16;
+/// Limit on replacements of dead guards. A user who keeps killing them does not want a guard.
+const MAX_REPLACEMENTS: u32 = 16;
 
 /// Warnings of the engine for the program's log.
 #[derive(Clone, Debug, Default)]
@@ -28,9 +28,9 @@ impl Warnings {
     }
 }
 
-/// The engine's end of its guard process, if it has one.
+/// The engine's guard process, if there is one.
 #[derive(Debug)]
-pub(super) struct GuardPost {
+pub(super) struct GuardSlot {
     guard: Option<Guard>,
     program: Option<Program>,
     replaced: u32,
@@ -39,12 +39,12 @@ pub(super) struct GuardPost {
     warnings: Warnings,
 }
 
-impl GuardPost {
+impl GuardSlot {
     pub(super) fn new(warnings: Warnings) -> Self {
         Self { guard: None, program: None, replaced: 0, dismissing: None, lease: None, warnings }
     }
 
-    /// Takes over a guard. `program` starts a new one if it dies.
+    /// Takes over a guard. `program` starts a replacement if the guard dies.
     pub(super) fn adopt(&mut self, guard: Guard, program: Program, poller: &Poller, token: u64) -> Result<()> {
         let watched = poller.add(guard.end_fd(), token, Interest::Readable);
         watched.map_err(|source| Error::os("watch", format!("the guard process {}", guard.pid()), source))?;
@@ -55,7 +55,7 @@ impl GuardPost {
         Ok(())
     }
 
-    /// The workers may run until the time on this page.
+    /// The guard kills the workers when the lease on this page expires.
     pub(super) fn watch_lease(&mut self, page: Arc<LeasePage>) {
         if let Some(guard) = &self.guard {
             guard.watch_lease(&page);
@@ -63,24 +63,23 @@ impl GuardPost {
         self.lease = Some(page);
     }
 
-    /// Process id of the guard.
     pub(super) fn pid(&self) -> Option<i32> {
         self.guard.as_ref().map(Guard::pid)
     }
 
-    pub(super) fn hold(&self, leader: i32, pidfd: Option<BorrowedFd<'_>>) {
+    pub(super) fn add_worker(&self, leader: i32, pidfd: Option<BorrowedFd<'_>>) {
         if let Some(guard) = &self.guard {
             guard.hold(leader, pidfd);
         }
     }
 
-    pub(super) fn release(&self, leader: i32) {
+    pub(super) fn remove_worker(&self, leader: i32) {
         if let Some(guard) = &self.guard {
             guard.release(leader);
         }
     }
 
-    /// Kills the guard; the answer comes when it is gone.
+    /// Kills the guard. The reply is sent when it has ended.
     pub(super) fn dismiss(&mut self, reply: Reply<()>) {
         match &self.guard {
             Some(guard) => {
@@ -93,8 +92,9 @@ impl GuardPost {
         }
     }
 
-    /// The guard has ended, or is about to; `true` if it died unexpectedly, which adds a warning.
-    pub(super) fn ended<'a>(
+    /// Handles readiness of the guard's descriptor. If the guard died unexpectedly, starts a replacement, adds a warning and returns
+    /// `true`.
+    pub(super) fn handle_end<'a>(
         &mut self,
         poller: &Poller,
         token: u64,
@@ -108,13 +108,13 @@ impl GuardPost {
             let _ = reply.send(());
             return false;
         }
-        let lost = guard.pid();
+        let dead_pid = guard.pid();
         drop(guard);
         let Some(program) = self.program.take() else { return false };
         self.replaced += 1;
-        if self.replaced > MOST_REPLACEMENTS {
+        if self.replaced > MAX_REPLACEMENTS {
             self.warnings.add(format!(
-                "The guard process {lost} has ended, like {MOST_REPLACEMENTS} before it; no further one is started"
+                "The guard process {dead_pid} ended unexpectedly after {MAX_REPLACEMENTS} replacements; no new one is started"
             ));
             return true;
         }
@@ -125,13 +125,13 @@ impl GuardPost {
         });
         match replaced {
             Ok(pid) => {
-                leaders.for_each(|leader| self.hold(leader.pid(), leader.pidfd()));
+                leaders.for_each(|leader| self.add_worker(leader.pid(), leader.pidfd()));
                 self.warnings
-                    .add(format!("The guard process {lost} has ended unexpectedly; started a new one (pid {pid})"));
+                    .add(format!("The guard process {dead_pid} ended unexpectedly; started a new one (pid {pid})"));
             }
             Err(error) => {
                 self.warnings.add(format!(
-                    "The guard process {lost} has ended unexpectedly, and a new one cannot be started: {error}"
+                    "The guard process {dead_pid} ended unexpectedly, and a new one failed to start: {error}"
                 ));
             }
         }

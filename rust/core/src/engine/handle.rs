@@ -22,7 +22,7 @@ use crate::sys::spawn::Command;
 use crate::thread::{CloseOutcome, NativeThread};
 use crate::watchdog::Config;
 
-/// Time for the thread to end after the last worker is gone.
+/// Time for the thread to end after the last worker has ended.
 const CLOSE_MARGIN: Duration = Duration::from_millis(100);
 
 /// The engine: one thread that starts and supervises processes.
@@ -39,11 +39,11 @@ impl Engine {
         Self::start_with(probe::probe())
     }
 
-    /// Starts the thread with fewer features than the kernel has: [`Support::NONE`] forces the fallback without pidfds.
+    /// Starts the thread with only these kernel features; [`Support::NONE`] forces the fallback without pidfds.
     pub fn start_with(support: Support) -> Result<Self> {
         let warnings = Warnings::default();
-        let its = warnings.clone();
-        let line = NativeThread::start("ferro-sup", |inbox| EventLoop::new(inbox, support, its))?;
+        let thread_warnings = warnings.clone();
+        let line = NativeThread::start("ferro-sup", |inbox| EventLoop::new(inbox, support, thread_warnings))?;
         Ok(Self { line: Arc::new(line), support, warnings })
     }
 
@@ -53,16 +53,16 @@ impl Engine {
         self.support
     }
 
-    /// Starts all commands, in order. If one cannot be started, the others are killed and reaped.
+    /// Starts all commands in order. If one fails to start, the started ones are killed and reaped.
     pub fn spawn(&self, commands: Vec<Command>) -> Result<Group> {
         let started = self.line.ask(|reply| Order::Spawn { commands, reply })??;
         Ok(Group::new(&self.line, started))
     }
 
-    /// Supervises processes that the caller has started and reaps: the engine sees their exits and does not collect them.
+    /// Supervises processes that the caller started and reaps. The engine observes their exits and does not reap them.
     ///
-    /// Each may come with a descriptor that becomes readable when the process ends. The engine uses it where there are no pidfds and the
-    /// process is not a child of this process.
+    /// Each process may come with a sentinel, a descriptor that becomes readable when the process ends. The engine uses the sentinel on
+    /// kernels without pidfds if the process is not a child of this process.
     pub fn observe(&self, processes: Vec<(i32, Option<OwnedFd>)>) -> Result<Group> {
         let processes = processes.into_iter().map(|(pid, sentinel)| Observed { pid, sentinel }).collect();
         let started = self.line.ask(|reply| Order::Observe { processes, reply })??;
@@ -74,55 +74,55 @@ impl Engine {
         Tail::open(&self.line, spec)
     }
 
-    /// Creates the named pipe of a watchdog. It serves from [`Watchdog::start`] on.
+    /// Creates the named pipe of a watchdog. Requests are served after [`Watchdog::start`].
     pub fn watchdog(&self, config: Config) -> Result<Watchdog> {
         Watchdog::create(&self.line, config)
     }
 
-    /// Serves health checks on a name or address of this host; port 0 picks a free port. The agent counts as dead when it has made no
+    /// Serves health checks on a name or address of this host; port 0 picks a free port. Liveness probes fail when the agent has made no
     /// progress for longer than `timeout`.
     pub fn health_server(&self, host: &str, port: u16, timeout: Duration) -> Result<HealthServer> {
         HealthServer::open(&self.line, host, port, timeout)
     }
 
-    /// Hands a guard to the engine, which reports all workers to it from now on. `program` starts a new guard if it dies.
+    /// Hands a guard to the engine, which registers all later workers with it. `program` starts a replacement if the guard dies.
     pub fn adopt_guard(&self, guard: Guard, program: Program) -> Result<()> {
         self.line.ask(|reply| Order::AdoptGuard { guard, program, reply })?
     }
 
-    /// The guard ends the workers at the time on this page, also while this process is suspended.
+    /// The guard kills the workers when the lease on this page expires, also while this process is suspended.
     pub fn watch_lease(&self, page: Arc<LeasePage>) -> Result<()> {
         self.line.send(Order::WatchLease(page))
     }
 
-    /// Declares that all children in other sessions than this process's own belong to workers. Where this process is PID 1 or a subreaper,
-    /// the engine reaps them.
+    /// Declares that all children outside this process's own session belong to workers. If this process is PID 1 or a subreaper, the
+    /// engine reaps them.
     pub fn own_orphans(&self) -> Result<()> {
         self.line.send(Order::OwnOrphans)
     }
 
-    /// Starts workers in this cgroup from now on; `None` starts them in the agent's own. `false` if the kernel cannot do that.
+    /// Starts later workers in this cgroup; `None` starts them in the agent's own cgroup. `false` if the kernel does not support it.
     pub fn use_cgroup(&self, folder: Option<&Path>) -> Result<bool> {
         let failed = |source| Error::os("open", format!("cgroup {folder:?}"), source);
         let folder = folder.map(cgroup::open).transpose().map_err(failed)?;
         self.line.ask(|reply| Order::UseCgroup { folder, reply })
     }
 
-    /// Kills the guard, because this process ends in order. `false` if the guard is not gone within `timeout`.
+    /// Kills the guard before an orderly end of this process. `false` if the guard has not ended within `timeout`.
     pub fn dismiss_guard(&self, timeout: Duration) -> Result<bool> {
         Ok(self.line.ask_within(timeout, |reply| Order::DismissGuard { reply })?.is_some())
     }
 
-    /// Takes the warnings of the engine since the last call.
+    /// Returns the engine's warnings since the last call.
     pub fn take_warnings(&self) -> Result<Vec<String>> {
         self.line.check_owner()?;
         Ok(self.warnings.take())
     }
 
-    /// Ends the thread; workers that still run get SIGKILL. `false` if it has not ended within `timeout`. Idempotent.
+    /// Ends the thread; running workers get SIGKILL. `false` if the thread has not ended within `timeout`. Idempotent.
     pub fn close(&self, timeout: Duration) -> Result<bool> {
         let ended = self.line.close(Order::Close { kill_wait: timeout }, Some(timeout + CLOSE_MARGIN))?;
-        // A failure of the thread has been published to the waiters.
+        // The waiters already have the error of a failed thread.
         Ok(matches!(ended, CloseOutcome::Ended(_)))
     }
 }

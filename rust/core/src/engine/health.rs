@@ -11,10 +11,10 @@ use crate::health::{self, ProgressQuestion, liveness};
 use crate::sys::clock::Moment;
 use crate::sys::net::{InheritedListener, Listener, endpoint};
 
-/// A server of health checks on the engine thread. Ends when it is dropped.
+/// An HTTP server for health checks, on the engine thread. Dropping the handle closes the server.
 ///
-/// One thread of the caller reports the progress of the agent: [`HealthServer::next_question`] blocks until a probe asks,
-/// [`HealthServer::started`] reports that the thread has taken the question, and [`HealthServer::answer`] delivers the answer.
+/// One thread of the caller reports the progress of the agent: [`HealthServer::next_question`] blocks until a probe needs the progress,
+/// [`HealthServer::started`] confirms that the thread has received the question, and [`HealthServer::answer`] delivers the answer.
 #[derive(Debug)]
 pub struct HealthServer {
     line: Arc<Line>,
@@ -25,8 +25,8 @@ pub struct HealthServer {
 }
 
 impl HealthServer {
-    /// Listens on a name or address of this host; port 0 picks a free port. Without progress for longer than `timeout` the agent counts
-    /// as dead.
+    /// Listens on a name or address of this host; port 0 picks a free port. Liveness probes fail when the agent has made no progress for
+    /// longer than `timeout`.
     pub(super) fn open(line: &Arc<Line>, host: &str, port: u16, timeout: Duration) -> Result<Self> {
         line.check_owner()?;
         let host = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
@@ -35,8 +35,9 @@ impl HealthServer {
         let (address, inherited) = (listener.address(), listener.inherited());
         let question = ProgressQuestion::new().map_err(|source| Error::os("create", "an eventfd", source))?;
         let question = Arc::new(question);
-        let its = Arc::clone(&question);
-        let id = line.ask(|reply| Order::Health(health::Order::Open { listener, question: its, timeout, reply }))??;
+        let asked = Arc::clone(&question);
+        let id =
+            line.ask(|reply| Order::Health(health::Order::Open { listener, question: asked, timeout, reply }))??;
         Ok(Self { line: Arc::clone(line), id, address, inherited, question })
     }
 
@@ -46,34 +47,34 @@ impl HealthServer {
         self.address
     }
 
-    /// Blocks until a probe asks for the agent's progress; `false` once the server is closed. For one thread.
+    /// Blocks until a probe needs the agent's progress; `false` once the server is closed. Call it from one thread only.
     pub fn next_question(&self) -> Result<bool> {
         self.line.check_owner()?;
         self.question.wait().map_err(|source| Error::os("wait for", "a health probe", source))
     }
 
-    /// The answering thread has taken the question.
+    /// Confirms that the answering thread has received the question.
     pub fn started(&self) -> Result<()> {
-        self.tell(health::Order::Started { server: self.id, at: Instant::now() })
+        self.send(health::Order::Started { server: self.id, at: Instant::now() })
     }
 
-    /// Delivers the answer: the time of the last progress in seconds since the epoch, or an error message.
+    /// Answers the question with the time of the last progress in seconds since the epoch, or with an error message.
     pub fn answer(&self, progress: std::result::Result<f64, String>) -> Result<()> {
         let now = Moment::now();
         let (at, answer) = (now.instant, progress.and_then(|progress| liveness::age(progress, now.wall_s())));
-        self.tell(health::Order::Answered { server: self.id, at, answer })
+        self.send(health::Order::Answered { server: self.id, at, answer })
     }
 
     /// Updates the published status.
     pub fn update(&self, update: Update) -> Result<()> {
-        self.tell(health::Order::Update { server: self.id, update })
+        self.send(health::Order::Update { server: self.id, update })
     }
 
-    /// Stops serving; the port is free when this returns. In a forked child it closes the child's copy of the listener.
+    /// Stops serving; the port is free on return. In a forked child, closes the child's copy of the listener.
     pub fn close(&self) -> Result<()> {
         let closed = self.line.ask(|reply| Order::Health(health::Order::Close { server: self.id, reply: Some(reply) }));
         match closed {
-            // The engine closes its servers when it ends.
+            // A closed engine has closed its servers.
             Ok(()) | Err(Error::Closed) => Ok(()),
             Err(Error::Forked { .. }) => {
                 self.inherited.close_in_child();
@@ -83,14 +84,14 @@ impl HealthServer {
         }
     }
 
-    fn tell(&self, order: health::Order) -> Result<()> {
+    fn send(&self, order: health::Order) -> Result<()> {
         self.line.send(Order::Health(order))
     }
 }
 
 impl Drop for HealthServer {
     fn drop(&mut self) {
-        if let Err(Error::Forked { .. }) = self.tell(health::Order::Close { server: self.id, reply: None }) {
+        if let Err(Error::Forked { .. }) = self.send(health::Order::Close { server: self.id, reply: None }) {
             self.inherited.close_in_child();
         }
     }

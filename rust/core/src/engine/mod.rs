@@ -1,9 +1,9 @@
 //! The thread that owns the descriptors of supervised processes, and its handles.
 //!
-//! The thread (`ferro-sup`) waits in a poller and does not poll on its own. It feeds events to the decisions in [`crate::supervise`] and
+//! The thread (`ferro-sup`) blocks in epoll until an event or a deadline. It feeds events to the state machines in [`crate::supervise`] and
 //! carries out their actions. Handles send orders and read the progress that the thread publishes. No lock is held across a wait.
 //!
-//! Imports go one way: `handle` -> handles of the parts and `event_loop` -> `order` -> `progress`.
+//! Imports go one way: `handle` -> `event_loop`, `group`, `tail`, `watchdog` and `health` -> `order` -> `progress`.
 
 mod event_loop;
 mod group;

@@ -1,4 +1,4 @@
-//! Orders of handles to the engine thread.
+//! Orders from handles to the engine thread.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -18,9 +18,9 @@ use crate::sys::lease::LeasePage;
 use crate::sys::spawn::Command;
 use crate::sys::wait::{ExitStatus, Usage};
 use crate::thread::{NativeThread, Reply, ThreadOrder};
-use crate::watchdog::{self, Config, Gathered, Reports};
+use crate::watchdog::{self, Config, Evidence, Reports};
 
-/// The line from a handle to the engine thread. The thread ends with the last handle.
+/// The connection from a handle to the engine thread. The thread ends when the last handle is dropped.
 pub(super) type Line = NativeThread<Order>;
 
 /// A new group.
@@ -30,10 +30,10 @@ pub(super) struct StartedGroup {
     pub(super) progress: Arc<GroupProgress>,
 }
 
-/// A process that the program has started.
+/// A process that the program itself started and reaps.
 pub(super) struct Observed {
     pub(super) pid: i32,
-    /// A descriptor that becomes readable when the process ends, for kernels without pidfds.
+    /// A descriptor that becomes readable when the process ends. Used on kernels without pidfds.
     pub(super) sentinel: Option<OwnedFd>,
 }
 
@@ -47,8 +47,8 @@ pub(super) enum Order {
         processes: Vec<Observed>,
         reply: Reply<Result<StartedGroup>>,
     },
-    /// An event for the decisions of a group.
-    Decide {
+    /// An event for the state machine of a group.
+    GroupEvent {
         group: u64,
         event: GroupEvent,
     },
@@ -62,8 +62,8 @@ pub(super) enum Order {
     Release {
         group: u64,
     },
-    /// An exit, from a waiting thread where there are no pidfds.
-    Ended {
+    /// An exit, reported by a waiting thread on kernels without pidfds.
+    Exited {
         process: u64,
         status: ExitStatus,
         usage: Usage,
@@ -75,13 +75,13 @@ pub(super) enum Order {
     },
     FinishTail {
         tail: u64,
-        patience: Duration,
+        timeout: Duration,
         reply: Reply<TailReport>,
     },
     DropTail {
         tail: u64,
     },
-    /// Adds a watchdog whose files exist.
+    /// Adds a watchdog whose pipe and heartbeat page exist.
     CreateWatchdog {
         config: Config,
         files: (Fifo, BeatPage),
@@ -92,15 +92,15 @@ pub(super) enum Order {
         id: u64,
         order: watchdog::Order,
     },
-    /// Reads the pipe of a watchdog until it is empty and handles the expired timers.
+    /// Reads the pipe of a watchdog until it is empty, then handles the expired timers.
     DrainWatchdog {
         id: u64,
         reply: Reply<()>,
     },
-    /// Evidence from a gathering thread.
-    Gathered {
+    /// Evidence from a collecting thread.
+    Evidence {
         watchdog: u64,
-        gathered: Gathered,
+        evidence: Evidence,
     },
     CloseWatchdog {
         id: u64,

@@ -1,7 +1,7 @@
-//! Processes of workers that their parents have left to this process, because it is PID 1 or a subreaper: their zombies are collected.
+//! Reaps the orphans of workers, which become children of this process when it is PID 1 or a subreaper.
 //!
-//! Each is collected by its own pid, and only if it is no child of the program's own: a program that embeds the agent waits for those
-//! itself. An orphan of a worker is known by its session.
+//! Each zombie is reaped by its own pid. The program's own children are left alone, because a program that embeds the agent waits for them
+//! itself. The session identifies an orphan of a worker.
 
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
@@ -10,48 +10,48 @@ use crate::sys::process::inherits_orphans;
 use crate::sys::procfs::{self, Stat};
 use crate::sys::wait::{Block, Collect, wait};
 
-/// Between two looks. Nothing reports the end of an orphan but `SIGCHLD`, which belongs to the program.
-const PAUSE: Duration = Duration::from_secs(1);
+/// Only `SIGCHLD` reports the end of an orphan, and that signal belongs to the program. So the engine polls.
+const POLL_INTERVAL: Duration = Duration::from_secs(1);
 
 #[derive(Debug)]
 pub(super) struct Orphans {
-    /// This process is given orphans.
-    is_heir: bool,
-    /// All sessions but this process's own are those of workers.
+    /// This process is PID 1 or a subreaper.
+    is_subreaper: bool,
+    /// All sessions except this process's own belong to workers.
     owns_all: bool,
-    /// Sessions of workers, those of former rounds included.
+    /// Sessions of workers, including those of previous rounds.
     sessions: HashSet<i32>,
-    look_at: Option<Instant>,
+    next_poll: Option<Instant>,
 }
 
 impl Orphans {
     pub(super) fn new() -> Self {
-        Self { is_heir: inherits_orphans(), owns_all: false, sessions: HashSet::new(), look_at: None }
+        Self { is_subreaper: inherits_orphans(), owns_all: false, sessions: HashSet::new(), next_poll: None }
     }
 
-    /// This process has no children of its own in sessions of their own.
+    /// All children outside this process's own session belong to workers.
     pub(super) fn own_all(&mut self) {
         self.owns_all = true;
     }
 
-    /// A worker was started.
-    pub(super) fn expect(&mut self, session: i32, now: Instant) {
-        if self.is_heir {
+    /// Registers the session of a new worker.
+    pub(super) fn add_session(&mut self, session: i32, now: Instant) {
+        if self.is_subreaper {
             self.sessions.insert(session);
-            self.look_at = self.look_at.or(Some(now + PAUSE));
+            self.next_poll = self.next_poll.or(Some(now + POLL_INTERVAL));
         }
     }
 
     pub(super) fn next_tick(&self) -> Option<Instant> {
-        self.look_at
+        self.next_poll
     }
 
-    /// Collects the zombies of orphans, if that is due. `is_known` tells processes that are waited for elsewhere.
+    /// Reaps the zombies of orphans if a poll is due. `is_known` is true for processes that are reaped elsewhere.
     pub(super) fn reap(&mut self, now: Instant, is_known: impl Fn(i32) -> bool) {
-        if self.look_at.is_none_or(|at| now < at) {
+        if self.next_poll.is_none_or(|at| now < at) {
             return;
         }
-        self.look_at = Some(now + PAUSE);
+        self.next_poll = Some(now + POLL_INTERVAL);
         let own = i32::try_from(std::process::id()).unwrap_or(0);
         let own_session = procfs::stat(own).map_or(0, |stat| stat.session);
         let is_of_worker = |stat: &Stat| {

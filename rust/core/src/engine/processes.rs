@@ -1,4 +1,4 @@
-//! A group as the engine thread holds it: leaders, how their exits are noticed, and carrying out the decisions.
+//! A group on the engine thread: its leaders, the detection of their exits, and the actions of its state machine.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -11,24 +11,23 @@ use crate::sys::process::ProcessHandle;
 use crate::sys::procfs;
 use crate::sys::wait::{Block, Collect, ExitStatus, Usage, reaped_status, wait};
 
-/// Who collects the exit status of a process.
+/// The reaper of a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Reaper {
-    /// This engine.
     Engine,
-    /// Somebody else; the engine only observes.
-    Other,
+    /// The program; the engine only observes.
+    Program,
 }
 
 pub(super) struct Process {
-    /// The number under which its readiness is reported.
+    /// The id in the poller token, unique in this engine.
     pub(super) id: u64,
     pub(super) leader: ProcessHandle,
     pub(super) sentinel: Option<OwnedFd>,
 }
 
 impl Process {
-    /// The descriptor whose readiness means that the process has ended. None where a thread waits for it.
+    /// The descriptor that becomes readable when the process ends. `None` if a thread waits for the process.
     pub(super) fn exit_fd(&self) -> Option<BorrowedFd<'_>> {
         self.leader.pidfd().or_else(|| self.sentinel.as_ref().map(AsFd::as_fd))
     }
@@ -58,13 +57,13 @@ impl GroupEntry {
         }
     }
 
-    /// How the process at `index` ended, or `None` if it has not.
+    /// The exit of the process at `index`; `None` if it has not ended.
     pub(super) fn collect(&self, index: usize, at: Moment) -> Option<Exit> {
         let leader = &self.processes[index].leader;
         let collect = match self.reaper {
             Reaper::Engine if leader.may_be_reaped() => Collect::Reap,
-            // As a zombie it keeps its number, by which its group is reached until that is empty.
-            Reaper::Engine | Reaper::Other => Collect::Observe,
+            // The zombie keeps the pid reserved, and the pid addresses the group until the group is empty.
+            Reaper::Engine | Reaper::Program => Collect::Observe,
         };
         let (status, usage) = match wait(leader.pid(), collect, Block::No) {
             Ok(None) => return None,
@@ -77,14 +76,14 @@ impl GroupEntry {
         Some(Exit::new(index, leader.pid(), status, usage, at))
     }
 
-    /// Feeds an event to the decisions and carries out what they say.
+    /// Feeds an event to the state machine and carries out the actions.
     pub(super) fn step(&mut self, now: Instant, event: GroupEvent) {
-        let known = self.state.exits().len();
+        let published = self.state.exits().len();
         let mut actions = self.state.step(now, event);
-        // Signals go out before anything else is done, and exits are published before the stop that they complete.
-        actions.retain(|action| !self.send(action));
-        if self.state.exits().len() > known {
-            self.progress.publish_exits(&self.state.exits()[known..]);
+        // Signals are sent first, and exits are published before the report of the stop that they complete.
+        actions.retain(|action| !self.send_signal(action));
+        if self.state.exits().len() > published {
+            self.progress.publish_exits(&self.state.exits()[published..]);
         }
         while let Some(action) = actions.pop() {
             match action {
@@ -94,16 +93,16 @@ impl GroupEntry {
                 }
                 GroupAction::Finished(stopped) => self.finish(&stopped, now),
                 signal => {
-                    self.send(&signal);
+                    self.send_signal(&signal);
                 }
             }
         }
     }
 
-    /// Sends the signal of an action; `false` if it is another kind of action.
-    fn send(&mut self, action: &GroupAction) -> bool {
+    /// Carries out an action that sends a signal or precedes one; `false` for other actions.
+    fn send_signal(&mut self, action: &GroupAction) -> bool {
         match *action {
-            GroupAction::Overdue { index } => self.note_overdue(index),
+            GroupAction::Overdue { index } => self.record_overdue(index),
             GroupAction::Terminate { index, signal } => self.terminate(index, signal),
             GroupAction::KillLeader { index } => {
                 let _ = self.processes[index].leader.signal(libc::SIGKILL);
@@ -116,7 +115,7 @@ impl GroupEntry {
         true
     }
 
-    fn note_overdue(&mut self, index: usize) {
+    fn record_overdue(&mut self, index: usize) {
         let members = self.processes[index].leader.living_members().into_iter();
         self.overdue.extend(members.map(|member| Leftover {
             index,
@@ -127,7 +126,7 @@ impl GroupEntry {
 
     fn terminate(&self, index: usize, signal: i32) {
         let leader = &self.processes[index].leader;
-        // The signal first: a stopped process takes it before anything else when it is continued.
+        // The signal precedes SIGCONT, so a stopped process handles it first when it continues.
         let delivered = leader.signal_group(signal);
         if matches!(delivered, Ok(true)) && !self.state.has_ended(index) && leader.is_stopped() {
             let _ = leader.signal_group(libc::SIGCONT);
@@ -145,21 +144,21 @@ impl GroupEntry {
                 wait_channel: procfs::wait_channel(member.pid),
             })
         });
-        let since_then = u64::try_from(now.saturating_duration_since(stopped.began).as_nanos()).unwrap_or(u64::MAX);
+        let elapsed_ns = u64::try_from(now.saturating_duration_since(stopped.began).as_nanos()).unwrap_or(u64::MAX);
         let report = StopReport {
-            signalled_ns: Moment::now().monotonic_ns.saturating_sub(since_then),
+            signalled_ns: Moment::now().monotonic_ns.saturating_sub(elapsed_ns),
             elapsed: stopped.elapsed,
             killed: stopped.killed.clone(),
             overdue: std::mem::take(&mut self.overdue),
             survivors: survivors.collect(),
         };
-        self.reap_held();
+        self.reap_zombies();
         self.is_stopped = true;
         self.progress.publish_report(report);
     }
 
-    /// Collects the zombies that were held for their number.
-    pub(super) fn reap_held(&self) {
+    /// Reaps the zombies that kept their pids reserved.
+    pub(super) fn reap_zombies(&self) {
         if self.reaper == Reaper::Engine {
             for (index, process) in self.processes.iter().enumerate() {
                 if self.state.has_ended(index) && !process.leader.may_be_reaped() {

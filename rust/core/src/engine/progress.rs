@@ -1,4 +1,4 @@
-//! The progress of a group: the engine thread publishes it, and handles read it or wait for it.
+//! The progress of a group: published by the engine thread, read and awaited by handles.
 
 use std::time::Duration;
 
@@ -6,42 +6,42 @@ use crate::error::{Error, Result};
 use crate::published::{CallerFds, Published, Wake};
 use crate::supervise::Exit;
 
-/// A process that survived the deadline of a stop.
+/// A process that was still alive at the last deadline of a stop.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Survivor {
-    /// The worker whose process group it belongs to.
+    /// The index of the worker that leads its process group.
     pub index: usize,
     /// Process id.
     pub pid: i32,
     /// State letter of `/proc/PID/stat`.
     pub state: char,
-    /// Kernel function it sleeps in; empty where it cannot be read.
+    /// The kernel function in which it sleeps (`/proc/PID/wchan`); empty if unreadable.
     pub wait_channel: String,
 }
 
-/// A process of a worker's group that was signalled because it had outlived the linger time.
+/// A process of a worker's group that got a signal because it had outlived the linger time.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Leftover {
-    /// The worker whose process group it belongs to.
+    /// The index of the worker that leads its process group.
     pub index: usize,
     /// Process id.
     pub pid: i32,
-    /// Its command line, or its name where that is empty.
+    /// Its command line, or its name if the command line is empty.
     pub command: String,
 }
 
 /// The outcome of a stop.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StopReport {
-    /// `CLOCK_MONOTONIC` just before the first signal, in nanoseconds.
+    /// `CLOCK_MONOTONIC` in nanoseconds just before the first signal.
     pub signalled_ns: u64,
-    /// From the first signal to the end.
+    /// Time from the first signal to the end of the stop.
     pub elapsed: Duration,
-    /// Workers whose process group outlived the grace and got SIGKILL.
+    /// Indices of the workers whose process group outlived the grace period and got SIGKILL.
     pub killed: Vec<usize>,
     /// Processes that outlived the linger time.
     pub overdue: Vec<Leftover>,
-    /// Empty when every process group was verified empty.
+    /// Processes alive at the last deadline; empty if every process group was verified empty.
     pub survivors: Vec<Survivor>,
 }
 
@@ -75,7 +75,7 @@ impl GroupProgress {
         self.0.publish(|progress| progress.report = Some(report));
     }
 
-    /// Wakes the waiters without a change of the group.
+    /// Wakes the waiters although the group has not changed.
     pub(super) fn wake_waiters(&self) {
         self.0.publish(|_| {});
     }

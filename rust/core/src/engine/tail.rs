@@ -20,12 +20,12 @@ impl Tail {
         Ok(Self { line: Arc::clone(line), id })
     }
 
-    /// Copies the rest of the files and ends the tail. Gives up when the console has taken nothing for `patience`.
+    /// Copies the rest of the files and ends the tail. Gives up when the console has accepted no bytes for `timeout`.
     ///
-    /// Further calls, also from other threads, return the same report.
-    pub fn finish(&self, patience: Duration) -> Result<TailReport> {
+    /// Idempotent: further calls, also from other threads, return the same report.
+    pub fn finish(&self, timeout: Duration) -> Result<TailReport> {
         let tail = self.id;
-        self.line.ask(|reply| Order::FinishTail { tail, patience, reply })
+        self.line.ask(|reply| Order::FinishTail { tail, timeout, reply })
     }
 }
 

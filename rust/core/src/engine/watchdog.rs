@@ -7,9 +7,9 @@ use std::time::Duration;
 use super::order::{Line, Order};
 use crate::error::{Error, Result};
 use crate::thread::Reply;
-use crate::watchdog::{self, Config, Expiry, Reports, WatchdogCounts, WorkerProcess, make_files, wire};
+use crate::watchdog::{self, Config, Expiry, Reports, WatchdogCounts, WorkerProcess, create_files, wire};
 
-/// A named pipe through which processes set themselves deadlines. Ends when it is dropped.
+/// A named pipe through which processes set their own deadlines. Dropping the handle closes the watchdog.
 #[derive(Debug)]
 pub struct Watchdog {
     line: Arc<Line>,
@@ -19,13 +19,14 @@ pub struct Watchdog {
 }
 
 impl Watchdog {
-    /// Creates the named pipe of a watchdog. Nothing is served before [`Watchdog::start`].
+    /// Creates the named pipe of a watchdog. Requests are served after [`Watchdog::start`].
     pub(super) fn create(line: &Arc<Line>, config: Config) -> Result<Self> {
         line.check_owner()?;
-        let files = make_files(&config.path)?;
+        let files = create_files(&config.path)?;
         let reports = Arc::new(Reports::new()?);
-        let (theirs, set_up) = (Arc::clone(&reports), config.clone());
-        let id = line.ask(|reply| Order::CreateWatchdog { config: set_up, files, reports: theirs, reply })?;
+        let (server_reports, server_config) = (Arc::clone(&reports), config.clone());
+        let id =
+            line.ask(|reply| Order::CreateWatchdog { config: server_config, files, reports: server_reports, reply })?;
         Ok(Self { line: Arc::clone(line), id, config, reports })
     }
 
@@ -39,17 +40,17 @@ impl Watchdog {
         &self.config.path
     }
 
-    /// Starts serving. Creates the pipe again if it has been removed.
+    /// Starts serving, and recreates the pipe if it was removed. Idempotent.
     pub fn start(&self) -> Result<()> {
         self.ask(watchdog::Order::Start)?
     }
 
-    /// Names the workers, replacing the former ones.
+    /// Sets the workers, in place of the previous ones.
     pub fn set_workers(&self, workers: Vec<WorkerProcess>) -> Result<()> {
         self.ask(|reply| watchdog::Order::SetWorkers(workers, reply))
     }
 
-    /// Takes requests that did not come through the pipe.
+    /// Handles requests that did not come through the pipe.
     pub fn register(&self, requests: Vec<wire::TimerRequest>) -> Result<()> {
         self.ask(|reply| watchdog::Order::Register(requests, reply))
     }
@@ -79,18 +80,18 @@ impl Watchdog {
         self.ask(watchdog::Order::Overdue)
     }
 
-    /// Reads the pipe until it is empty and handles the expired timers.
+    /// Reads the pipe until it is empty, then handles the expired timers.
     pub fn drain(&self) -> Result<()> {
         self.line.ask(|reply| Order::DrainWatchdog { id: self.id, reply })
     }
 
-    /// The last timer for which a process was signalled.
+    /// The last expired timer that caused a signal to the process.
     pub fn cause(&self, pid: i32) -> Result<Option<Expiry>> {
         self.line.check_owner()?;
         Ok(self.reports.cause(pid))
     }
 
-    /// Blocks until timers have expired and their processes were signalled; empty once the watchdog is closed.
+    /// Blocks until timers have expired and their outcomes are known; empty once the watchdog is closed.
     pub fn next_expiries(&self) -> Result<Vec<Expiry>> {
         self.line.check_owner()?;
         self.reports.next()
@@ -99,7 +100,7 @@ impl Watchdog {
     /// Stops serving and removes the pipe.
     pub fn close(&self) -> Result<()> {
         match self.line.ask(|reply| Order::CloseWatchdog { id: self.id, reply: Some(reply) }) {
-            // The engine closes its watchdogs when it ends.
+            // A closed engine has closed its watchdogs.
             Err(Error::Closed) => Ok(()),
             closed => closed,
         }
@@ -126,7 +127,7 @@ mod tests {
     use crate::sys::spawn::Command;
     use crate::watchdog::WatchdogServer;
 
-    const PATIENCE: Duration = Duration::from_secs(20);
+    const TIMEOUT: Duration = Duration::from_secs(20);
 
     /// Runs `work` on the engine thread.
     fn run(watchdog: &Watchdog, work: impl FnOnce(&mut WatchdogServer) + Send + 'static) {
@@ -135,7 +136,7 @@ mod tests {
     }
 
     /// An engine with a watchdog, and the path of its pipe.
-    fn begin(name: &str) -> (Engine, Watchdog, PathBuf) {
+    fn start_engine(name: &str) -> (Engine, Watchdog, PathBuf) {
         let engine = Engine::start().expect("engine");
         let path = std::env::temp_dir().join(format!("ferroelastic-{name}-{}", std::process::id()));
         let config = Config { path: path.clone(), evidence: Duration::ZERO, py_spy: None };
@@ -144,8 +145,8 @@ mod tests {
     }
 
     #[test]
-    fn a_panic_on_the_engine_thread_kills_the_workers_and_is_told_to_who_waits() {
-        let (engine, watchdog, path) = begin("panic");
+    fn a_panic_on_the_engine_thread_kills_the_workers_and_fails_the_waiters() {
+        let (engine, watchdog, path) = start_engine("panic");
         let argv = ["sleep", "1000"].map(|word| CString::new(word).expect("no NUL")).to_vec();
         let env = vec![CString::new("PATH=/usr/bin:/bin").expect("no NUL")];
         let group = engine.spawn(vec![Command { argv, env, ..Command::default() }; 2]).expect("spawn");
@@ -154,21 +155,25 @@ mod tests {
 
         run(&watchdog, |_| panic!("on purpose"));
 
-        let waited = group.wait(0, Some(PATIENCE), [None; 2]).expect_err("the engine is gone");
+        let waited = group.wait(0, Some(TIMEOUT), [None; 2]).expect_err("the engine failed");
         assert_eq!(waited.to_string(), "the supervision engine failed: the thread ferro-sup panicked: on purpose");
         for worker in &workers {
             let Some(pidfd) = worker.pidfd() else { continue };
-            assert!(matches!(wait_readable([Some(&pidfd)], Some(PATIENCE)), Ok([true])), "{} lives", worker.pid());
+            assert!(
+                matches!(wait_readable([Some(&pidfd)], Some(TIMEOUT)), Ok([true])),
+                "worker {} still runs",
+                worker.pid()
+            );
         }
-        assert!(watchdog.next_expiries().expect("own process").is_empty(), "who waits for expiries is told, too");
-        assert!(engine.close(PATIENCE).expect("own process"), "the thread has ended");
+        assert!(watchdog.next_expiries().expect("own process").is_empty(), "waiters for expiries are woken");
+        assert!(engine.close(TIMEOUT).expect("own process"), "the thread has ended");
         assert!(!path.exists());
         assert!(engine.spawn(Vec::new()).is_err());
     }
 
     #[test]
-    fn a_release_that_came_in_time_counts_however_late_it_is_read() {
-        let (_engine, watchdog, path) = begin("late");
+    fn a_release_written_in_time_counts_even_if_it_is_read_late() {
+        let (_engine, watchdog, path) = start_engine("late");
         watchdog.start().expect("start");
         let pid = i32::try_from(std::process::id()).expect("pids fit");
         let request = |expiration_time| wire::TimerRequest {
@@ -178,12 +183,12 @@ mod tests {
             signal: 0,
             heartbeat: None,
         };
-        let in_a_moment = Moment::now().wall_s() + 0.05;
-        watchdog.register(vec![request(in_a_moment)]).expect("served");
+        let soon = Moment::now().wall_s() + 0.05;
+        watchdog.register(vec![request(soon)]).expect("served");
         let pipe = path.clone();
         run(&watchdog, move |server| {
             assert_eq!(server.counts().armed, 1);
-            // The engine does nothing else until the deadline has passed. Meanwhile the process releases its timer.
+            // Blocks the engine past the deadline. The process releases its timer meanwhile.
             let release =
                 format!("{{\"pid\": {pid}, \"scope_id\": \"step\", \"expiration_time\": -1, \"signal\": 0}}\n");
             std::fs::write(pipe, release).expect("write");

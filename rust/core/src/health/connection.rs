@@ -1,4 +1,4 @@
-//! One connection: a request is read, perhaps waits for its answer, is answered, and the rest of what the peer sends is thrown away.
+//! One connection of a probe: reads a request, waits for the answer if necessary, sends it, and discards further input.
 
 use std::io::{self, ErrorKind};
 use std::time::{Duration, Instant};
@@ -7,27 +7,27 @@ use super::http::{self, HttpStatus, Received};
 use crate::sys::net::Stream;
 use crate::sys::poller::{Interest, Poller};
 
-/// A connection is over after this long, whatever it is doing.
+/// Limit on the lifetime of a connection, in every stage.
 pub(super) const LIFETIME: Duration = Duration::from_secs(2);
 
-/// Most bytes that are thrown away behind a request.
-const MOST_DISCARDED: usize = 64 * 1024;
+/// Limit on the bytes discarded after a request.
+const MAX_DISCARDED: usize = 64 * 1024;
 
-/// What is answered at a path.
+/// The resource that a request asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum ProbePath {
     /// `/`, `/healthz` and `/livez`: whether the agent is alive.
     Live(&'static str),
     /// `/readyz`: whether the workers run.
     Ready,
-    /// `/status`: the board.
+    /// `/status`: the job status as JSON.
     Status,
-    /// `/metrics`: the figures.
+    /// `/metrics`: the metrics for Prometheus.
     Metrics {
-        /// In the format of `OpenMetrics`.
+        /// Use the `OpenMetrics` format instead of plain text.
         open: bool,
     },
-    /// Anything else.
+    /// An unknown path.
     Other,
 }
 
@@ -44,7 +44,7 @@ impl ProbePath {
         }
     }
 
-    /// The path as it is counted: what is not known counts as one.
+    /// The path as a metrics label; all unknown paths share one.
     pub(super) fn label(self) -> &'static str {
         match self {
             Self::Live(path) => path,
@@ -56,37 +56,42 @@ impl ProbePath {
     }
 }
 
-/// What a connection has come to.
 #[derive(Debug)]
 enum ProbeStage {
     Reading,
     Waiting,
-    Writing { output: Vec<u8>, sent: usize },
-    Lingering { discarded: usize },
+    Writing {
+        output: Vec<u8>,
+        sent: usize,
+    },
+    /// The answer is sent; input is discarded until the peer closes.
+    Lingering {
+        discarded: usize,
+    },
 }
 
-/// What there is to do after a step.
+/// The action that a step requires.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Next {
-    /// Nothing before it is ready again.
+    /// Wait until the connection is ready again.
     Wait,
-    /// The request is complete: it waits for [`ProbeConnection::answer`].
+    /// Answer the complete request with [`ProbeConnection::answer`].
     Answer,
-    /// What came is no request that can be answered.
+    /// Answer with this status: the input is not a valid request.
     Refuse(HttpStatus),
-    /// It is over.
+    /// Close the connection.
     Close,
 }
 
 #[derive(Debug)]
 pub(super) struct ProbeConnection {
-    /// The server that accepted it.
+    /// The id of its server.
     pub(super) server: u64,
     pub(super) deadline: Instant,
-    /// When bytes last moved.
-    pub(super) active: Instant,
-    /// What the request asks for, once it is complete.
-    pub(super) page: ProbePath,
+    /// When bytes were last read or written.
+    pub(super) last_active: Instant,
+    /// The requested resource, once the request is complete.
+    pub(super) path: ProbePath,
     head_only: bool,
     stream: Stream,
     stage: ProbeStage,
@@ -99,8 +104,8 @@ impl ProbeConnection {
         Self {
             server,
             deadline: now + LIFETIME,
-            active: now,
-            page: ProbePath::Other,
+            last_active: now,
+            path: ProbePath::Other,
             head_only: false,
             stream,
             stage: ProbeStage::Reading,
@@ -117,7 +122,7 @@ impl ProbeConnection {
         matches!(self.stage, ProbeStage::Lingering { .. })
     }
 
-    /// Bytes of an answer that the peer has not taken.
+    /// Bytes of the answer that are still unsent.
     pub(super) fn unsent(&self) -> usize {
         match &self.stage {
             ProbeStage::Writing { output, sent } => output.len() - sent,
@@ -125,15 +130,15 @@ impl ProbeConnection {
         }
     }
 
-    /// Does what can be done without waiting: one read, or as many writes as there is room for.
+    /// Makes progress without blocking: one read, or writes until the socket buffer is full.
     pub(super) fn step(&mut self, now: Instant, scratch: &mut [u8]) -> Next {
         match &mut self.stage {
             ProbeStage::Reading => self.read_head(now, scratch),
-            // Only errors are looked for meanwhile.
+            // A waiting connection is watched for hangups and errors only.
             ProbeStage::Waiting => Next::Close,
             ProbeStage::Writing { .. } => self.write(now),
             ProbeStage::Lingering { discarded } => match self.stream.read(scratch) {
-                Ok(read @ 1..) if *discarded + read <= MOST_DISCARDED => {
+                Ok(read @ 1..) if *discarded + read <= MAX_DISCARDED => {
                     *discarded += read;
                     Next::Wait
                 }
@@ -146,13 +151,13 @@ impl ProbeConnection {
     fn read_head(&mut self, now: Instant, scratch: &mut [u8]) -> Next {
         let room = http::MAX_HEAD - self.received.len();
         let read = match self.stream.read(&mut scratch[..room]) {
-            // A peer that connects and closes has found out what it wanted.
+            // A TCP probe connects and closes without a request.
             Ok(0) => return Next::Close,
             Ok(read) => read,
             Err(error) if error.kind() == ErrorKind::WouldBlock => return Next::Wait,
             Err(_) => return Next::Close,
         };
-        self.active = now;
+        self.last_active = now;
         let head = if self.received.is_empty() {
             &scratch[..read]
         } else {
@@ -163,7 +168,7 @@ impl ProbeConnection {
             Received::Incomplete => Next::Wait,
             Received::Refused(status) => Next::Refuse(status),
             Received::Request(request) => {
-                (self.page, self.head_only) = (ProbePath::of(&request), request.head_only);
+                (self.path, self.head_only) = (ProbePath::of(&request), request.head_only);
                 Next::Answer
             }
         };
@@ -178,7 +183,7 @@ impl ProbeConnection {
         next
     }
 
-    /// Begins to send an answer.
+    /// Starts to send an answer.
     pub(super) fn answer(&mut self, now: Instant, status: HttpStatus, content_type: &str, body: &[u8]) -> Next {
         let mut output = http::response_head(status, content_type, body.len()).into_bytes();
         if !self.head_only {
@@ -194,19 +199,19 @@ impl ProbeConnection {
             match self.stream.write(&output[*sent..]) {
                 Ok(written) => {
                     *sent += written;
-                    self.active = now;
+                    self.last_active = now;
                 }
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return Next::Wait,
                 Err(_) => return Next::Close,
             }
         }
-        // To close with bytes unread would reset the connection, and the peer could lose the answer. So it is the peer who closes.
+        // Closing with unread input would reset the connection, and the peer could lose the answer. So the peer closes first.
         self.stream.finish_writing();
         self.stage = ProbeStage::Lingering { discarded: 0 };
         Next::Wait
     }
 
-    /// Watches for what the connection waits for now.
+    /// Registers the readiness that the current stage waits for.
     pub(super) fn watch(&mut self, poller: &Poller, token: u64) -> io::Result<()> {
         let wanted = match self.stage {
             ProbeStage::Reading | ProbeStage::Lingering { .. } => Interest::Readable,
@@ -223,7 +228,7 @@ impl ProbeConnection {
         Ok(())
     }
 
-    /// Ends the watch; a copy of the descriptor in a forked child would keep it.
+    /// Removes the registration explicitly: a copy of the descriptor in a forked child would keep it alive after a close.
     pub(super) fn unwatch(&self, poller: &Poller) {
         if self.watched.is_some() {
             let _ = poller.remove(&self.stream);

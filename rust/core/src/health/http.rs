@@ -1,31 +1,31 @@
-//! The head of a request, and responses. Only what probes, scrapers and `curl` need of HTTP/1.0 and 1.1: GET and HEAD, one
-//! request per connection.
+//! Parsing of request heads and formatting of response heads: the part of HTTP/1.0 and 1.1 that probes, scrapers and `curl` need. GET and
+//! HEAD, one request per connection.
 
-/// Most bytes of a request's head.
+/// Limit on the bytes of a request's head.
 pub const MAX_HEAD: usize = 8192;
 
-/// Most header lines.
+/// Limit on the number of header lines.
 const MAX_HEADERS: usize = 64;
 
-/// What was received so far.
+/// The result of parsing the received bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Received<'a> {
     /// The head is not complete.
     Incomplete,
-    /// A request that can be answered.
+    /// A valid request.
     Request(HttpRequest<'a>),
-    /// Something else, with the status that says so.
+    /// Not a valid request; the status names the error.
     Refused(HttpStatus),
 }
 
-/// A request whose head is complete. A body and further requests are not looked at.
+/// A request with a complete head. A body and further requests are ignored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HttpRequest<'a> {
-    /// Only the head of the response is wanted.
+    /// The method is HEAD: the response has no body.
     pub head_only: bool,
     /// The path, without the query.
     pub path: &'a str,
-    /// `OpenMetrics` is wanted, no less than plain text.
+    /// The client prefers `OpenMetrics`, or accepts it as well as plain text.
     pub wants_openmetrics: bool,
 }
 
@@ -49,7 +49,7 @@ pub enum HttpStatus {
 }
 
 impl HttpStatus {
-    /// The number.
+    /// The numeric status code.
     #[must_use]
     pub fn code(self) -> u16 {
         match self {
@@ -75,39 +75,39 @@ impl HttpStatus {
         }
     }
 
-    /// What the body of a refusal says.
+    /// The body of an error response.
     #[must_use]
-    pub fn remedy(self) -> &'static str {
+    pub fn error_text(self) -> &'static str {
         match self {
-            Self::MethodNotAllowed => "only GET and HEAD are answered\n",
-            Self::HeadTooLarge => "the head of a request may have 8192 bytes and 64 lines\n",
-            Self::VersionNotSupported => "only HTTP/1.0 and HTTP/1.1 are spoken\n",
-            Self::NotFound => "there are /livez (also / and /healthz), /readyz, /status and /metrics\n",
-            Self::Ok | Self::BadRequest | Self::Unavailable => "not a request of HTTP/1.0 or HTTP/1.1\n",
+            Self::MethodNotAllowed => "method not supported; use GET or HEAD\n",
+            Self::HeadTooLarge => "request head too large; the limits are 8192 bytes and 64 header lines\n",
+            Self::VersionNotSupported => "HTTP version not supported; use HTTP/1.0 or HTTP/1.1\n",
+            Self::NotFound => "unknown path; use /livez (also / and /healthz), /readyz, /status or /metrics\n",
+            Self::Ok | Self::BadRequest | Self::Unavailable => "not a valid HTTP/1.0 or HTTP/1.1 request\n",
         }
     }
 }
 
-/// Reads the head of a request. `received` starts with it and may hold more; what is beyond [`MAX_HEAD`] is not looked at.
+/// Parses the head of a request at the start of `received`. Bytes beyond [`MAX_HEAD`] are ignored.
 #[must_use]
 pub fn parse(received: &[u8]) -> Received<'_> {
-    let looked_at = &received[..received.len().min(MAX_HEAD)];
+    let bounded = &received[..received.len().min(MAX_HEAD)];
     let mut headers = [httparse::EMPTY_HEADER; MAX_HEADERS];
     let mut request = httparse::Request::new(&mut headers);
-    match request.parse(looked_at) {
-        Ok(httparse::Status::Complete(_)) => understand(&request),
+    match request.parse(bounded) {
+        Ok(httparse::Status::Complete(_)) => check_request(&request),
         Ok(httparse::Status::Partial) if received.len() < MAX_HEAD => Received::Incomplete,
         Ok(httparse::Status::Partial) | Err(httparse::Error::TooManyHeaders) => {
             Received::Refused(HttpStatus::HeadTooLarge)
         }
-        Err(httparse::Error::Version) if names_a_version(looked_at) => {
+        Err(httparse::Error::Version) if has_http_version(bounded) => {
             Received::Refused(HttpStatus::VersionNotSupported)
         }
         Err(_) => Received::Refused(HttpStatus::BadRequest),
     }
 }
 
-fn understand<'a>(request: &httparse::Request<'_, 'a>) -> Received<'a> {
+fn check_request<'a>(request: &httparse::Request<'_, 'a>) -> Received<'a> {
     let (Some(method), Some(target), Some(version)) = (request.method, request.path, request.version) else {
         return Received::Refused(HttpStatus::BadRequest);
     };
@@ -126,7 +126,7 @@ fn understand<'a>(request: &httparse::Request<'_, 'a>) -> Received<'a> {
     Received::Request(HttpRequest { head_only, path: path_of(target), wants_openmetrics })
 }
 
-/// Whether an `Accept` header names `OpenMetrics` with a weight that is not below that of plain text.
+/// Whether the `Accept` header gives `OpenMetrics` at least the weight of plain text.
 fn prefers_openmetrics<'h>(ranges: impl Iterator<Item = &'h str>) -> bool {
     let (mut openmetrics, mut plain) = (0.0, 0.0);
     for range in ranges {
@@ -143,7 +143,7 @@ fn prefers_openmetrics<'h>(ranges: impl Iterator<Item = &'h str>) -> bool {
     openmetrics > 0.0 && openmetrics >= plain
 }
 
-/// The path of `/path?query` and of `http://host/path?query`, which a proxy may send.
+/// The path of a target `/path?query`, or of `http://host/path?query` as sent by proxies.
 fn path_of(target: &str) -> &str {
     let scheme = target.get(..7).filter(|scheme| scheme.eq_ignore_ascii_case("http://"));
     let target = match scheme {
@@ -154,14 +154,14 @@ fn path_of(target: &str) -> &str {
     if path.is_empty() { "/" } else { path }
 }
 
-/// Whether the first line ends with a version of HTTP, which is then one that is not spoken here.
-fn names_a_version(received: &[u8]) -> bool {
+/// Whether the first line ends with an HTTP version. Called for rejected versions only.
+fn has_http_version(received: &[u8]) -> bool {
     let line = received.split(|byte| matches!(byte, b'\r' | b'\n')).find(|line| !line.is_empty());
     let word = line.and_then(|line| line.rsplit(|byte| *byte == b' ').next()).unwrap_or_default();
     word.strip_prefix(b"HTTP/").is_some_and(|version| version.first().is_some_and(u8::is_ascii_digit))
 }
 
-/// The head of a response with a body of this length. The connection ends with it.
+/// The head of a response with a body of `length` bytes. The connection closes after the response.
 #[must_use]
 pub fn response_head(status: HttpStatus, content_type: &str, length: usize) -> String {
     let allow = if status == HttpStatus::MethodNotAllowed { "Allow: GET, HEAD\r\n" } else { "" };
@@ -192,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn what_probes_send_is_understood() {
+    fn requests_of_probes_are_parsed() {
         assert_eq!(path("GET / HTTP/1.1\r\nHost: 10.0.0.1:8080\r\nUser-Agent: kube-probe/1.31\r\n\r\n"), "/");
         assert_eq!(path("GET /livez?verbose=1 HTTP/1.0\r\n\r\n"), "/livez");
         assert_eq!(path("\r\nGET /readyz HTTP/1.1\nhost: a\n\n"), "/readyz");
@@ -204,7 +204,7 @@ mod tests {
     }
 
     #[test]
-    fn the_format_of_metrics_is_what_was_asked_for() {
+    fn the_accept_header_selects_the_format_of_metrics() {
         let wants = |accept: &str| {
             let request = format!("GET /metrics HTTP/1.1\r\nHost: a\r\n{accept}\r\n");
             let Received::Request(request) = parse(request.as_bytes()) else { panic!("{accept}") };
@@ -227,7 +227,7 @@ mod tests {
     }
 
     #[test]
-    fn every_beginning_of_a_request_is_incomplete() {
+    fn every_proper_prefix_of_a_request_is_incomplete() {
         let request = b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n";
         for end in 0..request.len() {
             assert_eq!(parse(&request[..end]), Received::Incomplete, "{end}");
@@ -235,7 +235,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_refused_says_why() {
+    fn invalid_requests_get_the_matching_status() {
         assert_eq!(refusal(b"POST / HTTP/1.1\r\nHost: a\r\n\r\n"), HttpStatus::MethodNotAllowed);
         assert_eq!(refusal(b"get / HTTP/1.1\r\nHost: a\r\n\r\n"), HttpStatus::MethodNotAllowed);
         assert_eq!(refusal(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"), HttpStatus::VersionNotSupported);
@@ -248,7 +248,7 @@ mod tests {
     }
 
     #[test]
-    fn a_head_has_limits() {
+    fn the_head_is_limited_in_bytes_and_lines() {
         let long = format!("GET /{} HTTP/1.1\r\nHost: a\r\n\r\n", "x".repeat(MAX_HEAD));
         assert_eq!(refusal(long.as_bytes()), HttpStatus::HeadTooLarge);
         assert_eq!(parse(&long.as_bytes()[..MAX_HEAD - 1]), Received::Incomplete);

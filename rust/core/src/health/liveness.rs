@@ -1,34 +1,34 @@
-//! Whether the agent is alive, and why: a rule over what its callback says, and over whether it says anything at all.
+//! The liveness rule: whether the agent is alive, decided by the answers of its callback and by missing answers.
 
 use std::time::{Duration, Instant};
 
-/// How long a probe waits for the callback.
-pub const BUDGET: Duration = Duration::from_millis(500);
+/// Limit on the time a probe waits for the callback.
+pub const ANSWER_TIMEOUT: Duration = Duration::from_millis(500);
 
-/// For how long an answer serves further probes.
+/// How long an answer is reused for further probes.
 pub const REUSE: Duration = Duration::from_millis(100);
 
-/// What the callback said: how long ago the last progress was, or why it cannot tell.
+/// The answer of the callback: the time since the last progress, or an error message.
 pub type Answer = Result<Duration, String>;
 
-/// The age of a progress time, in seconds since the epoch, at the wall clock time `now_s`. A time in the future has age zero.
+/// The age at `now_s` of a progress time, both in seconds since the epoch. A time in the future has age zero.
 ///
 /// # Errors
 ///
-/// The progress is not a number.
+/// `progress_s` is NaN.
 pub fn age(progress_s: f64, now_s: f64) -> Answer {
     if progress_s.is_nan() {
-        return Err("it returned nan, which is no time".to_owned());
+        return Err("it returned nan, which is not a time".to_owned());
     }
     Ok(Duration::try_from_secs_f64((now_s - progress_s).max(0.0)).unwrap_or(Duration::MAX))
 }
 
-/// The verdict and its reason, a line for people.
+/// A liveness verdict with its reason.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Verdict {
     /// Whether the agent is alive.
     pub alive: bool,
-    /// Why, without a line break.
+    /// The reason, as one line of text for people.
     pub reason: String,
 }
 
@@ -42,16 +42,16 @@ impl Verdict {
 #[derive(Clone, Copy, Debug)]
 struct Question {
     asked: Instant,
-    /// When a thread had the interpreter to call the callback.
+    /// When a Python thread called the callback.
     started: Option<Instant>,
-    /// Whether those who waited for the answer were told to wait no longer.
+    /// The answer timeout has passed, so probes no longer wait for the answer.
     overdue: bool,
 }
 
-/// What is known of the agent's progress.
+/// The known progress of the agent.
 ///
-/// At most one question is outstanding, however many probes come: the callback runs in one thread, and a callback that does not
-/// return is not called again.
+/// At most one question is outstanding, whatever the number of probes. The callback runs on one thread, and it is not called again before
+/// it has returned.
 #[derive(Debug)]
 pub struct Liveness {
     timeout: Duration,
@@ -60,13 +60,13 @@ pub struct Liveness {
 }
 
 impl Liveness {
-    /// Nothing is known yet. Without progress for longer than `timeout` the agent counts as dead.
+    /// Progress is unknown. The agent counts as dead when it has made no progress for longer than `timeout`.
     #[must_use]
     pub fn new(timeout: Duration) -> Self {
         Self { timeout, question: None, answer: None }
     }
 
-    /// What a probe is told now; `None` if it has to wait for an answer.
+    /// The verdict at `now`; `None` if the probe must wait for an answer.
     #[must_use]
     pub fn verdict(&self, now: Instant) -> Option<Verdict> {
         if let Some(question) = self.question.filter(|question| question.overdue) {
@@ -91,7 +91,7 @@ impl Liveness {
         })
     }
 
-    /// Whether the callback is to be asked: a probe waits, and no question is outstanding.
+    /// Records a question for a waiting probe. `false` if a question is already outstanding and the callback must not be asked again.
     #[must_use]
     pub fn ask(&mut self, now: Instant) -> bool {
         let is_needed = self.question.is_none();
@@ -101,36 +101,36 @@ impl Liveness {
         is_needed
     }
 
-    /// A thread has the interpreter and calls the callback.
+    /// Records that a Python thread calls the callback now.
     pub fn started(&mut self, at: Instant) {
         if let Some(question) = &mut self.question {
             question.started = Some(at);
         }
     }
 
-    /// The callback has returned, or raised.
+    /// Records that the callback has returned or raised.
     pub fn answered(&mut self, at: Instant, answer: Answer) {
         self.question = None;
         self.answer = Some((at, answer));
     }
 
-    /// Time has passed. From [`Liveness::next_tick`] on nobody waits for the answer.
+    /// Ends the wait for the answer once [`Liveness::next_tick`] has passed.
     pub fn tick(&mut self, now: Instant) {
         if let Some(question) = &mut self.question
-            && now.saturating_duration_since(question.asked) >= BUDGET
+            && now.saturating_duration_since(question.asked) >= ANSWER_TIMEOUT
         {
             question.overdue = true;
         }
     }
 
-    /// When the wait for an answer is over.
+    /// When the wait for the answer ends.
     #[must_use]
     pub fn next_tick(&self) -> Option<Instant> {
-        self.question.filter(|question| !question.overdue)?.asked.checked_add(BUDGET)
+        self.question.filter(|question| !question.overdue)?.asked.checked_add(ANSWER_TIMEOUT)
     }
 
     fn judge(&self, age: Duration) -> Verdict {
-        // In whole seconds, since that is how the callback tells the time: a half past the timeout is not past it.
+        // In whole seconds, the resolution of the callback: half a second over the timeout is not over it.
         let (age, timeout) = (age.as_secs(), seconds(self.timeout));
         if Duration::from_secs(age) > self.timeout {
             return Verdict::dead(format!("no progress for {age} s, timeout {timeout}"));
@@ -147,11 +147,11 @@ fn seconds(timeout: Duration) -> String {
     if timeout == Duration::MAX { "none".into() } else { format!("{} s", timeout.as_secs_f64()) }
 }
 
-/// What an exception says may have several lines, and any length.
+/// The text as one line of bounded length.
 fn one_line(text: &str) -> String {
-    const MOST: usize = 400;
+    const MAX_CHARS: usize = 400;
     let mut line: String = text.split_whitespace().collect::<Vec<_>>().join(" ");
-    if let Some((end, _)) = line.char_indices().nth(MOST) {
+    if let Some((end, _)) = line.char_indices().nth(MAX_CHARS) {
         line.truncate(end);
         line.push('…');
     }
@@ -168,72 +168,75 @@ mod tests {
         start + Duration::from_millis(millis)
     }
 
-    fn told(liveness: &Liveness, now: Instant) -> (bool, String) {
+    fn verdict(liveness: &Liveness, now: Instant) -> (bool, String) {
         let verdict = liveness.verdict(now).expect("a verdict");
         (verdict.alive, verdict.reason)
     }
 
     #[test]
-    fn the_first_probe_asks_and_the_others_wait_for_the_same_answer() {
+    fn only_the_first_probe_asks_and_later_ones_get_the_same_answer() {
         let (mut liveness, start) = (Liveness::new(TIMEOUT), Instant::now());
         assert_eq!(liveness.verdict(start), None);
         assert!(liveness.ask(start));
         assert!(!liveness.ask(after(start, 10)), "one question at a time");
         liveness.started(after(start, 11));
         liveness.answered(after(start, 12), Ok(Duration::from_secs(3)));
-        assert_eq!(told(&liveness, after(start, 12)), (true, "alive: last progress 3 s ago, timeout 60 s".into()));
+        assert_eq!(verdict(&liveness, after(start, 12)), (true, "alive: last progress 3 s ago, timeout 60 s".into()));
         assert_eq!(liveness.next_tick(), None);
     }
 
     #[test]
-    fn an_answer_is_reused_for_a_moment_and_ages_meanwhile() {
+    fn an_answer_is_reused_for_a_short_time_and_its_age_grows() {
         let (mut liveness, start) = (Liveness::new(TIMEOUT), Instant::now());
         assert!(liveness.ask(start));
         liveness.answered(start, Ok(Duration::from_millis(60_950)));
-        assert_eq!(told(&liveness, start), (true, "alive: last progress 60 s ago, timeout 60 s".into()));
-        assert_eq!(told(&liveness, after(start, 60)), (false, "no progress for 61 s, timeout 60 s".into()));
+        assert_eq!(verdict(&liveness, start), (true, "alive: last progress 60 s ago, timeout 60 s".into()));
+        assert_eq!(verdict(&liveness, after(start, 60)), (false, "no progress for 61 s, timeout 60 s".into()));
         assert_eq!(liveness.verdict(after(start, 100)), None);
         assert!(liveness.ask(after(start, 100)));
     }
 
     #[test]
-    fn without_a_thread_that_can_run_the_interpreter_is_stuck() {
+    fn a_question_that_no_thread_receives_means_a_stuck_interpreter() {
         let (mut liveness, start) = (Liveness::new(TIMEOUT), Instant::now());
         assert!(liveness.ask(start));
-        assert_eq!(liveness.next_tick(), Some(start + BUDGET));
+        assert_eq!(liveness.next_tick(), Some(start + ANSWER_TIMEOUT));
         liveness.tick(after(start, 499));
         assert_eq!(liveness.verdict(after(start, 499)), None);
         liveness.tick(after(start, 500));
-        assert_eq!(liveness.next_tick(), None, "nobody waits any more");
+        assert_eq!(liveness.next_tick(), None, "no probe waits any longer");
         let stuck = "the interpreter is stuck: no Python thread could run for ";
-        assert_eq!(told(&liveness, after(start, 500)), (false, format!("{stuck}0.5 s")));
-        assert_eq!(told(&liveness, after(start, 90_000)), (false, format!("{stuck}90.0 s")));
+        assert_eq!(verdict(&liveness, after(start, 500)), (false, format!("{stuck}0.5 s")));
+        assert_eq!(verdict(&liveness, after(start, 90_000)), (false, format!("{stuck}90.0 s")));
         assert!(!liveness.ask(after(start, 90_000)), "the question is still outstanding");
     }
 
     #[test]
-    fn a_callback_that_does_not_return_is_told_from_a_stuck_interpreter() {
+    fn a_hanging_callback_is_distinguished_from_a_stuck_interpreter() {
         let (mut liveness, start) = (Liveness::new(TIMEOUT), Instant::now());
         assert!(liveness.ask(start));
         liveness.started(after(start, 100));
         liveness.tick(after(start, 600));
-        assert_eq!(told(&liveness, after(start, 3_200)), (false, "alive_callback has not returned for 3.1 s".into()));
+        assert_eq!(
+            verdict(&liveness, after(start, 3_200)),
+            (false, "alive_callback has not returned for 3.1 s".into())
+        );
         liveness.answered(after(start, 4_000), Ok(Duration::ZERO));
-        assert!(told(&liveness, after(start, 4_000)).0, "a late answer is an answer");
+        assert!(verdict(&liveness, after(start, 4_000)).0, "a late answer is an answer");
     }
 
     #[test]
-    fn an_exception_is_told_in_one_line() {
+    fn an_exception_is_reported_in_one_line_of_bounded_length() {
         let (mut liveness, start) = (Liveness::new(TIMEOUT), Instant::now());
         assert!(liveness.ask(start));
         liveness.answered(start, Err("ValueError: a\r\nb".into()));
-        assert_eq!(told(&liveness, start), (false, "alive_callback failed: ValueError: a b".into()));
+        assert_eq!(verdict(&liveness, start), (false, "alive_callback failed: ValueError: a b".into()));
         liveness.answered(start, Err("é".repeat(10_000)));
-        assert_eq!(told(&liveness, start).1.chars().count(), "alive_callback failed: ".len() + 401);
+        assert_eq!(verdict(&liveness, start).1.chars().count(), "alive_callback failed: ".len() + 401);
     }
 
     #[test]
-    fn extreme_ages_and_timeouts_are_no_problem() {
+    fn extreme_ages_and_timeouts_do_not_overflow() {
         let start = Instant::now();
         for (timeout, age, alive) in [
             (Duration::MAX, Duration::MAX, true),
@@ -243,15 +246,15 @@ mod tests {
         ] {
             let mut liveness = Liveness::new(timeout);
             liveness.answered(start, Ok(age));
-            assert_eq!(told(&liveness, start).0, alive, "{timeout:?} {age:?}");
+            assert_eq!(verdict(&liveness, start).0, alive, "{timeout:?} {age:?}");
         }
     }
 
     #[test]
-    fn a_clock_that_seems_to_go_back_changes_nothing() {
+    fn a_tick_before_the_question_changes_nothing() {
         let (mut liveness, start) = (Liveness::new(TIMEOUT), Instant::now() + Duration::from_secs(5));
         assert!(liveness.ask(start));
         liveness.tick(start.checked_sub(Duration::from_secs(1)).expect("later than boot"));
-        assert_eq!(liveness.next_tick(), Some(start + BUDGET));
+        assert_eq!(liveness.next_tick(), Some(start + ANSWER_TIMEOUT));
     }
 }

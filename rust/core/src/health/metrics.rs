@@ -1,4 +1,4 @@
-//! Figures for Prometheus, in the text format of `OpenMetrics` or in that before it.
+//! Metrics for Prometheus, in the `OpenMetrics` text format or in the older plain text format.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::{self, Write as _};
@@ -11,7 +11,7 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry, Unit};
 
 use super::http::HttpStatus;
-use super::status::{Board, WatchdogFigures};
+use super::status::{JobStatus, WatchdogFigures};
 use crate::sys::usage::RunningUsage;
 use crate::vocabulary::{AgentState, DropReason, RestartCause, RestartPhase, WorkerState};
 
@@ -21,20 +21,20 @@ pub const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; char
 /// Content type of [`plain`].
 pub const PLAIN: &str = "text/plain; version=0.0.4; charset=utf-8";
 
-/// Upper bounds in seconds, from 100 µs to 10 minutes.
+/// Upper bounds of the histogram buckets in seconds, from 100 µs to 10 minutes.
 const BUCKETS: [f64; 16] =
     [1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0];
 
-/// What a server has done so far.
+/// Counts of a server since its start.
 #[derive(Clone, Debug, Default)]
 pub struct ProbeCounts {
-    /// How often each path was answered with each status.
+    /// Answered requests by path and status.
     pub answered: BTreeMap<(&'static str, HttpStatus), u64>,
-    /// How many connections were dropped for each reason.
+    /// Dropped connections by reason.
     pub dropped: [u64; DropReason::ALL.len()],
 }
 
-/// How long the parts of restarts took.
+/// Histograms of the durations of restart phases.
 #[derive(Clone, Debug)]
 pub struct Phases([Histogram; RestartPhase::ALL.len()]);
 
@@ -45,22 +45,22 @@ impl Default for Phases {
 }
 
 impl Phases {
-    /// One more restart has taken so long for this part.
+    /// Adds the duration of one phase of a restart.
     pub fn observe(&self, phase: RestartPhase, took: Duration) {
         self.0[phase as usize].observe(took.as_secs_f64());
     }
 }
 
-/// A worker that runs, and what it uses.
+/// A running worker with its resource usage.
 #[derive(Clone, Copy, Debug)]
 struct Running {
     rank: u64,
     usage: Option<RunningUsage>,
 }
 
-/// All figures at one moment.
+/// All metrics at one moment.
 #[derive(Debug)]
-struct Figures {
+struct Snapshot {
     uptime: Duration,
     state: AgentState,
     rounds: u64,
@@ -73,32 +73,32 @@ struct Figures {
     phases: Phases,
 }
 
-/// The text of all figures.
+/// All metrics in the `OpenMetrics` text format.
 ///
 /// # Panics
 ///
-/// Never: it is written to memory.
+/// Never: writing to a `String` does not fail.
 #[must_use]
 pub fn encode(
     now: Instant,
-    board: &Board,
+    job: &JobStatus,
     phases: &Phases,
     counts: &ProbeCounts,
     watchdog: WatchdogFigures,
     usage: impl Fn(i32) -> Option<RunningUsage>,
 ) -> String {
     let mut workers = [0; WorkerState::ALL.len()];
-    for worker in board.workers() {
+    for worker in job.workers() {
         workers[worker.outcome() as usize] += 1;
     }
-    let running = board.workers().iter().filter(|worker| worker.outcome() == WorkerState::Running);
-    let figures = Figures {
-        uptime: board.uptime(now),
-        state: board.state(),
-        rounds: board.rounds(),
-        restarts: RestartCause::ALL.map(|cause| board.restarts(cause)),
+    let running = job.workers().iter().filter(|worker| worker.outcome() == WorkerState::Running);
+    let snapshot = Snapshot {
+        uptime: job.uptime(now),
+        state: job.state(),
+        rounds: job.rounds(),
+        restarts: RestartCause::ALL.map(|cause| job.restarts(cause)),
         workers,
-        exits: WorkerState::ALL.map(|outcome| board.exits(outcome)),
+        exits: WorkerState::ALL.map(|outcome| job.exits(outcome)),
         running: running
             .map(|worker| Running { rank: worker.started.rank, usage: usage(worker.started.pid) })
             .collect(),
@@ -107,27 +107,28 @@ pub fn encode(
         phases: phases.clone(),
     };
     let mut registry = Registry::with_prefix("ferroelastic");
-    registry.register_collector(Box::new(figures));
+    registry.register_collector(Box::new(snapshot));
     let mut text = String::with_capacity(8192);
-    text::encode(&mut text, &registry).expect("a String takes everything");
+    text::encode(&mut text, &registry).expect("writing to a String does not fail");
     text
 }
 
-/// `OpenMetrics` as the text format 0.0.4. There, a counter is called what its sample is, and units and the end are not said.
+/// Converts `OpenMetrics` to the text format 0.0.4. There, the name of a counter family ends in `_total` like its samples, and there are no
+/// `UNIT` and `EOF` lines.
 #[must_use]
 pub fn plain(openmetrics: &str) -> String {
     let words = |line: &'_ str| -> Option<(String, String, String)> {
         let mut words = line.strip_prefix("# ")?.splitn(3, ' ').map(str::to_owned);
         Some((words.next()?, words.next()?, words.next().unwrap_or_default()))
     };
-    let types = openmetrics.lines().filter_map(words).filter(|(what, ..)| what == "TYPE");
+    let types = openmetrics.lines().filter_map(words).filter(|(keyword, ..)| keyword == "TYPE");
     let counters: BTreeSet<String> = types.filter(|(.., kind)| kind == "counter").map(|(_, name, _)| name).collect();
     let mut text = String::with_capacity(openmetrics.len());
     for line in openmetrics.lines() {
         match words(line) {
-            Some((what, name, rest)) if what == "HELP" || what == "TYPE" => {
+            Some((keyword, name, rest)) if keyword == "HELP" || keyword == "TYPE" => {
                 let total = if counters.contains(&name) { "_total" } else { "" };
-                let _ = writeln!(text, "# {what} {name}{total} {rest}");
+                let _ = writeln!(text, "# {keyword} {name}{total} {rest}");
             }
             Some(_) => {}
             None if line == "# EOF" => {}
@@ -140,7 +141,7 @@ pub fn plain(openmetrics: &str) -> String {
     text
 }
 
-impl Collector for Figures {
+impl Collector for Snapshot {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
         let encoder = &mut encoder;
         let help = "Time since the health server of the agent was started.";
@@ -152,15 +153,15 @@ impl Collector for Figures {
         let mut probes = counter(encoder, "health_probes", "Requests answered, by path and status.", None)?;
         for ((path, status), count) in &self.counts.answered {
             let labels = [("path", (*path).to_owned()), ("code", status.code().to_string())];
-            count_of(&mut probes.encode_family(&labels)?, count)?;
+            encode_count(&mut probes.encode_family(&labels)?, count)?;
         }
-        let help = "Connections of probes that were ended before their peers did, by reason.";
+        let help = "Probe connections that the server dropped, by reason.";
         let mut dropped = counter(encoder, "health_dropped_connections", help, None)?;
         for (reason, count) in DropReason::ALL.iter().zip(&self.counts.dropped) {
-            count_of(&mut dropped.encode_family(&[("reason", reason.name())])?, count)?;
+            encode_count(&mut dropped.encode_family(&[("reason", reason.name())])?, count)?;
         }
-        let help = "How long the parts of restarts took: detect (from a worker's exit to the agent's look), stop (until every \
-                    process group was empty), rendezvous, spawn.";
+        let help = "Duration of restart phases: detect (from a worker's exit to the agent's reaction), stop (until every process \
+                    group is empty), rendezvous, spawn.";
         let seconds = Unit::Seconds;
         let mut family = encoder.encode_descriptor("restart_phase", help, Some(&seconds), MetricType::Histogram)?;
         for phase in RestartPhase::ALL {
@@ -170,16 +171,17 @@ impl Collector for Figures {
     }
 }
 
-impl Figures {
+impl Snapshot {
     fn encode_job(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
-        let mut states = gauge(encoder, "state", "What the agent is doing: 1 for its state, 0 for all others.", None)?;
+        let mut states =
+            gauge(encoder, "state", "State of the agent: 1 for the current state, 0 for all others.", None)?;
         for state in AgentState::ALL {
             states.encode_family(&[("state", state.name())])?.encode_gauge(&i64::from(state == self.state))?;
         }
-        count_of(&mut counter(encoder, "rounds", "How often workers were started.", None)?, &self.rounds)?;
-        let mut restarts = counter(encoder, "restarts", "How often workers were started again, by cause.", None)?;
+        encode_count(&mut counter(encoder, "rounds", "Times the workers were started.", None)?, &self.rounds)?;
+        let mut restarts = counter(encoder, "restarts", "Restarts of the workers, by cause.", None)?;
         for (cause, count) in RestartCause::ALL.iter().zip(self.restarts) {
-            count_of(&mut restarts.encode_family(&[("cause", cause.name())])?, &count)?;
+            encode_count(&mut restarts.encode_family(&[("cause", cause.name())])?, &count)?;
         }
         Ok(())
     }
@@ -189,19 +191,19 @@ impl Figures {
         for (outcome, count) in WorkerState::ALL.iter().zip(self.workers) {
             workers.encode_family(&[("state", outcome.name())])?.encode_gauge(&count)?;
         }
-        let mut exits = counter(encoder, "worker_exits", "Workers of all rounds that ended, by outcome.", None)?;
+        let mut exits = counter(encoder, "worker_exits", "Ended workers of all rounds, by outcome.", None)?;
         for (outcome, count) in WorkerState::ALL.iter().zip(self.exits).skip(1) {
-            count_of(&mut exits.encode_family(&[("outcome", outcome.name())])?, &count)?;
+            encode_count(&mut exits.encode_family(&[("outcome", outcome.name())])?, &count)?;
         }
         let help = "Resident memory of a worker's own process.";
         let mut memory = gauge(encoder, "worker_resident_memory", help, Some(&Unit::Bytes))?;
         for (rank, usage) in self.usages() {
             memory.encode_family(&[("rank", rank)])?.encode_gauge(&usage.resident_bytes)?;
         }
-        let help = "CPU time of a worker's own process; begins again with each round.";
+        let help = "CPU time of a worker's own process; resets with each round.";
         let mut cpu = counter(encoder, "worker_cpu", help, Some(&Unit::Seconds))?;
         for (rank, usage) in self.usages() {
-            count_of(&mut cpu.encode_family(&[("rank", rank)])?, &usage.cpu.as_secs_f64())?;
+            encode_count(&mut cpu.encode_family(&[("rank", rank)])?, &usage.cpu.as_secs_f64())?;
         }
         Ok(())
     }
@@ -209,11 +211,11 @@ impl Figures {
     fn encode_watchdog(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
         let WatchdogFigures { requests, broken, expiries, .. } = self.watchdog;
         for (name, help, count) in [
-            ("watchdog_requests", "Requests of workers that the watchdog understood.", requests),
-            ("watchdog_broken_requests", "Lines that the watchdog did not understand.", broken),
-            ("watchdog_expiries", "Deadlines of workers that passed.", expiries),
+            ("watchdog_requests", "Valid requests to the watchdog.", requests),
+            ("watchdog_broken_requests", "Lines that the watchdog rejected.", broken),
+            ("watchdog_expiries", "Expired timers of workers.", expiries),
         ] {
-            count_of(&mut counter(encoder, name, help, None)?, &count)?;
+            encode_count(&mut counter(encoder, name, help, None)?, &count)?;
         }
         Ok(())
     }
@@ -241,7 +243,7 @@ fn counter<'e>(
     encoder.encode_descriptor(name, help, unit, MetricType::Counter)
 }
 
-fn count_of(
+fn encode_count(
     encoder: &mut MetricEncoder<'_>,
     count: &impl prometheus_client::encoding::EncodeCounterValue,
 ) -> fmt::Result {
@@ -253,21 +255,21 @@ mod tests {
     use super::*;
     use crate::health::status::{Started, Update};
 
-    fn text_of(board: &Board, phases: &Phases, counts: &ProbeCounts) -> String {
+    fn text_of(job: &JobStatus, phases: &Phases, counts: &ProbeCounts) -> String {
         let usage = |_| Some(RunningUsage { resident_bytes: 4096, cpu: Duration::from_millis(1500) });
-        encode(Instant::now(), board, phases, counts, WatchdogFigures::default(), usage)
+        encode(Instant::now(), job, phases, counts, WatchdogFigures::default(), usage)
     }
 
     #[test]
     fn every_family_has_help_type_and_a_name_with_its_unit() {
-        let mut board = Board::new(Instant::now());
-        board.apply(Instant::now(), Update::State(AgentState::Running));
-        board.apply(Instant::now(), Update::Workers(vec![Started { local_rank: 0, rank: 3, pid: 1 }]));
+        let mut job = JobStatus::new(Instant::now());
+        job.apply(Instant::now(), Update::State(AgentState::Running));
+        job.apply(Instant::now(), Update::Workers(vec![Started { local_rank: 0, rank: 3, pid: 1 }]));
         let phases = Phases::default();
         phases.observe(RestartPhase::Stop, Duration::from_micros(200));
         let counts =
             ProbeCounts { answered: [(("/livez", HttpStatus::Unavailable), 2)].into(), ..ProbeCounts::default() };
-        let text = text_of(&board, &phases, &counts);
+        let text = text_of(&job, &phases, &counts);
         for line in [
             "# TYPE ferroelastic_restarts counter",
             "# UNIT ferroelastic_worker_resident_memory_bytes bytes",
@@ -292,7 +294,7 @@ mod tests {
         let plain = plain(&text);
         for line in [
             "# TYPE ferroelastic_restarts_total counter",
-            "# HELP ferroelastic_rounds_total How often workers were started.",
+            "# HELP ferroelastic_rounds_total Times the workers were started.",
             "ferroelastic_restarts_total{cause=\"failure\"} 0",
             "# TYPE ferroelastic_worker_cpu_seconds_total counter",
             "# TYPE ferroelastic_restart_phase_seconds histogram",

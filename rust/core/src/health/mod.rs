@@ -1,7 +1,7 @@
-//! Health checks: is the agent alive, do its workers run, what is it doing, and figures of it.
+//! Health checks over HTTP: liveness of the agent, readiness of its workers, status and metrics.
 //!
-//! [`liveness`] is the rule, [`http`] the protocol, [`status`] the published state, [`metrics`] the figures: all
-//! of them pure. The server lives on the engine thread, so that a probe is answered while Python is busy or stuck.
+//! [`liveness`] decides whether the agent is alive, [`http`] parses requests, [`status`] holds the published status, and [`metrics`] encodes
+//! it for Prometheus. All four are pure. The server runs on the engine thread, so it answers probes while Python is busy or stuck.
 
 mod connection;
 pub mod http;

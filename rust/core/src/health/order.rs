@@ -1,4 +1,4 @@
-//! Orders of a handle to its health server on the engine thread.
+//! Orders from a handle to its health server on the engine thread.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -23,8 +23,8 @@ pub(crate) enum Order {
 }
 
 impl Order {
-    /// Carries out the order. `id` is the number of a new server, `exits` are the exits of all supervised processes.
-    pub(crate) fn serve<'a>(
+    /// Carries out the order. `id` becomes the id of a new server; `exits` are the exits of all supervised processes.
+    pub(crate) fn handle<'a>(
         self,
         servers: &mut Servers,
         poller: &Poller,
@@ -41,8 +41,8 @@ impl Order {
                 let is_new_round = matches!(update, Update::Workers(_));
                 servers.update(server, Instant::now(), update);
                 if is_new_round {
-                    // A worker may have exited before the agent named it.
-                    exits.for_each(|exits| servers.note_exits(exits));
+                    // A worker may have exited before this order arrived.
+                    exits.for_each(|exits| servers.record_exits(exits));
                 }
             }
             Self::Close { server, reply } => {

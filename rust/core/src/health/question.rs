@@ -1,4 +1,4 @@
-//! The question "when was the last progress?", from the engine thread to the thread that answers it.
+//! The question "when did the agent last make progress?", from the engine thread to the answering thread.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use crate::sys::poller::wait_readable;
 use crate::sys::wake::WakeFd;
 
-/// Shared by the engine thread, which asks and never blocks, and one thread that answers.
+/// Shared by the engine thread, which asks without blocking, and one answering thread.
 #[derive(Debug)]
 pub(crate) struct ProgressQuestion {
     asked: AtomicBool,
@@ -30,11 +30,11 @@ impl ProgressQuestion {
         self.wake.wake();
     }
 
-    /// Blocks until there is a question; `false` once this is closed.
+    /// Blocks until a question is asked; `false` once the question is closed.
     pub(crate) fn wait(&self) -> io::Result<bool> {
         loop {
             if self.closed.load(Ordering::Acquire) {
-                // Wakes the next waiter.
+                // Wakes the next waiter, if there is one.
                 self.wake.wake();
                 return Ok(false);
             }
@@ -42,7 +42,7 @@ impl ProgressQuestion {
                 return Ok(true);
             }
             wait_readable([Some(&self.wake)], None)?;
-            // Drains before the next look, so that a later question makes the descriptor readable again.
+            // Drains before the flags are read again, so a later question makes the descriptor readable again.
             self.wake.drain();
         }
     }
@@ -55,7 +55,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_question_is_taken_once_and_a_closed_desk_has_none() {
+    fn a_question_is_received_once_and_closing_wakes_all_waiters() {
         let question = Arc::new(ProgressQuestion::new().expect("eventfd"));
         question.ask();
         assert!(question.wait().expect("poll"));

@@ -1,4 +1,4 @@
-//! The listeners and connections of an engine. What a turn of its loop does here is bounded, and so is what is held.
+//! The health servers of an engine: their listeners and connections. Each turn of the loop does bounded work, and memory is bounded.
 
 use std::collections::{BTreeMap, HashMap};
 use std::io::ErrorKind;
@@ -10,7 +10,7 @@ use super::http::{HttpStatus, MAX_HEAD};
 use super::liveness::{Answer, Liveness};
 use super::metrics::{self, Phases, ProbeCounts};
 use super::question::ProgressQuestion;
-use super::status::{Board, Update, WatchdogFigures};
+use super::status::{JobStatus, Update, WatchdogFigures};
 use crate::error::{Error, Result};
 use crate::supervise::Exit;
 use crate::sys::net::Listener;
@@ -19,42 +19,43 @@ use crate::sys::usage::{self, RunningUsage};
 use crate::sys::wake::WakeFd;
 use crate::vocabulary::DropReason;
 
-/// Most connections of a server. When another comes, the one that has been idle for longest makes room.
-const MOST_CONNECTIONS: usize = 256;
-/// Most bytes of answers that the peers of a server have not taken. Beyond that the one that has been idle for longest is dropped.
-const MOST_UNSENT: usize = 4 * 1024 * 1024;
-/// Most connections that are served in one turn of the loop, and most that a server accepts in one.
+/// Limit on the connections of a server. A newer connection replaces the one that has been idle longest.
+const MAX_CONNECTIONS: usize = 256;
+/// Limit on the unsent bytes of a server's answers. Beyond it, the connection that has been idle longest is dropped.
+const MAX_UNSENT_BYTES: usize = 4 * 1024 * 1024;
+/// Limits on the connections served in one turn of the loop, and accepted by one server in one turn.
 const SERVED_PER_TURN: usize = 8;
 const ACCEPTED_PER_TURN: usize = 4;
-/// How long a server that is out of descriptors waits before it tries again.
+/// How long a server stops accepting when it is out of descriptors or memory.
 const PAUSE: Duration = Duration::from_millis(100);
-/// For how long what workers use is not read again, and for how many of them it is read.
+/// How long the resource usage of workers is reused before it is read again.
 const USAGE_REUSE: Duration = Duration::from_millis(250);
-const MOST_USAGES: usize = 256;
+/// Limit on the number of workers whose resource usage is read.
+const MAX_USAGES: usize = 256;
 
 const TEXT: &str = "text/plain; charset=utf-8";
 const JSON: &str = "application/json";
 
-/// What the watchdogs of the engine know of some processes.
-pub(crate) type WatchdogOf<'a> = dyn Fn(&[i32]) -> WatchdogFigures + 'a;
+/// Returns the counts of the engine's watchdogs, with the last beats of the given pids.
+pub(crate) type WatchdogSource<'a> = dyn Fn(&[i32]) -> WatchdogFigures + 'a;
 
-/// How registrations in the poller are named.
+/// The poller tokens of health servers.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct HealthTokens {
-    /// Of the listener of a server.
+    /// The token of a server's listener, by the id of the server.
     pub(crate) listener: fn(u64) -> u64,
-    /// Of a connection.
+    /// The token of a connection, by its id.
     pub(crate) connection: fn(u64) -> u64,
 }
 
-/// Whether a server takes connections.
+/// Whether a server accepts connections.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Listening {
     Yes,
-    /// All connections wait for the callback: not before one of them is over.
-    UntilRoom,
-    /// There is no descriptor to be had.
-    Until(Instant),
+    /// Paused until a connection can be dropped: all of them wait for the callback.
+    PausedUntilRoom,
+    /// Paused until this time: no descriptor is available.
+    PausedUntil(Instant),
 }
 
 /// One health server.
@@ -62,17 +63,18 @@ enum Listening {
 struct ProbeServer {
     listener: Listener,
     listening: Listening,
-    /// Given up where no other descriptor is to be had, so that a probe is answered even then.
-    spare: Option<WakeFd>,
+    /// Closed when the process is out of descriptors, to accept one more connection.
+    spare_fd: Option<WakeFd>,
     question: Arc<ProgressQuestion>,
     liveness: Liveness,
-    board: Board,
+    job: JobStatus,
     phases: Phases,
     counts: ProbeCounts,
-    open: usize,
+    open_connections: usize,
     usages: Option<(Instant, HashMap<i32, RunningUsage>)>,
-    /// Made at most once in a turn.
+    /// The encoded status of this turn of the loop.
     status: Option<Arc<[u8]>>,
+    /// The encoded metrics of this turn of the loop.
     metrics: Option<Arc<str>>,
 }
 
@@ -80,43 +82,43 @@ impl ProbeServer {
     fn refresh_usages(&mut self, now: Instant) -> &HashMap<i32, RunningUsage> {
         let is_fresh = |at: Instant| now.saturating_duration_since(at) < USAGE_REUSE;
         if !self.usages.as_ref().is_some_and(|(at, _)| is_fresh(*at)) {
-            let running = self.board.running().take(MOST_USAGES);
+            let running = self.job.running().take(MAX_USAGES);
             let read = running.filter_map(|pid| Some((pid, usage::of(pid)?)));
             self.usages = Some((now, read.collect()));
         }
-        self.usages.as_ref().map(|(_, usages)| usages).expect("made above")
+        self.usages.as_ref().map(|(_, usages)| usages).expect("set above")
     }
 
-    fn watchdog(&self, watchdog: &WatchdogOf<'_>) -> WatchdogFigures {
-        watchdog(&self.board.running().collect::<Vec<_>>())
+    fn watchdog(&self, watchdog: &WatchdogSource<'_>) -> WatchdogFigures {
+        watchdog(&self.job.running().collect::<Vec<_>>())
     }
 
-    fn status(&mut self, now: Instant, watchdog: &WatchdogOf<'_>) -> Arc<[u8]> {
+    fn status(&mut self, now: Instant, watchdog: &WatchdogSource<'_>) -> Arc<[u8]> {
         if self.status.is_none() {
             self.refresh_usages(now);
             let usages = self.usages.as_ref().map(|(_, usages)| usages);
             let usage = |pid| usages?.get(&pid).copied();
-            self.status = Some(self.board.to_json(now, &self.watchdog(watchdog), usage).into());
+            self.status = Some(self.job.to_json(now, &self.watchdog(watchdog), usage).into());
         }
         self.status.clone().unwrap_or_default()
     }
 
-    fn metrics(&mut self, now: Instant, watchdog: &WatchdogOf<'_>) -> Arc<str> {
+    fn metrics(&mut self, now: Instant, watchdog: &WatchdogSource<'_>) -> Arc<str> {
         if self.metrics.is_none() {
             self.refresh_usages(now);
             let usages = self.usages.as_ref().map(|(_, usages)| usages);
             let usage = |pid| usages?.get(&pid).copied();
-            let text = metrics::encode(now, &self.board, &self.phases, &self.counts, self.watchdog(watchdog), usage);
+            let text = metrics::encode(now, &self.job, &self.phases, &self.counts, self.watchdog(watchdog), usage);
             self.metrics = Some(text.into());
         }
         self.metrics.clone().unwrap_or_else(|| "".into())
     }
 
-    /// The verdict on the agent, if it is known now.
+    /// The liveness verdict as a response; `None` if the probe must wait for the callback.
     fn verdict(&self, now: Instant) -> Option<(HttpStatus, String)> {
         let verdict = self.liveness.verdict(now)?;
         let status = if verdict.alive { HttpStatus::Ok } else { HttpStatus::Unavailable };
-        Some((status, format!("{}; state {}\n", verdict.reason, self.board.state().name())))
+        Some((status, format!("{}; state {}\n", verdict.reason, self.job.state().name())))
     }
 }
 
@@ -131,15 +133,15 @@ impl Drop for ProbeServer {
 pub(crate) struct Servers {
     tokens: HealthTokens,
     by_id: BTreeMap<u64, ProbeServer>,
-    /// Of all servers, in the order in which they were accepted: the first is the first whose time is over.
+    /// The connections of all servers in the order of acceptance, which is the order of their deadlines.
     connections: BTreeMap<u64, ProbeConnection>,
     last_connection: u64,
-    readable: Vec<u64>,
-    acceptable: Vec<u64>,
-    /// Those whose request is complete.
+    ready_connections: Vec<u64>,
+    ready_listeners: Vec<u64>,
+    /// Connections with a complete request.
     complete: Vec<u64>,
     scratch: Vec<u8>,
-    /// Whether there is more to do than fitted into the last turn.
+    /// Whether the last turn left work undone.
     is_busy: bool,
 }
 
@@ -150,15 +152,15 @@ impl Servers {
             by_id: BTreeMap::new(),
             connections: BTreeMap::new(),
             last_connection: 0,
-            readable: Vec::new(),
-            acceptable: Vec::new(),
+            ready_connections: Vec::new(),
+            ready_listeners: Vec::new(),
             complete: Vec::new(),
             scratch: Vec::new(),
             is_busy: false,
         }
     }
 
-    /// Begins to serve on `listener`.
+    /// Starts a server on `listener`.
     pub(crate) fn open(
         &mut self,
         id: u64,
@@ -172,13 +174,13 @@ impl Servers {
         let server = ProbeServer {
             listener,
             listening: Listening::Yes,
-            spare: WakeFd::new().ok(),
+            spare_fd: WakeFd::new().ok(),
             question,
             liveness: Liveness::new(timeout),
-            board: Board::new(Instant::now()),
+            job: JobStatus::new(Instant::now()),
             phases: Phases::default(),
             counts: ProbeCounts::default(),
-            open: 0,
+            open_connections: 0,
             usages: None,
             status: None,
             metrics: None,
@@ -188,10 +190,10 @@ impl Servers {
         Ok(())
     }
 
-    /// Stops to serve; connections are dropped.
+    /// Closes a server and its connections.
     pub(crate) fn close(&mut self, id: u64, poller: &Poller) {
-        let of_it: Vec<u64> = self.connections.iter().filter(|(_, one)| one.server == id).map(|(id, _)| *id).collect();
-        for connection in of_it {
+        let owned: Vec<u64> = self.connections.iter().filter(|(_, one)| one.server == id).map(|(id, _)| *id).collect();
+        for connection in owned {
             self.drop_connection(connection, poller);
         }
         if let Some(server) = self.by_id.remove(&id)
@@ -202,7 +204,7 @@ impl Servers {
         self.is_busy &= !self.by_id.is_empty();
     }
 
-    /// Enters what the agent says.
+    /// Applies a report of the agent.
     pub(crate) fn update(&mut self, id: u64, now: Instant, update: Update) {
         let Some(server) = self.by_id.get_mut(&id) else { return };
         match &update {
@@ -210,118 +212,119 @@ impl Servers {
             Update::Workers(_) => server.usages = None,
             _ => {}
         }
-        server.board.apply(now, update);
+        server.job.apply(now, update);
     }
 
-    /// Enters how processes ended.
-    pub(crate) fn note_exits(&mut self, exits: &[Exit]) {
+    /// Records exits of supervised processes.
+    pub(crate) fn record_exits(&mut self, exits: &[Exit]) {
         for server in self.by_id.values_mut() {
             for exit in exits {
-                server.board.note_exit(exit);
+                server.job.record_exit(exit);
             }
         }
     }
 
-    /// A thread has the interpreter and calls the callback.
+    /// Records that a Python thread calls the callback now.
     pub(crate) fn started(&mut self, id: u64, at: Instant) {
         if let Some(server) = self.by_id.get_mut(&id) {
             server.liveness.started(at);
         }
     }
 
-    /// The callback has returned.
+    /// Records the answer of the callback.
     pub(crate) fn answered(&mut self, id: u64, at: Instant, answer: Answer) {
         if let Some(server) = self.by_id.get_mut(&id) {
             server.liveness.answered(at, answer);
         }
     }
 
-    /// A listener has connections.
-    pub(crate) fn acceptable(&mut self, id: u64) {
-        self.acceptable.push(id);
+    /// Queues a readable listener for [`Servers::receive`].
+    pub(crate) fn listener_ready(&mut self, id: u64) {
+        self.ready_listeners.push(id);
     }
 
-    /// A connection has bytes, has room, or is broken.
-    pub(crate) fn ready(&mut self, id: u64) {
-        self.readable.push(id);
+    /// Queues a ready or broken connection for [`Servers::receive`].
+    pub(crate) fn connection_ready(&mut self, id: u64) {
+        self.ready_connections.push(id);
     }
 
-    /// Reads what has come, as far as one turn goes; what is left is reported again. `true` if there are requests to be answered.
+    /// Drops expired connections, then advances ready ones and accepts new ones, within the limits of one turn. The poller reports the
+    /// rest again. `true` if there are complete requests.
     pub(crate) fn receive(&mut self, now: Instant, poller: &Poller) -> bool {
-        let is_over = |(_, connection): &(&u64, &ProbeConnection)| connection.deadline <= now;
-        let over = self.connections.iter().take_while(is_over).take(SERVED_PER_TURN);
-        for id in over.map(|(id, _)| *id).collect::<Vec<_>>() {
+        let is_expired = |(_, connection): &(&u64, &ProbeConnection)| connection.deadline <= now;
+        let expired = self.connections.iter().take_while(is_expired).take(SERVED_PER_TURN);
+        for id in expired.map(|(id, _)| *id).collect::<Vec<_>>() {
             self.drop_for(DropReason::Deadline, id, poller);
         }
-        let mut readable = std::mem::take(&mut self.readable);
-        for id in readable.drain(..).take(SERVED_PER_TURN) {
+        let mut ready = std::mem::take(&mut self.ready_connections);
+        for id in ready.drain(..).take(SERVED_PER_TURN) {
             self.advance(id, now, poller);
         }
-        self.readable = readable;
-        for id in std::mem::take(&mut self.acceptable) {
+        self.ready_connections = ready;
+        for id in std::mem::take(&mut self.ready_listeners) {
             self.accept(id, now, poller);
         }
         !self.complete.is_empty()
     }
 
-    /// Answers what was received and what has waited for the callback.
-    pub(crate) fn respond(&mut self, now: Instant, poller: &Poller, watchdog: &WatchdogOf<'_>) {
+    /// Answers complete requests and probes that have waited for the callback.
+    pub(crate) fn respond(&mut self, now: Instant, poller: &Poller, watchdog: &WatchdogSource<'_>) {
         self.is_busy = false;
         for id in std::mem::take(&mut self.complete) {
             self.serve(id, now, poller, watchdog);
         }
         let ids: Vec<u64> = self.by_id.keys().copied().collect();
         for id in ids {
-            self.look_after(id, now, poller);
+            self.tick(id, now, poller);
         }
     }
 
-    /// Whether nobody is served.
-    pub(crate) fn is_idle(&self) -> bool {
+    /// Whether there is no server.
+    pub(crate) fn is_empty(&self) -> bool {
         self.by_id.is_empty()
     }
 
-    /// Whether there is something to do at once.
+    /// Whether the next turn must not block.
     pub(crate) fn is_busy(&self) -> bool {
         self.is_busy
     }
 
-    /// When there is something to do at the latest.
+    /// The earliest deadline of a connection, a question or a pause.
     pub(crate) fn next_tick(&self) -> Option<Instant> {
         let first = self.connections.first_key_value().map(|(_, connection)| connection.deadline);
         let ticks = self.by_id.values().filter_map(|server| server.liveness.next_tick());
         let pauses = self.by_id.values().filter_map(|server| match server.listening {
-            Listening::Until(at) => Some(at),
-            Listening::Yes | Listening::UntilRoom => None,
+            Listening::PausedUntil(at) => Some(at),
+            Listening::Yes | Listening::PausedUntilRoom => None,
         });
         ticks.chain(pauses).chain(first).min()
     }
 
-    /// What the time has brought for one server.
-    fn look_after(&mut self, id: u64, now: Instant, poller: &Poller) {
+    /// Resumes a paused listener if it is time, and answers probes that wait for the callback.
+    fn tick(&mut self, id: u64, now: Instant, poller: &Poller) {
         let Some(server) = self.by_id.get_mut(&id) else { return };
         (server.status, server.metrics) = (None, None);
         let resume = match server.listening {
             Listening::Yes => false,
-            Listening::UntilRoom => {
-                let mut of_it = self.connections.values().filter(|connection| connection.server == id);
-                server.open < MOST_CONNECTIONS || of_it.any(|connection| !connection.is_waiting())
+            Listening::PausedUntilRoom => {
+                let mut owned = self.connections.values().filter(|connection| connection.server == id);
+                server.open_connections < MAX_CONNECTIONS || owned.any(|connection| !connection.is_waiting())
             }
-            Listening::Until(at) => at <= now,
+            Listening::PausedUntil(at) => at <= now,
         };
         if resume {
-            server.spare = server.spare.take().or_else(|| WakeFd::new().ok());
+            server.spare_fd = server.spare_fd.take().or_else(|| WakeFd::new().ok());
             let token = (self.tokens.listener)(id);
             server.listening = match poller.add(&server.listener, token, Interest::Readable) {
                 Ok(()) => Listening::Yes,
-                Err(_) => Listening::Until(now + PAUSE),
+                Err(_) => Listening::PausedUntil(now + PAUSE),
             };
         }
         server.liveness.tick(now);
         self.answer_waiting(id, now, poller);
     }
 
-    /// Answers some of the probes that wait for the callback, if there is something to tell them.
+    /// Answers probes that wait for the callback, up to the limit of one turn, or asks the callback again.
     fn answer_waiting(&mut self, id: u64, now: Instant, poller: &Poller) {
         let waiting = self.connections.iter().filter(|(_, one)| one.server == id && one.is_waiting());
         let waiting: Vec<u64> = waiting.map(|(id, _)| *id).take(SERVED_PER_TURN + 1).collect();
@@ -330,7 +333,7 @@ impl Servers {
             return;
         }
         let Some((status, text)) = server.verdict(now) else {
-            // The answer has become too old for those who are left.
+            // The last answer is too old for the remaining probes.
             if server.liveness.ask(now) {
                 server.question.ask();
             }
@@ -345,7 +348,7 @@ impl Servers {
     fn accept(&mut self, id: u64, now: Instant, poller: &Poller) {
         for _ in 0..ACCEPTED_PER_TURN {
             if !self.make_room(id, now, poller) {
-                self.pause(id, Listening::UntilRoom, poller);
+                self.pause(id, Listening::PausedUntilRoom, poller);
                 return;
             }
             let Some(server) = self.by_id.get_mut(&id) else { return };
@@ -353,21 +356,21 @@ impl Servers {
                 Ok(stream) => stream,
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return,
                 Err(error) if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) => {
-                    // With the spare, or that of the connection that has been idle for longest, there is one for the next try.
-                    if server.spare.take().is_none() && !self.evict(id, PAUSE, now, poller) {
-                        self.pause(id, Listening::Until(now + PAUSE), poller);
+                    // Frees a descriptor for the next attempt: the spare one, or that of the connection that has been idle longest.
+                    if server.spare_fd.take().is_none() && !self.evict(id, PAUSE, now, poller) {
+                        self.pause(id, Listening::PausedUntil(now + PAUSE), poller);
                         return;
                     }
                     continue;
                 }
                 Err(error) if matches!(error.raw_os_error(), Some(libc::ENOBUFS | libc::ENOMEM)) => {
-                    self.pause(id, Listening::Until(now + PAUSE), poller);
+                    self.pause(id, Listening::PausedUntil(now + PAUSE), poller);
                     return;
                 }
-                // The peer is gone already, or the network refused it.
+                // The peer has closed the connection, or the network failed.
                 Err(_) => continue,
             };
-            server.open += 1;
+            server.open_connections += 1;
             self.last_connection += 1;
             self.connections.insert(self.last_connection, ProbeConnection::new(id, stream, now));
             // Most peers have sent their request by now.
@@ -384,24 +387,25 @@ impl Servers {
         }
     }
 
-    /// Whether there is room for another connection, perhaps because one had to go.
+    /// Makes room for another connection by dropping an idle one if necessary; `false` if none can be dropped.
     fn make_room(&mut self, id: u64, now: Instant, poller: &Poller) -> bool {
-        let is_full = self.by_id.get(&id).is_some_and(|server| server.open >= MOST_CONNECTIONS);
+        let is_full = self.by_id.get(&id).is_some_and(|server| server.open_connections >= MAX_CONNECTIONS);
         !is_full || self.evict(id, Duration::ZERO, now, poller)
     }
 
-    /// Ends the connection of a server that has been idle for longest; `false` if none has been for `least`, or all wait for the
+    /// Drops the connection of a server that has been idle longest; `false` if none has been idle for `min_idle`, or all wait for the
     /// callback.
     ///
-    /// It is looked at once more before: its request may have come without having been read.
-    fn evict(&mut self, server: u64, least: Duration, now: Instant, poller: &Poller) -> bool {
+    /// The connection is advanced once before, because its request may have arrived unread.
+    fn evict(&mut self, server: u64, min_idle: Duration, now: Instant, poller: &Poller) -> bool {
         loop {
             let candidates = self.connections.iter().filter(|(_, one)| one.server == server && !one.is_waiting());
-            let is_idle =
-                |one: &ProbeConnection| one.is_lingering() || now.saturating_duration_since(one.active) >= least;
+            let is_idle = |one: &ProbeConnection| {
+                one.is_lingering() || now.saturating_duration_since(one.last_active) >= min_idle
+            };
             let candidates = candidates.filter(|(_, one)| is_idle(one));
-            // Those that were answered go first.
-            let Some(id) = candidates.min_by_key(|(_, one)| (!one.is_lingering(), one.active)).map(|(id, _)| *id)
+            // Answered connections are dropped first.
+            let Some(id) = candidates.min_by_key(|(_, one)| (!one.is_lingering(), one.last_active)).map(|(id, _)| *id)
             else {
                 return false;
             };
@@ -417,21 +421,21 @@ impl Servers {
         }
     }
 
-    /// One step of a connection, with what follows from it.
+    /// Makes one step of a connection and carries out the required action.
     fn advance(&mut self, id: u64, now: Instant, poller: &Poller) {
         let Some(connection) = self.connections.get_mut(&id) else { return };
         match connection.step(now, &mut self.scratch) {
             Next::Wait => self.watch(id, poller),
             Next::Close => self.drop_connection(id, poller),
-            Next::Refuse(status) => self.answer(id, now, poller, status, TEXT, status.remedy().as_bytes()),
+            Next::Refuse(status) => self.answer(id, now, poller, status, TEXT, status.error_text().as_bytes()),
             Next::Answer => self.complete.push(id),
         }
     }
 
-    fn serve(&mut self, id: u64, now: Instant, poller: &Poller, watchdog: &WatchdogOf<'_>) {
+    fn serve(&mut self, id: u64, now: Instant, poller: &Poller, watchdog: &WatchdogSource<'_>) {
         let Some(connection) = self.connections.get_mut(&id) else { return };
         let Some(server) = self.by_id.get_mut(&connection.server) else { return };
-        match connection.page {
+        match connection.path {
             ProbePath::Live(_) => {
                 if let Some((status, text)) = server.verdict(now) {
                     return self.answer(id, now, poller, status, TEXT, text.as_bytes());
@@ -442,7 +446,7 @@ impl Servers {
                 self.watch(id, poller);
             }
             ProbePath::Ready => {
-                let (ready, text) = server.board.readiness();
+                let (ready, text) = server.job.readiness();
                 let status = if ready { HttpStatus::Ok } else { HttpStatus::Unavailable };
                 self.answer(id, now, poller, status, TEXT, format!("{text}\n").as_bytes());
             }
@@ -460,7 +464,7 @@ impl Servers {
             }
             ProbePath::Other => {
                 let status = HttpStatus::NotFound;
-                self.answer(id, now, poller, status, TEXT, status.remedy().as_bytes());
+                self.answer(id, now, poller, status, TEXT, status.error_text().as_bytes());
             }
         }
     }
@@ -469,26 +473,27 @@ impl Servers {
         let Some(connection) = self.connections.get_mut(&id) else { return };
         let server = connection.server;
         if let Some(server) = self.by_id.get_mut(&server) {
-            *server.counts.answered.entry((connection.page.label(), status)).or_default() += 1;
+            *server.counts.answered.entry((connection.path.label(), status)).or_default() += 1;
         }
         match connection.answer(now, status, content_type, body) {
             Next::Close => self.drop_connection(id, poller),
             _ if connection.unsent() > 0 => {
                 self.watch(id, poller);
-                self.bound_unsent(server, id, poller);
+                self.limit_unsent(server, id, poller);
             }
             _ => self.watch(id, poller),
         }
     }
 
-    /// Drops readers that are too slow, the one that has been idle for longest first, but not `newest`.
-    fn bound_unsent(&mut self, server: u64, newest: u64, poller: &Poller) {
+    /// Drops slow readers until the unsent bytes are within the limit: the one that has been idle longest first, and never `newest`.
+    fn limit_unsent(&mut self, server: u64, newest: u64, poller: &Poller) {
         loop {
-            let of_it = self.connections.iter().filter(|(_, one)| one.server == server && one.unsent() > 0);
-            let unsent: usize = of_it.clone().map(|(_, one)| one.unsent()).sum();
-            let slowest = of_it.filter(|(id, _)| **id != newest).min_by_key(|(_, one)| one.active).map(|(id, _)| *id);
-            match slowest {
-                Some(id) if unsent > MOST_UNSENT => self.drop_for(DropReason::Unread, id, poller),
+            let unread = self.connections.iter().filter(|(_, one)| one.server == server && one.unsent() > 0);
+            let unsent: usize = unread.clone().map(|(_, one)| one.unsent()).sum();
+            let idlest =
+                unread.filter(|(id, _)| **id != newest).min_by_key(|(_, one)| one.last_active).map(|(id, _)| *id);
+            match idlest {
+                Some(id) if unsent > MAX_UNSENT_BYTES => self.drop_for(DropReason::Unread, id, poller),
                 _ => return,
             }
         }
@@ -502,7 +507,7 @@ impl Servers {
         }
     }
 
-    /// Ends a connection whose peer has not, and counts it unless its request was answered.
+    /// Drops a connection, and counts it unless its request was answered.
     fn drop_for(&mut self, reason: DropReason, id: u64, poller: &Poller) {
         let connection = self.connections.get(&id).filter(|connection| !connection.is_lingering());
         if let Some(server) = connection.and_then(|connection| self.by_id.get_mut(&connection.server)) {
@@ -517,9 +522,9 @@ impl Servers {
         let server = connection.server;
         drop(connection);
         if let Some(server) = self.by_id.get_mut(&server) {
-            server.open -= 1;
-            if server.spare.is_none() {
-                server.spare = WakeFd::new().ok();
+            server.open_connections -= 1;
+            if server.spare_fd.is_none() {
+                server.spare_fd = WakeFd::new().ok();
             }
         }
     }

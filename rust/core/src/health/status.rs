@@ -1,4 +1,4 @@
-//! The board: what the agent says of its job and the engine of its workers, and how it is shown.
+//! The status of the job: reported by the agent and the engine, published as JSON.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -11,61 +11,61 @@ use crate::sys::usage::RunningUsage;
 use crate::sys::wait::ExitStatus;
 use crate::vocabulary::{AgentState, RestartCause, RestartPhase, WorkerState};
 
-/// What the agent says.
+/// A report of the agent.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Update {
-    /// Which job it is.
+    /// The identity of the job.
     Job {
-        /// Name of the job.
+        /// Run id of the job.
         run_id: String,
         /// Role of the workers.
         role: String,
     },
-    /// What the agent is doing now.
+    /// The new state of the agent.
     State(AgentState),
-    /// The workers of a new round, which have been started.
+    /// The started workers of a new round.
     Workers(Vec<Started>),
-    /// The workers are to be started again.
+    /// The workers will be restarted.
     Restart {
-        /// Why.
+        /// Cause of the restart.
         cause: RestartCause,
-        /// What happened, for people.
+        /// Description of the event, for people.
         reason: String,
     },
-    /// A part of a restart is over.
+    /// A phase of a restart has finished.
     Phase {
-        /// Which.
+        /// The phase.
         phase: RestartPhase,
-        /// How long it took.
+        /// Its duration.
         took: Duration,
     },
 }
 
-/// A worker that was started.
+/// A started worker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Started {
-    /// Its rank on this host.
+    /// Rank on this host.
     pub local_rank: u64,
-    /// Its rank in the job.
+    /// Rank in the job.
     pub rank: u64,
-    /// Its process.
+    /// Process id.
     pub pid: i32,
 }
 
-/// A worker on the board.
+/// The status of a worker.
 #[derive(Clone, Copy, Debug)]
 pub struct Worker {
-    /// Who it is.
+    /// Ranks and pid.
     pub started: Started,
-    /// How it ended, if it has.
-    ending: Option<(ExitStatus, bool)>,
+    /// Exit status, and whether the agent stopped the worker; `None` while it runs.
+    exit: Option<(ExitStatus, bool)>,
 }
 
 impl Worker {
-    /// How it is, or how it ended.
+    /// The state of the worker.
     #[must_use]
     pub fn outcome(&self) -> WorkerState {
-        match self.ending {
+        match self.exit {
             None => WorkerState::Running,
             Some((_, true)) => WorkerState::Stopped,
             Some((ExitStatus::Exited(0), _)) => WorkerState::Succeeded,
@@ -78,31 +78,31 @@ impl Worker {
 impl fmt::Display for Worker {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(formatter, "rank {} (pid {}) ", self.started.rank, self.started.pid)?;
-        match self.ending {
-            None => write!(formatter, "runs"),
+        match self.exit {
+            None => write!(formatter, "is running"),
             Some((ExitStatus::Exited(code), _)) => write!(formatter, "exited with code {code}"),
-            Some((ExitStatus::Signalled { signal, .. }, _)) => write!(formatter, "was ended by signal {signal}"),
+            Some((ExitStatus::Signalled { signal, .. }, _)) => write!(formatter, "was killed by signal {signal}"),
             Some((ExitStatus::Unknown, _)) => write!(formatter, "ended"),
         }
     }
 }
 
-/// What a watchdog has counted, and who it heard of.
+/// Counts of the watchdogs, and the ages of the last beats.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct WatchdogFigures {
-    /// Requests that were understood.
+    /// Valid requests.
     pub requests: u64,
-    /// Lines that were not.
+    /// Rejected lines.
     pub broken: u64,
-    /// Timers that expired.
+    /// Expired timers.
     pub expiries: u64,
-    /// By pid, how long ago the last request or beat of a process was.
+    /// The time since the last request or beat of each process, by pid.
     pub last_beats: HashMap<i32, Duration>,
 }
 
-/// What is known of the job.
+/// The status of the job.
 #[derive(Debug)]
-pub struct Board {
+pub struct JobStatus {
     began: Instant,
     run_id: Option<String>,
     role: Option<String>,
@@ -114,8 +114,8 @@ pub struct Board {
     exits: [u64; WorkerState::ALL.len()],
 }
 
-impl Board {
-    /// Nothing is known.
+impl JobStatus {
+    /// The status before the first report.
     #[must_use]
     pub fn new(now: Instant) -> Self {
         Self {
@@ -131,7 +131,7 @@ impl Board {
         }
     }
 
-    /// Enters what the agent says. The duration of a phase is for a histogram and not for the board.
+    /// Applies a report of the agent. [`Update::Phase`] has no effect: its duration goes to the histograms in [`super::metrics`].
     pub fn apply(&mut self, now: Instant, update: Update) {
         match update {
             Update::Job { run_id, role } => (self.run_id, self.role) = (Some(run_id), Some(role)),
@@ -142,7 +142,7 @@ impl Board {
             }
             Update::Workers(started) => {
                 self.rounds += 1;
-                self.workers = started.into_iter().map(|started| Worker { started, ending: None }).collect();
+                self.workers = started.into_iter().map(|started| Worker { started, exit: None }).collect();
             }
             Update::Restart { cause, reason } => {
                 self.restarts[cause as usize] += 1;
@@ -152,16 +152,16 @@ impl Board {
         }
     }
 
-    /// Enters how a process ended, if it is one of the workers.
-    pub fn note_exit(&mut self, exit: &Exit) {
-        let worker = self.workers.iter_mut().find(|worker| worker.started.pid == exit.pid && worker.ending.is_none());
+    /// Records the exit of a process if it is a running worker.
+    pub fn record_exit(&mut self, exit: &Exit) {
+        let worker = self.workers.iter_mut().find(|worker| worker.started.pid == exit.pid && worker.exit.is_none());
         if let Some(worker) = worker {
-            worker.ending = Some((exit.status, exit.stopped));
+            worker.exit = Some((exit.status, exit.stopped));
             self.exits[worker.outcome() as usize] += 1;
         }
     }
 
-    /// What the agent is doing.
+    /// The state of the agent.
     #[must_use]
     pub fn state(&self) -> AgentState {
         self.state.0
@@ -173,37 +173,37 @@ impl Board {
         &self.workers
     }
 
-    /// Processes of the workers that run.
+    /// Process ids of the running workers.
     pub fn running(&self) -> impl Iterator<Item = i32> {
-        let running = self.workers.iter().filter(|worker| worker.ending.is_none());
+        let running = self.workers.iter().filter(|worker| worker.exit.is_none());
         running.map(|worker| worker.started.pid)
     }
 
-    /// How often workers were started.
+    /// The number of rounds, which is the number of times the workers were started.
     #[must_use]
     pub fn rounds(&self) -> u64 {
         self.rounds
     }
 
-    /// How often workers were started again for this cause.
+    /// The number of restarts for this cause.
     #[must_use]
     pub fn restarts(&self, cause: RestartCause) -> u64 {
         self.restarts[cause as usize]
     }
 
-    /// How many workers of all rounds ended in this way.
+    /// The number of workers of all rounds that ended in this state.
     #[must_use]
     pub fn exits(&self, outcome: WorkerState) -> u64 {
         self.exits[outcome as usize]
     }
 
-    /// For how long there has been a board.
+    /// The time since the status was created.
     #[must_use]
     pub fn uptime(&self, now: Instant) -> Duration {
         now.saturating_duration_since(self.began)
     }
 
-    /// Whether the workers run, and a line that says so or what else is the case.
+    /// Whether the workers run, with the reason as one line of text.
     #[must_use]
     pub fn readiness(&self) -> (bool, String) {
         let state = self.state.0;
@@ -216,11 +216,11 @@ impl Board {
         }
     }
 
-    /// The board as JSON.
+    /// The status as JSON.
     ///
     /// # Panics
     ///
-    /// Never: there is nothing in it that JSON cannot say.
+    /// Never: all fields have a JSON form.
     #[must_use]
     pub fn to_json(
         &self,
@@ -230,45 +230,45 @@ impl Board {
     ) -> Vec<u8> {
         let since = |at: Instant| now.saturating_duration_since(at).as_secs_f64();
         let last = self.last_restart.as_ref();
-        let shown = Shown {
+        let status = StatusJson {
             run_id: self.run_id.as_deref(),
             role: self.role.as_deref(),
             state: self.state.0.name(),
             state_age_s: since(self.state.1),
             round: self.rounds,
             uptime_s: since(self.began),
-            restarts: ShownRestarts {
+            restarts: RestartsJson {
                 failure: self.restarts(RestartCause::Failure),
                 membership: self.restarts(RestartCause::Membership),
-                last: last.map(|(cause, reason, at)| ShownRestart { cause: cause.name(), reason, age_s: since(*at) }),
+                last: last.map(|(cause, reason, at)| RestartJson { cause: cause.name(), reason, age_s: since(*at) }),
             },
-            watchdog: ShownWatchdog {
+            watchdog: WatchdogJson {
                 requests: watchdog.requests,
                 broken_requests: watchdog.broken,
                 expiries: watchdog.expiries,
             },
-            workers: self.workers.iter().map(|worker| self.show(worker, watchdog, &usage)).collect(),
+            workers: self.workers.iter().map(|worker| self.worker_json(worker, watchdog, &usage)).collect(),
         };
-        let mut json = serde_json::to_vec_pretty(&shown).expect("strings, numbers and lists of them");
+        let mut json = serde_json::to_vec_pretty(&status).expect("strings, numbers and lists are valid JSON");
         json.push(b'\n');
         json
     }
 
-    fn show(
+    fn worker_json(
         &self,
         worker: &Worker,
         watchdog: &WatchdogFigures,
         usage: impl Fn(i32) -> Option<RunningUsage>,
-    ) -> ShownWorker {
+    ) -> WorkerJson {
         let Started { local_rank, rank, pid } = worker.started;
-        let (exit_code, signal) = match worker.ending {
+        let (exit_code, signal) = match worker.exit {
             Some((ExitStatus::Exited(code), _)) => (Some(code), None),
             Some((ExitStatus::Signalled { signal, .. }, _)) => (None, Some(signal)),
             _ => (None, None),
         };
-        // The number of a process that has ended may be somebody else's by now.
-        let usage = if worker.ending.is_none() { usage(pid) } else { None };
-        ShownWorker {
+        // The pid of a worker that has ended may have been reused.
+        let usage = if worker.exit.is_none() { usage(pid) } else { None };
+        WorkerJson {
             rank,
             local_rank,
             pid,
@@ -284,41 +284,41 @@ impl Board {
 }
 
 #[derive(Serialize)]
-struct Shown<'a> {
+struct StatusJson<'a> {
     run_id: Option<&'a str>,
     role: Option<&'a str>,
     state: &'static str,
     state_age_s: f64,
     round: u64,
     uptime_s: f64,
-    restarts: ShownRestarts<'a>,
-    watchdog: ShownWatchdog,
-    workers: Vec<ShownWorker>,
+    restarts: RestartsJson<'a>,
+    watchdog: WatchdogJson,
+    workers: Vec<WorkerJson>,
 }
 
 #[derive(Serialize)]
-struct ShownRestarts<'a> {
+struct RestartsJson<'a> {
     failure: u64,
     membership: u64,
-    last: Option<ShownRestart<'a>>,
+    last: Option<RestartJson<'a>>,
 }
 
 #[derive(Serialize)]
-struct ShownRestart<'a> {
+struct RestartJson<'a> {
     cause: &'static str,
     reason: &'a str,
     age_s: f64,
 }
 
 #[derive(Serialize)]
-struct ShownWatchdog {
+struct WatchdogJson {
     requests: u64,
     broken_requests: u64,
     expiries: u64,
 }
 
 #[derive(Serialize)]
-struct ShownWorker {
+struct WorkerJson {
     rank: u64,
     local_rank: u64,
     pid: i32,
@@ -347,48 +347,48 @@ mod tests {
     }
 
     #[test]
-    fn a_board_tells_the_life_of_a_job() {
+    fn the_status_follows_the_reports_and_exits_of_a_job() {
         let start = Instant::now();
-        let mut board = Board::new(start);
-        assert_eq!(board.readiness(), (false, "not ready: state unknown".into()));
-        board.apply(start, Update::Job { run_id: "the \"run\"".into(), role: "trainer".into() });
-        board.apply(start, started(2));
-        board.apply(start, Update::State(AgentState::Running));
-        assert_eq!(board.readiness(), (true, "ready: 2 of 2 workers are running".into()));
-        board.note_exit(&exit(100, ExitStatus::Exited(0), false));
-        assert_eq!(board.readiness(), (true, "ready: 1 of 2 workers are running".into()));
-        board.note_exit(&exit(101, ExitStatus::Signalled { signal: 9, core_dumped: false }, false));
-        assert_eq!(board.readiness(), (false, "not ready: rank 9 (pid 101) was ended by signal 9".into()));
-        board.apply(start, Update::Restart { cause: RestartCause::Failure, reason: "rank 9".into() });
-        board.apply(start, started(2));
-        assert!(board.readiness().0);
+        let mut job = JobStatus::new(start);
+        assert_eq!(job.readiness(), (false, "not ready: state unknown".into()));
+        job.apply(start, Update::Job { run_id: "the \"run\"".into(), role: "trainer".into() });
+        job.apply(start, started(2));
+        job.apply(start, Update::State(AgentState::Running));
+        assert_eq!(job.readiness(), (true, "ready: 2 of 2 workers are running".into()));
+        job.record_exit(&exit(100, ExitStatus::Exited(0), false));
+        assert_eq!(job.readiness(), (true, "ready: 1 of 2 workers are running".into()));
+        job.record_exit(&exit(101, ExitStatus::Signalled { signal: 9, core_dumped: false }, false));
+        assert_eq!(job.readiness(), (false, "not ready: rank 9 (pid 101) was killed by signal 9".into()));
+        job.apply(start, Update::Restart { cause: RestartCause::Failure, reason: "rank 9".into() });
+        job.apply(start, started(2));
+        assert!(job.readiness().0);
         assert_eq!(
-            (board.rounds(), board.restarts(RestartCause::Failure), board.restarts(RestartCause::Membership)),
+            (job.rounds(), job.restarts(RestartCause::Failure), job.restarts(RestartCause::Membership)),
             (2, 1, 0)
         );
-        assert_eq!((board.exits(WorkerState::Succeeded), board.exits(WorkerState::Failed)), (1, 1));
+        assert_eq!((job.exits(WorkerState::Succeeded), job.exits(WorkerState::Failed)), (1, 1));
     }
 
     #[test]
-    fn an_exit_counts_once_and_only_if_it_is_a_workers() {
-        let mut board = Board::new(Instant::now());
-        board.apply(Instant::now(), started(1));
+    fn an_exit_counts_once_and_only_for_workers() {
+        let mut job = JobStatus::new(Instant::now());
+        job.apply(Instant::now(), started(1));
         for _ in 0..2 {
-            board.note_exit(&exit(100, ExitStatus::Exited(1), true));
-            board.note_exit(&exit(999, ExitStatus::Exited(1), false));
+            job.record_exit(&exit(100, ExitStatus::Exited(1), true));
+            job.record_exit(&exit(999, ExitStatus::Exited(1), false));
         }
-        assert_eq!((board.exits(WorkerState::Stopped), board.exits(WorkerState::Failed)), (1, 0));
+        assert_eq!((job.exits(WorkerState::Stopped), job.exits(WorkerState::Failed)), (1, 0));
     }
 
     #[test]
-    fn the_json_has_every_field_and_reads_nothing_of_who_has_ended() {
+    fn the_json_has_every_field_and_no_usage_of_ended_workers() {
         let start = Instant::now();
-        let mut board = Board::new(start);
-        board.apply(start, Update::Job { run_id: "r\n".into(), role: "trainer".into() });
-        board.apply(start, started(2));
-        board.apply(start, Update::State(AgentState::Running));
-        board.note_exit(&exit(101, ExitStatus::Exited(7), false));
-        board.apply(start, Update::Restart { cause: RestartCause::Membership, reason: "1 node waits".into() });
+        let mut job = JobStatus::new(start);
+        job.apply(start, Update::Job { run_id: "r\n".into(), role: "trainer".into() });
+        job.apply(start, started(2));
+        job.apply(start, Update::State(AgentState::Running));
+        job.record_exit(&exit(101, ExitStatus::Exited(7), false));
+        job.apply(start, Update::Restart { cause: RestartCause::Membership, reason: "1 node waits".into() });
         let now = start + Duration::from_millis(1500);
         let watchdog = WatchdogFigures {
             requests: 5,
@@ -400,7 +400,7 @@ mod tests {
             assert_eq!(pid, 100);
             Some(RunningUsage { resident_bytes: 4096, cpu: Duration::from_millis(500) })
         };
-        let json: serde_json::Value = serde_json::from_slice(&board.to_json(now, &watchdog, usage)).expect("JSON");
+        let json: serde_json::Value = serde_json::from_slice(&job.to_json(now, &watchdog, usage)).expect("JSON");
         let expected = serde_json::json!({
             "run_id": "r\n", "role": "trainer", "state": "running", "state_age_s": 1.5, "round": 1, "uptime_s": 1.5,
             "restarts": {

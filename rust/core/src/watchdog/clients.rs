@@ -1,7 +1,8 @@
-//! The processes that have timers: who they are, held so that a signal hits them or nobody.
+//! The processes that have timers, each with a handle, so a signal reaches that process or no process.
 
 use std::collections::HashMap;
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::time::Instant;
 
 use crate::sys::poller::wait_readable;
@@ -9,82 +10,82 @@ use crate::sys::probe::Support;
 use crate::sys::process::ProcessHandle;
 use crate::sys::procfs::{self, Stat};
 
-/// What a process is to this one.
+/// The relation of a process to this one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Ownership {
-    /// This process itself, a descendant, or a member of a worker's session. With the worker, if one was named.
+    /// This process itself, a descendant, or a member of a worker's session.
     Ours {
-        /// Its pid, or 0.
+        /// The pid of the worker that it is or descends from; 0 if there is none.
         worker: i32,
     },
-    /// Somebody else's: never signalled.
+    /// Any other process; never signalled.
     Foreign,
 }
 
 /// A process that has timers.
 #[derive(Debug)]
 pub(crate) struct TimerClient {
-    /// `None` for a foreign process: no descriptor is spent on it.
-    hold: Option<ProcessHandle>,
-    /// For systems without pidfds: the pid still names the process as long as this is the same.
+    /// `None` for a foreign process, which is not worth a descriptor.
+    handle: Option<ProcessHandle>,
+    /// Start time. Without pidfds, a different start time shows that the pid was reused.
     started: u64,
     pub(crate) ownership: Ownership,
     pub(crate) last_request: Instant,
 }
 
 impl TimerClient {
-    /// Takes hold of a process. The descriptor comes first: what is found out about the pid after that is about this very process.
+    /// Opens a handle to a process. The pidfd is opened first, so everything read from `/proc` later is about the same process.
     fn open(pid: i32, now: Instant, support: Support, is_worker: &dyn Fn(i32) -> bool) -> io::Result<Self> {
-        let hold = ProcessHandle::open(pid, support)?;
+        let handle = ProcessHandle::open(pid, support)?;
         let stat = match procfs::stat(pid) {
             Some(stat) if !stat.is_dead() => stat,
-            None if hold.signal(0)? => return Err(io::Error::other("/proc cannot be read")),
+            None if handle.signal(0)? => return Err(io::Error::other("/proc cannot be read")),
             _ => return Err(io::Error::from_raw_os_error(libc::ESRCH)),
         };
         let ownership = ownership_of(stat, is_worker);
-        let hold = (ownership != Ownership::Foreign).then_some(hold);
-        Ok(Self { hold, started: stat.started, ownership, last_request: now })
+        let handle = (ownership != Ownership::Foreign).then_some(handle);
+        Ok(Self { handle, started: stat.started, ownership, last_request: now })
     }
 
-    /// Signals the process that asked, or nobody. `false` if it has ended.
+    /// Signals the requesting process and no other. `false` if it has ended.
     pub(crate) fn signal(&self, signal: i32) -> io::Result<bool> {
-        let Some(hold) = &self.hold else { return Ok(false) };
-        if hold.pidfd().is_none() && procfs::stat(hold.pid()).is_none_or(|stat| stat.started != self.started) {
+        let Some(handle) = &self.handle else { return Ok(false) };
+        if handle.pidfd().is_none() && procfs::stat(handle.pid()).is_none_or(|stat| stat.started != self.started) {
             return Ok(false);
         }
-        let delivered = hold.signal(signal)?;
-        if delivered && hold.is_stopped() {
-            let _ = hold.signal(libc::SIGCONT);
+        let delivered = handle.signal(signal)?;
+        if delivered && handle.is_stopped() {
+            let _ = handle.signal(libc::SIGCONT);
         }
         Ok(delivered)
     }
 
-    /// Whether a signal would reach the process that asked.
+    /// Whether a signal would reach the requesting process.
     pub(crate) fn can_be_signalled(&self, pid: i32) -> bool {
-        self.hold.as_ref().is_some_and(|hold| !self.has_ended(pid) && matches!(hold.signal(0), Ok(true)))
+        self.handle.as_ref().is_some_and(|handle| !self.has_ended(pid) && matches!(handle.signal(0), Ok(true)))
     }
 
-    pub(crate) fn hold(&self) -> Option<&ProcessHandle> {
-        self.hold.as_ref()
+    pub(crate) fn pidfd(&self) -> Option<BorrowedFd<'_>> {
+        self.handle.as_ref().and_then(ProcessHandle::pidfd)
     }
 
-    /// Whether the process has ended, for what its pidfd says. Without one: whether the pid means something else by now.
+    /// Whether the process has ended, by its pidfd, or without one by its `/proc` entry and start time.
     pub(crate) fn has_ended(&self, pid: i32) -> bool {
-        match self.hold.as_ref().and_then(ProcessHandle::pidfd) {
+        match self.pidfd() {
             Some(pidfd) => matches!(wait_readable([Some(&pidfd)], Some(std::time::Duration::ZERO)), Ok([true])),
             None => procfs::stat(pid).is_none_or(|stat| stat.is_dead() || stat.started != self.started),
         }
     }
 }
 
-/// Follows the parents up to this process. A process whose parents have gone is known by its session.
+/// Follows the parents up to this process. The session identifies a worker's process whose parents have ended.
 fn ownership_of(stat: Stat, is_worker: &dyn Fn(i32) -> bool) -> Ownership {
-    const DEEPEST: usize = 64;
+    const MAX_DEPTH: usize = 64;
     let me = i32::try_from(std::process::id()).unwrap_or(0);
     let mut worker = if is_worker(stat.session) { stat.session } else { 0 };
     let mut ours = worker > 0;
     let mut next = Some(stat);
-    for _ in 0..DEEPEST {
+    for _ in 0..MAX_DEPTH {
         let Some(process) = next else { break };
         if is_worker(process.pid) {
             worker = process.pid;
@@ -110,8 +111,8 @@ impl Clients {
         Self { by_pid: HashMap::new(), support }
     }
 
-    /// The client with this pid, taken hold of if it is new (second value). `ESRCH` if there is no such process.
-    pub(crate) fn known(
+    /// The client with this pid, and whether its handle was opened by this call. `ESRCH` if there is no such process.
+    pub(crate) fn get_or_open(
         &mut self,
         pid: i32,
         now: Instant,
@@ -119,21 +120,21 @@ impl Clients {
     ) -> io::Result<(&mut TimerClient, bool)> {
         use std::collections::hash_map::Entry;
 
-        // Nobody tells of the end of a process that is not held by a pidfd: its number may be somebody else's by now.
-        let is_unwatched = |client: &TimerClient| client.hold.as_ref().and_then(ProcessHandle::pidfd).is_none();
+        // Without a pidfd, no event reports the end of a process, and its pid may have been reused.
+        let is_unwatched = |client: &TimerClient| client.pidfd().is_none();
         if self.by_pid.get(&pid).is_some_and(|client| is_unwatched(client) && client.has_ended(pid)) {
             self.by_pid.remove(&pid);
         }
         match self.by_pid.entry(pid) {
-            Entry::Occupied(known) => Ok((known.into_mut(), false)),
-            Entry::Vacant(place) => Ok((place.insert(TimerClient::open(pid, now, self.support, is_worker)?), true)),
+            Entry::Occupied(entry) => Ok((entry.into_mut(), false)),
+            Entry::Vacant(entry) => Ok((entry.insert(TimerClient::open(pid, now, self.support, is_worker)?), true)),
         }
     }
 
-    /// The workers are others now: who belongs to whom is found out anew.
-    pub(crate) fn look_again(&mut self, is_worker: &dyn Fn(i32) -> bool) {
+    /// Recomputes ownership after a change of the workers.
+    pub(crate) fn update_ownership(&mut self, is_worker: &dyn Fn(i32) -> bool) {
         for (pid, client) in &mut self.by_pid {
-            if client.hold.is_some()
+            if client.handle.is_some()
                 && !client.has_ended(*pid)
                 && let Some(stat) = procfs::stat(*pid)
                 && let ownership @ Ownership::Ours { .. } = ownership_of(stat, is_worker)
@@ -163,7 +164,7 @@ mod tests {
     use super::*;
     use crate::sys::probe;
 
-    /// A child that ends with the test.
+    /// A child that is killed and reaped when dropped.
     struct Running(Child);
 
     impl Running {
@@ -183,14 +184,14 @@ mod tests {
         }
     }
 
-    /// A child with the number of one that was there at another tick of the kernel's clock, where the kernel lets us choose the next number
-    /// (`ns_last_pid`, for root).
-    fn child_with(pid: i32, former_start: u64) -> Option<Running> {
+    /// A child that reuses `pid`, with another start time than the previous process. `None` if the kernel does not let us choose the next
+    /// pid (`ns_last_pid`, root only).
+    fn reuse_pid(pid: i32, previous_start: u64) -> Option<Running> {
         for _ in 0..200 {
             std::fs::write("/proc/sys/kernel/ns_last_pid", (pid - 1).to_string()).ok()?;
             let child = Running::sleeper();
             let stat = procfs::stat(child.pid()).expect("a child");
-            if stat.pid == pid && stat.started != former_start {
+            if stat.pid == pid && stat.started != previous_start {
                 return Some(child);
             }
         }
@@ -198,23 +199,23 @@ mod tests {
     }
 
     #[test]
-    fn a_pid_that_has_changed_hands_is_not_signalled() {
+    fn a_reused_pid_is_not_signalled() {
         for support in [probe::probe(), Support::NONE] {
             let mut clients = Clients::new(support);
             let child = Running::sleeper();
             let pid = child.pid();
-            let (client, is_new) = clients.known(pid, Instant::now(), &|_| false).expect("a child");
+            let (client, is_new) = clients.get_or_open(pid, Instant::now(), &|_| false).expect("a child");
             assert_eq!((client.ownership, is_new), (Ownership::Ours { worker: 0 }, true));
             assert!(!client.has_ended(pid));
             let started = client.started;
             drop(child);
-            // Its number passes to somebody else. Nobody has told the table of the end of the first.
-            let another = child_with(pid, started);
-            let client = clients.get(pid).expect("not forgotten yet");
+            // Another process reuses the pid. The table was not notified of the end of the first process.
+            let another = reuse_pid(pid, started);
+            let client = clients.get(pid).expect("still in the table");
             assert!(client.has_ended(pid));
             assert!(matches!(client.signal(libc::SIGKILL), Ok(false)));
             if let Some(mut another) = another {
-                assert!(another.0.try_wait().expect("wait").is_none(), "a stranger was hit");
+                assert!(another.0.try_wait().expect("wait").is_none(), "the signal reached another process");
             }
         }
     }
@@ -225,20 +226,20 @@ mod tests {
         let mut shell = Command::new("/bin/sh");
         let mut shell = Running(shell.args(["-c", script]).stdout(Stdio::piped()).spawn().expect("spawn"));
         let shell_pid = shell.pid();
-        let mut said = String::new();
+        let mut line = String::new();
         let mut output = std::io::BufReader::new(shell.0.stdout.take().expect("piped"));
-        std::io::BufRead::read_line(&mut output, &mut said).expect("a line");
-        let pid: i32 = said.trim().parse().expect("a pid");
+        std::io::BufRead::read_line(&mut output, &mut line).expect("a line");
+        let pid: i32 = line.trim().parse().expect("a pid");
 
         let mut clients = Clients::new(probe::probe());
         let mut ownership = |workers: &'static [i32]| {
             clients.remove(pid);
-            let mine = move |pid: i32| workers.contains(&pid);
-            clients.known(pid, Instant::now(), &mine).expect("alive").0.ownership
+            let is_worker = move |pid: i32| workers.contains(&pid);
+            clients.get_or_open(pid, Instant::now(), &is_worker).expect("alive").0.ownership
         };
         assert_eq!(ownership(&[]), Ownership::Ours { worker: 0 });
         assert_eq!(ownership(Box::leak(Box::new([shell_pid]))), Ownership::Ours { worker: shell_pid });
-        clients.look_again(&|_| false);
+        clients.update_ownership(&|_| false);
         let client = clients.get(pid).expect("known");
         assert_eq!(client.ownership, Ownership::Ours { worker: 0 });
         assert!(client.signal(libc::SIGKILL).expect("signal"));

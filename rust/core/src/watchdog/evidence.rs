@@ -1,10 +1,10 @@
-//! What hung workers were doing: gathered from a thread of its own, since `/proc` and a debugger may take their time.
+//! Evidence of hung workers, collected off the engine thread because reads of `/proc` and debuggers can be slow.
 //!
-//! Each worker is looked at by a thread. What it has found is in files beside the worker's logs:
+//! One thread examines each worker and writes files beside the worker's logs:
 //!
-//! - `evidence.txt`: state, threads, wait channels and, where readable, kernel stacks.
-//! - `stacks.PID.txt`: the stack of every Python thread, by the dump that the worker has armed itself ([`STACKS_SIGNAL_OFFSET`]), or
-//!   else by py-spy.
+//! - `evidence.txt`: state, threads, wait channels and, if readable, kernel stacks.
+//! - `stacks.PID.txt`: the stack of every Python thread, dumped by the worker itself if it has armed a handler
+//!   ([`STACKS_SIGNAL_OFFSET`]), else by py-spy.
 
 use std::fmt::Write as _;
 use std::fs::{self, File};
@@ -18,54 +18,54 @@ use crate::sys::poller::wait_readable;
 use crate::sys::process::ProcessHandle;
 use crate::sys::procfs;
 
-/// A worker that has armed a dump of its stacks writes them when it gets the signal `SIGRTMIN` plus this.
+/// A worker with an armed handler dumps its stacks on the signal `SIGRTMIN` plus this offset.
 pub(crate) const STACKS_SIGNAL_OFFSET: i32 = 13;
 
-/// A dump that has written nothing for this long is complete: there is no mark at its end.
-const SETTLED: Duration = Duration::from_millis(20);
+/// A dump has no end marker; it counts as complete after this long without a write.
+const QUIET_TIME: Duration = Duration::from_millis(20);
 
-const MOST_THREADS: usize = 256;
-const MOST_STACK_BYTES: u64 = 1 << 20;
+const MAX_THREADS: usize = 256;
+const MAX_FILE_BYTES: u64 = 1 << 20;
 
-/// A process to look at.
+/// A process to examine.
 #[derive(Debug)]
 pub(crate) struct Subject {
-    /// Held, so that the signal for the dump hits it or nobody.
-    pub(crate) hold: ProcessHandle,
-    /// What the reader of the evidence knows it by.
+    /// Ensures that the signal for the dump reaches this process or no process.
+    pub(crate) handle: ProcessHandle,
+    /// The worker's name in the evidence.
     pub(crate) label: String,
-    /// Where its evidence goes.
+    /// Folder for the evidence.
     pub(crate) folder: PathBuf,
 }
 
-/// Looks at all subjects at once, until `deadline` at the latest. The files that were written, in the order of the subjects.
-pub(crate) fn gather(
+/// Examines all subjects in parallel, until `deadline` at the latest. Returns the written files by pid, in the order of the subjects.
+pub(crate) fn collect(
     subjects: &[Subject],
     headline: &str,
     deadline: Instant,
     py_spy: Option<&Path>,
 ) -> Vec<(i32, Vec<PathBuf>)> {
     std::thread::scope(|scope| {
-        let look = |subject| move || look(subject, headline, deadline, py_spy);
-        let lookers = subjects.iter().map(|subject| (subject.hold.pid(), scope.spawn(look(subject))));
-        let lookers: Vec<_> = lookers.collect();
-        lookers.into_iter().map(|(pid, looker)| (pid, looker.join().unwrap_or_default())).collect()
+        let examine = |subject| move || examine(subject, headline, deadline, py_spy);
+        let threads = subjects.iter().map(|subject| (subject.handle.pid(), scope.spawn(examine(subject))));
+        let threads: Vec<_> = threads.collect();
+        threads.into_iter().map(|(pid, thread)| (pid, thread.join().unwrap_or_default())).collect()
     })
 }
 
-fn look(subject: &Subject, headline: &str, deadline: Instant, py_spy: Option<&Path>) -> Vec<PathBuf> {
+fn examine(subject: &Subject, headline: &str, deadline: Instant, py_spy: Option<&Path>) -> Vec<PathBuf> {
     let mut files = Vec::new();
     let path = subject.folder.join("evidence.txt");
     if append(&path, &describe(subject, headline)).is_ok() {
         files.push(path);
     }
-    let pid = subject.hold.pid();
+    let pid = subject.handle.pid();
     let stacks = subject.folder.join(format!("stacks.{pid}.txt"));
     let armed = stacks.is_file() && catches(pid, libc::SIGRTMIN() + STACKS_SIGNAL_OFFSET);
     let dumped = if armed {
-        own_dump(subject, &stacks, deadline)
+        dump_by_worker(subject, &stacks, deadline)
     } else {
-        py_spy.map_or(Ok(false), |py_spy| foreign_dump(py_spy, pid, &stacks, deadline))
+        py_spy.map_or(Ok(false), |py_spy| dump_by_py_spy(py_spy, pid, &stacks, deadline))
     };
     if matches!(dumped, Ok(true)) {
         files.push(stacks);
@@ -73,32 +73,32 @@ fn look(subject: &Subject, headline: &str, deadline: Instant, py_spy: Option<&Pa
     files
 }
 
-/// Has the worker dump its own stacks. `false` if nothing came in time.
-fn own_dump(subject: &Subject, file: &Path, deadline: Instant) -> io::Result<bool> {
-    if subject.hold.is_stopped() {
+/// Makes the worker dump its own stacks. `false` if it wrote nothing before the deadline.
+fn dump_by_worker(subject: &Subject, file: &Path, deadline: Instant) -> io::Result<bool> {
+    if subject.handle.is_stopped() {
         return Ok(false);
     }
     let notifier = Notifier::new()?;
     notifier.watch(file)?;
-    let mut heard = false;
-    if !subject.hold.signal(libc::SIGRTMIN() + STACKS_SIGNAL_OFFSET)? {
+    let mut has_written = false;
+    if !subject.handle.signal(libc::SIGRTMIN() + STACKS_SIGNAL_OFFSET)? {
         return Ok(false);
     }
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
-        let patience = if heard { left.min(SETTLED) } else { left };
-        match wait_readable([Some(&notifier)], Some(patience))? {
+        let timeout = if has_written { left.min(QUIET_TIME) } else { left };
+        match wait_readable([Some(&notifier)], Some(timeout))? {
             [true] => {
-                notifier.drain(|_| heard = true);
+                notifier.drain(|_| has_written = true);
             }
-            [false] if heard || Instant::now() >= deadline => return Ok(heard),
+            [false] if has_written || Instant::now() >= deadline => return Ok(has_written),
             [false] => {}
         }
     }
 }
 
-/// Has py-spy look into the worker. `false` if it could not, or not in time.
-fn foreign_dump(py_spy: &Path, pid: i32, file: &Path, deadline: Instant) -> io::Result<bool> {
+/// Runs py-spy on the worker. `false` if it failed or missed the deadline.
+fn dump_by_py_spy(py_spy: &Path, pid: i32, file: &Path, deadline: Instant) -> io::Result<bool> {
     let mut command = Command::new(py_spy);
     command.args(["dump", "--nonblocking", "--pid", &pid.to_string()]);
     let mut dump = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn()?;
@@ -134,7 +134,7 @@ fn append(path: &Path, text: &str) -> io::Result<()> {
 }
 
 fn describe(subject: &Subject, headline: &str) -> String {
-    let pid = subject.hold.pid();
+    let pid = subject.handle.pid();
     let mut text = format!("{headline}\n{}, pid {pid}\n", subject.label);
     for name in ["State", "VmRSS", "Threads", "SigPnd", "ShdPnd", "SigBlk", "SigCgt"] {
         if let Some(value) = status_field(pid, name) {
@@ -146,7 +146,7 @@ fn describe(subject: &Subject, headline: &str) -> String {
         |tasks| tasks.flatten().filter_map(|task| task.file_name().to_str()?.parse().ok()).collect(),
     );
     threads.sort_unstable();
-    for thread in threads.iter().take(MOST_THREADS) {
+    for thread in threads.iter().take(MAX_THREADS) {
         let read = |name: &str| read_bounded(&format!("/proc/{pid}/task/{thread}/{name}"));
         let name = read("comm").unwrap_or_default();
         let state = procfs::stat(*thread).map_or('?', |stat| stat.state);
@@ -156,8 +156,8 @@ fn describe(subject: &Subject, headline: &str) -> String {
             let _ = writeln!(text, "    {line}");
         }
     }
-    if threads.len() > MOST_THREADS {
-        let _ = writeln!(text, "  and {} threads more", threads.len() - MOST_THREADS);
+    if threads.len() > MAX_THREADS {
+        let _ = writeln!(text, "  and {} more threads", threads.len() - MAX_THREADS);
     }
     text.push('\n');
     text
@@ -165,7 +165,7 @@ fn describe(subject: &Subject, headline: &str) -> String {
 
 fn read_bounded(path: &str) -> Option<String> {
     let mut text = String::new();
-    File::open(path).ok()?.take(MOST_STACK_BYTES).read_to_string(&mut text).ok()?;
+    File::open(path).ok()?.take(MAX_FILE_BYTES).read_to_string(&mut text).ok()?;
     Some(text)
 }
 

@@ -1,24 +1,24 @@
-//! Cuts the stream of a pipe into lines of bounded length.
+//! Splits the stream of a pipe into lines of bounded length.
 
-/// The longest line, without its newline: what torch's client lets through, `PIPE_BUF`.
-pub const LONGEST: usize = 4096;
+/// Limit on a line in bytes, without its newline. torch's client has the same limit (`PIPE_BUF`).
+pub const MAX_LINE_BYTES: usize = 4096;
 
-/// The part of a line that has arrived.
+/// The splitter, with the incomplete line at the end of the stream.
 #[derive(Debug, Default)]
 pub struct Lines {
     partial: Vec<u8>,
-    /// The line is too long already: the rest of it is skipped.
+    /// The current line exceeds the limit; the rest of it is skipped.
     skipping: bool,
 }
 
 impl Lines {
-    /// Takes the next bytes of the stream. Calls `line` for each line that is complete, without its newline, and with `None` for one that
-    /// was too long. Empty lines are passed over.
+    /// Takes the next bytes of the stream. Calls `line` with each complete line without its newline, and with `None` for each line over
+    /// the limit. Empty lines are skipped.
     pub fn feed(&mut self, mut bytes: &[u8], mut line: impl FnMut(Option<&[u8]>)) {
         while let Some(end) = memchr::memchr(b'\n', bytes) {
             let (head, tail) = (&bytes[..end], &bytes[end + 1..]);
             bytes = tail;
-            if self.skipping || self.partial.len() + head.len() > LONGEST {
+            if self.skipping || self.partial.len() + head.len() > MAX_LINE_BYTES {
                 line(None);
             } else if self.partial.is_empty() {
                 if !head.is_empty() {
@@ -31,7 +31,7 @@ impl Lines {
             self.partial.clear();
             self.skipping = false;
         }
-        if self.skipping || self.partial.len() + bytes.len() > LONGEST {
+        if self.skipping || self.partial.len() + bytes.len() > MAX_LINE_BYTES {
             self.partial.clear();
             self.skipping = true;
         } else {
@@ -39,7 +39,7 @@ impl Lines {
         }
     }
 
-    /// Bytes held for a line that is not complete yet.
+    /// Buffered bytes of the incomplete line.
     #[must_use]
     pub fn held(&self) -> usize {
         self.partial.len()
@@ -53,24 +53,24 @@ mod tests {
     use super::*;
 
     fn lines(chunks: &[&[u8]]) -> Vec<Option<Vec<u8>>> {
-        let (mut cutter, mut seen) = (Lines::default(), Vec::new());
+        let (mut splitter, mut seen) = (Lines::default(), Vec::new());
         for chunk in chunks {
-            cutter.feed(chunk, |line| seen.push(line.map(<[u8]>::to_vec)));
+            splitter.feed(chunk, |line| seen.push(line.map(<[u8]>::to_vec)));
         }
         seen
     }
 
     #[test]
-    fn a_line_too_long_costs_itself_alone() {
-        let long = [b'x'; LONGEST + 1];
-        let fits = [b'y'; LONGEST];
+    fn an_overlong_line_loses_no_other_line() {
+        let long = [b'x'; MAX_LINE_BYTES + 1];
+        let fits = [b'y'; MAX_LINE_BYTES];
         let seen = lines(&[&long[..10], &long[10..], b"\na\n", &fits, b"\n"]);
         assert_eq!(seen, [None, Some(b"a".to_vec()), Some(fits.to_vec())]);
     }
 
     proptest! {
         #[test]
-        fn how_the_stream_is_cut_makes_no_difference(
+        fn chunk_boundaries_do_not_change_the_lines(
             stream in proptest::collection::vec(prop_oneof![8 => any::<u8>(), 1 => Just(b'\n')], 0..9000),
             cuts in proptest::collection::vec(any::<prop::sample::Index>(), 0..6),
         ) {

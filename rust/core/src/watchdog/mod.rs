@@ -1,9 +1,9 @@
-//! Deadlines that processes set themselves: the wire format, the table of deadlines, and the server of the named pipe.
+//! Deadlines that processes set for themselves: the wire format, the table of deadlines, and the server of the named pipe.
 //!
-//! - [`wire`] turns a line into a request; [`lines`] cuts the stream of the pipe into lines. Both face bytes from outside.
-//! - [`deadlines`] decides what has expired. It is given the time.
-//! - `clients` holds on to the processes that have asked, so that a signal hits the one that asked or nobody.
-//! - `server` puts them together on the engine thread; `evidence` looks at hung processes from a thread of its own.
+//! - [`wire`] parses a line into a request; [`lines`] splits the stream of the pipe into lines. Both handle untrusted bytes.
+//! - [`deadlines`] decides which timers have expired. It is pure: the time is an argument.
+//! - `clients` keeps a handle to each requesting process, so a signal reaches that process or no process.
+//! - `server` combines them on the engine thread; `evidence` examines hung processes on separate threads.
 
 mod clients;
 pub mod deadlines;
@@ -18,4 +18,4 @@ pub(crate) use order::Order;
 pub(crate) use report::Reports;
 pub use report::{Expiry, ExpiryOutcome, WatchdogCounts};
 pub use server::{Config, WorkerProcess};
-pub(crate) use server::{Gathered, WatchdogServer, WatchdogTokens, make_files};
+pub(crate) use server::{Evidence, WatchdogServer, WatchdogTokens, create_files};

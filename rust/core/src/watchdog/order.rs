@@ -1,4 +1,4 @@
-//! Orders of a handle to its watchdog on the engine thread.
+//! Orders from a handle to its watchdog on the engine thread.
 
 use std::time::{Duration, Instant};
 
@@ -10,7 +10,7 @@ use crate::sys::clock::Moment;
 use crate::sys::poller::Poller;
 use crate::thread::Reply;
 
-/// An order that the watchdog carries out at once. Orders that only read have no effect on timers.
+/// An order to a watchdog, carried out immediately. Orders that only read do not change timers.
 pub(crate) enum Order {
     Start(Reply<Result<()>>),
     SetWorkers(Vec<WorkerProcess>, Reply<()>),
@@ -25,8 +25,8 @@ pub(crate) enum Order {
 }
 
 impl WatchdogServer {
-    /// Carries out an order and replies. A caller that no longer waits has dropped its end of the reply.
-    pub(crate) fn obey(&mut self, order: Order, poller: &Poller) {
+    /// Carries out an order and replies. Sending fails if the caller has stopped waiting.
+    pub(crate) fn handle(&mut self, order: Order, poller: &Poller) {
         match order {
             Order::Start(reply) => drop(reply.send(self.start(poller))),
             Order::SetWorkers(workers, reply) => {

@@ -1,4 +1,4 @@
-//! What a watchdog tells others, and how they wait for it.
+//! The published results of a watchdog: expiries, causes of signals, and counts.
 
 use std::collections::{HashMap, VecDeque};
 use std::path::PathBuf;
@@ -10,7 +10,7 @@ use crate::sys::wake::WakeFd;
 use crate::vocabulary::named_values;
 
 named_values! {
-    /// What happened to the process of an expired timer.
+    /// The outcome of an expired timer for its process.
     ExpiryOutcome, "outcome of an expiry":
     /// The process was signalled.
     Signalled = "signalled",
@@ -18,54 +18,54 @@ named_values! {
     NoSignal = "no signal",
     /// The process had ended.
     Gone = "gone",
-    /// The process is not a worker, not a descendant of one and not in a worker's session, so it was left alone. If no workers were named,
-    /// this process and all its descendants count as workers.
+    /// The process was left alone because it is no worker, no descendant of a worker and not in a worker's session. If no workers were
+    /// set, this process and all its descendants count as workers.
     NotOurs = "not ours",
     /// The kernel refused to signal the process.
     Denied = "denied",
 }
 
-/// A timer that expired, and what was done.
+/// An expired timer and its outcome.
 #[derive(Clone, Debug)]
 pub struct Expiry {
-    /// The process whose timer it was.
+    /// The process that set the timer.
     pub pid: i32,
     /// The timer's scope.
     pub scope: String,
     /// Seconds since the epoch; for a heartbeat, last beat plus timeout.
     pub expiration_time: f64,
-    /// The signal that was asked for.
+    /// The requested signal.
     pub signal: i32,
-    /// From the deadline to the decision.
+    /// Nanoseconds from the deadline to the decision.
     pub late_ns: u64,
-    /// `CLOCK_MONOTONIC` just before the signal in nanoseconds; 0 if none was sent.
+    /// `CLOCK_MONOTONIC` in nanoseconds just before the signal; 0 if none was sent.
     pub signalled_ns: u64,
-    /// What became of it.
+    /// What was done about the process.
     pub outcome: ExpiryOutcome,
-    /// The worker that the process is or descends from; 0 if none was named.
+    /// The pid of the worker that the process is or descends from; 0 if there is none.
     pub worker: i32,
-    /// Files with evidence, the own worker's first.
+    /// Files with evidence, those of the process's own worker first.
     pub evidence: Vec<PathBuf>,
 }
 
-/// What was received.
+/// Counts of requests, rejected lines and timers.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct WatchdogCounts {
-    /// Requests that were understood.
+    /// Valid requests.
     pub requests: u64,
-    /// Lines that were torn, not JSON, or held what they cannot.
+    /// Lines that were torn, not JSON, or out of range.
     pub broken: u64,
-    /// Lines longer than [`super::lines::LONGEST`].
+    /// Lines longer than [`super::lines::MAX_LINE_BYTES`].
     pub oversized: u64,
-    /// Requests of another version of the wire format.
+    /// Requests in another version of the wire format.
     pub unknown_version: u64,
-    /// Timers that found the table full, and heartbeats on a slot that is not their process's own.
+    /// Refused requests: the table was full, the process could not be opened, or the heartbeat slot belongs to another process.
     pub refused: u64,
-    /// Timers that expired.
+    /// Expired timers.
     pub expired: u64,
-    /// Timers that are armed now.
+    /// Timers armed now.
     pub armed: usize,
-    /// The newest line that was not understood, and why.
+    /// The newest rejected line or request with the reason.
     pub last_broken: String,
 }
 
@@ -76,28 +76,28 @@ struct ReportState {
     closed: bool,
 }
 
-/// Expiries on their way from the engine thread to whoever waits for them.
+/// The queue of expiries from the engine thread to the waiters.
 #[derive(Debug)]
 pub(crate) struct Reports {
     state: Mutex<ReportState>,
-    news: WakeFd,
+    wake: WakeFd,
 }
 
-/// Nobody may come for them: the oldest make room.
-const MOST_UNREAD: usize = 4096;
+/// Limit on unread expiries. The oldest are dropped, because a program may never read them.
+const MAX_UNREAD: usize = 4096;
 
 impl Reports {
     pub(crate) fn new() -> Result<Self> {
-        let news = WakeFd::new().map_err(|source| Error::os("create", "an eventfd", source))?;
-        Ok(Self { state: Mutex::default(), news })
+        let wake = WakeFd::new().map_err(|source| Error::os("create", "an eventfd", source))?;
+        Ok(Self { state: Mutex::default(), wake })
     }
 
     fn lock(&self) -> MutexGuard<'_, ReportState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Before the signal goes out: whoever sees the process end can ask why.
-    pub(crate) fn note_cause(&self, expiry: &Expiry) {
+    /// Records the cause of a signal. Called before the signal is sent, so the cause is available when the exit is seen.
+    pub(crate) fn record_cause(&self, expiry: &Expiry) {
         let mut state = self.lock();
         state.by_process.insert(expiry.pid, expiry.clone());
         if expiry.worker > 0 {
@@ -107,21 +107,21 @@ impl Reports {
 
     pub(crate) fn publish(&self, expiry: Expiry) {
         let mut state = self.lock();
-        if state.unread.len() >= MOST_UNREAD {
+        if state.unread.len() >= MAX_UNREAD {
             state.unread.pop_front();
         }
         state.unread.push_back(expiry);
-        self.news.wake();
+        self.wake.wake();
     }
 
     pub(crate) fn close(&self) {
         self.lock().closed = true;
-        self.news.wake();
+        self.wake.wake();
     }
 
-    /// Forgets the causes of deaths that are not of `pids`.
-    pub(crate) fn keep_causes(&self, pids: impl Fn(i32) -> bool) {
-        self.lock().by_process.retain(|pid, _| pids(*pid));
+    /// Removes the causes of all processes except the workers.
+    pub(crate) fn retain_causes(&self, is_worker: impl Fn(i32) -> bool) {
+        self.lock().by_process.retain(|pid, _| is_worker(*pid));
     }
 
     pub(crate) fn cause(&self, pid: i32) -> Option<Expiry> {
@@ -138,9 +138,9 @@ impl Reports {
             if closed || !unread.is_empty() {
                 return Ok(unread.into());
             }
-            wait_readable([Some(&self.news)], None)
+            wait_readable([Some(&self.wake)], None)
                 .map_err(|source| Error::os("wait for", "expired timers", source))?;
-            self.news.drain();
+            self.wake.drain();
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The watchdog on the engine thread: reads the pipe, keeps the deadlines, signals who has missed one.
+//! The watchdog on the engine thread: reads the pipe, tracks the deadlines, and signals processes that miss one.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::clients::{Clients, Ownership};
 use super::deadlines::{ArmedTimer, Deadlines, expiry_instant};
-use super::evidence::{Subject, gather};
+use super::evidence::{Subject, collect};
 use super::lines::Lines;
 use super::report::{Expiry, ExpiryOutcome, Reports, WatchdogCounts};
 use super::wire::{Broken, TimerRequest, parse};
@@ -19,84 +19,86 @@ use crate::sys::poller::{Interest, Poller};
 use crate::sys::probe::Support;
 use crate::sys::process::ProcessHandle;
 
-/// What is read from the pipe before the engine looks at its other work.
+/// Limit on the bytes read from the pipe in one turn of the engine's loop.
 const CHUNK: usize = 64 * 1024;
-/// What [`WatchdogServer::drain`] reads at most: a crowd of writers must not keep it.
-const MOST_DRAINED: usize = 4 << 20;
+/// Limit on the bytes read by one [`WatchdogServer::drain`], so that many writers cannot block the engine.
+const MAX_DRAINED: usize = 4 << 20;
 
-/// No hung process is kept for longer to be looked at.
-const LONGEST_EVIDENCE: Duration = Duration::from_secs(60);
+/// Upper bound of [`Config::evidence`].
+const MAX_EVIDENCE_TIME: Duration = Duration::from_secs(60);
 
+/// Bytes of a rejected line that are shown in [`WatchdogCounts::last_broken`].
 const SHOWN_BYTES: usize = 200;
 
-/// How a watchdog is set up.
+/// The settings of a watchdog.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// Where the named pipe is made.
+    /// Path of the named pipe.
     pub path: PathBuf,
-    /// How long gathering evidence may delay the signal, a minute at most; zero gathers none.
+    /// Time for collecting evidence, which delays the signal; one minute at most. Zero collects none.
     pub evidence: Duration,
-    /// Who is asked for the stacks of workers that have not armed a dump of their own.
+    /// Path of py-spy, which dumps the stacks of workers that have not armed a handler of their own.
     pub py_spy: Option<PathBuf>,
 }
 
-/// A worker whose evidence is of interest.
+/// A worker of the watchdog's agent.
 #[derive(Clone, Debug)]
 pub struct WorkerProcess {
     /// Process id.
     pub pid: i32,
-    /// What to call it.
+    /// The worker's name in the evidence.
     pub label: String,
-    /// Where its evidence goes; empty if none is wanted.
+    /// Folder for its evidence; empty collects none.
     pub folder: PathBuf,
 }
 
-/// Evidence to be gathered, on a thread of its own.
+/// A collection of evidence, to be run on another thread.
 #[derive(Debug)]
-pub(crate) struct Gather {
-    number: u64,
+pub(crate) struct EvidenceCollection {
+    id: u64,
     subjects: Vec<Subject>,
     headline: String,
     deadline: Instant,
     py_spy: Option<PathBuf>,
 }
 
-/// What was gathered.
+/// The files of evidence that a collection has written, by pid.
 #[derive(Debug, Default)]
-pub(crate) struct Gathered {
-    number: u64,
+pub(crate) struct Evidence {
+    id: u64,
     files: Vec<(i32, Vec<PathBuf>)>,
 }
 
-impl Gather {
-    pub(crate) fn run(&self) -> Gathered {
-        let files = gather(&self.subjects, &self.headline, self.deadline, self.py_spy.as_deref());
-        Gathered { number: self.number, files }
+impl EvidenceCollection {
+    pub(crate) fn run(&self) -> Evidence {
+        let files = collect(&self.subjects, &self.headline, self.deadline, self.py_spy.as_deref());
+        Evidence { id: self.id, files }
     }
 
-    /// It could not be run.
-    pub(crate) fn nothing(&self) -> Gathered {
-        Gathered { number: self.number, files: Vec::new() }
+    /// The result of a collection that could not be run.
+    pub(crate) fn empty(&self) -> Evidence {
+        Evidence { id: self.id, files: Vec::new() }
     }
 }
 
-/// Processes that are signalled once the evidence is there, or the time is over.
+/// Expiries whose signals wait for the evidence or for `deadline`.
 #[derive(Debug)]
-struct Gathering {
-    until: Instant,
-    number: u64,
-    awaiting_signal: Vec<Expiry>,
+struct PendingSignals {
+    deadline: Instant,
+    /// The collection of evidence.
+    id: u64,
+    expiries: Vec<Expiry>,
 }
 
-/// The numbers under which readiness is reported.
+/// The poller tokens of a watchdog.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct WatchdogTokens {
     pub(crate) fifo: u64,
-    /// Plus the pid.
+    /// The token of a client is this value plus its pid.
     pub(crate) clients: u64,
 }
 
-/// A watchdog, as the engine thread owns it.
+/// A watchdog on the engine thread.
 #[derive(Debug)]
 pub(crate) struct WatchdogServer {
     config: Config,
@@ -110,37 +112,36 @@ pub(crate) struct WatchdogServer {
     deadlines: Deadlines,
     clients: Clients,
     workers: Vec<(WorkerProcess, Option<ProcessHandle>)>,
-    /// This is the watchdog of an agent: only its workers, and what they have started, are signalled.
-    has_named_workers: bool,
+    /// The watchdog belongs to an agent: only the workers and their descendants are signalled.
+    has_set_workers: bool,
     counts: WatchdogCounts,
-    gathering: Option<Gathering>,
-    gatherings: u64,
-    /// Processes that were signalled and have not ended yet, with the deadline they missed and the signal.
+    pending: Option<PendingSignals>,
+    last_collection: u64,
+    /// Signalled processes that have not ended yet, with the missed deadline and the signal.
     signalled: HashMap<i32, (Instant, i32)>,
     reports: Arc<Reports>,
 }
 
-/// The files of a watchdog, made on the caller's thread.
-pub(crate) fn make_files(path: &Path) -> Result<(Fifo, BeatPage)> {
+/// Creates the pipe and the heartbeat page of a watchdog. Runs on the caller's thread.
+pub(crate) fn create_files(path: &Path) -> Result<(Fifo, BeatPage)> {
     let name = || format!("the watchdog's pipe {}", path.display());
     let fifo = Fifo::create(path).map_err(|source| match source.kind() {
         std::io::ErrorKind::AddrInUse => {
-            Error::os("take", name() + " (another process serves it)", source_of(libc::EADDRINUSE))
+            Error::os("create", name() + " (another process serves it)", os_error(libc::EADDRINUSE))
         }
         std::io::ErrorKind::AlreadyExists => {
-            Error::os("make", name() + " (it is a file with content)", source_of(libc::EEXIST))
+            Error::os("create", name() + " (a non-empty file exists there)", os_error(libc::EEXIST))
         }
-        _ => Error::os("make", name(), source),
+        _ => Error::os("create", name(), source),
     })?;
     let mut link = path.as_os_str().to_owned();
     link.push(".beats");
     let page = BeatPage::create(link.as_ref());
-    let page =
-        page.map_err(|source| Error::os("make", format!("the page of heartbeats {}", link.display()), source))?;
+    let page = page.map_err(|source| Error::os("create", format!("the heartbeat page {}", link.display()), source))?;
     Ok((fifo, page))
 }
 
-fn source_of(errno: i32) -> std::io::Error {
+fn os_error(errno: i32) -> std::io::Error {
     std::io::Error::from_raw_os_error(errno)
 }
 
@@ -164,26 +165,26 @@ impl WatchdogServer {
             deadlines: Deadlines::default(),
             clients: Clients::new(support),
             workers: Vec::new(),
-            has_named_workers: false,
+            has_set_workers: false,
             counts: WatchdogCounts::default(),
-            gathering: None,
-            gatherings: 0,
+            pending: None,
+            last_collection: 0,
             signalled: HashMap::new(),
             reports,
         }
     }
 
-    /// Begins to serve; makes the pipe and the link to the page of heartbeats anew if somebody has removed them.
+    /// Starts serving, and recreates the pipe and the link to the heartbeat page if they were removed. Idempotent.
     pub(crate) fn start(&mut self, poller: &Poller) -> Result<()> {
         let linked = self.page.link();
-        linked.map_err(|source| Error::os("link", "the page of heartbeats", source))?;
+        linked.map_err(|source| Error::os("link", "the heartbeat page", source))?;
         if self.serving && self.fifo.is_in_place() {
             return Ok(());
         }
         if !self.fifo.is_in_place() {
             let fifo = Fifo::create(self.fifo.path());
             let name = || format!("the watchdog's pipe {}", self.config.path.display());
-            let fifo = fifo.map_err(|source| Error::os("make anew", name(), source))?;
+            let fifo = fifo.map_err(|source| Error::os("recreate", name(), source))?;
             if self.serving {
                 let _ = poller.remove(&self.fifo);
             }
@@ -196,9 +197,9 @@ impl WatchdogServer {
         Ok(())
     }
 
-    /// Releases everything that it watches. Processes that await their signal get it.
+    /// Stops serving and removes all descriptors from the poller. Pending signals are sent first.
     pub(crate) fn stop(&mut self, poller: &Poller) {
-        for expiry in self.gathering.take().into_iter().flat_map(|gathering| gathering.awaiting_signal) {
+        for expiry in self.pending.take().into_iter().flat_map(|pending| pending.expiries) {
             self.signal_process(expiry);
         }
         if self.serving {
@@ -206,14 +207,14 @@ impl WatchdogServer {
             self.serving = false;
         }
         for (_, client) in self.clients.drain() {
-            if let Some(pidfd) = client.hold().and_then(ProcessHandle::pidfd) {
+            if let Some(pidfd) = client.pidfd() {
                 let _ = poller.remove(pidfd);
             }
         }
     }
 
-    /// The pipe is readable.
-    pub(crate) fn readable(&mut self, poller: &Poller) {
+    /// Reads one chunk from the pipe and handles its requests.
+    pub(crate) fn read_pipe(&mut self, poller: &Poller) {
         let mut chunk = std::mem::take(&mut self.chunk);
         if let Ok(read) = self.fifo.read(&mut chunk) {
             self.feed(&chunk[..read], poller);
@@ -221,11 +222,11 @@ impl WatchdogServer {
         self.chunk = chunk;
     }
 
-    /// Reads all that is in the pipe.
+    /// Reads the pipe until it is empty and handles the requests.
     pub(crate) fn drain(&mut self, poller: &Poller) {
         let mut chunk = std::mem::take(&mut self.chunk);
         let mut drained = 0;
-        while drained < MOST_DRAINED {
+        while drained < MAX_DRAINED {
             match self.fifo.read(&mut chunk) {
                 Ok(0) | Err(_) => break,
                 Ok(read) => self.feed(&chunk[..read], poller),
@@ -260,44 +261,44 @@ impl WatchdogServer {
         }
     }
 
-    /// Takes one request.
+    /// Handles one request.
     pub(crate) fn accept(&mut self, request: TimerRequest, now: Moment, poller: &Poller) {
         self.counts.requests += 1;
         let pid = request.pid;
         if pid > 0 {
             let workers = &self.workers;
             let is_worker = |pid| workers.iter().any(|(worker, _)| worker.pid == pid);
-            let (client, is_new) = match self.clients.known(pid, now.instant, &is_worker) {
-                Ok(known) => known,
+            let (client, is_new) = match self.clients.get_or_open(pid, now.instant, &is_worker) {
+                Ok(found) => found,
                 Err(error) if error.raw_os_error() == Some(libc::ESRCH) => {
-                    self.deadlines.forget(pid);
+                    self.deadlines.release_all(pid);
                     if !request.is_release() {
                         self.counts.refused += 1;
                         self.counts.last_broken = format!(
-                            "process {pid} does not exist: it has ended, or its number is that of another pid namespace"
+                            "process {pid} does not exist: it has ended, or the pid belongs to another pid namespace"
                         );
                     }
                     return;
                 }
                 Err(error) => {
-                    // Without a descriptor, most likely: nobody could be signalled safely.
+                    // Most likely out of descriptors. Without a pidfd the process cannot be signalled safely.
                     self.counts.refused += 1;
-                    self.counts.last_broken = format!("failed to take hold of process {pid}: {error}");
+                    self.counts.last_broken = format!("failed to open process {pid}: {error}");
                     return;
                 }
             };
             client.last_request = now.instant;
             if self.signalled.get(&pid).is_some_and(|(_, signal)| *signal != libc::SIGKILL) {
-                // It has survived the signal, and goes on.
+                // The process survived the signal and sends requests again.
                 self.signalled.remove(&pid);
             }
-            if is_new && let Some(pidfd) = client.hold().and_then(ProcessHandle::pidfd) {
+            if is_new && let Some(pidfd) = client.pidfd() {
                 let _ = poller.add(pidfd, self.tokens.clients | u64::from(pid.cast_unsigned()), Interest::Readable);
             }
         }
         if request.is_release() {
             self.deadlines.release(pid, &request.scope);
-            self.forget_if_foreign(pid);
+            self.remove_if_foreign(pid);
             return;
         }
         let at = match request.heartbeat {
@@ -313,49 +314,49 @@ impl WatchdogServer {
         }
     }
 
-    /// A foreign process is not watched, so nobody says when it ends: it is known as long as it has timers.
-    fn forget_if_foreign(&mut self, pid: i32) {
+    /// No event reports the end of a foreign process, so the table keeps it only while it has timers.
+    fn remove_if_foreign(&mut self, pid: i32) {
         let foreign = self.clients.get(pid).is_some_and(|client| client.ownership == Ownership::Foreign);
         if foreign && !self.deadlines.has(pid) {
             self.clients.remove(pid);
         }
     }
 
-    /// The pidfd of a client is readable.
-    pub(crate) fn client_ended(&mut self, pid: i32, poller: &Poller) {
+    /// Removes a client and its timers if it has ended.
+    pub(crate) fn remove_ended_client(&mut self, pid: i32, poller: &Poller) {
         if self.clients.get(pid).is_none_or(|client| !client.has_ended(pid)) {
             return;
         }
-        self.deadlines.forget(pid);
+        self.deadlines.release_all(pid);
         self.page.free(pid);
         self.signalled.remove(&pid);
         if let Some(client) = self.clients.remove(pid)
-            && let Some(pidfd) = client.hold().and_then(ProcessHandle::pidfd)
+            && let Some(pidfd) = client.pidfd()
         {
             let _ = poller.remove(pidfd);
         }
     }
 
-    /// The next time at which [`WatchdogServer::pump`] has something to do.
+    /// When the next call of [`WatchdogServer::handle_deadlines`] is due.
     pub(crate) fn next_tick(&mut self) -> Option<Instant> {
-        let until = self.gathering.as_ref().map(|gathering| gathering.until);
-        self.deadlines.next_at().into_iter().chain(until).min()
+        let pending = self.pending.as_ref().map(|pending| pending.deadline);
+        self.deadlines.next_at().into_iter().chain(pending).min()
     }
 
-    /// Deals with what has expired. Evidence that is to be gathered first is returned.
-    pub(crate) fn pump(&mut self, now: Moment, poller: &Poller) -> Option<Gather> {
+    /// Handles expired timers. If evidence must be collected before the signals, returns the collection to run.
+    pub(crate) fn handle_deadlines(&mut self, now: Moment, poller: &Poller) -> Option<EvidenceCollection> {
         if self.serving && self.deadlines.next_at().is_some_and(|at| at <= now.instant) {
-            // The loop may come late, after the agent itself was stopped for a while: what has been released meanwhile counts.
+            // The loop may be late because the agent was suspended. Releases written meanwhile count.
             self.drain(poller);
         }
-        if let Some(gathering) = self.gathering.take_if(|gathering| gathering.until <= now.instant) {
-            for expiry in gathering.awaiting_signal {
+        if let Some(pending) = self.pending.take_if(|pending| pending.deadline <= now.instant) {
+            for expiry in pending.expiries {
                 self.signal_process(expiry);
             }
         }
         let mut by_process: Vec<(i32, Vec<ArmedTimer>)> = Vec::new();
         for timer in self.deadlines.expired(now.instant) {
-            if let Some(timer) = self.missed(timer, now) {
+            if let Some(timer) = self.check_heartbeat(timer, now) {
                 let pid = timer.request.pid;
                 match by_process.iter_mut().find(|(other, _)| *other == pid) {
                     Some((_, timers)) => timers.push(timer),
@@ -363,28 +364,28 @@ impl WatchdogServer {
                 }
             }
         }
-        let awaiting_signal: Vec<Expiry> =
+        let expiries: Vec<Expiry> =
             by_process.into_iter().filter_map(|(pid, timers)| self.decide(pid, timers, now, poller)).collect();
-        if awaiting_signal.is_empty() {
+        if expiries.is_empty() {
             return None;
         }
-        if let Some(gathering) = &mut self.gathering {
-            gathering.awaiting_signal.extend(awaiting_signal);
+        if let Some(pending) = &mut self.pending {
+            pending.expiries.extend(expiries);
             return None;
         }
-        if self.config.evidence.is_zero() || awaiting_signal.iter().all(|expiry| expiry.worker == 0) {
-            for expiry in awaiting_signal {
+        if self.config.evidence.is_zero() || expiries.iter().all(|expiry| expiry.worker == 0) {
+            for expiry in expiries {
                 self.signal_process(expiry);
             }
             return None;
         }
-        Some(self.begin_gathering(awaiting_signal, now))
+        Some(self.begin_collection(expiries, now))
     }
 
-    /// A timer whose time has come: `None` if its process has beaten since, and it was armed again.
-    fn missed(&mut self, mut timer: ArmedTimer, now: Moment) -> Option<ArmedTimer> {
+    /// Returns an expired timer, unless it is a heartbeat and its process has beaten within the timeout: then the timer is armed again.
+    fn check_heartbeat(&mut self, mut timer: ArmedTimer, now: Moment) -> Option<ArmedTimer> {
         let Some(beat) = timer.request.heartbeat else { return Some(timer) };
-        // A slot that the process has given back is a heartbeat that has ended.
+        // The process has released the slot: its heartbeat has ended.
         let last_ns = self.page.last_beat_ns(beat.slot, timer.request.pid)?;
         let timeout = Duration::from_secs_f64(beat.timeout_s);
         let since = Duration::from_nanos(now.monotonic_ns.saturating_sub(last_ns));
@@ -399,14 +400,14 @@ impl WatchdogServer {
         Some(timer)
     }
 
-    /// What the expired timers of one process (earliest first) mean for it: the one over which it is to be signalled, if any.
+    /// Decides about one process by its expired timers, earliest first. Returns the expiry for which to signal the process, if any.
     fn decide(&mut self, pid: i32, timers: Vec<ArmedTimer>, now: Moment, poller: &Poller) -> Option<Expiry> {
-        // Without pidfds nobody has told of the end of a helper.
-        self.client_ended(pid, poller);
+        // Without pidfds, no event has reported the end of a helper process.
+        self.remove_ended_client(pid, poller);
         let is_gone = pid > 0 && self.clients.get(pid).is_none();
         let ownership = match self.clients.get(pid).map_or(Ownership::Foreign, |client| client.ownership) {
-            // An agent's watchdog ends workers, and neither the agent itself nor its guard.
-            Ownership::Ours { worker: 0 } if self.has_named_workers => Ownership::Foreign,
+            // An agent's watchdog signals workers and their descendants only, never the agent itself or its guard.
+            Ownership::Ours { worker: 0 } if self.has_set_workers => Ownership::Foreign,
             ownership => ownership,
         };
         let worker = if let Ownership::Ours { worker } = ownership { worker } else { 0 };
@@ -429,8 +430,8 @@ impl WatchdogServer {
                 self.reports.publish(expiry);
                 continue;
             }
-            // Whatever else it has promised is void.
-            self.deadlines.forget(pid);
+            // The other timers of the process are void.
+            self.deadlines.release_all(pid);
             if ownership == Ownership::Foreign {
                 expiry.outcome = if is_gone { ExpiryOutcome::Gone } else { ExpiryOutcome::NotOurs };
                 self.clients.remove(pid);
@@ -439,60 +440,60 @@ impl WatchdogServer {
             }
             self.signalled.insert(pid, (missed, expiry.signal));
             expiry.outcome = ExpiryOutcome::Signalled;
-            self.reports.note_cause(&expiry);
+            self.reports.record_cause(&expiry);
             return Some(expiry);
         }
-        self.forget_if_foreign(pid);
+        self.remove_if_foreign(pid);
         None
     }
 
-    fn begin_gathering(&mut self, awaiting_signal: Vec<Expiry>, now: Moment) -> Gather {
-        let budget = self.config.evidence.min(LONGEST_EVIDENCE);
-        // The gatherers stop a little earlier, so that what was found in time is known in time.
+    fn begin_collection(&mut self, expiries: Vec<Expiry>, now: Moment) -> EvidenceCollection {
+        let budget = self.config.evidence.min(MAX_EVIDENCE_TIME);
+        // The collecting threads stop earlier by this margin, so their results arrive before the signals are sent.
         let margin = (budget / 10).min(Duration::from_millis(50));
-        let until = now.instant + budget;
-        self.gatherings += 1;
-        let number = self.gatherings;
-        let wanted = self.workers.iter().filter(|(worker, _)| !worker.folder.as_os_str().is_empty());
-        let subjects = wanted.filter_map(|(worker, hold)| {
-            let hold = hold.as_ref()?.try_clone().ok()?;
-            Some(Subject { hold, label: worker.label.clone(), folder: worker.folder.clone() })
+        let deadline = now.instant + budget;
+        self.last_collection += 1;
+        let id = self.last_collection;
+        let examined = self.workers.iter().filter(|(worker, _)| !worker.folder.as_os_str().is_empty());
+        let subjects = examined.filter_map(|(worker, handle)| {
+            let handle = handle.as_ref()?.try_clone().ok()?;
+            Some(Subject { handle, label: worker.label.clone(), folder: worker.folder.clone() })
         });
-        let scopes = awaiting_signal.iter().map(|expiry| format!("{:?} of process {}", expiry.scope, expiry.pid));
-        let gather = Gather {
-            number,
+        let scopes = expiries.iter().map(|expiry| format!("{:?} of process {}", expiry.scope, expiry.pid));
+        let collection = EvidenceCollection {
+            id,
             subjects: subjects.collect(),
             headline: format!("{:.3} watchdog: expired {}", now.wall_s(), scopes.collect::<Vec<_>>().join(", ")),
             deadline: now.instant + budget.saturating_sub(margin),
             py_spy: self.config.py_spy.clone(),
         };
-        self.gathering = Some(Gathering { until, number, awaiting_signal });
-        gather
+        self.pending = Some(PendingSignals { deadline, id, expiries });
+        collection
     }
 
-    /// The evidence is there: now the signals.
-    pub(crate) fn gathered(&mut self, gathered: &Gathered) {
-        let Some(gathering) = self.gathering.take_if(|gathering| gathering.number == gathered.number) else {
+    /// Sends the pending signals after the collection of their evidence has finished.
+    pub(crate) fn handle_evidence(&mut self, evidence: &Evidence) {
+        let Some(pending) = self.pending.take_if(|pending| pending.id == evidence.id) else {
             return;
         };
-        for mut expiry in gathering.awaiting_signal {
-            let (own, others): (Vec<_>, Vec<_>) = gathered.files.iter().partition(|(pid, _)| *pid == expiry.worker);
+        for mut expiry in pending.expiries {
+            let (own, others): (Vec<_>, Vec<_>) = evidence.files.iter().partition(|(pid, _)| *pid == expiry.worker);
             expiry.evidence = own.into_iter().chain(others).flat_map(|(_, files)| files.iter().cloned()).collect();
             self.signal_process(expiry);
         }
     }
 
-    /// Signals the process of an expired timer, and the worker it belongs to.
+    /// Signals the process of an expired timer and its worker.
     fn signal_process(&mut self, mut expiry: Expiry) {
         expiry.signalled_ns = Moment::now().monotonic_ns;
-        self.reports.note_cause(&expiry);
+        self.reports.record_cause(&expiry);
         let client = self.clients.get(expiry.pid);
-        // The worker first: if it waits for its helper, it could take the helper's end for its own, and end as a success.
+        // The worker first: a worker that waits for its helper could see the helper end and exit with code 0 before its own signal.
         if expiry.worker != expiry.pid
             && client.is_some_and(|client| client.can_be_signalled(expiry.pid))
-            && let Some((_, Some(hold))) = self.workers.iter().find(|(worker, _)| worker.pid == expiry.worker)
+            && let Some((_, Some(handle))) = self.workers.iter().find(|(worker, _)| worker.pid == expiry.worker)
         {
-            let _ = hold.signal(expiry.signal);
+            let _ = handle.signal(expiry.signal);
         }
         let signalled = client.map_or(Ok(false), |client| client.signal(expiry.signal));
         expiry.outcome = match signalled {
@@ -504,28 +505,28 @@ impl WatchdogServer {
             expiry.signalled_ns = 0;
             self.signalled.remove(&expiry.pid);
         }
-        self.reports.note_cause(&expiry);
+        self.reports.record_cause(&expiry);
         self.reports.publish(expiry);
     }
 
-    /// Names the workers, in place of the former ones.
+    /// Sets the workers, in place of the previous ones.
     pub(crate) fn set_workers(&mut self, workers: Vec<WorkerProcess>) {
         let support = self.support;
-        self.reports.keep_causes(|pid| workers.iter().any(|worker| worker.pid == pid));
-        let held = workers.into_iter().map(|worker| {
-            // Still the agent's child, dead or alive: the number is its own.
-            let hold = ProcessHandle::open(worker.pid, support).ok();
-            (worker, hold)
+        self.reports.retain_causes(|pid| workers.iter().any(|worker| worker.pid == pid));
+        let opened = workers.into_iter().map(|worker| {
+            // The pid is not reused: the worker is still a child of the agent, running or not yet reaped.
+            let handle = ProcessHandle::open(worker.pid, support).ok();
+            (worker, handle)
         });
-        self.workers = held.collect();
-        self.has_named_workers = true;
-        self.clients.look_again(&|pid| self.workers.iter().any(|(worker, _)| worker.pid == pid));
+        self.workers = opened.collect();
+        self.has_set_workers = true;
+        self.clients.update_ownership(&|pid| self.workers.iter().any(|(worker, _)| worker.pid == pid));
     }
 
-    /// Forgets the timers of a process.
+    /// Releases all timers of a process.
     pub(crate) fn clear(&mut self, pid: i32) {
-        self.deadlines.forget(pid);
-        self.forget_if_foreign(pid);
+        self.deadlines.release_all(pid);
+        self.remove_if_foreign(pid);
     }
 
     pub(crate) fn timers(&self) -> Vec<TimerRequest> {
@@ -536,23 +537,23 @@ impl WatchdogServer {
         WatchdogCounts { armed: self.deadlines.len(), ..self.counts.clone() }
     }
 
-    /// How long ago a process was last heard of, by a request or a beat.
+    /// The time since the last request or beat of a process.
     pub(crate) fn last_heard(&self, pid: i32, now: Moment) -> Option<Duration> {
         let client = self.clients.get(pid)?;
-        let asked = now.instant.saturating_duration_since(client.last_request);
+        let since_request = now.instant.saturating_duration_since(client.last_request);
         let beats = self.deadlines.of(pid).filter_map(|timer| {
             let beat = timer.request.heartbeat?;
             let last_ns = self.page.last_beat_ns(beat.slot, pid)?;
             Some(Duration::from_nanos(now.monotonic_ns.saturating_sub(last_ns)))
         });
-        Some(beats.fold(asked, Duration::min))
+        Some(beats.fold(since_request, Duration::min))
     }
 
-    /// How long the oldest missed deadline has been waiting for its process to end.
+    /// The time since the oldest missed deadline of a signalled process that has not ended.
     pub(crate) fn overdue(&self, now: Instant) -> Duration {
-        let living = |pid: i32| self.clients.get(pid).is_some_and(|client| !client.has_ended(pid));
-        let waiting = self.signalled.iter().filter(|(pid, _)| living(**pid));
-        waiting.map(|(_, (missed, _))| now.saturating_duration_since(*missed)).max().unwrap_or_default()
+        let is_alive = |pid: i32| self.clients.get(pid).is_some_and(|client| !client.has_ended(pid));
+        let alive = self.signalled.iter().filter(|(pid, _)| is_alive(**pid));
+        alive.map(|(_, (missed, _))| now.saturating_duration_since(*missed)).max().unwrap_or_default()
     }
 }
 

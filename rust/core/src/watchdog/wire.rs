@@ -1,69 +1,69 @@
-//! One request of a timer client: a line of JSON, as torch's `FileTimerRequest.to_json` writes it.
+//! The wire format of timer requests: one line of JSON each, as torch's `FileTimerRequest.to_json` writes it.
 
 use std::borrow::Cow;
 
 use serde::Deserialize;
 
-/// The version of the wire format that is spoken here.
+/// The supported version of the wire format.
 pub const VERSION: i64 = 1;
 
-/// Expiration times this far ahead (30 years) are as good as never, and still fit every clock.
+/// Expiration times at least this many seconds ahead (30 years) mean never. The value fits every clock.
 pub const NEVER_S: f64 = 1e9;
 
-const HIGHEST_SIGNAL: i32 = 64;
+const MAX_SIGNAL: i32 = 64;
 
-/// Where a request starts: what is left of a line that another one has run into.
+/// The first bytes of every request. A torn line may be followed by a complete request on the same line.
 const OPENING: &[u8] = b"{\"";
-const MOST_OPENINGS: usize = 16;
+const MAX_OPENINGS: usize = 16;
 
 /// A request to arm or release a timer.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TimerRequest {
     /// The process that the timer watches.
     pub pid: i32,
-    /// What the process calls the piece of work; one timer for each scope of a process.
+    /// The name of the timed work. A process has at most one timer per scope.
     pub scope: String,
-    /// Seconds since the epoch. Negative: the timer is released.
+    /// Seconds since the epoch; negative releases the timer.
     pub expiration_time: f64,
-    /// The signal that ends the process; 0 or less asks for none.
+    /// The signal to send on expiry; 0 or less sends none.
     pub signal: i32,
-    /// The timer is a heartbeat: as long as the process beats, it does not expire.
+    /// Makes the timer a heartbeat, whose deadline moves with each beat of the process.
     pub heartbeat: Option<Heartbeat>,
 }
 
 impl TimerRequest {
-    /// Whether this asks to forget the timer.
+    /// Whether the request releases the timer.
     #[must_use]
     pub fn is_release(&self) -> bool {
         self.expiration_time < 0.0
     }
 }
 
-/// Where a process beats, and how often it promises to.
+/// The slot and timeout of a heartbeat.
 #[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
 pub struct Heartbeat {
-    /// Position in the page of heartbeats.
+    /// Index of the process's slot in the heartbeat page.
     pub slot: u32,
-    /// Seconds from one beat to the next at most.
+    /// Limit on the seconds between two beats.
     pub timeout_s: f64,
 }
 
-/// Why a line was not understood.
+/// Why a line was rejected.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Broken {
-    /// Not JSON, torn, or without a field that is needed.
+    /// Not JSON, torn, or without a required field.
     #[error("{0}")]
     Syntax(String),
-    /// A field holds what it cannot.
+    /// A field is out of range.
     #[error("{field} {value} is out of range")]
     Range {
-        /// Its name.
+        /// Name of the field.
         field: &'static str,
-        /// Its value.
+        /// Value of the field.
         value: String,
     },
     /// Another version of the wire format.
-    #[error("version {0} of the wire format is not known here, {VERSION} is")]
+    #[error("wire format version {0} is not supported; this server supports version {VERSION}")]
     Version(i64),
 }
 
@@ -84,16 +84,16 @@ fn this_version() -> i64 {
     VERSION
 }
 
-/// What a line holds.
+/// The content of a line.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Parsed {
-    /// The request in it.
+    /// The request, if one was found.
     pub request: Option<TimerRequest>,
-    /// What of it was not understood.
+    /// The error, if the line or a part of it was rejected.
     pub broken: Option<Broken>,
 }
 
-/// Parses one line without its newline. Where a torn line runs into a whole one, the torn part alone is lost.
+/// Parses one line without its newline. If a complete request follows a torn one on the same line, only the torn part is lost.
 #[must_use]
 pub fn parse(line: &[u8]) -> Parsed {
     let broken = match parse_whole(line) {
@@ -101,18 +101,18 @@ pub fn parse(line: &[u8]) -> Parsed {
         Err(broken @ Broken::Syntax(_)) => broken,
         Err(broken) => return Parsed { request: None, broken: Some(broken) },
     };
-    let openings = memchr::memmem::find_iter(line, OPENING).filter(|at| *at > 0).take(MOST_OPENINGS);
+    let openings = memchr::memmem::find_iter(line, OPENING).filter(|at| *at > 0).take(MAX_OPENINGS);
     let request = openings.into_iter().find_map(|at| parse_whole(&line[at..]).ok());
     Parsed { request, broken: Some(broken) }
 }
 
 fn parse_whole(line: &[u8]) -> Result<TimerRequest, Broken> {
-    let replaced;
+    let plain;
     let line: RequestLine<'_> = match serde_json::from_slice(line) {
         Ok(line) => line,
         Err(error) => {
-            replaced = in_plain_json(line).ok_or_else(|| Broken::Syntax(error.to_string()))?;
-            serde_json::from_slice(&replaced).map_err(|error| Broken::Syntax(error.to_string()))?
+            plain = to_plain_json(line).ok_or_else(|| Broken::Syntax(error.to_string()))?;
+            serde_json::from_slice(&plain).map_err(|error| Broken::Syntax(error.to_string()))?
         }
     };
     if line.version != VERSION {
@@ -120,7 +120,7 @@ fn parse_whole(line: &[u8]) -> Result<TimerRequest, Broken> {
     }
     let out_of_range = |field, value: &dyn ToString| Broken::Range { field, value: value.to_string() };
     let pid = i32::try_from(line.pid).map_err(|_| out_of_range("pid", &line.pid))?;
-    let signal = i32::try_from(line.signal).ok().filter(|signal| *signal <= HIGHEST_SIGNAL);
+    let signal = i32::try_from(line.signal).ok().filter(|signal| *signal <= MAX_SIGNAL);
     let signal = signal.ok_or_else(|| out_of_range("signal", &line.signal))?;
     if let Some(Heartbeat { timeout_s, .. }) = line.heartbeat
         && !(timeout_s > 0.0 && timeout_s <= NEVER_S)
@@ -136,12 +136,11 @@ fn parse_whole(line: &[u8]) -> Result<TimerRequest, Broken> {
     })
 }
 
-/// The line without what Python's `json` writes and JSON does not know; `None` if there is nothing of the kind.
+/// The line with the extensions of Python's `json` replaced by standard JSON; `None` if there are none.
 ///
-/// - An infinite time is `Infinity`. Inside a JSON string the quotes would be escaped, so that the name of the field with its quotes is
-///   the field.
-/// - A file name that is not UTF-8 has halves of surrogate pairs in it, `\udc80` to `\udcff`.
-fn in_plain_json(line: &[u8]) -> Option<Vec<u8>> {
+/// - `Infinity` is an infinite time. The quoted field name cannot occur inside a JSON string, where its quotes would be escaped.
+/// - `\udc80` to `\udcff` are unpaired surrogates, in file names that are not UTF-8.
+fn to_plain_json(line: &[u8]) -> Option<Vec<u8>> {
     const TIME: &[u8] = b"\"expiration_time\": ";
     const SURROGATE: &[u8] = b"\\ud";
 
@@ -182,12 +181,12 @@ mod tests {
     }
 
     #[test]
-    fn a_request_of_torch() {
+    fn a_request_written_by_torch_is_parsed() {
         assert_eq!(parse(PLAIN.as_bytes()), Parsed { request: Some(plain()), broken: None });
     }
 
     #[test]
-    fn a_release_and_a_whole_number_for_a_time() {
+    fn a_release_with_an_integer_time_is_parsed() {
         let line = r#"{"version": 1, "pid": 1, "scope_id": "\u00e9", "expiration_time": -1, "signal": 0}"#;
         let request = parse(line.as_bytes()).request.expect("a request");
         assert!(request.is_release());
@@ -195,7 +194,7 @@ mod tests {
     }
 
     #[test]
-    fn infinity_is_far_away_and_nan_is_nothing() {
+    fn infinity_means_never_and_nan_is_rejected() {
         let far = parse(PLAIN.replace("1700000000.25", "Infinity").as_bytes());
         assert!(far.broken.is_none() && far.request.expect("a request").expiration_time > NEVER_S);
         assert!(parse(PLAIN.replace("1700000000.25", "-Infinity").as_bytes()).request.expect("one").is_release());
@@ -203,23 +202,23 @@ mod tests {
     }
 
     #[test]
-    fn a_file_name_that_is_not_utf_8() {
+    fn a_file_name_that_is_not_utf_8_gets_replacement_characters() {
         let line = PLAIN.replace("train.py", r"tr\udce4in.py");
         assert_eq!(parse(line.as_bytes()).request.expect("a request").scope, "tr\u{fffd}in.py#42");
     }
 
     #[test]
-    fn a_torn_line_costs_itself_alone() {
+    fn a_torn_request_does_not_lose_the_next_one() {
         for cut in 1..PLAIN.len() {
-            let glued = format!("{}{PLAIN}", &PLAIN[..cut]);
-            let parsed = parse(glued.as_bytes());
-            assert_eq!(parsed.request, Some(plain()), "{glued}");
+            let joined = format!("{}{PLAIN}", &PLAIN[..cut]);
+            let parsed = parse(joined.as_bytes());
+            assert_eq!(parsed.request, Some(plain()), "{joined}");
             assert!(parsed.broken.is_some());
         }
     }
 
     #[test]
-    fn what_is_out_of_range_is_named() {
+    fn errors_name_the_field_that_is_out_of_range() {
         let line = PLAIN.replace("4711", "99999999999");
         assert_eq!(broken(&line).to_string(), "pid 99999999999 is out of range");
         assert_eq!(broken(&PLAIN.replace(": 9}", ": 65}")).to_string(), "signal 65 is out of range");
