@@ -8,7 +8,9 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.acceptance.two_nodes import (
+from tests.support.harness import FERRORUN, Job, Launcher
+from tests.support.ports import free_port
+from tests.support.two_nodes import (
     AGENT_KILLED,
     LINK,
     LINK_DOWN,
@@ -23,8 +25,7 @@ from tests.acceptance.two_nodes import (
     on_loopback,
     on_network,
 )
-from tests.conftest import eventually
-from tests.faults.harness import FERRORUN, LONG_S, Job, Launcher, free_port
+from tests.support.waiting import LONG_S, eventually
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

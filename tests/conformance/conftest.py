@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from tests.conformance import stubs
 from tests.conformance.implementations import OURS, TORCH, Implementation
-from tests.conftest import _HANDLED, _children, _descriptors, eventually
+from tests.support.leaks import HANDLED_SIGNALS, children, descriptors
+from tests.support.waiting import eventually
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -80,14 +81,14 @@ def _nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
         return
     # torch leaves threads (of its rendezvous and its log tailers), semaphores of its result queues and the files of both
     # behind until they are garbage, or for good. Processes it must not leave: they would disturb the tests that follow.
-    handlers = {number: signal.getsignal(number) for number in _HANDLED}
-    before, descriptors = _children(), _descriptors()
+    handlers = {number: signal.getsignal(number) for number in HANDLED_SIGNALS}
+    before, descriptors_before = children(), descriptors()
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    if _descriptors().keys() - descriptors.keys():
+    if descriptors().keys() - descriptors_before.keys():
         gc.collect()  # here, where its warnings of unclosed files are expected
-    assert eventually(lambda: not _children().keys() - before.keys()), f"left behind: {_children()}"
+    assert eventually(lambda: not children().keys() - before.keys()), f"left behind: {children()}"
 
 
 @pytest.fixture(autouse=True)

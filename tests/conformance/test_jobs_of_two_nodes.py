@@ -8,9 +8,9 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.conftest import eventually
-from tests.faults.harness import FERRORUN, LONG_S, Job, Launcher, launch, zoo
-from tests.faults.stopping import port_for_one
+from tests.support.harness import FERRORUN, Job, Launcher, launch, zoo
+from tests.support.ports import port_for_one
+from tests.support.waiting import LONG_S, eventually
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -58,7 +58,7 @@ class Nodes:
         return sorted(self.launch.folder.glob(pattern))
 
     def begin(self, name: str, job: Job) -> None:
-        assert eventually(lambda: self.workers(f"{name}.rank*"), LONG_S), job.story
+        assert eventually(lambda: bool(self.workers(f"{name}.rank*")), LONG_S), job.story
 
     def let_end(self, name: str, code: int) -> None:
         part = self.launch.folder / f".exit.{name}"

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 from tests.conformance.implementations import OURS, TORCH
-from tests.conformance.raw_store import (
+from tests.conformance.stores import serving
+from tests.support.raw_store import (
     ADD,
     APPEND,
     BARRIER,
@@ -35,7 +36,6 @@ from tests.conformance.raw_store import (
     request,
     sized,
 )
-from tests.conformance.stores import serving
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from tests.conformance.implementations import module_name
-from tests.conftest import eventually
+from tests.support.waiting import eventually
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -547,7 +547,7 @@ AGENT = """
 import signal, sys
 from tests.conformance import stubs
 from tests.conformance.implementations import Implementation
-from tests.memory_store import MemoryStore
+from tests.support.memory_store import MemoryStore
 impl = Implementation(sys.argv[1])
 handler = stubs.rendezvous(impl, MemoryStore())
 worker = (sys.executable, "-c", open(sys.argv[2]).read(), impl("timer").__name__)

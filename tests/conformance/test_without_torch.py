@@ -79,7 +79,7 @@ def test_an_agent_runs(tmp_path: Path) -> None:
     code = """
 from tests.conformance import stubs, workers
 from tests.conformance.implementations import OURS, Implementation
-from tests.memory_store import MemoryStore
+from tests.support.memory_store import MemoryStore
 impl = Implementation(OURS)
 module = impl("agent.server.local_elastic_agent")
 

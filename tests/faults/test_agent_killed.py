@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.conftest import eventually
-from tests.faults.harness import FERRORUN, LONG_S, Job, Launcher, Process, gone_at_ns, is_alive
+from tests.support.harness import FERRORUN, Job, Launcher, Process, gone_at_ns
+from tests.support.waiting import LONG_S, eventually, is_alive
 
 pytestmark = pytest.mark.engine
 

@@ -7,9 +7,9 @@ import time
 from typing import Any
 
 import pytest
-from tests.conftest import eventually
-from tests.faults.harness import FERRORUN, LONG_S, Job, Launcher, gone_at_ns
-from tests.faults.stopping import is_parked, port_for_one
+from tests.support.harness import FERRORUN, Job, Launcher, gone_at_ns
+from tests.support.ports import port_for_one
+from tests.support.waiting import LONG_S, eventually, is_parked
 
 # Says where it runs, for how long, and ends as its node is told: "exit N" in the file of its name.
 WORKER = """

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 from urllib.request import urlopen
 
 import pytest
-from tests.conftest import eventually
-from tests.faults.harness import ALONE, LONG_S, Launcher, free_port, gone_at_ns
+from tests.support.harness import ALONE, Launcher, gone_at_ns
+from tests.support.ports import free_port
+from tests.support.waiting import LONG_S, eventually
 
 from ferroelastic.multiprocessing import DefaultLogsSpecs, PContext, RunProcsResult, start_processes
 from ferroelastic.utils.process_state import read_proc_state

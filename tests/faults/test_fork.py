@@ -12,8 +12,8 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from tests.faults.alone import AloneRendezvous
-from tests.faults.harness import Gate
+from tests.support.harness import Gate
+from tests.support.rendezvous_handlers import AloneRendezvous
 
 from ferroelastic._engine import get_engine
 from ferroelastic._rust import Command, Engine, ForkedError

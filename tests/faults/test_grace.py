@@ -7,8 +7,8 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.conftest import eventually
-from tests.faults.harness import LONG_S, Launcher, gone_at_ns
+from tests.support.harness import Launcher, gone_at_ns
+from tests.support.waiting import LONG_S, eventually
 
 from ferroelastic.utils.process_state import read_proc_state
 

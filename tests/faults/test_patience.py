@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.conftest import eventually
-from tests.faults.harness import FERRORUN, LONG_S, Job, Launcher, gone_at_ns, is_alive
-from tests.faults.stopping import is_parked
+from tests.support.harness import FERRORUN, Job, Launcher, gone_at_ns
+from tests.support.waiting import LONG_S, eventually, is_alive, is_parked
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.conftest import eventually
-from tests.faults.harness import FERRORUN, LONG_S, Launcher
+from tests.support.harness import FERRORUN, Launcher
+from tests.support.waiting import LONG_S, eventually
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

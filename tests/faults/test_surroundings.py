@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.conftest import eventually
-from tests.faults.harness import FERRORUN, LONG_S, Job, Launcher, gone_at_ns
-from tests.faults.stopping import port_for_one
+from tests.support.harness import FERRORUN, Job, Launcher, gone_at_ns
+from tests.support.ports import port_for_one
+from tests.support.waiting import LONG_S, eventually
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from tests.faults.alone import AloneRendezvous
+from tests.support.rendezvous_handlers import AloneRendezvous
 
 pytest.importorskip("ferroelastic._rust")
 

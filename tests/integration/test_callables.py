@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.faults.alone import AloneRendezvous
+from tests.support.rendezvous_handlers import AloneRendezvous
 
 import ferroelastic
 from ferroelastic.agent.server import LocalElasticAgent, RunResult, WorkerSpec

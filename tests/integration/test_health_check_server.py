@@ -12,8 +12,9 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from tests.conftest import _descriptors, eventually
-from tests.integration.probes import PATIENCE_S, alive, ask, error_lines, health_threads, now, port_of
+from tests.support.health_probes import PATIENCE_S, alive, ask, error_lines, health_threads, now, port_of
+from tests.support.leaks import descriptors
+from tests.support.waiting import eventually
 
 from ferroelastic.agent.server import HealthCheckServer
 
@@ -29,7 +30,7 @@ def listeners(port: int) -> list[str]:
         rows = [line.split() for line in file.readlines()[1:]]
     inodes = {row[9] for row in rows if row[3] == "0A" and int(row[1].rpartition(":")[2], 16) == port}
     sockets = {f"socket:[{inode}]" for inode in inodes}
-    return [link for link in _descriptors().values() if link in sockets]
+    return [link for link in descriptors().values() if link in sockets]
 
 
 class TestServer:

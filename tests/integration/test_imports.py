@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from tests.support.ports import free_port
 
 import ferroelastic
 
@@ -121,12 +121,6 @@ def place(tmp_path: Path) -> Place:
 def heavy(modules: set[str], unwanted: set[str] = HEAVY) -> set[str]:
     """Those of ``modules`` that are, or belong to, something unwanted."""
     return {name for name in modules if any(f"{name}.".startswith(f"{one}.") for one in unwanted)}
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
-        return port
 
 
 SERVERS = {"TORCHELASTIC_HEALTH_CHECK_PORT": "0", "TORCHELASTIC_ENABLE_FILE_TIMER": "1"}

@@ -10,10 +10,9 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from tests.conftest import eventually
-from tests.faults.harness import LONG_S
-from tests.faults.stopping import port_for_one
-from tests.integration.probes import ask
+from tests.support.health_probes import ask
+from tests.support.ports import port_for_one
+from tests.support.waiting import LONG_S, eventually
 
 from ferroelastic._engine import get_engine
 

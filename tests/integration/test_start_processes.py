@@ -12,7 +12,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from tests.conftest import eventually
+from tests.support.waiting import eventually
 
 from ferroelastic.multiprocessing import (
     DefaultLogsSpecs,

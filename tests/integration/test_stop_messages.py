@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.conftest import eventually
+from tests.support.waiting import eventually
 
 from ferroelastic.multiprocessing import DefaultLogsSpecs, PContext, start_processes
 

@@ -11,7 +11,7 @@ import urllib.request
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from tests.conftest import eventually
+from tests.support.waiting import eventually
 
 from ferroelastic.agent.server import LocalElasticAgent, WorkerSpec, WorkerState
 from ferroelastic.multiprocessing import DefaultLogsSpecs, Std

@@ -13,8 +13,8 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from tests.memory_store import MemoryStore
-from tests.unit.fake_agent import Agent, S, spec
+from tests.support.fake_agent import Agent, S, spec
+from tests.support.memory_store import MemoryStore
 
 from ferroelastic import agent as agent_package
 from ferroelastic._signals import Handling

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import pytest
-from tests.unit.fake_agent import Agent, S, spec
+from tests.support.fake_agent import Agent, S, spec
 
 from ferroelastic import events
 from ferroelastic.agent.server import RunResult, Worker, WorkerState, api

@@ -7,7 +7,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from tests.unit.fake_agent import Agent, spec
+from tests.support.fake_agent import Agent, spec
 
 from ferroelastic import _checks
 from ferroelastic.agent.server import LocalElasticAgent

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import pytest
-from tests.memory_store import MemoryStore
+from tests.support.memory_store import MemoryStore
+from tests.support.rendezvous_handlers import QuietHandler
 
 from ferroelastic.rendezvous import (
     RendezvousClosedError,
     RendezvousError,
-    RendezvousHandler,
     RendezvousHandlerRegistry,
     RendezvousInfo,
     RendezvousParameters,
@@ -39,7 +39,7 @@ def parameters(backend: str = "memory", **config: Any) -> RendezvousParameters:
     return RendezvousParameters(backend, "host:1", "run", 1, 2, **config)
 
 
-class Handler(RendezvousHandler):
+class Handler(QuietHandler):
     """Gives one store at one address to all nodes, round after round, as a careless plug-in would."""
 
     def __init__(self, store: MemoryStore, rank: int = 0, world_size: int = 1, *, address: str = "localhost") -> None:
@@ -55,20 +55,6 @@ class Handler(RendezvousHandler):
 
     def next_rendezvous(self) -> RendezvousInfo:
         return self.info
-
-    def is_closed(self) -> bool:
-        return False
-
-    def set_closed(self) -> None: ...
-
-    def num_nodes_waiting(self) -> int:
-        return 0
-
-    def get_run_id(self) -> str:
-        return "run"
-
-    def shutdown(self) -> bool:
-        return True
 
 
 class TestParameters:

@@ -8,7 +8,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.faults.harness import free_port
+from tests.support.ports import free_port
 
 from ferroelastic import _rust
 from ferroelastic.rendezvous._agent_store import AgentStore

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import pytest
-from tests.memory_store import MemoryStore
+from tests.support.memory_store import MemoryStore
 
 from ferroelastic.utils import interruptible
 from ferroelastic.utils import store as store_util

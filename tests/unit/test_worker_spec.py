@@ -8,7 +8,7 @@ from dataclasses import fields
 from typing import Any
 
 import pytest
-from tests.unit.fake_agent import Agent, Handler, S, spec
+from tests.support.fake_agent import Agent, Handler, S, spec
 
 from ferroelastic.agent import server
 from ferroelastic.agent.server import RunResult, Worker, WorkerGroup, WorkerSpec, WorkerState

@@ -7,9 +7,8 @@ import os
 import time
 
 import pytest
-from tests.conftest import eventually
-from tests.faults.harness import LONG_S
-from tests.unit.native_nodes import Nodes, told
+from tests.support.native_nodes import Nodes, told
+from tests.support.waiting import LONG_S, eventually
 
 from ferroelastic.rendezvous import (
     RendezvousClosedError,

@@ -13,9 +13,9 @@ from contextlib import closing, suppress
 from typing import Any
 
 import pytest
-from tests.conftest import eventually
-from tests.faults.harness import LONG_S, free_port
-from tests.unit.native_nodes import Nodes, has_news, is_told, place_of, refuses, store_of, told
+from tests.support.native_nodes import Nodes, has_news, is_told, place_of, refuses, store_of, told
+from tests.support.ports import free_port
+from tests.support.waiting import LONG_S, eventually
 
 from ferroelastic import _rust
 from ferroelastic.rendezvous import (

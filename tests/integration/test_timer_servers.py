@@ -15,7 +15,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from tests.conftest import eventually
+from tests.support.waiting import eventually
 
 pytest.importorskip("ferroelastic._rust")
 
