@@ -1,5 +1,8 @@
 //! A store among clients that misbehave. Alone in its process: it uses up descriptors, and measures memory.
 
+#[path = "support/noise.rs"]
+mod noise;
+
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
@@ -8,6 +11,7 @@ use std::time::Duration;
 
 use ferroelastic_core::store::StoreServer;
 use ferroelastic_core::store::wire::{Limits, MAGIC};
+use noise::Noise;
 use rustix::net::{AddressFamily, SocketType, connect, socket};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustix::time::{ClockId, clock_gettime};
@@ -232,16 +236,10 @@ fn keys_of_megabytes_are_refused() {
 fn noise_ends_its_own_connection() {
     let server = start();
     let mut client = Client::new(server.address());
-    let mut state = 0x9E37_79B9_7F4A_7C15_u64;
+    let mut noise = Noise::new();
     let mut bytes = vec![0; 1_000_000];
     for round in 0..50 {
-        for byte in &mut bytes {
-            // A generator of Marsaglia's.
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            *byte = state.to_le_bytes()[3];
-        }
+        noise.fill(&mut bytes);
         let mut noisy = if round % 2 == 0 { Client::new(server.address()) } else { Client::unknown(server.address()) };
         let _ = noisy.0.write_all(&bytes);
         assert!(noisy.ends());

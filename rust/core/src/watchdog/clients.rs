@@ -158,6 +158,7 @@ impl Clients {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
     use std::process::{Child, Command, Stdio};
 
     use super::*;
@@ -183,11 +184,10 @@ mod tests {
         }
     }
 
-    /// A child with the number of one that was there at another tick of the kernel's clock, where the kernel lets us choose the next number
-    /// (`ns_last_pid`, for root).
+    /// A child of the given pid that started at another tick of the kernel's clock. Root chooses the next pid with `ns_last_pid`.
     fn child_with(pid: i32, former_start: u64) -> Option<Running> {
         for _ in 0..200 {
-            std::fs::write("/proc/sys/kernel/ns_last_pid", (pid - 1).to_string()).ok()?;
+            std::fs::write("/proc/sys/kernel/ns_last_pid", (pid - 1).to_string()).expect("ns_last_pid");
             let child = Running::sleeper();
             let stat = procfs::stat(child.pid()).expect("a child");
             if stat.pid == pid && stat.started != former_start {
@@ -197,25 +197,50 @@ mod tests {
         None
     }
 
+    /// A table that knows a child.
+    fn table_with(child: &Running, support: Support) -> Clients {
+        let mut clients = Clients::new(support);
+        let (client, is_new) = clients.known(child.pid(), Instant::now(), &|_| false).expect("a child");
+        assert_eq!((client.kin, is_new), (Kin::Ours { worker: 0 }, true));
+        assert!(!client.has_ended(child.pid()));
+        clients
+    }
+
+    fn assert_is_not_signalled(clients: &Clients, pid: i32) {
+        let client = clients.get(pid).expect("not forgotten yet");
+        assert!(client.has_ended(pid));
+        assert!(matches!(client.signal(libc::SIGKILL), Ok(false)));
+    }
+
     #[test]
-    fn a_pid_that_has_changed_hands_is_not_signalled() {
+    fn a_process_that_has_ended_is_not_signalled() {
         for support in [probe::probe(), Support::NONE] {
-            let mut clients = Clients::new(support);
             let child = Running::sleeper();
+            let clients = table_with(&child, support);
             let pid = child.pid();
-            let (client, is_new) = clients.known(pid, Instant::now(), &|_| false).expect("a child");
-            assert_eq!((client.kin, is_new), (Kin::Ours { worker: 0 }, true));
-            assert!(!client.has_ended(pid));
-            let started = client.started;
             drop(child);
-            // Its number passes to somebody else. Nobody has told the table of the end of the first.
-            let another = child_with(pid, started);
-            let client = clients.get(pid).expect("not forgotten yet");
-            assert!(client.has_ended(pid));
-            assert!(matches!(client.signal(libc::SIGKILL), Ok(false)));
-            if let Some(mut another) = another {
-                assert!(another.0.try_wait().expect("wait").is_none(), "a stranger was hit");
-            }
+            assert_is_not_signalled(&clients, pid);
+        }
+    }
+
+    #[test]
+    fn a_process_that_got_the_pid_of_an_ended_one_is_not_signalled() {
+        if File::options().write(true).open("/proc/sys/kernel/ns_last_pid").is_err() {
+            eprintln!("skipped: choosing a pid takes root and /proc/sys/kernel/ns_last_pid");
+            return;
+        }
+        for support in [probe::probe(), Support::NONE] {
+            let reused = (0..10).find_map(|_| {
+                let child = Running::sleeper();
+                let clients = table_with(&child, support);
+                let pid = child.pid();
+                let started = clients.get(pid).expect("known").started;
+                drop(child);
+                Some((clients, pid, child_with(pid, started)?))
+            });
+            let (clients, pid, mut another) = reused.expect("no process got the pid of an ended one");
+            assert_is_not_signalled(&clients, pid);
+            assert!(another.0.try_wait().expect("wait").is_none(), "another process was signalled");
         }
     }
 
