@@ -27,7 +27,7 @@ for _variable in ("VIRTUAL_ENV", "CONDA_PREFIX"):
     os.environ.pop(_variable, None)
 
 from tests.support.leaks import HANDLED_SIGNALS, snapshot  # noqa: E402  # found on the path that is set above
-from tests.support.waiting import eventually  # noqa: E402  # as above
+from tests.support.waiting import WhenWaiting, eventually  # noqa: E402  # as above
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -64,3 +64,11 @@ def _nothing_left_behind() -> Iterator[None]:
     if leaked():
         gc.collect()  # takes long with torch loaded, so not for every test
     assert eventually(lambda: not leaked()), f"left behind: {leaked()}"
+
+
+@pytest.fixture
+def when_waiting() -> Iterator[WhenWaiting]:
+    """Schedules calls for the moment at which the main thread waits: ``when_waiting(os.kill, os.getpid(), signal.SIGTERM)``."""
+    calls = WhenWaiting()
+    yield calls
+    calls.close()

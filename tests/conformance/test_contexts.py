@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from tests.conformance.implementations import Implementation
+    from tests.support.waiting import WhenWaiting
 
 
 @pytest.fixture
@@ -561,17 +562,17 @@ def test_a_signal_raises_while_waiting(impl: Implementation, shell: Callable[...
     assert context.subprocess_handlers[0].proc.poll() == -signal.SIGTERM
 
 
-def test_a_signal_while_closing(impl: Implementation, shell: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_signal_while_closing(
+    impl: Implementation, shell: Callable[..., Any], tmp_path: Path, when_waiting: WhenWaiting
+) -> None:
     """The worker saves when it is told to end, and has the time to."""
     os.mkfifo(tmp_path / "ready")
     script = f"trap 'sleep 0.5; : > {tmp_path}/saved; exit 0' TERM; : > {tmp_path}/ready; while :; do sleep 0.01; done"
     context = shell(script)
     (tmp_path / "ready").read_text()
-    timer = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM))
-    timer.start()
+    when_waiting(os.kill, os.getpid(), signal.SIGTERM)
     with pytest.raises(impl.mp.SignalException):
         context.close(signal.SIGTERM, 30)
-    timer.join()
     was_saved = (tmp_path / "saved").exists()
     assert was_saved == impl.expect("signal-in-a-stop", torch=False, ours=True)
     context.close(signal.SIGTERM, 30)

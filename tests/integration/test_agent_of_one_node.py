@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +26,8 @@ pytestmark = pytest.mark.engine
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from tests.support.waiting import WhenWaiting
 
 SOON_S = 10.0
 
@@ -233,17 +234,17 @@ def test_prefixes_of_teed_lines(make: Callable[..., LocalElasticAgent], capfd: p
     assert capfd.readouterr().out == "[trainer 0/0 ${unknown}]hi\n"
 
 
-def test_a_signal_ends_the_run_and_the_workers(make: Callable[..., LocalElasticAgent]) -> None:
+def test_a_signal_ends_the_run_and_the_workers(
+    make: Callable[..., LocalElasticAgent], when_waiting: WhenWaiting
+) -> None:
     agent = shell(make, "exec sleep 1000")
-    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM))
-    timer.start()
+    when_waiting(os.kill, os.getpid(), signal.SIGTERM)
     start = time.monotonic()
     with pytest.raises(SignalException) as raised:
         agent.run()
     assert time.monotonic() - start < SOON_S
     assert raised.value.sigval == signal.SIGTERM
     assert all(read_proc_state(pid) is None for pid in pids(agent))
-    timer.join()
 
 
 def test_the_shutdown_timeout_is_the_grace_after_a_failure(

@@ -9,7 +9,6 @@ import select
 import signal
 import subprocess
 import sys
-import threading
 import time
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -32,6 +31,8 @@ pytestmark = pytest.mark.engine
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+    from tests.support.waiting import WhenWaiting
 
 SOON_S = 10.0
 
@@ -283,15 +284,13 @@ def test_redirect_and_tee(tmp_path: Path, method: str, capfd: pytest.CaptureFixt
     assert "err 0" not in err
 
 
-def test_a_signal_ends_the_wait_at_once(tmp_path: Path) -> None:
-    timer = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM))
+def test_a_signal_ends_the_wait_at_once(tmp_path: Path, when_waiting: WhenWaiting) -> None:
     with started(tmp_path, "fork", time.sleep, (1000,)) as context:
-        timer.start()
+        when_waiting(os.kill, os.getpid(), signal.SIGTERM)
         with pytest.raises(SignalException):
             context.wait()
         context.close(signal.SIGTERM)
         assert all(read_proc_state(pid) is None for pid in context.pids().values())
-    timer.join()
 
 
 def test_what_a_worker_left_in_its_group_is_ended(tmp_path: Path) -> None:
