@@ -176,3 +176,46 @@ def make_local_agent(impl: Implementation, store: Any, tmp_path: Path) -> Iterat
     for one in agents:
         one._shutdown(signal.SIGKILL, 5)
         one._pcontext = None
+
+
+@pytest.fixture
+def start(impl: Implementation, tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    """Starts one worker per tuple of arguments: ``start(entrypoint, arguments of rank 0, …)``."""
+    contexts = []
+
+    def build(entrypoint: Any, *args: tuple[Any, ...], **options: Any) -> Any:
+        std = impl.mp.Std
+        folder = options.pop("log_dir", str(tmp_path / "logs"))
+        specs = impl.mp.DefaultLogsSpecs(
+            folder,
+            options.pop("redirects", std.NONE),
+            options.pop("tee", std.NONE),
+            options.pop("local_ranks_filter", None),
+        )
+        env = options.pop("env", {})
+        contexts.append(
+            impl.mp.start_processes(
+                name=options.pop("name", "worker"),
+                entrypoint=entrypoint,
+                args=dict(enumerate(args)),
+                envs={rank: {"RANK": str(rank), **env} for rank in range(len(args))},
+                logs_specs=options.pop("logs_specs", specs),
+                **({"start_method": "fork"} | options),
+            )
+        )
+        return contexts[-1]
+
+    yield build
+    for context in contexts:
+        context.close(signal.SIGKILL, 1)
+    contexts.clear()  # pytest holds on to `build` while it looks for leaks
+
+
+@pytest.fixture
+def shell(start: Callable[..., Any]) -> Callable[..., Any]:
+    """Starts one shell script per rank."""
+
+    def build(*scripts: str, **options: Any) -> Any:
+        return start("/bin/sh", *(("-c", script) for script in scripts), **options)
+
+    return build

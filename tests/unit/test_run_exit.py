@@ -9,57 +9,20 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
+from tests.support.fake_launch import Launch
 
 from ferroelastic import _report, rendezvous, run
 from ferroelastic.multiprocessing import SignalException
 from ferroelastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-
-@pytest.fixture(autouse=True)
-def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in list(os.environ):
-        if name.startswith(("PET_", "TORCHELASTIC_")) or name in ("LOGLEVEL", "PYTHON_EXEC"):
-            monkeypatch.delenv(name)
-    # Set by the launcher; this way it is put back.
-    monkeypatch.setenv("OMP_NUM_THREADS", "3")
-
-
-@pytest.fixture
-def script(tmp_path: Path) -> str:
-    path = tmp_path / "train.py"
-    path.write_text("")
-    return str(path)
-
-
-class Launch:
-    """Stands in for ``elastic_launch``: keeps what it was called with and ends as the test says."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[Any, Any, tuple[Any, ...]]] = []
-        self.error: BaseException | None = None
-
-    def __call__(self, config: Any, entrypoint: Any) -> Callable[..., None]:
-        def launch(*args: Any) -> None:
-            self.calls.append((config, entrypoint, args))
-            if self.error is not None:
-                raise self.error
-
-        return launch
+pytestmark = pytest.mark.usefixtures("launcher_environment")
 
 
 class TextlessError(Exception):
     def __str__(self) -> str:
         raise LookupError
-
-
-@pytest.fixture
-def launch(monkeypatch: pytest.MonkeyPatch) -> Launch:
-    fake = Launch()
-    monkeypatch.setattr(run, "elastic_launch", fake, raising=False)
-    return fake
 
 
 def _failed(exitcode: int, error_file: str = "") -> ChildFailedError:
