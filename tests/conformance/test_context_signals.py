@@ -75,7 +75,7 @@ def test_a_signal_while_closing(
     context.close(signal.SIGTERM, 30)
 
 
-def test_what_a_worker_that_succeeded_leaves_may_finish(
+def test_a_process_left_by_a_worker_that_succeeded_may_finish(
     impl: Implementation, shell: Callable[..., Any], tmp_path: Path
 ) -> None:
     """It is done before the result is there; torch does not wait for it."""

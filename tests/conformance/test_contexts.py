@@ -34,7 +34,7 @@ def test_programs_that_succeed(impl: Implementation, shell: Callable[..., Any]) 
     assert (result.stdouts, result.stderrs) == ({0: "", 1: ""}, {0: "", 1: ""})
 
 
-def test_what_a_context_tells(shell: Callable[..., Any]) -> None:
+def test_attributes_of_a_context(shell: Callable[..., Any]) -> None:
     context = shell("exec sleep 1000", "exec sleep 1000", name="trainer")
     assert (context.name, context.entrypoint, context.nprocs) == ("trainer", "/bin/sh", 2)
     assert context.args == {0: ("-c", "exec sleep 1000"), 1: ("-c", "exec sleep 1000")}
@@ -132,7 +132,9 @@ def test_close_with_another_signal(shell: Callable[..., Any], number: signal.Sig
     assert context.subprocess_handlers[0].proc.poll() == -number
 
 
-def test_who_ignores_the_signal_is_killed_after_the_timeout(shell: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_worker_that_ignores_the_signal_is_killed_after_the_timeout(
+    shell: Callable[..., Any], tmp_path: Path
+) -> None:
     os.mkfifo(tmp_path / "ready")
     context = shell(f"trap '' TERM; echo > {tmp_path}/ready; while :; do sleep 1000; done")
     content(tmp_path / "ready")

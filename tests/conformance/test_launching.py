@@ -46,7 +46,7 @@ def launched(impl: Implementation, monkeypatch: pytest.MonkeyPatch, store: Any) 
 
 
 class TestLaunchAgent:
-    def test_what_the_agent_is_made_of(self, launched: Launched, tmp_path: Path) -> None:
+    def test_arguments_of_the_agent(self, launched: Launched, tmp_path: Path) -> None:
         impl = launched.impl
         chosen = stubs.launch_config(
             impl,

@@ -155,7 +155,7 @@ print(json.dumps([isinstance(one, torchs.RunResult) for one in (before, after, p
 @pytest.mark.parametrize(
     "module", ["ferroelastic", "ferroelastic.run", "ferroelastic.agent.server", "ferroelastic.timer"]
 )
-def test_what_an_import_costs(module: str, tmp_path: Path) -> None:
+def test_an_import_loads_no_heavy_module(module: str, tmp_path: Path) -> None:
     """Launching starts with it: nothing that is heavy and may not be needed."""
     code = f"""
 import importlib

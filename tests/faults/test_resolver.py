@@ -61,7 +61,7 @@ def test_a_failed_job_ends(launch: Launcher, deaf: tuple[str, ...]) -> None:
     assert "unknown-host" in job.errors
 
 
-def test_a_job_that_is_told_to_end_ends(launch: Launcher, deaf: tuple[str, ...]) -> None:
+def test_a_job_ends_after_a_signal(launch: Launcher, deaf: tuple[str, ...]) -> None:
     job = launch.start(
         *deaf, *FERRORUN, "--standalone", "--nproc-per-node=2", *launch.shell("echo ready; exec sleep 1000")
     )

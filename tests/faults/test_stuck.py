@@ -69,7 +69,7 @@ signalled.write(b"%d" % time.monotonic_ns())
 """
 
 
-def test_peers_are_told_to_end_while_python_is_stuck_with_the_gil(launch: Launcher) -> None:
+def test_peers_are_signalled_while_python_is_stuck_with_the_gil(launch: Launcher) -> None:
     launch.gate()
     for rank in range(3):
         os.mkfifo(launch.folder / f"there.{rank}")

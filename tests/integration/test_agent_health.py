@@ -223,7 +223,7 @@ class TestAgent:
         agent._worker_watchdog = None
 
     @pytest.mark.parametrize("port", ["not a port", "", "70000", "1e3"])
-    def test_a_port_that_is_none_is_said_once_and_the_job_runs(
+    def test_an_invalid_port_is_reported_once_and_the_job_runs(
         self,
         make: Callable[..., LocalElasticAgent],
         monkeypatch: pytest.MonkeyPatch,
@@ -237,7 +237,7 @@ class TestAgent:
         assert len(lines) == 1
         assert port in lines[0]
 
-    def test_a_port_in_use_is_said_once_and_the_job_runs(
+    def test_a_port_in_use_is_reported_once_and_the_job_runs(
         self,
         make: Callable[..., LocalElasticAgent],
         monkeypatch: pytest.MonkeyPatch,
@@ -267,7 +267,7 @@ class TestAgent:
             "Not starting healthcheck server: [Errno 13] not here"
         ]
 
-    def test_a_deployments_own_server_is_started_and_stopped_and_not_told(
+    def test_a_deployments_own_server_is_started_and_stopped_and_not_updated(
         self, make: Callable[..., LocalElasticAgent], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         calls: list[str] = []
@@ -283,7 +283,7 @@ class TestAgent:
         assert make("exit 0").run().state == WorkerState.SUCCEEDED
         assert calls == ["start", "stop"]
 
-    def test_a_server_that_was_given_is_told_and_stopped(
+    def test_a_given_server_is_updated_and_stopped(
         self,
         make: Callable[..., LocalElasticAgent],
         serve: Callable[..., HealthCheckServer],

@@ -418,7 +418,7 @@ def test_alive_time(make: Callable[..., LocalElasticAgent], monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("path", [None, "/tmp/chosen"])
-def test_the_watchdog_is_started_told_to_the_workers_and_stopped(
+def test_the_watchdog_is_started_announced_to_the_workers_and_stopped(
     make: Callable[..., LocalElasticAgent], monkeypatch: pytest.MonkeyPatch, path: str | None
 ) -> None:
     monkeypatch.setenv("TORCHELASTIC_ENABLE_FILE_TIMER", "1")
@@ -456,7 +456,7 @@ def test_no_watchdog_unless_asked_for(make: Callable[..., LocalElasticAgent], mo
     assert envs == {0: {}}
 
 
-def test_what_the_watchdog_did_is_an_event(
+def test_actions_of_the_watchdog_are_events(
     make: Callable[..., LocalElasticAgent], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recorded: list[Any] = []

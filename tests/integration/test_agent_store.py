@@ -68,7 +68,7 @@ def test_compare_and_set(store: AgentStore) -> None:
     assert store.compare_set("owner", b"me", "you") == b"you"
 
 
-def test_what_is_there(store: AgentStore) -> None:
+def test_existing_and_missing_keys(store: AgentStore) -> None:
     store.set("a", "1")
     assert (store.check(["a"]), store.check(["a", "b"]), store.check([])) == (True, False, True)
     assert store.num_keys() == 1

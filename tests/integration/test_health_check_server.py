@@ -63,7 +63,7 @@ class TestServer:
 
         assert eventually(is_told, PATIENCE_S), found
 
-    def test_a_callback_that_hangs_is_told_at_once_and_called_once(
+    def test_a_callback_that_hangs_is_reported_at_once_and_called_once(
         self, serve: Callable[..., HealthCheckServer]
     ) -> None:
         calls: list[int] = []
@@ -195,7 +195,7 @@ class TestPorts:
             (0, "no.such.host.invalid", "failed to listen on no.such.host.invalid:0: "),
         ],
     )
-    def test_what_cannot_be_listened_on_is_said_once(
+    def test_an_unusable_port_is_reported_once(
         self,
         serve: Callable[..., HealthCheckServer],
         caplog: pytest.LogCaptureFixture,
@@ -224,7 +224,7 @@ server.stop()
 """
 
 
-def test_a_stuck_interpreter_is_told_at_once() -> None:
+def test_a_stuck_interpreter_is_reported_at_once() -> None:
     with subprocess.Popen(
         [sys.executable, "-c", HOLDS_THE_LOCK], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as child:

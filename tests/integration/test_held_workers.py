@@ -81,7 +81,7 @@ def test_one_that_ends_without_returning_lets_go_of_the_others(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_one_that_has_closed_the_descriptors_is_not_held_and_keeps_nobody(tmp_path: Path, method: str) -> None:
+def test_a_worker_that_has_closed_the_descriptors_is_not_held_and_holds_no_other(tmp_path: Path, method: str) -> None:
     gate = tmp_path / "gate"
     os.mkfifo(gate)
     with started(tmp_path, method, close_descriptors_or_follow, (str(gate),), (str(gate),)) as context:

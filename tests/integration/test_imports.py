@@ -147,7 +147,7 @@ def test_a_launch_of_a_script_and_its_restart_take_nothing_heavy(
     assert "pickle" in launched.others
 
 
-def test_a_failure_is_told_without_torch(place: Place) -> None:
+def test_a_failure_is_reported_without_torch(place: Place) -> None:
     launched = place.ferrorun("--standalone", "--max-restarts=0", "train.py")
     assert launched.code == 3, launched.errors
     assert heavy(launched.launcher, {"torch", "numpy"}) == set()

@@ -293,7 +293,7 @@ def test_a_signal_ends_the_wait_at_once(tmp_path: Path, when_waiting: WhenWaitin
         assert all(read_proc_state(pid) is None for pid in context.pids().values())
 
 
-def test_what_a_worker_left_in_its_group_is_ended(tmp_path: Path) -> None:
+def test_a_process_left_in_the_group_of_a_worker_is_ended(tmp_path: Path) -> None:
     with started(tmp_path, "spawn", start_grandchild, (str(tmp_path / "pid"),)) as context:
         context.shutdown_timeout = 0.1
         assert not finished(context).is_failed()

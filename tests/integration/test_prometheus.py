@@ -34,7 +34,7 @@ def port() -> Iterator[int]:
     server.close()
 
 
-def test_the_format_is_what_was_asked_for(port: int) -> None:
+def test_the_format_is_the_requested_one(port: int) -> None:
     for accept, kind, last in [
         ("*/*", "text/plain; version=0.0.4; charset=utf-8", ""),
         ("application/openmetrics-text;q=0.6,text/plain;q=0.5", "application/openmetrics-text; version=1.0.0", "# EOF"),

@@ -152,7 +152,7 @@ def test_a_deaf_grandchild_of_a_dead_worker_is_killed_too(launch: Launcher, fifo
     assert not is_alive(int(content(tmp_path / "pid")))
 
 
-def test_close_reaches_what_a_finished_worker_left_in_its_group(launch: Launcher, tmp_path: Path) -> None:
+def test_close_ends_processes_in_the_group_of_a_finished_worker(launch: Launcher, tmp_path: Path) -> None:
     context = launch(f"sleep 1000 & echo $! > {tmp_path}/pid")
     context.shutdown_timeout = 0.1
     assert not finished(context).is_failed()
@@ -506,7 +506,7 @@ def test_a_handler_of_its_own(tmp_path: Path) -> None:
     own.close()
 
 
-def test_a_handler_has_what_people_use_of_popen() -> None:
+def test_a_handler_has_the_popen_attributes_in_use() -> None:
     own = handler(["sleep", "1000"])
     assert own.local_rank_id == 0
     assert own.proc.poll() is None

@@ -151,7 +151,7 @@ class TestRegistry:
             assert get_rendezvous_handler(params) is handler
         create.assert_called_once_with(params)
 
-    def test_without_torch_that_is_said(self) -> None:
+    def test_the_missing_torch_is_reported(self) -> None:
         with (
             mock.patch.dict(sys.modules, {"torch": None, "torch.distributed.elastic.rendezvous": None}),
             mock.patch("importlib.import_module", side_effect=ModuleNotFoundError("no torch", name="torch")),

@@ -167,7 +167,7 @@ def test_a_bad_value_is_named_with_the_remedy(option: str, text: str, tmp_path: 
     assert not logs.exists()
 
 
-def test_a_usage_error_is_what_torch_raises_instead() -> None:
+def test_a_usage_error_has_the_type_that_torch_raises() -> None:
     for theirs in (ValueError, AssertionError, RuntimeError):
         assert issubclass(UsageError, theirs)
 
@@ -354,7 +354,7 @@ def test_a_missing_target_starts_nothing(launch: Launch, tmp_path: Path, monkeyp
     assert not launch.calls
 
 
-def test_what_is_there_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_existing_files_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     # A worker has the working directory in its path, the launcher need not.
     (tmp_path / "module_of_test.py").write_text("raise SystemExit('imported')")

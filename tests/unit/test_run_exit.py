@@ -236,7 +236,7 @@ def test_the_owner_of_a_busy_port_is_named(
     )
 
 
-def test_a_rendezvous_that_fails_names_who_listens_there(
+def test_a_rendezvous_that_fails_names_the_process_at_the_port(
     launch: Launch,
     script: str,
     listener: tuple[int, "subprocess.Popen[str]"],
@@ -337,7 +337,7 @@ def test_main_raises_as_torchs(launch: Launch, tmp_path: Path, capfd: pytest.Cap
     capfd.readouterr()
 
 
-def test_what_main_raises_is_torchs_too(launch: Launch, tmp_path: Path) -> None:
+def test_exceptions_of_main_are_those_of_torch(launch: Launch, tmp_path: Path) -> None:
     theirs = pytest.importorskip("torch.distributed.elastic.multiprocessing.errors")
     launch.error = _failed(3)
 

@@ -44,7 +44,7 @@ proptest! {
     }
 
     #[test]
-    fn what_a_client_writes_is_what_is_read(lines in proptest::collection::vec(lines(), 0..8)) {
+    fn requests_of_a_client_are_read_unchanged(lines in proptest::collection::vec(lines(), 0..8)) {
         let (requests, texts): (Vec<_>, Vec<_>) = lines.into_iter().unzip();
         prop_assert_eq!(check(texts.concat().as_bytes()), requests);
     }

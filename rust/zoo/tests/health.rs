@@ -54,7 +54,7 @@ fn every_path_is_answered() {
 }
 
 #[test]
-fn without_anybody_who_answers_the_interpreter_is_stuck_and_that_is_told_at_once() {
+fn without_an_answering_thread_the_interpreter_is_reported_stuck_at_once() {
     let engine = Engine::start().expect("engine");
     let server = serve(&engine);
     let (code, text) = get(server.address(), "/livez");
@@ -73,7 +73,7 @@ fn without_anybody_who_answers_the_interpreter_is_stuck_and_that_is_told_at_once
 }
 
 #[test]
-fn what_the_callback_says_is_the_verdict() {
+fn the_answer_of_the_callback_is_the_verdict() {
     let engine = Engine::start().expect("engine");
     for (answer, code, begins) in [
         (now_s() - 100.0, 503, "no progress for 1"),

@@ -77,7 +77,7 @@ fn a_session_is_known_by_its_leader_and_no_longer_when_the_number_is_somebody_el
 }
 
 #[test]
-fn nobody_leaves_a_cgroup() {
+fn no_helper_leaves_a_cgroup() {
     let Ok(folder) = cgroup::create(&format!("ferro-zoo-{}", std::process::id())) else {
         eprintln!("no cgroup can be made here");
         return;

@@ -13,8 +13,8 @@ use support::{Lines, PATIENCE, all_exits, eventually, is_alive, on_each_backend,
 const KILLED: Status = Status::Signalled { signal: 9, core_dumped: false };
 const TERMINATED: Status = Status::Signalled { signal: 15, core_dumped: false };
 
-on_each_backend!(the_first_failure_stops_the_peers_with_nobody_waiting);
-fn the_first_failure_stops_the_peers_with_nobody_waiting(engine: &Engine) {
+on_each_backend!(the_first_failure_stops_the_peers_without_a_caller_in_wait);
+fn the_first_failure_stops_the_peers_without_a_caller_in_wait(engine: &Engine) {
     let folder = tempfile::tempdir().expect("tempdir");
     let lines = Lines::new(folder.path(), "ready");
     let peer = lines.of(zoo(&["sleep"]));
@@ -37,8 +37,8 @@ fn a_failure_before_arming_counts_too(engine: &Engine) {
     assert_eq!(all_exits(&group)[1].status, TERMINATED);
 }
 
-on_each_backend!(the_deaf_are_killed_after_the_grace_and_not_before);
-fn the_deaf_are_killed_after_the_grace_and_not_before(engine: &Engine) {
+on_each_backend!(workers_that_ignore_sigterm_are_killed_after_the_grace_and_not_before);
+fn workers_that_ignore_sigterm_are_killed_after_the_grace_and_not_before(engine: &Engine) {
     let folder = tempfile::tempdir().expect("tempdir");
     let mut lines = Lines::new(folder.path(), "ready");
     let group = engine.spawn(vec![lines.of(zoo(&["deaf"])); 8]).expect("spawn");
@@ -85,8 +85,8 @@ fn the_group_of_a_leader_that_is_already_dead_is_stopped(engine: &Engine) {
     }
 }
 
-on_each_backend!(a_stopped_worker_takes_the_signal);
-fn a_stopped_worker_takes_the_signal(engine: &Engine) {
+on_each_backend!(a_suspended_worker_takes_the_signal);
+fn a_suspended_worker_takes_the_signal(engine: &Engine) {
     let folder = tempfile::tempdir().expect("tempdir");
     let mut lines = Lines::new(folder.path(), "ready");
     let group = engine.spawn(vec![lines.of(zoo(&["stop"]))]).expect("spawn");
@@ -127,8 +127,8 @@ fn a_helper_that_cleans_up_after_a_killed_worker_has_the_time_to(engine: &Engine
     assert!(cleaned.exists());
 }
 
-on_each_backend!(what_a_worker_has_left_may_finish_in_the_linger_time);
-fn what_a_worker_has_left_may_finish_in_the_linger_time(engine: &Engine) {
+on_each_backend!(a_process_left_by_a_worker_may_finish_in_the_linger_time);
+fn a_process_left_by_a_worker_may_finish_in_the_linger_time(engine: &Engine) {
     let folder = tempfile::tempdir().expect("tempdir");
     let finished = folder.path().join("finished");
     let group = engine.spawn(vec![zoo(&["finisher", finished.to_str().expect("UTF-8")])]).expect("spawn");
@@ -139,8 +139,8 @@ fn what_a_worker_has_left_may_finish_in_the_linger_time(engine: &Engine) {
     assert!(finished.exists());
 }
 
-on_each_backend!(what_has_not_finished_in_the_linger_time_is_named_and_ended);
-fn what_has_not_finished_in_the_linger_time_is_named_and_ended(engine: &Engine) {
+on_each_backend!(a_process_that_outlives_the_linger_time_is_named_and_ended);
+fn a_process_that_outlives_the_linger_time_is_named_and_ended(engine: &Engine) {
     let folder = tempfile::tempdir().expect("tempdir");
     let mut lines = Lines::new(folder.path(), "pid");
     let group = engine.spawn(vec![lines.of(zoo(&["orphan", "0"]))]).expect("spawn");
@@ -156,8 +156,8 @@ fn what_has_not_finished_in_the_linger_time_is_named_and_ended(engine: &Engine) 
     assert!(!is_alive(orphan));
 }
 
-on_each_backend!(closing_the_engine_leaves_nobody);
-fn closing_the_engine_leaves_nobody(engine: &Engine) {
+on_each_backend!(closing_the_engine_ends_all_workers);
+fn closing_the_engine_ends_all_workers(engine: &Engine) {
     let folder = tempfile::tempdir().expect("tempdir");
     let mut lines = Lines::new(folder.path(), "ready");
     let group = engine.spawn(vec![lines.of(zoo(&["deaf"])); 3]).expect("spawn");

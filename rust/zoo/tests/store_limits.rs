@@ -119,13 +119,13 @@ fn descriptors() -> usize {
 }
 
 #[test]
-fn whatever_clients_do_others_are_served_and_memory_is_bounded() {
+fn misbehaving_clients_neither_starve_others_nor_use_up_memory() {
     thousands_that_are_idle_cost_little();
     deaf_ones_cost_what_they_asked_for_once();
     one_that_takes_all_it_can_get_leaves_others_their_turn();
     keys_of_megabytes_are_refused();
     noise_ends_its_own_connection();
-    who_is_killed_in_the_middle_leaves_nothing();
+    a_client_killed_in_the_middle_of_a_request_leaves_nothing();
     without_descriptors_the_server_rests_and_goes_on_later();
 }
 
@@ -247,7 +247,7 @@ fn noise_ends_its_own_connection() {
     }
 }
 
-fn who_is_killed_in_the_middle_leaves_nothing() {
+fn a_client_killed_in_the_middle_of_a_request_leaves_nothing() {
     let server = start();
     let mut client = Client::new(server.address());
     client.ping();

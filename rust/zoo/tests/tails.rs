@@ -56,8 +56,8 @@ fn every_line_of_four_floods_comes_out_whole_and_in_order(engine: &Engine) {
     assert_eq!(console.join().expect("no panic"), [LINES; 4]);
 }
 
-on_each_backend!(a_console_that_nobody_reads_costs_no_line_and_delays_no_exit);
-fn a_console_that_nobody_reads_costs_no_line_and_delays_no_exit(engine: &Engine) {
+on_each_backend!(an_unread_console_costs_no_line_and_delays_no_exit);
+fn an_unread_console_costs_no_line_and_delays_no_exit(engine: &Engine) {
     let folder = tempfile::tempdir().expect("tempdir");
     let path = folder.path().join("log");
     let (reader, writer) = rustix::pipe::pipe().expect("pipe");

@@ -110,8 +110,8 @@ fn sh(script: &str) -> Command {
     Command { argv: words.to_vec(), ..Command::default() }
 }
 
-on_each_backend!(who_misses_a_deadline_is_killed_at_it_and_not_before);
-fn who_misses_a_deadline_is_killed_at_it_and_not_before(engine: &Engine) {
+on_each_backend!(a_worker_that_misses_a_deadline_is_killed_at_it_and_not_before);
+fn a_worker_that_misses_a_deadline_is_killed_at_it_and_not_before(engine: &Engine) {
     let setting = plain(engine);
     let group = setting.sleepers(2);
     let deadline = wall_s() + NEAR_S;
@@ -127,8 +127,8 @@ fn who_misses_a_deadline_is_killed_at_it_and_not_before(engine: &Engine) {
     end(&group);
 }
 
-on_each_backend!(who_releases_in_time_lives_on);
-fn who_releases_in_time_lives_on(engine: &Engine) {
+on_each_backend!(a_worker_that_releases_in_time_lives_on);
+fn a_worker_that_releases_in_time_lives_on(engine: &Engine) {
     let setting = plain(engine);
     let group = setting.sleepers(2);
     let (saved, canary) = (group.pids()[0], group.pids()[1]);
@@ -145,8 +145,8 @@ fn who_releases_in_time_lives_on(engine: &Engine) {
     assert!(setting.watchdog.timers().expect("served").is_empty());
 }
 
-on_each_backend!(a_timer_without_a_signal_is_reported_and_nobody_is_hurt);
-fn a_timer_without_a_signal_is_reported_and_nobody_is_hurt(engine: &Engine) {
+on_each_backend!(a_timer_without_a_signal_is_reported_and_signals_no_process);
+fn a_timer_without_a_signal_is_reported_and_signals_no_process(engine: &Engine) {
     let setting = plain(engine);
     let group = setting.sleepers(1);
     setting.send(&line(group.pids()[0], "soft", wall_s(), 0));
@@ -176,8 +176,8 @@ fn a_process_that_is_not_ours_is_never_signalled(engine: &Engine) {
     .expect("kill");
 }
 
-on_each_backend!(beside_the_workers_of_an_agent_nobody_is_signalled);
-fn beside_the_workers_of_an_agent_nobody_is_signalled(engine: &Engine) {
+on_each_backend!(only_the_workers_of_an_agent_are_signalled);
+fn only_the_workers_of_an_agent_are_signalled(engine: &Engine) {
     let setting = plain(engine);
     let group = setting.sleepers(1);
     let worker = group.pids()[0];
@@ -284,8 +284,8 @@ fn nothing_is_lost_of_a_full_pipe(engine: &Engine) {
     end(&group);
 }
 
-on_each_backend!(ten_million_random_bytes_cost_nobody_anything);
-fn ten_million_random_bytes_cost_nobody_anything(engine: &Engine) {
+on_each_backend!(ten_million_random_bytes_disturb_no_request);
+fn ten_million_random_bytes_disturb_no_request(engine: &Engine) {
     let setting = plain(engine);
     let group = setting.sleepers(2);
     let mut noise = Noise::new();
@@ -324,8 +324,8 @@ fn a_client_that_is_killed_in_the_middle_of_a_line_costs_that_line(engine: &Engi
     all_exits(&group);
 }
 
-on_each_backend!(what_is_at_the_path_already);
-fn what_is_at_the_path_already(engine: &Engine) {
+on_each_backend!(a_file_with_content_and_a_served_pipe_are_refused);
+fn a_file_with_content_and_a_served_pipe_are_refused(engine: &Engine) {
     let folder = tempfile::tempdir().expect("tempdir");
     let path = folder.path().join("pipe");
     let make = || engine.watchdog(Config { path: path.clone(), evidence: Duration::ZERO, py_spy: None });
@@ -353,8 +353,8 @@ fn what_is_at_the_path_already(engine: &Engine) {
     all_exits(&group);
 }
 
-on_each_backend!(who_beats_lives_and_who_stops_to_beat_expires);
-fn who_beats_lives_and_who_stops_to_beat_expires(engine: &Engine) {
+on_each_backend!(a_worker_expires_when_its_heartbeats_stop);
+fn a_worker_expires_when_its_heartbeats_stop(engine: &Engine) {
     let setting = plain(engine);
     let group = setting.sleepers(1);
     let link = setting.folder.path().join("pipe.beats");
@@ -436,8 +436,8 @@ fn a_debugger_that_hangs_does_not_keep_the_watchdog(engine: &Engine) {
     }
 }
 
-on_each_backend!(what_waits_is_told_of_the_end);
-fn what_waits_is_told_of_the_end(engine: &Engine) {
+on_each_backend!(a_waiting_caller_returns_when_the_watchdog_closes);
+fn a_waiting_caller_returns_when_the_watchdog_closes(engine: &Engine) {
     let setting = plain(engine);
     std::thread::scope(|scope| {
         let waiting = scope.spawn(|| setting.watchdog.next_expiries().expect("own process"));
