@@ -226,7 +226,7 @@ fn silent_and_slow_peers_are_dropped() {
 
 on_each_backend!(the_board_shows_workers_as_the_engine_knows_them);
 fn the_board_shows_workers_as_the_engine_knows_them(engine: &Engine) {
-    let server = serve(&engine);
+    let server = serve(engine);
     let group = engine.spawn(vec![zoo(&["exit", "3"]), zoo(&["sleep"])]).expect("spawn");
     support::wait_for(&group, |group| group.exits().ok().filter(|exits| exits.len() == 1));
     // The first has ended before the agent says that it was started.

@@ -236,10 +236,10 @@ fn keys_of_megabytes_are_refused() {
 fn noise_ends_its_own_connection() {
     let server = start();
     let mut client = Client::new(server.address());
-    let mut noise = Noise::new();
+    let mut random = Noise::new();
     let mut bytes = vec![0; 1_000_000];
     for round in 0..50 {
-        noise.fill(&mut bytes);
+        random.fill(&mut bytes);
         let mut noisy = if round % 2 == 0 { Client::new(server.address()) } else { Client::unknown(server.address()) };
         let _ = noisy.0.write_all(&bytes);
         assert!(noisy.ends());
