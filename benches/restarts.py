@@ -19,7 +19,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tests.acceptance.two_nodes import (  # noqa: E402  # found only now
+from tests.support.harness import FERRORUN, Launcher  # noqa: E402  # found only now
+from tests.support.two_nodes import (  # noqa: E402  # found only now
     AGENT_KILLED,
     LINK_DOWN,
     WORKER_KILLED,
@@ -30,7 +31,6 @@ from tests.acceptance.two_nodes import (  # noqa: E402  # found only now
     on_loopback,
     on_network,
 )
-from tests.faults.harness import FERRORUN, Launcher  # noqa: E402  # found only now
 
 SIDES = {"torchrun": (sys.executable, "-m", "torch.distributed.run"), "ferrorun": FERRORUN}
 # A job that does not come back takes a minute to be sure of that.

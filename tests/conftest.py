@@ -7,16 +7,13 @@ import importlib.util
 import os
 import signal
 import sys
-import threading
-import time
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
 # A function worker that is spawned imports the test's module by its name, `tests.integration.test_...`.
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -29,57 +26,8 @@ os.environ.setdefault("RES_OPTIONS", "use-vc timeout:1 attempts:1")
 for _variable in ("VIRTUAL_ENV", "CONDA_PREFIX"):
     os.environ.pop(_variable, None)
 
-_SETTLE_S = 5.0
-_HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
-
-
-def eventually(condition: Callable[[], bool], timeout_s: float = _SETTLE_S) -> bool:
-    """Whether ``condition`` becomes true in time. For facts that nothing reports."""
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.005)
-    return True
-
-
-def _descriptors() -> dict[int, str]:
-    found = {}
-    for name in os.listdir("/proc/self/fd"):
-        with suppress(FileNotFoundError):  # the one that the listing itself used
-            found[int(name)] = os.readlink(f"/proc/self/fd/{name}")
-    return found
-
-
-def _children() -> dict[int, str]:
-    """Processes whose parent is this one, zombies included."""
-    found = {}
-    for name in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            stat = Path(f"/proc/{name}/stat").read_text(encoding="utf-8", errors="replace")
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        command, _, fields = stat.rpartition(")")
-        if int(fields.split()[1]) == os.getpid():
-            found[int(name)] = f"{command}) {fields.split()[0]}"
-    return found
-
-
-def _threads() -> dict[int, str]:
-    """Python's threads, and the native ones of this package."""
-    found = {thread.native_id or 0: thread.name for thread in threading.enumerate()}
-    for task in os.listdir("/proc/self/task"):
-        try:
-            name = Path(f"/proc/self/task/{task}/comm").read_text(encoding="utf-8").strip()
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if name.startswith("ferro"):
-            found[int(task)] = name
-    return found
-
-
-def _snapshot() -> dict[str, dict[int, str]]:
-    return {"descriptors": _descriptors(), "children": _children(), "threads": _threads()}
+from tests.support.leaks import HANDLED_SIGNALS, snapshot  # noqa: E402  # found on the path that is set above
+from tests.support.waiting import WhenWaiting, eventually  # noqa: E402  # as above
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -99,15 +47,15 @@ def _process_wide_things() -> None:
 
 @pytest.fixture(autouse=True)
 def _nothing_left_behind() -> Iterator[None]:
-    handlers = {number: signal.getsignal(number) for number in _HANDLED}
-    before = _snapshot()
+    handlers = {number: signal.getsignal(number) for number in HANDLED_SIGNALS}
+    before = snapshot()
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
     assert signal.set_wakeup_fd(-1) == -1
 
     def leaked() -> dict[str, dict[int, str]]:
-        now = _snapshot()
+        now = snapshot()
         # A number that was reused for something else counts as well.
         leaks = {kind: dict(now[kind].items() - before[kind].items()) for kind in before}
         leaks["children"] = {pid: what for pid, what in leaks["children"].items() if pid not in before["children"]}
@@ -116,3 +64,11 @@ def _nothing_left_behind() -> Iterator[None]:
     if leaked():
         gc.collect()  # takes long with torch loaded, so not for every test
     assert eventually(lambda: not leaked()), f"left behind: {leaked()}"
+
+
+@pytest.fixture
+def when_waiting() -> Iterator[WhenWaiting]:
+    """Schedules calls for the moment at which the main thread waits: ``when_waiting(os.kill, os.getpid(), signal.SIGTERM)``."""
+    calls = WhenWaiting()
+    yield calls
+    calls.close()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from tests.faults.harness import FERRORUN, Launcher, free_port
+from tests.support.harness import FERRORUN, Launcher
+from tests.support.ports import free_port
 
 pytest.importorskip("torch")
 
@@ -11,7 +12,7 @@ RESTARTS = 20
 
 # A round of talk in which everybody has a say; then the last rank dies, in all attempts but the last one. The others leave without
 # ceremony: where Python ends while a thread of gloo's lets go of its last tensor, torch 2.13 aborts.
-TALK = """
+WORKER_FAILS_EVERY_ATTEMPT = """
 import os, signal, sys
 import torch
 import torch.distributed as dist
@@ -31,7 +32,7 @@ os._exit(0)
 """
 
 # The same with one death in all, on whatever node: the number of restarts is each agent's own.
-TALK_ONCE = """
+WORKER_FAILS_ONCE = """
 import os, sys
 from pathlib import Path
 import torch
@@ -59,7 +60,7 @@ def attempts(count: int) -> list[str]:
 
 
 def test_every_one_of_many_restarts_comes_back(launch: Launcher) -> None:
-    job = launch(f"--max-restarts={RESTARTS}", launch.write("talk.py", TALK), str(RESTARTS))
+    job = launch(f"--max-restarts={RESTARTS}", launch.write("worker.py", WORKER_FAILS_EVERY_ATTEMPT), str(RESTARTS))
     assert job.end(timeout_s=170) == 0, job.story
     assert job.output.decode().splitlines() == attempts(RESTARTS)
 
@@ -71,7 +72,7 @@ def test_restarts_come_back_at_a_port_that_was_given(launch: Launcher, backend: 
         "static": ("--nnodes=1", "--master-addr=127.0.0.1", f"--master-port={port}"),
         "c10d": ("--nnodes=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}", "--rdzv-id=given"),
     }
-    script = launch.write("talk.py", TALK)
+    script = launch.write("worker.py", WORKER_FAILS_EVERY_ATTEMPT)
     job = launch("--max-restarts=3", script, "3", launcher=(*FERRORUN, *flags[backend]))
     assert job.end() == 0, job.story
     assert job.output.decode().splitlines() == attempts(3)
@@ -79,7 +80,7 @@ def test_restarts_come_back_at_a_port_that_was_given(launch: Launcher, backend: 
 
 def test_two_agents_come_back_together(launch: Launcher) -> None:
     flags = ("--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{free_port()}", "--rdzv-id=two")
-    script = launch.write("talk.py", TALK_ONCE)
+    script = launch.write("worker.py", WORKER_FAILS_ONCE)
     agents = [launch("--max-restarts=3", script, nproc=1, launcher=(*FERRORUN, *flags)) for _ in range(2)]
     assert [agent.end() for agent in agents] == [0, 0], [agent.story for agent in agents]
     said = sorted(line for agent in agents for line in agent.output.decode().splitlines())

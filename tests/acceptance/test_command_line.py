@@ -10,7 +10,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from tests.faults.harness import FERRORUN, Launcher
+from tests.support.harness import FERRORUN, Launcher
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from tests.acceptance.dap import PATIENCE_S, Session
-from tests.conftest import eventually
+from tests.support.debug_adapter import PATIENCE_S, Session
+from tests.support.waiting import eventually
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

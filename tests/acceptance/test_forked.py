@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from tests.faults.harness import ROOT
+from tests.support.harness import ROOT
 
 pytest.importorskip("torch")
 

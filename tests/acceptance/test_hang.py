@@ -6,7 +6,7 @@ import os
 import signal
 
 import pytest
-from tests.faults.harness import ALONE, ROOT, Launcher
+from tests.support.harness import ALONE, ROOT, Launcher
 
 from ferroelastic.timer import FileTimerServer
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from tests.conftest import eventually
+from tests.support.waiting import eventually
 
 from ferroelastic.utils.process_state import read_proc_state
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import TYPE_CHECKING
 
 import pytest
-from tests.faults.harness import Launcher, free_port
+from tests.support.ports import free_port
+
+if TYPE_CHECKING:
+    from tests.support.harness import Launcher
 
 pytest.importorskip("torch")
 pytestmark = pytest.mark.engine

@@ -8,7 +8,9 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.acceptance.two_nodes import (
+from tests.support.harness import FERRORUN, Job, Launcher
+from tests.support.ports import free_port
+from tests.support.two_nodes import (
     AGENT_KILLED,
     LINK,
     LINK_DOWN,
@@ -23,8 +25,7 @@ from tests.acceptance.two_nodes import (
     on_loopback,
     on_network,
 )
-from tests.conftest import eventually
-from tests.faults.harness import FERRORUN, LONG_S, Job, Launcher, free_port
+from tests.support.waiting import LONG_S, eventually
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -223,7 +224,7 @@ with socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "127.0.0.2", "localhost", "::1"])
-def test_workers_reach_their_store_at_the_address_that_they_are_told(launch: Launcher, address: str) -> None:
+def test_workers_reach_their_store_at_the_given_address(launch: Launcher, address: str) -> None:
     job = launch(f"--local-addr={address}", launch.write("connect.py", CONNECT), nproc=1)
     assert job.end() == 0, job.story
     assert job.output.decode().strip() == {"localhost": "127.0.0.1"}.get(address, address)
@@ -238,12 +239,12 @@ store.set(b"/remote_error", (0).to_bytes(4, "little"))
 """
 
 
-def test_who_leaves_word_of_an_error_and_exits_has_failed_with_its_own_code(launch: Launcher) -> None:
+def test_a_worker_that_leaves_a_note_of_an_error_and_exits_has_failed_with_its_own_code(launch: Launcher) -> None:
     job = launch(launch.write("word.py", LEAVE_WORD.format(then="sys.exit(7)")), nproc=1)
     assert job.end() == 7, job.story
 
 
-def test_who_leaves_word_of_an_error_and_stays_is_stopped(launch: Launcher) -> None:
+def test_a_worker_that_leaves_a_note_of_an_error_and_stays_is_stopped(launch: Launcher) -> None:
     job = launch(launch.write("word.py", LEAVE_WORD.format(then="import select; select.select([], [], [])")), nproc=1)
     assert job.end() == 1, job.story
     assert "rank 0 wrote /remote_error to the store, and no restart is left" in job.errors

@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 import pytest
-from tests.faults.harness import FERRORUN, ROOT, Launcher
+from tests.support.harness import FERRORUN, ROOT, Launcher
 
 pytest.importorskip("torch")
 

@@ -24,9 +24,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tests.acceptance.two_nodes import LINK, ip, on_network
-from tests.conftest import eventually
-from tests.faults.harness import FERRORUN, Job, Launcher
+from tests.support.harness import FERRORUN, Job, Launcher
+from tests.support.two_nodes import LINK, ip, on_network
+from tests.support.waiting import eventually
 
 if TYPE_CHECKING:
     from collections.abc import Callable

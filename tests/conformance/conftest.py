@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from tests.conformance import stubs
 from tests.conformance.implementations import OURS, TORCH, Implementation
-from tests.conftest import _HANDLED, _children, _descriptors, eventually
+from tests.support.leaks import HANDLED_SIGNALS, children, descriptors
+from tests.support.waiting import eventually
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -80,14 +81,14 @@ def _nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
         return
     # torch leaves threads (of its rendezvous and its log tailers), semaphores of its result queues and the files of both
     # behind until they are garbage, or for good. Processes it must not leave: they would disturb the tests that follow.
-    handlers = {number: signal.getsignal(number) for number in _HANDLED}
-    before, descriptors = _children(), _descriptors()
+    handlers = {number: signal.getsignal(number) for number in HANDLED_SIGNALS}
+    before, descriptors_before = children(), descriptors()
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    if _descriptors().keys() - descriptors.keys():
+    if descriptors().keys() - descriptors_before.keys():
         gc.collect()  # here, where its warnings of unclosed files are expected
-    assert eventually(lambda: not _children().keys() - before.keys()), f"left behind: {_children()}"
+    assert eventually(lambda: not children().keys() - before.keys()), f"left behind: {children()}"
 
 
 @pytest.fixture(autouse=True)
@@ -175,3 +176,46 @@ def make_local_agent(impl: Implementation, store: Any, tmp_path: Path) -> Iterat
     for one in agents:
         one._shutdown(signal.SIGKILL, 5)
         one._pcontext = None
+
+
+@pytest.fixture
+def start(impl: Implementation, tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    """Starts one worker per tuple of arguments: ``start(entrypoint, arguments of rank 0, …)``."""
+    contexts = []
+
+    def build(entrypoint: Any, *args: tuple[Any, ...], **options: Any) -> Any:
+        std = impl.mp.Std
+        folder = options.pop("log_dir", str(tmp_path / "logs"))
+        specs = impl.mp.DefaultLogsSpecs(
+            folder,
+            options.pop("redirects", std.NONE),
+            options.pop("tee", std.NONE),
+            options.pop("local_ranks_filter", None),
+        )
+        env = options.pop("env", {})
+        contexts.append(
+            impl.mp.start_processes(
+                name=options.pop("name", "worker"),
+                entrypoint=entrypoint,
+                args=dict(enumerate(args)),
+                envs={rank: {"RANK": str(rank), **env} for rank in range(len(args))},
+                logs_specs=options.pop("logs_specs", specs),
+                **({"start_method": "fork"} | options),
+            )
+        )
+        return contexts[-1]
+
+    yield build
+    for context in contexts:
+        context.close(signal.SIGKILL, 1)
+    contexts.clear()  # pytest holds on to `build` while it looks for leaks
+
+
+@pytest.fixture
+def shell(start: Callable[..., Any]) -> Callable[..., Any]:
+    """Starts one shell script per rank."""
+
+    def build(*scripts: str, **options: Any) -> Any:
+        return start("/bin/sh", *(("-c", script) for script in scripts), **options)
+
+    return build

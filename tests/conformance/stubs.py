@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+    from pathlib import Path
 
     from tests.conformance.implementations import Implementation
 
@@ -203,3 +204,25 @@ class _Call(threading.Thread):
         if error is not None:
             raise error
         return value
+
+
+def launch_config(impl: Implementation, tmp_path: Path, **fields: Any) -> Any:
+    """A job on this node alone."""
+    std = impl.mp.Std
+    specs = impl.mp.DefaultLogsSpecs(
+        str(tmp_path / "logs"), std[fields.pop("redirects", "NONE")], std[fields.pop("tee", "NONE")]
+    )
+    chosen = {
+        "min_nodes": 1,
+        "max_nodes": 1,
+        "nproc_per_node": 2,
+        "run_id": "my_run",
+        "rdzv_backend": "c10d",
+        "rdzv_endpoint": "localhost:0",
+        "max_restarts": 0,
+        "monitor_interval": 0.02,
+        "start_method": "fork",
+        "logs_specs": specs,
+        **fields,
+    }
+    return impl.launcher.api.LaunchConfig(**chosen)

@@ -165,7 +165,7 @@ def test_a_watchdog_and_a_restart(
         server.stop.assert_called_once_with()
 
 
-def test_a_pipe_without_a_watchdog_is_told_to_the_workers(
+def test_workers_get_the_pipe_also_without_a_watchdog(
     impl: Implementation, make_local_agent: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = impl("agent.server.local_elastic_agent")
@@ -177,7 +177,7 @@ def test_a_pipe_without_a_watchdog_is_told_to_the_workers(
     assert envs == {0: {"TORCHELASTIC_TIMER_FILE": "/tmp/pipe"}}
 
 
-def test_what_the_watchdog_did_is_an_event(make_local_agent: Callable[..., Any], event_log: Any) -> None:
+def test_actions_of_the_watchdog_are_events(make_local_agent: Callable[..., Any], event_log: Any) -> None:
     agent = make_local_agent("/bin/true", event_log_handler=event_log.name)
     request = mock.Mock(worker_pid=12, scope_id="step", expiration_time=3.5, signal=9)
     agent._log_watchdog_event("kill worker process", request)

@@ -61,7 +61,7 @@ class TestProcessFailure:
         assert failure.signal_name() == "<N/A>"
         assert failure.message == "Signal 200 (<N/A>) received by PID 997"
 
-    def test_what_one_failure_says_stays_its_own(self, impl: Implementation, make: Callable[..., Any]) -> None:
+    def test_failures_do_not_share_their_messages(self, impl: Implementation, make: Callable[..., Any]) -> None:
         make()
         later = make(exitcode=-9)
         shared = impl.expect(
@@ -199,7 +199,7 @@ Root Cause (first observed failure):
             ({"extraInfo": {"timestamp": 1}}, "<N/A>"),
         ],
     )
-    def test_what_is_shown_of_a_message(
+    def test_the_shown_part_of_a_message(
         self, impl: Implementation, make: Callable[..., Any], message: Any, shown: str
     ) -> None:
         text = str(impl.errors.ChildFailedError("x", {0: make({"message": message})}))

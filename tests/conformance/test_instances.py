@@ -171,7 +171,7 @@ def test_each_records_the_failures_of_the_other(
 
 @pytest.mark.parametrize("reader", [torchs, ours], ids=repr)
 @pytest.mark.parametrize("writer", [torchs, ours], ids=repr)
-def test_each_reads_what_the_other_has_recorded(
+def test_each_reads_the_records_of_the_other(
     reader: Implementation, writer: Implementation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
@@ -303,7 +303,7 @@ def test_a_running_context_is_torchs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["agent.server.api:RunResult", "multiprocessing.errors:ChildFailedError"])
-def test_what_was_pickled_beside_torch_is_read_without(name: str, tmp_path: Path) -> None:
+def test_objects_pickled_beside_torch_are_read_without_torch(name: str, tmp_path: Path) -> None:
     made = SAMPLES[name](ours)
     (tmp_path / "pickle").write_bytes(pickle.dumps(made))
     code = (

@@ -8,9 +8,9 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.conftest import eventually
-from tests.faults.harness import FERRORUN, LONG_S, Job, Launcher, launch, zoo
-from tests.faults.stopping import port_for_one
+from tests.support.harness import FERRORUN, Job, Launcher, launch, zoo
+from tests.support.ports import port_for_one
+from tests.support.waiting import LONG_S, eventually
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -37,7 +37,7 @@ class TestStd:
         assert all(isinstance(std, impl.mp.Std) for std in by_rank.values())
 
     @pytest.mark.parametrize("text", ["", "4", "-1", "33", "0:4", "0:", ":1", "0:1,", ",0:1", "0:1;1:1", "a:1", "0:1 "])
-    def test_what_is_no_mask(self, impl: Implementation, text: str) -> None:
+    def test_invalid_masks(self, impl: Implementation, text: str) -> None:
         with pytest.raises(ValueError, match=text or "mask|match"):
             impl.mp.Std.from_str(text)
 
@@ -82,7 +82,7 @@ class TestGetStdCm:
 
 
 class TestLogsSpecs:
-    def test_what_a_subclass_gets(self, impl: Implementation) -> None:
+    def test_arguments_of_a_subclass(self, impl: Implementation) -> None:
         class Specs(impl.mp.LogsSpecs):  # type: ignore[misc,name-defined]  # whose class is known when the test runs
             def reify(self, envs: Any) -> Any:
                 return impl.mp.LogsDest()
@@ -147,7 +147,7 @@ class TestDefaultLogsSpecs:
         assert sorted(path.name for path in (run_folder / "attempt_0").iterdir()) == ["0", "1", "2"]
         assert isinstance(dest, impl.mp.LogsDest)
 
-    def test_the_workers_are_told_their_error_file(
+    def test_workers_get_their_error_file(
         self, impl: Implementation, tmp_path: Path, envs: dict[int, dict[str, str]]
     ) -> None:
         expected = {rank: dict(env) for rank, env in envs.items()}

@@ -117,7 +117,7 @@ def test_a_failure_of_a_class_with_slots() -> None:
     assert failed_at_ns(failure) == 18 * 10**9 - 1
 
 
-def test_the_report_of_a_hang_leaves_what_torchs_failures_share() -> None:
+def test_the_report_of_a_hang_does_not_change_the_data_that_torchs_failures_share() -> None:
     failure = torchs.errors.ProcessFailure(local_rank=0, pid=999, exitcode=-9, error_file="none")
     expiry: Any = SimpleNamespace(
         pid=999, scope="step", expiration_time=17.0, late_ns=0, signal=9, outcome="signalled", evidence=()

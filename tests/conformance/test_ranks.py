@@ -58,7 +58,7 @@ def test_agents_of_different_roles(impl: Implementation, store: Any) -> None:
     ]
 
 
-def test_what_is_in_the_store(impl: Implementation, store: Any) -> None:
+def test_keys_in_the_store(impl: Implementation, store: Any) -> None:
     """Agents of both kinds can take part in one job."""
     assign(impl, store, [("ps", 1), ("trainer", 2)])
     assert json.loads(store.get("torchelastic/role_info/1")) == {"role": "trainer", "rank": 1, "local_world_size": 2}

@@ -76,7 +76,7 @@ class TestRecord:
             "nanoseconds", torch=set(), ours={"timestamp_ns"}
         )
 
-    def test_what_was_recorded_becomes_a_failure(self, impl: Implementation, error_file: Path) -> None:
+    def test_a_record_becomes_a_failure(self, impl: Implementation, error_file: Path) -> None:
         with pytest.raises(KeyError):
             impl.errors.record({}.pop)("missing")
         failure = impl.errors.ProcessFailure(0, 1, 2, str(error_file))
@@ -250,7 +250,7 @@ class TestErrorHandler:
         assert list(tmp_path.iterdir()) == [child]
 
     @pytest.mark.parametrize("content", [None, "{"])
-    def test_dumping_what_cannot_be_read(
+    def test_dumping_an_unreadable_file(
         self, impl: Implementation, error_file: Path, tmp_path: Path, content: str | None
     ) -> None:
         child = tmp_path / "child.json"

@@ -37,7 +37,7 @@ class TestParameters:
             ("b", 3, 2, r"The maximum number of rendezvous nodes \(2\) must be greater than or equal to the minimum"),
         ],
     )
-    def test_what_cannot_work(self, impl: Implementation, backend: Any, least: int, most: int, message: str) -> None:
+    def test_invalid_parameters(self, impl: Implementation, backend: Any, least: int, most: int, message: str) -> None:
         with pytest.raises(ValueError, match=message):
             impl.rendezvous.RendezvousParameters(backend, "host:1", "run", least, most)
 

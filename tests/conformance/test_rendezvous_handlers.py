@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from tests.conformance import stubs
-from tests.conftest import eventually
-from tests.faults.harness import free_port
+from tests.support.ports import free_port
+from tests.support.waiting import eventually
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -135,7 +135,7 @@ class TestTwoNodes:
             infos = stubs.call_in_threads([one.next_rendezvous, follow])
             assert sorted(info.rank for info in infos) == [0, 1]
 
-    def test_what_workers_find_in_the_second_round(self, impl: Implementation) -> None:
+    def test_keys_of_workers_in_the_second_round(self, impl: Implementation) -> None:
         torch = pytest.importorskip("torch.distributed")
         with meeting(impl, "c10d", 2) as handlers:
             for _ in range(2):

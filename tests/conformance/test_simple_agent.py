@@ -419,7 +419,7 @@ def test_events_of_the_agent_itself(impl: Implementation, make: Callable[..., An
     assert isinstance(event, impl("events").Event)
 
 
-def test_durations_are_recorded_also_of_what_fails(make: Callable[..., Any], event_log: Any) -> None:
+def test_durations_are_recorded_also_after_an_error(make: Callable[..., Any], event_log: Any) -> None:
     agent = make(event_log_handler=event_log.name)
     with pytest.raises(KeyError), agent.record_duration("MY_STEP"):
         raise KeyError

@@ -47,7 +47,7 @@ class TestStore:
             module.barrier(store, 2, "key", barrier_timeout=0.01)
         assert issubclass(module.DistStoreError, RuntimeError)
 
-    def test_who_is_missing(self, impl: Implementation, store: Any) -> None:
+    def test_missing_ranks(self, impl: Implementation, store: Any) -> None:
         import torch.distributed
 
         message = (
@@ -58,7 +58,7 @@ class TestStore:
         with pytest.raises(torch.distributed.DistStoreError, match=message):
             barrier(store, 3, "key", 0.01, rank=0, rank_tracing_decoder="<{}>".format, trace_timeout=0.01)
 
-    def test_who_is_missing_asked_by_another(self, impl: Implementation, store: Any) -> None:
+    def test_missing_ranks_asked_by_another_rank(self, impl: Implementation, store: Any) -> None:
         import torch.distributed
 
         store.set("key/TRACING_GATE", "")

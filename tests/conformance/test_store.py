@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from tests.conformance.implementations import OURS, TORCH
-from tests.conformance.raw_store import RawClient
 from tests.conformance.stores import connect, serving
+from tests.support.raw_store import RawClient
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

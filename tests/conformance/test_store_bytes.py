@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 from tests.conformance.implementations import OURS, TORCH
-from tests.conformance.raw_store import (
+from tests.conformance.stores import serving
+from tests.support.raw_store import (
     ADD,
     APPEND,
     BARRIER,
@@ -35,7 +36,6 @@ from tests.conformance.raw_store import (
     request,
     sized,
 )
-from tests.conformance.stores import serving
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -362,7 +362,7 @@ class TestWait:
         put(other, b"a", b"")
         assert client.ask(request(CANCEL_WAIT), 2) == STOP_WAITING + WAIT_CANCELED
 
-    def test_who_waits_may_go_away(self, connect: Connections) -> None:
+    def test_a_waiting_client_may_disconnect(self, connect: Connections) -> None:
         client, other = connect(), connect()
         client.send(request(WAIT, keys(b"a", b"b")))
         client.fence()
@@ -382,7 +382,7 @@ class TestWait:
 
 
 class TestQueue:
-    def test_one_of_those_who_wait_is_told(self, connect: Connections) -> None:
+    def test_one_waiting_client_is_answered(self, connect: Connections) -> None:
         first, second, pusher = connect(), connect(), connect()
         for client in (first, second):
             client.send(request(WAIT, keys(b"q")))
@@ -451,20 +451,20 @@ class TestBarrier:
         assert clients[2].ask(request(DELETE_KEY, sized(b"b")), 8) == i64(1)
         assert self.enter(clients[2], 2) == b"", "begins anew"
 
-    def test_who_gives_up_has_been_there(self, connect: Connections) -> None:
+    def test_a_client_that_cancels_has_been_counted(self, connect: Connections) -> None:
         first, second = connect(), connect()
         assert self.enter(first, 2) == b""
         assert first.ask(request(CANCEL_WAIT), 1) == WAIT_CANCELED
         assert self.enter(second, 2) == STOP_WAITING
         assert first.fence() == b""
 
-    def test_who_goes_away_has_been_there(self, connect: Connections) -> None:
+    def test_a_client_that_disconnects_has_been_counted(self, connect: Connections) -> None:
         first, second = connect(), connect()
         assert self.enter(first, 2) == b""
         first.close()
         assert self.enter(second, 2) == STOP_WAITING
 
-    def test_who_waits_for_the_key_is_told_when_it_is_full(self, connect: Connections) -> None:
+    def test_a_client_that_waits_for_the_key_is_answered_when_it_is_full(self, connect: Connections) -> None:
         waiting, first, second = connect(), connect(), connect()
         waiting.send(request(WAIT, keys(b"b")))
         assert waiting.fence() == b"", "it waits before there is a barrier"

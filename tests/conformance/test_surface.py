@@ -116,7 +116,7 @@ def test_interfaces(modules: Modules) -> None:
     report(name for name in missing if not is_absent_on_purpose(name))
 
 
-def test_what_is_exported_exists(modules: Modules) -> None:
+def test_exported_names_exist(modules: Modules) -> None:
     report(name for name in getattr(modules.ours, "__all__", ()) if not hasattr(modules.ours, name))
 
 
@@ -321,7 +321,7 @@ def options(parser: argparse.ArgumentParser) -> dict[str, Any]:
 # ---- the list of what is not here
 
 
-def test_what_is_listed_as_absent_is_absent() -> None:
+def test_names_listed_as_absent_are_absent() -> None:
     """A name that has come is to be struck off."""
     found = set()
     for path in PATHS:

@@ -50,7 +50,7 @@ class TestEvent:
         ("text", "error"),
         [("{", ValueError), ('{"name": "x"}', KeyError), ('{"name": "x", "source": "NOBODY"}', KeyError)],
     )
-    def test_what_is_no_event(self, impl: Implementation, text: str, error: type[Exception]) -> None:
+    def test_text_that_is_not_an_event(self, impl: Implementation, text: str, error: type[Exception]) -> None:
         with pytest.raises(error):
             impl("events").Event.deserialize(text)
 
@@ -157,12 +157,12 @@ class TestRendezvousEvents:
         api._events_loggers.pop("dynamic_rendezvous", None)
         logger.handlers[:] = before
 
-    def test_what_is_told(self, impl: Implementation, lines: list[str]) -> None:
+    def test_recorded_fields(self, impl: Implementation, lines: list[str]) -> None:
         api = impl("events")
         api.construct_and_record_rdzv_event("run", "joined", api.NodeState.RUNNING, rank=1, master_endpoint="m:1")
         (event,) = map(api.RdzvEvent.deserialize, lines)
         assert event == api.RdzvEvent(
-            name="test_telemetry.py:test_what_is_told",
+            name="test_telemetry.py:test_recorded_fields",
             run_id="run",
             message="joined",
             hostname=socket.getfqdn(),
@@ -172,7 +172,7 @@ class TestRendezvousEvents:
             rank=1,
         )
 
-    def test_what_the_caller_says(self, impl: Implementation, lines: list[str]) -> None:
+    def test_fields_from_the_caller(self, impl: Implementation, lines: list[str]) -> None:
         api = impl("events")
         try:
             raise ValueError("lost")

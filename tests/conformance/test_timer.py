@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from tests.conformance.implementations import module_name
-from tests.conftest import eventually
+from tests.support.waiting import eventually
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -370,7 +370,7 @@ class TestFileTimerServer:
         file_timer.server.clear_timers(set())
         assert file_timer.server._timers == {}
 
-    def test_what_is_asked_of_a_server(self, file_timer: FileTimer) -> None:
+    def test_methods_of_a_server(self, file_timer: FileTimer) -> None:
         server, later = file_timer.server, time.time() + 1000
         make = file_timer.impl("timer").FileTimerRequest
         mine = [make(os.getpid(), "a", later, 9), make(os.getpid(), "b", later + 1, 9)]
@@ -426,7 +426,7 @@ class TestFileTimerServer:
         server.run_once()
         assert server._request_count == file_timer.impl.expect("broken-lines", torch=0, ours=1)
 
-    def test_a_process_of_somebody_else(self, file_timer: FileTimer) -> None:
+    def test_a_process_that_is_not_a_descendant(self, file_timer: FileTimer) -> None:
         """Its parent has ended, so that it is nobody's."""
         found = subprocess.run(
             ["sh", "-c", "sleep 1000 >&- & echo $!"], stdout=subprocess.PIPE, check=True, timeout=LONG_S
@@ -475,7 +475,7 @@ class TestFileTimerClient:
         yield path, reader
         os.close(reader)
 
-    def test_what_is_written(self, impl: Implementation, pipe: tuple[str, int]) -> None:
+    def test_the_written_request(self, impl: Implementation, pipe: tuple[str, int]) -> None:
         client = impl("timer").FileTimerClient(pipe[0], signal.SIGTERM)
         client.acquire('a "scope" \N{SNOWMAN}', 1700000000.125)
         client.release("b")
@@ -547,7 +547,7 @@ AGENT = """
 import signal, sys
 from tests.conformance import stubs
 from tests.conformance.implementations import Implementation
-from tests.memory_store import MemoryStore
+from tests.support.memory_store import MemoryStore
 impl = Implementation(sys.argv[1])
 handler = stubs.rendezvous(impl, MemoryStore())
 worker = (sys.executable, "-c", open(sys.argv[2]).read(), impl("timer").__name__)

@@ -79,7 +79,7 @@ def test_an_agent_runs(tmp_path: Path) -> None:
     code = """
 from tests.conformance import stubs, workers
 from tests.conformance.implementations import OURS, Implementation
-from tests.memory_store import MemoryStore
+from tests.support.memory_store import MemoryStore
 impl = Implementation(OURS)
 module = impl("agent.server.local_elastic_agent")
 
@@ -155,7 +155,7 @@ print(json.dumps([isinstance(one, torchs.RunResult) for one in (before, after, p
 @pytest.mark.parametrize(
     "module", ["ferroelastic", "ferroelastic.run", "ferroelastic.agent.server", "ferroelastic.timer"]
 )
-def test_what_an_import_costs(module: str, tmp_path: Path) -> None:
+def test_an_import_loads_no_heavy_module(module: str, tmp_path: Path) -> None:
     """Launching starts with it: nothing that is heavy and may not be needed."""
     code = f"""
 import importlib

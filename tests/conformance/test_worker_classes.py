@@ -39,7 +39,7 @@ class TestWorkerSpec:
     @pytest.mark.parametrize(
         "wrong", [{"local_world_size": 0}, {"local_world_size": -1}, {"monitor_interval": 0}, {"entrypoint": None}]
     )
-    def test_what_cannot_work_is_refused(self, impl: Implementation, wrong: dict[str, Any]) -> None:
+    def test_invalid_specifications_are_refused(self, impl: Implementation, wrong: dict[str, Any]) -> None:
         with pytest.raises(AssertionError) as raised:
             stubs.spec(impl, **wrong)
         assert bool(str(raised.value)) == impl.expect("named-values", torch=False, ours=True)

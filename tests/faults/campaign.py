@@ -24,10 +24,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tests.conftest import eventually
 from tests.faults.campaign_cases import CONT, HELPER, KILL, NESTED, STOP, TERM, WORKER, Case, Fault, make
-from tests.faults.harness import FERRORUN, Job, Launcher, Process, gone_at_ns, is_alive
-from tests.faults.stopping import port_for_one
+from tests.support.harness import FERRORUN, Job, Launcher, Process, gone_at_ns
+from tests.support.ports import port_for_one
+from tests.support.waiting import eventually, is_alive
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -1,5 +1,5 @@
 """Fixtures of the fault tests."""
 
-from tests.faults.harness import launch, zoo
+from tests.support.harness import launch, zoo
 
 __all__ = ["launch", "zoo"]

@@ -12,10 +12,8 @@ import argparse
 import os
 import random
 import signal
-import socket
 import sys
 import tempfile
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -23,10 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import psutil
-from tests.conftest import eventually
-from tests.faults.harness import FERRORUN, LONG_S, Job, Launcher, gone_at_ns, is_alive
-
-from ferroelastic.utils.process_state import read_proc_state
+from tests.support.harness import FERRORUN, Job, Launcher, gone_at_ns
+from tests.support.ports import port_for_one
+from tests.support.waiting import LONG_S, eventually, is_alive, is_parked
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -49,8 +46,6 @@ NPROC = 2
 FAILED = 3
 AT_ONCE = 6
 """Combinations that run at the same time."""
-PARKED_S = 0.06
-"""A process that sleeps for so long has done what it had to do and waits."""
 TOLD_S = 1.5
 """Workers hear of a signal within this time. A console that does not take a line within a second is to cost nothing."""
 PROMPT_S = 2.0
@@ -162,36 +157,6 @@ def run(case: Case, folder: Path, side: str = "ferrorun") -> Outcome:
         stop.outcome.story = "\n".join(job.story for job in stop.jobs)
         stop.clean_up()
     return stop.outcome
-
-
-def is_parked(pid: int) -> bool:
-    """Whether a process does nothing but wait."""
-    until = time.monotonic() + PARKED_S
-    while time.monotonic() < until:
-        if read_proc_state(pid) != "S":
-            return False
-        time.sleep(PARKED_S / 10)
-    return True
-
-
-_ports_given: set[int] = set()
-_ports_lock = threading.Lock()
-
-
-def port_for_one() -> int:
-    """A free port that no other call returns, and that no connection gets by itself."""
-    with _ports_lock:
-        while True:
-            port = random.randrange(12_000, 32_000)
-            with socket.socket() as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                try:
-                    probe.bind(("127.0.0.1", port))
-                except OSError:
-                    continue
-            if port not in _ports_given:
-                _ports_given.add(port)
-                return port
 
 
 def with_stdio(stdio: str, command: Sequence[str], folder: Path) -> tuple[str, ...]:

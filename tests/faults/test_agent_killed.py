@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.conftest import eventually
-from tests.faults.harness import FERRORUN, LONG_S, Job, Launcher, Process, gone_at_ns, is_alive
+from tests.support.harness import FERRORUN, Job, Launcher, Process, gone_at_ns
+from tests.support.waiting import LONG_S, eventually, is_alive
 
 pytestmark = pytest.mark.engine
 
@@ -172,7 +172,7 @@ def test_escaped_helpers_of_an_attempt_are_gone_before_the_next_one(launch: Laun
     assert not (launch.folder / "found").exists()
 
 
-def test_a_deaf_escaped_helper_has_what_is_left_of_the_grace(launch: Launcher) -> None:
+def test_a_deaf_escaped_helper_has_the_rest_of_the_grace_period(launch: Launcher) -> None:
     script = 'trap "" TERM; setsid sleep 1000 & echo $! > "$DIR/escaped"; exit 3'
     job = launch("--shutdown-timeout=1", *launch.shell(script), nproc=1)
     assert job.end() == 3
@@ -243,7 +243,7 @@ def test_the_guard_decides_nothing(launch: Launcher, how: str, fault: str) -> No
     assert len(lost) == (1 if fault == "killed" else 0), lost
 
 
-def test_another_guard_does_what_the_first_one_would_have_done(launch: Launcher) -> None:
+def test_the_guard_that_replaces_a_killed_one_does_its_work(launch: Launcher) -> None:
     job = launch(*launch.shell(FAMILY))
     ready(job, 2)
     job.settle(2)
@@ -256,7 +256,7 @@ def test_another_guard_does_what_the_first_one_would_have_done(launch: Launcher)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGRTMIN])
-def test_the_guard_ignores_what_can_be_ignored(launch: Launcher, number: int) -> None:
+def test_the_guard_ignores_all_signals_that_can_be_ignored(launch: Launcher, number: int) -> None:
     job = launch(*launch.shell("echo ready; exec sleep 1000"))
     ready(job, 2)
     guard = job.guard()
@@ -295,7 +295,7 @@ def descriptors(pid: int) -> set[str]:
     return found
 
 
-def test_the_guard_is_no_hindrance_to_who_waits_for_the_end_of_the_output(launch: Launcher) -> None:
+def test_the_guard_does_not_keep_the_output_open(launch: Launcher) -> None:
     """It holds none of the agent's descriptors but its line and the lease; the rest are processes and a timer."""
     job = launch(*launch.shell("echo ready; exec sleep 1000"))
     ready(job, 2)
@@ -309,7 +309,7 @@ def test_the_guard_is_no_hindrance_to_who_waits_for_the_end_of_the_output(launch
     assert job.end() == 128 + signal.SIGTERM
 
 
-def test_a_helper_whose_name_would_tell_a_terminal_what_to_do_is_named_in_plain_text(launch: Launcher) -> None:
+def test_control_characters_in_the_name_of_a_helper_are_escaped(launch: Launcher) -> None:
     script = """
 import os, sys, time
 if os.fork():

@@ -18,7 +18,7 @@ NUMBER = 40
 PARALLEL = 4
 
 
-def test_nothing_is_left_or_lost_whatever_is_killed_told_or_suspended(tmp_path: Path) -> None:
+def test_random_faults_leave_no_process_and_lose_no_save(tmp_path: Path) -> None:
     verdicts = run_all((make(SEED, index) for index in range(NUMBER)), tmp_path, PARALLEL)
     bad = [verdict for verdict in verdicts if verdict.troubles]
     if bad:

@@ -7,9 +7,9 @@ import time
 from typing import Any
 
 import pytest
-from tests.conftest import eventually
-from tests.faults.harness import FERRORUN, LONG_S, Job, Launcher, gone_at_ns
-from tests.faults.stopping import is_parked, port_for_one
+from tests.support.harness import FERRORUN, Job, Launcher, gone_at_ns
+from tests.support.ports import port_for_one
+from tests.support.waiting import LONG_S, eventually, is_parked
 
 # Says where it runs, for how long, and ends as its node is told: "exit N" in the file of its name.
 WORKER = """
@@ -203,7 +203,7 @@ def test_failures_count_though_another_node_is_killed_while_it_stops(nodes: Node
     assert "no restart is left" not in host.errors.split("restart 1")[0]
 
 
-def test_a_node_that_is_told_to_end_does_not_save_a_job_from_its_last_failure(nodes: Nodes) -> None:
+def test_a_signal_to_a_node_does_not_undo_the_last_failure(nodes: Nodes) -> None:
     host, guest = two(nodes, "--max-restarts=0", size="1:2")
     nodes.let_end("a", 3)
     assert eventually(lambda: not nodes_workers(host), LONG_S)

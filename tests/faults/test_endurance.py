@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import psutil
 import pytest
-from tests.conftest import eventually
-from tests.faults.harness import FERRORUN, free_port
+from tests.support.harness import FERRORUN
+from tests.support.ports import free_port
+from tests.support.waiting import eventually
 
 from ferroelastic.agent.server import LocalElasticAgent, WorkerSpec, WorkerState
 from ferroelastic.multiprocessing import DefaultLogsSpecs, Std
@@ -23,7 +24,7 @@ from ferroelastic.rendezvous._native import NativeRendezvous
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from tests.faults.harness import Job, Launcher
+    from tests.support.harness import Job, Launcher
 
 pytestmark = pytest.mark.engine
 

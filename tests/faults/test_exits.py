@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 from urllib.request import urlopen
 
 import pytest
-from tests.conftest import eventually
-from tests.faults.harness import ALONE, LONG_S, Launcher, free_port, gone_at_ns
+from tests.support.harness import ALONE, Launcher, gone_at_ns
+from tests.support.ports import free_port
+from tests.support.waiting import LONG_S, eventually
 
 from ferroelastic.multiprocessing import DefaultLogsSpecs, PContext, RunProcsResult, start_processes
 from ferroelastic.utils.process_state import read_proc_state
@@ -214,7 +215,7 @@ print("lost")
 
 @pytest.mark.parametrize("how", ["reap", "ignore"])
 @pytest.mark.parametrize("code", ["0", "3"])
-def test_a_status_that_somebody_else_took_is_told_or_is_a_failure(launch: Launcher, how: str, code: str) -> None:
+def test_a_status_that_another_reaper_took_is_reported_or_is_a_failure(launch: Launcher, how: str, code: str) -> None:
     """``subprocess.Popen`` says 0 then."""
     if how == "reap" and os.environ.get("FERROELASTIC_PIDFD") == "0":
         pytest.skip("a thread of the engine waits for the status in the kernel, and nearly always gets it first")

@@ -12,8 +12,8 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from tests.faults.alone import AloneRendezvous
-from tests.faults.harness import Gate
+from tests.support.harness import Gate
+from tests.support.rendezvous_handlers import AloneRendezvous
 
 from ferroelastic._engine import get_engine
 from ferroelastic._rust import Command, Engine, ForkedError
@@ -150,7 +150,7 @@ class Parent:
         assert [ended.code for ended in self.group.exits()] == [7]
 
 
-def test_a_forked_child_is_refused_what_belongs_to_its_parent(tmp_path: Path) -> None:
+def test_a_forked_child_cannot_use_objects_of_its_parent(tmp_path: Path) -> None:
     parent = Parent(tmp_path)
 
     def use_everything() -> list[str]:
@@ -183,7 +183,7 @@ def test_a_forked_child_is_refused_what_belongs_to_its_parent(tmp_path: Path) ->
     parent.check_that_all_still_works()
 
 
-def test_a_forked_child_that_drops_what_belongs_to_its_parent_takes_nothing_from_it(tmp_path: Path) -> None:
+def test_a_forked_child_that_drops_objects_of_its_parent_takes_nothing_from_it(tmp_path: Path) -> None:
     parent = Parent(tmp_path)
 
     def drop() -> str:

@@ -7,8 +7,8 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.conftest import eventually
-from tests.faults.harness import LONG_S, Launcher, gone_at_ns
+from tests.support.harness import Launcher, gone_at_ns
+from tests.support.waiting import LONG_S, eventually
 
 from ferroelastic.utils.process_state import read_proc_state
 
@@ -77,7 +77,7 @@ def test_the_grace_when_a_worker_fails(launch: Launcher, restarts: int, code: in
     assert job.end() == code
 
 
-def test_the_grace_when_the_agent_is_told_to_end(launch: Launcher) -> None:
+def test_the_grace_after_a_signal_to_the_agent(launch: Launcher) -> None:
     job = launch("--shutdown-timeout=2", *launch.python(DEAF), nproc=NPROC)
     workers = [job.watch(int(line)) for line in job.lines(NPROC)]
     job.settle(NPROC)

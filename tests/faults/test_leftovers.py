@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
-from tests.faults.harness import Launcher, is_alive
+from tests.support.waiting import is_alive
+
+if TYPE_CHECKING:
+    from tests.support.harness import Launcher
 
 pytestmark = pytest.mark.engine
 

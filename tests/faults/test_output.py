@@ -6,7 +6,7 @@ import signal
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.faults.harness import FERRORUN, Launcher
+from tests.support.harness import FERRORUN, Launcher
 
 if TYPE_CHECKING:
     from pathlib import Path

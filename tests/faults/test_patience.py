@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.conftest import eventually
-from tests.faults.harness import FERRORUN, LONG_S, Job, Launcher, gone_at_ns, is_alive
-from tests.faults.stopping import is_parked
+from tests.support.harness import FERRORUN, Job, Launcher, gone_at_ns
+from tests.support.waiting import LONG_S, eventually, is_alive, is_parked
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -267,7 +266,7 @@ pass_gate("begin")
 """
 
 
-def test_who_is_left_by_a_worker_that_succeeded_finishes_without_a_signal(start: Launcher) -> None:
+def test_a_helper_left_by_a_worker_that_succeeded_finishes_without_a_signal(start: Launcher) -> None:
     job = run(start, LEAVES)
     start.gates[-2].let_pass(2)
     workers = start.pids("worker.*")
@@ -278,7 +277,7 @@ def test_who_is_left_by_a_worker_that_succeeded_finishes_without_a_signal(start:
     assert start.read("helped") == ""
 
 
-def test_who_does_not_finish_in_the_grace_is_ended_and_named(start: Launcher) -> None:
+def test_a_helper_that_does_not_finish_in_the_grace_is_ended_and_named(start: Launcher) -> None:
     job = run(start, LEAVES, "--shutdown-timeout=1")
     assert eventually(lambda: (start.folder / "helper").exists() and start.read("helper") != "", LONG_S)
     helper = job.watch(int(start.read("helper")))
@@ -323,7 +322,7 @@ os.waitpid(child, 0)
 """
 
 
-def test_a_signal_to_forward_reaches_the_workers_and_nobody_else(start: Launcher) -> None:
+def test_a_signal_to_forward_reaches_the_workers_only(start: Launcher) -> None:
     job = run(start, FORWARDED, "--signals-to-forward=SIGUSR1", first_lines=["ready", "waits"] * 2)
     job.send(signal.SIGUSR1)
     assert job.lines(2) == ["told SIGUSR1"] * 2

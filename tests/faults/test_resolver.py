@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.conftest import eventually
-from tests.faults.harness import FERRORUN, LONG_S, Launcher
+from tests.support.harness import FERRORUN, Launcher
+from tests.support.waiting import LONG_S, eventually
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -61,7 +61,7 @@ def test_a_failed_job_ends(launch: Launcher, deaf: tuple[str, ...]) -> None:
     assert "unknown-host" in job.errors
 
 
-def test_a_job_that_is_told_to_end_ends(launch: Launcher, deaf: tuple[str, ...]) -> None:
+def test_a_job_ends_after_a_signal(launch: Launcher, deaf: tuple[str, ...]) -> None:
     job = launch.start(
         *deaf, *FERRORUN, "--standalone", "--nproc-per-node=2", *launch.shell("echo ready; exec sleep 1000")
     )

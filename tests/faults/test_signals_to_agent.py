@@ -14,9 +14,9 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from tests.conftest import eventually
-from tests.faults.alone import AloneRendezvous
-from tests.faults.harness import ALONE, LONG_S, Job, Launcher
+from tests.support.harness import ALONE, Job, Launcher
+from tests.support.rendezvous_handlers import AloneRendezvous
+from tests.support.waiting import LONG_S, eventually
 
 from ferroelastic._signals import Handling
 from ferroelastic.agent.server import LocalElasticAgent, WorkerSpec

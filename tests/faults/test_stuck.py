@@ -10,7 +10,7 @@ from urllib.error import HTTPError
 from urllib.request import urlopen
 
 import pytest
-from tests.faults.harness import ALONE, Launcher
+from tests.support.harness import ALONE, Launcher
 
 pytestmark = pytest.mark.engine
 
@@ -20,7 +20,7 @@ HELD_NS = 2_000_000_000
 GIL_HELD = f"""
 import ctypes, os, sys, threading, time
 from pathlib import Path
-from tests.faults.alone import AloneRendezvous
+from tests.support.rendezvous_handlers import AloneRendezvous
 from ferroelastic.agent.server import LocalElasticAgent, WorkerSpec
 from ferroelastic.multiprocessing import DefaultLogsSpecs
 
@@ -69,7 +69,7 @@ signalled.write(b"%d" % time.monotonic_ns())
 """
 
 
-def test_peers_are_told_to_end_while_python_is_stuck_with_the_gil(launch: Launcher) -> None:
+def test_peers_are_signalled_while_python_is_stuck_with_the_gil(launch: Launcher) -> None:
     launch.gate()
     for rank in range(3):
         os.mkfifo(launch.folder / f"there.{rank}")
@@ -88,7 +88,7 @@ def test_peers_are_told_to_end_while_python_is_stuck_with_the_gil(launch: Launch
 # An agent with a watchdog and a health server, one thread of which holds the GIL from the line "held" until a line comes in.
 GIL_HELD_UNTIL_TOLD = """
 import ctypes, os, sys, threading
-from tests.faults.alone import AloneRendezvous
+from tests.support.rendezvous_handlers import AloneRendezvous
 from ferroelastic.agent.server import LocalElasticAgent, WorkerSpec
 from ferroelastic.multiprocessing import DefaultLogsSpecs
 

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.conftest import eventually
-from tests.faults.harness import FERRORUN, LONG_S, Job, Launcher, gone_at_ns
-from tests.faults.stopping import port_for_one
+from tests.support.harness import FERRORUN, Job, Launcher, gone_at_ns
+from tests.support.ports import port_for_one
+from tests.support.waiting import LONG_S, eventually
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -123,7 +123,7 @@ os._exit(0)
 """
 
 
-def test_no_line_of_the_log_is_awaited_before_the_workers_are_told(launch: Launcher) -> None:
+def test_workers_are_signalled_though_no_line_of_the_log_can_be_written(launch: Launcher) -> None:
     """Nobody reads standard error, and the pipe is full. All workers are told; only then may one of them end."""
     count = 16
     gate = launch.gate()

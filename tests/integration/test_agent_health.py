@@ -11,9 +11,9 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from tests.conftest import eventually
-from tests.integration.probes import PATIENCE_S, alive, ask, error_lines, health_threads, now, port_of
-from tests.integration.test_local_agent import AloneRendezvous
+from tests.support.health_probes import PATIENCE_S, alive, ask, error_lines, health_threads, now, port_of
+from tests.support.rendezvous_handlers import GrowingRendezvous
+from tests.support.waiting import eventually
 
 from ferroelastic.agent.server import HealthCheckServer, LocalElasticAgent, WorkerSpec, WorkerState
 from ferroelastic.agent.server import local_elastic_agent as module
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-class GatedRendezvous(AloneRendezvous):
+class GatedRendezvous(GrowingRendezvous):
     def __init__(self) -> None:
         super().__init__()
         self.entered, self.go = threading.Event(), threading.Event()
@@ -80,7 +80,7 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[.
         script: str, cls: type[LocalElasticAgent] = LocalElasticAgent, server: Any = None, **spec: Any
     ) -> LocalElasticAgent:
         logs = DefaultLogsSpecs(str(tmp_path / "logs"), redirects=Std.NONE)
-        chosen = {"rdzv_handler": AloneRendezvous(), "max_restarts": 0, "monitor_interval": 600, **spec}
+        chosen = {"rdzv_handler": GrowingRendezvous(), "max_restarts": 0, "monitor_interval": 600, **spec}
         worker_spec = WorkerSpec(
             role="trainer", local_world_size=2, entrypoint="/bin/sh", args=("-c", script), **chosen
         )
@@ -130,7 +130,7 @@ class TestAgent:
 
         first = wait_for_state(running, "running")
         assert ask(running.port, "/readyz") == (200, "ready: 2 of 2 workers are running\n")
-        assert (first["run_id"], first["role"], first["round"]) == ("the-run", "trainer", 1)
+        assert (first["run_id"], first["role"], first["round"]) == ("run", "trainer", 1)
         assert [(worker["rank"], worker["local_rank"], worker["state"]) for worker in first["workers"]] == [
             (0, 0, "running"),
             (1, 1, "running"),
@@ -167,7 +167,7 @@ class TestAgent:
             ask(port)
 
     def test_a_membership_change_is_another_cause(self, make: Callable[..., LocalElasticAgent]) -> None:
-        rendezvous = AloneRendezvous()
+        rendezvous = GrowingRendezvous()
         running = Running(make("exec sleep 1000", rdzv_handler=rendezvous, monitor_interval=0.01))
         wait_for_state(running, "running")
         rendezvous.waiting = 3
@@ -223,7 +223,7 @@ class TestAgent:
         agent._worker_watchdog = None
 
     @pytest.mark.parametrize("port", ["not a port", "", "70000", "1e3"])
-    def test_a_port_that_is_none_is_said_once_and_the_job_runs(
+    def test_an_invalid_port_is_reported_once_and_the_job_runs(
         self,
         make: Callable[..., LocalElasticAgent],
         monkeypatch: pytest.MonkeyPatch,
@@ -237,7 +237,7 @@ class TestAgent:
         assert len(lines) == 1
         assert port in lines[0]
 
-    def test_a_port_in_use_is_said_once_and_the_job_runs(
+    def test_a_port_in_use_is_reported_once_and_the_job_runs(
         self,
         make: Callable[..., LocalElasticAgent],
         monkeypatch: pytest.MonkeyPatch,
@@ -267,7 +267,7 @@ class TestAgent:
             "Not starting healthcheck server: [Errno 13] not here"
         ]
 
-    def test_a_deployments_own_server_is_started_and_stopped_and_not_told(
+    def test_a_deployments_own_server_is_started_and_stopped_and_not_updated(
         self, make: Callable[..., LocalElasticAgent], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         calls: list[str] = []
@@ -283,7 +283,7 @@ class TestAgent:
         assert make("exit 0").run().state == WorkerState.SUCCEEDED
         assert calls == ["start", "stop"]
 
-    def test_a_server_that_was_given_is_told_and_stopped(
+    def test_a_given_server_is_updated_and_stopped(
         self,
         make: Callable[..., LocalElasticAgent],
         serve: Callable[..., HealthCheckServer],
@@ -303,7 +303,7 @@ class TestAgent:
         assert server.board is None
 
     def test_an_error_ends_the_server(self, make: Callable[..., LocalElasticAgent]) -> None:
-        class Broken(AloneRendezvous):
+        class Broken(GrowingRendezvous):
             def next_rendezvous(self) -> Any:
                 raise RuntimeError("no rendezvous today")
 

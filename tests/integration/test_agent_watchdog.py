@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from tests.faults.alone import AloneRendezvous
+from tests.support.rendezvous_handlers import AloneRendezvous
 
 pytest.importorskip("ferroelastic._rust")
 
@@ -170,7 +170,7 @@ def test_logs_that_are_not_wanted_get_no_evidence(make: Callable[..., LocalElast
     assert not os.path.exists("/dev/evidence.txt")
 
 
-def test_what_the_worker_said_stays_in_the_report(make: Callable[..., LocalElasticAgent]) -> None:
+def test_the_message_of_the_worker_stays_in_the_report(make: Callable[..., LocalElasticAgent]) -> None:
     result = make(ignore_the_signal_and_fail).run()
     failure = result.failures[0]
     assert failure.exitcode == 1
@@ -197,7 +197,7 @@ def test_a_worker_that_does_not_beat(make: Callable[..., LocalElasticAgent]) -> 
     assert str(result.failures[0].message).startswith("timer 'steps' expired: ")
 
 
-def test_a_failure_without_a_timer_is_told_as_ever(make: Callable[..., LocalElasticAgent]) -> None:
+def test_a_failure_without_a_timer_is_reported_unchanged(make: Callable[..., LocalElasticAgent]) -> None:
     result = make(sys.executable, "-c", "import os; os.kill(os.getpid(), 9)").run()
     failure = result.failures[0]
     assert failure.message == f"Signal 9 (SIGKILL) received by PID {failure.pid}"
@@ -321,7 +321,7 @@ def test_workers_that_cannot_be_started_leave_no_watchdog(
     assert not os.path.lexists(tmp_path / "pipe")
 
 
-def test_what_the_watchdog_does_are_events(
+def test_actions_of_the_watchdog_are_events(
     make: Callable[..., LocalElasticAgent], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[str] = []

@@ -188,7 +188,7 @@ def test_a_program_without_permission(place: Path) -> None:
 
 
 @needs_torch
-def test_a_program_that_is_none(place: Path) -> None:
+def test_a_script_without_an_interpreter_line(place: Path) -> None:
     done = _ferrorun(place, "--no-python", "./no_interpreter.sh")
     _assert_one_line(done, place, 1, "./no_interpreter.sh", "#!/bin/sh")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.faults.alone import AloneRendezvous
+from tests.support.rendezvous_handlers import AloneRendezvous
 
 import ferroelastic
 from ferroelastic.agent.server import LocalElasticAgent, RunResult, WorkerSpec
@@ -99,7 +99,7 @@ def test_its_error_is_reported_by_its_name(tmp_path: Path, entrypoint: Any, meth
 
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
 @pytest.mark.parametrize("what", ["lambda: None", "partial(lambda: None)", "local()", "Local()"])
-def test_what_has_no_name_in_a_module_is_refused(tmp_path: Path, what: str, method: str) -> None:
+def test_a_function_without_a_name_in_a_module_is_refused(tmp_path: Path, what: str, method: str) -> None:
     def local() -> None: ...
 
     class Local:
@@ -133,7 +133,7 @@ class OwnPickle:
 OwnPickle.__qualname__ = "f.<locals>.OwnPickle"  # no name by which it could be imported
 
 
-def test_what_pickles_itself_is_not_refused(tmp_path: Path) -> None:
+def test_an_object_that_pickles_itself_is_not_refused(tmp_path: Path) -> None:
     assert run(tmp_path, OwnPickle(None), 7, method="spawn").return_values == {0: 12, 1: 13}
 
 
@@ -161,7 +161,7 @@ def in_a_session(tmp_path: Path, method: str) -> subprocess.CompletedProcess[str
 
 
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
-def test_a_function_of_a_notebook_is_refused_with_what_works(tmp_path: Path, method: str) -> None:
+def test_a_function_of_a_notebook_is_refused_with_the_remedy(tmp_path: Path, method: str) -> None:
     done = in_a_session(tmp_path, method)
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]

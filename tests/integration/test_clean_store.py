@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import pytest
+from tests.support.rendezvous_handlers import QuietHandler
 
 from ferroelastic.agent.server import RunResult, SimpleElasticAgent, WorkerGroup, WorkerSpec, WorkerState
 from ferroelastic.agent.server._exit_barrier import _own_connection
 from ferroelastic.rendezvous import (
-    RendezvousHandler,
     RendezvousInfo,
     RendezvousParameters,
     RendezvousStoreInfo,
@@ -281,7 +281,7 @@ class TestStatic:
             del nodes, first, second
 
 
-class PlugIn(RendezvousHandler):
+class PlugIn(QuietHandler):
     """An out-of-tree handler that shares the store it has for itself, round after round."""
 
     def __init__(self, store: Any, rank: int, world_size: int) -> None:
@@ -297,20 +297,6 @@ class PlugIn(RendezvousHandler):
     def next_rendezvous(self) -> RendezvousInfo:
         info = RendezvousStoreInfo("localhost", self.store.port)
         return RendezvousInfo(dist.PrefixStore(RUN_ID, self.store), self.rank, self.world_size, info)
-
-    def is_closed(self) -> bool:
-        return False
-
-    def set_closed(self) -> None: ...
-
-    def num_nodes_waiting(self) -> int:
-        return 0
-
-    def get_run_id(self) -> str:
-        return RUN_ID
-
-    def shutdown(self) -> bool:
-        return True
 
 
 def test_nodes_of_a_plug_in_move_to_another_store() -> None:

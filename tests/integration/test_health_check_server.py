@@ -12,8 +12,9 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from tests.conftest import _descriptors, eventually
-from tests.integration.probes import PATIENCE_S, alive, ask, error_lines, health_threads, now, port_of
+from tests.support.health_probes import PATIENCE_S, alive, ask, error_lines, health_threads, now, port_of
+from tests.support.leaks import descriptors
+from tests.support.waiting import eventually
 
 from ferroelastic.agent.server import HealthCheckServer
 
@@ -29,7 +30,7 @@ def listeners(port: int) -> list[str]:
         rows = [line.split() for line in file.readlines()[1:]]
     inodes = {row[9] for row in rows if row[3] == "0A" and int(row[1].rpartition(":")[2], 16) == port}
     sockets = {f"socket:[{inode}]" for inode in inodes}
-    return [link for link in _descriptors().values() if link in sockets]
+    return [link for link in descriptors().values() if link in sockets]
 
 
 class TestServer:
@@ -62,7 +63,7 @@ class TestServer:
 
         assert eventually(is_told, PATIENCE_S), found
 
-    def test_a_callback_that_hangs_is_told_at_once_and_called_once(
+    def test_a_callback_that_hangs_is_reported_at_once_and_called_once(
         self, serve: Callable[..., HealthCheckServer]
     ) -> None:
         calls: list[int] = []
@@ -194,7 +195,7 @@ class TestPorts:
             (0, "no.such.host.invalid", "failed to listen on no.such.host.invalid:0: "),
         ],
     )
-    def test_what_cannot_be_listened_on_is_said_once(
+    def test_an_unusable_port_is_reported_once(
         self,
         serve: Callable[..., HealthCheckServer],
         caplog: pytest.LogCaptureFixture,
@@ -223,7 +224,7 @@ server.stop()
 """
 
 
-def test_a_stuck_interpreter_is_told_at_once() -> None:
+def test_a_stuck_interpreter_is_reported_at_once() -> None:
     with subprocess.Popen(
         [sys.executable, "-c", HOLDS_THE_LOCK], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as child:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from tests.support.ports import free_port
 
 import ferroelastic
 
@@ -123,12 +123,6 @@ def heavy(modules: set[str], unwanted: set[str] = HEAVY) -> set[str]:
     return {name for name in modules if any(f"{name}.".startswith(f"{one}.") for one in unwanted)}
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
-        return port
-
-
 SERVERS = {"TORCHELASTIC_HEALTH_CHECK_PORT": "0", "TORCHELASTIC_ENABLE_FILE_TIMER": "1"}
 LAUNCHES = {
     "standalone": (["--standalone"], {}),
@@ -153,7 +147,7 @@ def test_a_launch_of_a_script_and_its_restart_take_nothing_heavy(
     assert "pickle" in launched.others
 
 
-def test_a_failure_is_told_without_torch(place: Place) -> None:
+def test_a_failure_is_reported_without_torch(place: Place) -> None:
     launched = place.ferrorun("--standalone", "--max-restarts=0", "train.py")
     assert launched.code == 3, launched.errors
     assert heavy(launched.launcher, {"torch", "numpy"}) == set()

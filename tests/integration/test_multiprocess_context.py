@@ -5,25 +5,20 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import platform
 import select
 import signal
 import subprocess
 import sys
-import threading
 import time
 import warnings
-from contextlib import contextmanager, suppress
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from tests.conftest import eventually
+from tests.support.function_workers import METHODS, content, finished, run, started
 
 from ferroelastic.multiprocessing import (
     DefaultLogsSpecs,
     MultiprocessContext,
-    RunProcsResult,
     SignalException,
     Std,
     start_processes,
@@ -34,15 +29,12 @@ pytest.importorskip("ferroelastic._rust")
 pytestmark = pytest.mark.engine
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from pathlib import Path
 
-METHODS = ["fork", "spawn", "forkserver"]
+    from tests.support.waiting import WhenWaiting
+
 SOON_S = 10.0
-NUMBER_OF_READ = 0 if platform.machine() == "x86_64" else 63
-
-
-# ---- what the workers run
 
 
 def give(value: Any) -> Any:
@@ -130,83 +122,6 @@ def start_grandchild(path: str) -> None:
         time.sleep(1000)
     with open(path, "w") as file:
         file.write(str(pid))
-
-
-def show_pid_and_sleep(path: str) -> None:
-    with open(path, "w") as file:
-        file.write(str(os.getpid()))
-    time.sleep(1000)
-
-
-def return_or_follow(folder: str, how: str) -> None:
-    """All ranks but the last return, with a handler for SIGTERM that does nothing. The last one waits at a FIFO, and does ``how``."""
-    rank = int(os.environ["RANK"])
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    if rank < int(os.environ["LAST"]):
-        with open(os.path.join(folder, f"pid of {rank}"), "w") as file:
-            file.write(str(os.getpid()))
-        if how == "exits":
-            sys.exit(0)
-        if how == "is killed":
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        return
-    with open(os.path.join(folder, "gate")):
-        pass
-    if how == "fails":
-        sys.exit(7)
-    if how == "leaves":
-        os._exit(0)
-
-
-def close_descriptors_or_follow(gate: str) -> None:
-    if os.environ["RANK"] == "0":
-        os.closerange(3, 1024)
-    else:
-        with open(gate):
-            pass
-
-
-# ---- the tests
-
-
-@contextmanager
-def started(
-    log_dir: Path, method: str, function: Callable[..., Any], *args: tuple[Any, ...], **options: Any
-) -> Iterator[MultiprocessContext]:
-    env = options.pop("env", {})
-    specs = DefaultLogsSpecs(str(log_dir / "logs"), options.pop("redirects", Std.NONE), options.pop("tee", Std.NONE))
-    context = start_processes(
-        name="fn",
-        entrypoint=function,
-        args=dict(enumerate(args)),
-        envs={rank: {"RANK": str(rank), **env} for rank in range(len(args))},
-        logs_specs=specs,
-        start_method=method,
-        **options,
-    )
-    assert isinstance(context, MultiprocessContext)
-    try:
-        yield context
-    finally:
-        context.close(signal.SIGKILL, 0)
-
-
-def finished(context: MultiprocessContext) -> RunProcsResult:
-    result = context.wait(120)
-    assert result is not None
-    return result
-
-
-def run(
-    log_dir: Path, method: str, function: Callable[..., Any], *args: tuple[Any, ...], **options: Any
-) -> RunProcsResult:
-    with started(log_dir, method, function, *args, **options) as context:
-        return finished(context)
-
-
-def content(path: str | Path) -> str:
-    with open(path) as file:
-        return file.read()
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -369,18 +284,16 @@ def test_redirect_and_tee(tmp_path: Path, method: str, capfd: pytest.CaptureFixt
     assert "err 0" not in err
 
 
-def test_a_signal_ends_the_wait_at_once(tmp_path: Path) -> None:
-    timer = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM))
+def test_a_signal_ends_the_wait_at_once(tmp_path: Path, when_waiting: WhenWaiting) -> None:
     with started(tmp_path, "fork", time.sleep, (1000,)) as context:
-        timer.start()
+        when_waiting(os.kill, os.getpid(), signal.SIGTERM)
         with pytest.raises(SignalException):
             context.wait()
         context.close(signal.SIGTERM)
         assert all(read_proc_state(pid) is None for pid in context.pids().values())
-    timer.join()
 
 
-def test_what_a_worker_left_in_its_group_is_ended(tmp_path: Path) -> None:
+def test_a_process_left_in_the_group_of_a_worker_is_ended(tmp_path: Path) -> None:
     with started(tmp_path, "spawn", start_grandchild, (str(tmp_path / "pid"),)) as context:
         context.shutdown_timeout = 0.1
         assert not finished(context).is_failed()
@@ -423,7 +336,7 @@ def test_workers_end_with_a_killed_agent(tmp_path: Path, method: str) -> None:
     os.mkfifo(meeting)
     agent = f"""
 import os, signal, sys
-from tests.integration.test_multiprocess_context import *
+from tests.support.function_workers import show_pid_and_sleep, started
 if __name__ == "__main__":
     from pathlib import Path
     with started(Path({str(tmp_path)!r}), {method!r}, show_pid_and_sleep, ({str(meeting)!r},)) as context:
@@ -447,123 +360,3 @@ if __name__ == "__main__":
             assert poller.poll(SOON_S * 1000)
         finally:
             os.close(worker)
-
-
-# ---- workers that have returned are held
-
-
-def is_held(pid: int) -> bool:
-    """Whether a process waits in the read of an eventfd."""
-    with suppress(OSError, ValueError):  # it has ended; it runs
-        with open(f"/proc/{pid}/syscall") as file:
-            number, descriptor, *_ = file.read().split()
-        return (
-            number == str(NUMBER_OF_READ)
-            and os.readlink(f"/proc/{pid}/fd/{int(descriptor, 16)}") == "anon_inode:[eventfd]"
-        )
-    return False
-
-
-@contextmanager
-def held(folder: Path, method: str, how: str, number: int = 3, **options: Any) -> Iterator[MultiprocessContext]:
-    """Workers of which all but the last have returned and are held."""
-    os.mkfifo(folder / "gate")
-    arguments = [(str(folder), how)] * number
-    with started(folder, method, return_or_follow, *arguments, env={"LAST": str(number - 1)}, **options) as context:
-        for rank in range(number - 1):
-            pid = context.pids()[rank]
-            assert eventually(partial(is_held, pid), 60), rank
-        yield context
-
-
-def open_gate(folder: Path) -> None:
-    with open(folder / "gate", "w"):
-        pass
-
-
-@pytest.mark.parametrize("how", ["returns", "exits"])
-@pytest.mark.parametrize("method", METHODS)
-def test_all_are_held_until_the_last_has_returned(tmp_path: Path, method: str, how: str) -> None:
-    with held(tmp_path, method, how) as context:
-        assert context.wait(0) is None
-        open_gate(tmp_path)
-        result = finished(context)
-    assert (result.return_values, result.failures, result.stopped) == (dict.fromkeys(range(3)), {}, {})
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_a_failure_lets_go_of_those_that_are_held(tmp_path: Path, method: str) -> None:
-    """Their handlers for SIGTERM do nothing, and the grace is long: they end because they are let go."""
-    with held(tmp_path, method, "fails", shutdown_timeout=600) as context:
-        open_gate(tmp_path)
-        result = finished(context)
-    assert {rank: failure.exitcode for rank, failure in result.failures.items()} == {2: 7}
-    assert {peer.exitcode for peer in result.stopped.values()} == {0}
-
-
-def test_a_stop_lets_go_of_those_that_are_held(tmp_path: Path) -> None:
-    with held(tmp_path, "fork", "returns", number=2) as context:
-        context.begin_stop(signal.SIGTERM, 600)
-        assert eventually(lambda: not is_held(context.pids()[0]), 60)
-        gate = os.open(tmp_path / "gate", os.O_RDWR)  # this does not wait for rank 1, which the signal may have ended
-        assert finished(context).failures == {}
-        os.close(gate)
-
-
-def test_one_that_is_held_ends_by_a_signal(tmp_path: Path) -> None:
-    with held(tmp_path, "fork", "is killed") as context:
-        os.kill(context.pids()[0], signal.SIGTERM)
-        result = finished(context)
-    assert {rank: failure.exitcode for rank, failure in result.failures.items()} == {0: -signal.SIGTERM}
-
-
-def test_one_that_ends_without_returning_lets_go_of_the_others(tmp_path: Path) -> None:
-    with held(tmp_path, "fork", "leaves") as context:
-        open_gate(tmp_path)
-        result = finished(context)
-    assert (result.return_values, result.failures) == (dict.fromkeys(range(3)), {})
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_one_that_has_closed_the_descriptors_is_not_held_and_keeps_nobody(tmp_path: Path, method: str) -> None:
-    gate = tmp_path / "gate"
-    os.mkfifo(gate)
-    with started(tmp_path, method, close_descriptors_or_follow, (str(gate),), (str(gate),)) as context:
-        assert eventually(lambda: read_proc_state(context.pids()[0]) in {None, "Z"}, 60)
-        context.wait(0)
-        with open(gate, "w"):
-            pass
-        assert finished(context).return_values == dict.fromkeys(range(2))
-
-
-def test_the_agents_death_ends_those_that_are_held(tmp_path: Path) -> None:
-    agent = f"""
-import os, signal, sys
-from pathlib import Path
-from tests.integration.test_multiprocess_context import held
-with held(Path({str(tmp_path)!r}), "fork", "returns") as context:
-    print("held", flush=True)
-    sys.stdin.read()
-    os.kill(os.getpid(), signal.SIGKILL)
-"""
-    with subprocess.Popen(
-        [sys.executable, "-c", agent],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(tmp_path)},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    ) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"held\n"
-        pids = [int(content(tmp_path / f"pid of {rank}")) for rank in range(2)]
-        descriptors = [os.pidfd_open(pid) for pid in pids]
-        try:
-            process.stdin.close()
-            assert process.wait(60) == -signal.SIGKILL
-            for descriptor in descriptors:
-                poller = select.poll()
-                poller.register(descriptor, select.POLLIN)
-                assert poller.poll(SOON_S * 1000)
-        finally:
-            for descriptor in descriptors:
-                os.close(descriptor)

@@ -10,10 +10,9 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from tests.conftest import eventually
-from tests.faults.harness import LONG_S
-from tests.faults.stopping import port_for_one
-from tests.integration.probes import ask
+from tests.support.health_probes import ask
+from tests.support.ports import port_for_one
+from tests.support.waiting import LONG_S, eventually
 
 from ferroelastic._engine import get_engine
 
@@ -35,7 +34,7 @@ def port() -> Iterator[int]:
     server.close()
 
 
-def test_the_format_is_what_was_asked_for(port: int) -> None:
+def test_the_format_is_the_requested_one(port: int) -> None:
     for accept, kind, last in [
         ("*/*", "text/plain; version=0.0.4; charset=utf-8", ""),
         ("application/openmetrics-text;q=0.6,text/plain;q=0.5", "application/openmetrics-text; version=1.0.0", "# EOF"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -12,7 +13,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from tests.conftest import eventually
+from tests.support.waiting import LONG_S, WhenWaiting, eventually, is_alive
 
 from ferroelastic.multiprocessing import (
     DefaultLogsSpecs,
@@ -30,7 +31,7 @@ pytest.importorskip("ferroelastic._rust")
 pytestmark = pytest.mark.engine
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
 SOON_S = 10.0
@@ -75,28 +76,10 @@ def fifo(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture
-def later() -> Iterator[Callable[..., None]]:
-    timers: list[threading.Timer] = []
-
-    def schedule(delay_s: float, function: Callable[..., Any], *args: Any) -> None:
-        timers.append(threading.Timer(delay_s, function, args))
-        timers[-1].start()
-
-    yield schedule
-    for timer in timers:
-        timer.join()
-
-
 def finished(context: PContext) -> RunProcsResult:
     result = context.wait(60)
     assert result is not None
     return result
-
-
-def is_alive(pid: int) -> bool:
-    # An orphan may wait as a zombie for the init process of a container that reaps nothing.
-    return read_proc_state(pid) not in {None, "Z", "X"}
 
 
 def content(path: str | Path) -> str:
@@ -169,7 +152,7 @@ def test_a_deaf_grandchild_of_a_dead_worker_is_killed_too(launch: Launcher, fifo
     assert not is_alive(int(content(tmp_path / "pid")))
 
 
-def test_close_reaches_what_a_finished_worker_left_in_its_group(launch: Launcher, tmp_path: Path) -> None:
+def test_close_ends_processes_in_the_group_of_a_finished_worker(launch: Launcher, tmp_path: Path) -> None:
     context = launch(f"sleep 1000 & echo $! > {tmp_path}/pid")
     context.shutdown_timeout = 0.1
     assert not finished(context).is_failed()
@@ -186,23 +169,29 @@ def test_wait_without_limit_with_timeout_and_just_looking(launch: Launcher, fifo
     assert context.wait(0) is not None
 
 
-def test_an_exit_is_noticed_without_polling(launch: Launcher, fifo: Path, later: Callable[..., None]) -> None:
-    context = launch(f"read x < {fifo}")
+def test_an_exit_is_noticed_without_polling(launch: Launcher, fifo: Path) -> None:
+    """The worker exits just after the wait has begun, so an agent that polls every 0.1 s notices each exit 0.1 s late."""
     moments: list[float] = []
 
     def let_go() -> None:
         with open(fifo, "w"):
             moments.append(time.monotonic())
 
-    later(0.05, let_go)
-    assert finished(context).is_failed()  # `read` at end of file
-    assert time.monotonic() - moments[0] < 1.0
+    delays_s = []
+    for _ in range(10):
+        context = launch(f"read x < {fifo}")
+        when_waiting = WhenWaiting()
+        when_waiting(let_go)
+        assert finished(context).is_failed()  # `read` at end of file
+        delays_s.append(time.monotonic() - moments[-1])
+        when_waiting.close()
+    assert statistics.median(delays_s) < 0.05, delays_s
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT])
-def test_a_signal_ends_the_wait_at_once(launch: Launcher, later: Callable[..., None], number: signal.Signals) -> None:
+def test_a_signal_ends_the_wait_at_once(launch: Launcher, when_waiting: WhenWaiting, number: signal.Signals) -> None:
     context = launch("exec sleep 1000")
-    later(0.1, os.kill, os.getpid(), number)
+    when_waiting(os.kill, os.getpid(), number)
     start = time.monotonic()
     with pytest.raises(SignalException) as raised:
         context.wait()
@@ -224,12 +213,12 @@ def test_which_signals_are_handled_can_be_chosen(launch: Launcher, monkeypatch: 
 
 
 def test_a_signal_while_closing_is_raised_when_all_is_closed(
-    launch: Launcher, fifo: Path, later: Callable[..., None], tmp_path: Path
+    launch: Launcher, fifo: Path, when_waiting: WhenWaiting, tmp_path: Path
 ) -> None:
     """The worker takes its time to save, and has it."""
     context = launch(f"trap 'sleep 0.3; : > {tmp_path}/saved; exit 0' TERM; : > {fifo}; while :; do sleep 0.01; done")
     assert content(fifo) == ""
-    later(0.1, os.kill, os.getpid(), signal.SIGTERM)
+    when_waiting(os.kill, os.getpid(), signal.SIGTERM)
     with pytest.raises(SignalException):
         context.close(timeout=600)
     assert (tmp_path / "saved").exists()
@@ -238,12 +227,12 @@ def test_a_signal_while_closing_is_raised_when_all_is_closed(
 
 
 def test_a_second_interrupt_while_closing_ends_the_grace(
-    launch: Launcher, fifo: Path, later: Callable[..., None]
+    launch: Launcher, fifo: Path, when_waiting: WhenWaiting
 ) -> None:
     context = launch(f"trap '' TERM; : > {fifo}; exec sleep 1000")
     assert content(fifo) == ""
-    later(0.1, os.kill, os.getpid(), signal.SIGINT)
-    later(0.2, os.kill, os.getpid(), signal.SIGINT)
+    when_waiting(os.kill, os.getpid(), signal.SIGINT)
+    when_waiting(os.kill, os.getpid(), signal.SIGINT)
     start = time.monotonic()
     with pytest.raises(SignalException):
         context.close(timeout=600)
@@ -253,11 +242,11 @@ def test_a_second_interrupt_while_closing_ends_the_grace(
 
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGQUIT])
 def test_a_second_interrupt_while_answering_the_first_only_ends_the_grace(
-    launch: Launcher, fifo: Path, later: Callable[..., None], first: signal.Signals
+    launch: Launcher, fifo: Path, when_waiting: WhenWaiting, first: signal.Signals
 ) -> None:
     context = launch(f"trap '' INT QUIT; : > {fifo}; exec sleep 1000")
     assert content(fifo) == ""
-    later(0.1, os.kill, os.getpid(), signal.SIGINT)
+    when_waiting(os.kill, os.getpid(), signal.SIGINT)
     start = time.monotonic()
     try:
         signal.raise_signal(first)
@@ -268,14 +257,19 @@ def test_a_second_interrupt_while_answering_the_first_only_ends_the_grace(
 
 
 def test_a_signal_while_a_failure_is_cleaned_up_is_not_lost(
-    launch: Launcher, fifo: Path, later: Callable[..., None]
+    launch: Launcher, fifo: Path, when_waiting: WhenWaiting, tmp_path: Path
 ) -> None:
     context = launch(
-        f"trap 'sleep 1; exit 0' TERM; : > {fifo}; while :; do sleep 0.01; done",
+        f"trap ': > {tmp_path}/told; sleep 1; exit 0' TERM; : > {fifo}; while :; do sleep 0.01; done",
         f"read x < {fifo}; exit 7",
         shutdown_timeout=600,
     )
-    later(0.5, os.kill, os.getpid(), signal.SIGTERM)
+
+    def interrupt_the_stop() -> None:
+        assert eventually((tmp_path / "told").exists, LONG_S)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    when_waiting(interrupt_the_stop)
     with pytest.raises(SignalException):
         context.wait()
     assert not any(map(is_alive, context.pids().values()))
@@ -512,7 +506,7 @@ def test_a_handler_of_its_own(tmp_path: Path) -> None:
     own.close()
 
 
-def test_a_handler_has_what_people_use_of_popen() -> None:
+def test_a_handler_has_the_popen_attributes_in_use() -> None:
     own = handler(["sleep", "1000"])
     assert own.local_rank_id == 0
     assert own.proc.poll() is None

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.conftest import eventually
+from tests.support.waiting import eventually
 
 from ferroelastic.multiprocessing import DefaultLogsSpecs, PContext, start_processes
 
@@ -36,13 +36,13 @@ def stubborn(tmp_path: Path) -> Iterator[PContext]:
         context.close(signal.SIGKILL, 0)
 
 
-def test_a_grace_that_has_passed_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_grace_that_has_passed_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with stubborn(tmp_path) as context:
         context.close(timeout=0)
     assert "Workers of local ranks 0 did not end within 0 s and were killed" in caplog.text
 
 
-def test_a_grace_that_was_cut_short_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_grace_that_was_cut_short_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with stubborn(tmp_path) as context:
 
         def hurry() -> None:

@@ -9,7 +9,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from tests.conformance.raw_store import CHECK, GET, LIST_KEYS, MULTI_SET, SET, RawClient, i64, keys, request, sized
+from tests.support.raw_store import CHECK, GET, LIST_KEYS, MULTI_SET, SET, RawClient, i64, keys, request, sized
 
 from ferroelastic._rust import RendezvousClient, StoreClient, StoreServer
 from ferroelastic.rendezvous._agent_store import AgentStore

@@ -11,7 +11,7 @@ import urllib.request
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from tests.conftest import eventually
+from tests.support.waiting import eventually
 
 from ferroelastic.agent.server import LocalElasticAgent, WorkerSpec, WorkerState
 from ferroelastic.multiprocessing import DefaultLogsSpecs, Std
@@ -139,7 +139,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Job]:
     made.clean_up()
 
 
-def test_a_failure_is_told_by_both(job: Job) -> None:
+def test_a_failure_is_reported_by_both(job: Job) -> None:
     host, guest = job.node(), job.node()
     host.runs_round(1)
     failing = guest.runs_round(1)["workers"][0]
@@ -157,7 +157,7 @@ def test_a_failure_is_told_by_both(job: Job) -> None:
     assert [node.ends().state for node in (host, guest)] == [WorkerState.SUCCEEDED] * 2
 
 
-def test_a_failure_is_told_before_the_peers_of_the_worker_have_gone(job: Job) -> None:
+def test_a_failure_is_reported_before_the_peers_of_the_worker_have_gone(job: Job) -> None:
     (job.folder / "stubborn.3").touch()
     host, guest = job.node(), job.node()
     workers = [worker["pid"] for worker in host.runs_round(1)["workers"]]

@@ -86,7 +86,7 @@ def test_waiting_is_progress_and_one_thing_for_long_is_not(clock: Clock) -> None
     assert activity.stalled_s() == 0
 
 
-def test_what_may_take_long_counts_from_its_beginning_once_it_takes_longer(clock: Clock) -> None:
+def test_a_long_step_counts_from_its_beginning(clock: Clock) -> None:
     activity = Activity()
     with activity.allowing(30):
         clock.now += 30
@@ -104,7 +104,7 @@ def test_a_wait_that_raises_is_over(clock: Clock) -> None:
     assert activity.stalled_s() == 3
 
 
-def test_a_server_is_told_once_and_what_is_new() -> None:
+def test_a_server_gets_each_change_once() -> None:
     activity, board = attached()
     activity.busy("spawning")
     activity.busy("spawning")
@@ -153,7 +153,7 @@ def test_a_failure_that_was_looked_at_is_no_part_of_a_membership_change() -> Non
     assert board.told[2:] == [("note_restart", "membership", "1 waiting to join")]
 
 
-def test_a_server_that_is_closed_is_told_no_more() -> None:
+def test_a_closed_server_gets_no_more_updates() -> None:
     activity, board = attached()
     board.failure = RuntimeError("the supervision engine is closed")
     activity.busy("stopping")
@@ -161,7 +161,7 @@ def test_a_server_that_is_closed_is_told_no_more() -> None:
     activity.busy("running")
 
 
-def test_a_server_that_is_none_of_ours_is_not_told() -> None:
+def test_a_foreign_server_gets_no_updates() -> None:
     activity = Activity()
     spec: Any = None
     activity.attach(object(), spec)

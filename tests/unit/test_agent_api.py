@@ -13,8 +13,8 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from tests.memory_store import MemoryStore
-from tests.unit.fake_agent import Agent, S, spec
+from tests.support.fake_agent import Agent, S, spec
+from tests.support.memory_store import MemoryStore
 
 from ferroelastic import agent as agent_package
 from ferroelastic._signals import Handling
@@ -35,7 +35,7 @@ from ferroelastic.utils.store import DistStoreError
 class TestRanks:
     ROLES = (("server", 4), ("trainer", 1), ("trainer", 2), ("trainer", 3), ("server", 5))
 
-    def test_ranks_follow_from_what_all_agents_have(self) -> None:
+    def test_ranks_follow_from_the_workers_of_all_agents(self) -> None:
         store = MemoryStore()
 
         def assign(group_rank: int) -> list[tuple[int, ...]]:
@@ -97,7 +97,7 @@ class interrupting:  # noqa: N801 - used as a statement
 
 
 class TestRendezvous:
-    def test_the_group_learns_what_was_agreed(self) -> None:
+    def test_the_group_gets_the_result_of_the_rendezvous(self) -> None:
         agent = Agent(spec())
         group = agent.get_worker_group()
         agent._rendezvous(group)
@@ -251,7 +251,7 @@ class TestRun:
         # Nobody else may have seen the signal, so it is not swallowed.
         assert str(caught.value) == ("first" if first else "third")
 
-    def test_a_failing_shutdown_is_told(self) -> None:
+    def test_a_failing_shutdown_is_reported(self) -> None:
         agent = Agent(spec(), S.SUCCEEDED)
         with (
             mock.patch.object(agent, "_shutdown", side_effect=OSError("reason")),
@@ -260,7 +260,7 @@ class TestRun:
             agent.run()
 
     @pytest.mark.parametrize("with_signal", [False, True])
-    def test_older_shutdowns_get_what_they_take(self, with_signal: bool) -> None:
+    def test_older_shutdowns_get_the_arguments_that_they_take(self, with_signal: bool) -> None:
         seen: list[Any] = []
         error = SignalException("signal", signal.SIGINT) if with_signal else RuntimeError()
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import pytest
-from tests.unit.fake_agent import Agent, S, spec
+from tests.support.fake_agent import Agent, S, spec
 
 from ferroelastic import events
 from ferroelastic.agent.server import RunResult, Worker, WorkerState, api
@@ -40,7 +40,7 @@ def collector() -> Iterator[Collector]:
 
 
 class TestEvents:
-    def test_a_run_is_told(self, collector: Collector) -> None:
+    def test_a_run_is_recorded(self, collector: Collector) -> None:
         Agent(spec(event_log_handler="test"), S.SUCCEEDED).run()
         assert [event["metadata"]["state"] for event in collector.events] == [
             "RENDEZVOUS",
@@ -78,7 +78,7 @@ class TestEvents:
         }
         assert collector.events[0]["metadata"]["duration_ms"] >= 0
 
-    def test_failed_and_terminated_workers_are_told_apart(self, collector: Collector) -> None:
+    def test_failed_and_terminated_workers_are_distinguished(self, collector: Collector) -> None:
         Agent(spec(event_log_handler="test", max_restarts=0), S.FAILED).run()
         failed, terminated = collector.events[-2:]
         assert (failed["metadata"]["state"], terminated["metadata"]["state"]) == ("FAILED", "TERMINATED")

@@ -220,7 +220,7 @@ def test_the_command_line_wins_over_a_bad_variable(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("line", [[], ["--bogus", "train.py"], ["--start-method=x", "train.py"], ["--max-restarts"]])
-def test_what_cannot_be_parsed_is_one_line(capsys: pytest.CaptureFixture[str], line: list[str]) -> None:
+def test_a_parse_error_is_one_line(capsys: pytest.CaptureFixture[str], line: list[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         parse_args(line)
 

@@ -7,7 +7,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from tests.unit.fake_agent import Agent, spec
+from tests.support.fake_agent import Agent, spec
 
 from ferroelastic import _checks
 from ferroelastic.agent.server import LocalElasticAgent
@@ -55,7 +55,7 @@ def test_of_a_configuration(tmp_path: Path, name: str, value: Any) -> None:
         launch_agent(changed, "/bin/true", [])
 
 
-def test_of_what_is_launched(tmp_path: Path) -> None:
+def test_arguments_and_entrypoint_are_checked(tmp_path: Path) -> None:
     config = LaunchConfig(1, 1, 1, rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id="x")
     config.logs_specs = DefaultLogsSpecs(str(tmp_path))
     arguments: Any = "abc"

@@ -264,7 +264,7 @@ def test_real_torch_catches_our_error() -> None:
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 
 
-def test_the_launchers_modules_import_neither_torch_nor_what_is_heavy() -> None:
+def test_the_launchers_modules_import_neither_torch_nor_heavy_modules() -> None:
     program = (
         "import sys, ferroelastic.agent.server, ferroelastic.control_plane, ferroelastic._torch\n"
         "heavy = {'torch', 'psutil', 'asyncio', 'ctypes', 'importlib.metadata', 'multiprocessing'}\n"

@@ -106,7 +106,7 @@ def test_a_plain_message_is_read(tmp_path: Path, stamp: object) -> None:
     [b"", b'{"message": {"mess', b"\xff\xfe", b"[]", b"3", b'{"unknown": 1}', b'{"message": null}', b"[" * 100_000],
 )
 @pytest.mark.parametrize(("exitcode", "cause"), [(-9, "Signal 9 (SIGKILL)"), (1, HINT)])
-def test_a_damaged_error_file_is_said_and_does_not_raise(
+def test_a_damaged_error_file_is_reported_and_does_not_raise(
     tmp_path: Path, content: bytes, exitcode: int, cause: str
 ) -> None:
     path = tmp_path / "error.json"
@@ -229,7 +229,7 @@ def test_no_failure_is_no_report() -> None:
         ChildFailedError("train.py", {})
 
 
-def test_record_returns_what_the_function_returns(error_file: Path) -> None:
+def test_record_returns_the_value_of_the_function(error_file: Path) -> None:
     assert record(lambda value: value + 1)(2) == 3
     assert not error_file.exists()
 
@@ -346,7 +346,7 @@ def test_a_link_stays_a_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert json.loads(target.read_text())["message"]["message"] == "ValueError: text"
 
 
-def test_dumping_overwrites_what_is_there(error_file: Path, tmp_path: Path) -> None:
+def test_dumping_overwrites_an_existing_file(error_file: Path, tmp_path: Path) -> None:
     childs = tmp_path / "child.json"
     childs.write_text('{"message": "child\'s"}')
     error_file.write_text("former")
@@ -399,9 +399,7 @@ def test_a_warning_that_is_an_error_does_not_lose_the_report(error_file: Path, m
     assert stack.rstrip().endswith("WarningError: the text")
 
 
-def test_what_can_be_had_of_an_exception_that_cannot_be_formatted(
-    error_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_record_of_an_exception_that_cannot_be_formatted(error_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_arguments: Any) -> None:
         raise RuntimeError("broken")
 
@@ -437,7 +435,7 @@ def test_a_fault_handler_that_cannot_be_enabled_is_no_error_where_warnings_are()
 
 
 @pytest.mark.parametrize("stamp", ["1" * 30, float("inf")])
-def test_a_time_that_is_none_does_not_lose_the_report(tmp_path: Path, stamp: Any) -> None:
+def test_an_invalid_time_does_not_lose_the_report(tmp_path: Path, stamp: Any) -> None:
     path = tmp_path / "error.json"
     path.write_text(
         json.dumps({"message": {"message": "boom", "extraInfo": {"timestamp": stamp, "timestamp_ns": stamp}}})

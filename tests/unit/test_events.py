@@ -69,7 +69,7 @@ def test_a_rendezvous_event_survives_its_serialisation() -> None:
 
 
 @pytest.mark.parametrize("data", ["{", '{"source": "NOBODY"}', '{"source": "AGENT"}', 3])
-def test_what_is_no_event_is_an_error(data: Any) -> None:
+def test_text_that_is_not_an_event_is_an_error(data: Any) -> None:
     with pytest.raises((ValueError, KeyError, TypeError)):
         Event.deserialize(data)
 
@@ -98,7 +98,7 @@ def test_a_logger_that_torch_gave_its_handler_gets_no_second_one(
     assert (len(torchs.lines), len(ours.lines)) == (1, 0)
 
 
-def test_an_event_that_nobody_reads_is_not_serialised() -> None:
+def test_an_event_without_a_reader_is_not_serialised() -> None:
     null = events._get_or_create_logger("null")
     with (
         mock.patch.object(null, "handlers", [logging.NullHandler()]),  # the test's own log capture listens as well
@@ -130,7 +130,7 @@ def test_a_handler_registered_with_torch_is_found(destination: str) -> None:
             assert handlers.get_logging_handler("null") is ours
 
 
-def test_a_rendezvous_event_is_made_only_if_somebody_reads_it() -> None:
+def test_a_rendezvous_event_is_made_only_for_a_reader() -> None:
     with (
         mock.patch("ferroelastic.events.record_rdzv_event") as record,
         mock.patch("ferroelastic.events.get_logging_handler", return_value=logging.NullHandler()),
@@ -139,7 +139,7 @@ def test_a_rendezvous_event_is_made_only_if_somebody_reads_it() -> None:
         record.assert_not_called()
 
 
-def test_a_rendezvous_event_tells_who_and_what() -> None:
+def test_a_rendezvous_event_names_the_node_and_the_step() -> None:
     with (
         mock.patch("ferroelastic.events.record_rdzv_event") as record,
         mock.patch("ferroelastic.events.get_logging_handler", return_value=logging.StreamHandler()),
@@ -150,7 +150,7 @@ def test_a_rendezvous_event_tells_who_and_what() -> None:
         except ValueError:
             events.construct_and_record_rdzv_event("run", "text", NodeState.FAILED, name="step", hostname="host")
     running, failed = (call.args[0] for call in record.call_args_list)
-    assert running.name == f"test_events.py:{test_a_rendezvous_event_tells_who_and_what.__name__}"
+    assert running.name == f"test_events.py:{test_a_rendezvous_event_names_the_node_and_the_step.__name__}"
     assert running.error_trace == ""
     assert failed.name == "test_events.py:step"
     assert "ValueError: reason" in failed.error_trace

@@ -197,7 +197,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Launched:
     return fake
 
 
-def test_success_returns_what_the_workers_returned(launched: Launched) -> None:
+def test_success_returns_the_values_of_the_workers(launched: Launched) -> None:
     config = _config(
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",

@@ -60,7 +60,7 @@ def made() -> Iterator[list[NativeRendezvous]]:
         ({"timeout": 900}, {"join_timeout_s": 600}),  # the launcher's, for static
     ],
 )
-def test_what_they_set(config: dict[str, Any], expected: dict[str, Any]) -> None:
+def test_parameters_and_their_settings(config: dict[str, Any], expected: dict[str, Any]) -> None:
     settings = NativeSettings(parameters(**config))
     assert {name: getattr(settings, name) for name in expected} == expected
 
@@ -75,7 +75,7 @@ def test_of_static(rank: object, timeout: object, expected: tuple[int, bool, int
 
 @pytest.mark.parametrize("key", TIMES)
 @pytest.mark.parametrize("value", ["x", "", "1.5", 0, "-1", float("inf"), []])
-def test_what_is_no_time(key: str, value: object) -> None:
+def test_invalid_times(key: str, value: object) -> None:
     text = re.escape(f"the rendezvous option {key}={value!r} is no time; give whole seconds from 1")
     with pytest.raises(ValueError, match=f"^{text}$"):
         NativeRendezvous(RendezvousParameters("c10d", "localhost:0", "job", 1, 1, None, **{key: value}))
@@ -110,7 +110,7 @@ def test_what_is_no_time(key: str, value: object) -> None:
         ({"is_host": "0"}, "the endpoint 'localhost:0' has port 0, .*; give the port of the host"),
     ],
 )
-def test_what_else_is_wrong(config: dict[str, Any], text: str) -> None:
+def test_other_invalid_parameters(config: dict[str, Any], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         NativeRendezvous(parameters(**config))
 

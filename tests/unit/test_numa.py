@@ -221,14 +221,14 @@ def test_socket_skips_nodes_without_cpus(tmp_path: Path) -> None:
         (Host(gpu_nodes=(3,)), 0, "node", "failed to read the CPUs of NUMA node 3: No such file"),
     ],
 )
-def test_what_cannot_be_bound_is_said(host: Host, gpu: int, mode: str, text: str, tmp_path: Path) -> None:
+def test_a_failed_binding_is_reported(host: Host, gpu: int, mode: str, text: str, tmp_path: Path) -> None:
     host.build(tmp_path)
 
     with pytest.raises(RuntimeError, match=text):
         _ours(host, tmp_path, gpu, mode)
 
 
-def test_a_kernel_without_caches_is_said(tmp_path: Path) -> None:
+def test_a_kernel_without_caches_is_reported(tmp_path: Path) -> None:
     host = Host()
     host.build(tmp_path)
     for level in tmp_path.glob("devices/system/cpu/cpu0/cache/index*/type"):
@@ -285,7 +285,7 @@ def test_a_failure_raises_or_falls_back(caplog: pytest.LogCaptureFixture) -> Non
 
 
 @pytest.mark.usefixtures("this_host")
-def test_an_unknown_mode_is_said() -> None:
+def test_an_unknown_mode_is_reported() -> None:
     with pytest.raises(RuntimeError, match="affinity mode 'moon' is not known; use node"):
         binding.cpus_for_worker(0, NumaOptions("moon"))  # type: ignore[arg-type]
 

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import pytest
-from tests.memory_store import MemoryStore
+from tests.support.memory_store import MemoryStore
+from tests.support.rendezvous_handlers import QuietHandler
 
 from ferroelastic.rendezvous import (
     RendezvousClosedError,
     RendezvousError,
-    RendezvousHandler,
     RendezvousHandlerRegistry,
     RendezvousInfo,
     RendezvousParameters,
@@ -40,7 +40,7 @@ def parameters(backend: str = "memory", **config: Any) -> RendezvousParameters:
     return RendezvousParameters(backend, "host:1", "run", 1, 2, **config)
 
 
-class Handler(RendezvousHandler):
+class Handler(QuietHandler):
     """Gives one store at one address to all nodes, round after round, as a careless plug-in would."""
 
     def __init__(self, store: MemoryStore, rank: int = 0, world_size: int = 1, *, address: str = "localhost") -> None:
@@ -56,20 +56,6 @@ class Handler(RendezvousHandler):
 
     def next_rendezvous(self) -> RendezvousInfo:
         return self.info
-
-    def is_closed(self) -> bool:
-        return False
-
-    def set_closed(self) -> None: ...
-
-    def num_nodes_waiting(self) -> int:
-        return 0
-
-    def get_run_id(self) -> str:
-        return "run"
-
-    def shutdown(self) -> bool:
-        return True
 
 
 class TestParameters:
@@ -166,7 +152,7 @@ class TestRegistry:
             assert get_rendezvous_handler(params) is handler
         create.assert_called_once_with(params)
 
-    def test_without_torch_that_is_said(self) -> None:
+    def test_the_missing_torch_is_reported(self) -> None:
         with (
             mock.patch.dict(sys.modules, {"torch": None, "torch.distributed.elastic.rendezvous": None}),
             mock.patch("importlib.import_module", side_effect=ModuleNotFoundError("no torch", name="torch")),

@@ -4,54 +4,17 @@ import dataclasses
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.support.fake_launch import Launch
 
 from ferroelastic import _usage, run
 from ferroelastic._usage import UsageError
 from ferroelastic.multiprocessing import DefaultLogsSpecs, Std
 
-
-@pytest.fixture(autouse=True)
-def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in list(os.environ):
-        if name.startswith(("PET_", "TORCHELASTIC_")) or name in ("LOGLEVEL", "PYTHON_EXEC"):
-            monkeypatch.delenv(name)
-    # Set by the launcher; this way it is put back.
-    monkeypatch.setenv("OMP_NUM_THREADS", "3")
-
-
-@pytest.fixture
-def script(tmp_path: Path) -> str:
-    path = tmp_path / "train.py"
-    path.write_text("")
-    return str(path)
-
-
-class Launch:
-    """Stands in for ``elastic_launch``: keeps what it was called with and ends as the test says."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[Any, Any, tuple[Any, ...]]] = []
-        self.error: BaseException | None = None
-
-    def __call__(self, config: Any, entrypoint: Any) -> Callable[..., None]:
-        def launch(*args: Any) -> None:
-            self.calls.append((config, entrypoint, args))
-            if self.error is not None:
-                raise self.error
-
-        return launch
-
-
-@pytest.fixture
-def launch(monkeypatch: pytest.MonkeyPatch) -> Launch:
-    fake = Launch()
-    monkeypatch.setattr(run, "elastic_launch", fake, raising=False)
-    return fake
+pytestmark = pytest.mark.usefixtures("launcher_environment")
 
 
 @pytest.mark.parametrize(("text", "expected"), [("2", (2, 2)), ("1:4", (1, 4)), ("3:1", (3, 1)), ("-1:0", (-1, 0))])
@@ -204,7 +167,7 @@ def test_a_bad_value_is_named_with_the_remedy(option: str, text: str, tmp_path: 
     assert not logs.exists()
 
 
-def test_a_usage_error_is_what_torch_raises_instead() -> None:
+def test_a_usage_error_has_the_type_that_torch_raises() -> None:
     for theirs in (ValueError, AssertionError, RuntimeError):
         assert issubclass(UsageError, theirs)
 
@@ -391,7 +354,7 @@ def test_a_missing_target_starts_nothing(launch: Launch, tmp_path: Path, monkeyp
     assert not launch.calls
 
 
-def test_what_is_there_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_existing_files_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     # A worker has the working directory in its path, the launcher need not.
     (tmp_path / "module_of_test.py").write_text("raise SystemExit('imported')")

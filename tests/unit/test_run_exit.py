@@ -9,57 +9,20 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
+from tests.support.fake_launch import Launch
 
 from ferroelastic import _ports, _report, rendezvous, run
 from ferroelastic.multiprocessing import SignalException
 from ferroelastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-
-@pytest.fixture(autouse=True)
-def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in list(os.environ):
-        if name.startswith(("PET_", "TORCHELASTIC_")) or name in ("LOGLEVEL", "PYTHON_EXEC"):
-            monkeypatch.delenv(name)
-    # Set by the launcher; this way it is put back.
-    monkeypatch.setenv("OMP_NUM_THREADS", "3")
-
-
-@pytest.fixture
-def script(tmp_path: Path) -> str:
-    path = tmp_path / "train.py"
-    path.write_text("")
-    return str(path)
-
-
-class Launch:
-    """Stands in for ``elastic_launch``: keeps what it was called with and ends as the test says."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[Any, Any, tuple[Any, ...]]] = []
-        self.error: BaseException | None = None
-
-    def __call__(self, config: Any, entrypoint: Any) -> Callable[..., None]:
-        def launch(*args: Any) -> None:
-            self.calls.append((config, entrypoint, args))
-            if self.error is not None:
-                raise self.error
-
-        return launch
+pytestmark = pytest.mark.usefixtures("launcher_environment")
 
 
 class TextlessError(Exception):
     def __str__(self) -> str:
         raise LookupError
-
-
-@pytest.fixture
-def launch(monkeypatch: pytest.MonkeyPatch) -> Launch:
-    fake = Launch()
-    monkeypatch.setattr(run, "elastic_launch", fake, raising=False)
-    return fake
 
 
 def _failed(exitcode: int, error_file: str = "") -> ChildFailedError:
@@ -273,7 +236,7 @@ def test_the_owner_of_a_busy_port_is_named(
     )
 
 
-def test_a_rendezvous_that_fails_names_who_listens_there(
+def test_a_rendezvous_that_fails_names_the_process_at_the_port(
     launch: Launch,
     script: str,
     listener: tuple[int, "subprocess.Popen[str]"],
@@ -374,7 +337,7 @@ def test_main_raises_as_torchs(launch: Launch, tmp_path: Path, capfd: pytest.Cap
     capfd.readouterr()
 
 
-def test_what_main_raises_is_torchs_too(launch: Launch, tmp_path: Path) -> None:
+def test_exceptions_of_main_are_those_of_torch(launch: Launch, tmp_path: Path) -> None:
     theirs = pytest.importorskip("torch.distributed.elastic.multiprocessing.errors")
     launch.error = _failed(3)
 

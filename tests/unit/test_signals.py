@@ -44,7 +44,7 @@ def test_a_named_signal_raises() -> None:
 
 
 @pytest.mark.parametrize("name", ["SIGNOSUCH", "SIG_DFL", "alarm", "SIGKILL"])
-def test_what_cannot_be_handled_is_a_warning(name: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_signal_that_cannot_be_handled_is_a_warning(name: str, caplog: pytest.LogCaptureFixture) -> None:
     with Handling(f"{name},SIGTERM"):
         assert f"Failed to register signal handler for {name}" in caplog.text
         assert signal.getsignal(signal.SIGTERM) is _terminate_process_handler
@@ -125,7 +125,7 @@ def test_after_a_stop_the_pending_signal_is_raised() -> None:
         _signals.raise_pending()
 
 
-def test_only_the_outermost_tells_of_what_nobody_has_dealt_with(handling: Handling) -> None:
+def test_only_the_outermost_handling_reports_an_unhandled_signal(handling: Handling) -> None:
     inner = Handling("SIGTERM")
     inner.install()
     with _signals.shielded(lambda: None):
@@ -172,7 +172,7 @@ def test_an_outcome_that_stands_is_not_interrupted() -> None:
         ([signal.SIGTERM, signal.SIGQUIT, signal.SIGTERM, signal.SIGINT], 1),
     ],
 )
-def test_who_shortens_a_grace(numbers: list[signal.Signals], expected: int) -> None:
+def test_signals_that_shorten_a_grace(numbers: list[signal.Signals], expected: int) -> None:
     shortened = []
     with _signals.shielded(lambda: shortened.append(1)):
         for number in numbers:
@@ -182,7 +182,7 @@ def test_who_shortens_a_grace(numbers: list[signal.Signals], expected: int) -> N
 
 
 @pytest.mark.usefixtures("handling")
-def test_what_was_before_the_signal() -> None:
+def test_was_before_signal_compares_times() -> None:
     assert _signals.was_before_signal(time.monotonic_ns())
     earlier = time.monotonic_ns()
     with pytest.raises(SignalException):

@@ -50,7 +50,7 @@ def test_to_map_takes_a_foreign_member() -> None:
     assert to_map(Foreign.OUT, 2) == {0: Std.OUT, 1: Std.OUT}  # type: ignore[arg-type]  # what torch's users pass
 
 
-def test_validate_full_rank_names_what_is_missing() -> None:
+def test_validate_full_rank_names_the_missing_ranks() -> None:
     _validate_full_rank({0: "", 1: ""}, 2, "args")
     with pytest.raises(RuntimeError, match=r"envs, local rank mapping mismatch, expected: \{0, 1\}, actual: \{0\}"):
         _validate_full_rank({0: ""}, 2, "envs")

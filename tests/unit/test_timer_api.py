@@ -96,7 +96,7 @@ def test_without_a_client_it_is_an_error_when_it_is_entered() -> None:
         pytest.fail("entered")
 
 
-def test_who_acquires_releases(client: Recorder) -> None:
+def test_expires_acquires_and_releases(client: Recorder) -> None:
     other = Recorder()
     with timer.expires(after=10, scope="given", client=other):
         pass
@@ -175,7 +175,7 @@ def test_a_release_that_is_there_is_seen_before_the_deadline_is_looked_at(
     assert (killed, server._timers) == ([], {})
 
 
-def test_a_queue_gives_what_there_is_without_waiting(here: Any) -> None:
+def test_a_queue_returns_its_requests_without_waiting(here: Any) -> None:
     requests = [TimerRequest(number, "scope", 0) for number in range(3)]
     for request in requests:
         here.put(request)

@@ -128,7 +128,7 @@ def test_requests_are_lines_of_json(client: FileTimerClient, reader: Reader) -> 
 @pytest.mark.parametrize("scope", ["plain", 'with "quotes" \\ and\nlines', "ünïcödé \N{SNOWMAN}\N{GRINNING FACE}", ""])
 @pytest.mark.parametrize("time", [1e9, 0.1, 1700000000.123456789, 1e300, 5e-324, 3, 0, True, float("inf")])
 @pytest.mark.parametrize("number", [signal.SIGKILL, 15, 0, -1])
-def test_a_request_is_what_json_makes_of_it(
+def test_a_request_is_encoded_as_json(
     client: FileTimerClient, reader: Reader, scope: str, time: float, number: int
 ) -> None:
     client.signal = number
@@ -230,7 +230,7 @@ def test_of_a_server_that_stays_away_so_much_is_kept(
     assert [scope for scope, _ in reader.scopes()] == ["3", "4", "a"]
 
 
-def test_trouble_is_said_once(client: FileTimerClient, reader: Reader, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_error_is_reported_once(client: FileTimerClient, reader: Reader, caplog: pytest.LogCaptureFixture) -> None:
     client.acquire("a", 1.5)
     reader.fill()
     for scope in "bcd":
@@ -427,7 +427,7 @@ def test_a_forked_process_opens_the_pipe_itself(reader: Reader) -> None:
     assert found == [(parent, "of the parent"), (child, "of the child")]
 
 
-def test_a_forked_process_does_not_send_what_its_parent_has_kept(reader: Reader) -> None:
+def test_a_forked_process_does_not_send_queued_requests_of_its_parent(reader: Reader) -> None:
     run(FORK, str(reader.path), "full")
 
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from tests.support.waiting import LONG_S
 
 from ferroelastic import _engine, _wait
 from ferroelastic._wait import wait_for_event
@@ -18,10 +19,11 @@ _rust = pytest.importorskip("ferroelastic._rust")
 pytestmark = pytest.mark.engine
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
     from types import FrameType
 
-LONG_S = 60.0
+    from tests.support.waiting import WhenWaiting
+
 SOON_S = 10.0
 
 
@@ -53,19 +55,6 @@ def sleeping() -> Iterator[Any]:
         stop(group)
 
 
-@pytest.fixture
-def later() -> Iterator[Callable[..., None]]:
-    timers: list[threading.Timer] = []
-
-    def schedule(function: Callable[..., Any], *args: Any) -> None:
-        timers.append(threading.Timer(0.1, function, args))
-        timers[-1].start()
-
-    yield schedule
-    for timer in timers:
-        timer.join()
-
-
 def test_an_exit_ends_the_wait() -> None:
     group = spawn("true")
     assert wait_for_event(group, 0, LONG_S)
@@ -88,51 +77,51 @@ def test_without_event_it_is_a_timeout(timeout_s: float) -> None:
 
 
 @pytest.mark.parametrize("timeout_s", [None, float("inf"), LONG_S])
-def test_a_handler_that_raises_ends_the_wait(later: Callable[..., None], timeout_s: float | None) -> None:
+def test_a_handler_that_raises_ends_the_wait(when_waiting: WhenWaiting, timeout_s: float | None) -> None:
     with sleeping() as group:
         signal.signal(signal.SIGUSR1, raise_it)
-        later(os.kill, os.getpid(), signal.SIGUSR1)
+        when_waiting(os.kill, os.getpid(), signal.SIGUSR1)
         start = time.monotonic()
         with pytest.raises(HandlerError):
             wait_for_event(group, 0, timeout_s)
         assert time.monotonic() - start < SOON_S
 
 
-def test_a_handler_that_returns_leaves_the_wait_waiting(later: Callable[..., None]) -> None:
+def test_a_handler_that_returns_leaves_the_wait_waiting(when_waiting: WhenWaiting) -> None:
     with sleeping() as group:
 
         def kill_it(_signum: int, _frame: FrameType | None) -> None:
             group.signal(0, signal.SIGKILL)
 
         signal.signal(signal.SIGUSR1, kill_it)
-        later(os.kill, os.getpid(), signal.SIGUSR1)
+        when_waiting(os.kill, os.getpid(), signal.SIGUSR1)
         # True, not False at once: the handler's signal is no event of the group, but the exit that it brings about is.
         assert wait_for_event(group, 0, LONG_S)
         assert group.exits()[0].signal == signal.SIGKILL
 
 
-def test_the_former_wakeup_descriptor_gets_its_bytes_and_comes_back(later: Callable[..., None]) -> None:
+def test_the_former_wakeup_descriptor_gets_its_bytes_and_comes_back(when_waiting: WhenWaiting) -> None:
     with sleeping() as group:
         mine, theirs = socket.socketpair()
         with mine, theirs:
             mine.setblocking(False)
             signal.set_wakeup_fd(mine.fileno())
             signal.signal(signal.SIGUSR1, raise_it)
-            later(os.kill, os.getpid(), signal.SIGUSR1)
+            when_waiting(os.kill, os.getpid(), signal.SIGUSR1)
             with pytest.raises(HandlerError):
                 wait_for_event(group, 0, LONG_S)
             assert theirs.recv(10) == bytes([signal.SIGUSR1])
             assert signal.set_wakeup_fd(-1) == mine.fileno()
 
 
-def test_a_full_former_wakeup_descriptor_is_no_error(later: Callable[..., None]) -> None:
+def test_a_full_former_wakeup_descriptor_is_no_error(when_waiting: WhenWaiting) -> None:
     with sleeping() as group:
         read_fd, write_fd = os.pipe2(os.O_NONBLOCK)
         try:
             os.write(write_fd, bytes(1 << 16))
             signal.set_wakeup_fd(write_fd)
             signal.signal(signal.SIGUSR1, lambda *_: group.signal(0, signal.SIGKILL))
-            later(os.kill, os.getpid(), signal.SIGUSR1)
+            when_waiting(os.kill, os.getpid(), signal.SIGUSR1)
             assert wait_for_event(group, 0, LONG_S)
             assert signal.set_wakeup_fd(-1) == write_fd
         finally:
@@ -140,7 +129,7 @@ def test_a_full_former_wakeup_descriptor_is_no_error(later: Callable[..., None])
             os.close(write_fd)
 
 
-def test_two_signals_at_once_put_everything_back(later: Callable[..., None]) -> None:
+def test_two_signals_at_once_put_everything_back(when_waiting: WhenWaiting) -> None:
     both = [signal.SIGUSR1, signal.SIGUSR2]
     for number in both:
         signal.signal(number, raise_it)
@@ -149,14 +138,14 @@ def test_two_signals_at_once_put_everything_back(later: Callable[..., None]) -> 
         mine.setblocking(False)
         signal.set_wakeup_fd(mine.fileno())
         # In one call, so that the main thread is not back from its wait between the two.
-        later(list, map(os.kill, [os.getpid()] * 2, both))
+        when_waiting(list, map(os.kill, [os.getpid()] * 2, both))
         with pytest.raises(HandlerError) as raised:
             wait_for_event(group, 0, LONG_S)
         assert isinstance(raised.value.__context__, HandlerError)
         assert signal.set_wakeup_fd(-1) == mine.fileno()
 
 
-def test_a_handler_may_wait_itself(later: Callable[..., None]) -> None:
+def test_a_handler_may_wait_itself(when_waiting: WhenWaiting) -> None:
     with sleeping() as group:
         mine, theirs = socket.socketpair()
         with mine, theirs:
@@ -168,7 +157,7 @@ def test_a_handler_may_wait_itself(later: Callable[..., None]) -> None:
                 assert wait_for_event(group, 0, LONG_S)
 
             signal.signal(signal.SIGUSR1, wait_inside)
-            later(os.kill, os.getpid(), signal.SIGUSR1)
+            when_waiting(os.kill, os.getpid(), signal.SIGUSR1)
             assert wait_for_event(group, 0, LONG_S)
             assert theirs.recv(10) == bytes([signal.SIGUSR1])
             assert signal.set_wakeup_fd(-1) == mine.fileno()

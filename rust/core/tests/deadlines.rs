@@ -42,7 +42,7 @@ fn a_step_of_the_wall_clock_moves_no_deadline() {
 }
 
 #[test]
-fn times_that_fit_no_clock() {
+fn times_out_of_range_of_the_clock() {
     let now = Instant::now();
     let received = moment(now, 1_700_000_000.0);
     assert_eq!(expiry_instant(received, 1e300), None);
@@ -100,7 +100,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
 
 proptest! {
     #[test]
-    fn as_the_model_says(steps in steps()) {
+    fn the_table_agrees_with_the_model(steps in steps()) {
         let start = Instant::now();
         let (mut deadlines, mut time) = (Deadlines::default(), 0);
         let mut model: BTreeMap<(i32, String), Option<u64>> = BTreeMap::new();

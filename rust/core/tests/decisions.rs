@@ -32,7 +32,7 @@ fn a_failure_without_orders_changes_nothing() {
 }
 
 #[test]
-fn those_who_died_together_are_not_stopped_by_us() {
+fn workers_that_died_together_do_not_count_as_stopped() {
     let mut group = GroupState::new(3);
     let now = Instant::now();
     group.step(now, GroupEvent::StopOnFailure(PLAN));
@@ -125,7 +125,7 @@ fn a_stop_without_time_to_kill_spares_no_group() {
 }
 
 #[test]
-fn nobody_is_signalled_in_the_linger_time() {
+fn no_process_is_signalled_in_the_linger_time() {
     let plan = StopPlan { linger: Duration::from_secs(7), ..PLAN };
     let start = Instant::now();
     let mut group = GroupState::new(2);
@@ -163,7 +163,7 @@ fn an_endless_grace_has_no_deadline() {
 }
 
 #[test]
-fn who_is_there_at_the_last_deadline_is_named() {
+fn survivors_of_the_last_deadline_are_named() {
     let mut group = GroupState::new(2);
     let start = Instant::now();
     group.step(start, GroupEvent::Stop(PLAN));

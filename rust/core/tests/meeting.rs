@@ -258,7 +258,7 @@ fn a_host_that_comes_later_is_found() {
 }
 
 #[test]
-fn what_is_no_rendezvous_is_told_apart() {
+fn servers_that_are_no_rendezvous_are_distinguished() {
     // A store of torch: it echoes, and ends the connection at an opcode that it does not know.
     let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("bind");
     let port = listener.local_addr().expect("address").port();
@@ -279,7 +279,7 @@ fn what_is_no_rendezvous_is_told_apart() {
     let port = listener.local_addr().expect("address").port();
     let web = std::thread::spawn(move || {
         let (mut stream, _) = listener.accept().expect("accept");
-        stream.write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n").expect("write");
+        stream.write_all(b"HTTP/1.1 400 Bad AgentMessage\r\n\r\n").expect("write");
         let _ = stream.read(&mut [0; 1024]);
     });
     let client = agent(port, "a", (1, 1));
@@ -328,7 +328,7 @@ fn garbage_ends_its_connection_and_nothing_else() {
 }
 
 #[test]
-fn a_worker_that_tells_of_a_failure_ends_the_round() {
+fn a_worker_that_reports_a_failure_ends_the_round() {
     let server = host(1, 1, Duration::from_secs(5));
     let port = server.address().port();
     let client = agent(port, "a", (1, 1));
@@ -358,7 +358,7 @@ fn a_silent_agent_is_lost() {
 }
 
 #[test]
-fn times_may_be_as_long_as_there_are() {
+fn the_longest_times_are_accepted() {
     let settings = HostSettings {
         run_id: "job".into(),
         min_nodes: 1,
@@ -381,7 +381,7 @@ fn times_may_be_as_long_as_there_are() {
 }
 
 #[test]
-fn to_look_for_remarks_is_no_news() {
+fn taking_remarks_is_not_an_event() {
     let host = host(1, 1, Duration::from_secs(5));
     let client = agent(host.address().port(), "one", (1, 1));
     join(&client);
@@ -392,7 +392,7 @@ fn to_look_for_remarks_is_no_news() {
 }
 
 #[test]
-fn an_agent_that_says_twice_who_it_is_is_turned_out() {
+fn an_agent_that_introduces_itself_twice_is_disconnected() {
     let server = host(1, 2, Duration::from_secs(60));
     let port = server.address().port();
     let enter = || AgentMessage::Enter(introduction("b", (1, 2)));
@@ -426,14 +426,14 @@ fn an_agent_with_workers_without_number_is_refused() {
 }
 
 #[test]
-fn who_never_says_who_it_is_is_lost() {
+fn an_agent_that_never_introduces_itself_is_lost() {
     let server = host(1, 1, Duration::from_millis(300));
     let mut visit = visitor(server.address().port(), &[]);
     assert_eq!(last_words(&mut visit), "", "its time is over");
 }
 
 #[test]
-fn who_never_says_who_it_is_is_not_waited_for() {
+fn an_agent_that_never_introduces_itself_is_not_waited_for() {
     let server = host(1, 1, Duration::from_secs(60));
     let _visit = visitor(server.address().port(), &[]);
     let begin = Instant::now();

@@ -56,7 +56,7 @@ fn a_host_that_does_not_answer_is_given_up_after_the_connect_timeout() {
 }
 
 #[test]
-fn why_a_host_was_not_reached_is_said_also_if_the_last_attempt_has_no_time() {
+fn the_reason_of_an_earlier_attempt_stays_if_the_last_one_has_no_time() {
     let (mut member, start) = member(false);
     member.step(start, join());
     let text = "connection refused".into();
@@ -70,7 +70,7 @@ fn why_a_host_was_not_reached_is_said_also_if_the_last_attempt_has_no_time() {
 }
 
 #[test]
-fn what_an_agent_says_fits_into_a_message() {
+fn texts_of_an_agent_fit_into_a_message() {
     let long = "x".repeat(1 << 20);
     let calls = [
         Call::Failed { at_ns: 1, text: long.clone(), code: 1, is_final: true },
@@ -209,7 +209,7 @@ fn an_agent_that_does_not_reach_the_host_reports_the_reason() {
 }
 
 #[test]
-fn an_agent_that_comes_late_is_told_so() {
+fn a_late_agent_is_told_that_it_is_late() {
     let (mut member, now) = member(false);
     member.step(now, join());
     member.step(now, MemberEvent::Connected);

@@ -44,7 +44,7 @@ fn spares_wait_and_leave_in_peace() {
 
 /// Thousands of schedules; the assertions are in the simulation.
 #[test]
-fn whatever_goes_wrong_rounds_do_not_mix_and_everything_ends() {
+fn under_random_faults_rounds_do_not_mix_and_everything_ends() {
     let mut ends: BTreeMap<String, usize> = BTreeMap::new();
     for seed in 0..1500 {
         let mut random = Random::new(seed);

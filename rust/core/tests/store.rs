@@ -113,7 +113,7 @@ proptest! {
 }
 
 #[test]
-fn who_does_not_begin_as_a_client_is_refused() {
+fn a_connection_without_the_magic_number_is_refused() {
     assert_eq!(decode(&[b"GET / HTTP/1.1\r\n"]), Err(Refusal::NotAClient(b'G')));
     assert_eq!(decode(&[&[0, 1, 2, 3, 4]]), Err(Refusal::WrongMagic(0x0403_0201)));
     assert_eq!(
@@ -197,7 +197,7 @@ impl Store {
 }
 
 #[test]
-fn values_come_back_and_what_is_missing_is_empty() {
+fn values_come_back_and_missing_ones_are_empty() {
     let mut store = Store::default();
     assert_eq!(store.get("k"), sized(b""));
     assert_eq!(store.set("k", b"ab"), []);
@@ -242,7 +242,7 @@ fn compare_set_has_its_oddities() {
 }
 
 #[test]
-fn who_waits_is_told_when_everything_is_there() {
+fn a_waiting_client_is_answered_when_all_keys_are_set() {
     let mut store = Store::default();
     assert_eq!(store.wait(ME, &[]), [(ME, vec![0])]);
     assert_eq!(store.wait(ME, &["a", "b", "a"]), []);
@@ -292,7 +292,7 @@ fn queues_wake_one_and_are_there_as_long_as_they_hold_something() {
 }
 
 #[test]
-fn what_is_pushed_is_for_who_can_go_on_with_it() {
+fn a_pushed_value_wakes_a_client_that_waits_for_that_key_alone() {
     let mut store = Store::default();
     let push = |store: &mut Store| store.ask(YOU, StoreRequest::QueuePush { key: key("q"), value: b"x".into() });
     store.wait(ME, &["q", "k"]);
@@ -306,7 +306,7 @@ fn what_is_pushed_is_for_who_can_go_on_with_it() {
 }
 
 #[test]
-fn who_gives_up_after_naming_a_key_often_is_forgotten_at_once() {
+fn a_cancelled_wait_that_names_a_key_often_is_forgotten_at_once() {
     let mut store = Store::default();
     let often = vec!["k"; 100_000];
     for peer in 0..4 {
@@ -333,7 +333,7 @@ fn a_barrier_opens_for_all_and_keeps_its_counter() {
 }
 
 #[test]
-fn who_leaves_a_barrier_has_been_there() {
+fn a_client_that_leaves_a_barrier_has_been_counted() {
     for leave in
         [|store: &mut Store| drop(store.ask(ME, StoreRequest::CancelWait)), |store: &mut Store| store.0.forget(ME)]
     {

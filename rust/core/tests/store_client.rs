@@ -53,7 +53,7 @@ fn assert_given_up<T: std::fmt::Debug>(
 }
 
 #[test]
-fn who_is_not_answered_gives_up() {
+fn a_request_without_an_answer_is_given_up() {
     let (_listener, client) = stopped();
     assert_given_up(client, |client| client.add(b"k", 1));
     let (_listener, client) = stopped();
@@ -67,7 +67,7 @@ fn who_is_not_answered_gives_up() {
 }
 
 #[test]
-fn who_waits_does_not_wait_for_the_end_of_the_wait() {
+fn a_wait_that_the_server_does_not_end_is_given_up() {
     let (_listener, client) = stopped();
     assert_given_up(client, |client| client.wait(&[b"k"], TIMEOUT));
     let (_listener, client) = stopped();
@@ -79,7 +79,7 @@ fn who_waits_does_not_wait_for_the_end_of_the_wait() {
 }
 
 #[test]
-fn what_is_not_taken_is_given_up() {
+fn a_request_that_the_server_does_not_read_is_given_up() {
     let value = vec![0; 64 << 20];
     let (_listener, client) = stopped();
     assert_given_up(client, |client| client.set(b"k", &value));

@@ -15,7 +15,7 @@ use ferroelastic_core::engine::HealthServer;
 use ferroelastic_core::health::status::{Started, Update};
 use ferroelastic_core::vocabulary::{AgentState, RestartCause, RestartPhase};
 use http::{Answering, clean_rest, connect, exchange, get, now_s, rest, split, until_alive};
-use support::{PATIENCE, all_exits, engines, zoo};
+use support::{PATIENCE, all_exits, on_each_backend, zoo};
 
 const TIMEOUT: Duration = Duration::from_secs(60);
 
@@ -54,7 +54,7 @@ fn every_path_is_answered() {
 }
 
 #[test]
-fn without_anybody_who_answers_the_interpreter_is_stuck_and_that_is_told_at_once() {
+fn without_an_answering_thread_the_interpreter_is_reported_stuck_at_once() {
     let engine = Engine::start().expect("engine");
     let server = serve(&engine);
     let (code, text) = get(server.address(), "/livez");
@@ -73,7 +73,7 @@ fn without_anybody_who_answers_the_interpreter_is_stuck_and_that_is_told_at_once
 }
 
 #[test]
-fn what_the_callback_says_is_the_verdict() {
+fn the_answer_of_the_callback_is_the_verdict() {
     let engine = Engine::start().expect("engine");
     for (answer, code, begins) in [
         (now_s() - 100.0, 503, "no progress for 1"),
@@ -224,45 +224,43 @@ fn silent_and_slow_peers_are_dropped() {
     answering.join();
 }
 
-#[test]
-fn the_board_shows_workers_as_the_engine_knows_them() {
-    for engine in engines() {
-        let server = serve(&engine);
-        let group = engine.spawn(vec![zoo(&["exit", "3"]), zoo(&["sleep"])]).expect("spawn");
-        support::wait_for(&group, |group| group.exits(0).ok().filter(|exits| exits.len() == 1));
-        // The first has ended before the agent says that it was started.
-        let started = |(rank, pid): (u64, &i32)| Started { local_rank: rank, rank: 4 + rank, pid: *pid };
-        let pids: Vec<_> = (0..).zip(group.pids()).map(started).collect();
-        server.update(Update::Job { run_id: "run".into(), role: "trainer".into() }).expect("engine");
-        server.update(Update::Workers(pids)).expect("engine");
-        server.update(Update::State(AgentState::Running)).expect("engine");
-        let unready = format!("not ready: rank 4 (pid {}) exited with code 3\n", group.pids()[0]);
-        assert_eq!(get(server.address(), "/readyz"), (503, unready));
+on_each_backend!(the_board_shows_workers_as_the_engine_knows_them);
+fn the_board_shows_workers_as_the_engine_knows_them(engine: &Engine) {
+    let server = serve(engine);
+    let group = engine.spawn(vec![zoo(&["exit", "3"]), zoo(&["sleep"])]).expect("spawn");
+    support::wait_for(&group, |group| group.exits(0).ok().filter(|exits| exits.len() == 1));
+    // The first has ended before the agent says that it was started.
+    let started = |(rank, pid): (u64, &i32)| Started { local_rank: rank, rank: 4 + rank, pid: *pid };
+    let pids: Vec<_> = (0..).zip(group.pids()).map(started).collect();
+    server.update(Update::Job { run_id: "run".into(), role: "trainer".into() }).expect("engine");
+    server.update(Update::Workers(pids)).expect("engine");
+    server.update(Update::State(AgentState::Running)).expect("engine");
+    let unready = format!("not ready: rank 4 (pid {}) exited with code 3\n", group.pids()[0]);
+    assert_eq!(get(server.address(), "/readyz"), (503, unready));
 
-        let status = |server: &HealthServer| -> serde_json::Value {
-            serde_json::from_str(&get(server.address(), "/status").1).expect("JSON")
-        };
-        let shown = status(&server);
-        assert_eq!((&shown["run_id"], &shown["state"]), (&"run".into(), &"running".into()));
-        assert_eq!((&shown["workers"][0]["state"], &shown["workers"][0]["exit_code"]), (&"failed".into(), &3.into()));
-        let running = &shown["workers"][1];
-        assert_eq!(running["state"], "running");
-        assert!(running["resident_bytes"].as_u64() > Some(0) && running["cpu_s"].is_number(), "{running}");
+    let status = |server: &HealthServer| -> serde_json::Value {
+        serde_json::from_str(&get(server.address(), "/status").1).expect("JSON")
+    };
+    let shown = status(&server);
+    assert_eq!((&shown["run_id"], &shown["state"]), (&"run".into(), &"running".into()));
+    assert_eq!((&shown["workers"][0]["state"], &shown["workers"][0]["exit_code"]), (&"failed".into(), &3.into()));
+    let running = &shown["workers"][1];
+    assert_eq!(running["state"], "running");
+    assert!(running["resident_bytes"].as_u64() > Some(0) && running["cpu_s"].is_number(), "{running}");
 
-        assert!(group.signal(1, 9, false).expect("signal"));
-        all_exits(&group);
-        let shown = status(&server);
-        assert_eq!((&shown["workers"][1]["signal"], &shown["workers"][1]["cpu_s"]), (&9.into(), &().into()));
-        server.update(Update::Restart { cause: RestartCause::Failure, reason: "rank 4".into() }).expect("engine");
-        server.update(Update::Phase { phase: RestartPhase::Stop, took: Duration::from_millis(2) }).expect("engine");
-        let (_, metrics) = get(server.address(), "/metrics");
-        for line in [
-            "ferroelastic_worker_exits_total{outcome=\"failed\"} 2\n",
-            "ferroelastic_restarts_total{cause=\"failure\"} 1\n",
-            "ferroelastic_restart_phase_seconds_bucket{le=\"0.003\",phase=\"stop\"} 1\n",
-        ] {
-            assert!(metrics.contains(line), "{line} is not in {metrics}");
-        }
+    assert!(group.signal(1, 9, false).expect("signal"));
+    all_exits(&group);
+    let shown = status(&server);
+    assert_eq!((&shown["workers"][1]["signal"], &shown["workers"][1]["cpu_s"]), (&9.into(), &().into()));
+    server.update(Update::Restart { cause: RestartCause::Failure, reason: "rank 4".into() }).expect("engine");
+    server.update(Update::Phase { phase: RestartPhase::Stop, took: Duration::from_millis(2) }).expect("engine");
+    let (_, metrics) = get(server.address(), "/metrics");
+    for line in [
+        "ferroelastic_worker_exits_total{outcome=\"failed\"} 2\n",
+        "ferroelastic_restarts_total{cause=\"failure\"} 1\n",
+        "ferroelastic_restart_phase_seconds_bucket{le=\"0.003\",phase=\"stop\"} 1\n",
+    ] {
+        assert!(metrics.contains(line), "{line} is not in {metrics}");
     }
 }
 

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use ferroelastic_core::sys::cgroup;
 use ferroelastic_core::sys::leftovers::{Found, Mark, Query, Session, find};
 use ferroelastic_core::sys::spawn::Command;
-use support::{Lines, all_exits, engines, is_alive, zoo};
+use support::{Lines, all_exits, best_engine, engines, is_alive, zoo};
 
 fn mark(token: &str) -> Mark {
     Mark { name: "FERRO_ZOO_RUN".into(), token: token.into() }
@@ -31,7 +31,7 @@ fn nothing() -> Query<'static> {
 fn escaped(command: impl Fn(Command) -> Command) -> (i32, i32) {
     let folder = tempfile::tempdir().expect("tempdir");
     let mut lines = Lines::new(folder.path(), "pid");
-    let engine = engines().remove(0);
+    let engine = best_engine();
     let group = engine.spawn(vec![command(lines.of(zoo(&["escape", "0"])))]).expect("spawn");
     let helper = lines.next().parse().expect("a pid");
     all_exits(&group);
@@ -77,7 +77,7 @@ fn a_session_is_known_by_its_leader_and_no_longer_when_the_number_is_somebody_el
 }
 
 #[test]
-fn nobody_leaves_a_cgroup() {
+fn no_helper_leaves_a_cgroup() {
     let Ok(folder) = cgroup::create(&format!("ferro-zoo-{}", std::process::id())) else {
         eprintln!("no cgroup can be made here");
         return;
@@ -99,7 +99,7 @@ fn nobody_leaves_a_cgroup() {
     // A cgroup inside it, and somebody who lives on.
     let inner = folder.join("inner");
     std::fs::create_dir(&inner).expect("an inner cgroup");
-    let engine = engines().remove(0);
+    let engine = best_engine();
     engine.use_cgroup(Some(&inner)).expect("use");
     let group = engine.spawn(vec![zoo(&["sleep"])]).expect("spawn");
     cgroup::remove(&folder).expect("remove");

@@ -1,5 +1,8 @@
 //! A store among clients that misbehave. Alone in its process: it uses up descriptors, and measures memory.
 
+#[path = "support/noise.rs"]
+mod noise;
+
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
@@ -8,6 +11,7 @@ use std::time::Duration;
 
 use ferroelastic_core::host::StoreServer;
 use ferroelastic_core::store::wire::{Limits, MAGIC};
+use noise::Noise;
 use rustix::net::{AddressFamily, SocketType, connect, socket};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustix::time::{ClockId, clock_gettime};
@@ -115,13 +119,13 @@ fn descriptors() -> usize {
 }
 
 #[test]
-fn whatever_clients_do_others_are_served_and_memory_is_bounded() {
+fn misbehaving_clients_neither_starve_others_nor_use_up_memory() {
     thousands_that_are_idle_cost_little();
     deaf_ones_cost_what_they_asked_for_once();
     one_that_takes_all_it_can_get_leaves_others_their_turn();
     keys_of_megabytes_are_refused();
     noise_ends_its_own_connection();
-    who_is_killed_in_the_middle_leaves_nothing();
+    a_client_killed_in_the_middle_of_a_request_leaves_nothing();
     without_descriptors_the_server_rests_and_goes_on_later();
 }
 
@@ -232,16 +236,10 @@ fn keys_of_megabytes_are_refused() {
 fn noise_ends_its_own_connection() {
     let server = start();
     let mut client = Client::new(server.address());
-    let mut state = 0x9E37_79B9_7F4A_7C15_u64;
+    let mut random = Noise::new();
     let mut bytes = vec![0; 1_000_000];
     for round in 0..50 {
-        for byte in &mut bytes {
-            // A generator of Marsaglia's.
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            *byte = state.to_le_bytes()[3];
-        }
+        random.fill(&mut bytes);
         let mut noisy = if round % 2 == 0 { Client::new(server.address()) } else { Client::unknown(server.address()) };
         let _ = noisy.0.write_all(&bytes);
         assert!(noisy.ends());
@@ -249,7 +247,7 @@ fn noise_ends_its_own_connection() {
     }
 }
 
-fn who_is_killed_in_the_middle_leaves_nothing() {
+fn a_client_killed_in_the_middle_of_a_request_leaves_nothing() {
     let server = start();
     let mut client = Client::new(server.address());
     client.ping();

@@ -348,13 +348,17 @@ mod tests {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("bind");
         let good = listener.local_addr().expect("address");
 
-        let begin = Instant::now();
-        let timeout = Duration::from_secs(3);
-        let stream = connect_to_one(&[unresponsive, unresponsive, good], begin + timeout).expect("the third");
-        assert_eq!(stream.peer_addr().expect("address"), good);
-        let took = begin.elapsed();
-        assert!(took > timeout / 2, "{took:?}: the first two were not tried");
-        assert!(took < timeout * 9 / 10, "{took:?}: the third was tried too late");
-        assert!(connect_to_one(&[], begin + timeout).is_err());
+        // Each unresponsive address costs a third of the time. A busy machine may delay some of the attempts past the deadline, but not all.
+        let timeout = Duration::from_millis(600);
+        let attempt = || {
+            let begin = Instant::now();
+            let stream = connect_to_one(&[unresponsive, unresponsive, good], begin + timeout).expect("the third");
+            assert_eq!(stream.peer_addr().expect("address"), good);
+            begin.elapsed()
+        };
+        let took: Vec<_> = std::iter::repeat_with(attempt).take(5).collect();
+        assert!(took.iter().all(|took| *took > timeout / 2), "{took:?}: the first two were not tried");
+        assert!(took.iter().any(|took| *took < timeout), "{took:?}: the first two took the time of the third");
+        assert!(connect_to_one(&[], Instant::now() + timeout).is_err());
     }
 }

@@ -159,6 +159,7 @@ impl Clients {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
     use std::process::{Child, Command, Stdio};
 
     use super::*;
@@ -184,39 +185,63 @@ mod tests {
         }
     }
 
-    /// A child that reuses `pid`, with another start time than the previous process. `None` if the kernel does not let us choose the next
-    /// pid (`ns_last_pid`, root only).
-    fn reuse_pid(pid: i32, previous_start: u64) -> Option<Running> {
+    /// A child of the given pid that started at another tick of the kernel's clock. Root chooses the next pid with `ns_last_pid`.
+    fn child_with(pid: i32, former_start: u64) -> Option<Running> {
         for _ in 0..200 {
-            std::fs::write("/proc/sys/kernel/ns_last_pid", (pid - 1).to_string()).ok()?;
+            std::fs::write("/proc/sys/kernel/ns_last_pid", (pid - 1).to_string()).expect("ns_last_pid");
             let child = Running::sleeper();
             let stat = procfs::stat(child.pid()).expect("a child");
-            if stat.pid == pid && stat.started != previous_start {
+            if stat.pid == pid && stat.started != former_start {
                 return Some(child);
             }
         }
         None
     }
 
+    /// A table that knows a child.
+    fn table_with(child: &Running, support: Support) -> Clients {
+        let mut clients = Clients::new(support);
+        let (client, is_new) = clients.get_or_open(child.pid(), Instant::now(), &|_| false).expect("a child");
+        assert_eq!((client.ownership, is_new), (Ownership::Ours { worker: 0 }, true));
+        assert!(!client.has_ended(child.pid()));
+        clients
+    }
+
+    fn assert_is_not_signalled(clients: &Clients, pid: i32) {
+        let client = clients.get(pid).expect("not forgotten yet");
+        assert!(client.has_ended(pid));
+        assert!(matches!(client.signal(libc::SIGKILL), Ok(false)));
+    }
+
     #[test]
-    fn a_reused_pid_is_not_signalled() {
+    fn a_process_that_has_ended_is_not_signalled() {
         for support in [probe::probe(), Support::NONE] {
-            let mut clients = Clients::new(support);
             let child = Running::sleeper();
+            let clients = table_with(&child, support);
             let pid = child.pid();
-            let (client, is_new) = clients.get_or_open(pid, Instant::now(), &|_| false).expect("a child");
-            assert_eq!((client.ownership, is_new), (Ownership::Ours { worker: 0 }, true));
-            assert!(!client.has_ended(pid));
-            let started = client.started;
             drop(child);
-            // Another process reuses the pid. The table was not notified of the end of the first process.
-            let another = reuse_pid(pid, started);
-            let client = clients.get(pid).expect("still in the table");
-            assert!(client.has_ended(pid));
-            assert!(matches!(client.signal(libc::SIGKILL), Ok(false)));
-            if let Some(mut another) = another {
-                assert!(another.0.try_wait().expect("wait").is_none(), "the signal reached another process");
-            }
+            assert_is_not_signalled(&clients, pid);
+        }
+    }
+
+    #[test]
+    fn a_process_that_got_the_pid_of_an_ended_one_is_not_signalled() {
+        if File::options().write(true).open("/proc/sys/kernel/ns_last_pid").is_err() {
+            eprintln!("skipped: choosing a pid takes root and /proc/sys/kernel/ns_last_pid");
+            return;
+        }
+        for support in [probe::probe(), Support::NONE] {
+            let reused = (0..10).find_map(|_| {
+                let child = Running::sleeper();
+                let clients = table_with(&child, support);
+                let pid = child.pid();
+                let started = clients.get(pid).expect("known").started;
+                drop(child);
+                Some((clients, pid, child_with(pid, started)?))
+            });
+            let (clients, pid, mut another) = reused.expect("no process got the pid of an ended one");
+            assert_is_not_signalled(&clients, pid);
+            assert!(another.0.try_wait().expect("wait").is_none(), "another process was signalled");
         }
     }
 

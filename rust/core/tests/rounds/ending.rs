@@ -175,7 +175,7 @@ fn a_newcomer_does_not_undo_the_last_failure() {
 }
 
 #[test]
-fn nor_does_a_node_that_begins_again() {
+fn a_node_that_starts_again_does_not_undo_the_last_failure() {
     let mut table = Table::running(2, 3);
     assert_eq!(table.fail_for_good(1, 0), []);
     assert_eq!(begun(&table.join(2, Some(0))), []);

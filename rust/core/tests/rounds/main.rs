@@ -13,7 +13,7 @@ use table::{
 };
 
 #[test]
-fn the_store_is_emptied_before_anybody_begins() {
+fn the_store_is_emptied_before_any_node_begins() {
     let mut table = Table::new(settings(2, 2));
     table.enter(1, (2, 2));
     table.enter(2, (2, 2));
@@ -41,7 +41,7 @@ fn ranks_follow_the_host_the_names_and_the_roles() {
 }
 
 #[test]
-fn a_rank_that_was_given_beforehand_is_kept_and_given_once() {
+fn a_given_rank_is_kept_and_assigned_once() {
     let mut table = Table::new(settings(2, 2));
     let who =
         |id: Id, node_rank| Introduction { node_rank: Some(node_rank), name: format!("node{id}"), ..introduction(id) };
@@ -58,7 +58,7 @@ fn a_rank_that_was_given_beforehand_is_kept_and_given_once() {
 }
 
 #[test]
-fn who_does_not_belong_here_is_told_why() {
+fn an_agent_that_does_not_fit_the_job_is_told_the_reason() {
     let mut table = Table::new(settings(2, 2));
     let who = introduction(1);
     let stranger = Introduction { run_id: "other".into(), ..who.clone() };
@@ -251,7 +251,7 @@ fn a_silent_node_is_lost_after_the_silence_and_not_before() {
 }
 
 #[test]
-fn a_host_that_was_paused_blames_nobody() {
+fn a_host_that_was_suspended_declares_no_node_lost() {
     let mut table = Table::running(1, 3);
     table.now += 60 * SECOND;
     assert_eq!(table.step(HostEvent::Tick), []);
@@ -351,7 +351,7 @@ fn a_node_that_has_finished_hears_that_its_round_was_over() {
 }
 
 #[test]
-fn times_that_are_longer_than_the_clock_goes_are_no_times() {
+fn times_out_of_range_of_the_clock_have_no_deadline() {
     let endless = HostSettings { last_call: Duration::MAX, silence: Duration::MAX, ..settings(1, 2) };
     let mut table = Table::new(endless);
     table.enter(1, (1, 2));
@@ -363,7 +363,7 @@ fn times_that_are_longer_than_the_clock_goes_are_no_times() {
 }
 
 #[test]
-fn of_many_who_wait_some_are_named() {
+fn of_many_waiting_nodes_some_are_named() {
     let mut table = Table::new(settings(100, 100));
     for id in 1..=99 {
         table.enter(id, (100, 100));

@@ -1,5 +1,5 @@
 //! What the engine's tests share.
-#![allow(dead_code, reason = "each test program uses some of it")]
+#![allow(dead_code, unused_imports, unused_macros, reason = "each test program uses some of it")]
 
 pub(crate) mod sys;
 
@@ -7,7 +7,7 @@ use std::ffi::CString;
 use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ferroelastic_core::Engine;
 use ferroelastic_core::engine::{Group, StopReport};
@@ -20,14 +20,75 @@ use ferroelastic_core::sys::spawn::{Command, Stdio};
 /// No test waits longer for a fact that must come.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 
-/// One engine on each way to notice exits that this system has.
-pub(crate) fn engines() -> Vec<Engine> {
-    let best = probe::probe();
-    let mut supports = vec![best, Support::NONE];
-    if best.group_signals {
-        supports.push(Support { group_signals: false, ..best });
+/// A way to notice exits.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Backend {
+    /// pidfds that also signal the group of their process.
+    GroupPidfds,
+    Pidfds,
+    /// The fallback: one `waitid` thread per worker.
+    Threads,
+}
+
+impl Backend {
+    const ALL: [Self; 3] = [Self::GroupPidfds, Self::Pidfds, Self::Threads];
+
+    /// An engine on this backend; `None`, with a line of output, where the kernel does not have it.
+    pub(crate) fn engine(self) -> Option<Engine> {
+        let best = probe::probe();
+        let support = match self {
+            Self::GroupPidfds if best.group_signals => best,
+            Self::Pidfds if best.pidfd => Support { group_signals: false, ..best },
+            Self::Threads => Support::NONE,
+            _ => {
+                eprintln!("skipped: this kernel does not have the backend {self:?}");
+                return None;
+            }
+        };
+        eprintln!("backend {self:?}"); // shown only when the test fails
+        Some(Engine::start_with(support).expect("engine"))
     }
-    supports.into_iter().map(|support| Engine::start_with(support).expect("engine")).collect()
+
+    pub(crate) fn run(self, test: fn(&Engine)) {
+        if let Some(engine) = self.engine() {
+            test(&engine);
+        }
+    }
+}
+
+/// Makes a function of an engine one test per backend: `name::on_group_pidfds`, `name::on_pidfds`, `name::on_threads`.
+macro_rules! on_each_backend {
+    ($name:ident) => {
+        mod $name {
+            use crate::support::Backend;
+
+            #[test]
+            fn on_group_pidfds() {
+                Backend::GroupPidfds.run(super::$name);
+            }
+
+            #[test]
+            fn on_pidfds() {
+                Backend::Pidfds.run(super::$name);
+            }
+
+            #[test]
+            fn on_threads() {
+                Backend::Threads.run(super::$name);
+            }
+        }
+    };
+}
+pub(crate) use on_each_backend;
+
+/// One engine after the other, for tests that look at the whole process. The output of a failed test ends with its backend.
+pub(crate) fn engines() -> impl Iterator<Item = Engine> {
+    Backend::ALL.into_iter().filter_map(Backend::engine)
+}
+
+/// An engine on the best backend.
+pub(crate) fn best_engine() -> Engine {
+    engines().next().expect("threads are always there")
 }
 
 pub(crate) fn zoo(words: &[&str]) -> Command {
@@ -65,6 +126,15 @@ impl Lines {
 
 pub(crate) fn plan(grace: Duration) -> StopPlan {
     StopPlan { linger: Duration::ZERO, signal: 15, grace, kill_wait: PATIENCE }
+}
+
+/// Waits until `fact` holds. For facts that nothing reports.
+pub(crate) fn eventually(fact: impl Fn() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !fact() {
+        assert!(Instant::now() < deadline, "not within {PATIENCE:?}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
 }
 
 /// Waits until `fact` holds of the group.

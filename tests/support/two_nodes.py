@@ -16,13 +16,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tests.conftest import eventually
-from tests.faults.harness import Job, Launcher, free_port
+from tests.support.ports import free_port
+from tests.support.waiting import eventually
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-TALK = str(Path(__file__).with_name("talk.py"))
+    from tests.support.harness import Job, Launcher
+
+WORKER = str(Path(__file__).with_name("training_worker.py"))
 WORKERS = 2
 LINK = "link0"
 HOST = "10.83.0.1"
@@ -106,7 +108,7 @@ def loss_of_undisturbed_training(folder: Path, disturbances: int) -> float:
     port = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "RANK": "0", "WORLD_SIZE": "1"}
     env = {**os.environ, **port, "DIR": str(folder), "TORCHELASTIC_RESTART_COUNT": "0", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, TALK, "step", "0", str(disturbances)], env=env, check=True, stdout=subprocess.PIPE
+        [sys.executable, WORKER, "step", "0", str(disturbances)], env=env, check=True, stdout=subprocess.PIPE
     )
     loss: float = json.loads(done.stdout)["loss"]
     return loss
@@ -167,7 +169,7 @@ class Training:
 
     def _start(self, node: int) -> Job:
         flags = (f"--nproc-per-node={WORKERS}", "--max-restarts=1000", "--event-log-handler=null")
-        arguments = (TALK, self._disturbance.way, self._disturbance.victim, str(self._number))
+        arguments = (WORKER, self._disturbance.way, self._disturbance.victim, str(self._number))
         env = {"GLOO_SOCKET_IFNAME": LINK} if self._commands[node][0] == "ip" else {}
         return self._launcher.start(*self._commands[node], *flags, *arguments, env=env)
 

@@ -82,7 +82,7 @@ def test_where_the_main_thread_blocks_the_signal_another_is_shown(tmp_path: Path
     assert lines[3] == '  File "a.py", line 1 in a'
 
 
-def test_what_py_spy_has_seen(tmp_path: Path) -> None:
+def test_the_dump_of_py_spy(tmp_path: Path) -> None:
     assert explained(tmp_path, PY_SPY)[2:5] == [
         "stack (most recent call first):",
         "    hang (train.py:26)",
@@ -91,7 +91,7 @@ def test_what_py_spy_has_seen(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", [None, "", "\0\xff garbage", "Current thread 0x1 (most recent call first):\n"])
-def test_a_dump_that_tells_nothing(tmp_path: Path, text: str | None) -> None:
+def test_an_empty_dump(tmp_path: Path, text: str | None) -> None:
     assert len(explained(tmp_path, text)) == 3
 
 

@@ -15,7 +15,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from tests.conftest import eventually
+from tests.support.waiting import eventually
 
 pytest.importorskip("ferroelastic._rust")
 
@@ -148,7 +148,7 @@ def test_the_signal_is_the_clients(
     assert hang(0.1, number).wait(LONG_S) == -number
 
 
-def test_without_a_signal_an_expiry_is_only_told(
+def test_without_a_signal_an_expiry_is_only_reported(
     serve: Callable[..., FileTimerServer], hang: Callable[..., subprocess.Popen[str]], events: Events
 ) -> None:
     server = serve()
@@ -335,7 +335,7 @@ def test_run_once_and_stop_without_a_start_remove_the_pipe(serve: Callable[..., 
         assert not os.path.lexists(path + ".beats")
 
 
-def test_what_is_not_understood_costs_itself_and_is_said_once(
+def test_an_invalid_request_costs_itself_and_is_reported_once(
     serve: Callable[..., FileTimerServer], path: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     server = serve()
@@ -351,7 +351,7 @@ def test_what_is_not_understood_costs_itself_and_is_said_once(
     )
 
 
-def test_what_is_not_understood_is_said_at_an_expiry(
+def test_invalid_requests_are_reported_at_an_expiry(
     serve: Callable[..., FileTimerServer],
     path: str,
     hang: Callable[..., subprocess.Popen[str]],
@@ -375,7 +375,7 @@ def test_a_pipe_that_is_served_is_refused(serve: Callable[..., FileTimerServer],
     assert eventually(lambda: len(server._timers) == 1)
 
 
-def test_a_pipe_that_was_removed_is_made_anew(serve: Callable[..., FileTimerServer], path: str) -> None:
+def test_a_removed_pipe_is_made_again(serve: Callable[..., FileTimerServer], path: str) -> None:
     server = serve()
     client = FileTimerClient(path)
     client.acquire("a", time.time() + 1000)
@@ -524,7 +524,7 @@ def test_a_heartbeat_needs_a_timeout(path: str, timeout_s: float) -> None:
         timer.heartbeat("steps", timeout_s, client=FileTimerClient(path))
 
 
-def test_a_heartbeat_that_cannot_be_told_is_an_error(serve: Callable[..., FileTimerServer], path: str) -> None:
+def test_a_heartbeat_that_cannot_be_sent_is_an_error(serve: Callable[..., FileTimerServer], path: str) -> None:
     """Nothing might be sent after it, and the hang would go unseen."""
     server = serve(start=False)
     client = FileTimerClient(path)

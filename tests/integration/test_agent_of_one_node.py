@@ -5,22 +5,20 @@ from __future__ import annotations
 import json
 import os
 import signal
-import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import pytest
-from tests.conftest import eventually
-from tests.integration.test_multiprocess_context import is_held
-from tests.memory_store import MemoryStore
+from tests.support.function_workers import is_held
+from tests.support.rendezvous_handlers import GrowingRendezvous
+from tests.support.waiting import eventually
 
 from ferroelastic.agent.server import LocalElasticAgent, RunResult, WorkerSpec, WorkerState
 from ferroelastic.agent.server import local_elastic_agent as module
 from ferroelastic.agent.server.local_elastic_agent import _AliveCallbackProxy
 from ferroelastic.multiprocessing import DefaultLogsSpecs, PContext, SignalException, Std
-from ferroelastic.rendezvous import RendezvousHandler, RendezvousInfo, RendezvousStoreInfo
 from ferroelastic.utils.process_state import read_proc_state
 
 pytest.importorskip("ferroelastic._rust")
@@ -29,42 +27,9 @@ pytestmark = pytest.mark.engine
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from tests.support.waiting import WhenWaiting
+
 SOON_S = 10.0
-
-
-class AloneRendezvous(RendezvousHandler):
-    """Completes at once, with this node alone."""
-
-    use_agent_store = True
-    renews_store = True
-
-    def __init__(self) -> None:
-        self.rounds = 0
-        self.waiting = 0
-        self.stops = 0
-
-    def get_backend(self) -> str:
-        return "alone"
-
-    def next_rendezvous(self) -> RendezvousInfo:
-        self.rounds += 1
-        self.waiting = 0
-        return RendezvousInfo(MemoryStore(), 0, 1, RendezvousStoreInfo("127.0.0.1", 4242))
-
-    def is_closed(self) -> bool:
-        return False
-
-    def set_closed(self) -> None:
-        self.stops += 1
-
-    def num_nodes_waiting(self) -> int:
-        return self.waiting
-
-    def get_run_id(self) -> str:
-        return "the-run"
-
-    def shutdown(self) -> bool:
-        return True
 
 
 def give_rank(factor: int) -> int:
@@ -102,7 +67,7 @@ def make(tmp_path: Path) -> Iterator[Callable[..., LocalElasticAgent]]:
         )
         chosen = {"max_restarts": 0, "monitor_interval": 600, "role": "trainer", **spec}
         worker_spec = WorkerSpec(
-            local_world_size=nproc, rdzv_handler=AloneRendezvous(), entrypoint=entrypoint, args=args, **chosen
+            local_world_size=nproc, rdzv_handler=GrowingRendezvous(), entrypoint=entrypoint, args=args, **chosen
         )
         agents.append(LocalElasticAgent(worker_spec, logs, **options))
         return agents[-1]
@@ -225,7 +190,7 @@ def test_the_environment_of_workers(
         "MASTER_PORT": "4242",
         "TORCHELASTIC_RESTART_COUNT": "0",
         "TORCHELASTIC_MAX_RESTARTS": "5",
-        "TORCHELASTIC_RUN_ID": "the-run",
+        "TORCHELASTIC_RUN_ID": "run",
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
         "OMP_NUM_THREADS": "3",
@@ -269,17 +234,17 @@ def test_prefixes_of_teed_lines(make: Callable[..., LocalElasticAgent], capfd: p
     assert capfd.readouterr().out == "[trainer 0/0 ${unknown}]hi\n"
 
 
-def test_a_signal_ends_the_run_and_the_workers(make: Callable[..., LocalElasticAgent]) -> None:
+def test_a_signal_ends_the_run_and_the_workers(
+    make: Callable[..., LocalElasticAgent], when_waiting: WhenWaiting
+) -> None:
     agent = shell(make, "exec sleep 1000")
-    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM))
-    timer.start()
+    when_waiting(os.kill, os.getpid(), signal.SIGTERM)
     start = time.monotonic()
     with pytest.raises(SignalException) as raised:
         agent.run()
     assert time.monotonic() - start < SOON_S
     assert raised.value.sigval == signal.SIGTERM
     assert all(read_proc_state(pid) is None for pid in pids(agent))
-    timer.join()
 
 
 def test_the_shutdown_timeout_is_the_grace_after_a_failure(
@@ -453,7 +418,7 @@ def test_alive_time(make: Callable[..., LocalElasticAgent], monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("path", [None, "/tmp/chosen"])
-def test_the_watchdog_is_started_told_to_the_workers_and_stopped(
+def test_the_watchdog_is_started_announced_to_the_workers_and_stopped(
     make: Callable[..., LocalElasticAgent], monkeypatch: pytest.MonkeyPatch, path: str | None
 ) -> None:
     monkeypatch.setenv("TORCHELASTIC_ENABLE_FILE_TIMER", "1")
@@ -491,7 +456,7 @@ def test_no_watchdog_unless_asked_for(make: Callable[..., LocalElasticAgent], mo
     assert envs == {0: {}}
 
 
-def test_what_the_watchdog_did_is_an_event(
+def test_actions_of_the_watchdog_are_events(
     make: Callable[..., LocalElasticAgent], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recorded: list[Any] = []
@@ -503,7 +468,7 @@ def test_what_the_watchdog_did_is_an_event(
     (event, destination), (started, _) = recorded
     assert destination == "console"
     assert event.name == "kill worker process"
-    assert event.metadata["run_id"] == "the-run"
+    assert event.metadata["run_id"] == "run"
     assert json.loads(event.metadata["metadata"]) == {
         "watchdog_event": "kill worker process",
         "worker_pid": "12",

@@ -6,14 +6,15 @@ import signal
 from collections import deque
 from typing import Any
 
-from tests.memory_store import MemoryStore
+from tests.support.memory_store import MemoryStore
+from tests.support.rendezvous_handlers import QuietHandler
 
 from ferroelastic.agent.server import RunResult, SimpleElasticAgent, WorkerGroup, WorkerSpec, WorkerState
 from ferroelastic.multiprocessing.errors import ProcessFailure
-from ferroelastic.rendezvous import RendezvousHandler, RendezvousInfo, RendezvousStoreInfo
+from ferroelastic.rendezvous import RendezvousInfo, RendezvousStoreInfo
 
 
-class Handler(RendezvousHandler):
+class Handler(QuietHandler):
     """One round after the other, each with a store of its own."""
 
     renews_store = True
@@ -22,27 +23,13 @@ class Handler(RendezvousHandler):
         self.rank, self.world_size, self.rounds, self.waiting = rank, world_size, 0, deque[int]()
         self.store = MemoryStore()
 
-    def get_backend(self) -> str:
-        return "memory"
-
     def next_rendezvous(self) -> RendezvousInfo:
         self.rounds += 1
         store = self.store.below(str(self.rounds))
         return RendezvousInfo(store, self.rank, self.world_size, RendezvousStoreInfo("host", 29000 + self.rounds))
 
-    def is_closed(self) -> bool:
-        return False
-
-    def set_closed(self) -> None: ...
-
     def num_nodes_waiting(self) -> int:
         return self.waiting.popleft() if self.waiting else 0
-
-    def get_run_id(self) -> str:
-        return "run"
-
-    def shutdown(self) -> bool:
-        return True
 
 
 class Agent(SimpleElasticAgent):

@@ -13,9 +13,9 @@ from contextlib import closing, suppress
 from typing import Any
 
 import pytest
-from tests.conftest import eventually
-from tests.faults.harness import LONG_S, free_port
-from tests.unit.native_nodes import Nodes, has_news, is_told, place_of, refuses, store_of, told
+from tests.support.native_nodes import Nodes, has_news, is_told, place_of, refuses, store_of, told
+from tests.support.ports import free_port
+from tests.support.waiting import LONG_S, eventually
 
 from ferroelastic import _rust
 from ferroelastic.rendezvous import (
@@ -43,7 +43,7 @@ class TestOneNode:
         assert (handler.is_closed(), handler.num_nodes_waiting()) == (False, 0)
         assert not has_news(handler)
 
-    def test_who_says_what_its_workers_are_has_their_ranks(self, nodes: Nodes) -> None:
+    def test_a_node_that_introduces_its_workers_gets_their_ranks(self, nodes: Nodes) -> None:
         handler = nodes()
         handler.introduce("trainer", 4, 3)
         place = place_of(handler.next_rendezvous())
@@ -151,13 +151,13 @@ class TestTwoNodes:
         second.store.set("key", "value")
         assert first.store.get("key") == b"value"
 
-    def test_whoever_comes_first_on_one_machine_hosts(self, nodes: Nodes) -> None:
+    def test_the_first_node_on_one_machine_hosts(self, nodes: Nodes) -> None:
         port = free_port()
         first, second = (nodes(f"localhost:{port}", (2, 2)) for _ in range(2))
         assert (first._is_host, second._is_host) == (True, False)
         assert [info.rank for info in nodes.meet(first, second)] == [0, 1]
 
-    def test_ranks_follow_from_what_each_has(self, nodes: Nodes) -> None:
+    def test_ranks_follow_from_the_workers_of_each_node(self, nodes: Nodes) -> None:
         host = nodes.host()
         guest = nodes.guest(host)
         host.introduce("reader", 1, 3)
@@ -299,17 +299,21 @@ class TestTwoNodes:
         with pytest.raises(RendezvousClosedError, match="it hosts the rendezvous, and left: its machine is needed"):
             nodes.meet(guest)
 
-    def test_who_waits_takes_no_cpu(self, nodes: Nodes) -> None:
-        """Each look for remarks woke the wait that follows it, for ever."""
+    def test_a_waiting_thread_takes_no_cpu(self, nodes: Nodes) -> None:
+        """After a look for remarks the wait does not return at once."""
         host = nodes.host()
         joining = nodes.joins(host)
         assert nodes.has_entered(host)
         (thread,) = nodes.pool._threads
         clock = time.pthread_getcpuclockid(thread.ident or 0)
-        before_s = time.clock_gettime(clock)
+
+        def is_idle() -> bool:
+            before_s = time.clock_gettime(clock)
+            threading.Event().wait(0.2)
+            return time.clock_gettime(clock) == before_s
+
         guest = nodes.guest(host)
-        threading.Event().wait(0.2)
-        assert time.clock_gettime(clock) - before_s < 0.05
+        assert eventually(is_idle)
         nodes.meet(guest)
         joining.result(LONG_S)
 
@@ -333,14 +337,14 @@ class TestInVain:
             host.next_rendezvous()
         assert not host.is_closed()
 
-    def test_nobody_is_there(self, nodes: Nodes) -> None:
+    def test_no_host_is_at_the_endpoint(self, nodes: Nodes) -> None:
         port = free_port()
         guest = nodes(f"[::1]:{port}", (2, 2), is_host=False, read_timeout=1)
         text = rf"the host of the rendezvous at \[::1\]:{port} was not reached within 1 s: "
         with pytest.raises(RendezvousConnectionError, match=text):
             guest.next_rendezvous()
 
-    def test_a_name_that_is_none(self, nodes: Nodes) -> None:
+    def test_an_unknown_host_name(self, nodes: Nodes) -> None:
         guest = nodes("no-such-host.invalid:29400", (2, 2), read_timeout=1)
         with pytest.raises(RendezvousConnectionError, match=r"host name \"no-such-host\.invalid\" cannot be resolved"):
             guest.next_rendezvous()
@@ -377,7 +381,7 @@ class TestInVain:
         nodes.meet(third)
         assert sorted(one.result(LONG_S).rank for one in joining) == [0, 1]
 
-    def test_what_listens_there_is_a_store_alone(self, nodes: Nodes) -> None:
+    def test_a_plain_store_listens_at_the_endpoint(self, nodes: Nodes) -> None:
         with closing(_rust.StoreServer("127.0.0.1")) as server:
             guest = nodes(f"127.0.0.1:{server.port}", (2, 2))
             with pytest.raises(
@@ -385,7 +389,7 @@ class TestInVain:
             ):
                 guest.next_rendezvous()
 
-    def test_what_listens_there_is_something_else(self, nodes: Nodes) -> None:
+    def test_another_server_listens_at_the_endpoint(self, nodes: Nodes) -> None:
         with socket.create_server(("127.0.0.1", 0)) as server:
 
             def answer() -> None:

@@ -10,7 +10,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from tests.conftest import eventually
+from tests.support.waiting import eventually
 
 from ferroelastic.agent.server import HealthCheckServer, create_healthcheck_server
 

@@ -7,9 +7,8 @@ import os
 import time
 
 import pytest
-from tests.conftest import eventually
-from tests.faults.harness import LONG_S
-from tests.unit.native_nodes import Nodes, told
+from tests.support.native_nodes import Nodes, told
+from tests.support.waiting import LONG_S, eventually
 
 from ferroelastic.rendezvous import (
     RendezvousClosedError,
@@ -59,7 +58,7 @@ class TestTheEnd:
         assert host.wait_for_others(LONG_S)
         assert host.interruption() is None
 
-    def test_the_host_stays_for_those_who_take_too_long(
+    def test_the_host_stays_for_nodes_that_take_too_long(
         self, nodes: Nodes, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(logging.getLogger("ferroelastic"), "propagate", True)
@@ -72,7 +71,7 @@ class TestTheEnd:
         assert guest.wait_for_others(LONG_S)
         assert finished.result(LONG_S)
 
-    def test_the_reason_is_told(self, nodes: Nodes) -> None:
+    def test_the_reason_is_reported(self, nodes: Nodes) -> None:
         host = nodes.host()
         guest = nodes.guest(host)
         nodes.meet(host, guest)
@@ -89,7 +88,7 @@ class TestTheEnd:
         assert interruption.is_final
         assert interruption.text.endswith("its agent has ended: no space left")
 
-    def test_who_goes_says_so_before_its_workers_are_stopped(self, nodes: Nodes) -> None:
+    def test_a_node_announces_its_leave_before_its_workers_are_stopped(self, nodes: Nodes) -> None:
         host = nodes.host((1, 2))
         guest = nodes.guest(host, (1, 2))
         nodes.meet(host, guest)
@@ -119,7 +118,7 @@ class TestTheEnd:
         assert (verdict.is_failure, verdict.is_final) == (False, False)
         assert [info.world_size for info in nodes.meet(host, guest)] == [2, 2]
 
-    def test_shutting_down_who_waits_for_a_round(self, nodes: Nodes) -> None:
+    def test_shutting_down_a_node_that_waits_for_a_round(self, nodes: Nodes) -> None:
         host = nodes.host()
         joining = nodes.joins(host)
         assert nodes.has_entered(host)

@@ -6,7 +6,6 @@ import json
 import os
 import select
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.conftest import eventually
+from tests.support.waiting import LONG_S, eventually
 
 from ferroelastic.utils.process_state import read_proc_state
 
@@ -27,9 +26,6 @@ ROOT = Path(__file__).resolve().parents[2]
 FERRORUN = (sys.executable, "-m", "ferroelastic.run")
 ALONE = (sys.executable, "-m", "tests.faults.alone", "--rdzv-backend=alone")
 """ferrorun as well, but with a rendezvous that does without torch and so starts in a fraction of the time."""
-
-LONG_S = 60.0
-"""Long enough for anything that is to happen at all; never awaited by a test that passes."""
 
 _MARK = "FERRO_TEST_JOB"
 _STARTED = '"torchelastic.worker.status.START"'
@@ -42,11 +38,6 @@ _OF_OTHERS = (
     "CUDA_VISIBLE_DEVICES",
     "PYTHONUNBUFFERED",  # with it, a line and its end are printed apart, and ranks write between them
 )
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process runs. An orphan may stay as a zombie where the init process of a container reaps nobody."""
-    return read_proc_state(pid) not in {None, "Z", "X"}
 
 
 class Process:
@@ -225,14 +216,6 @@ class Job:
         self.output += chunk
         self._unread += chunk
         return bool(chunk)
-
-
-def free_port() -> int:
-    """A port of the loopback interface that nobody listens at now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _read(pid: int, name: str) -> bytes:

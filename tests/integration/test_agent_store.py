@@ -8,7 +8,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.faults.harness import free_port
+from tests.support.ports import free_port
 
 from ferroelastic import _rust
 from ferroelastic.rendezvous._agent_store import AgentStore
@@ -68,7 +68,7 @@ def test_compare_and_set(store: AgentStore) -> None:
     assert store.compare_set("owner", b"me", "you") == b"you"
 
 
-def test_what_is_there(store: AgentStore) -> None:
+def test_existing_and_missing_keys(store: AgentStore) -> None:
     store.set("a", "1")
     assert (store.check(["a"]), store.check(["a", "b"]), store.check([])) == (True, False, True)
     assert store.num_keys() == 1

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import pytest
-from tests.memory_store import MemoryStore
+from tests.support.memory_store import MemoryStore
 
 from ferroelastic.utils import _interruptible
 from ferroelastic.utils import store as store_util
@@ -43,7 +43,7 @@ def in_threads(number: int, function: Callable[[int], Any]) -> list[Any]:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_get_all_asks_what_torch_asks(rank: int) -> None:
+def test_get_all_makes_the_calls_of_torch(rank: int) -> None:
     store = RecordingStore()
     assert get_all(store, rank, "data", 3) == [b"value"] * 3
     assert store.calls == [
@@ -54,7 +54,7 @@ def test_get_all_asks_what_torch_asks(rank: int) -> None:
     ]
 
 
-def test_barrier_asks_what_torch_asks() -> None:
+def test_barrier_makes_the_calls_of_torch() -> None:
     store = RecordingStore()
     barrier(store, 3, key_prefix="here")
     assert store.calls == [

@@ -8,7 +8,7 @@ from dataclasses import fields
 from typing import Any
 
 import pytest
-from tests.unit.fake_agent import Agent, Handler, S, spec
+from tests.support.fake_agent import Agent, Handler, S, spec
 
 from ferroelastic.agent import server
 from ferroelastic.agent.server import RunResult, Worker, WorkerGroup, WorkerSpec, WorkerState
@@ -70,7 +70,7 @@ class TestData:
         assert (group.store, group.group_rank, group.group_world_size) == (None, None, None)
         assert (group.master_addr, group.master_port) == (None, None)
 
-    def test_a_worker_tells_its_ranks(self) -> None:
+    def test_the_text_of_a_worker_has_its_ranks(self) -> None:
         text = "local_rank=1,global_rank=2,role_rank=3,world_size=4,role_world_size=5"
         assert str(Worker(1, 2, 3, 4, 5)) == repr(Worker(1, 2, 3, 4, 5)) == text
 

@@ -7,8 +7,7 @@ import socket
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-from tests.conftest import eventually
-from tests.faults.harness import LONG_S
+from tests.support.waiting import LONG_S, eventually
 
 from ferroelastic.rendezvous import (
     RendezvousInfo,
