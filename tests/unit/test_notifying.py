@@ -6,7 +6,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from tests.unit.fake_agent import Handler
+from tests.support.fake_agent import Handler
 
 from ferroelastic.rendezvous._native import NativeRendezvous
 from ferroelastic.rendezvous._notifying import may_grow, notifier_of, renews_store

@@ -335,7 +335,7 @@ fn a_file_with_content_and_a_served_pipe_are_refused(engine: &Engine) {
 
     fs::write(&path, "precious").expect("write");
     let refused = make().expect_err("a file with content").to_string();
-    assert!(refused.contains("it is a file with content"), "{refused}");
+    assert!(refused.contains("a non-empty file exists there"), "{refused}");
     assert_eq!(fs::read_to_string(&path).expect("still there"), "precious");
 
     fs::write(&path, "").expect("write");

@@ -42,7 +42,7 @@ pub(crate) fn exchange(address: SocketAddr, request: &[u8]) -> String {
     rest(stream)
 }
 
-/// ExitStatus and body.
+/// Status and body.
 pub(crate) fn get(address: SocketAddr, path: &str) -> (u16, String) {
     let response = exchange(address, format!("GET {path} HTTP/1.1\r\nHost: test\r\n\r\n").as_bytes());
     split(&response)
