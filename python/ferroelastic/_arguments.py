@@ -158,11 +158,12 @@ def get_args_parser() -> ArgumentParser:
     )
 
     # What the agent does.
+    option("--max-restarts", type=int, default=0, help="Number of restarts of failed workers before the job fails.")
     option(
-        "--max-restarts", type=int, default=0, help="Number of restarts of failed workers before the job fails."
-    )
-    option(
-        "--monitor-interval", type=float, default=0.1, help="Longest time between two checks of the workers, in seconds."
+        "--monitor-interval",
+        type=float,
+        default=0.1,
+        help="Longest time between two checks of the workers, in seconds.",
     )
     option(
         "--start-method",

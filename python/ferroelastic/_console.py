@@ -66,7 +66,9 @@ class Console:
             self._write_pending(console)
             if not self._pending and self._lost_lines:
                 lost, self._lost_lines = self._lost_lines, 0
-                self._pending += f"ferrorun: {lost} log lines were lost here, because standard error was full\n".encode()
+                self._pending += (
+                    f"ferrorun: {lost} log lines were lost here, because standard error was full\n".encode()
+                )
                 self._write_pending(console)
         except OSError:  # the reader closed the stream, or the disk is full
             self._pending.clear()

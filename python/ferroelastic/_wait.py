@@ -91,7 +91,9 @@ def wait_for_event(
                 raise
             # `threading` is wrong about the interpreter's main thread (an embedded interpreter).
             return group.wait(generation, _remaining(deadline), None, news_fd) in _EVENTS
-        if former[0] != pipe.write_fd:  # equal if a signal handler is waiting: then the forward descriptor is already set
+        if (
+            former[0] != pipe.write_fd
+        ):  # equal if a signal handler is waiting: then the forward descriptor is already set
             pipe.forward_fd = former[0]
         while True:
             _signals.report()

@@ -167,7 +167,7 @@ DIFFERENCES: dict[str, Difference] = {
     ),
     "clean-handlers": Difference(
         "MultiprocessContext with start method fork",
-        "its workers inherit the agent's signal handlers: SIGTERM raises in the workers, and is lost during the fork",
+        "its workers inherit the agent's signal handlers: SIGTERM raises in the workers, and is lost if it raises during the fork",
         "its workers have the default handlers from the start",
         "the agent's handlers are not meant for workers",
     ),
@@ -187,7 +187,7 @@ DIFFERENCES: dict[str, Difference] = {
         "DefaultLogsSpecs.reify",
         "deletes the logs of an earlier start with the same restart count",
         "writes to attempt_0.1 and so on",
-        "the logs of before a membership change are needed to find its cause",
+        "the logs from before a membership change show what happened",
     ),
     "interval-is-a-bound": Difference(
         "WorkerSpec.monitor_interval",
@@ -291,7 +291,10 @@ DIFFERENCES: dict[str, Difference] = {
         "TailLog", "waits until a file exists", "creates it", "an existing file can be followed without polling"
     ),
     "no-filter-keeps-all": Difference(
-        "tail_logfile", "copies nothing without a filter", "copies every line", "without a filter no line is filtered out"
+        "tail_logfile",
+        "copies nothing without a filter",
+        "copies every line",
+        "without a filter no line is filtered out",
     ),
     "traceback-in-log": Difference(
         "MultiprocessContext",
@@ -468,7 +471,7 @@ DIFFERENCES: dict[str, Difference] = {
     ),
     "store-woken-queue": Difference(
         "TCPStore.wait",
-        "a push to a queue wakes an earlier waiter of the queue that now waits for another key",
+        "a push to a queue also wakes a client that waited for the queue earlier and now waits for another key",
         "wakes only waiters of the queue",
         "the woken client would read a missing key",
     ),

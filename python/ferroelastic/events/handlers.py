@@ -36,5 +36,7 @@ def get_logging_handler(destination: str = "null") -> logging.Handler:
     theirs: dict[str, logging.Handler] = getattr(torch_module(__name__), "_log_handlers", {})
     handler = theirs.get(destination, ours)
     if handler is None:
-        raise KeyError(f"no event handler {destination!r} is registered; use one of {sorted({*_log_handlers, *theirs})}")
+        raise KeyError(
+            f"no event handler {destination!r} is registered; use one of {sorted({*_log_handlers, *theirs})}"
+        )
     return handler

@@ -166,7 +166,9 @@ def _resolve_shutdown_timeout(argument_s: int | None) -> int:
     except ValueError:
         timeout_s = -1
     if timeout_s < 0:
-        raise ValueError(f"{_SHUTDOWN_TIMEOUT_VARIABLE}={text!r} is not a timeout; give whole seconds >= 0, or unset it")
+        raise ValueError(
+            f"{_SHUTDOWN_TIMEOUT_VARIABLE}={text!r} is not a timeout; give whole seconds >= 0, or unset it"
+        )
     return timeout_s
 
 

@@ -326,7 +326,9 @@ class SimpleElasticAgent(ElasticAgent):
     def get_event_failed(self) -> Event:
         """Return the event for a failed agent, with the traceback of the exception being handled."""
         error = sys.exc_info()[1]
-        raw_error = "NoneType: None\n" if error is None else format_traceback(error)  # as traceback.format_exc() without exception
+        raw_error = (
+            "NoneType: None\n" if error is None else format_traceback(error)
+        )  # as traceback.format_exc() without exception
         return self._construct_event(state="FAILED", source=EventSource.AGENT, raw_error=raw_error)
 
     def get_event_succeeded(self) -> Event:

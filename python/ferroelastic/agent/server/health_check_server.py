@@ -105,7 +105,8 @@ class HealthCheckServer:
             thread.join(_JOIN_S)
             if thread.is_alive():
                 log.warning(
-                    "alive_callback of the health check server did not return within %g s; its thread is left running", _JOIN_S
+                    "alive_callback of the health check server did not return within %g s; its thread is left running",
+                    _JOIN_S,
                 )
 
     @property

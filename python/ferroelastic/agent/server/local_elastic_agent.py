@@ -182,7 +182,9 @@ class LocalElasticAgent(SimpleElasticAgent):
         run_id = envs.get(0, {}).get("TORCHELASTIC_RUN_ID", "")
         if os.environ.get(TORCHELASTIC_ENABLE_FILE_TIMER) == "1":
             if watchdog_file is None:
-                watchdog_file = self._generated_timer_file = self._generated_timer_file or _watchdog.generate_timer_file()
+                watchdog_file = self._generated_timer_file = (
+                    self._generated_timer_file or _watchdog.generate_timer_file()
+                )
             if self._worker_watchdog is None:
                 logger.info("Starting a FileTimerServer with %s ...", watchdog_file)
                 if not envs:
@@ -471,7 +473,9 @@ class LocalElasticAgent(SimpleElasticAgent):
         self._seen_generation = 0 if group is None else group.generation
         self._seen_context = weakref.ref(context)
         checked_ns = time.monotonic_ns()
-        with self._activity.allowing(longest_stop_s(self._shutdown_timeout)):  # it may stop the peers of a failed worker
+        with self._activity.allowing(
+            longest_stop_s(self._shutdown_timeout)
+        ):  # it may stop the peers of a failed worker
             result = context.wait(0)
         if result is None:
             if self._uninterruptible_state_timeout > 0:
