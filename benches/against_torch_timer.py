@@ -157,7 +157,7 @@ def measure_kill(side: str) -> dict[str, list[float]]:
         pidfd = os.pidfd_open(int(worker))
         ended = select.poll()
         ended.register(pidfd, select.POLLIN)
-        assert ended.poll(10_000), f"{side}: worker {worker} lives on"
+        assert ended.poll(10_000), f"{side}: worker {worker} still runs after 10 s"
         late_s = time.time() - float(deadline)
         os.close(pidfd)
     assert late_s > 0, f"{side}: {-late_s} s too early"

@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--only", choices=sorted({what for _, what in NAMES}), help="one kind of disturbance")
     args = parser.parse_args()
     sides = args.side or list(SIDES)
-    print(f"| {' | '.join(['restarts that came back', *sides])} |\n|{' --- |' * (len(sides) + 1)}", flush=True)
+    print(f"| {' | '.join(['successful restarts', *sides])} |\n|{' --- |' * (len(sides) + 1)}", flush=True)
     for disturbance in (*WORKER_KILLED, *AGENT_KILLED, *LINK_DOWN):
         if args.only in {None, disturbance.what}:
             row = [measure(side, disturbance, args.number or NUMBERS[side]) for side in sides]

@@ -72,10 +72,10 @@ def _describe(error: BaseException, args: Namespace | None) -> str:
 def _describe_working_directory(chain: list[BaseException]) -> str:
     """Describe a deleted working directory. The system's error does not name it."""
     is_relative = any(
-        isinstance(one, FileNotFoundError)
-        and getattr(one, "stage", None) is None  # not a program that could not be started
-        and not os.path.isabs(str(one.filename or ""))
-        for one in chain
+        isinstance(link, FileNotFoundError)
+        and getattr(link, "stage", None) is None  # not a program that could not be started
+        and not os.path.isabs(str(link.filename or ""))
+        for link in chain
     )
     if not is_relative:
         return ""
@@ -103,10 +103,10 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 def _text_of(chain: list[BaseException]) -> str:
     """Join the texts of a chain without repetitions: the outer text often only repeats or refers to the inner one."""
     kept: list[str] = []
-    for one in chain:
-        text = " ".join(re.sub(r"\[Errno \d+\] ", "", message_of(one)).split())
+    for link in chain:
+        text = " ".join(re.sub(r"\[Errno \d+\] ", "", message_of(link)).split())
         # The reason of a system error is enough if an outer text has already described the operation.
-        reason = getattr(one, "strerror", None) or text
+        reason = getattr(link, "strerror", None) or text
         if any(text in other or reason in other for other in kept):
             continue
         kept = [other for other in kept if other not in text]
@@ -116,7 +116,7 @@ def _text_of(chain: list[BaseException]) -> str:
 
 def _describe_spawn(chain: list[BaseException], args: Namespace) -> str:
     """Describe an entrypoint that could not be started (``SpawnError``)."""
-    error = next((one for one in chain if getattr(one, "stage", None) is not None), None)
+    error = next((link for link in chain if getattr(link, "stage", None) is not None), None)
     if not isinstance(error, OSError):
         return ""
     remedies = {
@@ -150,9 +150,9 @@ def _describe_port(error: BaseException, chain: list[BaseException], args: Names
     """Describe a conflict on the rendezvous' port, with the process that listens on it."""
     # Errors of ports have no file name, those of the watchdog's pipe have one.
     in_use = any(
-        getattr(one, "errno", None) == errno.EADDRINUSE or "address already in use" in message_of(one).lower()
-        for one in chain
-        if getattr(one, "filename", None) is None
+        getattr(link, "errno", None) == errno.EADDRINUSE or "address already in use" in message_of(link).lower()
+        for link in chain
+        if getattr(link, "filename", None) is None
     )
     if getattr(error, "was_refused", False):
         return ""

@@ -657,7 +657,7 @@ class StoreTimeoutError(RuntimeError):
 class StoreClient:
     """A connection to a ``TCPStore``, for one request at a time. Concurrent calls of several threads are serialised.
 
-    Keys are passed as they are on the wire. After a request that timed out, the connection is closed, because its late reply could be
+    Keys are passed as they are on the wire. A connection is not reused after a request timed out, because the late reply could be
     mistaken for the reply to the next request: every further call raises ``ConnectionError`` at once.
 
     Args:
