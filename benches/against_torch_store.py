@@ -1,4 +1,4 @@
-"""The store beside torch's libuv store: the same clients, each server in a process of its own.
+"""Compares the store with torch's libuv store: the same clients, each server in its own process.
 
     just bench-store               # all figures
     just bench-store --only latency
@@ -39,7 +39,7 @@ PING = b"\x0dping"
 
 @contextmanager
 def serving(side: str) -> Iterator[int]:
-    """Serve an empty store. Gives its port."""
+    """Serve an empty store and yield its port."""
     program = f"{SERVERS[side]}\nimport sys\nprint(s.port, flush=True)\nsys.stdin.read()"
     pipe = subprocess.PIPE
     with subprocess.Popen([sys.executable, "-c", program], stdin=pipe, stdout=pipe, text=True) as server:
@@ -50,7 +50,7 @@ def serving(side: str) -> Iterator[int]:
 
 
 def client(port: int) -> Any:
-    """Torch's client, whoever serves."""
+    """Return torch's client, which both servers are measured with."""
     from torch.distributed import TCPStore
 
     return TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=120))
@@ -67,7 +67,7 @@ def micros(call: Callable[[int], object], expected: Callable[[int], object]) -> 
 
 
 def measure_latency(side: str) -> dict[str, list[float]]:
-    """Microseconds of calls of one client."""
+    """Return the microseconds of calls of one client."""
     with serving(side) as port:
         store = client(port)
 
@@ -84,14 +84,14 @@ def measure_latency(side: str) -> dict[str, list[float]]:
 
 
 def measure_large(side: str) -> dict[str, list[float]]:
-    """Milliseconds of requests of many keys."""
+    """Return the milliseconds of requests with many keys."""
     names = [f"torchelastic/assigned_ranks/{number}" for number in range(KEYS)]
     values = [f'["worker", {number}]' for number in range(KEYS)]
     with serving(side) as port:
         store = client(port)
         began = time.perf_counter()
         store.multi_set(names, values)
-        assert store.num_keys() == KEYS  # it has no reply of its own
+        assert store.num_keys() == KEYS  # waits for the server, because multi_set has no reply
         set_s = time.perf_counter() - began
         began = time.perf_counter()
         got = store.multi_get(names)
@@ -106,7 +106,7 @@ def sized(text: str) -> bytes:
 
 
 def measure_large_bytes(port: int, names: list[str], values: list[str]) -> dict[str, list[float]]:
-    """Likewise without the time that torch's client takes to write its requests and read its replies in small pieces."""
+    """Return the same figures without torch's client, which writes requests and reads replies in small pieces."""
     count = struct.pack("<Q", KEYS)
     setting = b"\x0b" + count + b"".join(sized(name) + sized(value) for name, value in zip(names, values, strict=True))
     getting = b"\x0a" + count + b"".join(map(sized, names))
@@ -131,7 +131,7 @@ def measure_large_bytes(port: int, names: list[str], values: list[str]) -> dict[
 
 
 def replies(sockets: dict[int, socket.socket], expected: bytes) -> None:
-    """Wait until each has got this, and nothing else."""
+    """Wait until each socket has received the expected reply."""
     poll = select.epoll()
     with poll:
         for number in sockets:
@@ -155,7 +155,7 @@ def connections(stack: ExitStack, port: int, count: int) -> dict[int, socket.soc
 
 
 def measure_arrivals(side: str) -> dict[str, list[float]]:
-    """Milliseconds from the first connection to the reply to the last."""
+    """Return the milliseconds from the first connection to the reply on the last one."""
     with serving(side) as port, ExitStack() as stack:
         made = [stack.enter_context(socket.socket()) for _ in range(ARRIVALS)]
         began = time.perf_counter()
@@ -169,7 +169,7 @@ def measure_arrivals(side: str) -> dict[str, list[float]]:
 
 
 def measure_barrier(side: str) -> dict[str, list[float]]:
-    """Milliseconds from the first that enters to the last that leaves."""
+    """Return the milliseconds from the first arrival at a barrier to the last departure."""
     samples = []
     with serving(side) as port, ExitStack() as stack:
         crowd = connections(stack, port, CROWD)
@@ -189,8 +189,8 @@ def measure_barrier(side: str) -> dict[str, list[float]]:
 
 def main() -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    # Torch's client and its server look up the name of everybody's address, which takes as long as the resolver wants. Over TCP most
-    # resolvers refuse, and after the first failure torch does not ask again: what is measured is the store.
+    # Torch's client and server resolve the name of every peer address, which may take long. Most resolvers refuse TCP, and after the first
+    # failure torch does not resolve again. The figures then show the store only.
     os.environ.setdefault("RES_OPTIONS", "use-vc timeout:1 attempts:1")
     measurements = {
         "latency": (measure_latency, 5),

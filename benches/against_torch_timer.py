@@ -1,4 +1,4 @@
-"""The watchdog beside torch's: the same requests, servers with the interval that torch's agent gives them.
+"""Compares the watchdog with torch's: the same requests, and the interval of torch's agent for both servers.
 
     just bench-timer               # all figures
     just bench-timer --only kill
@@ -37,7 +37,7 @@ def timer_of(side: str) -> Any:
 
 
 def fork(body: Callable[[], object]) -> int:
-    """Run ``body`` in a forked child, whose pid is returned."""
+    """Run ``body`` in a forked child and return its pid."""
     pid = os.fork()
     if pid == 0:
         code = 1
@@ -53,7 +53,7 @@ def fork(body: Callable[[], object]) -> int:
 
 
 class Server:
-    """A timer server in a process of its own, as in an agent. It has the workers, too: who is not its own is not signalled."""
+    """A timer server in its own process, as in an agent. Its process also starts the workers, because it signals only descendants."""
 
     def __init__(self, side: str, folder: str) -> None:
         self.side = side
@@ -75,17 +75,17 @@ class Server:
         os.waitpid(self._pid, 0)
 
     def ask(self, question: bytes) -> str:
-        """What the server's process, or a worker of it, has to say."""
+        """Send a command to the server's process and return its answer, or the answer of its worker."""
         os.write(self._ask, question)
         answer = self._answers.readline()
         assert answer.strip(), f"{self.side}: no answer to {question!r}"
         return answer
 
     def wait_for_requests(self, expected: int) -> None:
-        """Until as many were understood; not one may be lost."""
-        give_up = time.monotonic() + 30
+        """Wait until the server has handled the expected number of requests. None may be lost."""
+        deadline = time.monotonic() + 30
         while (received := int(self.ask(b"?"))) < expected:
-            assert time.monotonic() < give_up, f"{self.side}: {received} requests of {expected} after 30 s"
+            assert time.monotonic() < deadline, f"{self.side}: {received} requests of {expected} after 30 s"
             time.sleep(0.001)
         assert received == expected, f"{self.side}: {received} requests instead of {expected}"
 
@@ -95,7 +95,7 @@ class Server:
         server = timer.FileTimerServer(self.path, "bench", max_interval=AGENTS_INTERVAL_S)
         server.start()
         client = timer.FileTimerClient(self.path)
-        # The server of torch begins to look at its timers when a client has come.
+        # torch's server starts to check its timers when the first client has connected.
         client.acquire("far", time.time() + 1000)
         client.release("far")
         os.write(answers, b"serving\n")
@@ -119,12 +119,12 @@ class Server:
         answer = ""
         try:
             answer = body(timer, self.path)
-        finally:  # also of a failure: somebody waits
+        finally:  # also after a failure, because the parent waits for an answer
             os.write(answers, answer.encode() + b"\n")
 
 
 def work_of_client(timer: Any, path: str) -> str:
-    """Microseconds for each pair, in a worker."""
+    """Measure each pair of requests in a worker. Return the microseconds."""
     client = timer.FileTimerClient(path)
     samples = []
     for _ in range(PAIRS):
@@ -134,12 +134,12 @@ def work_of_client(timer: Any, path: str) -> str:
         client.release("train.py#42")
         samples.append((time.perf_counter_ns() - began) / 1e3)
         if len(samples) % 100 == 0:
-            time.sleep(1.5 * AGENTS_INTERVAL_S)  # for the server: its pipe must not be full
+            time.sleep(1.5 * AGENTS_INTERVAL_S)  # the server must empty its pipe
     return " ".join(f"{sample:.2f}" for sample in samples)
 
 
 def work_of_writer(_: Any, path: str) -> str:
-    """When it began. The lines and how they are written are the same for both."""
+    """Write the same lines for both servers. Return the start time."""
     request = timer_of("torch").FileTimerRequest
     pair = [request(os.getpid(), "bench", time.time() + 1000, 9), request(os.getpid(), "bench", -1, 0)]
     text = "".join(line.to_json() + "\n" for line in pair).encode()
@@ -151,13 +151,13 @@ def work_of_writer(_: Any, path: str) -> str:
 
 
 def measure_kill(side: str) -> dict[str, list[float]]:
-    """Milliseconds from a worker's deadline to its end, as a third process sees it. Torch's server ends with it."""
+    """Return the milliseconds from a worker's deadline to its end, seen by a third process. torch's server ends too."""
     with tempfile.TemporaryDirectory() as folder, Server(side, folder) as server:
         worker, deadline = server.ask(b"k").split()
         pidfd = os.pidfd_open(int(worker))
         ended = select.poll()
         ended.register(pidfd, select.POLLIN)
-        assert ended.poll(10_000), f"{side}: worker {worker} lives on"
+        assert ended.poll(10_000), f"{side}: worker {worker} still runs after 10 s"
         late_s = time.time() - float(deadline)
         os.close(pidfd)
     assert late_s > 0, f"{side}: {-late_s} s too early"
@@ -165,7 +165,7 @@ def measure_kill(side: str) -> dict[str, list[float]]:
 
 
 def measure_client(side: str) -> dict[str, list[float]]:
-    """Microseconds that a worker spends on one timer."""
+    """Return the microseconds that a worker spends on one timer."""
     with tempfile.TemporaryDirectory() as folder, Server(side, folder) as server:
         samples = [float(sample) for sample in server.ask(b"c").split()]
         server.wait_for_requests(2 + 2 * PAIRS)
@@ -173,7 +173,7 @@ def measure_client(side: str) -> dict[str, list[float]]:
 
 
 def measure_served(side: str) -> dict[str, list[float]]:
-    """Requests per second, from the first one's writing to the last one's being known."""
+    """Return the requests per second, from the first write until the last request was handled."""
     with tempfile.TemporaryDirectory() as folder, Server(side, folder) as server:
         began = float(server.ask(b"w"))
         server.wait_for_requests(2 + REQUESTS)

@@ -1,4 +1,4 @@
-"""ferrorun beside torchrun, alternating in one run, on workers that train nothing (``rust/zoo``).
+"""Compares ferrorun with torchrun, alternately in one run, with workers that do no training (``rust/zoo``).
 
     just bench-torchrun            # all figures
     just bench-torchrun --only tee
@@ -34,7 +34,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def zoo() -> str:
-    """Path of the worker program, built if need be."""
+    """Build the worker program if needed and return its path."""
     subprocess.run(
         ["cargo", "build", "--release", "--quiet", "--locked", "--package", "ferroelastic-zoo"], cwd=ROOT, check=True
     )
@@ -49,7 +49,7 @@ def command(launcher: str, workers: int, *flags: str) -> list[str]:
 
 
 def joining(launcher: str, port: int, workers: int, *flags: str) -> list[str]:
-    """A node of a job of two."""
+    """Return the command of one node of a two-node job."""
     rendezvous = ("--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=bench", "--nnodes=2")
     return [*LAUNCHERS[launcher], *rendezvous, f"--nproc-per-node={workers}", "--no-python", *flags]
 
@@ -59,7 +59,7 @@ def read_ns(folder: Path, pattern: str) -> dict[str, int]:
 
 
 def measure_restarts(launcher: str, program: str, workers: int = 8, failures: int = 4) -> dict[str, list[float]]:
-    """Milliseconds from a worker's exit to its peers being signalled, and to the last worker of the next attempt starting."""
+    """Return the milliseconds from a worker's exit to the signals at its peers, and to the start of the last restarted worker."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         subprocess.run(
@@ -82,8 +82,8 @@ def measure_restarts(launcher: str, program: str, workers: int = 8, failures: in
 def measure_restarts_of_two_nodes(
     launcher: str, program: str, workers: int = 4, failures: int = 4
 ) -> dict[str, list[float]]:
-    """Milliseconds from a worker's exit to the last worker of both nodes starting again."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:  # given back: torchrun binds the port itself
+    """Return the milliseconds from a worker's exit to the start of the last restarted worker of both nodes."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:  # closed again, because torchrun binds the port itself
         port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -96,7 +96,7 @@ def measure_restarts_of_two_nodes(
             ends = [node.wait(timeout=120) for node in nodes]
         finally:
             for job in nodes:
-                job.kill()  # nothing to one that has ended
+                job.kill()  # no effect on a job that has ended
         assert ends == [0, 0], f"{launcher} ended with {ends}"
         restarted = [
             (all_started_at(folder, attempt + 1, 2 * workers) - failed_at(folder, attempt, 2 * workers)) / 1e6
@@ -106,20 +106,20 @@ def measure_restarts_of_two_nodes(
 
 
 def failed_at(folder: Path, attempt: int, workers: int) -> int:
-    """When the worker of the last rank failed, on the monotonic clock, in nanoseconds."""
+    """Return the time at which the worker of the last rank failed (monotonic clock, nanoseconds)."""
     name = f"failed.{attempt}.{workers - 1}"
     return read_ns(folder, name)[name]
 
 
 def all_started_at(folder: Path, attempt: int, workers: int) -> int:
-    """When the last worker of an attempt started, on the monotonic clock, in nanoseconds."""
+    """Return the time at which the last worker of an attempt started (monotonic clock, nanoseconds)."""
     started = read_ns(folder, f"started.{attempt}.*")
     assert len(started) == workers, f"{len(started)} workers started in attempt {attempt}"
     return max(started.values())
 
 
 def measure_launch(launcher: str, program: str) -> dict[str, list[float]]:
-    """Milliseconds from the launcher's start to the first instruction of its worker, and to its own end when that worker is done."""
+    """Return the milliseconds from the launcher's start to the first instruction of its worker, and to the launcher's end."""
     with tempfile.TemporaryDirectory() as name:
         launched = time.monotonic_ns()
         job = command(launcher, 1, program, "worker", name, "0")
@@ -133,10 +133,10 @@ def measure_launch(launcher: str, program: str) -> dict[str, list[float]]:
 
 
 def measure_end(launcher: str, program: str, workers: int = 8) -> dict[str, list[float]]:
-    """Milliseconds from SIGTERM, and from a worker's failure that is the last allowed, to the agent's end; its memory before."""
+    """Return the milliseconds from SIGTERM and from the final failure to the agent's end, and the agent's memory before."""
     with resting(launcher, program, workers) as job:
         memory = sum(pss(pid) for pid in agents_of(job.pid, program))
-        # Not Popen.wait: with a timeout it looks after 7.5, 15.5, 31.5 ms … and would say that.
+        # Not Popen.wait, which with a timeout polls only after 7.5, 15.5, 31.5 ms …
         end = select.poll()
         pidfd = os.pidfd_open(job.pid)
         end.register(pidfd, select.POLLIN)
@@ -161,7 +161,7 @@ def measure_end(launcher: str, program: str, workers: int = 8) -> dict[str, list
 
 
 def agents_of(pid: int, program: str) -> list[int]:
-    """The launcher's process and those below it that are no workers."""
+    """Return the launcher's process and its descendants, without workers."""
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     below = [found for child in children for found in agents_of(int(child), program)]
     is_worker = Path(f"/proc/{pid}/exe").readlink() == Path(program)
@@ -169,7 +169,7 @@ def agents_of(pid: int, program: str) -> list[int]:
 
 
 def pss(pid: int) -> int:
-    """Bytes of memory of a process; of what it shares, its part."""
+    """Return the proportional set size of a process in bytes."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
 
@@ -177,7 +177,7 @@ def pss(pid: int) -> int:
 def measure_tee(
     launcher: str, program: str, workers: int = 4, lines: int = 200_000, width: int = 99
 ) -> dict[str, list[float]]:
-    """Megabytes per second of teed lines at the reader of the launcher's standard output; no line may be lost or torn."""
+    """Return the throughput of teed lines on the launcher's standard output in MB/s. No line may be lost or torn."""
     with tempfile.TemporaryDirectory() as name:
         job = subprocess.Popen(
             [*command(launcher, workers, "--tee=3", f"--log-dir={name}"), program, "flood", str(lines), str(width)],
@@ -207,9 +207,9 @@ def measure_tee(
 
 
 def measure_rest(launcher: str, program: str, workers: int = 8, seconds: float = 10) -> dict[str, list[float]]:
-    """CPU milliseconds per second that an agent costs whose workers run undisturbed, and its context switches per second."""
+    """Return the CPU time (ms per second) and the context switches per second of an agent while its workers run."""
     with resting(launcher, program, workers) as job:
-        time.sleep(3)  # what the start has left to do is not rest
+        time.sleep(3)  # the work after the start must not count
         before = usage(job.pid)
         time.sleep(seconds)
         after = usage(job.pid)
@@ -222,7 +222,7 @@ def measure_rest(launcher: str, program: str, workers: int = 8, seconds: float =
 
 @contextmanager
 def resting(launcher: str, program: str, workers: int) -> Iterator[subprocess.Popen[str]]:
-    """A job whose workers are all there and do nothing."""
+    """Run a job whose workers have all started and do nothing."""
     job = subprocess.Popen(
         [*command(launcher, workers, "--tee=1"), program, "sleep"],
         env=ENVIRONMENT,
@@ -245,7 +245,7 @@ def resting(launcher: str, program: str, workers: int) -> Iterator[subprocess.Po
 
 
 def usage(pid: int) -> tuple[int, int]:
-    """CPU time in nanoseconds and context switches of a process so far, over all of its threads."""
+    """Return the CPU time in nanoseconds and the context switches of all threads of a process so far."""
     cpu_ns = switches = 0
     for task in Path(f"/proc/{pid}/task").iterdir():
         cpu_ns += int((task / "schedstat").read_text().split()[0])
@@ -267,7 +267,7 @@ MEASUREMENTS: dict[str, tuple[Callable[[str, str], dict[str, list[float]]], int]
 
 def main() -> None:
     program = zoo()
-    # As pip does with what it installs, torch among it.
+    # pip also compiles the packages that it installs, including torch.
     compileall.compile_dir(ROOT / "python", quiet=1)
     measurements = {
         name: (lambda side, measure=measure: measure(side, program), rounds)

@@ -1,9 +1,9 @@
-"""The end of a job whose standard error nobody reads, beside that of one whose standard error is read, alternating in one run.
+"""Time to stop a job whose standard error is not read, compared with a job whose standard error is read, alternately in one run.
 
     just bench-full-console
 
-64 workers, which obey SIGTERM or ignore it. Milliseconds from SIGTERM to the agent, and from the end of the grace period for workers that ignore
-it, to the end of the last worker and to that of the agent. Every exit code is checked before its time counts.
+64 workers obey or ignore SIGTERM. The figures are milliseconds to the end of the last worker and to the end of the agent. Time starts with
+SIGTERM to the agent or, if the workers ignore it, at the end of the grace period. Every exit code is checked before its time counts.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TERMINATED = 128 + 15
 
 
 def measure(console: str, program: str, kind: str) -> dict[str, list[float]]:
-    """Milliseconds to the end of the last worker, and of the agent."""
+    """Return the milliseconds to the end of the last worker and of the agent."""
     read_fd, write_fd = os.pipe()
     if console == "full":
         os.set_blocking(write_fd, False)
@@ -53,13 +53,13 @@ def measure(console: str, program: str, kind: str) -> dict[str, list[float]]:
             stderr=write_fd,
         )
         os.close(write_fd)
-        said = b""
-        while said.count(b"\n") < WORKERS:
-            said += os.read(ready_fd, 1 << 16)
+        received = b""
+        while received.count(b"\n") < WORKERS:
+            received += os.read(ready_fd, 1 << 16)
         os.close(ready_fd)
         workers = [os.pidfd_open(pid) for pid in workers_of(job.pid, program)]
         assert len(workers) == WORKERS, len(workers)
-        # Not Popen.wait: with a timeout it looks at growing intervals.
+        # Not Popen.wait, which polls at growing intervals if it has a timeout.
         agent = os.pidfd_open(job.pid)
         began = time.monotonic_ns() + (GRACE_S * 1_000_000_000 if kind == "deaf" else 0)
         job.terminate()

@@ -1,10 +1,11 @@
-"""How many restarts of a real training come back, under ferrorun and under torchrun: two nodes of two workers each, disturbed again and again.
+"""Success rate of restarts of a real training under ferrorun and torchrun, with two nodes of two workers each.
 
     just bench-restarts                                  # 50 disturbances of each kind under ferrorun, 4 under torchrun
-    just bench-restarts --side ferrorun --number 4       # a quick look
+    just bench-restarts --side ferrorun --number 4       # a short run
 
-Every training that gets to its end has to end with the loss of one that nobody disturbs, and an attempt whose workers do not find each other is a restart that did not come back.
-A job in which nothing happens for a minute, or that restarts three times in vain, is given up, and the next one goes on with what is left. The link of a network takes root and iproute2. Prints a Markdown table.
+Every finished training must have the loss of an undisturbed training. An attempt whose workers do not connect to each other counts as a failed
+restart. A job without progress for a minute, or with three failed restarts, is stopped, and a new job runs the remaining disturbances. The
+disturbances of a network link need root and iproute2. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tests.support.harness import FERRORUN, Launcher  # noqa: E402  # found only now
-from tests.support.two_nodes import (  # noqa: E402  # found only now
+from tests.support.harness import FERRORUN, Launcher  # noqa: E402  # needs the path above
+from tests.support.two_nodes import (  # noqa: E402  # needs the path above
     AGENT_KILLED,
     LINK_DOWN,
     WORKER_KILLED,
@@ -33,9 +34,9 @@ from tests.support.two_nodes import (  # noqa: E402  # found only now
 )
 
 SIDES = {"torchrun": (sys.executable, "-m", "torch.distributed.run"), "ferrorun": FERRORUN}
-# A job that does not come back takes a minute to be sure of that.
+# Few for torchrun: detecting a failed restart takes a minute.
 NUMBERS = {"torchrun": 4, "ferrorun": 50}
-PATIENCE_S = 60.0
+TIMEOUT_S = 60.0
 NAMES = {
     ("step", "-1"): "last rank killed, peers inside a collective",
     ("idle", "-1"): "last rank killed, peers idle",
@@ -49,7 +50,7 @@ NAMES = {
 
 
 def measure(side: str, disturbance: Disturbance, number: int) -> str:
-    """Disturb trainings ``number`` times; how many restarts came back of how many, and how long that took."""
+    """Disturb trainings ``number`` times. Return the number of successful restarts, of all restarts, and their duration."""
     restarts = came_back = stuck = 0
     seconds: list[float] = []
     while number > 0:
@@ -63,7 +64,7 @@ def measure(side: str, disturbance: Disturbance, number: int) -> str:
                 if namespaces
                 else on_loopback(SIDES[side], nodes)
             )
-            training = Training(launcher, commands, disturbance, number, PATIENCE_S)
+            training = Training(launcher, commands, disturbance, number, TIMEOUT_S)
             stack.callback(clean_up, launcher)
             outcome = training.run(namespaces)
             if outcome.is_stuck:
@@ -84,19 +85,19 @@ def measure(side: str, disturbance: Disturbance, number: int) -> str:
 
 
 def clean_up(launcher: Launcher) -> None:
-    """End what a launcher has left behind."""
+    """End all processes of a launcher."""
     for job in launcher.jobs:
         job.clean_up()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--side", choices=list(SIDES), action="append", help="measure only this one")
-    parser.add_argument("--number", type=int, help="disturbances of each kind instead of the default; even")
+    parser.add_argument("--side", choices=list(SIDES), action="append", help="measure only this launcher")
+    parser.add_argument("--number", type=int, help="number of disturbances of each kind, even")
     parser.add_argument("--only", choices=sorted({what for _, what in NAMES}), help="one kind of disturbance")
     args = parser.parse_args()
     sides = args.side or list(SIDES)
-    print(f"| {' | '.join(['restarts that came back', *sides])} |\n|{' --- |' * (len(sides) + 1)}", flush=True)
+    print(f"| {' | '.join(['successful restarts', *sides])} |\n|{' --- |' * (len(sides) + 1)}", flush=True)
     for disturbance in (*WORKER_KILLED, *AGENT_KILLED, *LINK_DOWN):
         if args.only in {None, disturbance.what}:
             row = [measure(side, disturbance, args.number or NUMBERS[side]) for side in sides]

@@ -1,4 +1,4 @@
-"""Two implementations beside each other: alternating in one run, as a Markdown table of medians, ranges and their ratio."""
+"""Measures two implementations alternately in one run and prints a Markdown table of medians, ranges and ratios."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def compare(sides: tuple[str, str], measurements: Mapping[str, Measurement], doc
     """Measure both sides and print the table.
 
     Args:
-        sides: names of theirs and ours, which each measurement is called with in turn.
-        measurements: by name, what measures a side (figures with their samples) and how often it is called for each.
-        doc: what the program does, for its help.
+        sides: names of the reference and of our implementation. Each measurement is called with both in turn.
+        measurements: by name, a function that measures a side and returns samples by figure, and its number of calls per side.
+        doc: description of the program, for its help.
     """
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
-    parser.add_argument("--only", choices=sorted(measurements), help="take one group of figures")
-    parser.add_argument("--rounds", type=int, help="runs of each side instead of the default")
+    parser.add_argument("--only", choices=sorted(measurements), help="measure only this group of figures")
+    parser.add_argument("--rounds", type=int, help="number of runs of each side")
     args = parser.parse_args()
     theirs, ours = sides
     print(

@@ -178,7 +178,7 @@ VARIABLES: tuple[Variable, ...] = (
         "An active virtual environment. `ferrorun` warns if it is not the environment of the workers' interpreter.",
     ),
     Variable("CONDA_PREFIX", "system", "The same for an active conda environment."),
-    Variable("PWD", "system", "Names the working directory in the message that it does not exist any more."),
+    Variable("PWD", "system", "Names the working directory in the message that it was deleted."),
     Variable(
         "TMPDIR",
         "system",

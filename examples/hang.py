@@ -1,11 +1,11 @@
-"""A worker that hangs, and what the agent's watchdog has to say about it.
+"""A worker that hangs, and the report of the agent's watchdog.
 
-Two ranks work through some steps. Each gives itself two seconds for the exchange of gradients; in the first attempt the last rank waits in
-it for a message that never comes. Run it with
+Two ranks run some steps. Each sets a deadline of two seconds for the exchange of gradients. In the first attempt the last rank waits for a
+message that is never sent. Run it with
 
     TORCHELASTIC_ENABLE_FILE_TIMER=1 ferrorun --standalone --nproc-per-node=2 examples/hang.py
 
-The report names the timer, and shows the line that the rank hung in. With ``--max-restarts=1`` the second attempt comes to its end.
+The report names the timer and shows the line at which the rank hung. With ``--max-restarts=1`` the second attempt succeeds.
 """
 
 import os
@@ -24,11 +24,11 @@ def exchange_gradients(step: int, *, hangs: bool) -> float:
     """Stands for a collective operation."""
     if not hangs:
         messages.put(step / STEPS)
-    return messages.get()  # blocks where nobody has put anything
+    return messages.get()  # blocks if the queue is empty
 
 
 def main() -> None:
-    """Trains, so to speak."""
+    """Simulate a training."""
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     if "TORCHELASTIC_TIMER_FILE" not in os.environ:

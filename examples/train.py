@@ -1,11 +1,11 @@
-"""Distributed training on real data, with checkpoints: what an elastic agent is there to bring back.
+"""Distributed training on real data, with checkpoints that an elastic agent can resume from.
 
 A small byte-level language model learns the source text of Python's own ``argparse``. Run it with
 
     ferrorun --standalone --nproc-per-node=2 --max-restarts=1 examples/train.py --checkpoint /tmp/model.pt
 
-and add ``--kill-rank 1 --kill-step 30`` to have that rank die by SIGKILL once. The restarted workers go on from the last
-checkpoint and end with exactly the loss of an undisturbed run. The script knows nothing of the launcher: it runs under torchrun as well.
+and add ``--kill-rank 1 --kill-step 30`` to kill that rank with SIGKILL once. The restarted workers resume from the last checkpoint and
+finish with exactly the loss of an undisturbed run. The script does not depend on the launcher: it also runs under torchrun.
 """
 
 import argparse
@@ -26,7 +26,7 @@ BATCH = 64
 
 
 class NextByte(nn.Module):
-    """Guesses a byte from the ones before it."""
+    """Predicts a byte from the preceding bytes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,12 +35,12 @@ class NextByte(nn.Module):
         self.out = nn.Linear(64, 256)
 
     def forward(self, context: torch.Tensor) -> torch.Tensor:
-        """Logits of the next byte for each row of ``context``."""
+        """Return the logits of the next byte for each row of ``context``."""
         return self.out(torch.tanh(self.hidden(self.embed(context).flatten(1))))
 
 
 def batch(text: torch.Tensor, step: int, rank: int, world_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The part of step ``step`` that belongs to ``rank``: the same in every attempt."""
+    """Return the part of step ``step`` for ``rank``. It is the same in every attempt."""
     generator = torch.Generator().manual_seed(step)
     starts = torch.randint(len(text) - CONTEXT, (BATCH * world_size,), generator=generator)[rank::world_size]
     windows = text[starts[:, None] + torch.arange(CONTEXT + 1)]
@@ -48,7 +48,7 @@ def batch(text: torch.Tensor, step: int, rank: int, world_size: int) -> tuple[to
 
 
 def main() -> None:
-    """Trains, resuming from the checkpoint if there is one."""
+    """Train, and resume from the checkpoint if there is one."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--save-every", type=int, default=10, help="steps between two checkpoints")
@@ -98,6 +98,6 @@ def main() -> None:
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     main()
-    # DDP's reference cycles would keep gloo's threads past the interpreter's end, where torch 2.13 aborts now and then.
+    # DDP's reference cycles would keep gloo's threads alive during the interpreter's shutdown, where torch 2.13 sometimes aborts.
     gc.collect()
     dist.destroy_process_group()

@@ -1,9 +1,9 @@
 """A drop-in for torchrun and ``torch.distributed.elastic`` with a Rust supervision engine.
 
 Module paths mirror torch's: ``torch.distributed.elastic.X`` is ``ferroelastic.X``, ``torch.distributed.run`` is
-``ferroelastic.run``, ``torch.distributed.launcher`` is ``ferroelastic.launcher``. Nothing here imports torch unless a function
-entrypoint or one of torch's own rendezvous handlers is used; where torch is loaded already, what is raised or returned is an
-instance of torch's class too.
+``ferroelastic.run``, ``torch.distributed.launcher`` is ``ferroelastic.launcher``. The package imports torch only for function
+entrypoints and for torch's own rendezvous handlers. If torch is already loaded, exceptions and results are instances of torch's
+classes too.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 if sys.platform != "linux":
     raise ImportError(
         f"ferroelastic supports Linux only and cannot run on {sys.platform!r}: "
-        "use torchrun (python -m torch.distributed.run) here"
+        "use torchrun (python -m torch.distributed.run) instead"
     )
 
 __all__ = ["__version__"]
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 else:
 
     def __getattr__(name: str) -> str:
-        # importlib.metadata costs more to import than the rest of the launcher: only who asks for the version pays.
+        # Imported late: importlib.metadata takes longer to import than the rest of the launcher.
         if name == "__version__":
             from importlib.metadata import version
 

@@ -11,10 +11,10 @@ from ferroelastic.argparse_util import check_env, env
 
 
 class _Parser(ArgumentParser):
-    """Reports an error in one line, and a bad ``PET_*`` value under the variable's name.
+    """Reports an error in one line. The error for an invalid ``PET_*`` value names the variable.
 
-    What follows the script is the script's, whatever it looks like. argparse looks for options of its own there too, and finds
-    ambiguous ones.
+    All arguments after the script belong to the script. argparse also searches them for options of the launcher, and rejects those that
+    look like ambiguous abbreviations.
     """
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
@@ -29,7 +29,7 @@ class _Parser(ArgumentParser):
         return parsed, unknown
 
     def _script_index(self, line: Sequence[str]) -> int | None:
-        """Where the script is in a command line; ``None`` if there is none, or a program has added arguments that come after it."""
+        """Return the index of the script in a command line. ``None`` without a script, or if a program added positional arguments."""
         positional = [action for action in self._actions if not action.option_strings]
         if [(action.dest, action.nargs) for action in positional] != [
             ("training_script", None),
@@ -57,10 +57,10 @@ class _Parser(ArgumentParser):
         return " " not in text or bool(self._get_option_tuples(text))
 
     def _values_after(self, text: str, following: Sequence[str]) -> int:
-        """How many of the following arguments are values of an option."""
+        """Return how many of the following arguments are values of the option ``text``."""
         action: Action | None = self._option_string_actions.get(text)
         if action is None:
-            # With its value, abbreviated, or several short ones in one; an unknown one is reported by argparse.
+            # The option includes its value, is abbreviated, or combines several short ones. argparse reports unknown ones.
             found = [] if "=" in text else self._get_option_tuples(text)
             whole = [] if len(found) != 1 or not text.startswith("--") else found
             action = whole[0][0] if whole else self._last_of_short(text)
@@ -80,7 +80,7 @@ class _Parser(ArgumentParser):
         return min(1, values) if action.nargs == OPTIONAL else values
 
     def _last_of_short(self, text: str) -> Action | None:
-        """The option that takes the next argument in ``-m``, ``-mr``; ``None`` if the value is in the same argument, as in ``-r3``."""
+        """Return the option in ``-r``, ``-mr`` that takes the next argument. ``None`` if its value is in the same argument (``-r3``)."""
         for position, letter in enumerate(text[1:], 1):
             action = self._option_string_actions.get(f"-{letter}")
             if text.startswith("--") or action is None:
@@ -101,7 +101,7 @@ class _Parser(ArgumentParser):
             if not from_variable:
                 raise
             raise ArgumentError(None, f"{variable}: {error.message}") from None
-        # argparse checks the choices of what stands on the command line only.
+        # argparse checks the choices only of values on the command line.
         if from_variable and action.choices is not None and value not in action.choices:
             choices = ", ".join(map(str, action.choices))
             raise ArgumentError(None, f"{variable}={value!r} is not one of {choices}")
@@ -109,10 +109,10 @@ class _Parser(ArgumentParser):
 
 
 def get_args_parser() -> ArgumentParser:
-    """Return the parser of the command line, whose defaults are taken from the ``PET_*`` variables as of now.
+    """Return the parser of the command line. The defaults are the current values of the ``PET_*`` variables.
 
     Raises:
-        ValueError: the variable of a flag holds no integer.
+        ValueError: the value of a flag's ``PET_*`` variable is not an integer.
     """
     parser = _Parser(
         prog="ferrorun",
@@ -138,7 +138,7 @@ def get_args_parser() -> ArgumentParser:
         "--nproc-per-node",
         type=str,
         default="1",
-        help="Number of workers on this node: a number, or auto, gpu, xpu or cpu for as many as there are.",
+        help="Number of workers on this node: a number, or auto, gpu, xpu or cpu for one worker per device.",
     )
 
     # How the nodes find each other.
@@ -148,26 +148,29 @@ def get_args_parser() -> ArgumentParser:
         default="static",
         help="Rendezvous backend: static, c10d, etcd-v2 or a registered one.",
     )
-    option("--rdzv-endpoint", type=str, default="", help="Where the rendezvous is, usually HOST:PORT.")
-    option("--rdzv-id", type=str, default="none", help="Id of the job, the same on all its nodes.")
+    option("--rdzv-endpoint", type=str, default="", help="Endpoint of the rendezvous, usually HOST:PORT.")
+    option("--rdzv-id", type=str, default="none", help="Id of the job, equal on all its nodes.")
     option("--rdzv-conf", type=str, default="", help="Further settings of the rendezvous: KEY=VALUE,KEY=VALUE,...")
     flag(
         "--standalone",
-        help="Run on this node alone, with a rendezvous on a free port of its own. "
-        "Backend, endpoint and id of the rendezvous are set accordingly, whatever they were set to.",
+        help="Run on this node only, with a rendezvous on a free port. "
+        "Overrides the backend, the endpoint and the id of the rendezvous.",
     )
 
     # What the agent does.
-    option("--max-restarts", type=int, default=0, help="How often failed workers are restarted before the job fails.")
+    option("--max-restarts", type=int, default=0, help="Number of restarts of failed workers before the job fails.")
     option(
-        "--monitor-interval", type=float, default=0.1, help="Longest time between two looks at the workers, in seconds."
+        "--monitor-interval",
+        type=float,
+        default=0.1,
+        help="Longest time between two checks of the workers, in seconds.",
     )
     option(
         "--start-method",
         type=str,
         default="spawn",
         choices=["spawn", "fork", "forkserver"],
-        help="How Python starts workers that run in an interpreter of the agent's (--run-path).",
+        help="Start method of multiprocessing for --run-path.",
     )
     option(
         "--event-log-handler",
@@ -178,8 +181,8 @@ def get_args_parser() -> ArgumentParser:
     option("--role", type=str, default="default", help="Role of the workers, for logs and events.")
 
     # What the workers run.
-    flag("-m", "--module", help="The script is the name of a module, run as by 'python -m'.")
-    flag("--no-python", help="The script is a program of its own, run without Python.")
+    flag("-m", "--module", help="The script is the name of a module, run as 'python -m' does.")
+    flag("--no-python", help="The script is an executable, run without Python.")
     flag(
         "--run-path",
         help="Run the script with runpy.run_path in the worker that multiprocessing starts. "
@@ -191,52 +194,57 @@ def get_args_parser() -> ArgumentParser:
         "--log-dir",
         type=str,
         default=None,
-        help="Folder for log files; each run makes a folder of its own in it, named after the job's id.",
+        help="Folder for log files. Each run creates its own folder in it, named after the job's id.",
     )
     option(
         "-r",
         "--redirects",
         type=str,
         default="0",
-        help="Write output of the workers to log files: 1 is stdout, 2 stderr, 3 both; "
+        help="Write output of the workers to log files: 1 is stdout, 2 stderr, 3 both. "
         "0:3,1:2 is both for local rank 0 and stderr for local rank 1.",
     )
-    option("-t", "--tee", type=str, default="0", help="As --redirects, but to log files and to the console.")
+    option("-t", "--tee", type=str, default="0", help="As --redirects, but both to log files and to the console.")
     option(
         "--local-ranks-filter",
         type=str,
         default="",
-        help="Show the output of these local ranks only, e.g. 0,1. Log files have all.",
+        help="Show only the output of these local ranks, e.g. 0,1. Log files contain the output of all ranks.",
     )
     option(
         "--duplicate-stdout-filters",
         type=comma_separated_list,
         default=[],
-        help="Also write the lines of stdout with one of these strings to one file, e.g. loss,epoch. "
-        "A double comma is a comma.",
+        help="Also write stdout lines that contain one of these strings to one file, e.g. loss,epoch. "
+        "Write a comma within a string as two commas.",
     )
     option(
         "--duplicate-stderr-filters",
         type=comma_separated_list,
         default=[],
-        help="Likewise for stderr.",
+        help="Same for stderr.",
     )
 
     # The static rendezvous.
-    option("--node-rank", type=int, default=0, help="Rank of this node; static rendezvous only.")
+    option("--node-rank", type=int, default=0, help="Rank of this node. Static rendezvous only.")
     option(
         "--master-addr",
         type=str,
         default="127.0.0.1",
-        help="Address of the node with rank 0; static rendezvous only. IPv6 is written in brackets: [::1].",
+        help="Address of the node with rank 0. Static rendezvous only. Write IPv6 addresses in brackets: [::1].",
     )
     option(
         "--master-port",
         type=int,
         default=None,
-        help="Port on the node with rank 0; static rendezvous only. Default 29500.",
+        help="Port on the node with rank 0. Static rendezvous only. Default 29500.",
     )
-    option("--local-addr", type=str, default=None, help="Address of this node for the others; found out if not given.")
+    option(
+        "--local-addr",
+        type=str,
+        default=None,
+        help="Address of this node for the other nodes. By default it is detected.",
+    )
 
     # The rest.
     parser.add_argument(
@@ -244,7 +252,7 @@ def get_args_parser() -> ArgumentParser:
         "--logs_specs",
         type=str,
         default=None,
-        help="Name of an installed plugin (entry point of group torchrun.logs_specs) that decides on log files.",
+        help="Name of an installed plugin (entry point of group torchrun.logs_specs) that configures the log files.",
     )
     parser.add_argument(
         "--numa-binding",
@@ -252,47 +260,47 @@ def get_args_parser() -> ArgumentParser:
         type=str,
         choices=["node", "socket", "exclusive", "core-complex"],
         default=None,
-        help="Bind each worker to CPUs near its GPU: those of the NUMA node, of the socket, "
-        "a share of the node's cores for itself, or the cores of one cache.",
+        help="Bind each worker to CPUs near its GPU: the CPUs of the NUMA node, the CPUs of the socket, "
+        "an exclusive share of the node's cores, or the cores of one cache.",
     )
     option(
         "--signals-to-handle",
         type=str,
         default=DEFAULT_SIGNALS,
-        help="Signals to ferrorun that end the job; they are forwarded to the workers. "
-        "SIGUSR1 and SIGUSR2 are usual additions under Slurm. All others that would end ferrorun are ignored.",
+        help="Signals to ferrorun that end the job. They are forwarded to the workers. "
+        "SIGUSR1 and SIGUSR2 are often added under Slurm. Other signals that would terminate ferrorun are ignored.",
     )
     option(
         "--signals-to-forward",
         type=str,
         default="",
-        help="Signals to ferrorun that are forwarded to the workers (not to their children) and end nothing, "
+        help="Signals to ferrorun that are forwarded to the workers (not to their children) without ending the job, "
         "e.g. SIGUSR1. Not in torchrun.",
     )
     option(
         "--shutdown-timeout",
         type=int,
         default=None,
-        help="Seconds that workers have between the signal to end and SIGKILL. "
+        help="Grace period of the workers in seconds: the time from the signal that stops them to SIGKILL. "
         "Default $TORCH_ELASTIC_SHUTDOWN_TIMEOUT, else 30.",
     )
     option(
         "--interactive-rank",
         type=int,
         default=None,
-        help="Give the terminal to the worker with this local rank: it reads what is typed, and its output is neither teed nor redirected. "
-        "For breakpoint() and questions. Not in torchrun.",
+        help="Connect the worker with this local rank to the terminal: it reads the terminal's input, and its output is neither teed "
+        "nor redirected. For breakpoint() and input(). Not in torchrun.",
     )
     flag(
         "--keep-detached",
-        help="Never end helper processes that left their worker's process group (setsid, setpgid). By default they end after a failure, "
-        "before a restart and on a stop, and keep running after a success. Not in torchrun.",
+        help="Never end helper processes that left their worker's process group (setsid, setpgid). By default they are ended after a "
+        "failure, before a restart and on a stop, and keep running after a success. Not in torchrun.",
     )
     flag("--end-detached", help="End such helper processes after a success as well. Not in torchrun.")
     flag(
         "--virtual-local-rank",
-        help="Give every worker LOCAL_RANK=0 and, in CUDA_VISIBLE_DEVICES, only its own GPU.",
+        help="Give every worker LOCAL_RANK=0 and only its own GPU in CUDA_VISIBLE_DEVICES.",
     )
     parser.add_argument("training_script", type=str, help="Script, module or command to run in each worker.")
-    parser.add_argument("training_script_args", nargs=REMAINDER, help="Its arguments.")
+    parser.add_argument("training_script_args", nargs=REMAINDER, help="Arguments of the script.")
     return parser

@@ -1,4 +1,4 @@
-"""Checks of the types of what a program passes: an error names the value here, and not where it is used first."""
+"""Type checks of arguments from a program. They fail early, with the name of the argument and its value."""
 
 from __future__ import annotations
 
@@ -25,23 +25,28 @@ def check_type(what: str, value: object, kinds: type | tuple[type, ...], expecte
     """Check that a value is of a type.
 
     Args:
-        what: its name, for people.
+        what: name of the value, for the error message.
         value: the value.
-        kinds: the types that will do.
-        expected: these types, for people.
+        kinds: the accepted types.
+        expected: the accepted types as text, for the error message.
 
     Raises:
-        TypeError: it is not; the text names it.
+        TypeError: the value has another type.
     """
     if not isinstance(value, kinds):
         raise _error(what, value, expected)
 
 
 def check_number(what: str, value: Any, expected: str = "a number of seconds") -> None:
-    """Check that a value is a number, of whatever type (those of numpy as well).
+    """Check that a value is a number of any type, including those of numpy.
+
+    Args:
+        what: name of the value, for the error message.
+        value: the value.
+        expected: description of the expected value, for the error message.
 
     Raises:
-        TypeError: it is not.
+        TypeError: the value is not a number.
     """
     try:
         value >= 0, value + 0
@@ -50,10 +55,10 @@ def check_number(what: str, value: Any, expected: str = "a number of seconds") -
 
 
 def check_whole_number(what: str, value: Any) -> None:
-    """Check that a value is a whole number, of whatever type.
+    """Check that a value is a whole number of any type.
 
     Raises:
-        TypeError: it is not.
+        TypeError: the value is not a whole number.
     """
     try:
         operator.index(value)
@@ -62,10 +67,10 @@ def check_whole_number(what: str, value: Any) -> None:
 
 
 def check_iterable(what: str, value: Any, expected: str) -> None:
-    """Check that a value has elements, and is no text.
+    """Check that a value is iterable, and neither ``str`` nor ``bytes``.
 
     Raises:
-        TypeError: it has none.
+        TypeError: it is not.
     """
     if isinstance(value, str | bytes) or not hasattr(type(value), "__iter__"):
         raise _error(what, value, expected)
@@ -84,20 +89,20 @@ def check_strings(what: str, value: Iterable[object] | None) -> None:
 
 
 def check_entrypoint(what: str, value: object) -> None:
-    """Check that a value can be what workers run.
+    """Check that a value is an entrypoint for workers.
 
     Raises:
-        TypeError: it cannot.
+        TypeError: the value is neither a function nor the path of a program.
     """
     if not isinstance(value, str) and not callable(value):
         raise _error(what, value, "a function, or the path of a program as a string")
 
 
 def check_logs_specs(what: str, value: object) -> None:
-    """Check that a value decides where the output of workers goes.
+    """Check that a value is a ``LogsSpecs``, of this package, of torch or of a plugin.
 
     Raises:
-        TypeError: it does not.
+        TypeError: the value has no method ``reify``.
     """
     if not callable(getattr(value, "reify", None)):
         raise _error(what, value, "a LogsSpecs, such as DefaultLogsSpecs(log_dir)")
@@ -107,7 +112,7 @@ def check_environments(envs: Mapping[int, Any]) -> None:
     """Check the environment variables of workers, by local rank.
 
     Raises:
-        TypeError: a value is no text; the error names the variable.
+        TypeError: a value is not a string. The text names the variable.
     """
     for rank, env in envs.items():
         if not hasattr(env, "items"):

@@ -1,15 +1,15 @@
-"""Makes objects of this package instances of torch's classes too, where torch is loaded.
+"""Makes objects of this package instances of torch's classes too, if torch is loaded.
 
-A program written for torch says ``except torch.distributed.elastic.multiprocessing.errors.ChildFailedError`` and
-``isinstance(result, torch.distributed.elastic.agent.server.RunResult)``. Both must hold for what this package raises and
-returns, without importing torch: everything here only looks into ``sys.modules``.
+A program written for torch uses ``except torch.distributed.elastic.multiprocessing.errors.ChildFailedError`` and
+``isinstance(result, torch.distributed.elastic.agent.server.RunResult)``. Both must work with the exceptions and results of this
+package. This module does not import torch: it only reads ``sys.modules``.
 
 Four tools:
 
-* :class:`TorchCompatible`: data and exceptions. Its instances belong to a class derived from ours *and* torch's.
-* :func:`register_virtual`: abstract base classes. Ours becomes a virtual subclass of torch's.
-* :func:`family`: the other direction, for ``except family(X)`` and ``isinstance(x, family(X))``.
-* :func:`newer`: an attribute that objects of code written for torch, or for an older torch, lack.
+* :class:`TorchCompatible`: for data and exceptions. Its instances belong to a class derived from ours *and* torch's.
+* :func:`register_virtual`: for abstract base classes. Ours becomes a virtual subclass of torch's.
+* :func:`family`: accepts torch's class in place of ours: ``except family(X)`` and ``isinstance(x, family(X))``.
+* :func:`newer`: reads an attribute that objects of torch's classes, or of older torch versions, lack.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _making_dual = threading.Lock()
 def torch_module(name: str) -> types.ModuleType | None:
     """Return the module of torch that the module ``name`` of this package mirrors, if it is loaded.
 
-    Private modules stand for the package they are in: ``ferroelastic.agent.server._workers`` mirrors
+    A private module mirrors the same module as its package: ``ferroelastic.agent.server._workers`` mirrors
     ``torch.distributed.elastic.agent.server``.
     """
     parts = name.split(".")
@@ -54,7 +54,7 @@ def torch_module(name: str) -> types.ModuleType | None:
 def mirrored(cls: type) -> type | None:
     """Return torch's class that ``cls`` itself (not a base of it) mirrors, if its module is loaded.
 
-    The class attribute ``__torch_class__ = (module, name)`` names a counterpart that lives elsewhere.
+    The class attribute ``__torch_class__ = (module, name)`` names a counterpart in another module.
     """
     if "torch" not in sys.modules:
         return None
@@ -63,7 +63,7 @@ def mirrored(cls: type) -> type | None:
         module, name = torch_module(cls.__module__), cls.__name__
     else:
         module, name = sys.modules.get(elsewhere[0]), elsewhere[1]
-    # A module that is still being imported may not have the name yet.
+    # A module that is still being imported may lack the name.
     found = getattr(module, name, None)
     if not isinstance(found, type) or found.__module__.partition(".")[0] == _PACKAGE:
         return None
@@ -71,9 +71,9 @@ def mirrored(cls: type) -> type | None:
 
 
 def family(cls: type) -> tuple[type[Any], ...]:
-    """Return ``(cls, torch's counterpart)``, or ``(cls,)`` where that is not loaded.
+    """Return ``(cls, torch's counterpart)``, or ``(cls,)`` if the counterpart is not loaded.
 
-    Use it in the clause itself, so that the look-up happens when the exception does::
+    Call it in the ``except`` clause, which evaluates it when the exception is raised::
 
         try:
             agent.run()
@@ -85,12 +85,12 @@ def family(cls: type) -> tuple[type[Any], ...]:
 
 
 def newer(thing: object, name: str, default: Any) -> Any:
-    """Return an attribute that not every version of torch has, or that only this package has.
+    """Return an attribute that some versions of torch lack, or that only this package has.
 
     Args:
-        thing: an object that code written for torch may have made.
+        thing: an object that code written for torch may have created.
         name: name of the attribute.
-        default: what stands for it where it is missing.
+        default: value if the attribute is missing.
     """
     return getattr(thing, name, default)
 
@@ -98,7 +98,7 @@ def newer(thing: object, name: str, default: Any) -> Any:
 def register_virtual(cls: type) -> None:
     """Register ``cls`` and its bases as virtual subclasses of the abstract classes of torch that they mirror.
 
-    Call it on instantiation (:class:`TorchVirtual` does): torch may be imported after the class was defined.
+    :class:`TorchVirtual` calls it on instantiation, because torch may be imported after the class was defined.
     """
     if "torch" not in sys.modules:
         return
@@ -108,14 +108,14 @@ def register_virtual(cls: type) -> None:
         counterpart = mirrored(base)
         if isinstance(counterpart, abc.ABCMeta):
             counterpart.register(base)
-            base._torch_registered = True  # type: ignore[attr-defined]  # noqa: SLF001 - a mark of this module's own
+            base._torch_registered = True  # type: ignore[attr-defined]  # noqa: SLF001 - an attribute of this module
 
 
 class TorchVirtual:
     """Mixin for abstract classes that calls :func:`register_virtual` on instantiation."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Create the instance; arguments are for ``__init__``."""
+        """Create the instance. The arguments are for ``__init__``."""
         register_virtual(cls)
         new = super().__new__
         return new(cls) if new is object.__new__ else new(cls, *args, **kwargs)
@@ -124,19 +124,19 @@ class TorchVirtual:
 class TorchCompatible:
     """Mixin for data and exceptions whose instances are instances of torch's counterpart too.
 
-    ``__new__`` swaps in a class derived from ``(our class, torch's class)`` with our name, module and documentation. Classes that
-    users derive from ours are treated alike. torch's ``__init__`` is never called. Pickling and copying name our plain class,
-    so a process without torch can read them. Derived classes have no ``__slots__``: torch's have, and the layouts would clash.
+    ``__new__`` creates an instance of a class derived from ``(our class, torch's class)`` with our name, module and documentation. This
+    also applies to subclasses of users. torch's ``__init__`` is never called. Pickles and copies refer to our plain class, so a process
+    without torch can load them. Derived classes must not define ``__slots__``, which would conflict with the slots of torch's classes.
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Create the instance, of the dual class where torch is loaded."""
+        """Create the instance, of the dual class if torch is loaded."""
         made: type[Self] = _dual_class(cls)
         new = super().__new__
         return new(made) if new is object.__new__ else new(made, *args, **kwargs)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Go on with the bases of the plain class: ``super().__init__()`` of a derived class must not reach torch's."""
+        """Continue with the bases of the plain class: ``super().__init__()`` of a derived class must not call torch's."""
         plain: type = type(self).__dict__.get("_plain_class", type(self))
         after = plain.__mro__[plain.__mro__.index(TorchCompatible) + 1 :]
         init: Any = next(base.__dict__["__init__"] for base in after if "__init__" in base.__dict__)
@@ -171,7 +171,7 @@ def _dual_class(cls: type[Any]) -> type[Any]:
         known = cls.__dict__.get("_dual_class")
         if known is None:
             known = _make_dual_class(cls, counterparts)
-            # Kept on the class, not in a table: it goes when the class goes.
+            # On the class, not in a table, so it is freed together with the class.
             cls._dual_class = known
     return known
 
@@ -197,7 +197,7 @@ def _make_dual_class(cls: type[Any], counterparts: list[type]) -> type[Any]:
             cls.__name__, (cls, *counterparts), exec_body=lambda body: body.update(namespace)
         )
     except TypeError:
-        # A user's class with a layout, a metaclass or an __init_subclass__ of its own that does not combine: it stays what it is.
+        # The layout, metaclass or __init_subclass__ of a user's class conflicts with torch's class: use the plain class.
         return cls
-    dual._dual_class = dual  # noqa: SLF001 - a mark of this module's own
+    dual._dual_class = dual  # noqa: SLF001 - an attribute of this module
     return dual

@@ -1,12 +1,11 @@
-"""Count devices and find their PCI addresses, without torch and without touching CUDA.
+"""Counts devices and finds their PCI addresses, without torch and without CUDA.
 
-NVIDIA GPUs come from NVML (a query library: it creates no context, so forking stays possible), else from
-``/proc/driver/nvidia/gpus``; AMD GPUs from the kernel's KFD topology. Visibility follows what
-``torch.cuda.device_count`` makes of ``CUDA_VISIBLE_DEVICES``, ``HIP_VISIBLE_DEVICES`` and ``ROCR_VISIBLE_DEVICES``.
+NVIDIA GPUs are found through NVML, which creates no CUDA context and keeps forking possible, else in
+``/proc/driver/nvidia/gpus``. AMD GPUs are found in the kernel's KFD topology. ``CUDA_VISIBLE_DEVICES``,
+``HIP_VISIBLE_DEVICES`` and ``ROCR_VISIBLE_DEVICES`` are interpreted as by ``torch.cuda.device_count``.
 
-Indexes are in PCI order, NVML's. CUDA's own order is the same with ``CUDA_DEVICE_ORDER=PCI_BUS_ID`` and on hosts whose
-GPUs are all of one model; on a host with a mix of models CUDA's default puts the fastest first, and only CUDA could
-tell.
+Indexes are in PCI order, as in NVML. CUDA uses the same order with ``CUDA_DEVICE_ORDER=PCI_BUS_ID`` and if all GPUs are
+of one model. With mixed models CUDA's default order starts with the fastest GPU, which only CUDA can determine.
 """
 
 import contextlib
@@ -22,16 +21,16 @@ class Gpu(NamedTuple):
 
     vendor: Literal["nvidia", "amd"]
     uuid: str
-    """``GPU-…`` as the driver reports it (``MIG-…`` for a MIG instance), or ``""`` where it cannot be read."""
+    """``GPU-…`` as the driver reports it (``MIG-…`` for a MIG instance), or ``""`` if it cannot be read."""
     pci_address: str
-    """As in ``/sys/bus/pci/devices``, e.g. ``0000:3b:00.0``, or ``""`` where it cannot be read."""
+    """As in ``/sys/bus/pci/devices``, e.g. ``0000:3b:00.0``, or ``""`` if it cannot be read."""
 
 
 def load_nvml() -> Any:
     """Load the NVML library.
 
     Raises:
-        OSError: there is none; the NVIDIA driver is not installed.
+        OSError: the library is missing, because the NVIDIA driver is not installed.
     """
     import ctypes
 
@@ -39,7 +38,7 @@ def load_nvml() -> Any:
 
 
 class Sources(NamedTuple):
-    """Where the facts come from; tests put fakes here."""
+    """Sources of device information. Tests replace them."""
 
     root: Path = Path("/")
     """Folder that holds ``sys`` and ``proc``."""
@@ -51,7 +50,7 @@ HOST = Sources()
 
 VISIBILITY_VARIABLES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 
-# What torch.cuda assumes without CUDA_VISIBLE_DEVICES: more than any host has.
+# Ordinals that torch.cuda assumes without CUDA_VISIBLE_DEVICES: more than any host has.
 _ALL = tuple(range(64))
 
 
@@ -61,16 +60,16 @@ def cpu_count() -> int:
 
 
 def gpu_count(environ: Mapping[str, str] | None = None, sources: Sources = HOST) -> int:
-    """Return the number of visible GPUs, as ``torch.cuda.device_count``: NVIDIA's, or AMD's on a host without."""
+    """Return the number of visible NVIDIA GPUs, as ``torch.cuda.device_count``. Without NVIDIA GPUs, count AMD GPUs."""
     return len(visible_gpus(environ, sources))
 
 
 def visible_gpus(environ: Mapping[str, str] | None = None, sources: Sources = HOST) -> list[Gpu]:
-    """Return the visible GPUs by device index: entry 3 is ``cuda:3`` (see the module about the order).
+    """Return the visible GPUs by device index: entry 3 is ``cuda:3`` (see the module's docstring for the order).
 
     Args:
-        environ: environment with the visibility variables; ``None`` is this process's.
-        sources: where to look.
+        environ: environment with the visibility variables. ``None`` uses the environment of this process.
+        sources: sources of device information.
     """
     environ = os.environ if environ is None else environ
     with _nvml(sources) as nvml:
@@ -93,7 +92,7 @@ def parse_visible_devices(text: str | None) -> list[int] | list[str]:
         text: value of the variable; ``None`` if it is not set.
 
     Returns:
-        Ordinals, or ``GPU-…``/``MIG-…`` ids, up to the first entry that is neither; empty when one is repeated.
+        Ordinals, or ``GPU-…``/``MIG-…`` ids, up to the first invalid entry. Empty if an entry is repeated.
     """
     if text is None:
         return list(_ALL)
@@ -119,7 +118,7 @@ def parse_visible_devices(text: str | None) -> list[int] | list[str]:
 
 
 def _leading_int(text: str) -> int:
-    """Return the integer that ``text`` starts with, as ``strtoul``: ``"1gpu"`` is 1; -1 if there is none."""
+    """Return the leading integer of ``text``, as ``strtoul``: ``"1gpu"`` is 1. Return -1 if there is none."""
     sign, digits = (text[:1], text[1:]) if text[:1] in ("+", "-") else ("", text)
     end = 0
     while end < len(digits) and "0" <= digits[end] <= "9":
@@ -128,7 +127,7 @@ def _leading_int(text: str) -> int:
 
 
 def _select(gpus: Sequence[Gpu], text: str) -> list[Gpu]:
-    """Apply a visibility variable. The first entry that names no GPU ends the list, one named twice empties it."""
+    """Apply a visibility variable. The first entry without a GPU ends the list. A repeated GPU empties the list."""
     chosen: list[int] = []
     for entry in parse_visible_devices(text):
         if isinstance(entry, int):
@@ -149,7 +148,7 @@ def _visible_nvidia(gpus: list[Gpu], text: str | None, nvml: Any) -> list[Gpu]:
         return gpus
     if not text.startswith("MIG-"):
         return _select(gpus, text)
-    # A CUDA process sees one MIG instance at most: the first of the list.
+    # A CUDA process sees at most one MIG instance: the first of the list.
     instances = parse_visible_devices(text)
     instance = _nvml_mig(nvml, str(instances[0])) if instances else None
     return [instance] if instance else []
@@ -160,11 +159,11 @@ def _nvml(sources: Sources) -> Iterator[Any]:
     """Yield an initialised NVML, or ``None``."""
     try:
         nvml = sources.load_nvml()
-        up = nvml.nvmlInit_v2() == 0
+        is_initialised = nvml.nvmlInit_v2() == 0
     except (OSError, AttributeError):  # no driver, or a library that is not NVML
         yield None
         return
-    if not up:
+    if not is_initialised:
         yield None
         return
     try:
@@ -174,7 +173,7 @@ def _nvml(sources: Sources) -> Iterator[Any]:
 
 
 def _nvml_gpus(nvml: Any) -> list[Gpu] | None:
-    """Return the GPUs that NVML shows to this process, or ``None`` if it cannot say."""
+    """Return the GPUs that NVML reports to this process, or ``None`` if NVML fails."""
     import ctypes
 
     count = ctypes.c_uint(0)
@@ -186,7 +185,7 @@ def _nvml_gpus(nvml: Any) -> list[Gpu] | None:
         if nvml.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(device)) == 0:
             gpus.append(Gpu("nvidia", _nvml_uuid(nvml, device), _nvml_pci_address(nvml, device)))
         else:
-            # One that fell off the bus still takes an index in torch's count.
+            # A GPU that fell off the bus still has an index in torch's count.
             gpus.append(Gpu("nvidia", "", ""))
     return gpus
 
@@ -223,7 +222,7 @@ def _nvml_pci_address(nvml: Any, device: Any) -> str:
 
 
 def _nvml_mig(nvml: Any, uuid: str) -> Gpu | None:
-    """Find a MIG instance; without NVML it cannot be verified and is taken on trust."""
+    """Find a MIG instance. Without NVML it is assumed to exist."""
     if nvml is None:
         return Gpu("nvidia", uuid, "")
     import ctypes
@@ -237,7 +236,7 @@ def _nvml_mig(nvml: Any, uuid: str) -> Gpu | None:
 
 
 def _proc_gpus(root: Path) -> list[Gpu]:
-    """Read ``/proc/driver/nvidia/gpus``: one folder a GPU, named by its PCI address."""
+    """Read ``/proc/driver/nvidia/gpus``: one folder per GPU, named after its PCI address."""
     gpus = []
     with contextlib.suppress(OSError):
         for folder in sorted((root / "proc/driver/nvidia/gpus").iterdir()):
@@ -253,7 +252,7 @@ def _proc_gpus(root: Path) -> list[Gpu]:
 
 
 def _kfd_gpus(root: Path) -> list[Gpu]:
-    """Read the KFD topology: nodes with a ``gpu_id`` other than 0. A node this container may not use is unreadable."""
+    """Read the KFD topology: nodes with a ``gpu_id`` other than 0. The node of a GPU that is hidden from this container is unreadable."""
     try:
         nodes = sorted((root / "sys/class/kfd/kfd/topology/nodes").iterdir(), key=lambda node: int(node.name))
     except (OSError, ValueError):
@@ -277,25 +276,25 @@ def _kfd_gpus(root: Path) -> list[Gpu]:
 
 
 class WorkerCount(NamedTuple):
-    """How many workers ``--nproc-per-node`` stands for."""
+    """Number of workers that a value of ``--nproc-per-node`` selects."""
 
     number: int
     device: str
-    """What was counted."""
+    """Type of the counted devices."""
     remedy: str
-    """What to do if there is none."""
+    """Remedy if the number is 0."""
 
 
 def worker_count(what: str, environ: Mapping[str, str] | None = None, sources: Sources = HOST) -> WorkerCount | None:
-    """Count the devices that one worker each is to be started for.
+    """Count the devices of this host. Each gets one worker.
 
     Args:
         what: ``"cpu"``, ``"gpu"``, ``"xpu"``, ``"auto"``, or the name of a private backend of torch.
         environ: as in :func:`visible_gpus`.
-        sources: where to look.
+        sources: sources of device information.
 
     Returns:
-        The count, or ``None`` if ``what`` is nothing to count.
+        The count, or ``None`` if ``what`` is not a type of device.
     """
     if what == "cpu":
         return WorkerCount(cpu_count(), "cpu", "")
@@ -319,7 +318,7 @@ def worker_count(what: str, environ: Mapping[str, str] | None = None, sources: S
 
 
 def _other_accelerators(root: Path) -> WorkerCount | None:
-    """Count what only torch can count. It takes seconds to import: only where there is a sign of such a device."""
+    """Count devices that only torch can count. Imports torch, which takes seconds, only if such a device may exist."""
     intel = any(_is_intel(device) for device in (root / "sys/class/drm").glob("renderD*/device/vendor"))
     if not intel and not _has_private_backend():
         return None
@@ -337,7 +336,7 @@ def _is_intel(vendor: Path) -> bool:
 
 
 def _has_private_backend() -> bool:
-    """Tell whether torch would load a backend from outside: it does so by an entry point when it is imported."""
+    """Return whether torch would load an external backend. It loads them by entry point when it is imported."""
     if "torch" in sys.modules:
         return True
     from importlib.metadata import entry_points

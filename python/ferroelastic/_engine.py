@@ -1,4 +1,4 @@
-"""The one native engine of this process."""
+"""The native engine of this process. There is at most one."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ _hooks_set = False
 
 
 def get_engine() -> _rust.Engine:
-    """The engine of this process; started on the first call and closed when the interpreter ends.
+    """Return the engine of this process. The first call starts it. It is closed when the interpreter ends.
 
-    A process forked from this one gets an engine of its own on its first call and never touches its parent's.
-    With ``FERROELASTIC_PIDFD=0`` in the environment the engine does without pidfds, as on an old kernel.
+    A forked child gets its own engine at its first call and never uses its parent's. With ``FERROELASTIC_PIDFD=0`` in the
+    environment the engine does not use pidfds, as on an old kernel.
 
     Returns:
-        The engine, shared by everybody in the process.
+        The engine, shared by all callers in the process.
 
     Raises:
-        OSError: the engine's thread or one of its descriptors cannot be made.
+        OSError: the engine's thread or one of its descriptors cannot be created.
     """
     global _engine, _owner_pid  # noqa: PLW0603 - one engine per process is what this module is for
     with _lock:
@@ -45,18 +45,18 @@ def get_engine() -> _rust.Engine:
 
 
 def report() -> None:
-    """Log what the engine has to say."""
+    """Log the engine's warnings."""
     engine = _engine
     if engine is None or _owner_pid != os.getpid():
         return
-    for remark in engine.take_remarks():
+    for warning in engine.take_remarks():
         from ferroelastic.utils.logging import get_logger
 
-        get_logger(__name__).warning("%s", remark)
+        get_logger(__name__).warning("%s", warning)
 
 
 def _set_hooks() -> None:
-    global _hooks_set  # noqa: PLW0603 - hooks belong to the interpreter and cannot be taken back
+    global _hooks_set  # noqa: PLW0603 - hooks belong to the interpreter and cannot be removed
     if not _hooks_set:
         atexit.register(_close)
         os.register_at_fork(after_in_child=_forget)
@@ -64,7 +64,7 @@ def _set_hooks() -> None:
 
 
 def _forget() -> None:
-    """Drop what the parent left in a forked child: its lock may be held by a thread that does not exist here."""
+    """Drop the parent's engine and lock in a forked child. The lock may be held by a thread that does not exist here."""
     global _engine, _lock  # noqa: PLW0603 - see get_engine
     _lock = threading.Lock()
     _engine = None

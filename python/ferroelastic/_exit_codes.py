@@ -9,7 +9,11 @@ SIGNAL_BASE = 128  # the shells' convention for a process that a signal ended
 
 
 def exit_code(returncode: int | None) -> int:
-    """Return the exit code for the return code of a worker, which is minus the number of the signal that ended it. Never 0."""
+    """Return the exit code of ``ferrorun`` for a failed worker. Never 0.
+
+    Args:
+        returncode: return code of the worker. A negative one is minus the number of the signal that ended it.
+    """
     if not returncode:
         return FAILURE
     return SIGNAL_BASE - returncode if returncode < 0 else returncode

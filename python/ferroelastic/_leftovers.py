@@ -1,7 +1,7 @@
-"""What a run of ``ferrorun`` may leave on this host: helpers that left their worker's session, and the guard process that ends them.
+"""Leftover processes of a run of ``ferrorun``: helpers that left their worker's session, and the guard process that ends them.
 
-All processes of a run inherit an environment variable that marks it. Runs nest: ``ferrorun`` in a worker of another one adds its own
-token to the value.
+All processes of a run inherit an environment variable that marks the run. Runs can be nested: ``ferrorun`` in a worker of another run
+appends its own token to the value.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ logger = get_logger(__name__)
 MARK = "FERROELASTIC_RUN"
 _CGROUP_ENV = "FERROELASTIC_CGROUP"
 _DISMISS_TIMEOUT_S = 1.0
-_OPTIONS = "--keep-detached keeps them"
+_REMEDY = "--keep-detached keeps them running"
 
-# Loads the native module alone: neither the package nor a site folder is imported.
+# Loads only the native module: neither the package nor a site folder is imported.
 _GUARD_PROGRAM = """
 import sys
 from importlib.machinery import ExtensionFileLoader
@@ -57,7 +57,7 @@ class Run:
         self._outer_mark: str | None = None
 
     def start_guard(self) -> None:
-        """Have somebody end what is left if this process is killed. The workers themselves the kernel ends."""
+        """Start the guard process, which ends the leftover helpers if this process is killed. The kernel ends the workers."""
         from ferroelastic import _rust
 
         environment = dict(os.environ)
@@ -83,7 +83,7 @@ class Run:
             self._remove_cgroup(self._cgroup)
 
     def finish(self) -> None:
-        """Let the guard go: this process ends as it should. Never raises, and never waits for long."""
+        """End the guard before a regular exit of this process. Never raises, and waits at most a second."""
         global _current  # noqa: PLW0603 - see begin
         _current = None
         if self._outer_mark is None:
@@ -105,12 +105,12 @@ class Run:
             get_engine().use_cgroup(None)
             _rust.remove_cgroup(folder)
         except (OSError, RuntimeError) as error:
-            logger.info("Left the cgroup of this run behind: %s", error)
+            logger.info("Failed to remove the cgroup of this run: %s", error)
 
     def _dismiss_guard(self) -> None:
         try:
             if not get_engine().dismiss_guard(_DISMISS_TIMEOUT_S):
-                logger.warning("The guard process did not end within %g s; it is left behind", _DISMISS_TIMEOUT_S)
+                logger.warning("The guard process did not end within %g s and is left running", _DISMISS_TIMEOUT_S)
         except (OSError, RuntimeError) as error:
             logger.warning("Failed to end the guard process: %s", error)
 
@@ -118,8 +118,8 @@ class Run:
         """Return process id and command line of helpers that left their worker's process group.
 
         Args:
-            sessions: process ids of the workers, all of which have ended.
-            are_native: the engine has started the workers, in the cgroup if there is one; otherwise ``multiprocessing`` has.
+            sessions: process ids of the workers. All of them have ended.
+            are_native: whether the engine started the workers, in the cgroup if there is one. Otherwise ``multiprocessing`` did.
         """
         from ferroelastic import _rust
 
@@ -127,33 +127,33 @@ class Run:
         return _rust.find_detached(MARK, self.token, sessions=sessions, cgroup=cgroup, not_in_session=os.getsid(0))
 
     def hold_detached(self, sessions: Sequence[int], *, are_native: bool) -> _rust.Group | None:
-        """Take hold of the helpers that are to be ended, as a group; ``None`` if there are none.
+        """Open pidfds of the helpers to end and return them as a group; ``None`` if there are none.
 
         Args:
             sessions: as for :meth:`find_detached`.
-            are_native: likewise.
+            are_native: as for :meth:`find_detached`.
         """
         found = self.find_detached(sessions, are_native=are_native)
         while found:
             pids = [pid for pid, _ in found]
             try:
                 group = get_engine().observe(pids)
-            except OSError:  # one has ended meanwhile
+            except OSError:  # a helper has ended in the meantime
                 found = self.find_detached(sessions, are_native=are_native)
                 continue
-            # Looked at again with the processes held: a number may have gone to somebody else in between.
-            again = {pid for pid, _ in self.find_detached(sessions, are_native=are_native)}
-            if all(pid in again for pid in pids):
+            # Checked again after the pidfds were opened: in between, the kernel may have reused a pid.
+            confirmed = {pid for pid, _ in self.find_detached(sessions, are_native=are_native)}
+            if all(pid in confirmed for pid in pids):
                 logger.warning(
-                    "Ending helper processes that left their worker's process group: %s; %s", describe(found), _OPTIONS
+                    "Ending helper processes that left their worker's process group: %s; %s", describe(found), _REMEDY
                 )
                 return group
-            found = [(pid, command) for pid, command in found if pid in again]
+            found = [(pid, command) for pid, command in found if pid in confirmed]
         return None
 
 
 def _make_cgroup(token: str) -> str | None:
-    """Make a cgroup for the workers where that can be done: nobody leaves it unseen."""
+    """Create a cgroup for the workers if possible, because a process cannot leave it unnoticed."""
     if os.environ.get(_CGROUP_ENV, "1") == "0":
         return None
     from ferroelastic import _rust
@@ -167,15 +167,15 @@ def _make_cgroup(token: str) -> str | None:
 
 def describe(found: Sequence[tuple[int, str]]) -> str:
     """Return processes as text: ``123 (python upload.py), 124 (sleep 9)``."""
-    return ", ".join(f"{pid} ({command[:_LONGEST_COMMAND]})" for pid, command in found)
+    return ", ".join(f"{pid} ({command[:_MAX_COMMAND_LENGTH]})" for pid, command in found)
 
 
-_LONGEST_COMMAND = 80
+_MAX_COMMAND_LENGTH = 80
 _current: Run | None = None
 
 
 def begin(*, keep_detached: bool, end_detached: bool) -> Run:
-    """Begin a run, with a guard process."""
+    """Start a run with its guard process. The arguments are those of :class:`Run`."""
     global _current  # noqa: PLW0603 - a process runs one job
     _current = Run(keep_detached=keep_detached, end_detached=end_detached)
     _current.start_guard()

@@ -8,8 +8,8 @@ from typing import Any
 
 __all__ = ["NO_OWNER", "port_owner"]
 
-NO_OWNER = "this process or one of another user"
-"""Stands for the owner of a port in use that :func:`port_owner` does not find."""
+NO_OWNER = "this process or a process of another user"
+"""Text for the owner of a port in use if :func:`port_owner` does not find it."""
 
 
 def port_owner(port: int) -> str:
@@ -19,7 +19,7 @@ def port_owner(port: int) -> str:
         port: the port.
 
     Returns:
-        The process, or ``""`` if there is none, if it is this process, or if it belongs to another user.
+        The process. Empty if no process listens, if it is this process, or if it belongs to another user.
     """
     import psutil
 

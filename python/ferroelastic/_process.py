@@ -1,4 +1,4 @@
-"""What ``ferrorun`` does to its own process before it starts anything, and how it ends."""
+"""Setup of the ``ferrorun`` process before it starts workers, and its exit."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ if TYPE_CHECKING:
 
 __all__ = ["leave", "open_files_of_workers", "prepare", "take_signals"]
 
-_MOST_OPEN_FILES = 1 << 20
-_former_open_files: int | None = None
+_MAX_OPEN_FILES = 1 << 20
+_previous_open_files: int | None = None
 
 
 def prepare(cleanup: ExitStack) -> None:
-    """Make this process fit to supervise others, whatever its parent has left to it.
+    """Normalise the state that this process inherited from its parent.
 
-    Standard streams that are closed are opened on the null device, so that no descriptor of the engine takes their number. The soft limit of
-    open descriptors becomes the hard one; workers keep the former limit. No signal is blocked, and ``SIGCHLD`` is not ignored, so that exit
-    statuses can be collected.
+    * Closed standard streams are opened on the null device, because otherwise a descriptor of the engine would get their number.
+    * The soft limit of open descriptors is raised to the hard limit. Workers keep the previous limit.
+    * No signal is blocked, and ``SIGCHLD`` is not ignored: the kernel would otherwise discard exit statuses.
 
     Args:
-        cleanup: gets what brings the former dispositions back.
+        cleanup: receives the callbacks that restore the previous state.
     """
     _open_standard_streams()
     _raise_open_files(cleanup)
@@ -40,38 +40,38 @@ def prepare(cleanup: ExitStack) -> None:
 
 
 def open_files_of_workers() -> int | None:
-    """Return the soft limit of open descriptors that workers have, or ``None`` where it is that of this process."""
-    return _former_open_files
+    """Return the soft limit of open descriptors for workers, or ``None`` if they inherit the limit of this process."""
+    return _previous_open_files
 
 
 def _raise_open_files(cleanup: ExitStack) -> None:
-    global _former_open_files  # noqa: PLW0603 - a limit of this process
+    global _previous_open_files  # noqa: PLW0603 - a limit of this process
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = _MOST_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_OPEN_FILES)
-    if soft == resource.RLIM_INFINITY or soft >= most:
+    limit = _MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _MAX_OPEN_FILES)
+    if soft == resource.RLIM_INFINITY or soft >= limit:
         return
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-    _former_open_files = soft
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    _previous_open_files = soft
     cleanup.callback(_lower_open_files, soft, hard)
 
 
 def _lower_open_files(soft: int, hard: int) -> None:
-    global _former_open_files  # noqa: PLW0603 - a limit of this process
+    global _previous_open_files  # noqa: PLW0603 - a limit of this process
     import resource
 
-    _former_open_files = None
+    _previous_open_files = None
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def take_signals(handled: str, forwarded: str, cleanup: ExitStack) -> None:
-    """Handle signals from now on; those that would end this process, and are not listed, are ignored.
+    """Install the signal handlers of ``ferrorun``. Unlisted signals that would terminate this process are ignored.
 
     Args:
         handled: comma-separated names of the signals that end the job.
-        forwarded: likewise of those that are forwarded to the workers.
-        cleanup: gets what brings the former dispositions back.
+        forwarded: comma-separated names of the signals that are forwarded to the workers.
+        cleanup: receives the callbacks that restore the previous dispositions.
     """
     if threading.current_thread() is not threading.main_thread():
         return
@@ -84,18 +84,21 @@ def _open_standard_streams() -> None:
     for descriptor, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:
             os.fstat(descriptor)
-        except OSError:  # noqa: PERF203 - of three
-            # The lowest number that is free, which is this one: those below are open by now.
+        except OSError:  # noqa: PERF203 - three iterations
+            # The kernel returns the lowest free number. That is this descriptor, because the lower ones are open by now.
             os.open(os.devnull, os.O_RDWR)
             os.set_inheritable(descriptor, True)
-            setattr(sys, name, open(descriptor, mode, closefd=False))  # noqa: SIM115 - as long as the process
+            setattr(sys, name, open(descriptor, mode, closefd=False))  # noqa: SIM115 - open until the process ends
 
 
 def leave(code: int) -> NoReturn:
     """End this process with an exit code.
 
-    Runs what was registered with ``atexit`` and skips the rest of the interpreter's end, which takes as long as the end of a small job.
-    Where another thread is to be waited for, the interpreter ends as usual.
+    Runs the ``atexit`` callbacks and skips the rest of the interpreter's shutdown, which takes as long as stopping a small job.
+    If other non-daemon threads run, the interpreter shuts down as usual.
+
+    Args:
+        code: the exit code.
     """
     if any(not thread.daemon and thread is not threading.main_thread() for thread in threading.enumerate()):
         sys.exit(code)

@@ -1,4 +1,4 @@
-"""What ``ferrorun`` says when a job did not succeed, and the exit code that tells it."""
+"""Error report and exit code of ``ferrorun`` for a failed job."""
 
 import errno
 import os
@@ -15,20 +15,20 @@ _USAGE = 2
 
 
 def report(error: BaseException, args: Namespace | None) -> int:
-    """Say on standard error what ended the job, once, and return the exit code.
+    """Write the cause of the failure to standard error, once, and return the exit code.
 
     Args:
-        error: what was raised.
+        error: the exception that ended the job.
         args: the parsed command line, or ``None`` if it could not be parsed.
 
     Returns:
-        The code of the worker that failed first, on any node; 128+n for signal n to it or to this process; 2 for a usage
+        The exit code of the first failed worker of all nodes; 128+n if signal n ended it or this process; 2 for a usage
         error, else 1.
     """
     if isinstance(error, KeyboardInterrupt):
         return SIGNAL_BASE + 2
     signal = getattr(error, "sigval", None)
-    if signal is not None:  # SignalException: the agent has said so in its log
+    if signal is not None:  # SignalException: the agent has already logged it
         return SIGNAL_BASE + int(signal)
     first_failure = getattr(error, "get_first_failure", None)
     if first_failure is not None:  # ChildFailedError
@@ -53,7 +53,7 @@ def _describe(error: BaseException, args: Namespace | None) -> str:
         return message_of(error)
     if isinstance(error, ImportError) and "_rust" in message_of(error):
         return (
-            f"{error}; the native engine is missing, install a wheel of ferroelastic for this system, or use torchrun"
+            f"{error}; the native module is missing: install a wheel of ferroelastic for this system, or use torchrun"
         )
     chain = list(_chain(error))
     text = _describe_working_directory(chain)
@@ -70,12 +70,12 @@ def _describe(error: BaseException, args: Namespace | None) -> str:
 
 
 def _describe_working_directory(chain: list[BaseException]) -> str:
-    """Describe that the working directory was deleted, which the system says without a name."""
+    """Describe a deleted working directory. The system's error does not name it."""
     is_relative = any(
-        isinstance(one, FileNotFoundError)
-        and getattr(one, "stage", None) is None  # of a program that was to be started
-        and not os.path.isabs(str(one.filename or ""))
-        for one in chain
+        isinstance(link, FileNotFoundError)
+        and getattr(link, "stage", None) is None  # not a program that could not be started
+        and not os.path.isabs(str(link.filename or ""))
+        for link in chain
     )
     if not is_relative:
         return ""
@@ -87,7 +87,7 @@ def _describe_working_directory(chain: list[BaseException]) -> str:
 
 
 def _is_expected(error: BaseException) -> bool:
-    """Tell failures of the surroundings, which a text explains, from those that only a traceback does."""
+    """Return whether the message explains the error: failures of the environment need no traceback."""
     if isinstance(error, ModuleNotFoundError) and error.name in ("torch", "etcd"):
         return True
     names = [cls.__name__ for cls in type(error).__mro__]
@@ -101,12 +101,12 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _text_of(chain: list[BaseException]) -> str:
-    """Return what all of a chain says, each thing once: the outer text often only points to the inner one, or repeats it."""
+    """Join the texts of a chain without repetitions: the outer text often only repeats or refers to the inner one."""
     kept: list[str] = []
-    for one in chain:
-        text = " ".join(re.sub(r"\[Errno \d+\] ", "", message_of(one)).split())
-        # Of an error of the system the reason is enough, where somebody has said already what it is about.
-        reason = getattr(one, "strerror", None) or text
+    for link in chain:
+        text = " ".join(re.sub(r"\[Errno \d+\] ", "", message_of(link)).split())
+        # The reason of a system error is enough if an outer text has already described the operation.
+        reason = getattr(link, "strerror", None) or text
         if any(text in other or reason in other for other in kept):
             continue
         kept = [other for other in kept if other not in text]
@@ -116,7 +116,7 @@ def _text_of(chain: list[BaseException]) -> str:
 
 def _describe_spawn(chain: list[BaseException], args: Namespace) -> str:
     """Describe an entrypoint that could not be started (``SpawnError``)."""
-    error = next((one for one in chain if getattr(one, "stage", None) is not None), None)
+    error = next((link for link in chain if getattr(link, "stage", None) is not None), None)
     if not isinstance(error, OSError):
         return ""
     remedies = {
@@ -135,10 +135,10 @@ def _describe_log_dir(chain: list[BaseException], args: Namespace) -> str:
     for error in chain:
         if (
             isinstance(error, OSError)
-            and error.errno != errno.EADDRINUSE  # of the watchdog's pipe
+            and error.errno != errno.EADDRINUSE  # the watchdog's pipe
             and (str(error.filename or "").startswith(args.log_dir) or args.log_dir in message_of(error))
         ):
-            # Not its own text, which may hold the path and the remedy already.
+            # Not the error's own text, which may contain the path and a remedy.
             reason = os.strerror(error.errno).lower() if error.errno else "it is a file"
             return (
                 f"log folder {named('log_dir', args.log_dir)} cannot be written: {reason}; give another with --log-dir"
@@ -147,12 +147,12 @@ def _describe_log_dir(chain: list[BaseException], args: Namespace) -> str:
 
 
 def _describe_port(error: BaseException, chain: list[BaseException], args: Namespace) -> str:
-    """Describe a failure to get at the rendezvous' port, by the process that has it."""
-    # Of a port no error has a file name; of the watchdog's pipe it has.
+    """Describe a conflict on the rendezvous' port, with the process that listens on it."""
+    # Errors of ports have no file name, those of the watchdog's pipe have one.
     in_use = any(
-        getattr(one, "errno", None) == errno.EADDRINUSE or "address already in use" in message_of(one).lower()
-        for one in chain
-        if getattr(one, "filename", None) is None
+        getattr(link, "errno", None) == errno.EADDRINUSE or "address already in use" in message_of(link).lower()
+        for link in chain
+        if getattr(link, "filename", None) is None
     )
     if getattr(error, "was_refused", False):
         return ""
@@ -166,11 +166,11 @@ def _describe_port(error: BaseException, chain: list[BaseException], args: Names
         return f"port {port} is in use by a process of another user; choose another with {flag}" if in_use else ""
     if in_use:
         return f"port {port} is in use by {owner}; end that process or choose another port with {flag}"
-    return f"{_text_of(chain)}; port {port} of this host belongs to {owner}, choose another with {flag} if that is not the rendezvous"
+    return f"{_text_of(chain)}; port {port} of this host belongs to {owner}; if that is not the rendezvous, choose another port with {flag}"
 
 
 def _endpoint(args: Namespace) -> tuple[str, int | None, str]:
-    """Return host and port of the rendezvous, and the option that changes the port; no port if an agent does not listen there itself."""
+    """Return host and port of the rendezvous and the option that sets the port. No port if the agent does not listen on it itself."""
     if args.rdzv_backend not in ("static", "c10d"):
         return "", None, ""
     if args.rdzv_backend == "static" and not args.rdzv_endpoint:
@@ -185,7 +185,7 @@ def _endpoint(args: Namespace) -> tuple[str, int | None, str]:
 
 
 def _is_here(host: str) -> bool:
-    """Tell whether a host is known to be this machine. No resolver is asked: the job is at its end."""
+    """Return whether a host is this machine. Does not query a resolver, which could delay the exit."""
     import socket
 
     import psutil

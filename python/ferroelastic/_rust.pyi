@@ -1,12 +1,15 @@
-"""The supervision engine: one native thread that spawns workers, sees them exit, stops them and tails their logs.
+"""The native module: one supervision thread spawns workers, detects their exits, stops them and tails their logs.
 
-This page is the manual of the native module. Nothing here decides policy; it starts what it is given,
-reports what the kernel said, and stops what it is told to stop. The engine thread never takes the GIL, so an
-exit is noticed, a deadline kills and logs flow while Python is busy. Every blocking call detaches from the interpreter.
+This stub is the manual of the module. The module makes no policy decisions: the Python layer decides what to start, stop and restart.
+The engine thread never takes the GIL. Exits are detected, deadlines are enforced and logs are copied while Python is busy.
+Every blocking call detaches from the interpreter.
 
-Conventions: ``index`` is the position of a process in its group (the agent's local rank). Times ending in
-``_ns`` are nanoseconds; ``_s`` are seconds as ``float``; ``inf`` means no limit. All objects belong to the process that made
-them: in a forked child every method raises :class:`ForkedError`, and dropping them only closes.
+Conventions:
+
+* ``index`` is the position of a process in its group (the agent's local rank).
+* Names ending in ``_ns`` are nanoseconds, names ending in ``_s`` are seconds as ``float``. ``inf`` means no limit.
+* An object belongs to the process that created it. In a forked child every method raises :class:`ForkedError`, unless its class says
+  otherwise, and dropping the object only closes its descriptors.
 """
 
 from collections.abc import Mapping, Sequence
@@ -56,29 +59,29 @@ class ForkedError(RuntimeError):
 class SpawnError(OSError):
     """A process could not be started. ``errno`` and ``strerror`` are the kernel's; ``str()`` names stage, index and path.
 
-    When one command of a group fails to start, the ones already started are killed and reaped before this is raised.
+    If one command of a group fails to start, the processes already started are killed and reaped before this is raised.
     """
 
     index: int
     """Position of the failing command in the list given to :meth:`Engine.spawn`."""
     stage: str
-    """What failed: ``"execve"``, ``"open stdout"``, ``"open stderr"``, ``"chdir"``, ``"sched_setaffinity"``, ``"clone"`` …"""
+    """The step that failed: ``"execve"``, ``"open stdout"``, ``"open stderr"``, ``"chdir"``, ``"sched_setaffinity"``, ``"clone"`` …"""
 
 @final
 class Command:
-    """How to start one process. Immutable; mirrors the arguments of ``subprocess.Popen`` that an agent needs.
+    """How to start one process. Immutable. Mirrors the arguments of ``subprocess.Popen`` that an agent needs.
 
     Args:
         argv: program and arguments. A program without ``/`` is looked up in ``PATH`` of ``env``.
-        env: the whole environment of the process (nothing is inherited).
-        stdout: path of a file that is created or truncated and becomes standard output; ``None`` inherits the agent's.
-        stderr: likewise for standard error.
-        cwd: working directory; ``None`` inherits.
-        cpus: logical CPUs the process may run on (``sched_setaffinity(2)``, set before exec); ``None`` inherits.
-        open_files: soft limit of its open descriptors (``RLIMIT_NOFILE``), the hard limit at most; ``None`` inherits.
+        env: the complete environment of the process (nothing is inherited).
+        stdout: path of the file for standard output, created or truncated. ``None`` inherits the agent's standard output.
+        stderr: same for standard error.
+        cwd: working directory. ``None`` inherits the agent's.
+        cpus: logical CPUs the process may run on (``sched_setaffinity(2)``, set before exec). ``None`` inherits the agent's.
+        open_files: soft limit of open descriptors (``RLIMIT_NOFILE``), capped at the hard limit. ``None`` inherits the agent's.
 
     Raises:
-        ValueError: ``argv`` is empty, a string holds a NUL byte, or ``cpus`` is empty.
+        ValueError: ``argv`` is empty, a string contains a NUL byte, or ``cpus`` is empty.
     """
 
     def __new__(
@@ -95,43 +98,43 @@ class Command:
 
 @final
 class Exit:
-    """How one process ended, as the kernel's own accounting tells it (``waitid(2)`` with ``rusage``)."""
+    """How one process ended, from the kernel's accounting (``waitid(2)`` with ``rusage``)."""
 
     index: int
     pid: int
     order: int
-    """Rank of this exit among the exits of the group: 0 is the first that the kernel reported."""
+    """Position of this exit among the exits of the group: 0 is the first exit that the kernel reported."""
     code: int | None
-    """Exit code 0 to 255, or ``None`` if a signal ended the process or the status is not known to this process."""
+    """Exit code 0 to 255. ``None`` if a signal ended the process or this process does not know the status."""
     signal: int | None
     """Number of the signal that ended the process, else ``None``."""
     core_dumped: bool
     returncode: int | None
-    """As ``subprocess.Popen.returncode``: the code, or minus the signal. ``None`` when somebody else reaped the process."""
+    """As ``subprocess.Popen.returncode``: the code, or minus the signal. ``None`` if another owner reaped the process."""
     stopped: bool
-    """The exit was noticed after :meth:`Group.stop` had signalled this process: stopped by the agent, no failure of its own.
-    Not so where SIGKILL ended it that the stop had not sent."""
+    """Whether the agent stopped the process: the exit was detected after :meth:`Group.stop` had signalled it.
+    False if SIGKILL ended the process and the stop had not sent SIGKILL."""
     monotonic_ns: int
-    """``CLOCK_MONOTONIC`` when the exit was noticed."""
+    """``CLOCK_MONOTONIC`` when the exit was detected."""
     realtime_ns: int
-    """``CLOCK_REALTIME`` when the exit was noticed (nanoseconds since the epoch)."""
+    """``CLOCK_REALTIME`` when the exit was detected (nanoseconds since the epoch)."""
     user_time_s: float
     system_time_s: float
     max_rss_bytes: int
-    """Peak resident memory of the process and those of its children that it waited for. Never below the agent's own at
-    the time of the spawn: until the exec the worker shares the agent's memory, and the kernel counts that."""
+    """Peak resident memory of the process and of the children it reaped. Never below the agent's resident memory at
+    the spawn: until exec the worker shares the agent's memory, and the kernel counts it."""
 
 @final
 class Survivor:
-    """A process that was still there when a stop ran out of time."""
+    """A process that still existed when the last deadline of a stop passed."""
 
     index: int
-    """The worker whose process group it belongs to."""
+    """Index of the worker whose process group it belongs to."""
     pid: int
     state: str
     """State letter of ``/proc/PID/stat``, e.g. ``"D"``."""
     wait_channel: str
-    """``/proc/PID/wchan``, or ``""`` where it cannot be read."""
+    """``/proc/PID/wchan``, or ``""`` if it cannot be read."""
 
 @final
 class Leftover:
@@ -142,36 +145,36 @@ class Leftover:
     pid: int
     """Process id."""
     command: str
-    """Its command line, or its name where that is empty."""
+    """Its command line, or its name if the command line is empty."""
 
 @final
 class StopReport:
-    """What a finished stop found."""
+    """Outcome of a finished stop."""
 
     signalled_ns: int
     """``CLOCK_MONOTONIC`` just before the first signal was sent."""
     elapsed_s: float
     """From the first signal until every process group was verified empty, or the last deadline passed."""
     killed: list[int]
-    """Indexes whose process group did not go within the grace and got SIGKILL."""
+    """Indexes of the workers whose process group got SIGKILL because it did not end within the grace period."""
     overdue: list[Leftover]
-    """Processes that had not finished within ``linger_s``, as they were when they got the signal."""
+    """Processes that had not finished within ``linger_s``, recorded when they were signalled."""
     survivors: list[Survivor]
-    """Empty when every process group was verified empty."""
+    """Processes that SIGKILL did not end. Empty if every process group was verified empty."""
 
 @final
 class Group:
     """Processes that were started together, each the leader of its own session and process group.
 
-    Dropping the object lets go of the group: processes that still run are left to run, and are reaped when they end.
+    Dropping the object stops no process. The engine reaps the processes when they end.
     """
 
     pids: list[int]
     """Process ids by index."""
     generation: int
-    """Counts what has happened to the group: it grows with every exit and when a stop finishes."""
+    """Event counter of the group: it increases with every exit and when a stop finishes."""
     def exits(self, since: int = 0) -> list[Exit]:
-        """The exits in the order in which the kernel reported them, without the first ``since`` of them."""
+        """Return the exits in the order in which the kernel reported them, without the first ``since``."""
 
     def wait(
         self,
@@ -183,11 +186,11 @@ class Group:
         """Block, detached from the interpreter, until ``self.generation > generation``.
 
         Args:
-            generation: the last value of :attr:`generation` the caller has acted on. Returns at once if it is behind.
-            timeout_s: give up after this long; ``None`` or ``inf`` never; 0 only looks.
-            wake_fd: also return when this descriptor is readable (it is not read): the read end of a
-                ``signal.set_wakeup_fd`` pipe, so that Python signal handlers run at once.
-            news_fd: likewise, for news from elsewhere: :attr:`RendezvousClient.alarm_fd`.
+            generation: the last value of :attr:`generation` that the caller has handled. Returns at once if it is outdated.
+            timeout_s: timeout in seconds. ``None`` or ``inf`` waits without limit, 0 only polls.
+            wake_fd: also return when this descriptor is readable (it is not read). Pass the read end of a
+                ``signal.set_wakeup_fd`` pipe to run Python signal handlers at once.
+            news_fd: same for a second source of events: :attr:`RendezvousClient.alarm_fd`.
 
         Returns:
             ``"event"``, ``"timeout"``, ``"wake"`` or ``"news"``.
@@ -197,100 +200,102 @@ class Group:
         """
 
     def signal(self, index: int, signal: int, *, leader_only: bool = False) -> bool:
-        """Send ``signal`` to the process group of one worker (or to its leader alone). ``False`` if nothing was there."""
+        """Send ``signal`` to the process group of one worker (or to its leader alone). ``False`` if no process received it."""
 
     def stop(self, signal: int, grace_s: float, kill_wait_s: float, *, linger_s: float = 0.0) -> None:
-        """Begin to stop the whole group, in parallel, under one deadline; returns at once.
+        """Start to stop all processes of the group in parallel, under one deadline. Returns at once.
 
-        Each process group gets SIGCONT if stopped, then ``signal``, after ``grace_s`` SIGKILL, also where its leader is
-        already dead. SIGKILL goes to the leader first, and to the rest of its group 100 ms later: helpers that clean up after the leader
-        (Python's resource tracker) see its end. Finished when every group is verified empty, or ``kill_wait_s`` after the first SIGKILL.
-        Wait with :meth:`wait`; the outcome is :meth:`stop_report`. A stop that is under way or over stays as it is.
+        Each process group gets ``signal`` first. Stopped processes then get SIGCONT. After ``grace_s`` the group gets SIGKILL, even if its
+        leader is already dead. SIGKILL goes to the leader first and to the rest of the group 100 ms later, so helpers that clean up after
+        the leader (Python's resource tracker) see its exit. The stop is finished when every group is verified empty, or ``kill_wait_s``
+        after the first SIGKILL. Wait with :meth:`wait`, then read :meth:`stop_report`. A second call does not change a stop.
 
         Args:
-            signal: what asks the processes to end. SIGKILL has no grace.
-            grace_s: from that signal to SIGKILL.
-            kill_wait_s: from SIGKILL to giving up on processes that the kernel does not let go.
-            linger_s: time to finish before ``signal`` is sent, for what a worker that has succeeded leaves in its group.
+            signal: signal that asks the processes to end. SIGKILL has no grace period.
+            grace_s: grace period: seconds from ``signal`` to SIGKILL.
+            kill_wait_s: seconds from SIGKILL to giving up on processes that the kernel does not end.
+            linger_s: seconds before ``signal`` is sent, in which the child processes of successful workers may finish.
         """
 
     def stop_on_failure(self, signal: int, grace_s: float, kill_wait_s: float) -> None:
-        """From now on the engine itself begins ``stop(signal, grace_s, kill_wait_s)`` at the first exit that is not code 0.
+        """Let the engine call ``stop(signal, grace_s, kill_wait_s)`` at the first exit with another code than 0.
 
-        The peers are signalled from the engine thread, whatever Python is doing. If a failure was already noticed, the stop
-        begins at once. An exit whose status is not known to this process does not count as a failure.
+        The engine thread signals the peers, independently of Python. If a failure was already detected, the stop
+        starts at once. An exit with an unknown status does not count as a failure.
         """
 
     def hurry(self) -> None:
-        """Send SIGKILL now, if a :meth:`stop` is under way: its linger time and its grace are over."""
+        """Send SIGKILL now if a :meth:`stop` is in progress: ends its linger time and its grace period."""
 
     def stop_report(self) -> StopReport | None:
-        """The outcome of the stop, or ``None`` while it runs or if there was none."""
+        """Return the outcome of the stop. ``None`` while it is in progress or if there was none."""
 
 @final
 class TailReport:
-    """What a finished tail did."""
+    """Outcome of a finished tail."""
 
     lines: int
     """Lines written to the console."""
     bytes: int
     """Bytes written to the console, prefixes included."""
     broken_lines: int
-    """Lines longer than 1 MiB that had to be broken up."""
+    """Lines longer than 1 MiB that were split."""
     dropped_bytes: int
-    """Bytes of the files that never reached the console (they are in the files): it took nothing for the whole of the timeout, or failed."""
+    """Bytes that were not written to the console because it failed, or accepted nothing until the timeout. The log files have them."""
     console_error: str | None
-    """Why the console failed: its reader has closed it, or its disk is full."""
+    """Why the console failed: its reader closed it, or the disk is full."""
     unread: list[tuple[str, str]]
-    """Files that could not be opened, and why."""
+    """Files that could not be opened, each with the reason."""
 
 @final
 class Tail:
-    r"""Follows growing log files and copies their lines, whole and prefixed, to a console. Mirrors ``TailLog``.
+    r"""Follows growing log files and copies their complete lines, with a prefix, to a console. Mirrors ``TailLog``.
 
-    Woken by inotify, never polling (files for which no inotify watch is to be had are looked at every 20 ms). The
-    files are the buffer: a console that takes nothing costs no memory and loses no line. ``\n``, ``\r\n`` and ``\r`` end a
-    line, as Python's universal newlines.
+    Inotify wakes the engine; files without an inotify watch are polled every 20 ms. The files are the buffer: a blocked
+    console costs no memory and loses no line. ``\n``, ``\r\n`` and ``\r`` end a line, as in Python's universal newlines.
     """
 
     def finish(self, timeout_s: float) -> TailReport:
-        """Copy what the files still hold, a last line without newline included, and close.
+        """Copy the rest of the files, including a last line without newline, and close.
 
         Args:
-            timeout_s: give up when the console has taken nothing for this long.
+            timeout_s: give up if the console accepts nothing for this many seconds.
+
+        Returns:
+            The outcome. Later calls return the same report.
         """
 
 @final
 class Engine:
-    """Owner of the supervision thread (named ``ferro-sup``), which lives until :meth:`close`.
+    """Owner of the supervision thread (named ``ferro-sup``), which runs until :meth:`close`.
 
-    Workers are spawned from that thread with ``PR_SET_PDEATHSIG`` = SIGKILL: they end when the agent ends, however it ends.
+    That thread spawns the workers with ``PR_SET_PDEATHSIG`` = SIGKILL: they end when the agent ends, even by SIGKILL.
 
     Args:
-        pidfd: use pidfds where the kernel has them (probed once, in a throw-away child). ``False`` forces the fallback:
+        pidfd: use pidfds if the kernel has them (probed once, in a short-lived child). ``False`` forces the fallback:
             one blocking ``waitid`` thread per worker.
 
     Raises:
-        OSError: the thread, the epoll instance or a descriptor could not be made.
+        OSError: the thread, the epoll instance or a descriptor could not be created.
     """
 
     def __new__(cls, *, pidfd: bool = True) -> Engine: ...
     backend: Literal["pidfd", "thread"]
-    """How exits are noticed on this system."""
+    """How exits are detected on this system."""
     def spawn(self, commands: Sequence[Command]) -> Group:
         """Start all commands, in order, with ``vfork`` semantics.
 
         Raises:
-            SpawnError: one could not be started; none is left.
+            SpawnError: a command could not be started. The processes already started were killed.
         """
 
     def observe(self, pids: Sequence[int], sentinels: Sequence[int] | None = None) -> Group:
-        """Supervise processes that Python started and reaps itself (``multiprocessing``): exits are seen, never collected.
+        """Supervise processes that Python started and reaps (``multiprocessing``): the engine detects exits but does not reap.
 
         Args:
             pids: the processes, by index.
-            sentinels: a descriptor of each that becomes readable when it ends (``multiprocessing.Process.sentinel``); they are
-                duplicated, and used where there are no pidfds and the process is no child of this one (``forkserver``).
+            sentinels: for each process a descriptor that becomes readable when it ends (``multiprocessing.Process.sentinel``). The
+                descriptors are duplicated. They are used for processes that are no children of this one (``forkserver``), without pidfds.
 
         Raises:
             OSError: a pid does not exist.
@@ -304,100 +309,100 @@ class Engine:
         only_lines_with: Sequence[str] = (),
         whole_lines_only: bool = False,
     ) -> Tail:
-        """Follow ``files`` (path, line prefix) from their beginning; a file that does not exist is created.
+        """Follow ``files`` (path, line prefix) from their start. Missing files are created.
 
-        A file that cannot be opened is tried again until the end, and named in :attr:`TailReport.unread` if it never could be.
+        Opening a file is retried until :meth:`Tail.finish`. :attr:`TailReport.unread` names the files that could never be opened.
 
         Args:
             files: paths and the prefix of each.
-            console_fd: descriptor that the lines are written to; it is duplicated.
+            console_fd: descriptor that the lines are written to. It is duplicated.
             only_lines_with: if not empty, copy only lines that contain one of these strings.
-            whole_lines_only: show no line before it is whole. Otherwise the beginning of a line (a prompt, dots of progress) is shown
-                after 100 ms, and goes on in place if nothing else was written meanwhile. With ``only_lines_with`` lines are always whole.
+            whole_lines_only: write a line only when it is complete. Otherwise the start of a line (a prompt, progress dots) is written
+                after 100 ms and continued in place if no other output came in between. ``only_lines_with`` implies complete lines.
 
         Raises:
             OSError: the console cannot be opened.
         """
 
     def watchdog(self, path: str, *, evidence_s: float = 0.0, py_spy: str | None = None) -> Watchdog:
-        """Make the named pipe of a watchdog (``mkfifo(3)``, mode 0600) and the page of its heartbeats, ``path`` + ``.beats``.
+        """Create the named pipe of a watchdog (``mkfifo(3)``, mode 0600) and its heartbeat page, ``path`` + ``.beats``.
 
-        A pipe that a dead server left at ``path`` is taken over, an empty regular file is replaced. Nothing is served before
-        :meth:`Watchdog.start`.
+        A pipe left at ``path`` by a dead server is reused, an empty regular file is replaced. Requests are read from
+        :meth:`Watchdog.start` on.
 
         Args:
-            path: where the pipe is made.
-            evidence_s: seconds that gathering evidence may delay the signal of an expired timer, 60 at most; 0 gathers none.
-            py_spy: program to ask for the stacks of workers that have no dump of their own armed; ``None`` asks nobody.
+            path: path of the pipe.
+            evidence_s: seconds that collecting evidence may delay the signal of an expired timer, 60 at most. 0 collects none.
+            py_spy: path of py-spy, which dumps the stacks of workers without an armed faulthandler. ``None`` dumps no such stacks.
 
         Raises:
-            OSError: ``EADDRINUSE`` if a living process serves the pipe, ``EEXIST`` if ``path`` is a file with content, else what
-                the kernel said.
+            OSError: ``EADDRINUSE`` if a running process serves the pipe, ``EEXIST`` if ``path`` is a file with content, else the
+                kernel's error.
         """
 
     def health_server(self, host: str, port: int, timeout_s: float) -> HealthServer:
-        """Listen for health checks, and answer them from the engine thread.
+        """Listen for health checks and answer them from the engine thread.
 
         Args:
-            host: name or address of this host to listen on; ``"0.0.0.0"`` and ``"::"`` are all of them.
-            port: TCP port; 0 takes a free one.
+            host: name or address of this host to listen on. ``"0.0.0.0"`` and ``"::"`` are all addresses.
+            port: TCP port. 0 selects a free one.
             timeout_s: seconds without progress after which the agent counts as dead.
 
         Raises:
-            OSError: nobody can listen there: ``EADDRINUSE``, ``EACCES`` …, or the host has no address.
+            OSError: listening failed (``EADDRINUSE``, ``EACCES`` …), or the host has no address.
             OverflowError: ``port`` is not in 0 to 65535.
             ValueError: ``timeout_s`` is negative or not a number.
         """
 
     def adopt_guard(self, guard: Guard) -> None:
-        """Take a guard over: it is told of all workers from now on. One that is lost is replaced, up to 16 times.
+        """Take ownership of a guard and report all workers to it. If the guard is lost it is replaced, up to 16 times.
 
         Raises:
-            ValueError: it was handed over before.
+            ValueError: an engine already owns the guard.
         """
 
     def watch_lease(self, client: RendezvousClient) -> None:
-        """Have the guard end the workers when their lease is over, also while this process is suspended.
+        """Let the guard end the workers when their lease expires, even while this process is suspended.
 
         Args:
-            client: this node's membership. Replaces the former one.
+            client: this node's membership. Replaces the previous one.
         """
 
     def own_orphans(self) -> None:
-        """Say that this process has no children of its own in other sessions than its own.
+        """Declare that all children of this process outside of its own session were left to it by workers.
 
-        Where it is PID 1 or a subreaper, the engine collects the zombies that workers leave to it: those in sessions of workers, and from
-        now on those in all other sessions.
+        If this process is PID 1 or a subreaper, the engine reaps the zombies in sessions of workers. After this call it also reaps the
+        zombies in all other sessions except this process's own.
         """
 
     def use_cgroup(self, folder: str | None) -> bool:
-        """Let workers be born in this cgroup from now on; ``None`` lets them be born in that of this process again.
+        """Spawn further workers in this cgroup. ``None`` spawns them in this process's cgroup again.
 
         Returns:
-            Whether the kernel can do that (``CLONE_INTO_CGROUP``, Linux 5.7, on x86-64). It is tried with a process that ends at once.
+            Whether the kernel supports it (``CLONE_INTO_CGROUP``, Linux 5.7, on x86-64). Probed with a short-lived process.
 
         Raises:
-            OSError: it is not there.
+            OSError: the cgroup does not exist.
         """
 
     def dismiss_guard(self, timeout_s: float) -> bool:
-        """Kill the guard, because this process ends as it should. ``False`` if it was not gone after ``timeout_s`` seconds."""
+        """Kill the guard before a regular exit of this process. ``False`` if it has not ended after ``timeout_s`` seconds."""
 
     def take_remarks(self) -> list[str]:
-        """What there is for the log since the last call, as sentences: the loss of the guard."""
+        """Return the warnings since the last call, each a sentence for the log. The loss of the guard is such a warning."""
 
     def close(self, timeout_s: float = 5.0) -> bool:
-        """End the thread; workers that still run get SIGKILL. ``False`` if it did not end within ``timeout_s``."""
+        """End the thread. Running workers get SIGKILL. ``False`` if the thread did not end within ``timeout_s``."""
 
 @final
 class Console:
-    """Writes to somebody else's terminal, pipe, socket or file without waiting for its reader.
+    """Writes to a shared terminal, pipe, socket or file without waiting for its reader.
 
-    Opens the file behind the descriptor again, without blocking, so that the description which others share keeps its flags; where that is not
-    possible, asks for room before each write.
+    Reopens the file behind the descriptor with ``O_NONBLOCK``, because the flags of a shared open file description must not change.
+    If the file cannot be reopened, each write polls for room first.
 
     Args:
-        fd: descriptor to write to; it is duplicated.
+        fd: descriptor to write to. It is duplicated.
 
     Raises:
         OSError: the descriptor is not open.
@@ -408,31 +413,31 @@ class Console:
         """Write as much as there is room for.
 
         Returns:
-            How many bytes were written; less than all where the reader does not keep up.
+            Number of bytes written. Less than ``len(data)`` if the reader is slow.
 
         Raises:
-            OSError: the reader is gone (``EPIPE``), or the disk is full.
+            OSError: the reader closed the stream (``EPIPE``), or the disk is full.
         """
 
 @final
 class Guard:
-    """A small process that outlives a killed agent by a moment, to end what the kernel does not end with it: the workers' own children.
+    """A small process that outlives a killed agent and then kills the child processes of its workers, which the kernel does not.
 
-    It is forked where this process has one thread, else executed. It ignores all signals. When this process is gone and has not dismissed it
-    (:meth:`Engine.dismiss_guard`), it kills what lives in the sessions of the workers, in the run's cgroup, and what carries the run's mark in
-    its environment; 100 ms later than the workers, so that helpers which clean up after them can.
+    It is forked if this process has one thread, otherwise executed. It ignores all signals. When this process ends without
+    :meth:`Engine.dismiss_guard`, the guard kills all processes in the workers' sessions, in the run's cgroup, and with the run's mark in
+    their environment. It waits 100 ms after the workers' end, the time in which helpers can clean up after them.
 
     Args:
         name: environment variable that marks the run.
-        token: what stands for this run in its value, between colons.
-        argv: program that calls :func:`stand_guard`, with the line to this process as descriptor 0. Used where this process cannot be forked, and to
-            replace a guard that was lost.
-        env: its whole environment; without the mark.
+        token: value of this run in the variable, which separates values by colons.
+        argv: program that calls :func:`stand_guard`, with the connection to this process as descriptor 0. Used if this process cannot
+            fork, and to replace a lost guard.
+        env: its complete environment, without the mark.
         keep_detached: spare processes that have left the sessions of the workers.
         cgroup: folder of the run's cgroup.
 
     Raises:
-        OSError: neither worked.
+        OSError: the guard could neither be forked nor executed.
     """
 
     pid: int
@@ -451,23 +456,23 @@ class Guard:
     ) -> Guard: ...
 
 def stand_guard(name: str, token: str, *, keep_detached: bool = False, cgroup: str | None = None) -> None:
-    """What an executed guard process runs: returns when the agent is gone and what it left has ended. The arguments are those of :class:`Guard`.
+    """Main function of an executed guard process. Returns when the agent and the processes it left have ended.
 
-    Closes all descriptors but 0, and ignores all signals.
+    Closes all descriptors but 0, and ignores all signals. The arguments are those of :class:`Guard`.
     """
 
 def create_cgroup(name: str) -> str:
-    """Make a cgroup (version 2) below that of this process and return its folder.
+    """Create a cgroup (version 2) below the cgroup of this process and return its folder.
 
     Raises:
-        OSError: there is no version 2, or this process may not make one (it is not root, and nothing was delegated to its user).
+        OSError: the system has no cgroup version 2, or this process may not create one (neither root nor a delegated cgroup).
     """
 
 def remove_cgroup(folder: str) -> None:
-    """Remove a cgroup and those below it. Processes that live on go to the cgroup above.
+    """Remove a cgroup and its descendants. Running processes move to the parent cgroup.
 
     Raises:
-        OSError: it cannot be removed.
+        OSError: the cgroup cannot be removed.
     """
 
 def find_detached(
@@ -478,47 +483,51 @@ def find_detached(
     cgroup: str | None = None,
     not_in_session: int = 0,
 ) -> list[tuple[int, str]]:
-    """Find the living processes of a run, by their cgroup, or else by the mark in their environment and by their session.
+    """Find the running processes of a run.
 
     Args:
         name: as for :class:`Guard`.
         token: as for :class:`Guard`.
-        sessions: process ids of workers that have ended, which were their sessions' numbers.
-        cgroup: folder of a cgroup that all workers were born in. Then nothing else is looked at, which takes a tenth of the time.
-        not_in_session: processes of this session, the agent's, are none of them.
+        sessions: process ids of workers that have ended. Each was also the id of the worker's session.
+        cgroup: folder of the cgroup in which all workers were spawned. If given, only its processes are returned, which takes a tenth
+            of the time. Otherwise processes are found by the mark in their environment and by their session.
+        not_in_session: session of the agent. Its processes are left out.
 
     Returns:
-        Process id and command line of each. Guard processes are left out.
+        Process id and command line of each process, without guard processes.
     """
 
 def arm_parent_death_signal(signal: int) -> None:
-    """``prctl(PR_SET_PDEATHSIG)`` for the calling process: it gets ``signal`` when the *thread* that created it ends."""
+    """Call ``prctl(PR_SET_PDEATHSIG)`` for this process: it gets ``signal`` when the *thread* that created it ends."""
 
 def printable(text: str) -> str:
-    """Return a text of another process or node with its control characters, and changes of the direction of writing, escaped."""
+    """Return a text from another process or node with control characters and changes of the text direction escaped."""
 
 def thread_stack_bytes() -> int:
-    """Return the size in bytes of the stacks of this package's threads: twice the usual one. It is reserved, not used.
+    """Return the stack size in bytes of this package's threads: twice the default. The stack is reserved, not allocated.
 
-    In a forked child, glibc may take a thread for an ended one of the parent whose stack it has. No stack of this size is one of those.
+    In a forked child, glibc may mistake a new thread for an ended thread of the parent that had the same stack. No thread of the parent
+    has a stack of this size.
     """
 
 @final
 class HealthServer:
-    """Answers GET and HEAD on one port, whatever Python is doing: ``/livez`` (and ``/``, ``/healthz``), ``/readyz``, ``/status``, ``/metrics``.
+    """Answers GET and HEAD on one port, independently of Python.
 
-    At most 256 connections of at most 2 s each are open; the one that has been idle for longest makes room for another.
+    Paths: ``/livez`` (and ``/``, ``/healthz``), ``/readyz``, ``/status``, ``/metrics``.
 
-    Whether the agent is alive is asked of one Python thread, in this loop::
+    At most 256 connections are open, each for at most 2 s. If all are in use, a new connection replaces the longest idle one.
+
+    One Python thread answers the questions whether the agent makes progress, in this loop::
 
         while server.next_question():
             server.answer(alive_callback())
 
-    At most one question is outstanding; its answer serves the probes of the next 100 ms. A probe waits for 0.5 s. Then it is told
-    that the interpreter is stuck (the thread did not come back from :meth:`next_question`) or that the callback hangs (it did), and
-    further probes are told so at once until there is an answer.
+    At most one question is outstanding, and its answer is valid for 100 ms. A probe waits up to 0.5 s. It then reports that the interpreter
+    is stuck (the thread did not return from :meth:`next_question`) or that the callback hangs (it did). Further probes report the same at
+    once until the answer arrives.
 
-    Everything else is put on the server's board, which costs the caller a microsecond. How workers end is seen by the engine itself.
+    The other methods update the server's state, in about a microsecond. The engine itself detects the exits of workers.
 
     In a forked child every method but :meth:`close` raises :class:`ForkedError`.
     """
@@ -528,97 +537,98 @@ class HealthServer:
     port: int
     """The port that it listens on."""
     def next_question(self) -> bool:
-        """Block, detached from the interpreter, until a probe wants to know of the agent's progress. ``False`` once the server is closed."""
+        """Block, detached from the interpreter, until a probe needs the agent's last progress. ``False`` once the server is closed."""
 
     def answer(self, progress: float) -> None:
-        """Say when there was progress last, in seconds since the epoch. A time to come is as good as now."""
+        """Set the time of the last progress, in seconds since the epoch. A time in the future counts as now."""
 
     def answer_failed(self, reason: str) -> None:
-        """Say that it cannot be told when there was progress last, and why: the agent counts as dead."""
+        """Report that the callback failed, with the reason. The agent then counts as dead."""
 
     def set_job(self, run_id: str, role: str) -> None:
-        """Say which job it is, and the role of its workers."""
+        """Set the job's id and the role of its workers."""
 
     def set_state(self, state: str) -> None:
-        """Say what the agent is doing.
+        """Set the state of the agent.
 
         Args:
-            state: ``starting``, ``rendezvous``, ``spawning``, ``running``, ``stopping``, ``exit barrier`` or ``unknown``. The agent is ready
-                while it is ``running`` and no worker has failed.
+            state: ``starting``, ``rendezvous``, ``spawning``, ``running``, ``stopping``, ``exit barrier`` or ``unknown``.
+                The agent is ready while it is ``running`` and no worker has failed.
 
         Raises:
-            ValueError: it is none of these.
+            ValueError: ``state`` has another value.
         """
 
     def set_workers(self, workers: Sequence[tuple[int, int, int]]) -> None:
-        """Say that workers were started, which begins a round.
+        """Set the workers of a new round.
 
         Args:
-            workers: of each its rank on this host, its rank in the job and its pid. Replaces the former list.
+            workers: local rank, global rank and pid of each worker. Replaces the previous list.
         """
 
     def note_restart(self, cause: str, reason: str) -> None:
-        """Say that workers will be started again.
+        """Record that the workers will be restarted.
 
         Args:
             cause: ``failure`` or ``membership``.
-            reason: what happened, for people.
+            reason: the event, as text.
 
         Raises:
-            ValueError: it is no such cause.
+            ValueError: ``cause`` has another value.
         """
 
     def observe_phase(self, phase: str, duration_s: float) -> None:
-        """Say how long a part of a restart took.
+        """Record the duration of a phase of a restart.
 
         Args:
             phase: ``detect``, ``stop``, ``rendezvous`` or ``spawn``.
-            duration_s: seconds.
+            duration_s: duration in seconds.
 
         Raises:
-            ValueError: it is no such phase, or the duration is negative or not a number.
+            ValueError: ``phase`` has another value, or the duration is negative or not a number.
         """
 
     def close(self) -> None:
-        """Stop to listen, and drop all connections; the port is free afterwards. Doing so again does nothing.
+        """Stop listening and close all connections. The port is free afterwards. Idempotent.
 
-        In a forked child it closes the child's copy of the listening socket and nothing else.
+        In a forked child this only closes the child's copy of the listening socket.
         """
 
 @final
 class StoreServer:
-    """A key-value store that clients of torch's ``TCPStore`` (2.4 and later) use as they are, on a thread of its own: ``ferro-store``.
+    """A key-value store for unmodified clients of torch's ``TCPStore`` (2.4 and later), on its own thread ``ferro-store``.
 
-    It speaks all operations of torch's libuv server. Beyond the limits, and for anybody who is no client, the connection is closed. By
-    default they are torch's, and besides 256 MiB each for a whole request and for a reply, which torch does not limit. A connection holds
-    at most one of both, and a few MiB; what is stored has no limit.
+    It supports all operations of torch's libuv server. It closes the connection of a client that exceeds a limit or violates the protocol.
+    The default limits are torch's. In addition a request and a reply are limited to 256 MiB each, which torch does not limit. A connection
+    buffers at most one request, one reply and a few MiB. The size of the stored data has no limit.
 
-    With a ``run_id`` agents meet at the same port, see :class:`RendezvousClient`. Each round begins with an empty store.
+    With a ``run_id`` the store also hosts the rendezvous of the job's agents, see :class:`RendezvousClient`. Each round starts with an
+    empty store.
 
     Args:
-        host: IP address to listen on. ``::`` takes IPv4 as well.
-        port: port; 0 takes a free one.
-        run_id: the job whose agents meet here; ``None`` for a store alone.
-        min_nodes: fewest nodes of a round.
-        max_nodes: most nodes of a round. Further ones wait as spares.
-        last_call_s: how long a round with enough nodes waits for further ones, in seconds.
-        silence_s: an agent that was silent for so long is lost, in seconds.
-        address: address of this host for the workers; by default they take the one that their agent was given.
-        most_membership_changes: how often nodes may come and go before the job is closed; ``None`` for no limit.
-        most_key_bytes: largest key, in bytes (8 KiB).
-        most_value_bytes: largest value in a request, in bytes (8 MiB); ``APPEND`` may make larger ones.
-        most_keys: most keys in a request (131,072).
-        most_request_bytes: most bytes that the keys and values of a request have together (256 MiB).
-        most_reply_bytes: most bytes of a reply (256 MiB): of the values of a ``MULTI_GET``, say, or the names of a ``LIST_KEYS``.
+        host: IP address to listen on. ``::`` accepts IPv4 as well.
+        port: TCP port. 0 selects a free one.
+        run_id: id of the job whose agents meet here. ``None`` serves a store only.
+        min_nodes: minimum number of nodes of a round.
+        max_nodes: maximum number of nodes of a round. Further nodes wait as spares.
+        last_call_s: seconds that a round with enough nodes waits for further nodes.
+        silence_s: heartbeat timeout in seconds. An agent without messages for this long is lost.
+        address: address of this host for the workers. By default they use the host name that their agent was started with.
+        most_membership_changes: maximum number of membership changes before the job is closed. ``None`` means no limit.
+        most_key_bytes: maximum size of a key in bytes (8 KiB).
+        most_value_bytes: maximum size of a value in a request, in bytes (8 MiB). ``APPEND`` can create larger values.
+        most_keys: maximum number of keys in a request (131,072).
+        most_request_bytes: maximum total size of the keys and values in a request, in bytes (256 MiB).
+        most_reply_bytes: maximum size of a reply in bytes (256 MiB), for example of ``MULTI_GET`` or ``LIST_KEYS``.
 
     Raises:
-        OSError: the port is taken, or the address is not one of this host.
+        OSError: the port is in use, or the address does not belong to this host.
         OverflowError: a limit is negative.
         ValueError: a number of seconds is negative.
     """
 
     port: int
-    """Where it listens."""
+    """The port that it listens on."""
     def __new__(
         cls,
         host: str,
@@ -638,100 +648,107 @@ class StoreServer:
         most_reply_bytes: int = ...,
     ) -> StoreServer: ...
     def close(self, patience_s: float = 0.0) -> None:
-        """Take nobody in any more, wait up to ``patience_s`` seconds for agents to go, and end all connections."""
+        """Accept no new agents, wait up to ``patience_s`` seconds for the present agents to leave, and close all connections."""
 
 class StoreTimeoutError(RuntimeError):
-    """Keys of a store were not set in time; the text is that of torch's ``DistStoreError``."""
+    """Keys of a store were not set in time. The text is that of torch's ``DistStoreError``."""
 
 @final
 class StoreClient:
-    """A connection to a ``TCPStore``, for one request at a time; calls from several threads take turns. Keys are what is on the wire.
+    """A connection to a ``TCPStore``, for one request at a time. Concurrent calls of several threads are serialised.
 
-    A store that is not done with a request in time may answer it while another one is under way. So such a connection is not used again:
-    every further call raises ``ConnectionError`` at once.
+    Keys are passed as they are on the wire. A connection is not reused after a request timed out, because the late reply could be
+    mistaken for the reply to the next request: every further call raises ``ConnectionError`` at once.
 
     Args:
         host: name or address of the store's host.
-        port: its port.
-        timeout_s: how long it is tried to connect, in seconds, and how long a request and its answer take at most.
+        port: TCP port of the store.
+        timeout_s: timeout in seconds for connecting, and for a request with its reply.
 
     Raises:
-        ConnectionError: the store cannot be reached; of every method, the connection was lost, or the store did not answer in time.
+        ConnectionError: the store cannot be reached. Every method raises it if the connection was lost or a reply timed out.
     """
 
     def __new__(cls, host: str, port: int, timeout_s: float) -> StoreClient: ...
     def set_timeout(self, timeout_s: float) -> None:
-        """Let requests and their answers take at most ``timeout_s`` seconds from now on, not those under way."""
+        """Set the timeout in seconds for a request with its reply. Requests in progress keep the old timeout."""
 
     def set(self, key: bytes, value: bytes) -> None:
-        """``SET``: returns without an answer."""
+        """``SET``: set a key. Returns without waiting for a reply."""
 
     def compare_set(self, key: bytes, expected: bytes, desired: bytes) -> bytes:
-        """``COMPARE_SET``: set the key if it is ``expected``, or is missing and that is empty. The value that is there then."""
+        """``COMPARE_SET``: set the key if its value is ``expected``, or if it is missing and ``expected`` is empty.
+
+        Returns:
+            The value after the operation.
+        """
 
     def get(self, keys: list[bytes], timeout_s: float) -> list[bytes]:
-        """``WAIT`` and ``MULTI_GET``: the values, once all keys are there. They may take the client's own timeout to come, besides.
+        """``WAIT`` and ``MULTI_GET``: wait until all keys are set and return their values.
+
+        Transferring the values may take the client's own timeout in addition.
 
         Raises:
-            StoreTimeoutError: they were not within ``timeout_s`` seconds.
+            StoreTimeoutError: a key was not set within ``timeout_s`` seconds.
         """
 
     def multi_set(self, pairs: list[tuple[bytes, bytes]]) -> None:
-        """``MULTI_SET``: returns without an answer."""
+        """``MULTI_SET``: set several keys. Returns without waiting for a reply."""
 
     def add(self, key: bytes, delta: int) -> int:
-        """``ADD``: the sum."""
+        """``ADD``: add ``delta`` to a counter and return the sum."""
 
     def append(self, key: bytes, value: bytes) -> None:
-        """``APPEND``: returns without an answer."""
+        """``APPEND``: append to a value. Returns without waiting for a reply."""
 
     def check(self, keys: list[bytes]) -> bool:
-        """``CHECK``: whether all keys are there."""
+        """``CHECK``: return whether all keys are set."""
 
     def delete(self, key: bytes) -> bool:
-        """``DELETE_KEY``: whether it was there."""
+        """``DELETE_KEY``: delete a key and return whether it was set."""
 
     def num_keys(self) -> int:
-        """``GETNUMKEYS``."""
+        """``GETNUMKEYS``: return the number of keys."""
 
     def wait(self, keys: list[bytes], timeout_s: float) -> None:
-        """``WAIT`` until all keys are there.
+        """``WAIT``: wait until all keys are set.
 
-        If they are not, the store is to answer that the wait has ended, within the client's own timeout and at most 10 s.
+        After the timeout the client cancels the wait. The store must acknowledge this within the client's own timeout, 10 s at most.
 
         Raises:
-            StoreTimeoutError: they were not within ``timeout_s`` seconds.
+            StoreTimeoutError: a key was not set within ``timeout_s`` seconds.
         """
 
 @final
 class RendezvousClient:
-    """An agent's membership in a rendezvous that a :class:`StoreServer` hosts, on a thread of its own: ``ferro-rdzv``.
+    """An agent's membership in a rendezvous that a :class:`StoreServer` hosts, on its own thread ``ferro-rdzv``.
 
-    It connects when it is asked to join. Nothing here waits but :meth:`wait` and :meth:`close`; what comes of a call is seen in
-    :meth:`standing`. In a forked child every method raises :class:`ForkedError`.
+    It connects at the first :meth:`join`. Only :meth:`wait` and :meth:`close` block. :meth:`standing` shows the effect of the other calls.
+    In a forked child every method raises :class:`ForkedError`.
 
     Args:
         host: name or address of the host.
-        port: its port.
-        run_id: the job.
-        min_nodes: fewest nodes of a round; the same on all nodes.
-        max_nodes: most nodes of a round; the same on all nodes.
-        name: address of this node for the others; by default that by which it reaches the host.
-        node_rank: the rank of this node, where it is given beforehand.
-        is_host: the host is in this process, and need not be told that this agent lives.
-        connect_timeout_s: how long it is tried to reach the host, in seconds.
-        settings: other settings that must be the same on all nodes, by the name of their option.
+        port: TCP port of the host.
+        run_id: id of the job.
+        min_nodes: minimum number of nodes of a round, equal on all nodes.
+        max_nodes: maximum number of nodes of a round, equal on all nodes.
+        name: address of this node for the other nodes. By default the address of its connection to the host.
+        node_rank: rank of this node, if it is assigned by the user.
+        is_host: whether this process hosts the rendezvous. It then sends no heartbeats.
+        connect_timeout_s: timeout in seconds for connecting to the host.
+        settings: further settings that must be equal on all nodes, by the name of their option.
     """
 
     generation: int
-    """Counts what has happened."""
+    """Event counter of the membership."""
     alarm_fd: int
-    """Readable while there are remarks, and from when a round, or the rendezvous, is over until the next :meth:`join`. For ``Group.wait(news_fd=...)``."""
+    """Readable while there are remarks, and from the end of a round or of the rendezvous until the next :meth:`join`.
+    For ``Group.wait(news_fd=...)``."""
     address: str | None
-    """Address of this node by which it reaches the host, once it does."""
+    """Local address of the connection to the host. ``None`` before it is connected."""
     stop_within_s: float | None
-    """Seconds within which the workers of this node must be gone, because the host has not answered for so long that others will have
-    their ranks then; ``None`` while it answers."""
+    """Seconds until the lease of this node expires and other nodes may take its ranks: its workers must have ended by then.
+    ``None`` while the host answers."""
     def __new__(
         cls,
         host: str,
@@ -747,43 +764,43 @@ class RendezvousClient:
         settings: dict[str, str] | None = None,
     ) -> RendezvousClient: ...
     def join(self, role: str, local_world_size: int, timeout_s: float) -> None:
-        """Take part in the next round; there are no workers now.
+        """Join the next round. The node must have no running workers.
 
         Args:
             role: role of the workers that will be started.
-            local_world_size: how many.
-            timeout_s: how long to wait for the round to begin, in seconds.
+            local_world_size: number of workers that will be started.
+            timeout_s: seconds to wait for the start of the round.
         """
 
     def fail(self, at_ns: int, text: str, exit_code: int, is_final: bool) -> None:
-        """Tell the others that a worker has failed: the round is over for all.
+        """Report a failed worker. This ends the round on all nodes.
 
         Args:
-            at_ns: when, in nanoseconds since the epoch.
-            text: which worker, and how.
-            exit_code: that of the job, if this failure ends it.
-            is_final: there will be no other round.
+            at_ns: time of the failure in nanoseconds since the epoch.
+            text: the failure: worker and exit status.
+            exit_code: exit code of the job if this failure ends it.
+            is_final: whether the failure ends the job.
         """
 
     def finish(self) -> None:
-        """Tell the others that all workers of this node have succeeded."""
+        """Report that all workers of this node have succeeded."""
 
     def end(self, text: str, exit_code: int) -> None:
-        """Let there be no other round, for anybody.
+        """End the job on all nodes.
 
         Args:
-            text: why.
-            exit_code: that of the job.
+            text: the reason.
+            exit_code: exit code of the job.
         """
 
     def leave(self, text: str) -> None:
-        """Go, for the reason ``text``; the others may go on."""
+        """Leave the rendezvous for the reason ``text``. The other nodes may continue."""
 
     def standing(self) -> Standing:
-        """How the agent stands now."""
+        """Return the current state of the membership."""
 
     def take_remarks(self) -> list[str]:
-        """What the host wants its user to know, each once."""
+        """Return the warnings for the log since the last call. Each warning is returned once."""
 
     def wait(
         self,
@@ -792,14 +809,14 @@ class RendezvousClient:
         wake_fd: int | None = None,
         news_fd: int | None = None,
     ) -> Literal["event", "timeout", "wake", "news"]:
-        """Block until ``self.generation > generation``; as :meth:`Group.wait`."""
+        """Block until ``self.generation > generation``. Same arguments as :meth:`Group.wait`."""
 
     def close(self) -> None:
-        """End the membership. What was asked for before is still said."""
+        """End the membership. Messages of earlier calls are still sent."""
 
 @final
 class Standing:
-    """How an agent stands in its rendezvous."""
+    """State of an agent's membership in its rendezvous."""
 
     state: Literal[
         "idle",
@@ -814,173 +831,194 @@ class Standing:
         "refused",
         "late",
     ]
-    """``placed``: in a round. ``over``: it is over, stop the workers and join again. ``released``: all workers of all nodes have succeeded.
-    ``closed``: there will be no other round, because the job has failed; ``spare``: it has succeeded without this node. The last four: it
-    cannot take part; ``late``: the job of this host had ended, or was about to, when the agent came."""
+    """State of the membership:
+
+    * ``idle``: not joined.
+    * ``joining``: waiting for the start of a round.
+    * ``placed``: in a round.
+    * ``over``: the round has ended. Stop the workers and join again.
+    * ``released``: all workers of all nodes have succeeded.
+    * ``closed``: the job has failed. There is no other round.
+    * ``spare``: the job has succeeded without this node.
+    * ``timed out``: too few nodes joined in time.
+    * ``unreachable``: the host could not be reached in time.
+    * ``refused``: the host does not accept this node.
+    * ``late``: the job of this host had ended, or was about to end, when the agent joined."""
     place: Place | None
-    """Its place, when it is ``placed``; that which it had, when the round is ``over``."""
+    """Place of the node if it is ``placed``. Previous place if the round is ``over``."""
     cause: Cause | None
     """Why the round is ``over``."""
     text: str
-    """Why, in words. When ``timed out``, the nodes that came, separated by commas."""
+    """The reason as text. If ``timed out``, the joined nodes, separated by commas."""
     exit_code: int | None
-    """That of the job, when it is ``closed`` or a ``spare``."""
+    """Exit code of the job if the state is ``closed`` or ``spare``."""
 
 @final
 class Place:
-    """A node's place in a round, the same kind of thing on every node."""
+    """Ranks and sizes that a round has assigned to a node."""
 
     round: int
-    """Number of the round, from 0."""
+    """Number of the round, starting at 0."""
     group_rank: int
     """Rank of the node."""
     group_world_size: int
     """Number of nodes."""
     first_rank: int
-    """Global rank of its first worker; the others follow."""
+    """Global rank of its first worker. Its other workers have the next ranks."""
     world_size: int
     """Number of workers of the job."""
     first_role_rank: int
-    """Rank of its first worker among those of its role."""
+    """Rank of its first worker within the role."""
     role_world_size: int
     """Number of workers of its role."""
     address: str | None
-    """Address that the workers find their store at, if the host has said one."""
+    """Address of the workers' store, if the host has set one."""
     failures: int
-    """How many rounds ended because a worker failed."""
+    """Number of rounds that ended because a worker failed."""
     membership_changes: int
-    """How many rounds ended because nodes came, went or were lost."""
+    """Number of rounds that ended because a node joined, left or was lost."""
     cause: Cause | None
-    """Why the round before ended; ``None`` in the first."""
+    """Why the previous round ended. ``None`` in the first round."""
 
 @final
 class Cause:
     """Why a round ended, for all its nodes."""
 
     kind: Literal["failure", "membership"]
-    """A worker failed, or nodes came, went or were lost."""
+    """A worker failed, or a node joined, left or was lost."""
     node: str
-    """Where; empty if it is not known."""
+    """The node of the event. Empty if unknown."""
     at_ns: int | None
-    """When, in nanoseconds since the epoch, if a worker failed."""
+    """Time of the failure in nanoseconds since the epoch. ``None`` without a failure."""
     text: str
-    """What happened."""
+    """Description of the event."""
     exit_code: int
-    """That of the job, if it ends of this."""
+    """Exit code of the job if this event ends it."""
 
 @final
 class Watchdog:
-    """Deadlines that processes set themselves through a named pipe; who misses one is signalled, see ``ferroelastic.timer``.
+    """Deadlines that processes set for themselves through a named pipe, see ``ferroelastic.timer``. A missed deadline is signalled.
 
-    The worker that such a process descends from is signalled, too. The engine thread reads the pipe, keeps the deadlines on the monotonic clock (a request names wall clock time, which is
-    converted when it is read, so that a step of the clock moves no deadline) and signals through a pidfd that was opened when the
-    process first asked. Only the workers that :meth:`workers` names, their descendants and their sessions
-    are ever signalled; before workers are named, this process and its descendants.
+    The signal goes to the process that set the deadline and to its worker, if it is a descendant of one. The engine thread reads the pipe
+    and signals through a pidfd that was opened at the first request of the process. Requests give wall clock time, which is converted to the
+    monotonic clock when the request is read: a clock step moves no deadline. Only the workers set by :meth:`workers`, their descendants and
+    the members of their sessions are signalled. Before the first call of :meth:`workers`, these are this process and its descendants.
     """
 
     path: str
-    """The named pipe."""
+    """Path of the named pipe."""
     def start(self) -> None:
-        """Begin to serve. Doing so again does nothing."""
+        """Start to serve the pipe. Idempotent."""
 
     def workers(self, workers: Sequence[tuple[int, str, str]]) -> None:
-        """Say which processes are workers: their evidence is gathered together when a timer of one of them expires.
+        """Set the workers. If a timer of one expires, evidence of all of them is collected.
 
         Args:
-            workers: of each its pid, what to call it (``"rank 3"``) and the folder for its evidence, which exists, or "" for no evidence. Replaces the former list.
+            workers: for each worker its pid, its name (``"rank 3"``) and an existing folder for its evidence. An empty folder collects no
+                evidence. Replaces the previous list.
         """
 
     def register(self, requests: Sequence[tuple[int, str, float, int]]) -> None:
-        """Take requests as if they had come through the pipe: pid, scope, expiration time (seconds since the epoch, negative releases), signal."""
+        """Register requests as if they were read from the pipe.
+
+        Args:
+            requests: pid, scope, expiration time and signal of each. The time is in seconds since the epoch; a negative one releases.
+        """
 
     def clear(self, pids: Sequence[int]) -> None:
-        """Forget all timers of these processes."""
+        """Remove all timers of these processes."""
 
     def timers(self) -> list[tuple[int, str, float, int]]:
-        """The armed timers, in the form of :meth:`register`."""
+        """Return the armed timers, in the form of :meth:`register`."""
 
     def expiry(self, pid: int) -> Expiry | None:
-        """The last timer over which process ``pid`` was signalled (for a worker also one of its descendants' timers).
+        """Return the last expired timer for which process ``pid`` was signalled. For a worker this includes timers of its descendants.
 
-        It is known before the signal is sent: whoever sees the process end can ask why.
+        The expiry is recorded before the signal is sent, so it is available when the exit is detected.
         """
 
     def counts(self) -> WatchdogCounts:
-        """What was received so far."""
+        """Return the request counters."""
 
     def last_request_s(self, pid: int) -> float | None:
-        """Seconds since the last request or beat of process ``pid``; ``None`` if there was none or it has ended."""
+        """Return the seconds since the last request or heartbeat of process ``pid``. ``None`` if there was none or it has ended."""
 
     def overdue_s(self) -> float:
-        """Seconds for which the oldest missed deadline has been waiting for its process to end; 0 if none is."""
+        """Return the seconds since the oldest missed deadline of a process that has not ended yet. 0 if there is none."""
 
     def next_expiries(self) -> list[Expiry]:
-        """Block until timers have expired and been dealt with. Empty once the watchdog is closed and everything was reported."""
+        """Block until timers have expired and been handled, and return them. Empty once the watchdog is closed and all were returned."""
 
     def drain(self) -> None:
-        """Read what is in the pipe and deal with what has expired, then return."""
+        """Handle all requests in the pipe and all expired timers, then return."""
 
     def close(self) -> None:
-        """Stop to serve and remove the pipe and the page of heartbeats. Doing so again does nothing."""
+        """Stop serving, and remove the pipe and the heartbeat page. Idempotent."""
 
 @final
 class WatchdogCounts:
-    """What a watchdog has received."""
+    """Request counters of a watchdog."""
 
     requests: int
-    """Requests that were understood."""
+    """Valid requests."""
     broken: int
-    """Lines that were torn, not JSON, without a needed field, or with a value out of range."""
+    """Lines that were incomplete, not JSON, without a required field, or with a value out of range."""
     oversized: int
     """Lines longer than ``PIPE_BUF``."""
     unknown_version: int
     """Requests of another version of the wire format."""
     refused: int
-    """Timers over the limit of 65,536, those of processes that do not exist, and heartbeats whose slot is not their process's own."""
+    """Timers beyond the limit of 65,536, timers of processes that do not exist, and heartbeats in the slot of another process."""
     expired: int
     """Timers that expired."""
     armed: int
     """Timers that are armed now."""
     last_broken: str
-    """The newest line that was not understood or was refused, and why, shortened; empty if there was none."""
+    """The last invalid or refused line with the reason, truncated. Empty if there was none."""
 
 @final
 class Expiry:
-    """A timer that expired, and what was done."""
+    """An expired timer and the action taken."""
 
     pid: int
     scope: str
     expiration_time: float
-    """Seconds since the epoch, as the process gave it; for a heartbeat, last beat plus timeout."""
+    """Seconds since the epoch, from the request. For a heartbeat: last beat plus timeout."""
     signal: int
-    """The signal that was asked for; 0 or less asks for none."""
+    """The requested signal. 0 or less requests none."""
     late_ns: int
-    """From the deadline to the decision."""
+    """Nanoseconds from the deadline to its detection."""
     signalled_ns: int
-    """``CLOCK_MONOTONIC`` just before the signal; 0 if none was sent."""
+    """``CLOCK_MONOTONIC`` just before the signal. 0 if none was sent."""
     outcome: Literal["signalled", "no signal", "gone", "not ours", "denied"]
-    """What became of it. ``not ours``: the process is none of this agent's workers, nor started by one, and is left alone."""
+    """The action taken:
+
+    * ``signalled``: the signal was sent.
+    * ``no signal``: the request asked for none.
+    * ``gone``: the process had ended.
+    * ``not ours``: the process is neither a worker of this agent nor a descendant of one, and was not signalled.
+    * ``denied``: the kernel did not permit the signal."""
     worker: int
-    """Pid of the worker that the process is or descends from; 0 if none was named."""
+    """Pid of the worker that the process is, or descends from. 0 if it is unknown."""
     evidence: list[str]
-    """Files with evidence, the process's own worker first."""
+    """Paths of the evidence, starting with the worker of the process."""
 
 @final
 class BeatSlot:
-    """A word of shared memory by which a process shows that it is alive.
+    """A slot in shared memory for the heartbeats of one process.
 
     Args:
-        path: the page of heartbeats, made by :meth:`Engine.watchdog`.
+        path: path of the heartbeat page that :meth:`Engine.watchdog` creates.
 
     Raises:
-        OSError: there is no such page (``ENOENT``), or all its slots are taken (``ENOSPC``).
+        OSError: the page does not exist (``ENOENT``), or all its slots are in use (``ENOSPC``).
     """
 
     def __new__(cls, path: str) -> BeatSlot: ...
     index: int
-    """Position in the page; the request that arms the heartbeat names it."""
+    """Position in the page. The request that arms the heartbeat contains it."""
     def beat(self) -> None:
-        """Store the time (``CLOCK_MONOTONIC``). No system call, no lock."""
+        """Store the current time (``CLOCK_MONOTONIC``). Needs no system call and no lock."""
 
     def close(self) -> None:
-        """Give the slot back. Later beats do nothing."""
+        """Free the slot. Later beats do nothing."""

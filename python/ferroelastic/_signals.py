@@ -1,15 +1,15 @@
-"""Signals to the agent: the one that ends the job, impatience, and those that end nothing.
+"""Signals to the agent: termination, repeated interrupts, forwarded and ignored signals.
 
 Mirrors the part of ``torch.distributed.elastic.multiprocessing.api`` that has ``SignalException``. The rules:
 
-* The first ending signal raises :class:`SignalException` on the main thread, once. From then on no handler raises.
-* While a stop is under way (:func:`shielded`) no handler raises either. The signal stays pending, and the agent asks for it when the
-  stop is over.
-* Machines send signals twice. So SIGTERM and SIGHUP never shorten a grace period. The second SIGINT or SIGQUIT does: a person sends it.
-* A pending signal that something swallowed (``logging``, a destructor) is raised again by the next wait.
+* The first terminating signal raises :class:`SignalException` on the main thread, once. After that no handler raises.
+* During a stop (:func:`shielded`) no handler raises either. The signal stays pending until the stop is finished.
+* SIGTERM and SIGHUP never shorten a grace period, because schedulers send signals twice. The second SIGINT or SIGQUIT does, because a
+  person sends it.
+* If other code swallows the exception (``logging``, a destructor), the next wait raises it again.
 
-Intended differences from torch: the handlers are restored; a SIGHUP that was ignored when the agent started stays ignored, so that
-``nohup`` works; a name that is no signal is a warning whatever it is.
+Intended differences from torch: the previous handlers are restored; a SIGHUP that was ignored when the agent started stays ignored
+(``nohup``); an unknown signal name is always a warning.
 """
 
 from __future__ import annotations
@@ -49,17 +49,17 @@ __all__ = [
 ]
 
 DEFAULT_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT"
-"""The signals that end an agent by default."""
+"""Names of the signals that end an agent by default."""
 SIGNALS_ENV = "TORCHELASTIC_SIGNALS_TO_HANDLE"
 """Environment variable: names of the signals that end an agent, separated by commas."""
 
-_IMPATIENT = frozenset({signal.SIGINT, signal.SIGQUIT})
-_IMPATIENCE = 2
-_AGAIN_S = 0.001
+_INTERRUPTS = frozenset({signal.SIGINT, signal.SIGQUIT})
+_INTERRUPTS_THAT_KILL = 2
+_RESEND_DELAY_S = 0.001
 
-# Not SIGCHLD, SIGCONT, SIGURG and SIGWINCH, which end nothing; not the stop signals of a terminal; not the signals of a fault in the
-# process itself, after which it cannot go on; not SIGPIPE and SIGXFSZ, which the interpreter ignores.
-_HARMLESS_IF_IGNORED = [
+# Left out: SIGCHLD, SIGCONT, SIGURG and SIGWINCH, whose default action does not terminate; the stop signals of a terminal; the signals of
+# faults in the process, after which it cannot continue; SIGPIPE and SIGXFSZ, which the interpreter ignores.
+_SAFE_TO_IGNORE = [
     "SIGHUP",
     "SIGINT",
     "SIGQUIT",
@@ -77,13 +77,13 @@ _HARMLESS_IF_IGNORED = [
 
 
 class SignalException(TorchCompatible, Exception):  # noqa: N818 - torch's name
-    """The agent's process got a signal that ends it.
+    """The agent's process received a terminating signal.
 
-    Mirrors ``torch.distributed.elastic.multiprocessing.SignalException``. It is raised on the main thread by the handlers of
-    :class:`Handling`, anywhere, once.
+    Mirrors ``torch.distributed.elastic.multiprocessing.SignalException``. The handlers of :class:`Handling` raise it once, at any point
+    of the main thread.
 
     Args:
-        msg: what happened.
+        msg: text of the exception.
         sigval: the signal.
     """
 
@@ -95,47 +95,48 @@ class SignalException(TorchCompatible, Exception):  # noqa: N818 - torch's name
 
 
 class _State:
-    """What has come since the outermost :class:`Handling` was installed."""
+    """Signals received since the outermost :class:`Handling` was installed."""
 
     def __init__(self) -> None:
-        self.first: int | None = None  # not the exception: its traceback holds on to all that was at work
+        self.first: int | None = None  # not the exception, whose traceback would keep the interrupted frames alive
         self.first_at_ns = 0
-        self.is_pending = False  # nobody has dealt with the first signal yet
-        self.is_raised = False  # somebody may have seen it, or swallowed it
-        self.is_concluded = False  # the agent ends, so that there is nothing left to interrupt
+        self.is_pending = False  # the first signal was not handled yet
+        self.is_raised = False  # SignalException was raised; other code may have swallowed it
+        self.is_concluded = False  # the agent is ending: there is nothing to interrupt
         self.interrupts = 0
-        self.sent_again: set[int] = set()
+        self.resent: set[int] = set()
 
 
 _state = _State()
 _active: weakref.WeakSet[Handling] = weakref.WeakSet()
-_shorten: list[Callable[[], object]] = []  # one for each stop that is under way
-_remarks: list[str] = []
-_noted: set[int] = set()
-_again_lock = threading.Lock()
+_shorten: list[Callable[[], object]] = []  # one for each stop in progress
+_warnings: list[str] = []
+_reported: set[int] = set()
+_resend_lock = threading.Lock()
 
 
 def _terminate_process_handler(signum: int, frame: FrameType | None) -> None:
-    """Take note of an ending signal, and raise :class:`SignalException` if it is the first and nothing is being stopped."""
+    """Record a terminating signal. Raise :class:`SignalException` if it is the first one and no stop is in progress."""
     if not _active:
         raise _exception(signum)
     state = _state
-    is_again = signum in state.sent_again
-    state.sent_again.discard(signum)
-    if signum in _IMPATIENT and not is_again:
+    is_resent = signum in state.resent
+    state.resent.discard(signum)
+    if signum in _INTERRUPTS and not is_resent:
         state.interrupts += 1
     is_first = state.first is None
     if state.first is None:
         state.first, state.first_at_ns = signum, time.monotonic_ns()
         state.is_pending = not state.is_concluded
-    if state.interrupts == _IMPATIENCE and not is_again and signum in _IMPATIENT:  # once: a storm is to cost little
+    # Only once, so that a flood of signals costs little.
+    if state.interrupts == _INTERRUPTS_THAT_KILL and not is_resent and signum in _INTERRUPTS:
         for shorten in _shorten:
-            with suppress(OSError, RuntimeError):  # the engine is closed; where a handler runs, nothing catches
+            with suppress(OSError, RuntimeError):  # the engine is closed; code interrupted by a handler catches nothing
                 shorten()
-    if state.is_concluded or _shorten or not state.is_pending or not (is_first or is_again):
+    if state.is_concluded or _shorten or not state.is_pending or not (is_first or is_resent):
         return
     if _is_in_logging(frame):
-        _send_again_soon(signum)
+        _resend_soon(signum)
         return
     state.is_raised = True
     raise _exception(state.first)
@@ -147,7 +148,7 @@ def _exception(signum: int) -> SignalException:
 
 
 def _is_in_logging(frame: FrameType | None) -> bool:
-    """Whether ``logging`` is at work. It takes any exception for a failure to write the record, and the signal would be lost."""
+    """Return whether ``logging`` was interrupted. It swallows every exception as a failure to write the record."""
     while frame is not None:
         if frame.f_globals.get("__name__") == "logging":
             return True
@@ -155,27 +156,27 @@ def _is_in_logging(frame: FrameType | None) -> bool:
     return False
 
 
-def _send_again_soon(signum: int) -> None:
+def _resend_soon(signum: int) -> None:
     state = _state
 
     def send() -> None:
-        with _again_lock:
-            # Not if a wait has raised it meanwhile, and never once the handlers of before are back.
+        with _resend_lock:
+            # Not if a wait has raised it in the meantime, and never after the previous handlers were restored.
             if _active and state is _state and state.is_pending and not state.is_raised:
-                state.sent_again.add(signum)
+                state.resent.add(signum)
                 signal.pthread_kill(threading.main_thread().ident or 0, signum)
 
-    again = threading.Timer(_AGAIN_S, send)
-    again.daemon = True
-    again.start()
+    timer = threading.Timer(_RESEND_DELAY_S, send)
+    timer.daemon = True
+    timer.start()
 
 
 def _note_handler(signum: int, _frame: FrameType | None) -> None:
-    """Take note of a signal that ends nothing."""
-    if signum not in _noted:
-        _noted.add(signum)
+    """Record an ignored signal."""
+    if signum not in _reported:
+        _reported.add(signum)
         name = _name(signum)
-        _remarks.append(
+        _warnings.append(
             f"Ignored {name}: its default action would end this process and the workers. To end the job with it, use "
             f"--signals-to-handle={name}; to forward it to the workers, use --signals-to-forward={name}"
         )
@@ -186,10 +187,10 @@ def _forward_handler(signum: int, _frame: FrameType | None) -> None:
     reached = 0
     for handling in _active:
         if handling.receiver is not None:
-            with suppress(OSError, RuntimeError):  # as above
+            with suppress(OSError, RuntimeError):  # the engine is closed
                 reached += handling.receiver(signum)
     if reached == 0:
-        _remarks.append(f"{_name(signum)} was not forwarded: no worker is running")
+        _warnings.append(f"{_name(signum)} was not forwarded: no worker is running")
 
 
 def _name(signum: int) -> str:
@@ -207,21 +208,21 @@ def _logger() -> logging.Logger:
 
 
 def report() -> None:
-    """Log what the handlers had to say. They do not log themselves: they may have interrupted a log record."""
-    while _remarks:
-        _logger().warning("%s", _remarks.pop(0))
+    """Log the warnings of the handlers. A handler must not log itself, because it may have interrupted ``logging``."""
+    while _warnings:
+        _logger().warning("%s", _warnings.pop(0))
 
 
 class Handling:
-    """Handlers that are installed for a time; those of before come back.
+    """Signal handlers that are installed for a limited time. Afterwards the previous handlers are restored.
 
-    Only the main thread can install handlers; on another one this changes nothing. May be nested: an agent's run, and each
-    group of workers in it. The outermost one begins with nothing received.
+    Only the main thread can install handlers; on another thread this has no effect. Instances may be nested: one for an agent's run, and
+    one for each group of workers in it. Installing the outermost one forgets all received signals.
 
     Args:
         names: comma-separated names of the signals that raise :class:`SignalException`: ``"SIGTERM,SIGINT"``.
         forward: comma-separated names of signals that are forwarded to the workers.
-        receiver: called with each forwarded signal; returns the number of workers that it reached.
+        receiver: called with each forwarded signal. Returns the number of workers that it reached.
     """
 
     def __init__(
@@ -239,7 +240,7 @@ class Handling:
         if threading.current_thread() is not threading.main_thread():
             return
         if not _active:
-            _state = _State()  # of one that was never restored something may be left
+            _state = _State()  # an instance that was never restored may have left signals
         _active.add(self)
         self._is_installed = True
         self._install(self._names, _terminate_process_handler)
@@ -251,7 +252,7 @@ class Handling:
             try:
                 number = signal.Signals[name]
                 if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
-                    logger.info("Left SIGHUP ignored, as this process was started with it (nohup)")
+                    logger.info("SIGHUP stays ignored, because it was ignored when this process started (nohup)")
                     continue
                 former = signal.signal(number, handler)
             except KeyError:
@@ -264,16 +265,16 @@ class Handling:
                 logger.info("Registered signal handler for %s", name)
 
     def restore(self) -> SignalException | None:
-        """Let the handlers of before come back, where nobody has changed them since. Does nothing the second time.
+        """Restore the previous handlers, except those that were replaced since. Idempotent.
 
         Returns:
-            The signal that came and was never raised, if this was the outermost one and nobody has dealt with it.
+            The pending signal that was never raised, if this is the outermost instance; else ``None``.
         """
         global _state
         if not self._is_installed:
             return None
         self._is_installed = False
-        with _again_lock:
+        with _resend_lock:
             self._restore_handlers()
         if _active:
             return None
@@ -281,10 +282,10 @@ class Handling:
         return None if state.first is None or state.is_raised or not state.is_pending else _exception(state.first)
 
     def _restore_handlers(self) -> None:
-        os.getppid()  # any system call: a signal that was sent again, and is on its way, is handled when it returns
+        os.getppid()  # any system call: a resent signal in flight is handled when it returns
         for number, former in self._former.items():
             if signal.getsignal(number) in (_terminate_process_handler, _forward_handler):
-                # A handler that was not installed from Python cannot be put back.
+                # A handler that was not installed from Python cannot be restored.
                 signal.signal(number, signal.SIG_DFL if former is None else former)
         self._former.clear()
         _active.discard(self)
@@ -295,22 +296,22 @@ class Handling:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Let the handlers of before come back."""
+        """Restore the previous handlers."""
         self.restore()
 
 
 def ignore_the_rest(handled: str) -> dict[int, Any]:
-    """Ignore each signal that would end this process, is not handled and can be ignored; each is reported once.
+    """Ignore each unhandled signal whose default action would terminate this process. The first one of each is reported.
 
-    Python handlers, not ``SIG_IGN``: programs that this process executes have the default dispositions.
+    Installs Python handlers instead of ``SIG_IGN``, so that executed programs start with the default dispositions.
 
     Args:
         handled: comma-separated names of the signals that are handled, now or later.
 
     Returns:
-        The former dispositions of the signals that were changed.
+        The previous dispositions of the changed signals, by number.
     """
-    numbers = [getattr(signal, name) for name in _HARMLESS_IF_IGNORED if hasattr(signal, name)]
+    numbers = [getattr(signal, name) for name in _SAFE_TO_IGNORE if hasattr(signal, name)]
     numbers += range(signal.SIGRTMIN, signal.SIGRTMAX + 1)
     former = {}
     kept = {getattr(signal, name.strip(), None) for name in handled.split(",")}
@@ -322,10 +323,10 @@ def ignore_the_rest(handled: str) -> dict[int, Any]:
 
 @contextmanager
 def shielded(shorten: Callable[[], object]) -> Iterator[None]:
-    """A stop is under way for the length of the ``with`` block: no handler raises.
+    """Protect a stop in a ``with`` block: no handler raises.
 
     Args:
-        shorten: called when a person becomes impatient, from within a signal handler.
+        shorten: called from the signal handler at the second SIGINT or SIGQUIT. Ends the grace period.
     """
     _shorten.append(shorten)
     try:
@@ -335,40 +336,40 @@ def shielded(shorten: Callable[[], object]) -> Iterator[None]:
 
 
 def is_impatient() -> bool:
-    """Whether a person has sent a second SIGINT or SIGQUIT, which ends a grace."""
-    return bool(_active) and _state.interrupts >= _IMPATIENCE
+    """Return whether SIGINT or SIGQUIT was received twice, which ends a grace period."""
+    return bool(_active) and _state.interrupts >= _INTERRUPTS_THAT_KILL
 
 
 def received() -> SignalException | None:
-    """Return the ending signal that has come, if one has."""
+    """Return the first terminating signal, or ``None`` if none was received."""
     return None if _state.first is None or not _active else _exception(_state.first)
 
 
 def was_before_signal(at_ns: int) -> bool:
-    """Whether something happened before the first ending signal came.
+    """Return whether an event happened before the first terminating signal was received.
 
     Args:
-        at_ns: when it happened, ``CLOCK_MONOTONIC`` in nanoseconds.
+        at_ns: time of the event, ``CLOCK_MONOTONIC`` in nanoseconds.
     """
     return _state.first is None or at_ns < _state.first_at_ns
 
 
 def conclude() -> None:
-    """From here on no handler raises: a signal that has come was dealt with, and one that comes changes nothing any more."""
+    """Mark the received signal as handled. From now on no handler raises, because a signal can no longer change the outcome."""
     if _active:
         _state.is_concluded, _state.is_pending = True, False
 
 
 def resume() -> None:
-    """Handlers may raise again: the agent goes on after all."""
+    """Undo :func:`conclude`: the agent continues and handlers may raise again."""
     _state.is_concluded = False
 
 
 def raise_pending() -> None:
-    """Raise the ending signal that has come, unless it was dealt with or something is being stopped. On the main thread only.
+    """Raise the pending terminating signal, unless a stop is in progress. Does nothing on other threads than the main thread.
 
     Raises:
-        SignalException: it has come.
+        SignalException: a signal is pending.
     """
     is_main = threading.current_thread() is threading.main_thread()
     if is_main and _active and _state.is_pending and not _shorten and _state.first is not None:
@@ -377,7 +378,11 @@ def raise_pending() -> None:
 
 
 def forget_in_child(numbers: Iterable[int]) -> None:
-    """In a forked worker: give signals with a handler of this module, or of torch's, their default disposition."""
+    """In a forked worker: reset the signals handled by this module or by torch to their default dispositions.
+
+    Args:
+        numbers: numbers of the signals to check.
+    """
     names = {"_terminate_process_handler", "_forward_handler", "_note_handler"}
     for number in numbers:
         if getattr(signal.getsignal(number), "__name__", None) in names:

@@ -1,7 +1,7 @@
-"""Texts for messages. Those about objects of other people's code never fail: an exception, its traceback, the name of a function.
+"""Texts for messages. Functions that describe objects of user code never raise.
 
-Whoever reports an error must not lose it for another one: a ``__str__`` that raises, or a warning that is turned into an error (CPython
-3.15 warns while it formats the traceback of a process that ``multiprocessing`` has started).
+While an error is reported, a second error must not replace it: a ``__str__`` that raises, or a warning that is turned into an error
+(CPython 3.15 warns while it formats the traceback of a process that ``multiprocessing`` started).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["describe_error", "endpoint_text", "entrypoint_name", "format_traceback", "message_of", "origin_of", "warn"]
 
-_MOST_FRAMES = 200
+_MAX_FRAMES = 200
 
 
 def endpoint_text(host: str, port: int) -> str:
@@ -26,7 +26,7 @@ def endpoint_text(host: str, port: int) -> str:
 
 
 def message_of(error: object) -> str:
-    """Return ``str(error)``, or what stands for it where that raises."""
+    """Return ``str(error)``, or a placeholder if it raises."""
     with suppress(Exception):  # a user's __str__ may do anything
         return str(error)
     with suppress(Exception), warnings.catch_warnings():
@@ -41,32 +41,32 @@ def describe_error(error: BaseException) -> str:
 
 
 def format_traceback(error: BaseException) -> str:
-    """Return the traceback of an exception as Python prints it, or as much of it as can be had."""
+    """Return the traceback of an exception as Python prints it, or only its frames if formatting fails."""
     import traceback
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return "".join(traceback.format_exception(error))
-    except Exception as failure:  # noqa: BLE001 - of another exception in the chain, of a source file, of a loader
+    except Exception as failure:  # noqa: BLE001 - any code: exceptions of the chain, source files, loaders
         lines = ["Traceback (most recent call last):\n", *_frames(error), f"{describe_error(error)}\n"]
         return "".join([*lines, f"(the rest of the traceback could not be formatted: {describe_error(failure)})\n"])
 
 
 def _frames(error: BaseException) -> Iterator[str]:
-    """Lines that say where an exception has passed: without the source, which is what can fail."""
-    place = error.__traceback__
-    for _ in range(_MOST_FRAMES):
-        if place is None:
+    """Yield the lines of the traceback's frames, without source lines, whose loading can fail."""
+    entry = error.__traceback__
+    for _ in range(_MAX_FRAMES):
+        if entry is None:
             return
-        code = place.tb_frame.f_code
-        yield f'  File "{code.co_filename}", line {place.tb_lineno}, in {code.co_name}\n'
-        place = place.tb_next
+        code = entry.tb_frame.f_code
+        yield f'  File "{code.co_filename}", line {entry.tb_lineno}, in {code.co_name}\n'
+        entry = entry.tb_next
     yield "  ...\n"
 
 
 def warn(text: str) -> None:
-    """Warn; where warnings are errors, log it instead: the caller has something more important to do than to fail."""
+    """Issue a warning. If warnings are errors, log it instead: the caller must not fail because of a warning."""
     try:
         warnings.warn(text, stacklevel=3)
     except Warning:
@@ -76,7 +76,7 @@ def warn(text: str) -> None:
 
 
 def origin_of(entrypoint: Callable[..., object]) -> object:
-    """Return what has a name in a callable: the function of a ``functools.partial``, the class of an instance, else the callable."""
+    """Return the named object of a callable: the function of a ``functools.partial``, the class of an instance, else the callable."""
     origin: object = entrypoint
     while isinstance(origin, functools.partial):
         origin = origin.func
@@ -84,7 +84,7 @@ def origin_of(entrypoint: Callable[..., object]) -> object:
 
 
 def entrypoint_name(entrypoint: Callable[..., object] | str) -> str:
-    """Return the name of what workers run, for reports.
+    """Return the name of an entrypoint, for reports.
 
     Args:
         entrypoint: a function, a method, a ``functools.partial``, an instance with ``__call__``, or the path of a program.

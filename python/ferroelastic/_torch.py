@@ -1,7 +1,7 @@
-"""The only module that imports torch. Each function imports what it needs when it is called.
+"""The only module that imports torch. Each function imports torch when it is called.
 
-The rest of the package recognises torch's objects by duck typing and with :mod:`ferroelastic._compat`; special cases for torch's rendezvous
-handlers are in :mod:`ferroelastic.rendezvous._torch_handlers`.
+The rest of the package recognises torch's objects by duck typing and with :mod:`ferroelastic._compat`. Special cases for torch's
+rendezvous handlers are in :mod:`ferroelastic.rendezvous._torch_handlers`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def load(name: str, purpose: str) -> Any:
 
     Args:
         name: name of the module.
-        purpose: what it is needed for, for the error.
+        purpose: the feature that needs it, for the error message.
 
     Raises:
         ModuleNotFoundError: torch is not installed.
@@ -40,34 +40,40 @@ def load(name: str, purpose: str) -> Any:
 
 
 def start_worker_server(socket_path: str) -> Any:
-    """Serve torch's debug handlers on a unix socket, until ``shutdown()`` of what is returned.
+    """Serve torch's debug handlers on a unix socket.
 
     Args:
         socket_path: path of the socket.
+
+    Returns:
+        torch's server, which serves until its method ``shutdown()`` is called.
+
+    Raises:
+        ModuleNotFoundError: torch is not installed.
     """
     return load("torch._C._distributed_c10d", "the worker server")._WorkerServer(socket_path)  # noqa: SLF001 - no public name
 
 
 def cuda_device_count() -> int:
-    """Return how many CUDA (or ROCm) devices torch sees; 0 if it cannot use them."""
+    """Return the number of CUDA (or ROCm) devices that torch sees, 0 if it cannot use them."""
     torch = load("torch", "counting GPUs")
     return int(torch.cuda.device_count()) if torch.cuda.is_available() else 0
 
 
 def xpu_device_count() -> int:
-    """Return how many XPU devices torch sees; 0 if it cannot use them."""
+    """Return the number of XPU devices that torch sees, 0 if it cannot use them."""
     torch = load("torch", "counting XPUs")
     return int(torch.xpu.device_count()) if torch.xpu.is_available() else 0
 
 
 def custom_device_count(name: str) -> int | None:
-    """Return how many devices a private backend of torch sees; 0 if it cannot use them.
+    """Return the number of devices of torch's private backend.
 
     Args:
         name: name of the backend.
 
     Returns:
-        ``None`` if torch's private backend has another name.
+        The number, 0 if torch cannot use the devices. ``None`` if the private backend has another name.
     """
     torch = load("torch", f"counting devices of {name!r}")
     if name != torch._C._get_privateuse1_backend_name():  # noqa: SLF001 - no public name
@@ -77,7 +83,7 @@ def custom_device_count(name: str) -> int | None:
 
 
 def accelerator_count() -> tuple[str, int]:
-    """Return type and number of the accelerator devices that torch sees; ``("cpu", 0)`` if there are none."""
+    """Return type and number of the accelerator devices that torch sees, ``("cpu", 0)`` if there are none."""
     torch = load("torch", "counting accelerators")
     if hasattr(torch, "accelerator"):
         if torch.accelerator.is_available():

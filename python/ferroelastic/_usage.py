@@ -1,4 +1,4 @@
-"""What ``ferrorun`` checks before it starts anything."""
+"""Checks of the command line before ``ferrorun`` starts any process."""
 
 import os
 import sys
@@ -7,9 +7,9 @@ from typing import Any
 
 
 class UsageError(ValueError, AssertionError, RuntimeError):
-    """An option has a value that cannot work; the text names both and the remedy.
+    """An option has an invalid value. The text names the option, the value and the remedy.
 
-    It is all three of the types that torch's launcher raises for such a value: code written for torch catches it.
+    torch's launcher raises one of these three base classes, depending on the option. Code that catches torch's error catches this one.
     """
 
 
@@ -18,7 +18,7 @@ def named(dest: str, value: object) -> str:
 
     Args:
         dest: the option's attribute in the namespace.
-        value: what it was set to.
+        value: value of the option.
     """
     variable = f"PET_{dest.upper()}"
     text = repr(value) if isinstance(value, str) else str(value)
@@ -28,10 +28,10 @@ def named(dest: str, value: object) -> str:
 
 
 def check_numbers(args: Namespace) -> None:
-    """Check the options that are numbers with a range.
+    """Check the ranges of numeric options.
 
     Raises:
-        UsageError: one is outside its range.
+        UsageError: a value is out of range.
     """
     if args.max_restarts < 0:
         raise UsageError(f"{named('max_restarts', args.max_restarts)} must be >= 0; give 0 for no restart")
@@ -45,31 +45,31 @@ def check_numbers(args: Namespace) -> None:
 
 
 def check_detached(args: Namespace) -> None:
-    """Check that helpers are not both to be spared and to be ended.
+    """Check that ``--keep-detached`` and ``--end-detached`` are not combined.
 
     Raises:
-        UsageError: they are.
+        UsageError: both are set.
     """
     if args.keep_detached and args.end_detached:
-        raise UsageError("--keep-detached and --end-detached exclude each other; leave one out")
+        raise UsageError("--keep-detached and --end-detached exclude each other; remove one of them")
 
 
 def check_interactive_rank(args: Namespace, nproc_per_node: int) -> None:
-    """Check that the worker that is to have the terminal exists, and that there is a terminal.
+    """Check that the worker of ``--interactive-rank`` exists and that standard input is a terminal.
 
     Args:
-        args: the command line, perhaps of a parser of torch's, which lacks the option.
+        args: the parsed command line. A namespace of torch's parser lacks the option.
         nproc_per_node: number of workers on this node.
 
     Raises:
-        UsageError: one of them does not.
+        UsageError: the worker does not exist, or standard input is not a terminal.
     """
     rank = getattr(args, "interactive_rank", None)
     if rank is None:
         return
     if not 0 <= rank < nproc_per_node:
         raise UsageError(
-            f"{named('interactive_rank', rank)} is no local rank of this node; give 0 to {nproc_per_node - 1}"
+            f"{named('interactive_rank', rank)} is not a local rank of this node; give 0 to {nproc_per_node - 1}"
         )
     if not os.isatty(0):
         from ferroelastic.multiprocessing._terminal import NO_TERMINAL
@@ -81,17 +81,17 @@ def check_signals(handled: str, forwarded: str) -> None:
     """Check ``--signals-to-handle`` and ``--signals-to-forward``.
 
     Args:
-        handled: names of signals, separated by commas. An empty one is none.
-        forwarded: likewise.
+        handled: names of signals, separated by commas. Empty names are skipped.
+        forwarded: same for the forwarded signals.
 
     Raises:
-        UsageError: a name is no signal, or one that no process can handle, or in both lists.
+        UsageError: a name is unknown, is a signal that no process can handle, or is in both lists.
     """
     both = _check_signal_names("signals_to_handle", handled) & _check_signal_names("signals_to_forward", forwarded)
     if both:
         raise UsageError(
             f"{named('signals_to_forward', forwarded)}: {', '.join(sorted(both))} also ends the job "
-            f"({named('signals_to_handle', handled)}), and so goes to the workers anyhow; leave it out of one of the two"
+            f"({named('signals_to_handle', handled)}), which forwards it to the workers anyway; remove it from one of the two options"
         )
 
 
@@ -99,7 +99,7 @@ def _check_signal_names(dest: str, names: str) -> set[str]:
     """Check one list of signals and return its names.
 
     Raises:
-        UsageError: one is no signal, or one that no process can handle.
+        UsageError: a name is unknown, or is a signal that no process can handle.
     """
     import signal
 
@@ -107,7 +107,7 @@ def _check_signal_names(dest: str, names: str) -> set[str]:
     listed = set(filter(None, map(str.strip, names.split(","))))
     for name in sorted(listed):
         if name in ("SIGKILL", "SIGSTOP"):
-            raise UsageError(f"{named(dest, names)}: {name} cannot be handled by a process; leave it out")
+            raise UsageError(f"{named(dest, names)}: {name} cannot be handled by a process; remove it")
         if name not in known:
             guess = f"SIG{name.upper().removeprefix('SIG')}"
             remedy = f"write {guess}" if guess in known else "give names such as SIGTERM,SIGUSR1"
@@ -119,7 +119,7 @@ def parse_ranks(text: str) -> set[int] | None:
     """Parse ``--local-ranks-filter``: ``"0,2"`` is ``{0, 2}``, an empty text is ``None``.
 
     Raises:
-        UsageError: it is not a list of integers.
+        UsageError: the value is not a list of integers.
     """
     if not text:
         return None
@@ -136,12 +136,12 @@ def parse_std(dest: str, text: str, std: Any) -> Any:
     """Parse ``--redirects`` or ``--tee``.
 
     Args:
-        dest: which of the two.
-        text: its value.
-        std: the ``Std`` class to build from; a torch plugin needs torch's own.
+        dest: ``"redirects"`` or ``"tee"``.
+        text: value of the option.
+        std: the ``Std`` class of the result. A plugin for torch needs torch's class.
 
     Raises:
-        UsageError: it is neither a stream nor a mapping of local ranks to streams.
+        UsageError: the value is neither a stream nor a mapping of local ranks to streams.
     """
     try:
         return std.from_str(text)
@@ -156,7 +156,7 @@ def parse_rendezvous_conf(text: str) -> dict[str, Any]:
     """Parse ``--rdzv-conf``: ``"timeout=60,is_host=1"``.
 
     Raises:
-        UsageError: it is not a list of assignments, or assigns what has a flag of its own.
+        UsageError: the value is not a list of assignments, or contains a setting that has its own option.
     """
     from ferroelastic.rendezvous.utils import _parse_rendezvous_config
 
@@ -173,28 +173,28 @@ def parse_rendezvous_conf(text: str) -> dict[str, Any]:
         "local_addr": "--local-addr",
     }
     for key in config.keys() & flags.keys():
-        raise UsageError(f"{named('rdzv_conf', text)}: {key!r} is not set here; use {flags[key]}")
+        raise UsageError(f"{named('rdzv_conf', text)}: {key!r} has its own option; use {flags[key]}")
     timeout: str = config.get("timeout", "0")
     if not timeout.isdecimal():
-        raise UsageError(f"{named('rdzv_conf', text)}: timeout={timeout!r} is not a time; give whole seconds")
+        raise UsageError(f"{named('rdzv_conf', text)}: timeout={timeout!r} is not a timeout; give whole seconds")
     return config
 
 
 def check_endpoint(args: Namespace, endpoint: str, rdzv_configs: dict[str, Any]) -> None:
-    """Check the endpoint of the backends that are known to have a host and a port.
+    """Check the endpoint of the backends ``static`` and ``c10d``, which consists of a host and a port.
 
     Args:
         args: the parsed command line.
-        endpoint: the endpoint that it stands for.
-        rdzv_configs: settings of the rendezvous; those of c10d may make the endpoint a file.
+        endpoint: the endpoint that results from it.
+        rdzv_configs: settings of the rendezvous. With ``store_type=file`` the endpoint of ``c10d`` is a file.
 
     Raises:
-        UsageError: the host or the port is not one.
+        UsageError: the host or the port is invalid.
     """
     if args.rdzv_backend not in ("static", "c10d") or rdzv_configs.get("store_type") == "file":
         return
     if not args.rdzv_endpoint and args.master_port is None:
-        return  # run() has not filled in the default
+        return  # the caller is not run(), which sets the default port
     from ferroelastic.rendezvous.utils import parse_rendezvous_endpoint
 
     try:
@@ -229,7 +229,7 @@ def check_rendezvous_backend(name: str) -> None:
     """Check ``--rdzv-backend`` without loading the backend, which may be torch's or a plugin.
 
     Raises:
-        UsageError: no backend of that name is registered here, with torch, or by an installed plugin.
+        UsageError: no backend of that name is registered in this package, in torch, or by an installed plugin.
     """
     from ferroelastic.rendezvous.api import rendezvous_handler_registry
 
@@ -250,10 +250,10 @@ _warned_of_environment = False
 
 
 def warn_of_environment(remedy: str) -> None:
-    """Warn, once, of an active environment that is not that of this interpreter: workers do not run in it.
+    """Warn once if the active environment is not the environment of this interpreter: workers do not run in it.
 
     Args:
-        remedy: what to do, with ``{python}`` for the interpreter of the environment.
+        remedy: the remedy, with ``{python}`` for the interpreter of the active environment.
     """
     global _warned_of_environment  # noqa: PLW0603 - once per process
     other = _other_environment()
@@ -270,7 +270,7 @@ def warn_of_environment(remedy: str) -> None:
 
 
 def _other_environment() -> tuple[str, str] | None:
-    """Return the variable and the folder of an environment that is active and not this interpreter's."""
+    """Return the variable and the folder of the active environment if it is not the environment of this interpreter."""
     own = {os.path.realpath(sys.prefix), os.path.realpath(sys.base_prefix)}
     for variable in ("VIRTUAL_ENV", "CONDA_PREFIX"):
         folder = os.environ.get(variable)
@@ -279,7 +279,7 @@ def _other_environment() -> tuple[str, str] | None:
         if os.path.realpath(folder) not in own:
             return variable, folder
         if variable == "VIRTUAL_ENV":
-            return None  # what is active within a conda environment, which stays set
+            return None  # a virtual environment within a conda environment, whose variable stays set
     return None
 
 
@@ -287,32 +287,32 @@ def working_directory() -> str:
     """Return the working directory.
 
     Raises:
-        UsageError: it was deleted.
+        UsageError: the working directory was deleted.
     """
     try:
         return os.getcwd()
     except FileNotFoundError:
         raise UsageError(
-            f"the working directory {os.environ.get('PWD', '')!r} does not exist any more; change to one that exists"
+            f"the working directory {os.environ.get('PWD', '')!r} was deleted; change to an existing directory"
         ) from None
 
 
 def check_target(args: Namespace) -> None:
-    """Check that there is something to run, before anything is started.
+    """Check that the script, the module or the command exists.
 
     Raises:
-        UsageError: the script, the module or the command does not exist.
+        UsageError: it does not exist, or the script is not readable.
     """
     target: str = args.training_script
     if args.no_python and args.module and not args.run_path:
-        return  # reported as torch does, with the rest of the configuration
+        return  # config_from_args reports it, with torch's text
     if args.no_python and not args.run_path:
         _check_command(target)
     elif args.module and not args.run_path:
         if os.environ.get("PYTHON_EXEC", sys.executable) == sys.executable:
             _check_module(target)
     elif target.startswith("-"):
-        return  # "-" is standard input, and Python knows its own options
+        return  # "-" is standard input, and Python checks its own options
     elif not os.path.exists(target):
         raise UsageError(f"script {target!r} does not exist in {working_directory()!r}; check the path{_hint(target)}")
     elif not os.access(target, os.R_OK):
@@ -338,28 +338,28 @@ def _check_module(module: str) -> None:
     top = module.partition(".")[0]
     try:
         found = bool(top) and find_spec(top) is not None
-    except ValueError:  # it is loaded and does not say where from
+    except ValueError:  # the module is loaded and has no spec
         found = True
     if found:
         return
-    # The worker looks in the working directory first, ferrorun need not have it in its path.
+    # Workers search the working directory first. It may be missing in the path of ferrorun.
     here = working_directory()
     if not top or PathFinder.find_spec(top, [here]) is None:
-        raise UsageError(f"module {module!r} is not found in {here!r} nor installed; check its name or PYTHONPATH")
+        raise UsageError(f"module {module!r} is neither in {here!r} nor installed; check its name or PYTHONPATH")
 
 
 def _hint(target: str) -> str:
-    """Guess what was meant by a script that does not exist."""
+    """Return a hint for a missing script: a command of that name may exist."""
     import shutil
 
     return " or use --no-python" if "/" not in target and shutil.which(target) else ""
 
 
 def check_log_dir(log_dir: str | None) -> None:
-    """Check that logs can be written, as far as that can be told without writing.
+    """Check that an existing log folder is writable, without writing to it.
 
     Raises:
-        OSError: they cannot.
+        OSError: the folder is not writable.
     """
     if log_dir and os.path.isdir(log_dir) and not os.access(log_dir, os.W_OK | os.X_OK):
         import errno
@@ -368,10 +368,10 @@ def check_log_dir(log_dir: str | None) -> None:
 
 
 def check_local_addr(address: str | None) -> None:
-    """Refuse an address of this node that is none.
+    """Check that ``--local-addr`` can be resolved.
 
     Raises:
-        UsageError: the name is not known. A name server that does not answer is no reason.
+        UsageError: the name does not exist. A failure of the name server is not reported.
     """
     if not address:
         return
@@ -384,5 +384,5 @@ def check_local_addr(address: str | None) -> None:
     except (OSError, ValueError) as error:
         if getattr(error, "errno", socket.EAI_NONAME) == socket.EAI_NONAME:
             raise UsageError(
-                f"{named('local_addr', address)} is not known as a host; give an address or a name of this machine"
+                f"{named('local_addr', address)} is an unknown host name; give an address or a host name of this machine"
             ) from None

@@ -1,4 +1,4 @@
-"""The one place where Python waits for the engine."""
+"""The only place where Python waits for the engine."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ if TYPE_CHECKING:
 __all__ = ["wait_for_event"]
 
 _CHUNK = 4096
-_NOBODY = -1
+_NO_FD = -1
 _EVENTS = ("event", "news")
 
 
 class _WakeupPipe:
-    """A pipe for ``signal.set_wakeup_fd``: the C signal handler writes, the native wait watches the other end."""
+    """A pipe for ``signal.set_wakeup_fd``: the C signal handler writes to it, the native wait polls the read end."""
 
     def __init__(self) -> None:
         self.owner_pid = os.getpid()
         self.read_fd, self.write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self.forward_fd = _NOBODY
-        # A full pipe has woken its reader already: there is nothing to warn about.
+        self.forward_fd = _NO_FD
+        # No warning: a full pipe has already woken its reader.
         self.install = partial(signal.set_wakeup_fd, warn_on_full_buffer=False)
 
     def forward(self) -> None:
-        """Drain the pipe, and hand on what the owner of the former descriptor (an asyncio loop, say) would have got."""
+        """Drain the pipe and forward the bytes to the previous wakeup descriptor, for example of an asyncio loop."""
         more = True
         while more:
             try:
@@ -42,8 +42,8 @@ class _WakeupPipe:
             except BlockingIOError:
                 return
             more = len(signals) == _CHUNK
-            if self.forward_fd != _NOBODY:
-                with suppress(OSError):  # full: its reader wakes up as it is; closed: nobody listens
+            if self.forward_fd != _NO_FD:
+                with suppress(OSError):  # full, so its reader is awake, or closed
                     os.write(self.forward_fd, signals)
 
 
@@ -57,24 +57,24 @@ def wait_for_event(
     timeout_s: float | None = None,
     news_fd: int | None = None,
 ) -> bool:
-    """Wait until something has happened to ``group`` since ``generation``, with Python's signal handlers running at once.
+    """Wait until ``group`` has an event after ``generation``. Python's signal handlers run at once.
 
-    In a native wait alone a signal handler, which Python runs between two bytecodes of the main thread, would wait for
-    the event. On the main thread the wait is therefore left, and taken up again, whenever a signal arrives.
+    Python runs signal handlers between two bytecodes of the main thread, so a native wait would delay them until the event. On the main
+    thread every signal therefore interrupts the native wait, which then continues.
 
     Args:
-        group: what to wait for: workers, or a membership in a rendezvous.
-        generation: the last ``group.generation`` that was acted on.
-        timeout_s: give up after so many seconds; ``None`` or ``inf`` never, 0 or less only looks.
-        news_fd: that this descriptor is readable is an event as well.
+        group: source of the events: workers, or a membership in a rendezvous.
+        generation: the last handled value of ``group.generation``.
+        timeout_s: timeout in seconds. ``None`` or ``inf`` waits without limit, 0 or less only polls.
+        news_fd: descriptor whose readability is an event as well.
 
     Returns:
         Whether there was an event; ``False`` on timeout.
 
     Raises:
         RuntimeError: the engine was closed or has failed.
-        SignalException: the agent was told to end, and nobody has dealt with that yet.
-        BaseException: whatever a signal handler raises.
+        SignalException: a terminating signal is pending.
+        BaseException: any exception of a signal handler.
     """
     deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
     if threading.get_ident() != threading.main_thread().ident or deadline <= time.monotonic():
@@ -83,28 +83,30 @@ def wait_for_event(
     former: list[int] = []
     try:
         try:
-            # One call into C sets the descriptor and keeps the former one: between two steps a signal handler could
-            # raise, and the former one would be lost.
+            # A single C call sets the descriptor and stores the previous one. Between two bytecodes a signal handler could
+            # raise, and the previous descriptor would be lost.
             former.extend(map(pipe.install, (pipe.write_fd,)))
         except ValueError:
             if former:
                 raise
-            # The interpreter's main thread is not the one that `threading` takes for it (an embedded interpreter).
+            # `threading` is wrong about the interpreter's main thread (an embedded interpreter).
             return group.wait(generation, _remaining(deadline), None, news_fd) in _EVENTS
-        if former[0] != pipe.write_fd:  # else a signal handler is itself waiting: what it gets is for the same owner
+        if (
+            former[0] != pipe.write_fd
+        ):  # equal if a signal handler is waiting: then the forward descriptor is already set
             pipe.forward_fd = former[0]
         while True:
             _signals.report()
             _engine.report()
             _signals.raise_pending()
-            # The descriptor is set before the group is looked at: a signal from here on makes the pipe readable.
+            # The wakeup descriptor is already set: a signal from here on makes the pipe readable.
             outcome = group.wait(generation, _remaining(deadline), pipe.read_fd, news_fd)
             if outcome != "wake":
                 return outcome in _EVENTS
             pipe.forward()
     finally:
-        # In line, because the interpreter looks for signals at each entry of a Python function, and a second signal's
-        # handler would raise there. Twice, because Python 3.10 also looks between any two bytecodes.
+        # Inline, because the interpreter checks for signals at each entry of a Python function, where the handler of a
+        # second signal would raise. Twice, because Python 3.10 also checks between two bytecodes.
         try:
             if former:
                 signal.set_wakeup_fd(former[0])
@@ -132,8 +134,8 @@ def _forget() -> None:
     """In a forked child: a signal here must not wake the parent."""
     global _pipe  # noqa: PLW0603 - see _get_pipe
     if _pipe is not None:
-        former = signal.set_wakeup_fd(_NOBODY)
-        if former not in {_NOBODY, _pipe.write_fd}:
+        former = signal.set_wakeup_fd(_NO_FD)
+        if former not in {_NO_FD, _pipe.write_fd}:
             signal.set_wakeup_fd(former)
         os.close(_pipe.read_fd)
         os.close(_pipe.write_fd)

@@ -1,7 +1,7 @@
 """argparse actions that take their default from a ``PET_*`` environment variable.
 
-Mirrors ``torch.distributed.argparse_util``. Intended difference: a flag variable that is no integer
-(``PET_STANDALONE=yes``) is reported with its name, its value and the remedy.
+Mirrors ``torch.distributed.argparse_util``. Intended difference: the error for a flag variable without an integer
+(``PET_STANDALONE=yes``) names the variable, its value and the remedy.
 """
 
 import os
@@ -12,15 +12,15 @@ __all__ = ["check_env", "env"]
 
 
 class env(Action):  # noqa: N801 - torch's name
-    """Option with a value whose default is ``$PET_<DEST>`` where that is set, else ``default``.
+    """Option with a value. The default is ``$PET_<DEST>`` if the variable is set, else ``default``.
 
-    The command line wins over the variable. Mirrors ``torch.distributed.argparse_util.env``.
+    The command line takes precedence over the variable. Mirrors ``torch.distributed.argparse_util.env``.
 
     Args:
-        dest: attribute of the namespace; its upper case follows ``PET_`` in the variable's name.
-        default: value without variable and without option.
-        required: the option must be given, unless the variable gives a value.
-        kwargs: passed on to ``argparse.Action``.
+        dest: attribute of the namespace. The variable is ``PET_`` followed by ``dest`` in upper case.
+        default: value if neither the option nor the variable is set.
+        required: whether the option must be given if the variable is not set.
+        kwargs: passed to ``argparse.Action``.
     """
 
     def __init__(self, dest: str, default: Any = None, required: bool = False, **kwargs: Any) -> None:
@@ -36,17 +36,17 @@ class env(Action):  # noqa: N801 - torch's name
 
 
 class check_env(Action):  # noqa: N801 - torch's name
-    """Flag that is also set by a non-zero ``$PET_<DEST>``; ``0`` clears a default of ``True``.
+    """Flag that a non-zero ``$PET_<DEST>`` also sets. ``0`` clears a default of ``True``.
 
     Mirrors ``torch.distributed.argparse_util.check_env``.
 
     Args:
-        dest: attribute of the namespace; its upper case follows ``PET_`` in the variable's name.
-        default: value without variable and without flag.
-        kwargs: passed on to ``argparse.Action``.
+        dest: attribute of the namespace. The variable is ``PET_`` followed by ``dest`` in upper case.
+        default: value if neither the flag nor the variable is set.
+        kwargs: passed to ``argparse.Action``.
 
     Raises:
-        ValueError: the variable holds no integer.
+        ValueError: the value of the variable is not an integer.
     """
 
     def __init__(self, dest: str, default: bool = False, **kwargs: Any) -> None:

@@ -1,7 +1,7 @@
 """Mirror of ``torch.distributed.elastic.control_plane``.
 
-Intended difference: an exception in the body is recorded. torch decorates the function that makes the context manager, and records
-nothing of what happens within.
+Intended difference: an exception in the body is recorded. torch only decorates the function that creates the context manager, and
+does not record exceptions of the body.
 """
 
 from __future__ import annotations
@@ -22,12 +22,16 @@ TORCH_WORKER_SERVER_SOCKET = "TORCH_WORKER_SERVER_SOCKET"
 
 @contextmanager
 def worker_main() -> Iterator[None]:
-    """Run the main function of a worker with its errors recorded and torch's debug handlers served.
+    """Decorate the main function of a worker: record its exceptions and serve torch's debug handlers.
 
-    The handlers are served on the unix socket that the environment variable ``TORCH_WORKER_SERVER_SOCKET`` names, if it is set::
+    Mirrors ``torch.distributed.elastic.control_plane.worker_main``. The handlers are served on the unix socket at
+    ``$TORCH_WORKER_SERVER_SOCKET``, if the variable is set::
 
         @worker_main()
         def main(): ...
+
+    Raises:
+        ModuleNotFoundError: the variable is set and torch is not installed.
     """
     handler = get_error_handler()
     handler.initialize()

@@ -3,21 +3,17 @@
 Mirrors ``torch.distributed.run``, the module behind ``torchrun``: every option, ``PET_*`` variable and default.
 Intended differences:
 
-* A value that cannot work is one line on standard error, which names it and the remedy, and nothing is started. That
-  includes what torch finds out late or never: a script, module or command that does not exist, unknown signals,
-  handlers or backends.
-* The exit code is that of the worker that failed first, 128+n if signal n ended it. It is 128+n also when ``ferrorun``
-  itself was told to end by signal n, 2 for a usage error and 1 for the rest. A failure is reported once, without the
-  launcher's own traceback.
-* GPUs are counted by asking the driver and not through torch: with a CPU-only torch on a host with GPUs ``gpu`` and
-  ``auto`` count them.
-* ``--help`` and usage errors import no torch.
-* ``--interactive-rank`` gives the terminal to one worker.
-* When ``ferrorun`` is killed, its workers and their children end too. Helpers that have left the session of their worker end after a failure,
-  before a restart and on a stop; ``--keep-detached`` and ``--end-detached`` change that.
+* An invalid value is reported before any process is started, in one line on standard error with the value and the remedy. This includes
+  values that torch detects late or never: a missing script, module or command, and unknown signals, handlers or backends.
+* The exit code is that of the worker that failed first, 128+n if signal n ended the worker or ``ferrorun``, 2 for a usage
+  error, else 1. A failure is reported once, without the launcher's own traceback.
+* GPUs are counted through the driver, not through torch: ``gpu`` and ``auto`` count them even with a CPU-only torch.
+* ``--help`` and usage errors do not import torch.
+* ``--interactive-rank`` connects one worker to the terminal.
+* If ``ferrorun`` is killed, its workers and their children end too. Helpers that left the session of their worker are ended after a
+  failure, before a restart and on a stop. ``--keep-detached`` and ``--end-detached`` change that.
 
-:func:`main` called by a program raises as torch's does; :func:`cli` turns what it raises into exit codes; :func:`console` is the console
-script.
+:func:`main` is for programs and raises as torch's does. :func:`cli` returns an exit code instead. :func:`console` is the console script.
 """
 
 import importlib
@@ -54,7 +50,7 @@ __all__ = [
     "run_script_path",
 ]
 
-# Names that torch's module has too, loaded when they are first used: --help and a usage error need none of them.
+# Names of torch's module, loaded at their first use, because --help and usage errors need none of them.
 _LATE = {
     "DefaultLogsSpecs": "ferroelastic.multiprocessing:DefaultLogsSpecs",
     "LaunchConfig": "ferroelastic.launcher.api:LaunchConfig",
@@ -71,7 +67,7 @@ _LATE = {
 
 
 def __getattr__(name: str) -> Any:
-    """Load one of the late names."""
+    """Load a name of ``_LATE`` at its first use."""
     if name == "logger":
         from ferroelastic.utils.logging import get_logger
 
@@ -83,16 +79,19 @@ def __getattr__(name: str) -> Any:
 
 
 def _late(name: str) -> Any:
-    """Return a late name, or what a program has put in its place in this module."""
+    """Return a name of ``_LATE``, or the object with which a program replaced it in this module."""
     return globals()[name] if name in globals() else __getattr__(name)
 
 
 def parse_args(args: Sequence[str] | None) -> Namespace:
-    """Parse a command line; ``None`` is this process's.
+    """Parse a command line. Mirrors ``torch.distributed.run.parse_args``.
+
+    Args:
+        args: the command line without the program; ``None`` parses that of this process.
 
     Raises:
-        SystemExit: with code 2 after one line on standard error, if it cannot be parsed; with code 0 after ``--help``.
-        ValueError: the variable of a flag holds no integer.
+        SystemExit: the command line cannot be parsed (code 2, after one line on standard error), or it has ``--help`` (code 0).
+        ValueError: the value of a flag's ``PET_*`` variable is not an integer.
     """
     return get_args_parser().parse_args(args)
 
@@ -101,7 +100,7 @@ def parse_min_max_nnodes(nnodes: str) -> tuple[int, int]:
     """Parse ``--nnodes``: ``"2"`` is ``(2, 2)`` and ``"1:4"`` is ``(1, 4)``.
 
     Raises:
-        UsageError: it is neither.
+        UsageError: the value has another format.
     """
     least, colon, most = nnodes.partition(":")
     try:
@@ -113,14 +112,14 @@ def parse_min_max_nnodes(nnodes: str) -> tuple[int, int]:
 
 
 def determine_local_world_size(nproc_per_node: str) -> int:
-    """Return the number of workers of this node.
+    """Return the number of workers of this node. Mirrors ``torch.distributed.run.determine_local_world_size``.
 
     Args:
-        nproc_per_node: a number, or what to count: ``cpu``, ``gpu``, ``xpu``, torch's name of a private backend, or
+        nproc_per_node: a number, or the devices to count: ``cpu``, ``gpu``, ``xpu``, the name of torch's private backend, or
             ``auto``.
 
     Raises:
-        UsageError: it is none of these, or there is nothing to count.
+        UsageError: the value is none of these, or there are no such devices.
     """
     try:
         return int(nproc_per_node)
@@ -131,36 +130,37 @@ def determine_local_world_size(nproc_per_node: str) -> int:
     count = _devices.worker_count(nproc_per_node)
     if count is None:
         raise UsageError(
-            f"{named('nproc_per_node', nproc_per_node)} is not a number of workers; give one, or auto, gpu, xpu or cpu"
+            f"{named('nproc_per_node', nproc_per_node)} is not a number of workers; give a number, or auto, gpu, xpu or cpu"
         )
     if count.number < 1:
         raise UsageError(f"{named('nproc_per_node', nproc_per_node)}: no {count.device} is available; {count.remedy}")
     _late("logger").info(
-        "nproc_per_node=%s is %d: this host has %d x %s", nproc_per_node, count.number, count.number, count.device
+        "nproc_per_node=%s starts %d workers: this host has %d x %s",
+        *(nproc_per_node, count.number, count.number, count.device),
     )
     return count.number
 
 
 def get_rdzv_endpoint(args: Namespace) -> str:
-    """Return the endpoint of the rendezvous; a static one has it from the master's address and port."""
+    """Return the endpoint of the rendezvous. The default of a static rendezvous is the master's address and port."""
     if args.rdzv_backend == "static" and not args.rdzv_endpoint:
         return f"{args.master_addr}:{args.master_port}"
     return str(args.rdzv_endpoint)
 
 
 def get_use_env(args: Namespace) -> bool:
-    """Return whether workers learn their rank from the environment; only the legacy ``launch`` says no."""
+    """Return whether workers read their local rank from the environment. False only for the legacy ``launch`` without ``--use-env``."""
     return bool(getattr(args, "use_env", True))
 
 
 def _get_logs_specs_class(logs_specs_name: str | None) -> type["LogsSpecs"]:
-    """Return the class that decides on log files.
+    """Return the class that configures the log files.
 
     Args:
-        logs_specs_name: name of an entry point of the group ``torchrun.logs_specs``; ``None`` is the default.
+        logs_specs_name: name of an entry point of the group ``torchrun.logs_specs``; ``None`` selects ``DefaultLogsSpecs``.
 
     Raises:
-        UsageError: there is no such entry point.
+        UsageError: the entry point does not exist.
     """
     if logs_specs_name is None:
         default: type[LogsSpecs] = _late("DefaultLogsSpecs")
@@ -175,7 +175,7 @@ def _get_logs_specs_class(logs_specs_name: str | None) -> type["LogsSpecs"]:
             f"'torchrun.logs_specs[{logs_specs_name}]' key; {known}"
         )
     entry = plugins[logs_specs_name]
-    # torch registers its default, which this package's stands for.
+    # torch registers its default class. This package uses its own instead.
     ours = entry.value == "torch.distributed.elastic.multiprocessing:DefaultLogsSpecs"
     plugin: type[LogsSpecs] = _late("DefaultLogsSpecs") if ours else entry.load()
     _late("logger").info("logs_specs %r is %s", logs_specs_name, plugin)
@@ -183,22 +183,25 @@ def _get_logs_specs_class(logs_specs_name: str | None) -> type["LogsSpecs"]:
 
 
 def _std_class(logs_specs_cls: type["LogsSpecs"]) -> Any:
-    """Return the ``Std`` that a class understands: one derived from torch's tells streams by torch's type."""
+    """Return the ``Std`` class for a ``LogsSpecs`` class: torch's ``Std`` if the class is derived from torch's ``LogsSpecs``."""
     theirs = sys.modules.get("torch.distributed.elastic.multiprocessing.api")
-    # Not issubclass: ours is a virtual subclass of torch's.
+    # issubclass does not work here: our class is a virtual subclass of torch's.
     if theirs is not None and theirs.LogsSpecs in logs_specs_cls.__mro__:
         return theirs.Std
     return _late("Std")
 
 
 def config_from_args(args: Namespace) -> tuple["LaunchConfig", Callable[..., Any] | str, list[str]]:
-    """Turn a parsed command line into a configuration, an entrypoint and its arguments.
+    """Return the configuration, the entrypoint and its arguments. Mirrors ``torch.distributed.run.config_from_args``.
 
-    Sets ``OMP_NUM_THREADS=1`` in this process if there are several workers and it is not set, as torch does.
+    With several workers, sets ``OMP_NUM_THREADS=1`` in this process if the variable is not set, as torch does.
+
+    Args:
+        args: the parsed command line.
 
     Raises:
-        UsageError: a value cannot work.
-        OSError: the log folder cannot be made.
+        UsageError: a value is invalid.
+        OSError: the log folder cannot be created.
     """
     from ferroelastic import _usage
 
@@ -213,7 +216,7 @@ def config_from_args(args: Namespace) -> tuple["LaunchConfig", Callable[..., Any
     static = args.rdzv_backend == "static"
     if static and not 0 <= args.node_rank < max_nodes:
         raise UsageError(
-            f"{named('node_rank', args.node_rank)} is no rank of {named('nnodes', args.nnodes)}; "
+            f"{named('node_rank', args.node_rank)} is not a rank of a job with {named('nnodes', args.nnodes)}; "
             f"give 0 to {max_nodes - 1}"
         )
     if args.no_python and args.module and not args.run_path:
@@ -272,9 +275,12 @@ def config_from_args(args: Namespace) -> tuple["LaunchConfig", Callable[..., Any
         interactive_rank=getattr(args, "interactive_rank", None),
     )
     if nproc_per_node > 1 and "OMP_NUM_THREADS" not in os.environ:
-        # Workers inherit it. As many threads as CPUs in each of many workers would be slower than one.
+        # Workers inherit it. One thread per CPU in each of several workers would be slower than one thread per worker.
         os.environ["OMP_NUM_THREADS"] = "1"
-        logger.warning("OMP_NUM_THREADS is not set; each of the %d workers gets 1, set it to tune", nproc_per_node)
+        logger.warning(
+            "OMP_NUM_THREADS is not set; each of the %d workers gets OMP_NUM_THREADS=1, set it to another value to tune performance",
+            nproc_per_node,
+        )
     return config, *_entrypoint(args)
 
 
@@ -287,17 +293,17 @@ def _numa_options(mode: str | None) -> Any:
 
 
 def _entrypoint(args: Namespace) -> tuple[Callable[..., Any] | str, list[str]]:
-    """Return what a worker runs and with which arguments."""
+    """Return the entrypoint of the workers and its arguments."""
     from ferroelastic import _usage
 
     entrypoint: Callable[..., Any] | str
     if args.run_path:
-        _usage.warn_of_environment("to run them in it, start {python} -m ferroelastic.run")
+        _usage.warn_of_environment("to run the workers in it, start {python} -m ferroelastic.run")
         entrypoint, arguments = run_script_path, [args.training_script]
     elif args.no_python:
         entrypoint, arguments = args.training_script, []
     else:
-        # Unbuffered, so that a worker's last words reach the log however it ends.
+        # Unbuffered, so that the last output of a killed worker is in its log.
         entrypoint = _interpreter()
         arguments = ["-u", *(["-m"] if args.module else []), args.training_script]
     if not get_use_env(args):
@@ -315,7 +321,7 @@ def _interpreter() -> str:
 
     chosen = os.environ.get("PYTHON_EXEC")
     if chosen is None:
-        _usage.warn_of_environment("to run them in it, set PYTHON_EXEC={python}")
+        _usage.warn_of_environment("to run the workers in it, set PYTHON_EXEC={python}")
         return sys.executable
     if not chosen:
         raise UsageError("PYTHON_EXEC='' names no Python interpreter; unset it, or set it to the path of one")
@@ -323,11 +329,11 @@ def _interpreter() -> str:
 
 
 def run_script_path(training_script: str, *training_script_args: str) -> None:
-    """Run a script in this interpreter, as its main module.
+    """Run a script in this interpreter, as its main module. Mirrors ``torch.distributed.run.run_script_path``.
 
     Args:
-        training_script: its absolute path.
-        training_script_args: its arguments.
+        training_script: absolute path of the script.
+        training_script_args: arguments of the script.
     """
     import runpy
 
@@ -336,20 +342,20 @@ def run_script_path(training_script: str, *training_script_args: str) -> None:
 
 
 def run(args: Namespace) -> None:
-    """Launch a job from a parsed command line, and wait for the workers of this node.
+    """Launch a job from a parsed command line, and wait for the workers of this node. Mirrors ``torch.distributed.run.run``.
 
     Args:
-        args: as from :func:`parse_args`. Changed in place: a job on one node gets its rendezvous here.
+        args: as returned by :func:`parse_args`. Modified in place: the rendezvous of a single-node job is set here.
 
     Raises:
-        ChildFailedError: workers failed, and no restart was left.
-        SignalException: this process was told to end; the workers were stopped.
-        UsageError: a value cannot work.
+        ChildFailedError: workers failed and no restart was left.
+        SignalException: this process received a terminating signal. The workers were stopped.
+        UsageError: a value is invalid.
     """
     _name_thread("pt_elastic")
     if args.standalone:
         _check_standalone(args)
-        _rendezvous_alone(args)
+        _use_local_rendezvous(args)
         _late("logger").info(
             "rendezvous: --rdzv-backend=%s --rdzv-endpoint=%s --rdzv-id=%s",
             args.rdzv_backend,
@@ -359,7 +365,7 @@ def run(args: Namespace) -> None:
     elif args.rdzv_backend == "static" and not args.rdzv_endpoint and args.master_port is None:
         _, max_nodes = parse_min_max_nnodes(args.nnodes)
         if max_nodes == 1:
-            _rendezvous_alone(args)
+            _use_local_rendezvous(args)
     if args.master_port is None:
         args.master_port = 29500
     config, entrypoint, arguments = config_from_args(args)
@@ -367,20 +373,20 @@ def run(args: Namespace) -> None:
 
 
 def _check_standalone(args: Namespace) -> None:
-    """Refuse a job on this node alone that waits for other nodes.
+    """Check that ``--standalone`` is not combined with several nodes.
 
     Raises:
-        UsageError: it would.
+        UsageError: ``--nnodes`` needs more than one node.
     """
     min_nodes, _ = parse_min_max_nnodes(args.nnodes)
     if min_nodes > 1:
         raise UsageError(
-            f"--standalone runs the job on this node alone, and {named('nnodes', args.nnodes)} waits for others; leave one of them out"
+            f"--standalone runs the job on this node only, but {named('nnodes', args.nnodes)} waits for other nodes; remove one of them"
         )
 
 
-def _rendezvous_alone(args: Namespace) -> None:
-    """Let a job on one node meet itself on a free port, so that it collides with no other job."""
+def _use_local_rendezvous(args: Namespace) -> None:
+    """Set a rendezvous on a free port of this host, which cannot collide with another job."""
     from ferroelastic.utils._ids import random_uuid
 
     args.rdzv_backend = "c10d"
@@ -389,28 +395,27 @@ def _rendezvous_alone(args: Namespace) -> None:
 
 
 def _name_thread(name: str) -> None:
-    """Name the calling thread as torch names its launcher's, for ``ps`` and ``top``."""
+    """Set the name of the calling thread in ``ps`` and ``top``."""
     try:
         with open("/proc/thread-self/comm", "w") as comm:
             comm.write(name)
-    except OSError:  # only a name
+    except OSError:  # the name is not essential
         pass
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Launch a job from a command line, and wait for the workers of this node.
 
-    Mirrors ``torch.distributed.run.main``: what goes wrong is raised, and recorded in ``$TORCHELASTIC_ERROR_FILE`` if
-    that is set.
+    Mirrors ``torch.distributed.run.main``. Exceptions are also recorded in ``$TORCHELASTIC_ERROR_FILE``, if the variable is set.
 
     Args:
-        args: the command line without program; ``None`` is this process's.
+        args: the command line without the program; ``None`` takes that of this process.
 
     Raises:
-        ChildFailedError: workers failed, and no restart was left.
-        SignalException: this process was told to end; the workers were stopped.
+        ChildFailedError: workers failed and no restart was left.
+        SignalException: this process received a terminating signal. The workers were stopped.
         SystemExit: the command line cannot be parsed (code 2).
-        UsageError: a value cannot work.
+        UsageError: a value is invalid.
     """
     _late("record")(_parse_and_run)(args)
 
@@ -420,17 +425,17 @@ def _parse_and_run(args: Sequence[str] | None) -> None:
 
 
 def cli(args: Sequence[str] | None = None) -> int:
-    """Do what :func:`main` does, for the console: report what goes wrong on standard error.
+    """Run :func:`main` for a console: report exceptions on standard error and return an exit code.
 
     Args:
-        args: the command line without program; ``None`` is this process's.
+        args: the command line without the program; ``None`` takes that of this process.
 
     Returns:
-        The exit code: 0, that of the worker that failed first (128+n for signal n), 128+n when signal n ended
-        ``ferrorun`` itself, 2 for a usage error, 1 for the rest.
+        0 after a success; the exit code of the worker that failed first (128+n for signal n); 128+n if signal n ended
+        ``ferrorun``; 2 for a usage error; else 1.
 
     Raises:
-        SystemExit: the command line cannot be parsed (code 2), or ``--help`` was asked for (code 0).
+        SystemExit: the command line cannot be parsed (code 2), or it has ``--help`` (code 0).
     """
     from ferroelastic import _process
 
@@ -440,14 +445,14 @@ def cli(args: Sequence[str] | None = None) -> int:
 
 
 def console(parse: Callable[[Sequence[str] | None], Namespace] | None = None) -> NoReturn:
-    """Do what :func:`cli` does, and end this process with its exit code.
+    """Run :func:`cli` and end this process with its exit code.
 
     Args:
-        parse: parses the command line; by default :func:`parse_args`.
+        parse: parser of the command line, by default :func:`parse_args`.
     """
     from ferroelastic import _process
 
-    # Never closed: up to the end no signal changes the exit code.
+    # Never closed: the handlers stay installed until the process ends, so that no signal changes the exit code.
     cleanup = ExitStack()
     _process.prepare(cleanup)
     _process.leave(_cli(None, cleanup, parse or parse_args))
@@ -485,10 +490,10 @@ def _cli(
 
 
 def _show_logs() -> None:
-    """Write the launcher's log to standard error in one line a record; ``$LOGLEVEL`` sets how much.
+    """Write the launcher's log to standard error, one line per record, with the level of ``$LOGLEVEL``.
 
     Raises:
-        UsageError: ``$LOGLEVEL`` is not a level.
+        UsageError: the value of ``$LOGLEVEL`` is not a log level.
     """
     import logging
 

@@ -310,7 +310,7 @@ def test_a_hangup_ends_the_job(tmp_path: Path, sit: Any) -> None:
 
 def test_a_rank_that_is_not_there(sit: Any) -> None:
     job = sit(DEBUGGED, "--interactive-rank=2")
-    job.see("--interactive-rank=2 is no local rank of this node; give 0 to 1")
+    job.see("--interactive-rank=2 is not a local rank of this node; give 0 to 1")
     assert job.end() == 2
 
 

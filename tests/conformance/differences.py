@@ -1,7 +1,7 @@
-"""Everything in which this package differs from torch on purpose, in one place.
+"""All intended differences between this package and torch.
 
-A test that meets a difference names it: ``impl.expect("exit-code", torch=1, ours=7)``. ``test_differences.py`` sees to it that what is
-listed is tested, and that what is tested is listed.
+A test of a difference names it: ``impl.expect("exit-code", torch=1, ours=7)``. ``test_differences.py`` checks that each listed difference
+is tested, and that each tested difference is listed.
 """
 
 from __future__ import annotations
@@ -15,304 +15,307 @@ class Difference(NamedTuple):
     """One intended difference."""
 
     of: str
-    """The name that a program uses."""
+    """The public name or command that differs."""
     torch: str
-    """What torch does."""
+    """Behaviour of torch."""
     ours: str
-    """What we do."""
+    """Behaviour of this package."""
     why: str
-    """The reason."""
+    """Reason for the difference."""
 
 
 DIFFERENCES: dict[str, Difference] = {
     # ---- how a job ends
     "exit-code": Difference(
         "run, as a command",
-        "exits with 1 whatever happened",
+        "exits with 1 after any failure",
         "exits with the code of the worker that failed first, 128+n for signal n",
-        "a scheduler decides by the exit code",
+        "schedulers decide by the exit code",
     ),
     "failure-everywhere": Difference(
         "run, on a node whose own workers succeeded while another node's failed for good",
         "exits with 0",
-        "reports the failure of the other node, and exits with the job's code",
-        "an orchestrator that asks one node must not read a success",
+        "reports the failure of the other node and exits with the job's code",
+        "an orchestrator that checks a single node must not see a success",
     ),
     "spares-say-so": Difference(
-        "run, on a node for which a running job has no room, when that job succeeds",
-        "exits with 1, and says that the rendezvous is closed",
-        "says while it waits, and at the end, that no worker is started on it, and exits with 0",
-        "a spare that was not needed has not failed, and nobody may take it for a job that ran",
+        "run, on a node that a running job with the maximum number of nodes does not need, when that job succeeds",
+        "exits with 1 and reports that the rendezvous is closed",
+        "reports while it waits, and at the end, that it starts no worker, and exits with 0",
+        "an unused spare has not failed, and must not look like a job that ran",
     ),
     "equal-settings": Difference(
         "run --max-restarts=0 on one node, --max-restarts=3 on the other",
-        "runs; the nodes count apart, and one may wait for a round that the other never joins",
-        "refuses the second node, and both name both values",
-        "one job has one number of restarts",
+        "runs; each node counts restarts separately, and a node may wait for a round that the other never joins",
+        "refuses the second node; the errors on both nodes contain both values",
+        "a job has one restart limit",
     ),
     "silent-node": Difference(
         "run --nnodes=1:2, while the agent of a node is suspended for longer than the heartbeat timeout",
-        "goes on as if the node were there, until another one joins",
-        "ends the workers of that node by its guard process, and then goes on with the other nodes",
-        "nobody waits for a node that is gone, and no rank runs twice",
+        "continues as if the node were present, until another node joins",
+        "ends the workers of that node by its guard process, then continues with the other nodes",
+        "the job does not wait for a lost node, and no rank runs twice",
     ),
     "standalone-alone": Difference(
         "run --standalone --nnodes=2",
-        "waits for a second node, which cannot come",
-        "is a usage error",
-        "it can never begin",
+        "waits for a second node, which cannot join",
+        "reports a usage error",
+        "the job can never start",
     ),
     "arguments-of-the-script": Difference(
         "run.parse_args, before Python 3.12",
-        "refuses arguments of the script that could be abbreviations of several options of the launcher",
-        "hands them on",
-        "what follows the script is the script's",
+        "rejects arguments of the script that look like ambiguous abbreviations of launcher options",
+        "passes them to the script",
+        "all arguments after the script belong to the script",
     ),
     "no-launcher-traceback": Difference(
         "run, as a command",
-        "shows the launcher's own traceback as well",
-        "shows the report of the failed workers only",
-        "people take the launcher's traceback for the error",
+        "also prints the launcher's own traceback",
+        "prints only the report of the failed workers",
+        "users mistake the launcher's traceback for the error",
     ),
     "real-failures": Difference(
         "RunProcsResult.failures, RunResult.failures",
-        "hold the workers that the agent stopped, too",
-        "hold the workers that failed; who was stopped is in RunProcsResult.stopped",
-        "the cause of a failure is not to be searched for among its consequences",
+        "include the workers that the agent stopped",
+        "contain only the workers that failed; RunProcsResult.stopped contains the stopped workers",
+        "the list of failures shows the cause without its consequences",
     ),
     "stuck-is-failed": Difference(
         "RunResult.is_failed",
-        "is false for UNHEALTHY, which has no failures, so that the launcher exits with 0",
-        "is true for UNHEALTHY, and the stuck workers are among the failures",
-        "a job that was given up is no success",
+        "is false for UNHEALTHY, which has no failures; the launcher exits with 0",
+        "is true for UNHEALTHY; the failures include the stuck workers",
+        "an abandoned job is not a success",
     ),
     "graceful-exit-result": Difference(
         "SimpleElasticAgent.run",
-        "returns None on RendezvousGracefulExitError, at which the launcher fails",
-        "returns a result that succeeded",
+        "returns None on RendezvousGracefulExitError, which makes the launcher fail",
+        "returns a successful result",
         "a node that is not needed has not failed",
     ),
     "corrupt-error-file": Difference(
         "ProcessFailure",
-        "raises if the error file is damaged or half written, and ends the agent",
-        "says so in its message",
-        "a worker that is killed while it writes is an ordinary failure",
+        "raises if the error file is damaged or incomplete, which ends the agent",
+        "reports the damaged file in its message",
+        "a worker that is killed while it writes the file is an ordinary failure",
     ),
     "unknown-time": Difference(
         "ProcessFailure.timestamp",
         "is 0 for an error file with a text message and no time, which makes it the first failure",
         "is the time of the exit",
-        "the first failure is the root cause",
+        "the first failure is reported as the root cause",
     ),
     "no-shared-default": Difference(
         "ProcessFailure.error_file_data",
-        "is one dictionary for all failures without an error file, which they change",
-        "is each failure's own",
-        "one failure's traits do not belong to another",
+        "is a single mutable dictionary for all failures without an error file",
+        "is a separate dictionary for each failure",
+        "data of one failure must not appear in another",
     ),
     "tidy-report": Difference(
         "ChildFailedError.format_msg",
-        "ends the line of the exit code with a blank, and does not indent messages that are text",
-        "has no blank and indents them",
-        "it is read by people; a parser that skips white space reads both",
+        "ends the line of the exit code with a blank, and does not indent text messages",
+        "writes no trailing blank and indents text messages",
+        "the report is for people; parsers that skip white space accept both",
     ),
     # ---- stopping and restarting workers
     "grace-everywhere": Difference(
         "LocalElasticAgent._stop_workers",
-        "gives workers 30 s on a failure and on a restart, whatever the shutdown timeout is",
-        "gives them the shutdown timeout",
-        "a checkpoint takes as long on every path",
+        "gives workers 30 s on a failure and on a restart, independent of the shutdown timeout",
+        "gives them the shutdown timeout as grace period",
+        "saving a checkpoint takes the same time in all cases",
     ),
     "whole-groups": Difference(
         "PContext",
-        "leaves the children of a worker that has failed running",
+        "leaves the children of a failed worker running",
         "stops the process group of each worker until it is empty",
-        "they hold on to GPU memory and ports",
+        "the children occupy GPU memory and ports",
     ),
     "second-signal": Difference(
         "SimpleElasticAgent.run",
-        "starts the shutdown again with the full timeout when a second signal comes, and raises that",
-        "goes on with the shutdown, which keeps its deadline, and raises the first signal. Only a second SIGINT or SIGQUIT shortens the grace",
-        "machines send signals twice (Slurm, timeout, the end of a login session); impatience is a person's",
+        "restarts the shutdown with the full timeout at a second signal, and raises the second signal",
+        "continues the shutdown with its deadline, and raises the first signal. Only a second SIGINT or SIGQUIT ends the grace period",
+        "schedulers send signals twice (Slurm, timeout, the end of a login session); a person repeats SIGINT or SIGQUIT",
     ),
     "signal-in-a-stop": Difference(
         "PContext.close",
-        "a handler raises in the middle of it, and workers are left to run",
-        "goes on to its end, with the deadline that it has, and raises the signal then",
-        "workers that save have the time that they were given",
+        "is interrupted by an exception of the signal handler, and leaves workers running",
+        "completes with its deadline, then raises the signal",
+        "workers get their whole grace period to save a checkpoint",
     ),
     "handlers-are-restored": Difference(
         "PContext.start, SimpleElasticAgent.run, launch_agent",
-        "handlers of signals stay installed for ever",
-        "the handlers of before come back",
-        "Ctrl-C in a program that has run a job raises KeyboardInterrupt again, which no `except Exception` swallows",
+        "leave their signal handlers installed",
+        "restore the previous handlers",
+        "after a job, Ctrl-C raises KeyboardInterrupt again, which no `except Exception` swallows",
     ),
     "success-leaves-time": Difference(
         "PContext.wait",
-        "processes that a worker which succeeded leaves in its group are not looked after",
-        "they have the grace period to finish, and are ended after it, with a line that names them",
-        "an upload or a checkpoint writer may finish, and nothing is left behind",
+        "ignores the processes that a successful worker leaves in its group",
+        "gives them the grace period to finish, then ends them and logs their names",
+        "an upload or a checkpoint writer can finish, and no process is left running",
     ),
     "restarts-of-a-run": Difference(
         "SimpleElasticAgent.run, again",
-        "has the restarts that the former run has left",
-        "has max_restarts of its own",
-        "one job does not pay for another",
+        "has only the restarts that the previous run left",
+        "has max_restarts restarts",
+        "each run is a separate job",
     ),
     "older-shutdown": Difference(
         "SimpleElasticAgent._shutdown",
-        "has to take a timeout",
-        "may take fewer arguments",
-        "subclasses that were written for torch before 2.9 have none",
+        "must accept a timeout",
+        "may accept fewer arguments",
+        "subclasses for torch before 2.9 have no timeout argument",
     ),
     "clean-handlers": Difference(
         "MultiprocessContext with start method fork",
-        "its workers inherit the agent's signal handlers: SIGTERM raises in them, and is lost if that happens during the fork",
-        "its workers have default handlers from the start",
-        "a worker is no agent",
+        "its workers inherit the agent's signal handlers: SIGTERM raises in the workers, and is lost if it raises during the fork",
+        "its workers have the default handlers from the start",
+        "the agent's handlers are not meant for workers",
     ),
     "empty-store": Difference(
         "the workers' store of a restart",
-        "holds the keys of the attempt that died",
+        "contains the keys of the previous attempt",
         "is empty",
-        "workers would connect to addresses of the dead",
+        "workers would connect to addresses of processes that have ended",
     ),
     "end-is-news": Difference(
         "the rendezvous c10d, when a node ends the job",
-        "the others find out at their next rendezvous",
-        "the others are told, and stop their workers",
-        "workers whose peers are gone wait for them in vain",
+        "other nodes detect it at their next rendezvous",
+        "notifies the other nodes, which stop their workers",
+        "workers would wait in vain for peers that have ended",
     ),
     "attempts-are-kept": Difference(
         "DefaultLogsSpecs.reify",
         "deletes the logs of an earlier start with the same restart count",
         "writes to attempt_0.1 and so on",
-        "after a membership change the earlier logs tell what happened",
+        "the logs from before a membership change show what happened",
     ),
     "interval-is-a-bound": Difference(
         "WorkerSpec.monitor_interval",
-        "is the time that every exit goes unnoticed",
-        "is the longest time between two looks",
-        "an exit is noticed when it happens",
+        "is the delay until an exit is detected",
+        "is the maximum time between two checks of the workers",
+        "the agent is notified of exits and does not need to poll",
     ),
     "nohup": Difference(
         "PContext.start",
-        "handles SIGHUP also where the process was started with it ignored",
+        "handles SIGHUP even if it was ignored when the process started",
         "leaves it ignored",
-        "nohup is to work",
+        "nohup must work",
     ),
     "health-server-lives-on": Difference(
         "LocalElasticAgent with TORCHELASTIC_HEALTH_CHECK_PORT",
         "starts the server with the workers and stops it with them, in each attempt",
-        "starts it before the rendezvous and stops it at the end",
+        "starts it before the rendezvous and stops it at the end of the run",
         "an agent in a long rendezvous is alive",
     ),
     "loop-is-progress": Difference(
         "LocalElasticAgent._get_alive_time",
         "is now, or the progress of the watchdog's own thread",
-        "is when the agent's loop turned to what it is doing, or now while it waits; the watchdog counts where it has seen less",
-        "an agent whose loop is stuck is not alive",
+        "is the start of the loop's current step, or now while the loop waits; the watchdog's progress counts if it is older",
+        "an agent with a stuck loop is not alive",
     ),
     "health-server-serves": Difference(
         "HealthCheckServer.start",
-        "starts nothing and warns of it",
-        "listens on the port and answers",
-        "an orchestrator that asks is to be answered",
+        "starts nothing and logs a warning",
+        "listens on the port and answers health checks",
+        "orchestrators need health checks",
     ),
     # ---- timers
     "agent-outlives-expiry": Difference(
         "LocalElasticAgent with TORCHELASTIC_ENABLE_FILE_TIMER=1",
         "is killed by its watchdog, together with the worker whose timer has expired",
-        "lives on: the expired timer is the worker's failure",
-        "restarts are what an agent is for",
+        "continues: the expired timer is a failure of its worker",
+        "the agent must survive to restart the workers",
     ),
     "one-watchdog": Difference(
         "LocalElasticAgent with TORCHELASTIC_ENABLE_FILE_TIMER=1",
-        "makes a server and its pipe for each attempt",
-        "makes one for the run",
-        "a pipe that is made anew is for a moment not there",
+        "creates a server and its pipe for each attempt",
+        "creates one server and pipe for the run",
+        "a pipe that is created again is missing for a moment",
     ),
     "callers-scope": Difference(
         "timer.expires without a scope",
-        "names all timers after one line of contextlib, so that a nested one releases the outer one's",
+        "names all timers after the same line of contextlib, so a nested timer releases the outer one",
         "names a timer after the line of its with statement",
-        "its documentation says so",
+        "this is the documented behaviour",
     ),
     "reused-timer": Difference(
-        "what timer.expires returns",
-        "serves one with statement",
-        "serves any number",
-        "nothing speaks against it",
+        "the return value of timer.expires",
+        "can be used in one with statement",
+        "can be used in any number of with statements",
+        "a timer can be defined once and used in a loop",
     ),
     "kept-requests": Difference(
         "FileTimerClient",
-        "raises if the pipe is full, or if the server has gone",
+        "raises if the pipe is full or the server has ended",
         "keeps the request and sends it before the next one",
-        "a training step is not to fail because nobody watches it",
+        "a training step must not fail because the watchdog is unavailable",
     ),
     "encoded-length": Difference(
         "FileTimerClient",
-        "lets a request through that is longer than PIPE_BUF by its line's end",
-        "does not",
-        "it would not be written in one piece",
+        "accepts a request that exceeds PIPE_BUF by its newline",
+        "rejects it",
+        "the write would not be atomic",
     ),
     "broken-lines": Difference(
         "FileTimerServer",
-        "loses all requests that it has read together with a line that it does not understand",
-        "loses that line",
-        "one client's fault is not another's",
+        "drops all requests that it has read together with an invalid line",
+        "drops only the invalid line",
+        "an error of one client must not affect other clients",
     ),
     "own-processes": Difference(
         "FileTimerServer",
-        "signals whatever process a request names",
-        "signals descendants of its own process and members of its workers' sessions",
-        "a pid can be wrong, or have a new owner",
+        "signals any process that a request names",
+        "signals only descendants of its own process and members of its workers' sessions",
+        "a pid can be wrong or reused",
     ),
     "pipe-in-use": Difference(
         "FileTimerServer",
-        "removes the pipe of another server, which does not notice",
+        "removes the pipe of another running server, which does not detect it",
         "refuses to start",
-        "two agents must not take each other's requests away",
+        "two agents must not read each other's requests",
     ),
     "hook-after-signal": Difference(
         "timer.debug_info_logging",
         "is called before the processes are signalled",
-        "is called after that",
-        "Python may be busy; what the processes do is gathered natively before the signal",
+        "is called after the signal",
+        "Python may be busy; the native engine collects evidence of the processes before the signal",
     ),
     # ---- output
     "whole-lines": Difference(
         "TailLog",
-        "copies a last line without its end as it is, so that lines of two ranks mix",
-        "ends it",
-        "a line is the unit that is copied",
+        "copies a last line without a newline unchanged, so lines of two ranks mix",
+        "adds the newline",
+        "output is copied in complete lines",
     ),
     "tail-makes-files": Difference(
-        "TailLog", "waits for a file to be made", "makes it", "a file that is there can be followed without polling"
+        "TailLog", "waits until a file exists", "creates it", "an existing file can be followed without polling"
     ),
     "no-filter-keeps-all": Difference(
-        "tail_logfile", "copies nothing without a filter", "copies every line", "no filter filters nothing"
+        "tail_logfile",
+        "copies nothing without a filter",
+        "copies every line",
+        "without a filter no line is filtered out",
     ),
     "traceback-in-log": Difference(
         "MultiprocessContext",
-        "an exception in a function is not in its redirected standard error",
-        "it is, as the interpreter would print it",
-        "that is where people look",
+        "does not write the exception of a function to its redirected standard error",
+        "writes it, as the interpreter would print it",
+        "users look for it in this log file",
     ),
     "notebook-streams": Difference(
         "redirects",
         "redirect only the descriptor of Python's stream",
         "redirect descriptors 1 and 2 as well",
-        "in a notebook they are different, and children write to those",
+        "in a notebook the descriptors differ, and child processes write to 1 and 2",
     ),
     "null-device-filters": Difference(
         "DefaultLogsSpecs with /dev/null",
-        "names files below /dev/null for filtered lines, which cannot be opened",
-        "names /dev/null",
-        "logs that are not wanted are no error",
+        "returns paths below /dev/null for filtered lines, which cannot be opened",
+        "returns /dev/null",
+        "discarded logs are not an error",
     ),
     "any-run-id": Difference(
-        "DefaultLogsSpecs", "fails if the run id has a slash", "replaces it", "a run id is free text"
+        "DefaultLogsSpecs", "fails if the run id contains a slash", "replaces the slash", "a run id may be any text"
     ),
     # ---- recording errors
     "nanoseconds": Difference(
@@ -323,168 +326,166 @@ DIFFERENCES: dict[str, Difference] = {
     ),
     "own-traceback": Difference(
         "ErrorHandler.record_exception",
-        "writes the traceback of the exception that is being handled",
-        "writes that of the exception that it is given",
-        "they may be different, or there may be none",
+        "writes the traceback of the exception being handled",
+        "writes the traceback of the exception in its argument",
+        "they may differ, or no exception is being handled",
     ),
     "recording-never-raises": Difference(
         "ErrorHandler",
         "raises if a file cannot be read or written",
         "warns or logs",
-        "it would replace the error that is being recorded",
+        "the second exception would replace the recorded error",
     ),
     "worker-main-records": Difference(
         "control_plane.worker_main",
-        "records nothing of what is raised in its body",
-        "records it",
-        "its documentation says so",
+        "does not record exceptions of its body",
+        "records them",
+        "this is the documented behaviour",
     ),
     # ---- arguments
     "named-values": Difference(
         "WorkerSpec, LaunchConfig, check_env",
-        "refuse a value without naming it",
-        "name the value, and what it was given to",
-        "who reads it has to find it",
+        "reject a value without naming it",
+        "name the argument and its value",
+        "the user has to find the invalid argument",
     ),
     "negative-restarts": Difference(
-        "WorkerSpec.max_restarts", "may be negative", "may not", "a restart count cannot be computed from it"
+        "WorkerSpec.max_restarts", "may be negative", "must be >= 0", "a restart count cannot be computed from it"
     ),
     "checked-environment": Difference(
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "may be negative", "may not", "the argument may not either"
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "may be negative", "must be >= 0", "the argument must be >= 0, too"
     ),
     "any-rank-number": Difference(
-        "Std.from_str", "reads rank numbers of one digit", "reads any", "hosts have more than ten devices"
+        "Std.from_str", "accepts ranks with one digit", "accepts any rank", "hosts have more than ten devices"
     ),
     "log-level": Difference(
         "utils.logging.get_logger",
         "raises for LOGLEVEL=debug, and so does the import of torch.distributed.elastic",
-        "takes the name of a level in any case, or its number",
-        "other programs write it in lower case",
+        "accepts the name of a level in any case, or its number",
+        "other programs use lower case",
     ),
     "filters-are-lists": Difference(
         "LaunchConfig.duplicate_stdout_filters, duplicate_stderr_filters",
-        "take a string for a list of letters",
+        "treat a string as a list of characters",
         "raise TypeError for a string",
-        "nobody looks for letters",
+        "a filter for single characters is never intended",
     ),
     "functions-of-sessions": Difference(
         "start_processes, with a function of an interactive session and start method spawn or forkserver",
         "starts workers, which fail because they cannot import the function",
-        "raises PicklingError, which names what works",
-        "a traceback of another process does not say what to do",
+        "raises PicklingError with the remedy",
+        "a traceback of another process shows no remedy",
     ),
     "strict-text": Difference(
-        "Std.from_str", "overlooks a line break at the end", "does not", "no other text around a value is overlooked"
+        "Std.from_str", "ignores a trailing newline", "rejects it", "other text around a value is rejected, too"
     ),
     "any-callable": Difference(
         "launcher.api._get_entrypoint_name, WorkerSpec.entrypoint",
-        "fails for a callable without a name, or takes one that is false for none",
-        "gives the name of a partial's function, or of an instance's class",
-        "functools.partial and instances with __call__ are functions, too",
+        "fails for a callable without a name, and treats a falsy callable as missing",
+        "uses the name of a partial's function, or of an instance's class",
+        "functools.partial and instances with __call__ are valid entrypoints",
     ),
     "no-numactl": Difference(
-        "NUMA binding", "runs the program numactl", "asks the kernel", "containers do not have the program"
+        "NUMA binding", "runs the program numactl", "uses system calls", "containers often lack numactl"
     ),
     # ---- classes
     "own-enums": Difference(
         "WorkerState and the other enumerations",
         "are torch's classes",
-        "are our own, with equal values",
-        "a class with members cannot be derived from; compare by ==",
+        "are our own classes with equal values",
+        "an enumeration with members cannot be subclassed; compare with ==",
     ),
     "own-classes": Difference(
-        "what is given to an agent, and helpers",
+        "arguments of an agent, and helper classes",
         "are torch's classes",
-        "are our own; only what is raised or returned is of torch's class too",
-        "nobody tells them apart by isinstance, and torch's are taken where ours are",
+        "are our own classes; only exceptions and results are instances of torch's classes too",
+        "programs do not check them with isinstance, and torch's instances are accepted as arguments",
     ),
     "no-slots": Difference(
         "Worker, WorkerGroup",
         "have slots",
-        "have none, so that any attribute can be set",
-        "an instance of two classes with slots cannot be",
+        "have no slots, so any attribute can be set",
+        "a class cannot derive from two classes with slots",
     ),
     # ---- the rest
     "close-never-raises": Difference(
         "SubprocessHandler.close",
         "raises if the process has ended",
-        "does nothing then",
-        "it can end at any time",
+        "does nothing if the process has ended",
+        "a process can end at any time",
     ),
     "timeout-comes-back": Difference(
         "utils.store.store_timeout",
-        "leaves the new timeout if the body raises",
-        "gives the former one back",
-        "a barrier that failed must not change the next wait",
+        "keeps the new timeout if the body raises",
+        "restores the previous timeout",
+        "a failed barrier must not change the next wait",
     ),
     "one-warning": Difference(
         "metrics.profile",
-        "warns again, of another function, at every call",
-        "warns when it decorates",
+        "issues a second deprecation warning, for another function, at every call",
+        "warns once, when it decorates",
         "one warning is enough",
     ),
     "unheard-events": Difference(
         "events.record",
-        "serialises an event that nobody listens to",
-        "does not",
+        "serialises an event even without a listener",
+        "skips an event without a listener",
         "the default destination has no listener",
     ),
     # ---- the store
     "store-strict-start": Difference(
         "TCPStore, its server",
-        "serves who does not begin with the protocol's first message, from its second segment on",
+        "serves a client without the protocol's first message from its second segment on",
         "closes the connection at once",
-        "whatever scans ports is no client, and its bytes are no requests",
+        "a port scanner is not a client, and its bytes must not be executed as requests",
     ),
     "store-start-in-pieces": Difference(
         "TCPStore, its server",
-        "closes a connection whose first message comes in two segments",
-        "takes it however it is cut",
-        "segments are the network's, not the client's",
+        "closes a connection whose first message arrives in two segments",
+        "accepts any segmentation",
+        "the network determines the segments, not the client",
     ),
     "store-wrong-number": Difference(
         "TCPStore, its server",
-        "closes a connection that begins with a wrong number when more of it comes",
+        "closes a connection with a wrong magic number only when more bytes arrive",
         "closes it at once",
-        "nobody should wait for an answer that does not come",
+        "the peer should not wait for a reply that is never sent",
     ),
     "store-half-a-list": Difference(
         "TCPStore.multi_set",
-        "sets the keys that have come, also of a client that is gone before it has sent them all, or goes on to break the protocol",
+        "sets the received keys even if the client disconnects or violates the protocol before it has sent all keys",
         "sets all keys or none",
-        "half of an assignment looks like a whole one",
+        "a partial update cannot be distinguished from a complete one",
     ),
     "store-new-wait": Difference(
         "TCPStore, its server",
-        "answers a second wait of a connection for a key of the first",
-        "forgets the first wait",
-        "torch's client cancels first; who does not has asked anew",
+        "answers a second wait of a connection when a key of the first wait is set",
+        "replaces the first wait",
+        "torch's client cancels the first wait; a client that does not has started a new one",
     ),
     "store-filled-queue": Difference(
         "TCPStore.wait",
-        "waits for a queue that holds something until more is pushed, if a key is missing as well",
-        "waits for the key alone",
-        "what is there need not be waited for",
+        "waits for another push to a queue with entries, if a key of the same wait is missing",
+        "waits only for the missing key",
+        "the queue is already available",
     ),
     "store-woken-queue": Difference(
         "TCPStore.wait",
-        "tells who once waited for a queue that another key is there when something is pushed to the queue",
-        "tells nobody but who waits for it",
-        "a key is read that is not there",
+        "a push to a queue also wakes a client that waited for the queue earlier and now waits for another key",
+        "wakes only waiters of the queue",
+        "the woken client would read a missing key",
     ),
 }
 
 _OTHER_SYSTEMS = "Windows and macOS are not supported"
-_OWN_STORES = (
-    "a store, or a backend of one, that belongs to torch is torch's to make; its handlers are used as they are"
-)
-_OWN_WORKINGS = "how torch does it, and not how it is done here"
+_OWN_STORES = "torch creates its own stores and backends; its handlers are used unchanged"
+_OWN_WORKINGS = "an implementation detail of torch"
 
-# Pattern of a module's path, `path:name`, `path:function()` whose signature differs, or `path:Class.member` -> why it is not here.
+# Pattern of a module's path, `path:name`, `path:function()` whose signature differs, or `path:Class.member` -> reason for its absence.
 ABSENT: dict[str, str] = {
     # modules
-    "utils.data": "for training scripts, and nothing of an agent",
-    "utils.data.*": "for training scripts, and nothing of an agent",
+    "utils.data": "for training scripts, not for an agent",
+    "utils.data.*": "for training scripts, not for an agent",
     "rendezvous._etcd_stub": _OWN_STORES,
     "rendezvous.c10d_rendezvous_backend": _OWN_STORES,
     "rendezvous.dynamic_rendezvous": _OWN_STORES,
@@ -498,21 +499,21 @@ ABSENT: dict[str, str] = {
     "multiprocessing.api:_MAPPING_REGEX": _OWN_WORKINGS,
     "multiprocessing.api:_VALUE_REGEX": _OWN_WORKINGS,
     "multiprocessing.api:_get_kill_signal": _OTHER_SYSTEMS,
-    "multiprocessing.api:_wrap()": "what a function worker runs first; it takes one task",
-    "multiprocessing.errors:JSON": "a name for a type",
+    "multiprocessing.api:_wrap()": "main function of a function worker; here it has a single argument",
+    "multiprocessing.errors:JSON": "a type alias",
     "multiprocessing.errors:_*": _OWN_WORKINGS,
     "multiprocessing.redirects:_*": _OWN_WORKINGS,
     "multiprocessing.redirects:get_libc": _OWN_WORKINGS,
     "multiprocessing.redirects:libc": "the C library is loaded by the first redirect, not at import",
-    "numa.binding:_*": "CPUs are found in sysfs and bound by the kernel's call; there is no numactl to wrap a command in",
+    "numa.binding:_*": "CPUs are read from sysfs and bound by a system call; no command is wrapped in numactl",
     "rendezvous.registry:_create_*_handler": _OWN_STORES,
     "rendezvous.registry:create_handler": _OWN_STORES,
-    "rendezvous.registry:_register_out_of_tree_handlers": "torch's registry loads plug-ins, when a backend is not known here",
+    "rendezvous.registry:_register_out_of_tree_handlers": "torch's registry loads plug-ins if a backend is unknown here",
     "rendezvous.utils:_PeriodicTimer": "keep-alives are sent by torch's handlers",
     "rendezvous.utils:_delay": "keep-alives are sent by torch's handlers",
     "timer.file_based_local_timer:FileTimerClient._open_non_blocking": _OWN_WORKINGS,
     "timer.file_based_local_timer:FileTimerServer._get_requests": "the pipe is read natively",
-    "timer.file_based_local_timer:FileTimerServer._run_watchdog": "timers expire natively, and not in a loop",
+    "timer.file_based_local_timer:FileTimerServer._run_watchdog": "timers expire in the native engine, not in a loop",
     "timer.file_based_local_timer:_retry": _OWN_WORKINGS,
     "utils.distributed:_*": _OWN_STORES,
     "utils.distributed:create_c10d_store": _OWN_STORES,

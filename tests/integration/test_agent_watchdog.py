@@ -256,7 +256,7 @@ def test_a_pipe_that_was_replaced_by_a_file_is_made_elsewhere(
     assert paths[1] == paths[2] != paths[0]
     assert Path(paths[0]).read_text() == "precious\n"
     assert not os.path.lexists(paths[1])
-    (warning,) = [text for text in caplog.messages if "so workers get a pipe at" in text]
+    (warning,) = [text for text in caplog.messages if "the workers use a pipe at" in text]
     assert all(path in warning for path in paths)
 
 
@@ -270,7 +270,7 @@ def test_without_any_place_for_a_pipe_the_restart_goes_on(
     agent = make("/bin/sh", "-c", REPLACE_THE_PIPE, "worker", str(tmp_path), max_restarts=2)
     assert agent.run().state == WorkerState.SUCCEEDED
     assert len((tmp_path / "seen").read_text().splitlines()) == 3
-    assert f"workers that set timers fail; remove what is at {os.environ[TIMER_FILE]}" in caplog.text
+    assert f"the timers of workers will fail; remove the file at {os.environ[TIMER_FILE]}" in caplog.text
 
 
 def test_the_pipe_of_a_dead_agent_is_taken_over(make: Callable[..., LocalElasticAgent], tmp_path: Path) -> None:

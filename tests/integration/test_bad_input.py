@@ -157,7 +157,7 @@ def test_a_working_directory_that_was_deleted(place: Path, line: list[str]) -> N
         timeout=120,
     )
     _assert_one_line(
-        done, place, done.returncode, f"the working directory '{gone}' does not exist any more; change to one"
+        done, place, done.returncode, f"the working directory '{gone}' was deleted; change to an existing directory"
     )
     assert done.returncode in (1, 2)
 

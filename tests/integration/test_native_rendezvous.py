@@ -418,7 +418,7 @@ class TestInVain:
 
     def test_a_port_that_this_process_uses(self, nodes: Nodes) -> None:
         host = nodes()
-        with pytest.raises(RendezvousConnectionError, match="in use by this process or one of another user"):
+        with pytest.raises(RendezvousConnectionError, match="in use by this process or a process of another user"):
             nodes(f"localhost:{host._port}")
 
 

@@ -107,7 +107,7 @@ def test_evidence_of_other_ranks_is_pointed_to(tmp_path: Path) -> None:
     failure = ProcessFailure(0, 4711, -9, "")
     _watchdog.explain(failure, expiry(evidence=["/logs/0/evidence.txt", "/logs/1/evidence.txt"]))
     assert str(failure.message).splitlines()[-1] == (
-        "evidence  : /logs/0 (evidence.txt); of other ranks in the folders beside it"
+        "evidence  : /logs/0 (evidence.txt); evidence of the other ranks is in the folders next to it"
     )
 
 

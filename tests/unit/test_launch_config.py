@@ -58,7 +58,7 @@ def test_the_fields_are_torchs() -> None:
 @pytest.mark.parametrize("rank", [-1, 2])
 def test_the_interactive_rank_is_one_of_this_node(rank: int) -> None:
     assert _config(interactive_rank=1).interactive_rank == 1
-    with pytest.raises(ValueError, match=rf"^interactive_rank={rank} is no local rank; give 0 to 1$"):
+    with pytest.raises(ValueError, match=rf"^interactive_rank={rank} is not a local rank; give 0 to 1$"):
         _config(interactive_rank=rank)
 
 
@@ -94,7 +94,7 @@ def test_a_bad_shutdown_timeout_in_the_environment_is_named(monkeypatch: pytest.
     monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", variable)
 
     with pytest.raises(
-        ValueError, match=f"TORCH_ELASTIC_SHUTDOWN_TIMEOUT='{variable}' is not a time; give whole seconds"
+        ValueError, match=f"TORCH_ELASTIC_SHUTDOWN_TIMEOUT='{variable}' is not a timeout; give whole seconds"
     ):
         _config()
 

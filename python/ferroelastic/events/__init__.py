@@ -1,8 +1,11 @@
 """Mirror of ``torch.distributed.elastic.events``: structured events through Python's logging.
 
-Intended differences: a handler registered with torch's own events module is found too, a logger that torch has already
-given its handler does not get a second one, an event that nobody listens to is not serialised, and the host name is looked up
-once per process.
+Intended differences:
+
+* Handlers that are registered with torch's events module are found too.
+* A logger to which torch has already added its handler does not get a second one.
+* An event is not serialised if its destination has no listener.
+* The host name is looked up once per process.
 """
 
 from ferroelastic.events._record import (

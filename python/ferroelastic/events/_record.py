@@ -19,21 +19,21 @@ _events_loggers: dict[str, logging.Logger] = {}
 
 
 def _get_or_create_logger(destination: str = "null") -> logging.Logger:
-    """Return the logger of a destination, with its handler attached; it does not propagate.
+    """Return the logger of a destination, with its handler attached. Its records do not propagate.
 
     Raises:
-        KeyError: nothing is registered under that name.
+        KeyError: no handler is registered under that name.
     """
     logger = _events_loggers.get(destination)
     if logger is None:
-        # Looked up on the package, because that is where programs replace it.
+        # Looked up in the package, because programs replace it there.
         from ferroelastic import events
 
         handler = events.get_logging_handler(destination)
         logger = logging.getLogger(f"torchelastic-events-{destination}")
         logger.setLevel(chosen_log_level("INFO"))
         logger.propagate = False
-        # torch's events module uses loggers of the same names: one handler means one line per event.
+        # torch's events module uses loggers with the same names. A second handler would write each event twice.
         if destination not in getattr(torch_module(events.__name__), "_events_loggers", {}):
             logger.addHandler(handler)
         _events_loggers[destination] = logger
@@ -41,23 +41,23 @@ def _get_or_create_logger(destination: str = "null") -> logging.Logger:
 
 
 def has_listener(destination: str) -> bool:
-    """Tell whether an event sent there goes anywhere, so that its costly parts need to be found out.
+    """Return whether a destination has a listener. If not, expensive fields of an event need not be determined.
 
     Raises:
-        KeyError: nothing is registered under that name.
+        KeyError: no handler is registered under that name.
     """
     return not all(isinstance(handler, logging.NullHandler) for handler in _get_or_create_logger(destination).handlers)
 
 
 def record(event: Event, destination: str = "null") -> None:
-    """Send an event to a destination.
+    """Send an event to a destination. Mirrors ``torch.distributed.elastic.events.record``.
 
     Args:
-        event: what happened.
+        event: the event.
         destination: name of a handler, see :func:`ferroelastic.events.handlers.get_logging_handler`.
 
     Raises:
-        KeyError: nothing is registered under that name.
+        KeyError: no handler is registered under that name.
     """
     if has_listener(destination):
         _get_or_create_logger(destination).info(event.serialize())
@@ -79,15 +79,15 @@ def construct_and_record_rdzv_event(
     local_id: int | None = None,
     rank: int | None = None,
 ) -> None:
-    """Make an event of a rendezvous and send it, unless nobody listens.
+    """Create an event of a rendezvous and send it to ``"dynamic_rendezvous"``, if that destination has a listener.
 
     Args:
         run_id: id of the run.
-        message: what happened, for people.
-        node_state: state of the node; with ``FAILED`` the current traceback goes along.
-        name: name of the event; by default that of the calling function.
-        hostname: name of the node's host; by default this one.
-        pid: process id of the node; by default this process.
+        message: description of the event.
+        node_state: state of the node. With ``FAILED`` the event contains the current traceback.
+        name: name of the event. Default: name of the calling function.
+        hostname: host name of the node. Default: name of this host.
+        pid: process id of the node. Default: id of this process.
         master_endpoint: endpoint of the rendezvous store, if known.
         local_id: id of the node within its process, if it has one.
         rank: rank of the node, if known.

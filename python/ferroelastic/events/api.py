@@ -15,7 +15,7 @@ EventMetadataValue: TypeAlias = str | int | float | bool | None
 
 
 class EventSource(str, Enum):
-    """Who produced an event."""
+    """Producer of an event."""
 
     AGENT = "AGENT"
     WORKER = "WORKER"
@@ -23,13 +23,13 @@ class EventSource(str, Enum):
 
 @dataclass
 class Event(TorchCompatible):
-    """Something that happened in the course of a job. Mirrors ``torch.distributed.elastic.events.Event``.
+    """An event of a job. Mirrors ``torch.distributed.elastic.events.Event``.
 
     Args:
         name: name of the event.
-        source: who produced it.
-        timestamp: when it happened, in milliseconds.
-        metadata: more about it.
+        source: producer of the event.
+        timestamp: time of the event in milliseconds.
+        metadata: further data.
     """
 
     name: str
@@ -42,12 +42,15 @@ class Event(TorchCompatible):
 
     @staticmethod
     def deserialize(data: str | Event) -> Event:
-        """Return the event that :meth:`serialize` made ``data`` of; an event is returned as it is.
+        """Return the event that :meth:`serialize` turned into ``data``. An event is returned unchanged.
+
+        Args:
+            data: JSON text, or an event.
 
         Raises:
             ValueError: ``data`` is not JSON.
-            KeyError: it names an unknown source, or has none.
-            TypeError: it has other fields than an event, or is neither text nor an event.
+            KeyError: the source is unknown or missing.
+            TypeError: ``data`` has other fields than an event, or is neither text nor an event.
         """
         if isinstance(data, family(Event)):
             event: Event = data
@@ -72,19 +75,19 @@ class NodeState(str, Enum):
 
 @dataclass
 class RdzvEvent(TorchCompatible):
-    """Something that happened in a rendezvous. Mirrors ``torch.distributed.elastic.events.RdzvEvent``.
+    """An event of a rendezvous. Mirrors ``torch.distributed.elastic.events.RdzvEvent``.
 
     Args:
         name: name of the event.
         run_id: id of the run.
-        message: what happened, for people.
-        hostname: name of the node's host.
+        message: description of the event.
+        hostname: host name of the node.
         pid: process id of the node.
         node_state: state of the node.
         master_endpoint: endpoint of the rendezvous store, if known.
         rank: rank of the node, if known.
         local_id: id of the node within its process, if it has one.
-        error_trace: traceback, if this is about an error.
+        error_trace: traceback of an error.
     """
 
     name: str
@@ -103,12 +106,15 @@ class RdzvEvent(TorchCompatible):
 
     @staticmethod
     def deserialize(data: str | RdzvEvent) -> RdzvEvent:
-        """Return the event that :meth:`serialize` made ``data`` of; an event is returned as it is.
+        """Return the event that :meth:`serialize` turned into ``data``. An event is returned unchanged.
+
+        Args:
+            data: JSON text, or an event.
 
         Raises:
             ValueError: ``data`` is not JSON.
-            KeyError: it names an unknown state, or has none.
-            TypeError: it has other fields than an event, or is neither text nor an event.
+            KeyError: the state is unknown or missing.
+            TypeError: ``data`` has other fields than an event, or is neither text nor an event.
         """
         if isinstance(data, family(RdzvEvent)):
             event: RdzvEvent = data

@@ -1,6 +1,6 @@
 """Mirror of ``torch.distributed.elastic.events.handlers``.
 
-Intended difference: a handler that was put into torch's own table is found too, where torch's module is loaded.
+Intended difference: handlers in torch's own table are found too, if torch's module is loaded.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ _defaults = dict(_log_handlers)
 def get_logging_handler(destination: str = "null") -> logging.Handler:
     """Return the logging handler of a destination.
 
-    One that was registered here wins, then what torch's table has, then the default.
+    A handler registered in this module takes precedence, then a handler in torch's table, then the default.
 
     Args:
-        destination: ``"null"``, ``"console"``, ``"dynamic_rendezvous"`` or a name that was registered.
+        destination: ``"null"``, ``"console"``, ``"dynamic_rendezvous"`` or another registered name.
 
     Raises:
-        KeyError: nothing is registered under that name.
+        KeyError: no handler is registered under that name.
     """
     ours = _log_handlers.get(destination)
     if ours is not None and ours is not _defaults.get(destination):
@@ -36,5 +36,7 @@ def get_logging_handler(destination: str = "null") -> logging.Handler:
     theirs: dict[str, logging.Handler] = getattr(torch_module(__name__), "_log_handlers", {})
     handler = theirs.get(destination, ours)
     if handler is None:
-        raise KeyError(f"no event handler {destination!r}: known are {sorted({*_log_handlers, *theirs})}")
+        raise KeyError(
+            f"no event handler {destination!r} is registered; use one of {sorted({*_log_handlers, *theirs})}"
+        )
     return handler

@@ -1,4 +1,4 @@
-"""Launching an agent from Python. Mirrors ``torch.distributed.launcher``."""
+"""Launches an agent from Python. Mirrors ``torch.distributed.launcher``."""
 
 from ferroelastic.launcher.api import LaunchConfig, elastic_launch, launch_agent
 

@@ -1,9 +1,11 @@
-"""Launch a local agent for a function or a program, and wait for its workers.
+"""Launches a local agent for a function or a program, and waits for its workers.
 
-Mirrors ``torch.distributed.launcher.api``. Intended differences: neither torch nor CUDA is touched; an agent that gives
-up on stuck workers without a failure of their own raises, where torch returns ``{}``;
-``TORCH_ELASTIC_SHUTDOWN_TIMEOUT`` is checked; a configuration of torch 2.6 or later will do in place of
-:class:`LaunchConfig`.
+Mirrors ``torch.distributed.launcher.api``. Intended differences:
+
+* Neither torch nor CUDA is imported or initialised.
+* If the agent gives up because workers are stuck and none of them has failed, an exception is raised. torch returns ``{}``.
+* ``TORCH_ELASTIC_SHUTDOWN_TIMEOUT`` is validated.
+* A ``LaunchConfig`` of torch 2.6 or later is accepted in place of :class:`LaunchConfig`.
 """
 
 import os
@@ -48,40 +50,41 @@ _DEFAULT_SHUTDOWN_TIMEOUT_S = 30
 
 @dataclass
 class LaunchConfig:
-    """What to launch, and how. Mirrors ``torch.distributed.launcher.api.LaunchConfig``.
+    """Configuration of a job. Mirrors ``torch.distributed.launcher.api.LaunchConfig``.
 
     Args:
-        min_nodes: fewest nodes that the job starts with.
-        max_nodes: most nodes that take part.
-        nproc_per_node: workers on this node.
-        logs_specs: where the workers' output goes; default ``DefaultLogsSpecs()``.
-        run_id: the job's id, the same on all nodes; generated if empty.
+        min_nodes: minimum number of nodes.
+        max_nodes: maximum number of nodes.
+        nproc_per_node: number of workers on this node.
+        logs_specs: destination of the workers' output. Default ``DefaultLogsSpecs()``.
+        run_id: id of the job, equal on all nodes. Generated if empty.
         role: name of the workers' role, for logs and events.
-        rdzv_endpoint: ``host[:port]`` of the rendezvous.
-        rdzv_backend: ``"static"``, ``"c10d"`` or a registered one.
-        rdzv_configs: further settings of the rendezvous; ``"timeout"`` in seconds, default 900.
-        rdzv_timeout: legacy way to give ``rdzv_configs["timeout"]``, in seconds; -1 leaves it.
-        max_restarts: how often the workers are restarted after a failure.
-        monitor_interval: longest time between two looks at the workers, in seconds.
-        start_method: of ``multiprocessing``, for workers that are functions.
+        rdzv_endpoint: endpoint of the rendezvous, ``host[:port]``.
+        rdzv_backend: ``"static"``, ``"c10d"`` or another registered backend.
+        rdzv_configs: further settings of the rendezvous. ``"timeout"`` is in seconds, default 900.
+        rdzv_timeout: legacy alternative to ``rdzv_configs["timeout"]``, in seconds. -1 means not set.
+        max_restarts: maximum number of restarts after failures.
+        monitor_interval: maximum time between two checks of the workers, in seconds.
+        start_method: start method of ``multiprocessing`` for function entrypoints: ``spawn``, ``fork`` or ``forkserver``.
         log_line_prefix_template: prefix of the workers' lines on the console, with ``${role_name}``, ``${rank}`` and
             ``${local_rank}``.
-        metrics_cfg: settings of the metrics.
-        local_addr: address of this node for the others; found out if ``None``.
-        event_log_handler: name of the handler that gets the agent's events.
-        numa_options: binding of the workers to CPUs; ``None`` not at all.
+        metrics_cfg: parameters for the metrics.
+        local_addr: address of this node for the other nodes. ``None`` detects it.
+        event_log_handler: name of the handler for the agent's events.
+        numa_options: binding of the workers to CPUs. ``None`` means no binding.
         signals_to_handle: names of the signals that end the job, separated by commas.
-        duplicate_stdout_filters: strings; lines of the workers' output with one of them are also written to one file.
-        duplicate_stderr_filters: likewise for standard error.
-        virtual_local_rank: give each worker ``LOCAL_RANK=0`` and one visible device.
-        signals_to_forward: names of the signals that are forwarded to the workers and end nothing, separated by commas. Not in torch.
-        interactive_rank: local rank that gets the terminal on standard input; ``None`` gives it to nobody. Not in torch.
-        shutdown_timeout: grace in seconds between the stop signal and SIGKILL. Default
+        duplicate_stdout_filters: stdout lines that contain one of these strings are also written to one common file.
+        duplicate_stderr_filters: same for standard error.
+        virtual_local_rank: whether each worker gets ``LOCAL_RANK=0`` and one visible device.
+        signals_to_forward: names of the signals that are forwarded to the workers without ending the job, separated by commas. Not in
+            torch.
+        interactive_rank: local rank of the worker with the terminal as standard input, ``None`` for no worker. Not in torch.
+        shutdown_timeout: grace period in seconds between the stop signal and SIGKILL. Default
             ``$TORCH_ELASTIC_SHUTDOWN_TIMEOUT``, else 30.
 
     Raises:
-        ValueError: ``interactive_rank`` is no local rank, or the shutdown timeout, given or from the environment, is no whole number of seconds from 0.
-        TypeError: a value has a type that cannot work.
+        ValueError: ``interactive_rank`` is not a local rank, or the shutdown timeout (argument or variable) is not a whole number >= 0.
+        TypeError: a value has the wrong type.
     """
 
     min_nodes: int
@@ -111,7 +114,7 @@ class LaunchConfig:
     interactive_rank: int | None = None
 
     def __post_init__(self) -> None:
-        """Fill in what depends on other fields and on the environment."""
+        """Check the values and set defaults that depend on other fields or on the environment."""
         _check_types(self)
         if self.rdzv_timeout != -1:
             self.rdzv_configs["timeout"] = self.rdzv_timeout
@@ -121,16 +124,16 @@ class LaunchConfig:
             self.logs_specs = DefaultLogsSpecs()
         if self.interactive_rank is not None and not 0 <= self.interactive_rank < self.nproc_per_node:
             raise ValueError(
-                f"interactive_rank={self.interactive_rank} is no local rank; give 0 to {self.nproc_per_node - 1}"
+                f"interactive_rank={self.interactive_rank} is not a local rank; give 0 to {self.nproc_per_node - 1}"
             )
         self.shutdown_timeout = _resolve_shutdown_timeout(self.shutdown_timeout)
 
 
 def _check_types(config: Any) -> None:
-    """Check a configuration, of torch's class as well.
+    """Check the types of a configuration, of this package's or of torch's class.
 
     Raises:
-        TypeError: a value has a type that cannot work; the text names it.
+        TypeError: a value has the wrong type. The text names it.
     """
     for name in ("min_nodes", "max_nodes", "nproc_per_node"):
         check_whole_number(name, getattr(config, name))
@@ -151,32 +154,34 @@ def _check_types(config: Any) -> None:
         check_strings(name, newer(config, name, None))
 
 
-def _resolve_shutdown_timeout(given_s: int | None) -> int:
-    if given_s is not None:
-        check_number("shutdown_timeout", given_s)
-        if given_s < 0:
-            raise ValueError(f"shutdown_timeout must be non-negative, got {given_s}; give whole seconds from 0")
-        return given_s
+def _resolve_shutdown_timeout(argument_s: int | None) -> int:
+    if argument_s is not None:
+        check_number("shutdown_timeout", argument_s)
+        if argument_s < 0:
+            raise ValueError(f"shutdown_timeout must be non-negative, got {argument_s}; give whole seconds >= 0")
+        return argument_s
     text = os.environ.get(_SHUTDOWN_TIMEOUT_VARIABLE, str(_DEFAULT_SHUTDOWN_TIMEOUT_S))
     try:
         timeout_s = int(text)
     except ValueError:
         timeout_s = -1
     if timeout_s < 0:
-        raise ValueError(f"{_SHUTDOWN_TIMEOUT_VARIABLE}={text!r} is not a time; give whole seconds from 0, or unset it")
+        raise ValueError(
+            f"{_SHUTDOWN_TIMEOUT_VARIABLE}={text!r} is not a timeout; give whole seconds >= 0, or unset it"
+        )
     return timeout_s
 
 
 class elastic_launch:  # noqa: N801 - torch's name
     """Callable that launches an agent. Mirrors ``torch.distributed.launcher.api.elastic_launch``.
 
-    ``elastic_launch(config, trainer)(1, "two")`` runs ``trainer(1, "two")`` in each worker and returns what they
-    returned, by global rank; ``elastic_launch(config, "python")("train.py")`` runs a program.
+    ``elastic_launch(config, trainer)(1, "two")`` runs ``trainer(1, "two")`` in each worker and returns the return values by
+    global rank. ``elastic_launch(config, "python")("train.py")`` runs a program.
 
     Args:
-        config: what to launch, and how.
-        entrypoint: a function, or a program.
-        health_check_server: a started server to report the agent's health.
+        config: configuration of the job.
+        entrypoint: a function, or the path of a program.
+        health_check_server: a started server that reports the agent's health. The agent stops it.
     """
 
     def __init__(
@@ -190,7 +195,7 @@ class elastic_launch:  # noqa: N801 - torch's name
         self._health_check_server = health_check_server
 
     def __call__(self, *args: Any) -> dict[int, Any]:
-        """Launch with these arguments of the entrypoint; see :func:`launch_agent`."""
+        """Launch the entrypoint with these arguments. See :func:`launch_agent` for the return value and the exceptions."""
         return launch_agent(
             self._config,
             self._entrypoint,
@@ -200,7 +205,7 @@ class elastic_launch:  # noqa: N801 - torch's name
 
 
 def _get_entrypoint_name(entrypoint: Callable[..., Any] | str | None, args: list[Any]) -> str:
-    """Return the name for reports: the function's, for this interpreter the script's, else the program's."""
+    """Return the name for reports: of the function, of the script that this interpreter runs, or of the program."""
     if callable(entrypoint):
         return str(getattr(entrypoint, "__name__", None) or entrypoint_name(entrypoint))
     if entrypoint == sys.executable:
@@ -209,10 +214,10 @@ def _get_entrypoint_name(entrypoint: Callable[..., Any] | str | None, args: list
 
 
 def _get_addr_and_port(rdzv_parameters: RendezvousParameters) -> tuple[str | None, int | None]:
-    """Return the master's address and port, which only a static rendezvous knows beforehand.
+    """Return the master's address and port of a static rendezvous. Other backends determine them during the rendezvous.
 
     Raises:
-        ValueError: a static rendezvous has no endpoint, or one without port.
+        ValueError: a static rendezvous has no endpoint, or an endpoint without a port.
     """
     if rdzv_parameters.backend != "static":
         return None, None
@@ -231,25 +236,25 @@ def launch_agent(
     args: list[Any],
     health_check_server: HealthCheckServer | None = None,
 ) -> dict[int, Any]:
-    """Run an agent in this process until its workers are done.
+    """Run an agent in this process until its workers have ended.
 
     Mirrors ``torch.distributed.launcher.api.launch_agent``.
 
     Args:
-        config: what to launch, and how.
-        entrypoint: a function, or a program.
-        args: its arguments.
-        health_check_server: a started server to report the agent's health.
+        config: configuration of the job.
+        entrypoint: a function, or the path of a program.
+        args: arguments of the entrypoint.
+        health_check_server: a started server that reports the agent's health. The agent stops it.
 
     Returns:
-        What the workers of this node returned, by global rank; empty for a program.
+        Return values of the workers of this node, by global rank. Empty for a program.
 
     Raises:
-        ChildFailedError: workers failed, and no restart was left.
-        SignalException: this process was told to end; the workers were stopped.
-        RuntimeError: the agent gave up on stuck workers, none of which had failed by itself.
-        ValueError: the configuration is not usable.
-        TypeError: a value of it has a type that cannot work.
+        ChildFailedError: workers failed and no restart was left.
+        SignalException: this process received a terminating signal. The workers were stopped.
+        RuntimeError: the agent gave up because workers were stuck, and none of them had failed.
+        ValueError: the configuration is invalid.
+        TypeError: a value of the configuration has the wrong type.
     """
     _check_types(config)
     check_iterable("args", args, "a list of arguments")
@@ -272,7 +277,7 @@ def launch_agent(
         **config.rdzv_configs,
     )
     names = newer(config, "signals_to_handle", DEFAULT_SIGNALS)
-    # For code that installs handlers where the workers are started.
+    # For code that installs its own handlers when it starts workers.
     os.environ[SIGNALS_ENV] = names
     with _signals.Handling(names, forward=newer(config, "signals_to_forward", "")):
         return _launch(config, entrypoint, args, rdzv_parameters, entrypoint_name, health_check_server)
@@ -312,11 +317,11 @@ def _launch(
         log_line_prefix_template=config.log_line_prefix_template,
         shutdown_timeout=_resolve_shutdown_timeout(newer(config, "shutdown_timeout", None)),
         health_check_server=health_check_server,
-        # Only where it is asked for: a class that takes the agent's place may have torch's parameters.
+        # Only if set: a class that replaces the agent may have torch's parameters.
         **({} if interactive_rank is None else {"interactive_rank": interactive_rank}),
     )
     if health_check_server is not None:
-        # A server that was started before the agent existed has a proxy for the callback, ours or torch's.
+        # A server that was started before the agent was created has a proxy as callback, ours or torch's.
         set_delegate = newer(health_check_server.alive_callback, "set_delegate", None)
         if set_delegate is not None:
             set_delegate(agent._get_alive_time)  # noqa: SLF001 - as torch's proxy is wired
@@ -332,7 +337,7 @@ def _run_agent(
     except family(ChildFailedError):
         raise
     except family(SignalException) as error:
-        # Shutting the rendezvous down would close it for the other nodes too, who may go on without this one.
+        # A shutdown of the rendezvous would close it for the other nodes too, which may continue without this one.
         shutdown_rdzv = False
         notifier = notifier_of(spec.rdzv_handler)
         if notifier is not None:
@@ -350,11 +355,11 @@ def _run_agent(
 def _outputs(agent: LocalElasticAgent, config: LaunchConfig, entrypoint_name: str) -> dict[int, Any]:
     metrics.initialize_metrics(metrics.MetricsConfig(config.metrics_cfg))
     result = agent.run()
-    # The agent succeeded in running; whether the workers did is another matter.
+    # The event is about the agent, which succeeded even if its workers failed.
     events.record(agent.get_event_succeeded(), config.event_log_handler)
     if result.is_failed():
         error = _failure_of(result, entrypoint_name)
-        # Where workers of several nodes fail, that of the first counts on all nodes.
+        # If workers of several nodes fail, all nodes exit with the code of the first one.
         error.exit_code = newer(agent, "job_exit_code", None)  # type: ignore[attr-defined]  # for ferrorun
         raise error
     return result.return_values

@@ -1,6 +1,6 @@
-"""Mirror of ``torch.distributed.elastic.metrics``: counters and durations, to a handler of the user's choice.
+"""Mirror of ``torch.distributed.elastic.metrics``: counters and durations for a configurable handler.
 
-Intended difference: until a handler is configured here, one that was configured through torch's own module is used.
+Intended difference: without a handler of this module, the handler configured in torch's module is used.
 """
 
 from ferroelastic.metrics.api import (

@@ -1,7 +1,7 @@
 """Mirror of ``torch.distributed.elastic.metrics.api``.
 
-Intended differences: until a handler is configured here, one that was configured through torch's own module is used; durations
-of :func:`prof` come from the monotonic clock.
+Intended differences: without a handler of this module, the handler configured in torch's module is used. :func:`prof` measures
+durations with the monotonic clock.
 """
 
 from __future__ import annotations
@@ -49,7 +49,11 @@ class MetricData(NamedTuple):
 
 
 class MetricsConfig:
-    """Parameters for :func:`initialize_metrics`. Mirrors ``torch.distributed.elastic.metrics.MetricsConfig``."""
+    """Parameters for :func:`initialize_metrics`. Mirrors ``torch.distributed.elastic.metrics.MetricsConfig``.
+
+    Args:
+        params: the parameters, by name.
+    """
 
     __slots__ = ["params"]
 
@@ -58,11 +62,11 @@ class MetricsConfig:
 
 
 class MetricHandler(TorchVirtual, abc.ABC):
-    """Takes data points to where they are wanted. Mirrors ``torch.distributed.elastic.metrics.MetricHandler``."""
+    """Destination of data points. Mirrors ``torch.distributed.elastic.metrics.MetricHandler``."""
 
     @abc.abstractmethod
     def emit(self, metric_data: MetricData) -> None:
-        """Take one data point."""
+        """Emit one data point."""
 
 
 class ConsoleMetricHandler(MetricHandler):
@@ -76,21 +80,26 @@ class ConsoleMetricHandler(MetricHandler):
 
 
 class NullMetricHandler(MetricHandler):
-    """Drops data points."""
+    """Discards data points."""
 
     def emit(self, metric_data: MetricData) -> None:
         """Do nothing."""
 
 
 class MetricStream:
-    """A group of metrics with its handler."""
+    """A group of metrics with its handler.
+
+    Args:
+        group_name: name of the group.
+        handler: destination of the data points.
+    """
 
     def __init__(self, group_name: str, handler: MetricHandler) -> None:
         self.group_name = group_name
         self.handler = handler
 
     def add_value(self, metric_name: str, metric_value: int) -> None:
-        """Emit one data point, stamped with the current time."""
+        """Emit one data point with the current time."""
         self.handler.emit(MetricData(time.time(), self.group_name, metric_name, metric_value))
 
 
@@ -100,19 +109,19 @@ _unconfigured = _default_metrics_handler
 
 
 def initialize_metrics(cfg: MetricsConfig | None = None) -> None:
-    """Do nothing: a hook that deployments replace. Mirrors ``torch.distributed.elastic.metrics.initialize_metrics``.
+    """Do nothing. Deployments may replace this hook. Mirrors ``torch.distributed.elastic.metrics.initialize_metrics``.
 
     Args:
-        cfg: parameters that a replacement may use.
+        cfg: parameters for a replacement.
     """
 
 
 def configure(handler: MetricHandler, group: str | None = None) -> None:
-    """Choose where metrics go.
+    """Set the handler of a group. Mirrors ``torch.distributed.elastic.metrics.configure``.
 
     Args:
-        handler: takes the data points.
-        group: the group that it is for; ``None`` means all groups without one of their own.
+        handler: destination of the data points.
+        group: name of the group. ``None`` sets the handler of all groups without their own handler.
     """
     global _default_metrics_handler  # noqa: PLW0603 - process-wide, as torch's
     if group is None:
@@ -146,14 +155,14 @@ def prof(fn: Callable[P, R], group: str = ...) -> Callable[P, R]: ...
 @overload
 def prof(fn: None = None, group: str = ...) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
 def prof(fn: Callable[P, R] | None = None, group: str = "torchelastic") -> Any:
-    """Decorate a function so that its outcome and duration are published.
+    """Decorate a function to publish its outcome and duration. Mirrors ``torch.distributed.elastic.metrics.prof``.
 
-    The metrics are ``<name>.success`` or ``<name>.failure`` (1 each) and ``<name>.duration.ms``, where the name is
+    The metrics are ``<name>.success`` or ``<name>.failure`` (value 1) and ``<name>.duration.ms``. ``<name>`` is
     ``Class.method`` or ``module.function``.
 
     Args:
         fn: the function.
-        group: the group of the metrics.
+        group: group of the metrics.
     """
 
     def wrap(function: Callable[P, R]) -> Callable[P, R]:
@@ -177,17 +186,17 @@ def prof(fn: Callable[P, R] | None = None, group: str = "torchelastic") -> Any:
 
 
 def profile(group: str | None = None) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Decorate a function so that its outcome and duration are published. Deprecated: use :func:`prof`.
+    """Decorate a function to publish its outcome and duration. Deprecated: use :func:`prof`.
 
     Args:
-        group: the group of the metrics.
+        group: group of the metrics.
     """
     warnings.warn("Deprecated, use `@prof` instead", FutureWarning, stacklevel=2)
 
     def wrap(function: Callable[P, R]) -> Callable[P, R]:
         @wraps(function)
         def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-            # torch hands its default group on as it is, None.
+            # torch also passes its default group None.
             stream = getStream(group)  # type: ignore[arg-type]
             start = time.time()
             try:
@@ -206,7 +215,13 @@ def profile(group: str | None = None) -> Callable[[Callable[P, R]], Callable[P, 
 
 
 def put_metric(metric_name: str, metric_value: int, metric_group: str = "torchelastic") -> None:
-    """Publish a data point."""
+    """Publish a data point.
+
+    Args:
+        metric_name: name of the metric.
+        metric_value: value of the metric.
+        metric_group: group of the metric.
+    """
     getStream(metric_group).add_value(metric_name, metric_value)
 
 
@@ -219,5 +234,5 @@ def publish_metric(metric_group: str, metric_name: str, metric_value: int) -> No
 
 
 def get_elapsed_time_ms(start_time_in_seconds: float) -> int:
-    """Return the milliseconds since ``start_time_in_seconds`` (seconds since the epoch, as ``time.time()`` gives)."""
+    """Return the milliseconds since ``start_time_in_seconds`` (seconds since the epoch, as returned by ``time.time()``)."""
     return int((time.time() - start_time_in_seconds) * 1000)

@@ -1,6 +1,6 @@
 """Mirror of ``torch.distributed.elastic.agent.server``: the process on each node that starts and supervises workers.
 
-Intended difference: everything public of the modules below is here, not only a part.
+Intended difference: this package exports all public names of its modules. torch's exports some of them.
 """
 
 from ferroelastic.agent.server.api import (

@@ -1,4 +1,4 @@
-"""What an agent's loop is doing, since when, and how that is told to the health server."""
+"""State and progress of an agent's loop, for the health server."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _WAITING = None
 
 
 class Activity:
-    """What an agent's loop is doing.
+    """State and progress of an agent's loop.
 
-    While the loop waits, for exits, for other nodes or for workers to end within their grace, it makes progress. Otherwise it makes progress
-    when it turns to something else, so that a step which does not return shows. Written by the loop, read by any thread.
+    While the loop waits (for exits, for other nodes, or for workers within their grace period) it counts as making progress. While it is
+    busy, the last progress is the start of the current step, so a step that hangs shows up as a stall. The loop writes, any thread may read.
     """
 
     def __init__(self) -> None:
-        # Since when the loop has been busy with one thing (monotonic), and for how long it may. One object, so that a reader sees both.
+        # Start of the current step (monotonic) and its allowance. A single object, so that other threads read consistent values.
         self._busy: tuple[float | None, float] = (_WAITING, 0.0)
         self._server: HealthCheckServer | None = None
         self._state = "starting"
@@ -37,7 +37,7 @@ class Activity:
         self._detect_s: float | None = None
 
     def stalled_s(self) -> float:
-        """Seconds since the last progress; 0 while the loop waits."""
+        """Return the seconds since the last progress, 0 while the loop waits."""
         since, allowance_s = self._busy
         if since is _WAITING:
             return 0.0
@@ -45,22 +45,22 @@ class Activity:
         return 0.0 if stalled_s <= allowance_s else stalled_s
 
     def idle(self) -> None:
-        """The loop has not begun, or is over: nothing is expected of it."""
+        """Mark the loop as not running: no progress is expected."""
         self._busy = (_WAITING, 0.0)
 
     def busy(self, state: str | None = None, *, allowance_s: float = 0.0) -> None:
-        """The loop turns to something else.
+        """Mark the start of a step of the loop.
 
         Args:
-            state: what it does, in the words of ``_rust.HealthServer.set_state``; ``None`` keeps the word.
-            allowance_s: seconds that this may take without being taken for a stop.
+            state: the new state, one of those of ``_rust.HealthServer.set_state``. ``None`` keeps the current state.
+            allowance_s: seconds that the step may take before it counts as a stall.
         """
         self._busy = (time.monotonic(), allowance_s)
         self._enter(state)
 
     @contextmanager
     def waiting(self, state: str | None = None) -> Iterator[None]:
-        """The loop waits for the length of a ``with`` block, which is progress.
+        """Mark a ``with`` block in which the loop waits. Waiting counts as progress.
 
         Args:
             state: as for :meth:`busy`.
@@ -74,7 +74,7 @@ class Activity:
 
     @contextmanager
     def allowing(self, allowance_s: float) -> Iterator[None]:
-        """What is done in a ``with`` block may take so many seconds."""
+        """Set an allowance in seconds for a ``with`` block, see :meth:`busy`."""
         self.busy(allowance_s=allowance_s)
         try:
             yield
@@ -82,75 +82,77 @@ class Activity:
             self.busy()
 
     def attach(self, server: object, spec: WorkerSpec) -> None:
-        """Tell a health server everything from now on, if it is one that can be told and is not told yet.
+        """Report all changes to a health server from now on. Servers of other classes than ours are ignored.
 
         Args:
             server: the server.
-            spec: what the workers are.
+            spec: specification of the workers.
         """
         if isinstance(server, HealthCheckServer) and server is not self._server:
             self._server = server
-            self._tell("set_job", spec.rdzv_handler.get_run_id(), spec.role)
-            self._tell("set_state", self._state)
+            self._report("set_job", spec.rdzv_handler.get_run_id(), spec.role)
+            self._report("set_state", self._state)
 
     def started(self, workers: list[Worker]) -> None:
-        """The workers run."""
+        """Report that the workers were started."""
         self._is_restarting = False
-        told = [(worker.local_rank, worker.global_rank, worker.id) for worker in workers if isinstance(worker.id, int)]
-        self._tell("set_workers", told)
+        started = [
+            (worker.local_rank, worker.global_rank, worker.id) for worker in workers if isinstance(worker.id, int)
+        ]
+        self._report("set_workers", started)
         self.busy("running")
 
     def detected(self, latency_s: float) -> None:
-        """A failure is being looked at, so many seconds after the exit."""
+        """Record how many seconds after the exit a failure was detected."""
         self._detect_s = max(0.0, latency_s)
 
     def restarting(self, cause: Literal["failure", "membership"], reason: str) -> None:
-        """The workers are to be started again.
+        """Report the start of a restart.
 
         Args:
-            cause: whether a worker failed, or a node came or went.
-            reason: what happened.
+            cause: a failed worker, or a change of the membership.
+            reason: the event, as text.
         """
-        self._tell("note_restart", cause, reason)
+        self._report("note_restart", cause, reason)
         self._is_restarting = True
         detect_s, self._detect_s = self._detect_s, None
         if detect_s is not None and cause == "failure":
-            self._tell("observe_phase", "detect", detect_s)
+            self._report("observe_phase", "detect", detect_s)
 
     @contextmanager
     def phase(self, name: Literal["stop", "rendezvous", "spawn"]) -> Iterator[None]:
-        """A ``with`` block is a part of a restart, if there is one: its duration goes to the health server."""
+        """Report the duration of a ``with`` block as a phase of the restart. Without a restart nothing is reported."""
         self._measured_s = None
-        began = time.monotonic()
+        start = time.monotonic()
         yield
         if self._is_restarting:
-            took_s = time.monotonic() - began if self._measured_s is None else self._measured_s
-            self._tell("observe_phase", name, took_s)
+            duration_s = time.monotonic() - start if self._measured_s is None else self._measured_s
+            self._report("observe_phase", name, duration_s)
 
-    def measured(self, took_s: float) -> None:
-        """Somebody knows better how long the current phase took."""
-        self._measured_s = took_s
+    def measured(self, duration_s: float) -> None:
+        """Set a more exact duration of the current phase, in seconds."""
+        self._measured_s = duration_s
 
     def _enter(self, state: str | None) -> None:
         if state is not None and state != self._state:
             self._state = state
-            self._tell("set_state", state)
+            self._report("set_state", state)
 
-    def _tell(self, method: str, *arguments: Any) -> None:
+    def _report(self, method: str, *arguments: Any) -> None:
         board: _rust.HealthServer | None = None if self._server is None else self._server.board
         if board is not None:
-            # A run's id, say, may come from bytes that are no text.
-            told = [
+            # Strings may contain surrogates, for example a run id from bytes that are not UTF-8.
+            encodable = [
                 value.encode("utf-8", "replace").decode() if isinstance(value, str) else value for value in arguments
             ]
             try:
-                getattr(board, method)(*told)
-            except RuntimeError:  # it is closed, or this is a forked child: nobody asks
+                getattr(board, method)(*encodable)
+            except RuntimeError:  # the server is closed, or this is a forked child
                 self._server = None
 
 
 def failed_first_at_ns(result: RunResult) -> int | None:
-    """Return when the first worker failed, in nanoseconds since the epoch, if that is known."""
+    """Return the time of the first failure in nanoseconds since the epoch, or ``None`` without a failure."""
     from ferroelastic.multiprocessing.errors._failures import failed_at_ns
 
     times = [failed_at_ns(failure) for failure in result.failures.values()]
@@ -158,7 +160,7 @@ def failed_first_at_ns(result: RunResult) -> int | None:
 
 
 def cause_of(result: RunResult) -> str:
-    """Say in a line what made a run unhealthy: which worker failed first, and how."""
+    """Return the cause of a failed or unhealthy run in one line: the first failed worker and how it ended."""
     if not result.failures:
         return f"workers are {result.state.value}"
     from ferroelastic.multiprocessing.errors._failures import failed_at_ns
@@ -170,7 +172,7 @@ def cause_of(result: RunResult) -> str:
 
 
 def exit_code_of(result: RunResult) -> int:
-    """Return the exit code of a job that ends of this: that of the worker that failed first, 128+n for signal n."""
+    """Return the exit code of a job that ends with this result: the code of the first failed worker, 128+n for signal n."""
     if not result.failures:
         return 1
     from ferroelastic.multiprocessing.errors._failures import failed_at_ns

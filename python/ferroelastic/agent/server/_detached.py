@@ -1,4 +1,4 @@
-"""Helper processes that left the session of their worker: the agent ends them or reports that they keep running."""
+"""Ends helper processes that left the session of their worker, or reports that they keep running."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["end_helpers", "report_helpers"]
 
 logger = get_logger("ferroelastic.agent.server.local_elastic_agent")
 
-_LEAST_GRACE_S = 1.0
+_MIN_GRACE_S = 1.0
 
 
 def report_helpers(run: _leftovers.Run, sessions: Sequence[int], *, are_native: bool) -> None:
@@ -27,7 +27,7 @@ def report_helpers(run: _leftovers.Run, sessions: Sequence[int], *, are_native: 
     Args:
         run: the run of this process.
         sessions: process ids of the workers.
-        are_native: the engine has started the workers; see :meth:`_leftovers.Run.find_detached`.
+        are_native: whether the engine started the workers; see :meth:`_leftovers.Run.find_detached`.
     """
     found = run.find_detached(sessions, are_native=are_native)
     if found:
@@ -46,18 +46,20 @@ def end_helpers(
     elapsed_s: float,
     activity: Activity,
 ) -> None:
-    """End the helpers. They share the deadline of their workers, which may have needed them to save.
+    """End the helpers after their workers. Helpers and workers share one deadline.
+
+    The helpers are not signalled before the workers have ended, because workers may need them to save a checkpoint.
 
     Args:
         run: as for :func:`report_helpers`.
-        sessions: likewise.
-        are_native: likewise.
+        sessions: as for :func:`report_helpers`.
+        are_native: as for :func:`report_helpers`.
         grace_s: grace period of the workers in seconds.
-        elapsed_s: seconds of it that stopping the workers has used.
-        activity: is told how long the stop may take.
+        elapsed_s: seconds of the grace period that the stop of the workers has used.
+        activity: gets the allowance for the stop.
     """
     group = run.hold_detached(sessions, are_native=are_native)
     if group is not None:
-        left_s = max(grace_s - elapsed_s, min(grace_s, _LEAST_GRACE_S))
+        left_s = max(grace_s - elapsed_s, min(grace_s, _MIN_GRACE_S))
         with _signals.shielded(group.hurry), activity.allowing(longest_stop_s(left_s)):
             stop_group(group, signal.SIGTERM, left_s)

@@ -54,7 +54,7 @@ def set_local_rank(env: dict[str, str], local_rank: int, spec: WorkerSpec) -> No
     Args:
         env: variables of the worker, changed in place.
         local_rank: rank of the worker on this node.
-        spec: specification of the worker, of torch's class as well.
+        spec: specification of the worker, of this package's or of torch's class.
 
     Raises:
         ValueError: ``CUDA_VISIBLE_DEVICES`` of the agent has no device for this rank.

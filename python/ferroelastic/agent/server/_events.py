@@ -1,4 +1,4 @@
-"""The events that an agent records, in the form that readers of torch's events know."""
+"""Events of an agent, with the same fields as torch's events."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def status_event(
         worker: the worker, if the event is about one.
         exit_code: exit code of a failed worker.
         worker_pid: process id of a failed worker.
-        duration_ms: duration in milliseconds, of an event that has one.
+        duration_ms: duration in milliseconds, if the event has one.
         common: see :func:`_metadata`.
     """
     details: dict[str, Any] = {

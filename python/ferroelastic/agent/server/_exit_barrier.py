@@ -13,7 +13,7 @@ __all__ = ["wait_in_store"]
 
 
 def wait_in_store(barrier: Callable[..., None], store: Any, world_size: int) -> None:
-    """Wait until all agents have come to a barrier. Signal handlers run meanwhile.
+    """Wait until all agents have reached a barrier. Signal handlers run during the wait.
 
     Args:
         barrier: :func:`ferroelastic.utils.store.barrier` with all arguments except the store.
@@ -21,7 +21,7 @@ def wait_in_store(barrier: Callable[..., None], store: Any, world_size: int) -> 
         world_size: number of agents.
 
     Raises:
-        DistStoreError: an agent did not come in time; also of torch's class.
+        DistStoreError: an agent did not reach the barrier in time. Also raised as torch's class.
     """
     if world_size == 1:  # no other agent to wait for
         barrier(store=store)

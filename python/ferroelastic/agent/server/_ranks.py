@@ -1,4 +1,4 @@
-"""Ranks of the workers: from the rendezvous, from the node rank, or agreed on in the store."""
+"""Assigns the ranks of the workers: from the rendezvous, from the node rank, or by agreement in the store."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def assign_ranks(
         group_rank: rank of this node.
         group_world_size: number of nodes.
         spec: specification of the workers.
-        place: ranks that the rendezvous has assigned. ``None`` derives them from ``group_rank`` if
+        place: ranks that the rendezvous has assigned. If ``None``, the ranks are derived from ``group_rank`` if
             ``TORCH_ELASTIC_WORKER_IDENTICAL=1`` declares all nodes equal; otherwise the agents agree on them in the store.
     """
     size = spec.local_world_size
@@ -68,7 +68,7 @@ def agree_on_ranks(store: Any, own: _RoleInstanceInfo, group_world_size: int) ->
         group_world_size: number of nodes.
 
     Returns:
-        For this node: its first global rank, the world size, its first rank within the role, the size of the role.
+        For this node: first global rank, world size, first rank within the role, world size of the role.
     """
     store.set(f"{_ROLE_INFO_PREFIX}{own.rank}", own.serialize())
     if own.rank == 0:
@@ -81,7 +81,7 @@ def agree_on_ranks(store: Any, own: _RoleInstanceInfo, group_world_size: int) ->
 
 
 def _publish(store: Any, agents: list[_RoleInstanceInfo]) -> None:
-    """Write what :func:`agree_on_ranks` returns, for each agent."""
+    """Store the return value of :func:`agree_on_ranks` for each agent."""
     role_sizes: defaultdict[str, int] = defaultdict(int)
     for agent in agents:
         role_sizes[agent.role] += agent.local_world_size

@@ -1,4 +1,4 @@
-"""The shutdown at the end of an agent's run: no signal skips it."""
+"""Shutdown at the end of an agent's run. Signals cannot skip it."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ logger = get_logger(__name__)
 def shut_down(
     shutdown: Callable[..., None], death_sig: signal.Signals | None, timeout: int, activity: Activity
 ) -> BaseException | None:
-    """Call an agent's ``_shutdown`` until it comes to its end.
+    """Call an agent's ``_shutdown`` until it completes.
 
-    The agent's own handlers do not raise here. Those of others may, and a shutdown that has begun keeps its deadline.
+    The agent's own signal handlers do not raise here. Other handlers may raise; the shutdown is then called again and keeps its deadline.
 
     Args:
         shutdown: the method.
-        death_sig: what to send the workers first; by default what the method chooses.
-        timeout: seconds until they are killed.
-        activity: is told that the agent is busy with it.
+        death_sig: first signal to the workers. ``None`` uses the default of the method.
+        timeout: grace period in seconds until the workers are killed.
+        activity: gets the state ``stopping``.
 
     Returns:
-        The last :class:`SignalException` that interrupted it, if one did.
+        The last :class:`SignalException` that interrupted the shutdown, or ``None``.
     """
     interruption: BaseException | None = None
     while True:
@@ -48,7 +48,7 @@ def shut_down(
 
 
 def _call(shutdown: Callable[..., None], death_sig: signal.Signals | None, timeout: int) -> None:
-    """Call ``_shutdown`` with as many arguments as it takes: before torch 2.9 subclasses had none for the timeout."""
+    """Call ``_shutdown`` with the arguments that it accepts: subclasses for torch before 2.9 have no ``timeout``."""
     import inspect
 
     signature = inspect.signature(shutdown)

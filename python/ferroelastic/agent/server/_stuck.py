@@ -1,4 +1,4 @@
-"""Workers in uninterruptible sleep (state ``D``): how long, where in the kernel, and the failure that results."""
+"""Detects workers that are stuck in uninterruptible sleep (state ``D``)."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ logger = get_logger("ferroelastic.agent.server.local_elastic_agent")
 
 TIMEOUT_ENV = "TORCHELASTIC_UNINTERRUPTIBLE_STATE_TIMEOUT"
 
-_EXIT_CODE = 1  # the worker has none of its own, and the job must not end with 0
-_UNKNOWN_PLACE = "an unknown place"
+_EXIT_CODE = 1  # the worker has no exit code yet, and the job must not end with 0
+_UNKNOWN_CHANNEL = "an unknown kernel function"
 
 
 def resolve_timeout_s(explicit: float | None) -> float:
@@ -33,11 +33,11 @@ def dwell_s(
     """Return for how many seconds a worker has been in uninterruptible sleep; ``None`` if it is not.
 
     Args:
-        first_seen: monotonic time of the first such observation, by process id; updated here.
+        first_seen: monotonic time of the first check that found a process in this state, by process id. Updated in place.
         pid: process id of the worker.
         role: role of the worker, for the log.
         timeout_s: limit in seconds, for the log.
-        is_uninterruptible: whether it is in uninterruptible sleep now.
+        is_uninterruptible: whether the worker is in uninterruptible sleep now.
     """
     if not is_uninterruptible:
         first_seen.pop(pid, None)
@@ -57,10 +57,10 @@ def failure_of(local_rank: int, pid: int, slept_s: float, timeout_s: float, wait
 
     Args:
         local_rank: rank of the worker on this node.
-        pid: its process id.
+        pid: process id of the worker.
         slept_s: seconds in uninterruptible sleep.
         timeout_s: the exceeded limit in seconds.
-        wait_channel: the kernel function that it sleeps in.
+        wait_channel: the kernel function in which it sleeps.
     """
     failure = ProcessFailure(local_rank, pid, _EXIT_CODE, error_file="")
     failure.message = (
@@ -71,9 +71,9 @@ def failure_of(local_rank: int, pid: int, slept_s: float, timeout_s: float, wait
 
 
 def read_wait_channel(pid: int) -> str:
-    """Return the kernel function that a process sleeps in, from ``/proc/PID/wchan``, as far as it can be read."""
+    """Return the kernel function in which a process sleeps, from ``/proc/PID/wchan``, or a placeholder if it cannot be read."""
     try:
         with open(f"/proc/{pid}/wchan") as file:
-            return file.read() or _UNKNOWN_PLACE
+            return file.read() or _UNKNOWN_CHANNEL
     except OSError:
-        return _UNKNOWN_PLACE
+        return _UNKNOWN_CHANNEL

@@ -1,4 +1,4 @@
-"""The watchdog of an agent's workers, and its part of the failure report of a worker that it has ended."""
+"""The watchdog of an agent's workers, and its contribution to the failure report of a worker that it ended."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = [
     "as_worker_watchdog",
     "describe",
     "explain",
-    "make_up_timer_file",
+    "generate_timer_file",
     "renew",
     "start_server",
     "workers_with_folders",
@@ -35,12 +35,12 @@ __all__ = [
 logger = get_logger(__name__)
 
 EVIDENCE_S_ENV = "FERROELASTIC_EVIDENCE_S"
-"""Environment variable: seconds, 60 at most, that may be spent on finding out what workers do before one is ended; 0 spends none."""
+"""Environment variable: seconds, 60 at most, to collect evidence of the workers before one is ended. 0 collects none."""
 
 _EVIDENCE_S = 2.0
-_INTERVAL_S = 0.1  # torch's, and without a meaning for a native server
-_MOST_FRAMES = 20
-_MOST_BYTES = 1 << 20
+_INTERVAL_S = 0.1  # torch's value; the native server does not use it
+_MAX_FRAMES = 20
+_MAX_BYTES = 1 << 20
 
 _FAULTHANDLER_THREAD = re.compile(
     r"^(?:Current thread|Thread) 0x[^\n]*most recent call first\):\n((?:  .*\n?)*)", re.MULTILINE
@@ -50,10 +50,10 @@ _PY_SPY_THREAD = re.compile(r"^Thread [^\n]*\n((?:    .*\n?)*)", re.MULTILINE)
 
 
 class PipeError(OSError):
-    """The watchdog's pipe cannot be made. Its ``filename`` tells this from a port in use; the text has it already."""
+    """The watchdog's pipe cannot be created. The attribute ``filename`` distinguishes this error from a port in use."""
 
     def __str__(self) -> str:
-        """Return the text alone."""
+        """Return the text without ``filename``, which the text already contains."""
         return str(self.strerror)
 
 
@@ -62,7 +62,7 @@ class WorkerWatchdog(Protocol):
     """A timer server with the capabilities of :class:`ferroelastic.timer.FileTimerServer` that torch's server lacks."""
 
     def start(self) -> None:
-        """Serve the pipe; make it again if it was removed."""
+        """Serve the pipe. Create it again if it was removed."""
 
     def stop(self) -> None:
         """Stop serving and remove the pipe."""
@@ -75,11 +75,11 @@ class WorkerWatchdog(Protocol):
 
 
 def as_worker_watchdog(server: object) -> WorkerWatchdog | None:
-    """Return ``server`` if it has our capabilities; ``None`` for torch's server, a subclass's own one, or no server."""
+    """Return ``server`` if it has these capabilities; ``None`` for torch's server, another class, or no server."""
     return server if isinstance(server, WorkerWatchdog) else None
 
 
-def make_up_timer_file() -> str:
+def generate_timer_file() -> str:
     """Return a path for the watchdog's pipe that no other process uses."""
     import tempfile
 
@@ -87,7 +87,7 @@ def make_up_timer_file() -> str:
 
 
 def start_server(path: str, run_id: str, log_event: Callable[[str, Any], None]) -> Any:
-    """Start a server of timers whose expiry ends workers, and not this process.
+    """Start a timer server. An expired timer ends its worker, but not this process.
 
     Args:
         path: path of its pipe.
@@ -95,7 +95,7 @@ def start_server(path: str, run_id: str, log_event: Callable[[str, Any], None]) 
         log_event: see :class:`ferroelastic.timer.FileTimerServer`.
 
     Raises:
-        PipeError: the pipe cannot be made, or a living process serves it.
+        PipeError: the pipe cannot be created, or a running process serves it.
     """
     import shutil
 
@@ -122,17 +122,17 @@ def start_server(path: str, run_id: str, log_event: Callable[[str, Any], None]) 
 def renew(
     server: WorkerWatchdog, path: str, other_path: str, run_id: str, log_event: Callable[[str, Any], None]
 ) -> WorkerWatchdog:
-    """Make sure that the workers of a restart have a pipe. A missing pipe is logged and does not stop the restart.
+    """Ensure that the workers of a restart have a pipe. A failure is logged and does not stop the restart.
 
     Args:
         server: the server of the previous attempts.
-        path: path of its pipe, which is made again if it was removed.
-        other_path: path of a second pipe, for the case that another file is at ``path``. The agent does not remove that file.
+        path: path of its pipe, which is created again if it was removed.
+        other_path: path of the new pipe if another file is at ``path``. The agent does not remove that file.
         run_id: id of the run.
         log_event: see :class:`ferroelastic.timer.FileTimerServer`.
 
     Returns:
-        The server; another one if its pipe is at ``other_path``.
+        The server, or a new server with its pipe at ``other_path``.
     """
     try:
         server.start()
@@ -143,14 +143,14 @@ def renew(
     try:
         another: WorkerWatchdog = start_server(other_path, run_id, log_event)
     except OSError as error:
-        logger.error(  # noqa: TRY400 - the text says all
-            "%s, and %s: workers that set timers fail; remove what is at %s",
+        logger.error(  # noqa: TRY400 - the text has all details
+            "%s, and %s: the timers of workers will fail; remove the file at %s",
             *(reason, str(error).partition("; ")[0], path),
         )
         return server
     server.stop()
     logger.warning(
-        "%s, so workers get a pipe at %s; remove what is at %s to keep that path next time",
+        "%s: the workers use a pipe at %s instead; remove the file at %s to use that path again",
         *(reason, other_path, path),
     )
     return another
@@ -161,20 +161,20 @@ def _evidence_s() -> float:
     if raw is None:
         return _EVIDENCE_S
     try:
-        found = float(raw)
+        seconds = float(raw)
     except ValueError:
-        found = math.nan
-    if math.isfinite(found) and found >= 0:
-        return found
+        seconds = math.nan
+    if math.isfinite(seconds) and seconds >= 0:
+        return seconds
     logger.warning("%s=%r is not a number of seconds; using %s", EVIDENCE_S_ENV, raw, _EVIDENCE_S)
     return _EVIDENCE_S
 
 
 def workers_with_folders(context: PContext, workers: Iterable[Worker]) -> list[tuple[int, str, str]]:
-    """Return pid, name and log folder of each worker; the folder is empty where the worker has none of its own.
+    """Return pid, name and log folder of each worker. The folder is empty if the worker has no own log folder.
 
     Args:
-        context: the workers' processes.
+        context: processes of the workers.
         workers: the workers.
     """
     error_files = newer(context, "error_files", {})
@@ -183,33 +183,33 @@ def workers_with_folders(context: PContext, workers: Iterable[Worker]) -> list[t
     for worker in workers:
         if worker.local_rank in pids:
             folder = os.path.dirname(error_files.get(worker.local_rank, ""))
-            has_own = os.path.isdir(folder) and folder != os.path.dirname(os.devnull)
-            found.append((pids[worker.local_rank], f"rank {worker.global_rank}", folder if has_own else ""))
+            has_folder = os.path.isdir(folder) and folder != os.path.dirname(os.devnull)
+            found.append((pids[worker.local_rank], f"rank {worker.global_rank}", folder if has_folder else ""))
     return found
 
 
 def describe(expiry: Expiry, pid: int) -> str:
-    """Say in one line which timer has expired.
+    """Describe an expired timer in one line.
 
     Args:
-        expiry: what the watchdog knows.
-        pid: the worker, of which the process with the timer may be a descendant.
+        expiry: the expired timer.
+        pid: process id of the worker. The process with the timer may be a descendant.
     """
     from datetime import datetime
 
-    whose = "" if expiry.pid == pid else f" of its child process {expiry.pid}"
+    owner = "" if expiry.pid == pid else f" of its child process {expiry.pid}"
     try:
         at = datetime.fromtimestamp(expiry.expiration_time)  # noqa: DTZ006 - local time, as the rest of the report
         deadline = at.isoformat(sep=" ", timespec="milliseconds")
-    except (OverflowError, ValueError, OSError):  # it is what a worker has said
+    except (OverflowError, ValueError, OSError):  # the time comes from a worker and may be any number
         deadline = str(expiry.expiration_time)
     late_ms = expiry.late_ns / 1e6
-    done = {
+    action = {
         "signalled": f"sent {_name(expiry.signal)}",
-        "gone": "it ended before it was signalled",
-        "denied": f"{_name(expiry.signal)} was not allowed",
+        "gone": "the process ended before it was signalled",
+        "denied": f"sending {_name(expiry.signal)} was not permitted",
     }.get(expiry.outcome, expiry.outcome)
-    return f"timer {expiry.scope!r}{whose} expired: deadline {deadline}, noticed {late_ms:.1f} ms late, {done}"
+    return f"timer {expiry.scope!r}{owner} expired: deadline {deadline}, noticed {late_ms:.1f} ms late, {action}"
 
 
 def _name(number: int) -> str:
@@ -220,16 +220,16 @@ def _name(number: int) -> str:
 
 
 def explain(failure: ProcessFailure, expiry: Expiry) -> None:
-    """Put the expiry of a timer into the message of a failure, with the Python stack of that moment.
+    """Add an expired timer and the Python stack at its expiry to the message of a failure.
 
     Args:
-        failure: a worker that failed, of torch's class as well.
-        expiry: the timer over which it was signalled.
+        failure: a failed worker, of this package's or of torch's class.
+        expiry: the timer for which the worker was signalled.
     """
     cause = describe(expiry, failure.pid)
     details = _details([os.fspath(path) for path in expiry.evidence])
     message = failure.message
-    if isinstance(message, dict):  # it has recorded an exception before it ended
+    if isinstance(message, dict):  # the worker has recorded an exception
         info = message.get("extraInfo")
         info = dict(info) if isinstance(info, dict) else {}
         info["py_callstack"] = "\n".join([cause, *details, str(info.get("py_callstack") or message.get("message"))])
@@ -237,7 +237,7 @@ def explain(failure: ProcessFailure, expiry: Expiry) -> None:
         return
     failure.message = "\n".join([cause, message, *details])
     if failure.error_file == NOT_AVAILABLE:
-        # A new one: failures of torch's class share theirs.
+        # A new dictionary, because failures of torch's class share one.
         failure.error_file_data = {**failure.error_file_data, "message": failure.message}
 
 
@@ -250,28 +250,28 @@ def _details(evidence: Sequence[str]) -> list[str]:
     for path in own:
         if os.path.basename(path).startswith("stacks."):
             lines += _stack(path)
-    beside = "" if len(own) == len(evidence) else "; of other ranks in the folders beside it"
-    return [*lines, f"evidence  : {folder} ({', '.join(map(os.path.basename, own))}){beside}"]
+    others = "" if len(own) == len(evidence) else "; evidence of the other ranks is in the folders next to it"
+    return [*lines, f"evidence  : {folder} ({', '.join(map(os.path.basename, own))}){others}"]
 
 
 def _stack(path: str) -> list[str]:
-    """Lines that show where the main thread was; none if the file does not tell."""
+    """Return the stack of the main thread as lines. Empty if the file contains none."""
     try:
         with open(path, "rb") as file:
-            file.seek(max(0, os.path.getsize(path) - _MOST_BYTES))
-            text = file.read(_MOST_BYTES).decode(errors="replace")
+            file.seek(max(0, os.path.getsize(path) - _MAX_BYTES))
+            text = file.read(_MAX_BYTES).decode(errors="replace")
     except OSError:
         return []
     frames = _faulthandler_frames(text) or _py_spy_frames(text)
     if not frames:
         return []
-    left_out = len(frames) - _MOST_FRAMES
-    more = [f"  ... and {left_out} callers"] if left_out > 0 else []
-    return ["stack (most recent call first):", *(line for frame in frames[:_MOST_FRAMES] for line in frame), *more]
+    omitted = len(frames) - _MAX_FRAMES
+    more = [f"  ... and {omitted} callers"] if omitted > 0 else []
+    return ["stack (most recent call first):", *(line for frame in frames[:_MAX_FRAMES] for line in frame), *more]
 
 
 def _faulthandler_frames(text: str) -> list[list[str]]:
-    """The frames of the thread that wrote the dump, which is the main one unless that blocks the signal, with their source."""
+    """Return the frames of the thread that wrote the dump, with their source: the main thread unless it blocks the signal."""
     import linecache
 
     threads = list(_FAULTHANDLER_THREAD.finditer(text))
@@ -279,10 +279,10 @@ def _faulthandler_frames(text: str) -> list[list[str]]:
     if not chosen:
         return []
     frames = []
-    # The last one: the file may hold dumps of earlier expiries.
+    # The last dump, because the file may contain dumps of earlier expiries.
     for line in chosen[-1][1].splitlines():
-        place = _FAULTHANDLER_FRAME.match(line)
-        source = linecache.getline(place["file"], int(place["line"])).strip() if place else ""
+        match = _FAULTHANDLER_FRAME.match(line)
+        source = linecache.getline(match["file"], int(match["line"])).strip() if match else ""
         frames.append([line, f"    {source}"] if source else [line])
     return frames
 

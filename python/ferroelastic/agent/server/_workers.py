@@ -1,4 +1,4 @@
-"""What an agent runs: the specification of workers, the workers, and how a run ended."""
+"""Data classes of an agent: specification of the workers, workers, and result of a run."""
 
 from __future__ import annotations
 
@@ -23,31 +23,31 @@ if TYPE_CHECKING:
 
 @dataclass
 class WorkerSpec(TorchCompatible):
-    """What the workers of a role are. Mirrors ``torch.distributed.elastic.agent.server.WorkerSpec``.
+    """Specification of the workers of a role. Mirrors ``torch.distributed.elastic.agent.server.WorkerSpec``.
 
     Every node runs the same number of workers of a role.
 
     Args:
         role: name of the role.
         local_world_size: number of workers on this node.
-        rdzv_handler: finds the other nodes.
+        rdzv_handler: rendezvous handler.
         fn: deprecated, use ``entrypoint``.
         entrypoint: function, or path of a program, that a worker runs.
-        args: its arguments.
-        max_restarts: how often workers that failed are started again.
-        monitor_interval: seconds between two looks at the workers.
-        master_port: port of the workers' store; by default what the rendezvous says.
-        master_addr: host of the workers' store; by default what the rendezvous says.
+        args: arguments of the entrypoint.
+        max_restarts: maximum number of restarts after failures.
+        monitor_interval: maximum time between two checks of the workers, in seconds.
+        master_port: port of the workers' store. ``None`` uses the port from the rendezvous.
+        master_addr: host of the workers' store. ``None`` uses the host from the rendezvous.
         local_addr: address of this node.
         event_log_handler: destination of events, see :mod:`ferroelastic.events`.
-        numa_options: how workers are bound to NUMA nodes.
-        duplicate_stdout_filters: lines of standard output with one of these go to a file of their own as well.
-        duplicate_stderr_filters: likewise for standard error.
-        virtual_local_rank: every worker has ``LOCAL_RANK`` 0 and sees its own GPU only.
+        numa_options: binding of the workers to CPUs. ``None`` means no binding.
+        duplicate_stdout_filters: lines of standard output that contain one of these strings are also written to a separate file.
+        duplicate_stderr_filters: same for standard error.
+        virtual_local_rank: whether every worker has ``LOCAL_RANK`` 0 and sees only its own GPU.
 
     Raises:
-        AssertionError: a number is out of range, or there is no entrypoint.
-        TypeError: a value has a type that cannot work.
+        AssertionError: a number is out of range, or the entrypoint is missing.
+        TypeError: a value has the wrong type.
     """
 
     role: str
@@ -100,7 +100,10 @@ class WorkerSpec(TorchCompatible):
     def get_entrypoint_name(self) -> str:
         """Return the name of the function, or the file name of the program.
 
-        A ``functools.partial`` has the name of its function, an instance with ``__call__`` that of its class.
+        For a ``functools.partial`` this is the name of its function, for an instance with ``__call__`` the name of its class.
+
+        Raises:
+            AssertionError: there is no entrypoint.
         """
         if self.entrypoint is None:
             raise AssertionError(f"role {self.role!r} has no entrypoint")
@@ -112,13 +115,13 @@ class Worker(TorchCompatible):
 
     Args:
         local_rank: rank on this node.
-        global_rank: rank among all workers of the job; changes from round to round, as do the rest.
+        global_rank: rank among all workers of the job. This and the following values may change with each round.
         role_rank: rank among all workers of its role.
         world_size: number of workers of the job.
         role_world_size: number of workers of its role.
 
     Attributes:
-        id: what the agent knows it by; a process id with a local agent.
+        id: identifier of the worker, with a local agent its process id. ``None`` before the start.
     """
 
     def __init__(
@@ -147,7 +150,7 @@ class Worker(TorchCompatible):
 
 
 class WorkerState(str, Enum):
-    """State of a group of workers, which changes as a whole. Mirrors ``torch.distributed.elastic.agent.server.WorkerState``."""
+    """State of a group of workers. Mirrors ``torch.distributed.elastic.agent.server.WorkerState``."""
 
     UNKNOWN = "UNKNOWN"
     """The agent has lost track of the workers."""
@@ -156,17 +159,17 @@ class WorkerState(str, Enum):
     HEALTHY = "HEALTHY"
     """Running."""
     UNHEALTHY = "UNHEALTHY"
-    """Running, but stuck."""
+    """Running, but a worker is stuck."""
     STOPPED = "STOPPED"
-    """Stopped by the agent, to be started again."""
+    """Stopped by the agent for a restart."""
     SUCCEEDED = "SUCCEEDED"
-    """All ended with exit code 0."""
+    """All workers ended with exit code 0."""
     FAILED = "FAILED"
-    """One ended otherwise."""
+    """A worker failed."""
 
     @staticmethod
     def is_running(state: WorkerState) -> bool:
-        """Tell whether workers in this state have processes."""
+        """Return whether workers in this state have processes."""
         return state in (WorkerState.HEALTHY, WorkerState.UNHEALTHY)
 
 
@@ -174,12 +177,12 @@ class WorkerGroup(TorchCompatible):
     """The workers of a role on this node. Mirrors ``torch.distributed.elastic.agent.server.WorkerGroup``.
 
     Args:
-        spec: what they are.
+        spec: specification of the workers.
 
     Attributes:
         workers: the workers, by local rank.
-        state: their state.
-        store: store of the agents; this and the rest are known after a rendezvous.
+        state: state of the group.
+        store: store of the agents. This and the following attributes are ``None`` before the first rendezvous.
         group_rank: rank of this node.
         group_world_size: number of nodes.
         master_addr: host of the workers' store.
@@ -198,7 +201,7 @@ class WorkerGroup(TorchCompatible):
 
 
 class _RoleInstanceInfo:
-    """What an agent tells the others of its workers, so that ranks can be assigned."""
+    """Role and number of an agent's workers, exchanged between the agents to assign ranks."""
 
     def __init__(self, role: str, rank: int, local_world_size: int) -> None:
         self.role = role
@@ -221,19 +224,19 @@ class _RoleInstanceInfo:
 
     @staticmethod
     def find_role_boundaries(roles_infos: Sequence[_RoleInstanceInfo], role: str) -> tuple[int, int]:
-        """Return the first and the last index of a role, or -1 twice."""
+        """Return the first and the last index of a role, or ``(-1, -1)``."""
         indexes = [index for index, info in enumerate(roles_infos) if info.role == role]
         return (indexes[0], indexes[-1]) if indexes else (-1, -1)
 
 
 @dataclass
 class RunResult(TorchCompatible):
-    """How a run ended, for the workers of this node. Mirrors ``torch.distributed.elastic.agent.server.RunResult``.
+    """Result of a run, for the workers of this node. Mirrors ``torch.distributed.elastic.agent.server.RunResult``.
 
     Args:
         state: the final state.
-        return_values: by global rank, what function entrypoints returned; when all workers succeeded.
-        failures: by global rank, the workers that failed. Workers that the agent stopped are in neither.
+        return_values: return values of function entrypoints, by global rank, if all workers succeeded.
+        failures: failed workers, by global rank. Workers that the agent stopped are not included.
     """
 
     state: WorkerState
@@ -241,5 +244,5 @@ class RunResult(TorchCompatible):
     failures: dict[int, ProcessFailure] = field(default_factory=dict)
 
     def is_failed(self) -> bool:
-        """Tell whether the run failed; a worker that was stuck is a failure too (not in torch)."""
+        """Return whether the run failed. A stuck worker counts as a failure (not in torch)."""
         return self.state == WorkerState.FAILED or self.state == WorkerState.UNHEALTHY  # noqa: PLR1714 - the state may be unhashable

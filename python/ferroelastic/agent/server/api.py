@@ -3,13 +3,13 @@
 Intended differences:
 
 * The agent waits in one method, ``SimpleElasticAgent._wait_for_event``, which subclasses may override.
-* Workers of a restart find an empty store (see ``ferroelastic.rendezvous._worker_store``).
-* However ``run()`` ends, the workers are shut down once, with the agent's shutdown timeout. A signal meanwhile does not skip it, and
-  changes neither its deadline nor the outcome. Handlers of signals are installed for the run and restored after it.
-* A node that the rendezvous does not need ends with a result that succeeded (torch returns ``None``), and a worker that was stuck
-  is a failure (torch's launcher exits with 0).
-* A signal is seen at once also while the agent waits for others in the store.
-* Out-of-range values of a specification are named.
+* Restarted workers start with an empty store (see ``ferroelastic.rendezvous._worker_store``).
+* ``run()`` always shuts the workers down, with the agent's shutdown timeout. A signal during the shutdown does not skip it and changes
+  neither its deadline nor the outcome. Signal handlers are installed for the run and restored after it.
+* On a node that the rendezvous does not need, ``run()`` returns a successful result (torch returns ``None``).
+* A stuck worker is a failure (torch's launcher exits with 0).
+* Signals are handled at once even while the agent waits in the store.
+* Errors for out-of-range values of a specification contain the value.
 """
 
 from __future__ import annotations
@@ -87,9 +87,16 @@ class SimpleElasticAgent(ElasticAgent):
     """An agent for the workers of one role. Mirrors ``torch.distributed.elastic.agent.server.SimpleElasticAgent``.
 
     Args:
-        spec: what the workers are.
-        exit_barrier_timeout: seconds to wait for the other agents when the own workers have succeeded.
-        shutdown_timeout: seconds that workers have to end before they are killed.
+        spec: specification of the workers.
+        exit_barrier_timeout: seconds to wait for the other agents after the workers of this node have succeeded.
+        shutdown_timeout: grace period in seconds between the stop signal and SIGKILL.
+
+    Raises:
+        TypeError: a timeout is not a number.
+
+    Attributes:
+        job_exit_code: exit code of the job, equal on all nodes, after a failure without a restart left. ``None`` if the rendezvous reports
+            none. Not in torch.
     """
 
     def __init__(self, spec: WorkerSpec, exit_barrier_timeout: float = 300, shutdown_timeout: int = 30) -> None:
@@ -106,7 +113,7 @@ class SimpleElasticAgent(ElasticAgent):
         self._has_left_exit_barrier = False
         self._has_run = False
         self._activity = Activity()
-        # Also keeps alive the workers' store, where this node hosts one that the handler does not know of.
+        # Keeps the workers' store alive if this node hosts one outside of the handler.
         self._rdzv_info: RendezvousInfo | None = None
 
     def get_worker_group(self, role: str = DEFAULT_ROLE) -> WorkerGroup:  # noqa: ARG002 - there is one role
@@ -115,58 +122,58 @@ class SimpleElasticAgent(ElasticAgent):
 
     @abc.abstractmethod
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
-        """Start the workers; return the id of each by local rank."""
+        """Start the workers and return their ids by local rank."""
 
     @abc.abstractmethod
     def _stop_workers(self, worker_group: WorkerGroup) -> None:
-        """Stop the workers, whatever state they are in; there may be none."""
+        """Stop the workers in any state. There may be none."""
 
     @abc.abstractmethod
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
-        """Look at the workers once and return their state."""
+        """Check the workers once and return their state."""
 
     @abc.abstractmethod
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
-        """Stop the workers and release everything, at the end of the run.
+        """Stop the workers and release all resources, at the end of the run.
 
         Args:
-            death_sig: what to send them first.
-            timeout: seconds until they are killed.
+            death_sig: first signal to the workers.
+            timeout: grace period in seconds until the workers are killed.
         """
 
     def _wait_for_event(self, timeout_s: float) -> None:
-        """Wait until it may be worth to look at the workers, for at most ``timeout_s`` seconds.
+        """Wait for the next check of the workers, at most ``timeout_s`` seconds.
 
-        Sleeps all the time. An agent that can be told of exits returns earlier.
+        This implementation sleeps for the whole time. Subclasses that are notified of exits return earlier.
         """
         time.sleep(timeout_s)
 
     def _begin_stop(self, death_sig: signal.Signals, within_s: float | None = None) -> None:
-        """Send the workers a signal to end, if that can be done without waiting for them. The stop itself comes later.
+        """Send the stop signal to the workers without waiting for them, if the agent supports it. The shutdown follows later.
 
         Args:
             death_sig: the signal.
-            within_s: seconds within which they must be gone; ``None`` leaves them the grace period.
+            within_s: seconds within which the workers must have ended; ``None`` leaves them the grace period.
         """
 
     def _outcome_before_signal(self) -> RunResult | None:
-        """Return how the run had ended when the first signal came, if it had: then the signal changes nothing."""
+        """Return the result of the run if the run had ended before the first signal. The signal then does not change it."""
         return None
 
     @prof
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
-        """Meet the other nodes, and fill in what follows from it: ranks, stores, the master's address."""
+        """Run a rendezvous with the other nodes and set its results: ranks, stores, the master's address."""
         spec = worker_group.spec
         with self.record_duration("RENDEZVOUS"):
             info = self._next_rendezvous(spec)
         master = info.bootstrap_store_info
-        # An address given in the specification is the handler's own. It does not hold where the workers' store had to move.
+        # An address in the specification is the address of the handler's store. It is not valid if the workers' store was moved.
         moved = isinstance(info, RenewedRendezvousInfo)
         master_addr = (not moved and spec.master_addr) or master.master_addr
         master_port = (not moved and spec.master_port) or master.master_port
         self._store = info.store
         if isinstance(info, PlacedRendezvousInfo):
-            # Counted for all nodes together: the number of the restart is the same everywhere.
+            # Failures are counted for the whole job, so all nodes have the same restart count.
             self._remaining_restarts = max(0, spec.max_restarts - info.place.failures)
 
         with self.record_duration("ASSIGN_WORKER_RANKS"):
@@ -198,7 +205,7 @@ class SimpleElasticAgent(ElasticAgent):
         )
 
     def _notifier(self) -> NotifyingRendezvous | None:
-        """Return the rendezvous handler if it reports events of other nodes; handlers with torch's interface are polled."""
+        """Return the rendezvous handler if it reports events of other nodes, else ``None``: torch's handlers are polled."""
         return notifier_of(self._worker_group.spec.rdzv_handler)
 
     def _next_rendezvous(self, spec: WorkerSpec) -> RendezvousInfo:
@@ -222,10 +229,10 @@ class SimpleElasticAgent(ElasticAgent):
 
     @prof
     def _initialize_workers(self, worker_group: WorkerGroup) -> None:
-        """Meet the other nodes and start workers; there must be none."""
+        """Run a rendezvous and start the workers. There must be no running workers."""
         signalled = _signals.received()
         if signalled is not None:
-            # During the stop before: there is to be no other round.
+            # Received during the preceding stop: do not start another round.
             raise signalled
         _signals.resume()
         spec = worker_group.spec
@@ -245,7 +252,7 @@ class SimpleElasticAgent(ElasticAgent):
 
     @prof
     def _restart_workers(self, worker_group: WorkerGroup) -> None:
-        """Stop the workers, meet the other nodes and start workers."""
+        """Stop the workers, run a rendezvous and start the workers again."""
         logger.info("[%s] Stopping worker group", worker_group.spec.role)
         self._activity.busy("stopping")
         with self._activity.phase("stop"):
@@ -255,7 +262,7 @@ class SimpleElasticAgent(ElasticAgent):
 
     @prof
     def run(self, role: str = DEFAULT_ROLE) -> RunResult:
-        """Run the workers until they end. See :meth:`ElasticAgent.run`."""
+        """Run the workers until they end, and restart them when they fail. See :meth:`ElasticAgent.run`."""
         begin_look_up()
         with _signals.Handling(os.environ.get(_signals.SIGNALS_ENV, _signals.DEFAULT_SIGNALS)):
             try:
@@ -282,7 +289,7 @@ class SimpleElasticAgent(ElasticAgent):
         except family(SignalException) as error:
             _signals.conclude()
             signalled, death_sig = error, error.sigval
-            # Before the log message: a log handler may block on its reader.
+            # Before the log message, because a log handler may block on its reader.
             notifier = self._notifier()
             if notifier is not None:
                 notifier.say_farewell(f"its agent was ended by {error.sigval.name}", _exit_code(-error.sigval))
@@ -291,7 +298,7 @@ class SimpleElasticAgent(ElasticAgent):
         finally:
             interruption = shut_down(self._shutdown, death_sig, self._shutdown_timeout, self._activity)
             self._activity.idle()
-            # Also where an exception left: its event tells the time.
+            # Also after an exception, whose event contains the time.
             self._total_execution_time = int(time.monotonic() - start)
             if interruption is not None and not is_unwinding:
                 raise interruption
@@ -305,7 +312,7 @@ class SimpleElasticAgent(ElasticAgent):
         return result
 
     def _begin_run(self) -> None:
-        """Forget what a former run has left: each run has all its restarts, and a job of its own."""
+        """Reset the state of a previous run: each run is a new job with all its restarts."""
         if self._has_run:
             self._worker_group.state = WorkerState.INIT
             self._remaining_restarts = self._worker_group.spec.max_restarts
@@ -317,13 +324,15 @@ class SimpleElasticAgent(ElasticAgent):
             notifier.begin()
 
     def get_event_failed(self) -> Event:
-        """Return the event that tells of the exception being handled."""
+        """Return the event for a failed agent, with the traceback of the exception being handled."""
         error = sys.exc_info()[1]
-        raw_error = "NoneType: None\n" if error is None else format_traceback(error)  # as Python prints none
+        raw_error = (
+            "NoneType: None\n" if error is None else format_traceback(error)
+        )  # as traceback.format_exc() without exception
         return self._construct_event(state="FAILED", source=EventSource.AGENT, raw_error=raw_error)
 
     def get_event_succeeded(self) -> Event:
-        """Return the event that tells that the agent came to its end."""
+        """Return the event for an agent that has completed its run."""
         return self._construct_event(state="SUCCEEDED", source=EventSource.AGENT)
 
     def _record_worker_events(self, result: RunResult) -> None:
@@ -351,7 +360,7 @@ class SimpleElasticAgent(ElasticAgent):
         """Send an event with the duration of a ``with`` block.
 
         Args:
-            state: what the block does.
+            state: name of the measured phase.
         """
         start = time.perf_counter()
         try:
@@ -401,7 +410,7 @@ class SimpleElasticAgent(ElasticAgent):
         put_metric(f"workers.{self._worker_group.spec.role}.{metric_name}", 1 if condition else 0)
 
     def _record_flakiness_metric(self, is_failed: bool = False) -> None:
-        """Publish the percentage of restarts that were used up."""
+        """Publish the percentage of used restarts."""
         spec = self._worker_group.spec
         unused = 0.0 if is_failed else 100.0 * (self._remaining_restarts + 1) / (spec.max_restarts + 1)
         put_metric(f"workers.{spec.role}.flakiness", int(100.0 - unused))
@@ -433,7 +442,7 @@ class SimpleElasticAgent(ElasticAgent):
                     self._exit_barrier_timeout,
                 )
                 if _signals.received() is not None:
-                    _signals.conclude()  # it came when these workers had succeeded
+                    _signals.conclude()  # the workers had already succeeded
                 self._exit_barrier()
                 interruption = self._interruption()
                 if interruption is None:
@@ -453,20 +462,20 @@ class SimpleElasticAgent(ElasticAgent):
         spec = group.spec
         interruption = self._interruption()
         if interruption is not None and not interruption.is_failure:
-            # They fail because of a node that is gone.
+            # The workers failed because another node was lost.
             self._restart_because_of(interruption)
             return True
         self._report_failure(result)
         if self._remaining_restarts <= 0:
             self._activity.busy("stopping")
             self._stop_workers(group)
-            _signals.conclude()  # the outcome stands: no signal changes it
+            _signals.conclude()  # the outcome is final: signals do not change it
             notifier = self._notifier()
             interruption = None if notifier is None else notifier.verdict()
             if interruption is not None and not interruption.is_failure:
                 self._restart_because_of(interruption)
                 return True
-            # Workers of another node may have failed before.
+            # Workers of another node may have failed earlier.
             self.job_exit_code = None if interruption is None else interruption.exit_code
             group.state = WorkerState.FAILED
             return False
@@ -483,7 +492,7 @@ class SimpleElasticAgent(ElasticAgent):
         return True
 
     def _check_other_nodes(self) -> None:
-        """Restart the running workers if another node reports an event. This uses up no restart."""
+        """Restart the running workers if another node reports an event. Such a restart does not count."""
         group = self._worker_group
         spec = group.spec
         if self._notifier() is not None:
@@ -503,7 +512,7 @@ class SimpleElasticAgent(ElasticAgent):
             self._restart_workers(group)
 
     def _interruption(self) -> Interruption | None:
-        """Return why the round is over; ``None`` while it is not, or where the rendezvous reports no events."""
+        """Return why the round has ended; ``None`` if it has not, or if the rendezvous reports no events."""
         notifier = self._notifier()
         return None if notifier is None else notifier.interruption()
 
@@ -525,7 +534,7 @@ class SimpleElasticAgent(ElasticAgent):
         self._restart_workers(self._worker_group)
 
     def _report_failure(self, result: RunResult) -> None:
-        """Report failed workers of this node to the other nodes, if the rendezvous can."""
+        """Report failed workers of this node to the other nodes, if the rendezvous supports it."""
         notifier = self._notifier()
         if notifier is not None:
             notifier.report_failure(
@@ -536,9 +545,9 @@ class SimpleElasticAgent(ElasticAgent):
             )
 
     def _exit_barrier(self) -> None:
-        """Wait until the agents of all nodes have come here, or the timeout has passed.
+        """Wait until the agents of all nodes have reached the barrier, or the timeout has passed.
 
-        An agent that left early would look like a node that is gone, and take its store along.
+        If an agent exited earlier, its node would count as lost, and a store that it hosts would be closed.
         """
         timeout_s = self._exit_barrier_timeout
         if _signals.received() is not None:
@@ -571,16 +580,16 @@ class SimpleElasticAgent(ElasticAgent):
             logger.warning("Got termination signal: %s", error.sigval)
             raise
         except Exception:
-            # The workers have succeeded; that others have not come does not change it.
+            # The workers of this node have succeeded, even if other agents do not reach the barrier.
             logger.exception("Error waiting on exit barrier. Elapsed: %s seconds", time.monotonic() - start)
         finally:
             self._in_exit_barrier = False
 
 
 def _hostname_for(destination: str) -> str:
-    """Return the name of this host for an event. To look it up may take DNS seconds: not for an event that nobody reads."""
+    """Return the name of this host for an event. Without a listener the DNS lookup is skipped, which may take seconds."""
     try:
         is_read = has_listener(destination)
     except KeyError:
-        is_read = True  # recording the event will say what is wrong
+        is_read = True  # recording the event raises the error
     return _get_fq_hostname() if is_read else socket.gethostname()

@@ -1,6 +1,6 @@
 """Mirror of ``torch.distributed.elastic.agent.server.health_check_server``.
 
-Intended difference: the server serves. torch's is an interface, whose ``start`` says that nothing was started.
+Intended difference: this server answers health checks. torch's class is a stub whose ``start`` only logs a warning.
 """
 
 from __future__ import annotations
@@ -26,25 +26,30 @@ __all__ = ["TORCHELASTIC_HEALTH_CHECK_HOST", "HealthCheckServer", "create_health
 log = get_logger(__name__)
 
 TORCHELASTIC_HEALTH_CHECK_HOST = "TORCHELASTIC_HEALTH_CHECK_HOST"
-"""Environment variable (not in torch): host name or address to listen on, ``0.0.0.0`` for all; unset listens on loopback only."""
+"""Environment variable (not in torch): host name or address to listen on, ``0.0.0.0`` for all addresses. Default: loopback."""
 
 _LOOPBACK = "127.0.0.1"
 _JOIN_S = 1.0
-_MOST_PORT = 65535
+_MAX_PORT = 65535
 
 
 class HealthCheckServer:
-    """Tells an orchestrator over HTTP whether the agent is alive. Mirrors torch's ``HealthCheckServer``.
+    """HTTP server for the liveness of the agent. Mirrors torch's ``HealthCheckServer``.
 
-    It answers from a native thread, also while the interpreter is stuck: ``/livez`` (and ``/``, ``/healthz``) with 200, or with 503 and the
-    reason if there was no progress for the timeout, the callback fails or does not return within half a second, or no Python thread can
-    run; ``/readyz`` with 200 while the workers run; ``/status`` as JSON; ``/metrics`` for Prometheus. It listens on loopback unless
-    ``TORCHELASTIC_HEALTH_CHECK_HOST`` says otherwise.
+    A native thread answers, even while the interpreter is stuck:
+
+    * ``/livez`` (and ``/``, ``/healthz``): 200, or 503 with the reason. Reasons are no progress for the timeout, a callback that fails or
+      takes longer than half a second, or an interpreter in which no Python thread can run.
+    * ``/readyz``: 200 while the workers run, else 503.
+    * ``/status``: the state as JSON.
+    * ``/metrics``: metrics for Prometheus.
+
+    It listens on ``$TORCHELASTIC_HEALTH_CHECK_HOST``, by default on loopback.
 
     Args:
-        alive_callback: returns when the agent last made progress, in seconds since the epoch. It is called in a thread of its own, never twice
-            at once.
-        port: port to listen on; 0 takes a free one.
+        alive_callback: returns the time of the agent's last progress, in seconds since the epoch. A separate thread calls it, one call at a
+            time.
+        port: port to listen on. 0 selects a free one.
         timeout: seconds without progress after which the agent counts as dead.
     """
 
@@ -56,9 +61,9 @@ class HealthCheckServer:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Start to listen. Doing so again does nothing.
+        """Start to listen. Idempotent.
 
-        Where nobody can listen, that is logged as an error, once, and nothing else happens: a job does not fail for want of a health check.
+        A failure to listen is logged as an error and does not raise: a job must not fail because of its health checks.
         """
         if self.board is not None:
             return
@@ -66,27 +71,27 @@ class HealthCheckServer:
         try:
             native = _listen(host, self._port, self._timeout)
         except (OSError, ValueError) as error:
-            log.error("no health checks will be answered: %s", _describe(error, host, self._port))  # noqa: TRY400 - the text says all
+            log.error("health checks are disabled: %s", _describe(error, host, self._port))  # noqa: TRY400 - the text has all details
             return
         self._native = native
         _started.add(self)
         _set_fork_hook()
-        # Before the engine's own hook, which was registered earlier: the thread has to be gone when the interpreter is.
+        # Runs before the engine's hook, which was registered earlier: the thread must end before the interpreter does.
         atexit.register(self.stop)
         thread = threading.Thread(target=_answer_questions, args=(native, self), name="ferro-health", daemon=True)
         try:
             _threads.start(thread)
         except RuntimeError as error:
             self.stop()
-            log.error("no health checks will be answered: %s", error)  # noqa: TRY400 - the text says all
+            log.error("health checks are disabled: %s", error)  # noqa: TRY400 - the text has all details
             return
         self._thread = thread
-        log.info("health checks are answered on http://%s", endpoint_text(native.host, native.port))
+        log.info("answering health checks on http://%s", endpoint_text(native.host, native.port))
 
     def stop(self) -> None:
-        """Stop to listen; the port is free afterwards. Doing so again does nothing.
+        """Stop listening. The port is free afterwards. Idempotent.
 
-        A callback that does not return is left behind after a second.
+        Waits up to a second for a running callback.
         """
         native, self._native = self._native, None
         thread, self._thread = self._thread, None
@@ -99,25 +104,28 @@ class HealthCheckServer:
         if thread is not None and thread is not threading.current_thread():
             thread.join(_JOIN_S)
             if thread.is_alive():
-                log.warning("alive_callback of the health check server does not return: its thread is left behind")
+                log.warning(
+                    "alive_callback of the health check server did not return within %g s; its thread is left running",
+                    _JOIN_S,
+                )
 
     @property
     def alive_callback(self) -> Callable[[], int]:
-        """Returns when the agent last made progress, in seconds since the epoch."""
+        """Callback that returns the time of the agent's last progress, in seconds since the epoch."""
         return self._alive_callback
 
     @property
     def board(self) -> _rust.HealthServer | None:
-        """The native server, for the agent to say what it is doing; ``None`` while nothing listens (not in torch)."""
+        """The native server, to which the agent reports its state. ``None`` while the server does not listen. Not in torch."""
         return self._native
 
 
 def create_healthcheck_server(alive_callback: Callable[[], int], port: int, timeout: int) -> HealthCheckServer:
-    """Return a health check server, not started.
+    """Return a health check server that is not started. Mirrors torch's ``create_healthcheck_server``.
 
     Args:
-        alive_callback: returns when the agent last made progress, in seconds since the epoch.
-        port: port to listen on.
+        alive_callback: returns the time of the agent's last progress, in seconds since the epoch.
+        port: port to listen on. 0 selects a free one.
         timeout: seconds without progress after which the agent counts as dead.
     """
     return HealthCheckServer(alive_callback, port, timeout)
@@ -126,8 +134,8 @@ def create_healthcheck_server(alive_callback: Callable[[], int], port: int, time
 def _listen(host: str, port: int, timeout_s: float) -> _rust.HealthServer:
     from ferroelastic._engine import get_engine
 
-    if not 0 <= port <= _MOST_PORT:
-        raise ValueError(f"failed to listen on {endpoint_text(host, port)}: a port is a number from 0 to {_MOST_PORT}")
+    if not 0 <= port <= _MAX_PORT:
+        raise ValueError(f"failed to listen on {endpoint_text(host, port)}: the port must be from 0 to {_MAX_PORT}")
     return get_engine().health_server(host, port, timeout_s)
 
 
@@ -143,11 +151,11 @@ def _describe(error: Exception, host: str, port: int) -> str:
 
 
 def _answer_questions(native: _rust.HealthServer, server: HealthCheckServer) -> None:
-    """Ask the callback for every probe that wants to know, until the server is closed."""
+    """Answer the questions of the native server with the callback, until the server is closed."""
     try:
         while native.next_question():
             _answer(native, server)
-    except RuntimeError:  # the engine has ended, and with it the server
+    except RuntimeError:  # the engine was closed, and the server with it
         log.debug("health check thread ends", exc_info=True)
 
 
@@ -158,7 +166,7 @@ def _text_of(error: BaseException) -> str:
 def _answer(native: _rust.HealthServer, server: HealthCheckServer) -> None:
     try:
         progress = float(server.alive_callback())
-    except BaseException as error:  # noqa: BLE001 - whatever it is, the probe is told
+    except BaseException as error:  # noqa: BLE001 - the probe gets every error
         native.answer_failed(_text_of(error))
     else:
         native.answer(progress)
@@ -171,14 +179,14 @@ _hook_set = False
 
 
 def _set_fork_hook() -> None:
-    global _hook_set  # noqa: PLW0603 - hooks belong to the interpreter and cannot be taken back
+    global _hook_set  # noqa: PLW0603 - hooks belong to the interpreter and cannot be removed
     if not _hook_set:
         os.register_at_fork(after_in_child=_forget)
         _hook_set = True
 
 
 def _forget() -> None:
-    """Let go of the listening sockets in a forked child, where they would take connections that nobody accepts."""
+    """Close the listening sockets in a forked child, where they would receive connections that are never accepted."""
     for server in list(_started):
         native, server._native, server._thread = server._native, None, None  # noqa: SLF001 - this module's class
         atexit.unregister(server.stop)

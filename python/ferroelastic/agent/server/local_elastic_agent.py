@@ -1,15 +1,14 @@
-"""The agent of one host; mirrors ``torch.distributed.elastic.agent.server.local_elastic_agent``.
+"""The agent of one host. Mirrors ``torch.distributed.elastic.agent.server.local_elastic_agent``.
 
-Differences:
+Intended differences:
 
-* Between looks at the workers the agent waits for an exit: ``monitor_interval`` is the longest time between two looks, not the
-  time it takes to notice one.
-* The shutdown timeout is the grace on every path: a failed worker's peers, a restart, a signal.
-* The health server runs from the agent's start to its end, also through restarts, and answers from the start. The agent is alive while its
-  loop waits or turns from one thing to the next, and no worker outlives a deadline that it has missed.
-* A worker that is stuck in the kernel is a failure with a name, and the job ends with an error; torch ends it with exit code 0.
-* One watchdog serves all attempts. A timer that expires is a failure of its worker, which the report explains: with the scope, and with
-  the worker's Python stack. torch's watchdog ends the agent as well.
+* The agent is notified of exits. ``monitor_interval`` is only the maximum time between two checks of the workers.
+* The shutdown timeout is the grace period in all cases: for the peers of a failed worker, for a restart, and after a signal.
+* The health server runs from the start of the agent to its end, including restarts. The agent is alive while its loop makes progress and
+  no worker outlives a missed deadline.
+* A worker that is stuck in the kernel is reported as a failure, and the job ends with an error. torch ends it with exit code 0.
+* One watchdog serves all attempts. An expired timer is a failure of its worker. The report contains the timer's scope and the worker's
+  Python stack. torch's watchdog also ends the agent.
 """
 
 from __future__ import annotations
@@ -68,15 +67,15 @@ logger = get_logger(__name__)
 TORCHELASTIC_ENABLE_FILE_TIMER = "TORCHELASTIC_ENABLE_FILE_TIMER"
 """Environment variable: ``1`` starts the watchdog of workers."""
 TORCHELASTIC_HEALTH_CHECK_PORT = "TORCHELASTIC_HEALTH_CHECK_PORT"
-"""Environment variable: port of the health server; unset starts none."""
+"""Environment variable: port of the health server. No server is started if it is not set."""
 TORCHELASTIC_TIMER_FILE = "TORCHELASTIC_TIMER_FILE"
-"""Environment variable: path of the watchdog's named pipe; unset makes one up."""
+"""Environment variable: path of the watchdog's named pipe. A path is generated if it is not set."""
 TORCHELASTIC_UNINTERRUPTIBLE_STATE_TIMEOUT = _stuck.TIMEOUT_ENV
-"""Environment variable: seconds that a worker may sleep uninterruptibly; unset, unreadable or not positive means without limit."""
+"""Environment variable: seconds that a worker may be in uninterruptible sleep. No limit if unset, not a number or not positive."""
 
 _HEALTH_TIMEOUT_S = 60
 _KILL_TIME_S = 0.25
-"""Upper bound of the time that SIGKILL takes, for workers that must be gone by a deadline."""
+"""Upper bound of the time from SIGKILL to the end of a worker, for workers that must have ended by a deadline."""
 
 
 _resolve_uninterruptible_state_timeout = _stuck.resolve_timeout_s  # torch's name
@@ -84,7 +83,7 @@ _read_wait_channel = _stuck.read_wait_channel
 
 
 class _AliveCallbackProxy:
-    """An alive callback that exists before the agent that answers it. Mirrors torch's ``_AliveCallbackProxy``."""
+    """An alive callback for a server that is created before the agent. Mirrors torch's ``_AliveCallbackProxy``."""
 
     def __init__(self) -> None:
         self._delegate: Callable[[], int] | None = None
@@ -100,21 +99,25 @@ class _AliveCallbackProxy:
 class LocalElasticAgent(SimpleElasticAgent):
     """Runs the workers of one host. Mirrors torch's ``LocalElasticAgent``.
 
-    With ``TORCHELASTIC_ENABLE_FILE_TIMER=1`` in the environment, workers can set themselves deadlines through a named pipe
-    (``TORCHELASTIC_TIMER_FILE``, made up if not set and handed to the workers). When one expires, up to ``FERROELASTIC_EVIDENCE_S`` seconds
-    (2 by default, 0 for none) are spent on finding out what all workers are doing, which is kept beside their logs.
+    With ``TORCHELASTIC_ENABLE_FILE_TIMER=1`` in the environment, workers can set deadlines for themselves through a named pipe. Its path is
+    ``$TORCHELASTIC_TIMER_FILE``, which is generated if it is not set, and is passed to the workers. When a deadline expires, the agent
+    collects evidence of all workers for up to ``$FERROELASTIC_EVIDENCE_S`` seconds (default 2, 0 for none) and stores it in their log
+    folders.
 
     Args:
-        spec: what to run.
-        logs_specs: where the workers' output goes.
+        spec: specification of the workers.
+        logs_specs: destination of the workers' output.
         start_method: ``spawn``, ``fork`` or ``forkserver``, for function entrypoints.
         exit_barrier_timeout: seconds to wait at the end for the agents of other hosts.
-        log_line_prefix_template: header of teed lines, with ``${role_name}``, ``${rank}`` and ``${local_rank}``.
-        shutdown_timeout: seconds that workers have between the stop signal and SIGKILL.
-        health_check_server: a started server to stop at the end, instead of one on ``TORCHELASTIC_HEALTH_CHECK_PORT``.
-        uninterruptible_state_timeout: seconds a worker may sleep uninterruptibly in the kernel before the job is ended;
-            0 means no limit, ``None`` takes ``TORCHELASTIC_UNINTERRUPTIBLE_STATE_TIMEOUT``.
-        interactive_rank: local rank that gets the terminal on standard input; ``None`` gives it to nobody.
+        log_line_prefix_template: prefix of teed lines, with ``${role_name}``, ``${rank}`` and ``${local_rank}``.
+        shutdown_timeout: grace period in seconds between the stop signal and SIGKILL.
+        health_check_server: a started server, used instead of a new one on ``$TORCHELASTIC_HEALTH_CHECK_PORT``. The agent stops it.
+        uninterruptible_state_timeout: seconds that a worker may be in uninterruptible sleep before the job is ended. 0 means no limit,
+            ``None`` uses ``$TORCHELASTIC_UNINTERRUPTIBLE_STATE_TIMEOUT``.
+        interactive_rank: local rank of the worker with the terminal as standard input, ``None`` for no worker. Not in torch.
+
+    Raises:
+        TypeError: a value has the wrong type.
     """
 
     def __init__(
@@ -131,56 +134,57 @@ class LocalElasticAgent(SimpleElasticAgent):
         interactive_rank: int | None = None,
     ) -> None:
         super().__init__(spec, exit_barrier_timeout, shutdown_timeout)
-        if logs_specs is not None:  # of a subclass that starts its workers itself
+        if logs_specs is not None:  # None is valid for a subclass that starts its workers itself
             check_logs_specs("logs_specs", logs_specs)
         check_type("log_line_prefix_template", log_line_prefix_template, (str, type(None)), "a string or None")
         self._start_method = start_method
         self._pcontext: PContext | None = None
-        # Up to where the last look has seen the news of a context's group; a context that it has not seen is due for a look.
+        # Generation of the group and context at the last check. A new context is checked at once.
         self._seen_generation = 0
         self._seen_context: weakref.ref[PContext] | None = None
         self._rdzv_handler = spec.rdzv_handler
         self._log_line_prefix_template = log_line_prefix_template
         self._worker_watchdog: Any = None
-        self._made_up_timer_file: str | None = None
-        # Path of the pipe that is served.
-        self._timer_file = ""
+        self._generated_timer_file: str | None = None
+        self._timer_file = ""  # path of the server's pipe
         self._logs_specs = logs_specs
         self._interactive_rank = interactive_rank
         self._health_check_server = health_check_server
-        # Value of the port's variable that was refused: once is enough to say so.
+        # Invalid value of the port variable that was already reported.
         self._refused_health_check_port: str | None = None
         self._stopping_workers_only = False
         self._may_have_detached = False
         self._uninterruptible_state_timeout = _resolve_uninterruptible_state_timeout(uninterruptible_state_timeout)
-        # By pid, the monotonic time at which it was first seen in uninterruptible sleep.
+        # By pid: monotonic time of the first check that found the worker in uninterruptible sleep.
         self._uninterruptible_state_first_seen: dict[int, float] = {}
 
     def run(self, role: str = DEFAULT_ROLE) -> RunResult:
-        """Run the workers to their end; see :meth:`ElasticAgent.run`."""
+        """Run the workers until they end, and restart them when they fail. See :meth:`ElasticAgent.run`."""
         try:
-            # Before rendezvous, which can take longer than a prober's patience.
+            # Before the rendezvous, which can take longer than the timeout of a probe.
             self._setup_healthcheck()
             self._activity.attach(self._health_check_server, self._worker_group.spec)
             return super().run(role)
         finally:
-            # Whatever a subclass's `_shutdown` does, and also where it was not reached.
+            # A subclass's `_shutdown` may not do it, or may not have been called.
             self._stop_healthcheck()
 
     def _begin_run(self) -> None:
         if self._has_run:
-            # Its workers have ended, which would look like the outcome of this run.
+            # The exits of the previous run must not count as the outcome of this run.
             self._pcontext = None
         super()._begin_run()
 
     def _setup_local_watchdog(self, envs: dict[int, dict[str, str]]) -> None:
-        """Start the watchdog if it is asked for and none runs, and tell the workers its pipe."""
+        """Start the watchdog if it is enabled and not running, and add the path of its pipe to the workers' environments."""
         watchdog_file = os.environ.get(TORCHELASTIC_TIMER_FILE)
         current = _watchdog.as_worker_watchdog(self._worker_watchdog)
         run_id = envs.get(0, {}).get("TORCHELASTIC_RUN_ID", "")
         if os.environ.get(TORCHELASTIC_ENABLE_FILE_TIMER) == "1":
             if watchdog_file is None:
-                watchdog_file = self._made_up_timer_file = self._made_up_timer_file or _watchdog.make_up_timer_file()
+                watchdog_file = self._generated_timer_file = (
+                    self._generated_timer_file or _watchdog.generate_timer_file()
+                )
             if self._worker_watchdog is None:
                 logger.info("Starting a FileTimerServer with %s ...", watchdog_file)
                 if not envs:
@@ -189,7 +193,7 @@ class LocalElasticAgent(SimpleElasticAgent):
                 self._timer_file = watchdog_file
                 logger.info("FileTimerServer started")
             elif current is not None:
-                watchdog_file, moved_to = self._timer_file, _watchdog.make_up_timer_file()
+                watchdog_file, moved_to = self._timer_file, _watchdog.generate_timer_file()
                 server = _watchdog.renew(current, watchdog_file, moved_to, run_id, self._log_watchdog_event)
                 if server is not current:
                     self._worker_watchdog, self._timer_file, watchdog_file = server, moved_to, moved_to
@@ -206,10 +210,10 @@ class LocalElasticAgent(SimpleElasticAgent):
         return int(time.time())
 
     def _get_alive_time(self) -> int:
-        """Second of the epoch at which the agent was last alive, for the health server.
+        """Return the time of the agent's last progress in seconds since the epoch, for the health server.
 
-        That is when its loop turned to what it is doing, or now while it waits. Where a watchdog has seen less of its workers, it is the
-        watchdog's last progress, except in the exit barrier, where the workers are gone.
+        This is the start of the loop's current step, or now while the loop waits. If the watchdog's last progress is older, it counts
+        instead, except in the exit barrier, where no workers run.
         """
         if self._in_exit_barrier:
             return self._get_current_time_secs()
@@ -235,12 +239,12 @@ class LocalElasticAgent(SimpleElasticAgent):
             self._health_check_server.start()
         except ValueError:
             self._refused_health_check_port = port
-            logger.error(  # noqa: TRY400 - the text says all
+            logger.error(  # noqa: TRY400 - the text has all details
                 "Invalid healthcheck port value: '%s', expecting integer. Not starting healthcheck server.", port
             )
-        except OSError as error:  # a deployment's own server: a job does not fail for want of a health check
+        except OSError as error:  # from a deployment's own server; a job must not fail because of its health checks
             self._refused_health_check_port, self._health_check_server = port, None
-            logger.error("Not starting healthcheck server: %s", error)  # noqa: TRY400 - the text says all
+            logger.error("Not starting healthcheck server: %s", error)  # noqa: TRY400 - the text has all details
 
     def _stop_healthcheck(self) -> None:
         server, self._health_check_server = self._health_check_server, None
@@ -251,7 +255,7 @@ class LocalElasticAgent(SimpleElasticAgent):
         return hostname_for_report()
 
     def _log_watchdog_event(self, name: str, request: Any | None) -> None:
-        """Record an action of the watchdog (``name``) on a worker's request."""
+        """Record the watchdog's action ``name`` for a worker's request as an event."""
         spec = self._worker_group.spec
         event = watchdog_event(
             self._worker_group,
@@ -264,13 +268,13 @@ class LocalElasticAgent(SimpleElasticAgent):
         record(event, spec.event_log_handler)
 
     def _native_group(self) -> _rust.Group | None:
-        """Return the engine's group of the workers; ``None`` without workers, and for contexts of torch's class."""
+        """Return the engine's group of the workers; ``None`` without workers, or for a context of torch's class."""
         context: object = self._pcontext
         return context.native_group if isinstance(context, PContext) else None
 
     def _begin_stop(self, death_sig: signal.Signals, within_s: float | None = None) -> None:
         if isinstance(self._pcontext, PContext):
-            # The deadline of a stop does not move any more.
+            # The deadline is final: a later shutdown does not change it.
             limit_s = self._shutdown_timeout if within_s is None else max(0.0, within_s - _KILL_TIME_S)
             self._pcontext.begin_stop(death_sig, min(self._shutdown_timeout, limit_s))
 
@@ -281,13 +285,13 @@ class LocalElasticAgent(SimpleElasticAgent):
             return None
         exits = [ended for ended in group.exits() if _signals.was_before_signal(ended.monotonic_ns)]
         has_failed = any(ended.returncode != 0 and not ended.stopped for ended in exits)
-        # What functions have returned is gone by now.
+        # A success counts only for programs: the return values of functions were already deleted.
         has_succeeded = (
             len(exits) == len(group.pids) and not has_failed and isinstance(worker_group.spec.entrypoint, str)
         )
         if not has_succeeded and not (has_failed and self._remaining_restarts <= 0):
             return None
-        # The signal may have come while they were being started.
+        # The signal may have been received during the start of the workers, before their ids were set.
         pids = self._pcontext.pids() if self._pcontext else {}
         for worker in worker_group.workers:
             worker.id = pids.get(worker.local_rank)
@@ -299,13 +303,13 @@ class LocalElasticAgent(SimpleElasticAgent):
 
     @prof
     def _stop_workers(self, worker_group: WorkerGroup) -> None:  # noqa: ARG002 - torch's signature
-        # Through `_shutdown`, which subclasses override; but the health server is to answer during a restart.
+        # Calls `_shutdown`, which subclasses override. The flag keeps the health server running during a restart.
         self._stopping_workers_only = True
         try:
             self._shutdown(timeout=self._shutdown_timeout)
         finally:
             self._stopping_workers_only = False
-        self._deal_with_detached(has_succeeded=False)
+        self._handle_detached(has_succeeded=False)
         stopped_within_s = self._stopped_within_s()
         if stopped_within_s is not None:
             self._activity.measured(stopped_within_s)
@@ -350,7 +354,7 @@ class LocalElasticAgent(SimpleElasticAgent):
             shutdown_timeout=self._shutdown_timeout,
             **({} if self._interactive_rank is None else {"interactive_rank": self._interactive_rank}),
         )
-        self._pcontext.on_first_failure = self._tell_first_failure
+        self._pcontext.on_first_failure = self._report_first_failure
         watchdog = _watchdog.as_worker_watchdog(self._worker_watchdog)
         if watchdog is not None:
             watchdog.set_workers(_watchdog.workers_with_folders(self._pcontext, worker_group.workers))
@@ -367,21 +371,21 @@ class LocalElasticAgent(SimpleElasticAgent):
         set_local_rank(worker_env, local_rank, spec)
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
-        """Stop the workers and, unless only they are to be stopped, the watchdog and the health server."""
+        """Stop the workers, and at the end of the run also the watchdog and the health server."""
         try:
             if self._pcontext:
                 with self._activity.allowing(longest_stop_s(timeout)):
                     self._pcontext.close(death_sig, timeout)
             if not self._stopping_workers_only:
-                self._deal_with_detached(has_succeeded=self._worker_group.state == WorkerState.SUCCEEDED)
+                self._handle_detached(has_succeeded=self._worker_group.state == WorkerState.SUCCEEDED)
         finally:
             if not self._stopping_workers_only:
                 self._stop_servers()
 
-    def _deal_with_detached(self, *, has_succeeded: bool) -> None:
-        """End the helpers that left the session of their worker, or log that they keep running; under ``ferrorun`` only.
+    def _handle_detached(self, *, has_succeeded: bool) -> None:
+        """End the helpers that left the session of their worker, or log that they keep running. Only under ``ferrorun``.
 
-        Called after the workers have ended, which may need their helpers to save.
+        Called after the workers have ended, because workers may need their helpers to save a checkpoint.
         """
         run = _leftovers.current()
         if run is None or run.keep_detached or self._pcontext is None or not self._may_have_detached:
@@ -400,11 +404,11 @@ class LocalElasticAgent(SimpleElasticAgent):
             elapsed_s=self._stopped_within_s() or 0.0,
             activity=self._activity,
         )
-        # Not before: a signal that leaves this method early lets the shutdown begin again.
+        # Reset last: if a signal interrupts this method, the repeated shutdown calls it again.
         self._may_have_detached = False
 
     def _stopped_within_s(self) -> float | None:
-        """Return how many seconds the stop of the workers took, also of one that the engine began; ``None`` if there was none."""
+        """Return the duration of the workers' stop in seconds, including a stop that the engine started; ``None`` without a stop."""
         group = self._native_group()
         report = None if group is None else group.stop_report()
         return None if report is None else report.elapsed_s
@@ -416,7 +420,7 @@ class LocalElasticAgent(SimpleElasticAgent):
         self._stop_healthcheck()
 
     def _check_uninterruptible_state_timeout(self, worker_group: WorkerGroup, timeout: float) -> RunResult | None:
-        """Return a result with the workers that have slept uninterruptibly for at least ``timeout`` seconds, or ``None``."""
+        """Return a result with the workers in uninterruptible sleep for at least ``timeout`` seconds, or ``None`` without such workers."""
         if self._pcontext is None:
             return None
         role = worker_group.spec.role
@@ -434,12 +438,12 @@ class LocalElasticAgent(SimpleElasticAgent):
                 failures[worker_group.workers[local_rank].global_rank] = failure
         if not failures:
             return None
-        # It holds a device or a mount of this host, which would block a restarted worker too.
+        # The stuck worker holds a device or a mount of this host, which would also block a restarted worker.
         self._remaining_restarts = 0
         return RunResult(state=WorkerState.UNHEALTHY, failures=failures)
 
     def _update_uninterruptible_dwell(self, pid: int, role: str, timeout: float) -> float | None:
-        # Both functions by their names in this module, where programs replace them.
+        # Looked up in this module, because programs replace the two functions here.
         state = read_proc_state(pid)
         if state is None:
             return None
@@ -464,12 +468,14 @@ class LocalElasticAgent(SimpleElasticAgent):
             )
             return RunResult(state=WorkerState.UNKNOWN)
 
-        # Before the look: an exit after it must not be taken for one that was seen.
+        # Read before the check: an exit during the check must not count as handled.
         group = self._native_group()
         self._seen_generation = 0 if group is None else group.generation
         self._seen_context = weakref.ref(context)
-        looked_ns = time.monotonic_ns()
-        with self._activity.allowing(longest_stop_s(self._shutdown_timeout)):  # of the peers of one that has failed
+        checked_ns = time.monotonic_ns()
+        with self._activity.allowing(
+            longest_stop_s(self._shutdown_timeout)
+        ):  # it may stop the peers of a failed worker
             result = context.wait(0)
         if result is None:
             if self._uninterruptible_state_timeout > 0:
@@ -483,13 +489,13 @@ class LocalElasticAgent(SimpleElasticAgent):
             self._explain_expiries(role, failures)
             exits = [ended for ended in map(exit_of, failures.values()) if ended is not None]
             if exits:
-                self._activity.detected((looked_ns - min(ended.monotonic_ns for ended in exits)) / 1e9)
+                self._activity.detected((checked_ns - min(ended.monotonic_ns for ended in exits)) / 1e9)
             return RunResult(state=WorkerState.FAILED, failures=failures)
         return_values = {ranks[local_rank]: value for local_rank, value in result.return_values.items()}
         return RunResult(state=WorkerState.SUCCEEDED, return_values=return_values)
 
-    def _tell_first_failure(self, failure: ProcessFailure) -> None:
-        """Tell the other nodes at once: all stop their workers at the same time, however long those of this node take."""
+    def _report_first_failure(self, failure: ProcessFailure) -> None:
+        """Report the failure to the other nodes at once, so that all nodes stop their workers in parallel."""
         interruption = self._interruption()
         if interruption is None or interruption.is_failure:
             workers = self._worker_group.workers
@@ -497,7 +503,7 @@ class LocalElasticAgent(SimpleElasticAgent):
             self._report_failure(RunResult(state=WorkerState.FAILED, failures={rank: failure}))
 
     def _explain_expiries(self, role: str, failures: dict[int, ProcessFailure]) -> None:
-        """Add the expired timer to the failures of workers that the watchdog has ended."""
+        """Add the expired timer to the failures of workers that the watchdog ended."""
         watchdog = _watchdog.as_worker_watchdog(self._worker_watchdog)
         if watchdog is None:
             return
@@ -508,15 +514,15 @@ class LocalElasticAgent(SimpleElasticAgent):
                 _watchdog.explain(failure, expiry)
 
     def _wait_for_event(self, timeout_s: float) -> None:
-        """Wait until a worker has ended since the last look.
+        """Wait until a worker has ended since the last check, or the rendezvous reports an event.
 
-        For ``timeout_s`` seconds at most, unless there is nothing that only a look can tell: no stuck worker to be found, and
-        a rendezvous that says by itself when something happens.
+        The timeout of ``timeout_s`` seconds applies only if polling is needed: to find stuck workers, or for a rendezvous that reports no
+        events.
         """
         group = self._native_group()
         seen = self._seen_generation
         if self._pcontext is not None and (self._seen_context is None or self._seen_context() is not self._pcontext):
-            return  # the first look is due at once: a worker may have ended before the engine knew it
+            return  # check a new context at once: a worker may have ended before the engine observed it
         if group is None:
             super()._wait_for_event(timeout_s)
         elif self._uninterruptible_state_timeout > 0 or may_grow(self._rdzv_handler):
