@@ -326,7 +326,7 @@ class TestInVain:
     def test_the_others_do_not_come(self, nodes: Nodes) -> None:
         host = nodes.host((3, 3), join_timeout=1)
         text = (
-            rf"not enough nodes came to the rendezvous 'job' at 127.0.0.1:{host._port} within 1 s: it takes 3, "
+            rf"the rendezvous 'job' at 127.0.0.1:{host._port} timed out after 1 s: at least 3 nodes must join, "
             r"these did: 127.0.0.1 \(agent \d+\)"
         )
         with pytest.raises(RendezvousTimeoutError, match=text):
@@ -454,5 +454,5 @@ class TestTheAddressOfTheHost:
         checked = [thread for thread in threading.enumerate() if thread.name == "ferro-address"]
         for thread in checked:
             thread.join(LONG_S)
-        assert (f"--rdzv-endpoint names {address}, which is no address of this machine" in caplog.text) == is_named
+        assert (f"--rdzv-endpoint names {address}, which is not an address of this machine" in caplog.text) == is_named
         host.shutdown()
