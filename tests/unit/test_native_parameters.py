@@ -142,7 +142,7 @@ def test_of_an_unknown_option_it_is_warned(made: list[NativeRendezvous], caplog:
     made.append(NativeRendezvous(parameters(join_timeot="3", timeout=900, store_type="tcp")))
     (record,) = caplog.records
     assert "ignoring unknown rendezvous option join_timeot='3'" in record.getMessage()
-    assert "there are join_timeout, " in record.getMessage()
+    assert "known options: join_timeout, " in record.getMessage()
 
 
 def test_a_file_as_the_store_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,7 +65,7 @@ def stop_group(
             report = group.stop_report()
             if report is None:
                 wait_for_event(group, generation)
-        except interrupting as error:  # noqa: PERF203 - this is what the loop is for
+        except interrupting as error:  # noqa: PERF203 - the loop continues after an interruption
             interruption = interruption or error
             interrupts += isinstance(error, KeyboardInterrupt)
     if interruption is not None and not isinstance(handled, interrupting):

@@ -59,7 +59,7 @@ class Topology:
         return max(int(text), 0)
 
     def _index_on_node(self, gpu: int, node: int, pci_addresses: Sequence[str]) -> tuple[int, int]:
-        """Return a GPU's place among the GPUs of its node, and how many those are."""
+        """Return the index of a GPU among the GPUs of its node, and the number of GPUs of the node."""
         peers = [i for i in range(len(pci_addresses)) if self._node_of_gpu(i, pci_addresses) == node]
         return peers.index(gpu), len(peers)
 

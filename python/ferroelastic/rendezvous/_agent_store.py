@@ -1,4 +1,4 @@
-"""A client of the agents' store in a round, with those methods of ``torch.distributed.Store`` that agents use."""
+"""A client of the agents' store in a round, with the methods of ``torch.distributed.Store`` that agents use."""
 
 from __future__ import annotations
 

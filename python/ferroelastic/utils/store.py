@@ -184,7 +184,7 @@ def _find_missing(
         if len(missing) >= _MAX_TRACE_MISSING_RANKS:
             break
         try:
-            # One full timeout is sufficient: the other ranks have published their trace key meanwhile.
+            # One full timeout is sufficient: the other ranks publish their trace keys during it.
             store.wait([f"{key_prefix}{other}{_TRACE}"], timedelta(milliseconds=1) if missing else trace_timeout)
         except family(DistStoreError):
             missing.append(name_of(other))

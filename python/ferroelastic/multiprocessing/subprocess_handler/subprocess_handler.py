@@ -2,7 +2,7 @@
 
 Differences:
 
-* ``proc`` is a native process with those methods of ``subprocess.Popen`` that an agent uses.
+* ``proc`` is a native process with the methods of ``subprocess.Popen`` that an agent uses.
 * ``close`` signals the process group also after its leader has ended, and does not raise for an empty group.
 * ``numa_options`` has a default, because torch before 2.9 does not have this argument.
 """
