@@ -326,5 +326,5 @@ def test_no_terminal(tmp_path: Path) -> None:
     ]
     ended = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     assert ended.returncode == 2
-    assert "--interactive-rank=0: standard input is no terminal; start ferrorun at one" in ended.stderr
+    assert "--interactive-rank=0: standard input is not a terminal; start ferrorun in a terminal" in ended.stderr
     assert ended.stderr.count("\n") == 1

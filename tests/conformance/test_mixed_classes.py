@@ -179,7 +179,7 @@ def test_log_files_of_an_older_torch(tmp_path: Path, caplog: pytest.LogCaptureFi
         duplicate_stdout_filters=["loss"],
     )
     assert context.wait().return_values == {0: None}
-    assert "duplicate_stdout_filters are ignored: OlderLogs names no file filtered_stdout" in caplog.text
+    assert "ignoring duplicate_stdout_filters: OlderLogs.reify() returned no filtered_stdout path" in caplog.text
 
 
 def test_a_handler_of_a_process_without_numa_options() -> None:

@@ -96,8 +96,8 @@ def test_an_agent_that_comes_at_the_end_looks_for_the_next_host_and_fails(nodes:
     nodes.let_end("a", 0)
     assert [host.end(), guest.end()] == [0, 0]
     assert late.end() == 1, late.story
-    assert "had ended when this node came (the job has succeeded)" in late.errors, late.story
-    assert "no other host came within 2 s" in late.errors
+    assert "ended before this node joined (the job has succeeded)" in late.errors, late.story
+    assert "no new host appeared within 2 s" in late.errors
     assert late.output == b""
 
 

@@ -72,7 +72,10 @@ USAGE = [
     (["--local-ranks-filter=0,one", "train.py"], "--local-ranks-filter='0,one'"),
     (["--rdzv-conf=timeout", "train.py"], "--rdzv-conf='timeout'"),
     (["--rdzv-conf==5", "train.py"], "--rdzv-conf='=5'"),
-    (["--standalone", "--rdzv-conf=join_timeout=x", "train.py"], "join_timeout='x' is no time; give whole seconds"),
+    (
+        ["--standalone", "--rdzv-conf=join_timeout=x", "train.py"],
+        "join_timeout='x' is not a valid time; give whole seconds",
+    ),
     (["--standalone", "--rdzv-conf=is_host=maybe", "train.py"], "is_host='maybe' is neither true nor false"),
     (["--rdzv-backend=c10d", "--rdzv-endpoint=192.0.2.1:0", "train.py"], "'192.0.2.1:0' has port 0"),
     (["--rdzv-backend=pigeon", "--rdzv-endpoint=h:1", "train.py"], "--rdzv-backend='pigeon'"),

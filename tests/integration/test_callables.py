@@ -113,7 +113,7 @@ def test_a_function_without_a_name_in_a_module_is_refused(tmp_path: Path, what: 
     }[what]
     with pytest.raises(
         Exception,
-        match=r"it is not defined at the top of a module, and workers that are started with .* Move it to a module",
+        match=r"it is not defined at the top level of a module, and workers with start_method=.* must import it; move it to",
     ):
         run(tmp_path, entrypoint, method=method)
 

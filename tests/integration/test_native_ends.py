@@ -66,7 +66,7 @@ class TestTheEnd:
         guest = nodes.guest(host)
         nodes.meet(host, guest)
         finished = nodes.pool.submit(host.wait_for_others, 0.01)
-        assert eventually(lambda: "this node hosts the rendezvous and stays for them" in caplog.text, LONG_S)
+        assert eventually(lambda: "this node hosts the rendezvous and keeps waiting for them" in caplog.text, LONG_S)
         assert guest.interruption() is None
         assert guest.wait_for_others(LONG_S)
         assert finished.result(LONG_S)

@@ -330,7 +330,7 @@ class TestInVain:
     def test_the_others_do_not_come(self, nodes: Nodes) -> None:
         host = nodes.host((3, 3), join_timeout=1)
         text = (
-            rf"not enough nodes came to the rendezvous 'job' at 127.0.0.1:{host._port} within 1 s: it takes 3, "
+            rf"the rendezvous 'job' at 127.0.0.1:{host._port} timed out after 1 s: at least 3 nodes must join, "
             r"these nodes joined: 127.0.0.1 \(agent \d+\)"
         )
         with pytest.raises(RendezvousTimeoutError, match=text):
@@ -401,7 +401,10 @@ class TestInVain:
 
             answering = nodes.pool.submit(answer)
             guest = nodes(f"127.0.0.1:{server.getsockname()[1]}", (2, 2))
-            with pytest.raises(RendezvousConnectionError, match="is neither a TCPStore nor a ferrorun rendezvous: start all nodes with ferrorun"):
+            with pytest.raises(
+                RendezvousConnectionError,
+                match="is neither a TCPStore nor a ferrorun rendezvous: start all nodes with ferrorun",
+            ):
                 guest.next_rendezvous()
             answering.result(LONG_S)
 
@@ -458,5 +461,5 @@ class TestTheAddressOfTheHost:
         checked = [thread for thread in threading.enumerate() if thread.name == "ferro-address"]
         for thread in checked:
             thread.join(LONG_S)
-        assert (f"--rdzv-endpoint names {address}, which is no address of this machine" in caplog.text) == is_named
+        assert (f"--rdzv-endpoint names {address}, which is not an address of this machine" in caplog.text) == is_named
         host.shutdown()

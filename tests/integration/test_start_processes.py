@@ -571,5 +571,5 @@ def test_an_interactive_rank_needs_a_terminal_and_a_worker(launch: Launcher, mon
     with pytest.raises(ValueError, match=r"^interactive_rank=2 is not a local rank; give 0 to 1$"):
         launch("exit 0", "exit 0", interactive_rank=2)
     monkeypatch.setattr(os, "isatty", lambda _descriptor: False)
-    with pytest.raises(ValueError, match=r"^standard input is no terminal; start ferrorun at one"):
+    with pytest.raises(ValueError, match=r"^standard input is not a terminal; start ferrorun in a terminal"):
         launch("exit 0", "exit 0", interactive_rank=0)

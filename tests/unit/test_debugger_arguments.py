@@ -7,7 +7,7 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from ferroelastic.multiprocessing._debuggers import followed
+from ferroelastic.multiprocessing._debuggers import with_debugger
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,26 +42,26 @@ def _hook(name: str) -> Callable[..., None]:
 
 
 def test_without_a_debugger_nothing_changes() -> None:
-    assert followed(ARGV) is ARGV
+    assert with_debugger(ARGV) is ARGV
     assert HOOKS not in sys.modules
 
 
 def test_a_debugger_gets_its_arguments_in(monkeypatch: pytest.MonkeyPatch) -> None:
     hooks = attach(monkeypatch)
-    assert followed(ARGV) == ("python", "-u", "pydevd.py", "--file", "train.py")
+    assert with_debugger(ARGV) == ("python", "-u", "pydevd.py", "--file", "train.py")
     assert hooks.told == 1
 
 
 def test_a_debugger_that_only_warns_of_new_processes_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     attach(monkeypatch, "new_warn_multiproc")
-    assert followed(ARGV) is ARGV
+    assert with_debugger(ARGV) is ARGV
 
 
 def test_a_debugger_without_hooks_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, HOOKS, ModuleType(HOOKS))
-    assert followed(ARGV) is ARGV
+    assert with_debugger(ARGV) is ARGV
 
 
 def test_hooks_that_are_switched_off_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     attach(monkeypatch)._get_apply_arg_patching = lambda: False  # type: ignore[attr-defined]
-    assert followed(ARGV) is ARGV
+    assert with_debugger(ARGV) is ARGV

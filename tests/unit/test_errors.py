@@ -225,7 +225,7 @@ def test_one_failure_has_no_others() -> None:
 
 
 def test_no_failure_is_no_report() -> None:
-    with pytest.raises(AssertionError, match=r"'train.py' failed without a failure"):
+    with pytest.raises(AssertionError, match=r"failures of 'train.py' is empty"):
         ChildFailedError("train.py", {})
 
 

@@ -166,12 +166,12 @@ def test_the_host_name_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_resolver_that_does_not_answer_is_not_awaited(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = threading.Event()
     monkeypatch.setattr(_hostname, "_look_up", None)
-    monkeypatch.setattr(_hostname, "_PATIENCE_S", 0.01)
+    monkeypatch.setattr(_hostname, "_RESOLVER_TIMEOUT_S", 0.01)
     monkeypatch.setattr("socket.gethostbyaddr", lambda _name: (str(answers.wait(60)), [], []))
     try:
         assert _hostname.fq_hostname() == socket.gethostname()
         # It was asked before: a report does not wait at all, and never asks again.
-        monkeypatch.setattr(_hostname, "_PATIENCE_S", 600)
+        monkeypatch.setattr(_hostname, "_RESOLVER_TIMEOUT_S", 600)
         assert _hostname.hostname_for_report() == socket.gethostname()
     finally:
         answers.set()

@@ -95,7 +95,7 @@ def test_an_unwritable_log_dir_is_named(tmp_path: Path) -> None:
 
 def test_an_impossible_log_dir_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(NotADirectoryError, match=r"failed to create log folder .*choose one that can be written"):
+    with pytest.raises(NotADirectoryError, match=r"failed to create log folder .*choose a writable log_dir"):
         DefaultLogsSpecs(str(tmp_path / "file" / "logs"))
 
 

@@ -39,24 +39,33 @@ def made() -> Iterator[list[NativeRendezvous]]:
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
-        ({}, {"join_timeout_s": 600, "connect_timeout_s": 60, "last_call_s": 30, "silence_s": 15, "is_host": None}),
+        (
+            {},
+            {
+                "join_timeout_s": 600,
+                "connect_timeout_s": 60,
+                "last_call_s": 30,
+                "heartbeat_timeout_s": 15,
+                "is_host": None,
+            },
+        ),
         ({"join_timeout": "7"}, {"join_timeout_s": 7}),
         ({"join_timeout": None}, {"join_timeout_s": 600}),
         ({"read_timeout": " 8 "}, {"connect_timeout_s": 8}),
         ({"last_call_timeout": 9}, {"last_call_s": 9}),
         ({"last_call_timeout": 1.9}, {"last_call_s": 1}),
         ({"close_timeout": "10"}, {}),
-        ({"heartbeat_timeout": "11"}, {"silence_s": 11}),
-        ({"keep_alive_interval": "2"}, {"silence_s": 6}),
-        ({"keep_alive_max_attempt": "4"}, {"silence_s": 20}),
-        ({"heartbeat": "12"}, {"silence_s": 12}),
-        ({"keep_alive_interval": "2", "keep_alive_max_attempt": "4"}, {"silence_s": 8}),
-        ({"keep_alive_interval": "2", "heartbeat_timeout": 1, "heartbeat": 3}, {"silence_s": 1}),
+        ({"heartbeat_timeout": "11"}, {"heartbeat_timeout_s": 11}),
+        ({"keep_alive_interval": "2"}, {"heartbeat_timeout_s": 6}),
+        ({"keep_alive_max_attempt": "4"}, {"heartbeat_timeout_s": 20}),
+        ({"heartbeat": "12"}, {"heartbeat_timeout_s": 12}),
+        ({"keep_alive_interval": "2", "keep_alive_max_attempt": "4"}, {"heartbeat_timeout_s": 8}),
+        ({"keep_alive_interval": "2", "heartbeat_timeout": 1, "heartbeat": 3}, {"heartbeat_timeout_s": 1}),
         ({"is_host": "1"}, {"is_host": True, "may_host": True}),
         ({"is_host": "false"}, {"is_host": False, "may_host": False}),
-        ({}, {"most_membership_changes": None, "may_host": True}),
-        ({"max_membership_changes": "0"}, {"most_membership_changes": 0}),
-        ({"max_membership_changes": 3}, {"most_membership_changes": 3}),
+        ({}, {"max_membership_changes": None, "may_host": True}),
+        ({"max_membership_changes": "0"}, {"max_membership_changes": 0}),
+        ({"max_membership_changes": 3}, {"max_membership_changes": 3}),
         ({"timeout": 900}, {"join_timeout_s": 600}),  # the launcher's, for static
     ],
 )
@@ -76,7 +85,7 @@ def test_of_static(rank: object, timeout: object, expected: tuple[int, bool, int
 @pytest.mark.parametrize("key", TIMES)
 @pytest.mark.parametrize("value", ["x", "", "1.5", 0, "-1", float("inf"), []])
 def test_invalid_times(key: str, value: object) -> None:
-    text = re.escape(f"the rendezvous option {key}={value!r} is no time; give whole seconds from 1")
+    text = re.escape(f"the rendezvous option {key}={value!r} is not a valid time; give whole seconds from 1")
     with pytest.raises(ValueError, match=f"^{text}$"):
         NativeRendezvous(RendezvousParameters("c10d", "localhost:0", "job", 1, 1, None, **{key: value}))
 
@@ -86,17 +95,23 @@ def test_invalid_times(key: str, value: object) -> None:
     [
         (
             {"keep_alive_max_attempt": 0},
-            "keep_alive_max_attempt=0 is no number of attempts; give a whole number from 1",
+            "keep_alive_max_attempt=0 is not a valid number of attempts; give a whole number from 1",
         ),
-        ({"max_membership_changes": -1}, "max_membership_changes=-1 is no number of membership changes; give"),
-        ({"max_membership_changes": "x"}, "max_membership_changes='x' is no number of membership changes; give"),
+        ({"max_membership_changes": -1}, "max_membership_changes=-1 is not a valid number of membership changes; give"),
+        (
+            {"max_membership_changes": "x"},
+            "max_membership_changes='x' is not a valid number of membership changes; give",
+        ),
         ({"is_host": "maybe"}, "is_host='maybe' is neither true nor false; give 1 or 0"),
         ({"is_host": 2}, "is_host=2 is neither true nor false; give 1 or 0"),
         ({"backend": "static"}, "the static rendezvous has no rank of this node; give --node-rank"),
-        ({"backend": "static", "rank": "x"}, "rank='x' is no rank of a node; give --node-rank from 0 to 0"),
-        ({"backend": "static", "rank": -1}, "rank=-1 is no rank of a node; give --node-rank from 0 to 0"),
-        ({"backend": "static", "rank": 1}, "rank=1 is no rank of 1 nodes; give --node-rank from 0 to 0"),
-        ({"backend": "static", "rank": 0, "timeout": "x"}, "timeout='x' is no time; give whole seconds from 1"),
+        ({"backend": "static", "rank": "x"}, "rank='x' is not a valid node rank; give --node-rank from 0 to 0"),
+        ({"backend": "static", "rank": -1}, "rank=-1 is not a valid node rank; give --node-rank from 0 to 0"),
+        ({"backend": "static", "rank": 1}, "rank=1 is not a rank of 1 nodes; give --node-rank from 0 to 0"),
+        (
+            {"backend": "static", "rank": 0, "timeout": "x"},
+            "timeout='x' is not a valid time; give whole seconds from 1",
+        ),
         (
             {"backend": "static", "rank": 0, "endpoint": " "},
             "has no endpoint; give --master-addr and --master-port",
@@ -126,8 +141,8 @@ def test_a_time_may_be_as_long_as_you_like(made: list[NativeRendezvous], value: 
 def test_of_an_unknown_option_it_is_warned(made: list[NativeRendezvous], caplog: pytest.LogCaptureFixture) -> None:
     made.append(NativeRendezvous(parameters(join_timeot="3", timeout=900, store_type="tcp")))
     (record,) = caplog.records
-    assert "the rendezvous option join_timeot='3' is none of this rendezvous" in record.getMessage()
-    assert "there are join_timeout, " in record.getMessage()
+    assert "ignoring unknown rendezvous option join_timeot='3'" in record.getMessage()
+    assert "known options: join_timeout, " in record.getMessage()
 
 
 def test_a_file_as_the_store_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:

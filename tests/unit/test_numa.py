@@ -213,11 +213,11 @@ def test_socket_skips_nodes_without_cpus(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("host", "gpu", "mode", "text"),
     [
-        (Host(gpu_nodes=(0, 0)), 2, "node", "it needs GPU 2, but 2 are visible"),
+        (Host(gpu_nodes=(0, 0)), 2, "node", "it needs GPU 2, but only 2 are visible"),
         (HOSTS["a gpu without cpus to itself"], 1, "exclusive", "NUMA node 0 has 2 usable cores for 3 GPUs"),
-        (HOSTS["a node without usable cpus"], 1, "node", "none of the CPUs near NUMA node 1 is usable"),
-        (HOSTS["a node without usable cpus"], 1, "socket", "none of the CPUs near NUMA node 1 is usable"),
-        (HOSTS["a node without usable cpus"], 1, "exclusive", "none of the CPUs near NUMA node 1 is usable"),
+        (HOSTS["a node without usable cpus"], 1, "node", "no CPU near NUMA node 1 is usable"),
+        (HOSTS["a node without usable cpus"], 1, "socket", "no CPU near NUMA node 1 is usable"),
+        (HOSTS["a node without usable cpus"], 1, "exclusive", "no CPU near NUMA node 1 is usable"),
         (Host(gpu_nodes=(3,)), 0, "node", "failed to read the CPUs of NUMA node 3: No such file"),
     ],
 )
@@ -234,7 +234,7 @@ def test_a_kernel_without_caches_is_reported(tmp_path: Path) -> None:
     for level in tmp_path.glob("devices/system/cpu/cpu0/cache/index*/type"):
         level.write_text("Instruction\n")
 
-    with pytest.raises(RuntimeError, match="does not tell the caches of CPU 0; bind with --numa-binding=node"):
+    with pytest.raises(RuntimeError, match="does not report the caches of CPU 0; use --numa-binding=node"):
         _ours(host, tmp_path, 0, "core-complex")
 
 
@@ -247,7 +247,7 @@ def this_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> frozenset[int]
     monkeypatch.setattr(_topology.Topology.__init__, "__defaults__", (tmp_path,))
     gpus = [_devices.Gpu("nvidia", "", address) for address in host.addresses]
     monkeypatch.setattr(_devices, "visible_gpus", lambda: gpus)
-    monkeypatch.setattr(binding, "_gpus_seen", None)
+    monkeypatch.setattr(binding, "_cached_gpus", None)
     return cpus
 
 
@@ -286,7 +286,7 @@ def test_a_failure_raises_or_falls_back(caplog: pytest.LogCaptureFixture) -> Non
 
 @pytest.mark.usefixtures("this_host")
 def test_an_unknown_mode_is_reported() -> None:
-    with pytest.raises(RuntimeError, match="affinity mode 'moon' is not known; use node"):
+    with pytest.raises(RuntimeError, match="unknown affinity mode 'moon'; use node"):
         binding.cpus_for_worker(0, NumaOptions("moon"))  # type: ignore[arg-type]
 
 
@@ -340,7 +340,7 @@ def test_cpus_that_the_kernel_refuses(monkeypatch: pytest.MonkeyPatch, caplog: p
         binding.bind_current_process(3, NumaOptions(AffinityMode.NODE))
     binding.bind_current_process(3, NumaOptions(AffinityMode.NODE, should_fall_back_if_binding_fails=True))
 
-    assert "runs unbound" in caplog.text
+    assert "the worker runs without binding" in caplog.text
     assert os.sched_getaffinity(0) == before
     assert threading.active_count() == 1
 

@@ -374,7 +374,7 @@ class TestWorkerStore:
 
     def test_a_node_that_does_not_come_is_named(self) -> None:
         store = MemoryStore(timeout_s=0.05)
-        with pytest.raises(RendezvousTimeoutError, match=r"nodes \[1\] of 2 did not come .* within 0.05 s"):
+        with pytest.raises(RendezvousTimeoutError, match=r"nodes \[1\] of 2 did not join .* within 0.05 s"):
             self.join(Handler(store, 0, 2))
 
     def static(self, store: MemoryStore, number: int, ranks: tuple[int, ...] = (0, 1)) -> None:

@@ -83,7 +83,7 @@ def reader(tmp_path: Path) -> Iterator[Reader]:
 def client(reader: Reader) -> Iterator[FileTimerClient]:
     client = FileTimerClient(str(reader.path))
     yield client
-    client._pipe._forsake()
+    client._pipe._close_fd()
 
 
 def writers_of(path: Path) -> list[int]:
@@ -219,7 +219,7 @@ def test_a_server_that_was_replaced_gets_the_request_at_once(client: FileTimerCl
 def test_of_a_server_that_stays_away_so_much_is_kept(
     client: FileTimerClient, reader: Reader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_pipe, "_MOST_UNSENT", 3)
+    monkeypatch.setattr(_pipe, "_MAX_UNSENT", 3)
     client.acquire("a", 1.5)
     reader.vanish()
     for number in range(5):
@@ -235,9 +235,11 @@ def test_an_error_is_reported_once(client: FileTimerClient, reader: Reader, capl
     reader.fill()
     for scope in "bcd":
         client.acquire(scope, 1.5)
-    assert [record.getMessage() for record in caplog.records] == [
-        f"timer server at {reader.path} cannot be told now (the pipe is full); it is told later"
-    ]
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert warning == (
+        f"failed to send a request to the timer server at {reader.path} (the pipe is full): "
+        "it is queued and sent before the next request"
+    )
 
 
 def test_a_descriptor_that_somebody_has_closed_is_opened_again(client: FileTimerClient, reader: Reader) -> None:
@@ -342,7 +344,7 @@ def opened(monkeypatch: pytest.MonkeyPatch, before: Callable[[int], None]) -> li
         return original(path, *arguments)
 
     monkeypatch.setattr(os, "open", open_)
-    monkeypatch.setattr(_pipe, "_BETWEEN_TRIES_S", 0)
+    monkeypatch.setattr(_pipe, "_CONNECT_RETRY_S", 0)
     return paths
 
 

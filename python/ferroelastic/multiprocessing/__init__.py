@@ -1,6 +1,6 @@
-"""Launching and supervising the workers of one host; mirrors ``torch.distributed.elastic.multiprocessing``.
+"""Starts and supervises the workers of one host. Mirrors ``torch.distributed.elastic.multiprocessing``.
 
-The differences are those of :mod:`ferroelastic.multiprocessing.api`.
+:mod:`ferroelastic.multiprocessing.api` lists the differences.
 """
 
 from ferroelastic.multiprocessing._launch import start_processes

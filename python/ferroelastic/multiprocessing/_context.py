@@ -1,4 +1,4 @@
-"""What the contexts of subprocesses and of function workers have in common."""
+"""Base class of the contexts for commands and for function workers."""
 
 from __future__ import annotations
 
@@ -34,21 +34,23 @@ __all__ = ["PContext", "RunProcsResult"]
 
 logger = get_logger(__name__)
 
-_OVERDUE_GRACE_S = 5.0
-_CONSOLE_PATIENCE_S = 0.5
-_LEAST_CONSOLE_PATIENCE_S = 0.05
+_MAX_OVERDUE_GRACE_S = 5.0
+_CONSOLE_TIMEOUT_S = 0.5
+_MIN_CONSOLE_TIMEOUT_S = 0.05
 
 
 @dataclass
 class RunProcsResult(_compat.TorchCompatible):
-    """Outcome of a group of workers, by local rank. Mirrors torch's ``RunProcsResult``.
+    """Outcome of a group of workers. Mirrors ``torch.distributed.elastic.multiprocessing.RunProcsResult``.
+
+    All attributes are dictionaries by local rank.
 
     Attributes:
-        return_values: what function workers returned; ``None`` each for commands.
-        failures: workers that failed. Unlike torch's, those that only the agent's stop ended are not among them.
-        stdouts: file of each worker's standard output, ``""`` if it was not redirected.
-        stderrs: likewise for standard error.
-        stopped: workers that ended after the agent had told them to, and how.
+        return_values: return values of function workers. Commands have ``None``.
+        failures: workers that failed by themselves. torch's attribute also holds workers that the agent stopped.
+        stdouts: log file of each worker's standard output, ``""`` if it was not redirected.
+        stderrs: log file of each worker's standard error, ``""`` if it was not redirected.
+        stopped: workers that ended after the agent sent them a stop signal. Not in torch.
     """
 
     return_values: dict[int, Any] = field(default_factory=dict)
@@ -63,29 +65,30 @@ class RunProcsResult(_compat.TorchCompatible):
 
 
 class PContext(_compat.TorchVirtual, ABC):
-    """Workers that were started together. Mirrors torch's ``PContext``.
+    """A group of workers that are started together. Mirrors ``torch.distributed.elastic.multiprocessing.PContext``.
 
     Args:
-        name: header of teed lines.
+        name: prefix of teed lines.
         entrypoint: function or program.
         args: arguments by local rank.
-        envs: environment variables by local rank, added to this process's.
-        logs_specs: decides where the output goes.
-        log_line_prefixes: headers of teed lines by local rank, instead of ``[<name><local rank>]:``.
-        duplicate_stdout_filters: if not empty, teed lines of standard output with one of these strings also go to the
-            file ``filtered_stdout`` of the logs.
-        duplicate_stderr_filters: likewise for standard error.
+        envs: environment variables by local rank, added to the environment of this process.
+        logs_specs: destinations of the workers' output.
+        log_line_prefixes: prefixes of teed lines by local rank. The default is ``[<name><local rank>]:``.
+        duplicate_stdout_filters: teed lines of standard output that contain one of these strings are also written to
+            ``LogsDest.filtered_stdout``. Empty or ``None`` writes none.
+        duplicate_stderr_filters: the same for standard error and ``LogsDest.filtered_stderr``.
 
     Raises:
-        RuntimeError: the logs do not cover all local ranks.
-        OSError: a log file or folder cannot be made.
+        RuntimeError: the log destinations do not cover all local ranks.
+        OSError: a log file or folder cannot be created.
 
     Attributes:
-        shutdown_timeout: seconds between the stop signal and SIGKILL where workers are stopped because one has failed, and
-            after a success the seconds in which processes that the workers left in their groups may finish. Set it before :meth:`start`.
-        interactive_rank: local rank that gets the terminal on standard input; ``None`` gives it to nobody. Set it before :meth:`start`.
-        on_first_failure: called once with the first failure, as soon as it is seen: its peers are being stopped, and may take as
-            long as the grace.
+        shutdown_timeout: after a failure, the grace period in seconds between SIGTERM and SIGKILL for the other workers. After a success,
+            the time in seconds for processes that the workers left in their process groups. Set it before :meth:`start`. Not in torch.
+        interactive_rank: local rank that gets the terminal of standard input; ``None`` for no rank. Set it before :meth:`start`.
+            Not in torch.
+        on_first_failure: callback for the first failure. It is called once, before the other workers have ended: they may use their
+            whole grace period. Not in torch.
     """
 
     shutdown_timeout: float = 30
@@ -117,18 +120,18 @@ class PContext(_compat.TorchVirtual, ABC):
         self.nprocs = nprocs
         self.filtered_stdout: TextIO | None = None
         self.filtered_stderr: TextIO | None = None
-        # At most one: a list can be filled by the very call that starts the processes, see `_processes.spawn`.
+        # At most one group. It is a list because the call that starts the processes can append to it, see `_processes.spawn`.
         self._groups: list[_rust.Group] = []
         self._running_local_ranks: set[int] = set(range(nprocs))
         self._failures: dict[int, ProcessFailure] = {}
         self._stopped: dict[int, ProcessFailure] = {}
         self._stop_reported = False
-        # What a rank that has succeeded leaves in its process group has this time to finish.
+        # Time for processes that a successful rank left in its process group.
         self._linger_s = 0.0
-        # Seconds between the signal to end and SIGKILL, if a stop was begun before `close`.
+        # Grace period of a stop that was begun before `close`.
         self._grace_s: float | None = None
         self._handling: _signals.Handling | None = None
-        self._tails_give_up_at: float | None = None
+        self._tails_deadline: float | None = None
         self._terminal: Terminal | None = None
         self._tail_logs = [
             TailLog(name, logs_dest.tee_stdouts, sys.stdout, log_line_prefixes),
@@ -139,13 +142,13 @@ class PContext(_compat.TorchVirtual, ABC):
             path = _compat.newer(logs_dest, f"filtered_{stream}", "")
             if not path:
                 logger.warning(
-                    "duplicate_%s_filters are ignored: %s names no file filtered_%s; leave them out, or have its reify() name one",
+                    "ignoring duplicate_%s_filters: %s.reify() returned no filtered_%s path; return one, or pass no filters",
                     stream,
                     type(logs_specs).__name__,
                     stream,
                 )
                 return None
-            # Line by line, as a tail of the filtered file expects.
+            # Line-buffered, because other programs may follow this file.
             filtered = open(path, "w", errors="replace", buffering=1)  # noqa: SIM115 - closed by close()
             self._tail_logs.append(TailLog(name, tees, filtered, log_line_prefixes, only_lines_with=filters))
             return filtered
@@ -161,29 +164,30 @@ class PContext(_compat.TorchVirtual, ABC):
 
     @property
     def native_group(self) -> _rust.Group | None:
-        """The workers as the engine's group, to wait for exits and to read them. Not in torch.
+        """The engine's group of these workers, to wait for exits and to read them. Not in torch.
 
-        ``None`` before the start, without workers, and in subclasses that start processes without the engine.
+        ``None`` before the start, for zero workers, and in subclasses that start processes without the engine.
         """
         return self._groups[0] if self._groups else None
 
     def start(self) -> None:
-        """Start the workers, and on the main thread make the agent's signals raise :class:`SignalException` until :meth:`close`.
+        """Start the workers and install signal handlers.
 
-        Which signals these are is told by the variable ``TORCHELASTIC_SIGNALS_TO_HANDLE``.
+        The handlers raise :class:`SignalException` until :meth:`close`. The environment variable ``TORCHELASTIC_SIGNALS_TO_HANDLE`` lists
+        the signals. Handlers are installed on the main thread only.
 
         Raises:
-            OSError: a worker cannot be started; :meth:`close` ends those that were.
-            ValueError: there is an interactive rank, and standard input is no terminal.
+            OSError: a worker cannot be started. :meth:`close` ends the workers that were started.
+            ValueError: an interactive rank is set and standard input is not a terminal.
         """
         if threading.current_thread() is not threading.main_thread():
             logger.warning(
                 "Failed to register signal handlers since torchelastic is running on a child thread. "
                 "This could lead to orphaned worker processes if the torchrun is terminated."
             )
-        _warn_of_ignored_sigchld()
+        _warn_if_sigchld_ignored()
         names = os.environ.get(_signals.SIGNALS_ENV, _signals.DEFAULT_SIGNALS)
-        self._handling = _signals.Handling(names, receiver=self._pass_on)
+        self._handling = _signals.Handling(names, receiver=self._forward_signal)
         self._handling.install()
         if self.interactive_rank is not None:
             from ferroelastic.multiprocessing._terminal import Terminal
@@ -200,36 +204,39 @@ class PContext(_compat.TorchVirtual, ABC):
 
     @abstractmethod
     def _poll(self) -> RunProcsResult | None:
-        """Look at the workers: a result when all have succeeded or any has failed, else ``None``."""
+        """Check the workers without waiting; return a result if all have succeeded or one has failed, else ``None``."""
 
     @abstractmethod
     def pids(self) -> dict[int, int]:
-        """Process ids by local rank."""
+        """Return the process ids by local rank."""
 
     @abstractmethod
     def _close(self, death_sig: signal.Signals, timeout: float = 30) -> None:
-        """End the workers that still run."""
+        """Stop the workers that still run."""
 
     def wait(self, timeout: float = -1, period: float = 1) -> RunProcsResult | None:
-        """Wait until all workers have succeeded or one has failed; the others are stopped then.
+        """Wait until all workers have succeeded or one has failed. After a failure the other workers are stopped.
 
-        An exit ends the wait at once. On the main thread a signal's handler runs at once, too, and what it raises
-        (:class:`SignalException`) leaves this call; answer it with :meth:`close`.
+        The call returns at the exit of a worker. On the main thread, signal handlers run during the wait. If this call raises
+        :class:`SignalException`, call :meth:`close`.
 
         Args:
-            timeout: seconds; negative without limit, 0 only looks.
-            period: not used, except by subclasses that know nothing of the engine: seconds between looks.
+            timeout: timeout in seconds. A negative value waits without limit; 0 checks once and returns.
+            period: polling interval in seconds of subclasses that do not use the engine; otherwise ignored.
 
         Returns:
             The outcome, or ``None`` if the workers still run after ``timeout``.
+
+        Raises:
+            SignalException: a handled signal arrived.
         """
         if timeout == 0:
-            return self._look()
+            return self._poll_shielded()
         deadline = math.inf if timeout < 0 else time.monotonic() + timeout
         while True:
             group = self.native_group
             generation = 0 if group is None else group.generation
-            result = self._look()
+            result = self._poll_shielded()
             if result is not None:
                 return result
             remaining = deadline - time.monotonic()
@@ -237,11 +244,11 @@ class PContext(_compat.TorchVirtual, ABC):
                 return None
             if group is not None:
                 wait_for_event(group, generation, remaining)
-            else:  # a subclass written for torch: it can only be asked
+            else:  # a subclass written for torch can only be polled
                 threading.Event().wait(min(period, remaining))
 
-    def _look(self) -> RunProcsResult | None:
-        """Look at the workers; a signal meanwhile is raised after it, if they still run, so that nothing is noted by halves."""
+    def _poll_shielded(self) -> RunProcsResult | None:
+        """Poll while signals are deferred: a signal must not interrupt the recording of an exit. Raise them then if workers still run."""
         with _signals.shielded(self._hurry):
             result = self._poll()
         if result is None:
@@ -249,17 +256,21 @@ class PContext(_compat.TorchVirtual, ABC):
         return result
 
     def close(self, death_sig: signal.Signals | None = None, timeout: float = 30) -> None:
-        """Stop the workers, finish their logs and let go of all files. Safe to call again, and after a failed start.
+        """Stop the workers, copy the rest of their logs and close all files. Idempotent, and safe after a failed start.
 
-        Stopping covers the whole process group of each worker, also of one that has ended. A signal that arrives meanwhile does not shorten
-        the grace, unless it is the second SIGINT or SIGQUIT: then SIGKILL follows at once. A first signal is raised as
-        :class:`SignalException` when all is closed, unless an agent that runs these workers deals with it.
+        Each signal goes to the whole process group of each worker, also if the worker itself has ended. A second SIGINT or SIGQUIT to this
+        process ends the grace period: SIGKILL follows immediately. Other signals that arrive during the stop do not change it. They are
+        raised at the end, unless the agent of these workers handles them.
 
         Args:
-            death_sig: what to send first; SIGTERM if not given.
-            timeout: seconds until SIGKILL; the processes have as long again (at least 5) to go after that.
+            death_sig: stop signal; SIGTERM by default.
+            timeout: grace period in seconds between the stop signal and SIGKILL. After SIGKILL the call waits for the same time again,
+                at least 5 s.
+
+        Raises:
+            SignalException: a handled signal arrived during the stop.
         """
-        is_answer = isinstance(sys.exc_info()[1], _compat.family(SignalException))
+        handles_signal = isinstance(sys.exc_info()[1], _compat.family(SignalException))
         pending: SignalException | None = None
         with _signals.shielded(self._hurry):
             with ExitStack() as stack:
@@ -272,11 +283,11 @@ class PContext(_compat.TorchVirtual, ABC):
             if self._handling is not None:
                 pending = self._handling.restore()
                 self._handling = None  # it refers to this object
-        if pending is not None and not is_answer:
+        if pending is not None and not handles_signal:
             raise pending
 
     def _close_after_exits(self) -> None:
-        """Close after all workers have succeeded, or one has failed."""
+        """Close the context after the success of all workers or the failure of one."""
         if not self._failures:
             self._linger_s = self.shutdown_timeout
         self.close(timeout=self.shutdown_timeout)
@@ -285,29 +296,29 @@ class PContext(_compat.TorchVirtual, ABC):
         return self._terminal if local_rank == self.interactive_rank else None
 
     def begin_stop(self, death_sig: signal.Signals, timeout: float) -> None:
-        """Send the workers the signal to end and return; :meth:`close` does the rest.
+        """Send the stop signal to the workers and return without waiting. Call :meth:`close` afterwards. Not in torch.
 
         Args:
-            death_sig: the signal.
-            timeout: seconds until SIGKILL.
+            death_sig: stop signal.
+            timeout: grace period in seconds between the stop signal and SIGKILL.
         """
         if self.native_group is not None:
-            # The deadline of a stop that is under way stays as it is.
+            # A stop that is in progress keeps its deadline.
             self._grace_s = self.shutdown_timeout if self._failures else timeout
             self.native_group.stop(death_sig, timeout, kill_wait_s(timeout))
 
     def _stop_tail(self, tail_log: TailLog) -> None:
-        """Let a tail write what is left. All of them together wait for a console that takes nothing for no longer than one would."""
-        if self._tails_give_up_at is None:
-            self._tails_give_up_at = time.monotonic() + _CONSOLE_PATIENCE_S
-        tail_log.stop(max(_LEAST_CONSOLE_PATIENCE_S, self._tails_give_up_at - time.monotonic()))
+        """Let a tail write its remaining lines. All tails share one deadline for a stalled console."""
+        if self._tails_deadline is None:
+            self._tails_deadline = time.monotonic() + _CONSOLE_TIMEOUT_S
+        tail_log.stop(max(_MIN_CONSOLE_TIMEOUT_S, self._tails_deadline - time.monotonic()))
 
     def _hurry(self) -> None:
         if self.native_group is not None:
             self.native_group.hurry()
 
-    def _pass_on(self, number: int) -> int:
-        """Send a signal to the workers, not to their children; return how many were there to get it."""
+    def _forward_signal(self, number: int) -> int:
+        """Send a signal to the workers, not to their children; return the number of workers that still ran."""
         group = self.native_group
         return (
             0 if group is None else sum(group.signal(rank, number, leader_only=True) for rank in range(len(group.pids)))
@@ -319,12 +330,12 @@ class PContext(_compat.TorchVirtual, ABC):
                 filtered.close()
 
     def _arm(self, group: _rust.Group) -> None:
-        """Have the engine stop the peers of the first worker that fails, whatever Python is doing then."""
+        """Let the engine stop the peers of the first worker that fails, without waiting for Python."""
         group.stop_on_failure(signal.SIGTERM, self.shutdown_timeout, kill_wait_s(self.shutdown_timeout))
 
     def _stop_group(self, group: _rust.Group, death_sig: signal.Signals, timeout: float) -> None:
         """Stop all process groups and wait until they are empty or the last deadline has passed."""
-        grace_s = timeout if self._linger_s == 0 else min(timeout, _OVERDUE_GRACE_S)
+        grace_s = timeout if self._linger_s == 0 else min(timeout, _MAX_OVERDUE_GRACE_S)
         report = stop_group(group, death_sig, grace_s, linger_s=self._linger_s)
         if self._grace_s is None:
             self._grace_s = self.shutdown_timeout if self._failures else grace_s
@@ -347,23 +358,23 @@ class PContext(_compat.TorchVirtual, ABC):
             killed = ", ".join(map(str, report.killed))
             if report.elapsed_s < grace_s:
                 logger.warning(
-                    "Workers of local ranks %s were killed %.1f s after the signal to end: their grace period of %g s was cut short",
+                    "Workers of local ranks %s were killed %.1f s after the stop signal: their grace period of %g s was cut short",
                     *(killed, report.elapsed_s, grace_s),
                 )
             else:
                 logger.warning("Workers of local ranks %s did not end within %g s and were killed", killed, grace_s)
         for survivor in report.survivors:
             logger.error(
-                "process %s of worker %s outlived SIGKILL (state %s%s) and is left behind: it holds on to what it has"
-                " of this host; look at its device or file system, or restart the host",
+                "process %s of worker %s did not end after SIGKILL (state %s%s) and keeps its resources on this host:"
+                " check its device or file system, or restart the host",
                 survivor.pid,
                 survivor.index,
                 survivor.state,
                 f", waiting in {survivor.wait_channel}" if survivor.wait_channel else "",
             )
 
-    def _note_end(self, local_rank: int, pid: int, exitcode: int, ended: _rust.Exit | None) -> None:
-        """Enter the end of one worker among the failures or the stopped."""
+    def _record_exit(self, local_rank: int, pid: int, exitcode: int, ended: _rust.Exit | None) -> None:
+        """Record the exit of one worker as a success, a failure or a stop."""
         was_stopped = ended is not None and ended.stopped
         if exitcode != 0 or was_stopped:
             (self._stopped if was_stopped else self._failures)[local_rank] = ProcessFailure(
@@ -373,7 +384,7 @@ class PContext(_compat.TorchVirtual, ABC):
                 error_file=self.error_files[local_rank],
                 exit=ended,
             )
-        # Last: a signal handler may raise anywhere before, and then the end is entered by the next look.
+        # Last, because a signal handler may raise before this line. The next poll then records the exit again.
         self._running_local_ranks.discard(local_rank)
 
     def _result(self, return_values: dict[int, Any]) -> RunProcsResult:
@@ -388,13 +399,13 @@ class PContext(_compat.TorchVirtual, ABC):
     def _first_failure(self) -> ProcessFailure:
         return min(self._failures.values(), key=failed_at_ns)
 
-    def _tell_first_failure(self) -> None:
-        tell, self.on_first_failure = self.on_first_failure, None
-        if tell is not None and self._failures:
-            tell(self._first_failure())
+    def _notify_first_failure(self) -> None:
+        callback, self.on_first_failure = self.on_first_failure, None
+        if callback is not None and self._failures:
+            callback(self._first_failure())
 
 
-def _warn_of_ignored_sigchld() -> None:
+def _warn_if_sigchld_ignored() -> None:
     if signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:
         logger.warning(
             "This process ignores SIGCHLD, so the kernel discards exit statuses: before Linux 6.15 every worker is reported as failed. "

@@ -1,4 +1,4 @@
-"""What a function worker does before and after the function. Runs in the worker."""
+"""Set-up and clean-up of a function worker around its function. Runs in the worker process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["Task", "load_return_value"]
 
 @dataclass(frozen=True)
 class Task:
-    """One function worker, as it travels to its process."""
+    """Arguments of one function worker, pickled for its process."""
 
     fn: Callable[..., Any]
     args: tuple[Any, ...]
@@ -33,20 +33,19 @@ class Task:
     return_file: str
     hold: Hold
     terminal: tuple[str, list[int]] | None
-    """What it takes as its controlling terminal, and for which standard streams."""
+    """Path of the worker's controlling terminal, and the standard streams to open on it."""
     parent_pid: int | None
-    """Process that the worker must be a child of; ``None`` if another one (a fork server) creates it."""
+    """Pid of the worker's parent; ``None`` if a fork server creates the worker."""
     cpus: Sequence[int] | None
     forked: bool
     open_files: int | None = None
-    """Soft limit of open descriptors; ``None`` leaves that of the agent."""
+    """Soft limit of open descriptors; ``None`` keeps the limit of the agent."""
 
 
 def _wrap(task: Task) -> None:
-    """Run the task; the process's exit code tells the outcome.
+    """Run the task. The exit code of this process is the outcome.
 
-    The return value goes to a file: a queue would need a reader, and would block the agent when this process is killed in
-    the middle of sending.
+    The return value is written to a file. A queue would block the agent if this process were killed during the transfer.
     """
     _become_worker(task)
     from ferroelastic.multiprocessing.errors import record
@@ -55,10 +54,10 @@ def _wrap(task: Task) -> None:
     os.environ.update(task.env)
 
     def run(*args: Any) -> None:
-        # Within `record`: a value that cannot be pickled is an error of the function.
+        # Inside `record`, so a value that cannot be pickled is recorded as an error of the function.
         _store_return_value(task.fn(*args), task.return_file)
 
-    # For error handlers. An instance is not wrapped: its attributes are none of a function's.
+    # Error handlers show the name. Not `functools.wraps`, because a callable instance has no function attributes.
     run.__name__ = run.__qualname__ = entrypoint_name(task.fn)
 
     with get_std_cm(task.stdout, redirect_stdout), get_std_cm(task.stderr, redirect_stderr):
@@ -71,19 +70,19 @@ def _wrap(task: Task) -> None:
             _flush()
             task.hold.wait()
         except KeyboardInterrupt as interrupt:
-            _tell(format_traceback(interrupt))
-            # To end by the signal, as every Python program does: exit code 0 would hide it.
+            _write_stderr(format_traceback(interrupt))
+            # End by SIGINT, as a Python program does. Exit code 0 would hide the signal.
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             _flush()
             os.kill(os.getpid(), signal.SIGINT)
         except SystemExit as exit_request:
             if isinstance(exit_request.code, int):
                 raise
-            _tell(f"{message_of(exit_request.code)}\n")  # as the interpreter does
+            _write_stderr(f"{message_of(exit_request.code)}\n")  # as the interpreter does
             sys.exit(1)
-        except Exception as error:  # noqa: BLE001 - the end of this process: all that is left is to tell
-            # Here and not by multiprocessing, whose traceback would miss the redirected stream.
-            _tell(format_traceback(error))
+        except Exception as error:  # noqa: BLE001 - the process ends here
+            # multiprocessing would print the traceback after the redirect has ended.
+            _write_stderr(format_traceback(error))
             sys.exit(1)
         finally:
             _flush()
@@ -94,7 +93,7 @@ def _is_zero(code: object) -> bool:
 
 
 def _become_worker(task: Task) -> None:
-    """Take the place of a natively spawned worker: own session, bound to the agent's life, clean of its handlers."""
+    """Set this process up like a natively spawned worker: own session, SIGKILL at the end of the agent, default signal handlers."""
     import multiprocessing
 
     from ferroelastic._rust import arm_parent_death_signal
@@ -105,7 +104,7 @@ def _become_worker(task: Task) -> None:
         arm_parent_death_signal(signal.SIGKILL)
     elif agent is not None:
         _die_at_hangup(agent.sentinel)
-    # The agent may have died before that.
+    # The agent may have ended before the parent-death signal was armed.
     if (agent is not None and not agent.is_alive()) or task.parent_pid not in {None, os.getppid()}:
         os.kill(os.getpid(), signal.SIGKILL)
     if task.forked:
@@ -116,8 +115,8 @@ def _become_worker(task: Task) -> None:
         from ferroelastic.multiprocessing._on_terminal import take_terminal
 
         take_terminal(*task.terminal)
-        # multiprocessing has put the null device in its place.
-        sys.stdin = open(0, closefd=False)  # noqa: SIM115 - as long as the process
+        # multiprocessing has replaced standard input by the null device.
+        sys.stdin = open(0, closefd=False)  # noqa: SIM115 - open until the process ends
     if task.open_files is not None:
         import resource
 
@@ -125,15 +124,15 @@ def _become_worker(task: Task) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (task.open_files, hard))
     if task.cpus is not None:
         os.sched_setaffinity(0, task.cpus)
-        for thread in os.listdir("/proc/self/task"):  # libraries that were imported on the way here have threads
-            with suppress(OSError):  # it has ended
+        for thread in os.listdir("/proc/self/task"):  # imported libraries may have started threads
+            with suppress(OSError):  # the thread has ended
                 os.sched_setaffinity(int(thread), task.cpus)
 
 
 def _die_at_hangup(sentinel: int) -> None:
-    """Have the kernel send SIGKILL to this process when the agent's end of the pipe ``sentinel`` is closed.
+    """Let the kernel send SIGKILL to this process when the agent's end of the pipe ``sentinel`` is closed.
 
-    For workers of a fork server, which are not the agent's children. The server itself lives as long as its workers.
+    For workers of a fork server: their parent is the server, which outlives the agent while workers run.
     """
     import fcntl
 
@@ -143,21 +142,21 @@ def _die_at_hangup(sentinel: int) -> None:
 
 
 def _store_return_value(value: Any, path: str) -> None:
-    """Write the value so that a file is either whole or not there."""
+    """Write the value to a file atomically."""
     if value is not None:
         import pickle
 
-        unfinished = f"{path}.part"
-        with open(unfinished, "wb") as file:
+        temporary = f"{path}.part"
+        with open(temporary, "wb") as file:
             pickle.dump(value, file, protocol=pickle.HIGHEST_PROTOCOL)
-        os.replace(unfinished, path)
+        os.replace(temporary, path)
 
 
 def load_return_value(path: str) -> Any:
-    """The value that a worker has left; ``None`` also for one that ended with code 0 in some other way than returning.
+    """Return the return value of a worker; ``None`` also if the worker ended with exit code 0 without a return.
 
     Raises:
-        Exception: whatever unpickling raises, e.g. because the value's class cannot be imported here.
+        Exception: the value cannot be unpickled, for instance because its class cannot be imported here.
     """
     import pickle
 
@@ -168,10 +167,10 @@ def load_return_value(path: str) -> Any:
         return None
 
 
-def _tell(text: str) -> None:
+def _write_stderr(text: str) -> None:
     with suppress(
         AttributeError, OSError, ValueError
-    ):  # the function has closed standard error, or it takes no such text
+    ):  # the function has closed standard error, or its encoding does not support the text
         sys.stderr.write(text)
 
 

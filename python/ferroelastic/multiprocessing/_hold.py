@@ -1,4 +1,4 @@
-"""Holding function workers that have returned until all of them have."""
+"""A barrier for function workers that have returned."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ _COUNTER_BYTES = 8
 class Hold:
     """A barrier at the end of the function workers of one host.
 
-    A process that ends right after a collective takes its connections from peers that are still in it. A worker that has returned
-    therefore waits until all have, and a rank that fails, or a stop, lets all of them go.
+    A process that ends immediately after a collective closes connections that its peers still use. A returned worker therefore waits
+    until all workers have returned. A failure or a stop releases all of them.
 
-    Each worker that arrives writes one byte to a pipe that nobody reads. The worker that finds the bytes of all ranks there lets everybody
-    go, so the agent need not be awake. Waiting is a blocking read of an eventfd, which signal handlers interrupt.
+    Each worker writes one byte to a pipe on arrival. The bytes are counted and never read. The last worker to arrive releases all of them,
+    so the barrier does not depend on the agent. Workers wait in a blocking read of an eventfd, which signal handlers interrupt.
 
     Args:
-        number: how many workers there are.
+        number: number of workers.
 
     Raises:
-        OSError: there is no descriptor left.
+        OSError: the limit of open descriptors is reached.
     """
 
     def __init__(self, number: int) -> None:
         self._number = number
-        # The agent's own read end keeps the pipe from breaking.
+        # The agent holds the read end open: without a reader, writes would fail with EPIPE.
         self._read_fd, self._arrival_fd = os.pipe2(os.O_CLOEXEC)
         try:
             self._release_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_SEMAPHORE)
@@ -58,9 +58,9 @@ class Hold:
         self._closed = False
 
     def wait(self) -> None:
-        """Wait for the other workers; called by a worker that has returned. A signal handler may raise out of it.
+        """Wait until all workers have returned. An exception of a signal handler ends the wait.
 
-        A worker whose function has closed the descriptors does not wait. The agent counts it when it ends.
+        If the function has closed the descriptors, this returns immediately. The agent counts the worker at its exit.
         """
         try:
             if _file_id(self._arrival_fd) != self._pipe_id:
@@ -68,10 +68,10 @@ class Hold:
         except OSError:
             return
         self.arrive()
-        os.read(self._release_fd, _COUNTER_BYTES)  # unlike os.eventfd_read, it goes on after a signal
+        os.read(self._release_fd, _COUNTER_BYTES)  # retries after EINTR, unlike os.eventfd_read
 
     def arrive(self) -> None:
-        """Count one worker as arrived: the caller, or one that has ended with exit code 0 without having returned."""
+        """Count one worker as arrived: the caller, or a worker that has ended with exit code 0 without a return."""
         if self._closed:
             return
         import fcntl
@@ -84,12 +84,12 @@ class Hold:
             self.release()
 
     def release(self) -> None:
-        """Let all workers go, those that wait and those that arrive later."""
+        """Release all workers, also those that arrive later."""
         if not self._closed:
             os.eventfd_write(self._release_fd, self._number)
 
     def close(self) -> None:
-        """Release, and let go of the agent's descriptors. Safe to call again."""
+        """Release all workers and close the agent's descriptors. Idempotent."""
         if self._closed:
             return
         self.release()

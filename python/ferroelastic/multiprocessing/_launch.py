@@ -1,4 +1,4 @@
-"""Starting a group of workers."""
+"""Starts a group of workers."""
 
 from __future__ import annotations
 
@@ -39,30 +39,30 @@ def start_processes(
     """Start one worker for each entry of ``args`` and ``envs``. Mirrors torch's ``start_processes``.
 
     Args:
-        name: with the local rank, the header of teed lines: ``[name0]:``.
-        entrypoint: a function, run in processes of ``multiprocessing``, or a program.
-        args: arguments by local rank, without a gap from 0; a program gets them as strings.
-        envs: environment variables by local rank, added to this process's.
-        logs_specs: decides where the output goes.
-        log_line_prefixes: headers of teed lines by local rank.
+        name: name of the group. The default prefix of teed lines is the name and the local rank: ``[name0]:``.
+        entrypoint: a function, which runs in processes of ``multiprocessing``, or a program.
+        args: arguments by local rank, from 0 without a gap. For a program they are converted to strings.
+        envs: environment variables by local rank, added to the environment of this process.
+        logs_specs: destinations of the workers' output.
+        log_line_prefixes: prefixes of teed lines by local rank, instead of the default.
         start_method: ``spawn``, ``fork`` or ``forkserver``; for functions only.
-        numa_options: CPUs to bind the workers to; ``None`` binds to none.
-        duplicate_stdout_filters: if not empty, teed lines of standard output with one of these strings also go to
-            ``filtered_stdout.log``.
-        duplicate_stderr_filters: likewise for standard error.
-        shutdown_timeout: when one worker fails, seconds that the others have after SIGTERM before SIGKILL; when all succeed, seconds
-            that processes have to finish which the workers left in their groups.
-        interactive_rank: local rank that gets the terminal on standard input of this process: it is the worker's controlling terminal,
-            and none of its streams goes to a file. ``None`` gives it to nobody.
+        numa_options: NUMA binding; ``None`` does not bind the workers.
+        duplicate_stdout_filters: teed lines of standard output that contain one of these strings are also written to
+            ``filtered_stdout.log``. Empty or ``None`` writes none.
+        duplicate_stderr_filters: the same for standard error and ``filtered_stderr.log``.
+        shutdown_timeout: after a failure, the grace period in seconds between SIGTERM and SIGKILL for the other workers. After a success,
+            the time in seconds for processes that the workers left in their process groups. Not in torch.
+        interactive_rank: local rank that gets the terminal on standard input of this process as its controlling terminal. No stream of
+            this rank is written to a file. ``None`` for no rank. Not in torch.
 
     Returns:
         The running workers: a ``SubprocessContext`` or a ``MultiprocessContext``.
 
     Raises:
-        RuntimeError: ``args`` and ``envs`` do not have the same local ranks, without a gap.
-        ValueError: ``interactive_rank`` is no local rank, or standard input is no terminal.
-        TypeError: a value has a type that cannot work.
-        OSError: a worker or a log file cannot be started or made; nothing is left behind.
+        RuntimeError: ``args`` and ``envs`` do not have the same local ranks, or the ranks have a gap.
+        ValueError: ``interactive_rank`` is not a local rank, or standard input is not a terminal.
+        TypeError: an argument has the wrong type.
+        OSError: a worker cannot be started, or a log file cannot be created. All started workers are stopped first.
     """
     nprocs = len(args)
     _validate_full_rank(args, nprocs, "args")
@@ -75,7 +75,7 @@ def start_processes(
     check_environments(envs)
     if interactive_rank is not None:
         if interactive_rank not in args:
-            raise ValueError(f"interactive_rank={interactive_rank} is no local rank; give 0 to {nprocs - 1}")
+            raise ValueError(f"interactive_rank={interactive_rank} is not a local rank; give 0 to {nprocs - 1}")
         logs_specs = InteractiveLogsSpecs(logs_specs, interactive_rank)
     common: dict[str, Any] = {
         "name": name,
@@ -102,15 +102,15 @@ def start_processes(
     try:
         context.start()
     except BaseException as error:
-        another: BaseException | None = None
+        interruption: BaseException | None = None
         while True:
             try:
                 context.close(getattr(error, "sigval", None) or signal.SIGTERM, shutdown_timeout)
                 break
             except interrupting as caught:
-                # Of a handler that is not ours, before close() could take it.
-                another = another or caught
-        if another is not None and not isinstance(error, interrupting):
-            raise another from error
+                # Raised by a foreign signal handler before close() deferred signals.
+                interruption = interruption or caught
+        if interruption is not None and not isinstance(error, interrupting):
+            raise interruption from error
         raise
     return context

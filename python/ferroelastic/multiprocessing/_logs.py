@@ -1,4 +1,4 @@
-"""Where the output of workers goes."""
+"""Destinations of the workers' output."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ _CONSOLE = ""  # a stream with this path is not redirected
 
 @dataclass
 class LogsDest(_compat.TorchCompatible):
-    """Paths by local rank. Mirrors torch's ``LogsDest``.
+    """Paths of log and error files by local rank. Mirrors torch's ``LogsDest``.
 
     Attributes:
-        stdouts: file of each worker's standard output; ``""`` leaves it on the agent's.
-        stderrs: likewise for standard error.
-        tee_stdouts: those of ``stdouts`` that are also copied to the agent's standard output.
-        tee_stderrs: likewise for standard error.
-        error_files: where each worker leaves its error.
-        filtered_stdout: file for the lines that pass ``duplicate_stdout_filters``.
-        filtered_stderr: likewise for standard error.
+        stdouts: file of each worker's standard output; ``""`` inherits the agent's standard output.
+        stderrs: the same for standard error.
+        tee_stdouts: the entries of ``stdouts`` that are also copied to the agent's standard output.
+        tee_stderrs: the same for standard error.
+        error_files: error file of each worker, see :func:`ferroelastic.multiprocessing.errors.record`.
+        filtered_stdout: file for the lines that match ``duplicate_stdout_filters``.
+        filtered_stderr: the same for standard error.
     """
 
     stdouts: dict[int, str] = field(default_factory=dict)
@@ -47,13 +47,13 @@ class LogsDest(_compat.TorchCompatible):
 
 
 class LogsSpecs(_compat.TorchVirtual, ABC):
-    """Decides where each worker's output goes. Mirrors torch's ``LogsSpecs``.
+    """Chooses the destinations of the workers' output. Mirrors torch's ``LogsSpecs``.
 
     Args:
-        log_dir: folder under which logs are written.
-        redirects: streams that go to a file instead of the console, for all workers or by local rank.
-        tee: streams that go to a file and to the console.
-        local_ranks_filter: if not empty, only these local ranks show on the console.
+        log_dir: root folder of the logs.
+        redirects: streams that are written to a file instead of the console, for all workers or by local rank.
+        tee: streams that are written to a file and to the console, for all workers or by local rank.
+        local_ranks_filter: if not empty, only these local ranks write to the console.
     """
 
     def __init__(
@@ -70,35 +70,38 @@ class LogsSpecs(_compat.TorchVirtual, ABC):
 
     @abstractmethod
     def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
-        """Give the paths for workers that are about to start with the environments ``envs`` (by local rank).
+        """Return the paths for the next start of the workers.
 
-        May add to the environments, for instance ``TORCHELASTIC_ERROR_FILE``.
+        Args:
+            envs: environments of the workers by local rank. This method may add variables, for instance ``TORCHELASTIC_ERROR_FILE``.
+
+        Returns:
+            The paths.
         """
 
     @property
     @abstractmethod
     def root_log_dir(self) -> str:
-        """The folder under which logs are written."""
+        """Root folder of the logs."""
 
 
 class DefaultLogsSpecs(LogsSpecs):
     """One folder per attempt and rank. Mirrors torch's ``DefaultLogsSpecs``.
 
-    ``<log_dir>/<run id>_<random>/attempt_<n>/<local rank>/{stdout.log,stderr.log,error.json}`` and
-    ``.../attempt_<n>/filtered_{stdout,stderr}.log``. A further start with the same restart count (after a membership
-    change, say) writes to ``attempt_<n>.1``, ``attempt_<n>.2`` …: where torch deletes the earlier attempt's logs, these
-    stay.
+    The files are ``<log_dir>/<run id>_<random>/attempt_<n>/<local rank>/{stdout.log,stderr.log,error.json}`` and
+    ``.../attempt_<n>/filtered_{stdout,stderr}.log``. A second start with the same restart count, for instance after a membership change,
+    writes to ``attempt_<n>.1``, then ``attempt_<n>.2``. torch deletes the logs of the earlier start.
 
     Args:
-        log_dir: folder for the logs, made if it does not exist; ``None`` makes a temporary one, ``os.devnull`` writes none.
+        log_dir: root folder of the logs, created if it does not exist. ``None`` creates a temporary folder, ``os.devnull`` writes no logs.
         redirects: see :class:`LogsSpecs`.
         tee: see :class:`LogsSpecs`.
         local_ranks_filter: see :class:`LogsSpecs`.
 
     Raises:
         NotADirectoryError: ``log_dir`` is a file.
-        TypeError: a value has a type that cannot work.
-        OSError: the folder cannot be made.
+        TypeError: an argument has the wrong type.
+        OSError: the folder cannot be created.
     """
 
     def __init__(
@@ -125,28 +128,28 @@ class DefaultLogsSpecs(LogsSpecs):
 
     @property
     def root_log_dir(self) -> str:
-        """The folder under which logs are written."""
+        """Root folder of the logs."""
         return str(self._root_log_dir)
 
     def _make_log_dir(self, log_dir: str | None, rdzv_run_id: str) -> str:
         base_log_dir = log_dir or _make_temporary("torchelastic_", None)
         _make(base_log_dir, exist_ok=True)
-        # A run id is free text.
+        # A run id may contain a path separator.
         run_log_dir = _make_temporary(f"{rdzv_run_id.replace(os.sep, '_')}_", base_log_dir)
         logger.info("log directory set to: %s", run_log_dir)
         return run_log_dir
 
     def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
-        """Make the folders of one attempt and set ``TORCHELASTIC_ERROR_FILE`` in ``envs``.
+        """Create the folders of one attempt and set ``TORCHELASTIC_ERROR_FILE`` in ``envs``.
 
         Args:
-            envs: environments of the workers by local rank, without a gap.
+            envs: environments of the workers by local rank, from 0 without a gap.
 
         Returns:
             The paths of this attempt.
 
         Raises:
-            OSError: a folder cannot be made.
+            OSError: a folder cannot be created.
         """
         nprocs = len(envs)
         if not envs:
@@ -218,15 +221,15 @@ class DefaultLogsSpecs(LogsSpecs):
             and self._local_ranks_filter == other._local_ranks_filter
         )
 
-    __hash__ = None  # type: ignore[assignment]  # compared by value and not frozen, as torch's
+    __hash__ = None  # type: ignore[assignment]  # mutable and compared by value, as in torch
 
 
 class InteractiveLogsSpecs(LogsSpecs):
-    """The logs of other specs, except that both streams of one local rank go to the console, and to no file.
+    """Wraps other specs and sends both streams of one local rank to the console instead of a file.
 
     Args:
-        specs: decides where all other output goes.
-        local_rank: the rank that has the terminal.
+        specs: specs for all other output.
+        local_rank: rank that uses the terminal.
     """
 
     def __init__(self, specs: LogsSpecs, local_rank: int) -> None:
@@ -238,15 +241,15 @@ class InteractiveLogsSpecs(LogsSpecs):
         dest = copy(self._specs.reify(envs))
         console = {self._local_rank: _CONSOLE}
         dest.stdouts, dest.stderrs = {**dest.stdouts, **console}, {**dest.stderrs, **console}
-        dest.tee_stdouts, dest.tee_stderrs = map(self._others, (dest.tee_stdouts, dest.tee_stderrs))
+        dest.tee_stdouts, dest.tee_stderrs = map(self._without_rank, (dest.tee_stdouts, dest.tee_stderrs))
         return dest
 
-    def _others(self, paths: dict[int, str]) -> dict[int, str]:
+    def _without_rank(self, paths: dict[int, str]) -> dict[int, str]:
         return {local_rank: path for local_rank, path in paths.items() if local_rank != self._local_rank}
 
     @property
     def root_log_dir(self) -> str:
-        """The folder under which logs are written."""
+        """Root folder of the logs."""
         return self._specs.root_log_dir
 
 
@@ -259,14 +262,14 @@ def _attempt_names(name: str) -> Iterator[str]:
 
 
 def _make_first_free(names: Iterator[str]) -> str:
-    """Make the first folder that does not exist yet; making it is the test, so no two callers get the same."""
+    """Create the first folder that does not exist. ``mkdir`` is atomic, so two callers never get the same folder."""
     for name in names:
         try:
             _make(name)
         except FileExistsError:
             continue
         return name
-    raise AssertionError("the names do not end")
+    raise AssertionError("the iterator of names must be infinite")
 
 
 def _make(path: str, *, exist_ok: bool = False) -> None:
@@ -275,7 +278,7 @@ def _make(path: str, *, exist_ok: bool = False) -> None:
     except FileExistsError:
         raise
     except OSError as error:
-        raise _explained(error, path) from error
+        raise _with_path(error, path) from error
 
 
 def _make_temporary(prefix: str, folder: str | None) -> str:
@@ -284,12 +287,12 @@ def _make_temporary(prefix: str, folder: str | None) -> str:
     try:
         return tempfile.mkdtemp(prefix=prefix, dir=folder)
     except OSError as error:
-        raise _explained(error, folder or tempfile.gettempdir()) from error
+        raise _with_path(error, folder or tempfile.gettempdir()) from error
 
 
-def _explained(error: OSError, path: str) -> OSError:
-    # Called with an errno, OSError makes the subclass that goes with it.
+def _with_path(error: OSError, path: str) -> OSError:
+    # With an errno, OSError creates the matching subclass.
     return OSError(
         error.errno,
-        f"failed to create log folder {path!r}: {error.strerror}; choose one that can be written as log_dir",
+        f"failed to create log folder {path!r}: {error.strerror}; choose a writable log_dir",
     )

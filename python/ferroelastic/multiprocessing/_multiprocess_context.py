@@ -35,7 +35,7 @@ _REAP_TIMEOUT_S = 5.0
 
 
 class _ProcessSet:
-    """The processes, as torch's ``ProcessContext`` holds them."""
+    """The processes of a context, with the interface of torch's ``ProcessContext``."""
 
     def __init__(self, processes: list[BaseProcess]) -> None:
         self.processes = processes
@@ -47,20 +47,24 @@ class _ProcessSet:
 class MultiprocessContext(PContext):
     """Workers that run a function in processes of ``multiprocessing``. Mirrors torch's ``MultiprocessContext``.
 
-    Python starts and reaps the processes, the engine observes and stops them. Each worker leaves its return value in a file
-    and is held until all have returned or one has failed. Where torch reports one failed rank, all that failed are reported.
+    Python starts and reaps the processes. The engine observes and stops them. Each worker writes its return value to a file and then waits
+    until all workers have returned or one has failed. The result holds all failed ranks; torch's holds one.
 
     Args:
         name: see :class:`PContext`.
-        entrypoint: function; importable by name unless the start method is ``fork``.
+        entrypoint: function. Unless the start method is ``fork``, it must be importable by name.
         args: see :class:`PContext`.
         envs: see :class:`PContext`.
         start_method: ``spawn``, ``fork`` or ``forkserver``.
         logs_specs: see :class:`PContext`.
         log_line_prefixes: see :class:`PContext`.
-        numa_options: CPUs to bind the workers to; ``None`` binds to none.
+        numa_options: NUMA binding; ``None`` does not bind the workers.
         duplicate_stdout_filters: see :class:`PContext`.
         duplicate_stderr_filters: see :class:`PContext`.
+
+    Raises:
+        RuntimeError: see :class:`PContext`.
+        OSError: see :class:`PContext`.
     """
 
     entrypoint: Callable[..., Any]
@@ -139,27 +143,26 @@ class MultiprocessContext(PContext):
                 list(executor.map(lambda process: process.start(), processes))
             return
         with warnings.catch_warnings():
-            # Python 3.12+ warns that a fork of a process with threads may deadlock in the child. The threads meant here are the
-            # engine's, which never holds a lock of Python's, and the watchdog's, which logs (a fork waits for that) when a timer has
-            # expired. A forked child uses neither.
+            # Python 3.12+ warns that a fork of a multi-threaded process may deadlock in the child. The threads of this package are safe:
+            # the engine's thread holds no Python lock, the watchdog's thread only logs, and `logging` holds its locks during a fork.
             warnings.filterwarnings(
                 "ignore", r"This process \(pid=\d+\) is multi-threaded, use of fork\(\)", DeprecationWarning
             )
-            # A signal in a child that has yet to become a worker would run the agent's handlers, whose exception Python ignores
-            # while it runs the hooks of a fork. The child takes it when it unblocks all signals.
+            # Block signals until the child has replaced the agent's signal handlers. Python ignores exceptions of handlers that run
+            # during fork hooks, so an early signal would be lost.
             blocked = signal.valid_signals() if self.start_method == "fork" else set()
-            former = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
+            previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
             try:
                 for process in processes:
                     process.start()
             finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, former)
+                signal.pthread_sigmask(signal.SIG_SETMASK, previous_mask)
 
     def _observe(self, processes: list[BaseProcess]) -> None:
-        """Hand the processes to the engine.
+        """Register the processes with the engine.
 
-        A process that ended while its peers were still being started may have been reaped by ``multiprocessing`` (each start
-        does so): it is left out, and its exit code is known to Python.
+        Each start in ``multiprocessing`` reaps children that have ended. A process that was reaped during the start of its peers is not
+        registered: Python has its exit code.
         """
         while True:
             self._observed_ranks = [rank for rank, process in enumerate(processes) if process.exitcode is None]
@@ -169,7 +172,7 @@ class MultiprocessContext(PContext):
             pids = [int(process.pid or 0) for process in observed]
             sentinels = [process.sentinel for process in observed]
             try:
-                # In one call into C, see `_processes.spawn`.
+                # One call into C, see `_processes.spawn`.
                 self._groups.extend(map(get_engine().observe, (pids,), (sentinels,)))
             except OSError:
                 if all(processes[rank].exitcode is None for rank in self._observed_ranks):
@@ -194,16 +197,16 @@ class MultiprocessContext(PContext):
             if rank in exits or (rank not in self._observed_ranks and process.exitcode is not None):
                 code = self._reap(process, exits.get(rank))
                 if self._hold is not None and code == 0:
-                    self._hold.arrive()  # it may have ended without doing so itself
-                self._note_end(rank, int(process.pid or 0), code, exits.get(rank))
+                    self._hold.arrive()  # the worker may have ended without arriving
+                self._record_exit(rank, int(process.pid or 0), code, exits.get(rank))
 
     def _reap(self, process: BaseProcess, ended: _rust.Exit | None) -> int:
-        # It has ended, so this does not wait; but a fork server may still have to pass the exit code on. With a timeout,
-        # `join` of an own child would wait for the end of a pipe, which the child's children may hold.
+        # The process has ended. Only a fork server needs a timeout, because it reports the exit code later. With a timeout, `join` of an
+        # own child waits for the end of a pipe that the child's children may hold open.
         process.join(_REAP_TIMEOUT_S if self.start_method == "forkserver" else None)
         if process.exitcode is not None:
             return process.exitcode
-        # Somebody else has reaped it, and the kernel may still know.
+        # Other code has reaped the process. The kernel may still know its exit code.
         return lost_status(int(process.pid or 0)) if ended is None else exit_code(ended)
 
     def _poll(self) -> RunProcsResult | None:
@@ -212,7 +215,7 @@ class MultiprocessContext(PContext):
         self._capture_exits()
         if self._running_local_ranks and not self._failures:
             return None
-        self._tell_first_failure()
+        self._notify_first_failure()
         if not self._failures:
             self._load_return_values()
         self._close_after_exits()
@@ -244,13 +247,17 @@ class MultiprocessContext(PContext):
                 ) from error
 
     def pids(self) -> dict[int, int]:
-        """Process ids by local rank."""
+        """Return the process ids by local rank.
+
+        Raises:
+            AssertionError: the workers were not started.
+        """
         if self._pc is None:
             raise AssertionError("the workers were not started; call start() first")
         return dict(enumerate(self._pc.pids()))
 
     def begin_stop(self, death_sig: signal.Signals, timeout: float) -> None:
-        """Send the workers the signal to end, let those go that are held, and return; :meth:`close` does the rest."""
+        """Send the stop signal, release waiting workers and return without waiting; see :meth:`PContext.begin_stop`."""
         super().begin_stop(death_sig, timeout)
         if self._hold is not None:
             self._hold.release()
@@ -258,12 +265,12 @@ class MultiprocessContext(PContext):
     def _close(self, death_sig: signal.Signals, timeout: float = 30) -> None:
         try:
             if self._hold is not None:
-                # A handler of the function for the signal to end would keep a worker here for the whole grace.
+                # A worker whose function handles the stop signal would otherwise wait here for the whole grace period.
                 self._hold.release()
             if self.native_group is not None:
                 self._stop_group(self.native_group, death_sig, timeout)
             elif self._pc is not None and any(process.exitcode is None for process in self._pc.processes):
-                # The start has failed: the engine does not know them, and some may not have been started.
+                # The start has failed: the processes are not registered with the engine.
                 _kill(self._pc.processes)
                 self._pc = None
         finally:
@@ -277,10 +284,10 @@ class MultiprocessContext(PContext):
 
 
 def _check_importable(entrypoint: Callable[..., Any], start_method: str) -> None:
-    """Check that a new interpreter can find a function by its name.
+    """Check that a new interpreter can import a function by its name.
 
     Raises:
-        PicklingError: it cannot.
+        PicklingError: the function cannot be imported.
     """
     import copyreg
     import pickle
@@ -289,7 +296,7 @@ def _check_importable(entrypoint: Callable[..., Any], start_method: str) -> None
 
     origin = origin_of(entrypoint)
     reducers = {*copyreg.dispatch_table, *getattr(ForkingPickler, "_extra_reducers", ())}
-    # A class stands for its instance, which is not itself what runs.
+    # For a callable instance, `origin` is its class.
     pickled: type = type(origin) if not isinstance(origin, type) else origin
     if not isinstance(origin, MethodType) and (pickled in reducers or _pickles_itself(pickled)):
         return
@@ -298,7 +305,7 @@ def _check_importable(entrypoint: Callable[..., Any], start_method: str) -> None
     main: Any = sys.modules.get("__main__")
     file = getattr(main, "__file__", None)
     if "<lambda>" in name or "<locals>" in name:
-        reason = "is not defined at the top of a module"
+        reason = "is not defined at the top level of a module"
     elif (
         owner.__module__ == "__main__"
         and getattr(main, "__spec__", None) is None
@@ -308,8 +315,8 @@ def _check_importable(entrypoint: Callable[..., Any], start_method: str) -> None
     else:
         return
     raise pickle.PicklingError(
-        f"cannot pickle {name!r}: it {reason}, and workers that are started with {start_method!r} have to import it. "
-        "Move it to a module and import it from there, or start the workers with 'fork' (start_method)"
+        f"cannot pickle {name!r}: it {reason}, and workers with start_method={start_method!r} must import it; "
+        "move it to the top level of a module, or use start_method='fork'"
     )
 
 

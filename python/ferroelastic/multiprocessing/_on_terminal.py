@@ -1,6 +1,6 @@
-"""Taking a pseudo-terminal as the controlling terminal of a worker.
+"""Makes a pseudo-terminal the controlling terminal of a worker.
 
-Also a program, which does so and then executes another one. It imports nothing of this package, so that it starts fast.
+Also a program that does this and then executes another program. For a fast start it imports nothing of this package.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ __all__ = ["take_terminal"]
 
 
 def take_terminal(path: str, descriptors: list[int]) -> None:
-    """Make a terminal the controlling one of this process, which must lead a session that has none.
+    """Make a terminal the controlling terminal of this process, and this process group its foreground process group.
 
-    The process group of this process is the foreground process group of the terminal from then on.
+    This process must lead a session without a controlling terminal.
 
     Args:
-        path: the terminal.
-        descriptors: standard streams to open on it.
+        path: path of the terminal.
+        descriptors: standard streams to open on the terminal.
 
     Raises:
-        OSError: it cannot be opened.
+        OSError: the terminal cannot be opened.
     """
-    # A leader of a session gets the first terminal that it opens.
+    # The first terminal that a session leader opens becomes its controlling terminal.
     terminal = os.open(path, os.O_RDWR)
     for descriptor in descriptors:
         os.dup2(terminal, descriptor)
@@ -33,7 +33,7 @@ def take_terminal(path: str, descriptors: list[int]) -> None:
 
 
 def _main() -> None:
-    # What the interpreter ignores or handles must not reach the program.
+    # Undo the interpreter's signal dispositions: ignored signals stay ignored across exec.
     for number in (signal.SIGINT, signal.SIGPIPE, signal.SIGXFSZ):
         signal.signal(number, signal.SIG_DFL)
     _, path, descriptors, *argv = sys.argv
@@ -41,7 +41,7 @@ def _main() -> None:
     try:
         os.execvp(argv[0], argv)  # noqa: S606 - the worker's program, as the engine would execute it
     except OSError as error:
-        print(f"{argv[0]}: {error.strerror}", file=sys.stderr)  # noqa: T201 - nobody else can tell
+        print(f"{argv[0]}: {error.strerror}", file=sys.stderr)  # noqa: T201 - the only report of this failure
         os._exit(127)
 
 

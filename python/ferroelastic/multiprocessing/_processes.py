@@ -1,4 +1,4 @@
-"""Natively spawned processes, in the terms of ``subprocess``."""
+"""Natively spawned processes with the interface of ``subprocess``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ferroelastic._engine import get_engine
 from ferroelastic._process import open_files_of_workers
 from ferroelastic._wait import wait_for_event
-from ferroelastic.multiprocessing._debuggers import followed
+from ferroelastic.multiprocessing._debuggers import with_debugger
 from ferroelastic.utils.logging import get_logger
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ UNKNOWN_STATUS = 255
 
 
 def cpus_for(local_rank: int, numa_options: NumaOptions | None) -> list[int] | None:
-    """Logical CPUs for a worker, or ``None`` if it is not bound."""
+    """Return the logical CPUs for a worker, or ``None`` if it is not bound."""
     if numa_options is None:
         return None
     from ferroelastic.numa.binding import cpus_for_worker
@@ -47,22 +47,22 @@ def make_command(
     numa_options: NumaOptions | None,
     terminal: Terminal | None = None,
 ) -> tuple[tuple[str, ...], _rust.Command]:
-    """Argument vector and native command of one worker; a debugger that is attached to this process follows into it.
+    """Return the argument vector and the native command of one worker. A debugger of this process is attached to the worker too.
 
     Args:
         entrypoint: program.
-        args: arguments, turned into strings.
-        env: added to this process's environment.
-        stdout: file for standard output; empty or ``None`` inherits.
-        stderr: likewise for standard error.
-        local_rank: position of the worker on this host.
-        numa_options: which CPUs it is bound to.
-        terminal: what it takes as its controlling terminal; ``None`` gives it none.
+        args: arguments, converted to strings.
+        env: environment variables, added to the environment of this process.
+        stdout: path of a file for standard output; empty or ``None`` inherits the stream of this process.
+        stderr: the same for standard error.
+        local_rank: local rank of the worker.
+        numa_options: NUMA binding; ``None`` does not bind the worker.
+        terminal: controlling terminal of the worker; ``None`` for no terminal.
     """
     from ferroelastic import _rust
 
     argv = (entrypoint, *map(str, args))
-    executed = followed(argv)
+    executed = with_debugger(argv)
     command = _rust.Command(
         executed if terminal is None else terminal.command(executed),
         {**os.environ, **env},
@@ -75,28 +75,28 @@ def make_command(
 
 
 def spawn(commands: Sequence[_rust.Command], groups: list[_rust.Group]) -> None:
-    """Start all commands as one group, which is appended to ``groups``.
+    """Start all commands as one group and append the group to ``groups``.
 
     Raises:
-        OSError: one cannot be started, and none is left; the subclass that goes with its errno, as from ``subprocess``.
+        OSError: a command cannot be started. All started processes are ended first. The subclass matches the errno, as in ``subprocess``.
     """
     from ferroelastic import _rust
 
     try:
-        # One call into C both starts the processes and keeps their group: a signal handler that raises between two
-        # steps would leave processes that nobody owns.
+        # One call into C starts the processes and stores their group. A signal handler that raised between two steps would leave
+        # processes without an owner.
         groups.extend(map(get_engine().spawn, (commands,)))
     except _rust.SpawnError as error:
         raise OSError(error.errno, str(error)) from error
 
 
 def exit_code(ended: _rust.Exit) -> int:
-    """The exit code, or minus the signal, of a process that this one has started."""
+    """Return the exit code of a child process, or the negative signal number."""
     return ended.returncode if ended.returncode is not None else lost_status(ended.pid)
 
 
 def lost_status(pid: int) -> int:
-    """Return the exit code that stands for one that nobody can tell. Popen says 0, which makes a success of a failed job."""
+    """Log that an exit status is lost, and return the exit code that replaces it. ``Popen`` returns 0, so a failed job would succeed."""
     ignored = signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN
     reason = (
         "this process ignores SIGCHLD"
@@ -113,12 +113,12 @@ def lost_status(pid: int) -> int:
 
 
 class NativeProcess:
-    """One process of a native group with the face of ``subprocess.Popen``.
+    """One process of a native group, with the interface of ``subprocess.Popen``.
 
     Attributes:
         args: argument vector.
         pid: process id.
-        returncode: exit code or minus the signal, set by :meth:`poll` and :meth:`wait`; ``None`` before.
+        returncode: exit code or negative signal number, set by :meth:`poll` and :meth:`wait`. ``None`` while the process runs.
     """
 
     def __init__(self, group: _rust.Group, index: int, args: Sequence[str]) -> None:
@@ -132,7 +132,7 @@ class NativeProcess:
         return f"<{type(self).__name__}: returncode: {self.returncode} pid: {self.pid} args: {self.args!r}>"
 
     def poll(self) -> int | None:
-        """The return code if the process has ended, else ``None``."""
+        """Return the return code if the process has ended, else ``None``."""
         if self.returncode is None:
             ended = next((ended for ended in self._group.exits() if ended.index == self._index), None)
             if ended is not None:
@@ -143,13 +143,13 @@ class NativeProcess:
         """Wait for the process to end.
 
         Args:
-            timeout: at most so many seconds; ``None`` without limit.
+            timeout: timeout in seconds; ``None`` waits without limit.
 
         Returns:
             The return code.
 
         Raises:
-            subprocess.TimeoutExpired: it still runs after ``timeout`` seconds.
+            subprocess.TimeoutExpired: the process still runs after ``timeout`` seconds.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
@@ -165,14 +165,14 @@ class NativeProcess:
             wait_for_event(self._group, generation, remaining)
 
     def send_signal(self, sig: int) -> None:
-        """Send a signal to the process alone; nothing happens if it has ended."""
+        """Send a signal to the process, not to its process group. Does nothing if the process has ended."""
         if self.poll() is None:
             self._group.signal(self._index, sig, leader_only=True)
 
     def terminate(self) -> None:
-        """Send SIGTERM to the process alone."""
+        """Send SIGTERM to the process, not to its process group."""
         self.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """Send SIGKILL to the process alone."""
+        """Send SIGKILL to the process, not to its process group."""
         self.send_signal(signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Which standard streams to redirect or tee, and the checks on per-rank mappings."""
+"""Masks of standard streams to redirect or tee, and checks of mappings by local rank."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MAPPING_REGEX = r"(\d+:[0-3],)*(\d+:[0-3])"
 
 
 class Std(enum.IntFlag):
-    """Standard streams of a worker, as a bit mask. Mirrors torch's ``Std``."""
+    """Standard streams of a worker, as a bit mask. Mirrors ``torch.distributed.elastic.multiprocessing.Std``."""
 
     NONE = 0
     OUT = 1
@@ -26,18 +26,18 @@ class Std(enum.IntFlag):
 
     @classmethod
     def from_str(cls, vm: str) -> Std | dict[int, Std]:
-        """Read a mask, or one mask per local rank, from the command line's form. Mirrors torch's ``Std.from_str``.
+        """Parse a mask, or one mask per local rank, from a command line option. Mirrors torch's ``Std.from_str``.
 
         ``"3"`` is ``Std.ALL``; ``"0:3,12:1"`` is ``{0: Std.ALL, 12: Std.OUT}``.
 
         Args:
-            vm: the value or mapping.
+            vm: text of a mask or of a mapping.
 
         Returns:
             One mask for all ranks, or a mapping from local rank to mask.
 
         Raises:
-            ValueError: ``vm`` is neither.
+            ValueError: ``vm`` has neither format.
         """
         if re.fullmatch(_VALUE_REGEX, vm):
             return cls(int(vm))
@@ -51,23 +51,28 @@ class Std(enum.IntFlag):
 
 
 def to_map(val_or_map: Std | Mapping[int, Std], local_world_size: int) -> dict[int, Std]:
-    """Spell a mask out per local rank. Mirrors torch's ``to_map``.
+    """Return one mask per local rank. Mirrors torch's ``to_map``.
 
     Args:
-        val_or_map: one mask for all ranks, or a mapping in which a missing rank means ``Std.NONE``.
-        local_world_size: number of ranks.
+        val_or_map: one mask for all ranks, or a mapping from local rank to mask. A missing rank has ``Std.NONE``.
+        local_world_size: number of local ranks.
 
     Returns:
         A mask for each rank from 0 to ``local_world_size - 1``.
     """
-    # An int rather than a `Std`: torch's own member is as good.
+    # `int` and not `Std`, to accept torch's `Std` as well.
     if isinstance(val_or_map, int):
         return dict.fromkeys(range(local_world_size), val_or_map)
     return {local_rank: val_or_map.get(local_rank, Std.NONE) for local_rank in range(local_world_size)}
 
 
 def get_std_cm(std_rd: str, redirect_fn: Callable[[str], AbstractContextManager[None]]) -> AbstractContextManager[None]:
-    """Context in which a standard stream goes to the file ``std_rd``; does nothing if that is empty. Mirrors torch's."""
+    """Return a context manager that redirects a standard stream to a file. Mirrors torch's ``get_std_cm``.
+
+    Args:
+        std_rd: path of the file; an empty string redirects nothing.
+        redirect_fn: ``redirect_stdout`` or ``redirect_stderr``.
+    """
     return redirect_fn(std_rd) if std_rd else nullcontext()
 
 

@@ -1,4 +1,4 @@
-"""Stopping a group of processes, with what signal handlers may do meanwhile."""
+"""Stops a group of processes. Signal handlers may raise during the stop."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ __all__ = ["kill_wait_s", "longest_stop_s", "stop_group"]
 
 logger = get_logger(__name__)
 
-_LEAST_KILL_WAIT_S = 5.0
+_MIN_KILL_WAIT_S = 5.0
 _LOGS_WAIT_S = 5.0
-_IMPATIENCE = 2
+_INTERRUPTS_TO_KILL = 2
 
 
 def stop_group(
@@ -28,25 +28,26 @@ def stop_group(
 ) -> _rust.StopReport:
     """Stop all process groups, and wait until they are empty or the last deadline has passed.
 
-    A second ``KeyboardInterrupt`` ends the grace, like a second SIGINT where the handlers are ours.
+    A second ``KeyboardInterrupt`` ends the grace period, as a second SIGINT does with the handlers of this package.
 
     Args:
         group: the processes.
-        death_sig: what to send first.
-        grace_s: seconds until SIGKILL.
-        linger_s: seconds until ``death_sig``.
+        death_sig: stop signal.
+        grace_s: grace period in seconds between ``death_sig`` and SIGKILL.
+        linger_s: delay in seconds before ``death_sig``.
 
     Returns:
-        What was found.
+        The outcome of the stop.
 
     Raises:
-        BaseException: what a handler that is not ours raised meanwhile, after the stop; not where that is being answered by this call.
+        BaseException: a foreign signal handler raised it during the stop, and the caller is not already handling such an exception.
+            It is raised after the stop.
     """
-    # Of handlers that are not ours: those of torch, and Python's for SIGINT.
+    # Raised by foreign handlers: torch's, and Python's own for SIGINT.
     interrupting: tuple[type[BaseException], ...] = (*_compat.family(SignalException), KeyboardInterrupt)
-    answered = sys.exc_info()[1]
+    handled = sys.exc_info()[1]
     interruption: BaseException | None = None
-    interrupts = int(isinstance(answered, KeyboardInterrupt))
+    interrupts = int(isinstance(handled, KeyboardInterrupt))
     report: _rust.StopReport | None = None
     begun = False
     while report is None:
@@ -55,30 +56,30 @@ def stop_group(
                 running = _running_pids(group)
                 group.stop(death_sig, grace_s, kill_wait_s(grace_s), linger_s=linger_s)
                 begun = True
-                # Only now: a log handler may wait for whoever reads it.
+                # Logged after the signal, because a log handler may block.
                 for pid in running if linger_s == 0 else ():
                     logger.warning("Sending process %s closing signal %s", pid, signal.Signals(death_sig).name)
-            if interrupts >= _IMPATIENCE or _signals.is_impatient():
+            if interrupts >= _INTERRUPTS_TO_KILL or _signals.is_impatient():
                 group.hurry()
             generation = group.generation
             report = group.stop_report()
             if report is None:
                 wait_for_event(group, generation)
-        except interrupting as error:  # noqa: PERF203 - this is what the loop is for
+        except interrupting as error:  # noqa: PERF203 - the loop continues after an interruption
             interruption = interruption or error
             interrupts += isinstance(error, KeyboardInterrupt)
-    if interruption is not None and not isinstance(answered, interrupting):
+    if interruption is not None and not isinstance(handled, interrupting):
         raise interruption
     return report
 
 
 def kill_wait_s(grace_s: float) -> float:
-    """Return the seconds that processes have to end after SIGKILL: as long as the grace period, and at least 5."""
-    return max(_LEAST_KILL_WAIT_S, grace_s)
+    """Return the timeout in seconds after SIGKILL: the length of the grace period, at least 5 s."""
+    return max(_MIN_KILL_WAIT_S, grace_s)
 
 
 def longest_stop_s(grace_s: float) -> float:
-    """Return an upper bound of the seconds that stopping workers takes: the grace period, the end after SIGKILL, and their logs."""
+    """Return an upper bound in seconds for a stop: the grace period, the wait after SIGKILL, and the copying of logs."""
     return grace_s + kill_wait_s(grace_s) + _LOGS_WAIT_S
 
 

@@ -1,4 +1,4 @@
-"""Workers started from a command."""
+"""Workers that run a command."""
 
 from __future__ import annotations
 
@@ -21,18 +21,25 @@ logger = get_logger(__name__)
 
 
 class SubprocessContext(PContext):
-    """Workers started from a command, as one native group. Mirrors torch's ``SubprocessContext``.
+    """Workers that run a command, as one native group. Mirrors torch's ``SubprocessContext``.
 
     Args:
         name: see :class:`PContext`.
         entrypoint: program.
-        args: arguments by local rank, turned into strings.
+        args: arguments by local rank, converted to strings.
         envs: see :class:`PContext`.
         logs_specs: see :class:`PContext`.
         log_line_prefixes: see :class:`PContext`.
-        numa_options: CPUs to bind the workers to; ``None`` binds to none.
+        numa_options: NUMA binding; ``None`` does not bind the workers.
         duplicate_stdout_filters: see :class:`PContext`.
         duplicate_stderr_filters: see :class:`PContext`.
+
+    Raises:
+        RuntimeError: see :class:`PContext`.
+        OSError: see :class:`PContext`.
+
+    Attributes:
+        subprocess_handlers: handlers of the workers by local rank; empty before the start.
     """
 
     entrypoint: str
@@ -96,14 +103,14 @@ class SubprocessContext(PContext):
             for ended in self.native_group.exits():
                 if ended.index in self._running_local_ranks:
                     done_local_ranks.add(ended.index)
-                    self._note_end(ended.index, ended.pid, exit_code(ended), ended)
+                    self._record_exit(ended.index, ended.pid, exit_code(ended), ended)
 
     def _poll(self) -> RunProcsResult | None:
         done: set[int] = set()
         self._capture_process_failures(done)
         if self._running_local_ranks and not self._failures:
             return None
-        self._tell_first_failure()
+        self._notify_first_failure()
         self._close_after_exits()
         self._capture_process_failures(done)
         if self._failures:
@@ -116,11 +123,11 @@ class SubprocessContext(PContext):
                 self.entrypoint,
             )
             return self._result({})
-        # A command returns nothing; the keys are there as for a function.
+        # A command has no return value. The keys are those of function workers.
         return self._result({rank: None for rank in range(self.nprocs) if rank not in self._stopped})
 
     def pids(self) -> dict[int, int]:
-        """Process ids by local rank."""
+        """Return the process ids by local rank; empty before the start."""
         return {} if self.native_group is None else dict(enumerate(self.native_group.pids))
 
     def _close(self, death_sig: signal.Signals, timeout: float = 30) -> None:

@@ -1,8 +1,8 @@
-"""Giving the terminal of the agent to one worker (``--interactive-rank``).
+"""Gives the terminal of the agent to one worker (``--interactive-rank``).
 
-Each worker leads a session of its own, and a session can only have a terminal that no other session has. So the worker gets a
-pseudo-terminal, of which it is the foreground process group, and the agent copies between the two, as ``srun --pty`` does. The agent
-stays the foreground process group of the real terminal: Ctrl-C and Ctrl-Z reach it as in any other job.
+Each worker leads its own session, and a terminal can control only one session. The worker therefore gets a pseudo-terminal and is its
+foreground process group. The agent copies between the pseudo-terminal and the real terminal, as ``srun --pty`` does. The agent stays in
+the foreground process group of the real terminal, so Ctrl-C and Ctrl-Z reach the agent.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ __all__ = ["NO_TERMINAL", "Terminal"]
 
 logger = get_logger(__name__)
 
-NO_TERMINAL = "standard input is no terminal; start ferrorun at one, without a redirection of standard input"
-"""Why there is nothing to give, and the remedy."""
+NO_TERMINAL = "standard input is not a terminal; start ferrorun in a terminal and do not redirect standard input"
+"""Error message for an interactive rank without a terminal."""
 
 _CHUNK = 4096
-_PATIENCE_S = 0.5
+_CLOSE_TIMEOUT_S = 0.5
 _HANGUP = select.POLLHUP | select.POLLERR | select.POLLNVAL
 
 
 class Terminal:
-    """A pseudo-terminal through which one worker has the terminal on standard input of this process.
+    """A pseudo-terminal that connects one worker with the terminal on standard input of this process.
 
-    Standard output and standard error of the worker are on it too where those of this process are terminals.
+    Standard output and standard error of the worker use the pseudo-terminal if those of this process are terminals.
 
     Raises:
-        ValueError: standard input is no terminal.
-        OSError: there is no pseudo-terminal or no descriptor left.
+        ValueError: standard input is not a terminal.
+        OSError: the limit of pseudo-terminals or of open descriptors is reached.
 
     Attributes:
-        path: the worker's end.
-        descriptors: standard streams of the worker that it is for.
+        path: path of the worker's end.
+        descriptors: standard streams of the worker that use the pseudo-terminal.
     """
 
     def __init__(self) -> None:
@@ -53,152 +53,153 @@ class Terminal:
         if not os.isatty(0):
             raise ValueError(NO_TERMINAL)
         self.descriptors = [0, *(descriptor for descriptor in (1, 2) if os.isatty(descriptor))]
-        # The last one: standard error if it is a terminal, then standard output. Standard input may be open for reading only.
+        # Prefer standard error or standard output, because standard input may be read-only.
         self._output_fd = self.descriptors[-1]
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         try:
-            # The agent keeps the worker's end open. Otherwise the other end reports a hangup until the worker opens it.
+            # The agent keeps the worker's end open. Otherwise the master end reports a hangup until the worker opens it.
             self._master_fd, self._slave_fd = pty.openpty()
         except OSError:
             os.close(self._wake_fd)
             raise
         os.set_blocking(self._master_fd, False)
         self.path = os.ttyname(self._slave_fd)
-        self._former: list[Any] | None = None
-        self._former_handlers: dict[int, Any] = {}
+        self._saved_mode: list[Any] | None = None
+        self._previous_handlers: dict[int, Any] = {}
         self._end_mark = b""
         self._thread = threading.Thread(target=self._copy, name="ferro-terminal", daemon=True)
 
     def command(self, argv: Sequence[str]) -> tuple[str, ...]:
-        """Arguments of a program that takes the terminal and then executes ``argv``."""
+        """Return the arguments of a program that takes the pseudo-terminal as its controlling terminal and executes ``argv``."""
         descriptors = ",".join(map(str, self.descriptors))
         return (sys.executable, "-I", "-S", _on_terminal.__file__, self.path, descriptors, *argv)
 
     def start(self) -> None:
-        """Hand over what is typed from now on."""
+        """Start to copy between the two terminals."""
         import termios
 
-        self._former = termios.tcgetattr(0)
-        mode = list(self._former)
-        # Line ends are made by the real terminal, for all ranks.
+        self._saved_mode = termios.tcgetattr(0)
+        mode = list(self._saved_mode)
+        # The real terminal converts line ends, also for the other ranks.
         mode[1] &= ~termios.OPOST
         termios.tcsetattr(self._slave_fd, termios.TCSANOW, mode)
-        self._take_over()
+        self._set_raw_mode()
         if threading.current_thread() is threading.main_thread():
-            self._handle(signal.SIGWINCH, self._copy_size)
-            # The shell has set the terminal to its own liking while this process was stopped.
-            self._handle(signal.SIGCONT, self._take_over)
+            self._install_handler(signal.SIGWINCH, self._copy_size)
+            # The shell has changed the terminal mode while this process was stopped.
+            self._install_handler(signal.SIGCONT, self._set_raw_mode)
         self._thread.start()
 
     def close(self) -> None:
-        """Show what the worker has written last, and bring the terminal back to what it was. Safe to call again."""
+        """Write the worker's remaining output and restore the mode of the terminal. Idempotent."""
         if self._master_fd < 0:
             return
-        for number, former in self._former_handlers.items():
-            signal.signal(number, signal.SIG_DFL if former is None else former)
-        self._former_handlers.clear()
+        for number, previous in self._previous_handlers.items():
+            signal.signal(number, signal.SIG_DFL if previous is None else previous)
+        self._previous_handlers.clear()
         if self._thread.ident is not None:
-            # What is written to a terminal arrives in order, so everything before this mark has been read when it is.
+            # A terminal keeps the order of its bytes: once the mark is read, all earlier output has been read.
             self._end_mark = b"\0" + os.urandom(16).hex().encode() + b"\0"
             os.eventfd_write(self._wake_fd, 1)
-            self._thread.join(_PATIENCE_S)
-        self._give_back()
+            self._thread.join(_CLOSE_TIMEOUT_S)
+        self._restore_mode()
         if self._thread.is_alive():
             logger.warning(
-                "The terminal has taken nothing for %g s; the last words of the interactive rank are lost", _PATIENCE_S
+                "the terminal accepted no output for %g s: the last output of the interactive rank is lost",
+                _CLOSE_TIMEOUT_S,
             )
-            return  # it ends with the process, and needs its descriptors
+            return  # the thread runs until the process ends and still uses the descriptors
         for descriptor in (self._master_fd, self._slave_fd, self._wake_fd):
             os.close(descriptor)
         self._master_fd = -1
 
     # ---- the real terminal
 
-    def _take_over(self) -> None:
-        """Let every key through, but for those that send a signal. In the background this stops the process, as for any program."""
+    def _set_raw_mode(self) -> None:
+        """Pass every key to the worker, except the keys that send a signal. In the background, tcsetattr stops this process (SIGTTOU)."""
         import termios
 
-        if self._former is None:
+        if self._saved_mode is None:
             return
-        mode = list(self._former)
+        mode = list(self._saved_mode)
         mode[0] &= ~(termios.ICRNL | termios.INLCR | termios.IGNCR | termios.ISTRIP)
         mode[3] &= ~(termios.ICANON | termios.ECHO | termios.ECHONL | termios.IEXTEN)
-        # A read never waits, whoever else may have taken what was there.
+        # A read must not block if another process has read the input first.
         mode[6] = list(mode[6])
         mode[6][termios.VMIN] = mode[6][termios.VTIME] = 0
-        with suppress(termios.error):  # it has hung up
+        with suppress(termios.error):  # a hangup
             termios.tcsetattr(0, termios.TCSANOW, mode)
         self._copy_size()
 
-    def _give_back(self) -> None:
+    def _restore_mode(self) -> None:
         import termios
 
-        former, self._former = self._former, None
+        previous, self._saved_mode = self._saved_mode, None
         try:
             in_background = os.tcgetpgrp(0) != os.getpgrp()
         except OSError:  # not the controlling terminal: there is no background
             in_background = False
-        # In the background the terminal is as the shell wants it.
-        if former is not None and not in_background:
-            with suppress(termios.error):  # it has hung up
-                termios.tcsetattr(0, termios.TCSANOW, former)
+        # In the background the shell owns the mode of the terminal.
+        if previous is not None and not in_background:
+            with suppress(termios.error):  # a hangup
+                termios.tcsetattr(0, termios.TCSANOW, previous)
 
     def _copy_size(self) -> None:
         import fcntl
         import termios
 
-        with suppress(OSError):  # it has hung up
+        with suppress(OSError):  # a hangup
             fcntl.ioctl(self._master_fd, termios.TIOCSWINSZ, fcntl.ioctl(0, termios.TIOCGWINSZ, bytes(8)))
 
-    def _handle(self, number: int, action: Callable[[], None]) -> None:
-        former = signal.getsignal(number)
+    def _install_handler(self, number: int, action: Callable[[], None]) -> None:
+        previous = signal.getsignal(number)
 
         def handle(signum: int, frame: Any) -> None:
             action()
-            if callable(former):
-                former(signum, frame)
+            if callable(previous):
+                previous(signum, frame)
 
-        self._former_handlers[number] = signal.signal(number, handle)
+        self._previous_handlers[number] = signal.signal(number, handle)
 
     # ---- the thread that copies
 
     def _copy(self) -> None:
-        # Only the signals that the terminal sends to a reader or writer in the background.
+        # Unblock only the signals that stop a background reader or writer.
         signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals() - {signal.SIGTTIN, signal.SIGTTOU})
-        typed = b""
+        pending = b""
         has_input = True
         poller = select.poll()
         poller.register(self._wake_fd, select.POLLIN)
         while not self._end_mark:
-            poller.register(self._master_fd, select.POLLIN | (select.POLLOUT if typed else 0))
-            if has_input and not typed:
+            poller.register(self._master_fd, select.POLLIN | (select.POLLOUT if pending else 0))
+            if has_input and not pending:
                 poller.register(0, select.POLLIN)
             else:
                 with suppress(KeyError):
                     poller.unregister(0)
             events = dict(poller.poll())
             if events.get(self._master_fd, 0) & select.POLLIN:
-                self._show(self._read_master())
+                self._write_output(self._read_master())
             if events.get(0, 0) & select.POLLIN:
                 try:
-                    typed = os.read(0, _CHUNK)
-                except OSError:  # it has hung up, or the process is in the background and cannot be stopped
+                    pending = os.read(0, _CHUNK)
+                except OSError:  # a hangup, or a process in an orphaned background group
                     has_input = False
             elif events.get(0, 0) & _HANGUP:
                 has_input = False
-            if typed:
+            if pending:
                 with suppress(BlockingIOError):
-                    typed = typed[os.write(self._master_fd, typed) :]
-        self._show(self._rest())
+                    pending = pending[os.write(self._master_fd, pending) :]
+        self._write_output(self._drain_master())
 
     def _read_master(self) -> bytes:
         try:
             return os.read(self._master_fd, _CHUNK)
-        except OSError:  # nothing is there
+        except OSError:  # no data
             return b""
 
-    def _rest(self) -> bytes:
-        """What the worker has written and nobody has read yet; it has ended."""
+    def _drain_master(self) -> bytes:
+        """Return the unread output of the worker, which has ended."""
         os.set_blocking(self._slave_fd, False)
         found = b""
         try:
@@ -215,13 +216,13 @@ class Terminal:
             found += self._read_master()
         return found[: found.index(self._end_mark)]
 
-    def _show(self, output: bytes) -> None:
+    def _write_output(self, output: bytes) -> None:
         while output:
             try:
                 output = output[os.write(self._output_fd, output) :]
-            except BlockingIOError:  # noqa: PERF203 - it is what the loop is for
+            except BlockingIOError:  # noqa: PERF203 - the loop waits for room
                 poller = select.poll()
                 poller.register(self._output_fd, select.POLLOUT)
                 poller.poll()
-            except OSError:  # it has hung up
+            except OSError:  # a hangup
                 return

@@ -1,14 +1,14 @@
-"""Workers on this host; mirrors ``torch.distributed.elastic.multiprocessing.api``.
+"""Workers of this host. Mirrors ``torch.distributed.elastic.multiprocessing.api``.
 
 Differences:
 
-* An exit is noticed when it happens; ``wait`` does not poll. The peers of a failed worker are signalled by the engine at once.
-* ``RunProcsResult.failures`` holds real failures only; workers that the agent stopped are in ``RunProcsResult.stopped``.
-* One deadline for the whole group: the stop signal, a grace (``PContext.shutdown_timeout`` where a worker has failed), SIGKILL, to
-  each worker's process group, until it is verified empty.
-* Commands end when the agent does, however it ends; so do function workers.
-* ``DefaultLogsSpecs`` never deletes an earlier attempt's logs; rank numbers may have more than one digit.
-* Function workers return through files, and a ``KeyboardInterrupt`` in one is not a success.
+* ``wait`` returns at the exit of a worker and does not poll. The engine signals the peers of a failed worker immediately.
+* ``RunProcsResult.failures`` holds workers that failed by themselves. Workers that the agent stopped are in ``RunProcsResult.stopped``.
+* All workers are stopped in parallel with one deadline: stop signal, grace period (``PContext.shutdown_timeout`` after a failure), SIGKILL.
+  The signals go to each worker's process group. A stop ends when all process groups are empty.
+* Workers end when the agent ends, even if the agent is killed with SIGKILL.
+* ``DefaultLogsSpecs`` never deletes the logs of an earlier attempt. Rank numbers may have more than one digit.
+* Function workers return values through files. A ``KeyboardInterrupt`` in a function worker is not a success.
 """
 
 from ferroelastic._signals import SignalException, _terminate_process_handler

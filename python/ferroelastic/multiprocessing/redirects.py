@@ -1,7 +1,9 @@
 """Mirror of ``torch.distributed.elastic.multiprocessing.redirects``.
 
-Intended differences: the C library is loaded by the first redirect, not at import, and where ``sys.stdout`` is not descriptor 1
-(a notebook's, or a test's), that one is redirected nevertheless.
+Intended differences:
+
+* The first redirect loads the C library, not the import of this module.
+* If ``sys.stdout`` does not use descriptor 1 (in a notebook or a test), its own descriptor is redirected too.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ _DESCRIPTORS = {"stdout": 1, "stderr": 2}
 
 
 def _flush(std: str) -> None:
-    """Write out what C's and Python's buffers hold."""
+    """Flush the buffers of C and of Python."""
     import ctypes
 
     ctypes.CDLL(None).fflush(None)
@@ -31,32 +33,32 @@ def _flush(std: str) -> None:
 
 
 def _descriptors(std: str) -> list[int]:
-    """Return the descriptor that C and child processes know, and that of Python's stream, if it has another."""
+    """Return the standard descriptor, which C and child processes use, and the descriptor of Python's stream if it differs."""
     numbers = [_DESCRIPTORS[std]]
     try:
-        own: int = getattr(sys, std).fileno()
+        stream_fd: int = getattr(sys, std).fileno()
     except (AttributeError, OSError, ValueError):  # closed, replaced or without a descriptor
         return numbers
-    return numbers if own in numbers else [*numbers, own]
+    return numbers if stream_fd in numbers else [*numbers, stream_fd]
 
 
-def _point(descriptor: int, target: int) -> None:
+def _redirect_descriptor(descriptor: int, target: int) -> None:
     os.dup2(target, descriptor, inheritable=os.get_inheritable(descriptor))
 
 
 @contextmanager
 def redirect(std: str, to_file: str) -> Iterator[None]:
-    """Send a standard stream of this process, and of processes it starts, to a file for the length of a ``with`` block.
+    """Redirect a standard stream to a file inside a ``with`` block. Mirrors torch's ``redirect``.
 
-    The descriptor itself is redirected, so output of C code and of child processes goes along. Lines from different sources may
-    change places, since each has its own buffer.
+    The descriptor is redirected, so the output of C code and of child processes is included. Python and C buffer separately, so their
+    lines may be reordered.
 
     Args:
         std: ``"stdout"`` or ``"stderr"``.
-        to_file: path of the file, which is overwritten; its directory must exist.
+        to_file: path of the file, which is overwritten. Its directory must exist.
 
     Raises:
-        ValueError: ``std`` is neither.
+        ValueError: ``std`` is neither ``"stdout"`` nor ``"stderr"``.
         OSError: the file cannot be opened.
     """
     if std not in _DESCRIPTORS:
@@ -66,13 +68,13 @@ def redirect(std: str, to_file: str) -> Iterator[None]:
         try:
             _flush(std)
             for number in saved:
-                _point(number, target.fileno())
+                _redirect_descriptor(number, target.fileno())
             try:
                 yield
             finally:
                 _flush(std)
                 for number, original in saved.items():
-                    _point(number, original)
+                    _redirect_descriptor(number, original)
         finally:
             for original in saved.values():
                 os.close(original)

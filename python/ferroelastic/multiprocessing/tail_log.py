@@ -1,9 +1,12 @@
-"""Copying workers' log files to the console while they grow; mirrors ``torch.distributed.elastic.multiprocessing.tail_log``.
+"""Copies growing log files of workers to the console. Mirrors ``torch.distributed.elastic.multiprocessing.tail_log``.
 
-Differences: files are followed natively and without polling (``interval_sec`` is accepted and not used). Lines are written whole. A line
-that has no end is shown after 100 ms, with its prefix, and goes on in place if nothing else was written meanwhile (not with a filter, nor
-to a stream without descriptor). All that a file held when ``stop`` was called is written before it returns. A log file that does not
-exist is created.
+Differences:
+
+* The engine follows the files without polling. ``interval_sec`` is accepted and ignored.
+* Lines are written whole. An unfinished line is shown with its prefix after 100 ms. The rest of the line continues in place if no other
+  output came in between. This does not apply with a filter, or to a stream without a descriptor.
+* ``stop`` writes the whole content of the files before it returns.
+* A log file that does not exist is created.
 """
 
 from __future__ import annotations
@@ -44,15 +47,15 @@ def tail_logfile(
     interval_sec: float,
     log_line_filter: Callable[[str], bool] | None = None,
 ) -> None:
-    """Copy the lines of one file to ``dst`` until ``finished`` is set and the file's end is reached. Mirrors torch's.
+    """Copy the lines of one file until ``finished`` is set and the end of the file is reached. Mirrors torch's ``tail_logfile``.
 
     Args:
-        header: written before each line.
+        header: prefix of each line.
         file: path of the log file.
-        dst: where the lines go.
-        finished: set by the caller when nothing more will be written to the file.
-        interval_sec: not used.
-        log_line_filter: if given, only lines for which it is true (torch writes nothing without it).
+        dst: destination of the lines.
+        finished: event that the caller sets after the last write to the file.
+        interval_sec: ignored. torch's polling interval in seconds.
+        log_line_filter: predicate for the lines to copy. ``None`` copies all lines; torch copies none.
     """
     if finished.is_set() and not os.path.exists(file):
         return
@@ -67,17 +70,17 @@ def tail_logfile(
 class TailLog:
     """Copies the lines of growing log files to one text stream. Mirrors torch's ``TailLog``.
 
-    Lines go natively to the stream's descriptor, without Python, where it is an ordinary file, pipe or terminal. Any other
-    stream (a ``StringIO``, a notebook's), or one with a ``log_line_filter``, is written to by one thread of this object.
+    If the stream is an ordinary file, pipe or terminal, the engine writes to its descriptor without Python. For another stream (a
+    ``StringIO``, the stream of a notebook), or with a ``log_line_filter``, a thread of this object writes the lines.
 
     Args:
-        name: with the local rank, the default header of each line: ``[name0]:``.
-        log_files: paths by local rank.
-        dst: where the lines go; ``None`` (no console) writes none.
-        log_line_prefixes: headers by local rank, instead of the default.
-        interval_sec: not used.
-        log_line_filter: only lines (header not included) for which it is true.
-        only_lines_with: if not empty, only lines that contain one of these strings; applied natively.
+        name: name of the group. The default prefix of each line is the name and the local rank: ``[name0]:``.
+        log_files: paths of the log files by local rank.
+        dst: destination of the lines; ``None`` (no console) writes none.
+        log_line_prefixes: prefixes by local rank, instead of the default.
+        interval_sec: ignored. torch's polling interval in seconds.
+        log_line_filter: predicate for the lines to copy. It gets the line without its prefix.
+        only_lines_with: if not empty, copy only lines that contain one of these strings. The engine applies this filter. Not in torch.
     """
 
     def __init__(
@@ -103,12 +106,12 @@ class TailLog:
         self._stopped = False
 
     def start(self) -> TailLog:
-        """Begin to copy. What goes wrong is logged and does not raise, as in torch.
+        """Start to copy. An ``OSError`` is logged and not raised, as in torch.
 
         Returns:
             This object.
         """
-        # The null device has no lines and changes all the time.
+        # The null device reports changes and never has lines.
         files = {rank: path for rank, path in self._log_files.items() if path != os.devnull}
         if not files or self._dst is None or self._threadpool is None or self._tail is not None:
             return self
@@ -129,24 +132,26 @@ class TailLog:
                     only_lines_with=self._only_lines_with,
                 )
         except OSError as error:
-            logger.warning("The logs of %s are not shown, they are in the log files: %s", self._name, error)
+            logger.warning(
+                "failed to show the logs of %s on the console: %s; the output is in the log files", self._name, error
+            )
         return self
 
     def _header(self, local_rank: int) -> str:
         default = f"[{self._name}{local_rank}]:"
         return self._log_line_prefixes.get(local_rank, default) if self._log_line_prefixes else default
 
-    def stop(self, patience_s: float = _FINISH_TIMEOUT_S) -> None:
-        """Write what the files still hold, and end.
+    def stop(self, stall_timeout_s: float = _FINISH_TIMEOUT_S) -> None:
+        """Copy the rest of the files and stop.
 
         Args:
-            patience_s: a console that takes nothing for so many seconds is given up. Not in torch.
+            stall_timeout_s: timeout in seconds for a console that accepts no output. The rest is dropped then. Not in torch.
         """
         tail, self._tail = self._tail, None
         try:
             if tail is not None:
-                report = tail.finish(patience_s)
-                self._tell_what_was_not_shown(report, patience_s)
+                report = tail.finish(stall_timeout_s)
+                self._report_missing_output(report, stall_timeout_s)
                 if self._threadpool is not None:
                     self._threadpool.expect(report.bytes)
         except family(SignalException):
@@ -158,27 +163,29 @@ class TailLog:
                 self._threadpool.shutdown(wait=True)
             self._stopped = True
 
-    def _tell_what_was_not_shown(self, report: _rust.TailReport, patience_s: float) -> None:
+    def _report_missing_output(self, report: _rust.TailReport, stall_timeout_s: float) -> None:
         if report.dropped_bytes:
-            reason = f"took nothing for {patience_s:g} s"
+            reason = f"accepted no output for {stall_timeout_s:g} s"
             if report.console_error is not None:
-                reason = f"cannot be written to any more ({report.console_error})"
+                reason = f"failed ({report.console_error})"
             logger.warning(
                 "%s bytes of the logs of %s were not shown, because the console %s; they are in the log files",
                 *(report.dropped_bytes, self._name, reason),
             )
         for path, reason in report.unread:
-            logger.warning("The log file %s of %s was not shown: %s", path, self._name, reason)
+            logger.warning(
+                "failed to open the log file %s of %s, so it was not shown on the console: %s", path, self._name, reason
+            )
 
     def stopped(self) -> bool:
-        """Whether :meth:`stop` has finished."""
+        """Return whether :meth:`stop` has finished."""
         return self._stopped
 
 
 def _descriptor(dst: TextIO) -> int | None:
-    """The descriptor that ``dst`` writes to without changing the bytes, or ``None``.
+    """Return the descriptor that ``dst`` writes unchanged bytes to, or ``None``.
 
-    A ``fileno`` alone does not say so: a notebook's stream gives the terminal's, a compressed file's the archive's.
+    ``fileno`` alone is not sufficient: a notebook's stream returns the terminal, a compressed stream returns the archive.
     """
     if isinstance(dst, io.TextIOWrapper) and isinstance(getattr(dst.buffer, "raw", dst.buffer), io.FileIO):
         try:
@@ -189,10 +196,10 @@ def _descriptor(dst: TextIO) -> int | None:
 
 
 class _LineWriter:
-    """Takes a native tail's lines through a pipe and writes them to a text stream from one thread."""
+    """Reads the lines of a native tail from a pipe and writes them to a text stream, in its own thread."""
 
     def __init__(self) -> None:
-        self._shutdown = False  # torch's thread pool has it, and torch's tests look at it
+        self._shutdown = False  # attribute of torch's thread pool, which torch's tests read
         self._thread: threading.Thread | None = None
         self._read_fd = self._write_fd = -1
         self._expected: int | None = None
@@ -206,12 +213,12 @@ class _LineWriter:
     ) -> _rust.Tail:
         self._read_fd, self._write_fd = os.pipe()
         try:
-            # The filter sees the line without its header, so natively each line gets the position of its file instead.
+            # The filter gets the line without its prefix. The native prefix is therefore the position of the file.
             tail = get_engine().tail(
                 [(path, f"{position}:") for position, (path, _) in enumerate(files.values())],
                 console_fd=self._write_fd,
                 only_lines_with=only_lines_with,
-                whole_lines_only=True,  # each line carries the position of its file
+                whole_lines_only=True,  # the rest of an unfinished line would have no prefix
             )
         except BaseException:
             self._close()
@@ -222,10 +229,10 @@ class _LineWriter:
         return tail
 
     def expect(self, total: int) -> None:
-        """End after ``total`` bytes.
+        """End the thread after ``total`` bytes.
 
-        End of file would not do: a process forked meanwhile holds the pipe's other end, too. So the count says when to
-        stop, and one byte more wakes the reader to look at it.
+        The thread cannot wait for end of file, because a forked process may hold the write end of the pipe. :meth:`shutdown` writes
+        one more byte to wake the thread.
         """
         self._expected = total
 
@@ -240,7 +247,10 @@ class _LineWriter:
         if wait:
             self._thread.join(_FINISH_TIMEOUT_S)
         if self._thread.is_alive():
-            logger.warning("the stream that logs are copied to is stuck; its thread is left behind")
+            logger.warning(
+                "the stream for log lines accepted no output for %g s: its writer thread is abandoned",
+                _FINISH_TIMEOUT_S,
+            )
         else:
             self._close()
         self._thread = None
@@ -261,7 +271,7 @@ class _LineWriter:
                 read += len(chunk)
             *lines, rest = (rest + chunk).split(b"\n")
             if failed:
-                continue  # read on, so that the tail does not wait for us
+                continue  # keep the pipe empty, because the tail would block on a full pipe
             try:
                 _write_lines(lines, headers, dst, keep)
             except Exception:
@@ -286,5 +296,5 @@ def _write_lines(lines: Sequence[bytes], headers: Sequence[str], dst: TextIO, ke
             kept.append(headers[int(position)] + line)
     if kept:
         dst.write("".join(kept))
-        if hasattr(dst, "flush"):  # what people pass as a text stream has not always more than `write`
+        if hasattr(dst, "flush"):  # some callers pass an object that only has `write`
             dst.flush()

@@ -1,4 +1,4 @@
-"""Binding workers to the CPUs near their GPUs. Mirrors ``torch.numa``."""
+"""Binds workers to the CPUs near their GPUs. Mirrors ``torch.numa``."""
 
 from ferroelastic.numa.binding import AffinityMode, NumaOptions
 

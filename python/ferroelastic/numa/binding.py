@@ -1,11 +1,13 @@
-"""Bind each worker to the CPUs near its GPU.
+"""Binds each worker to the CPUs near its GPU. Mirrors ``torch.numa.binding``.
 
-Mirrors ``torch.numa.binding``. Intended differences: the CPU set comes from sysfs and ``sched_setaffinity(2)`` alone,
-so that neither the ``numactl`` program nor CUDA is needed; in ``socket`` mode NUMA nodes without usable CPUs are
-skipped where torch fails; errors say what could not be read and what to do.
+Intended differences:
 
-Worker ``n`` is taken to use GPU ``n`` of the visible ones, in PCI order (``CUDA_DEVICE_ORDER=PCI_BUS_ID``). On a
-host with GPUs of several models CUDA's default order may differ; set that variable there.
+* Only sysfs and ``sched_setaffinity(2)`` are used. The program ``numactl`` and CUDA are not needed.
+* In ``socket`` mode, NUMA nodes without usable CPUs are skipped. torch fails.
+* An error names the value that cannot be read, and a remedy.
+
+Worker ``n`` must use visible GPU ``n`` in PCI order (``CUDA_DEVICE_ORDER=PCI_BUS_ID``). On a host with GPUs of several models, CUDA's
+default order may differ: set that variable there.
 """
 
 import contextlib
@@ -23,25 +25,25 @@ logger = get_logger(__name__)
 
 
 class AffinityMode(str, Enum):
-    """Which CPUs a worker gets. Mirrors ``torch.numa.binding.AffinityMode``."""
+    """The set of CPUs for a worker. Mirrors ``torch.numa.binding.AffinityMode``."""
 
     NODE = "node"
-    """All CPUs of its GPU's NUMA node. The one to take if in doubt."""
+    """All CPUs of the GPU's NUMA node. The recommended mode."""
     SOCKET = "socket"
-    """All CPUs of all NUMA nodes of its GPU's socket."""
+    """All CPUs of all NUMA nodes of the GPU's socket."""
     EXCLUSIVE = "exclusive"
-    """Whole cores of its GPU's NUMA node, shared out evenly among the GPUs of that node; no core has two owners."""
+    """Whole cores of the GPU's NUMA node, divided evenly among the GPUs of that node. GPUs do not share cores."""
     CORE_COMPLEX = "core-complex"
-    """The cores behind one last-level cache of its GPU's NUMA node, another for each GPU while there are enough."""
+    """The cores of one last-level cache on the GPU's NUMA node. GPUs share a cache only if there are more GPUs than caches."""
 
 
 @dataclass(frozen=True)
 class NumaOptions:
-    """How to bind. Mirrors ``torch.numa.binding.NumaOptions``; wherever one is taken, torch's will do.
+    """Options of the NUMA binding. Mirrors ``torch.numa.binding.NumaOptions``. Functions of this package also accept torch's class.
 
     Args:
-        affinity_mode: which CPUs a worker gets.
-        should_fall_back_if_binding_fails: start the worker unbound, with a warning, if its CPUs cannot be found.
+        affinity_mode: set of CPUs for a worker.
+        should_fall_back_if_binding_fails: if the CPUs cannot be found, start the worker without binding and log a warning.
     """
 
     affinity_mode: AffinityMode
@@ -49,19 +51,17 @@ class NumaOptions:
 
 
 def cpus_for_worker(local_rank: int, options: NumaOptions | None) -> list[int] | None:
-    """Return the logical CPUs to bind a worker to, in ascending order.
-
-    Only CPUs that the calling thread may run on itself are considered.
+    """Return the logical CPUs for a worker. Only CPUs in the affinity mask of the calling thread are used. Not in torch.
 
     Args:
-        local_rank: local rank of the worker, and the index of its GPU.
-        options: how to bind; ``None`` not at all.
+        local_rank: local rank of the worker, also the index of its GPU.
+        options: options of the binding; ``None`` for no binding.
 
     Returns:
-        The CPUs, or ``None`` for no binding.
+        The CPUs in ascending order; ``None`` for no binding.
 
     Raises:
-        RuntimeError: no CPUs were found, and ``options`` does not ask to fall back.
+        RuntimeError: no CPUs were found, and ``options.should_fall_back_if_binding_fails`` is not set.
     """
     if options is None:
         return None
@@ -71,21 +71,21 @@ def cpus_for_worker(local_rank: int, options: NumaOptions | None) -> list[int] |
         text = f"failed to find the CPUs to bind worker {local_rank} to (--numa-binding={_mode_name(options)}): {error}"
         if not options.should_fall_back_if_binding_fails:
             raise RuntimeError(text) from error
-        logger.warning("%s; it runs unbound", text)
+        logger.warning("%s; the worker runs without binding", text)
         return None
 
 
 def bind_current_process(local_rank: int, options: NumaOptions | None) -> None:
-    """Bind the calling process to the CPUs of a worker.
+    """Bind the calling process to the CPUs of a worker, with ``sched_setaffinity(2)``. Not in torch.
 
-    All threads are bound whose CPUs are those of the calling thread; one that chose its own keeps them.
+    Threads with the same affinity mask as the calling thread are bound too. Threads with another mask keep it.
 
     Args:
-        local_rank: as in :func:`cpus_for_worker`.
-        options: as in :func:`cpus_for_worker`.
+        local_rank: see :func:`cpus_for_worker`.
+        options: see :func:`cpus_for_worker`.
 
     Raises:
-        RuntimeError: no CPUs were found, or the kernel refused them, and ``options`` does not ask to fall back.
+        RuntimeError: no CPUs were found or the kernel rejected them, and ``options.should_fall_back_if_binding_fails`` is not set.
     """
     cpus = cpus_for_worker(local_rank, options)
     if cpus is None or options is None:
@@ -97,10 +97,10 @@ def bind_current_process(local_rank: int, options: NumaOptions | None) -> None:
         text = f"failed to bind worker {local_rank} to CPUs {format_ranges(cpus)}: {error.strerror}"
         if not options.should_fall_back_if_binding_fails:
             raise RuntimeError(text) from error
-        logger.warning("%s; it runs unbound", text)
+        logger.warning("%s; the worker runs without binding", text)
         return
     for thread in os.listdir("/proc/self/task"):
-        with contextlib.suppress(OSError):  # it has ended meanwhile
+        with contextlib.suppress(OSError):  # the thread has ended
             if os.sched_getaffinity(int(thread)) == before:
                 os.sched_setaffinity(int(thread), cpus)
 
@@ -118,27 +118,27 @@ def _find_cpus(local_rank: int, options: NumaOptions) -> list[int]:
     return cpus
 
 
-_gpus_seen: tuple[tuple[str | None, ...], list[Any]] | None = None
+_cached_gpus: tuple[tuple[str | None, ...], list[Any]] | None = None
 
 
 def _visible_gpus(*variables: str | None) -> list[Any]:
-    """Return the visible GPUs, asked once: starting NVML takes tens of milliseconds, and each worker of a host asks."""
-    global _gpus_seen  # noqa: PLW0603 - a cache of one entry
-    if _gpus_seen is None or _gpus_seen[0] != variables:
+    """Return the visible GPUs. The result is cached for all workers, because the start of NVML takes tens of milliseconds."""
+    global _cached_gpus  # noqa: PLW0603 - a cache of one entry
+    if _cached_gpus is None or _cached_gpus[0] != variables:
         from ferroelastic import _devices
 
-        _gpus_seen = (variables, _devices.visible_gpus())
-    return _gpus_seen[1]
+        _cached_gpus = (variables, _devices.visible_gpus())
+    return _cached_gpus[1]
 
 
 def _mode_name(options: NumaOptions) -> str:
-    """Return the mode's value; ``options`` may be torch's, or hold a plain string."""
+    """Return the value of the mode. ``options`` may be torch's class or have a plain string."""
     mode: Any = options.affinity_mode
     return str(mode.value if isinstance(mode, Enum) else mode)
 
 
 def format_ranges(cpus: Sequence[int]) -> str:
-    """Format CPUs as the kernel does: ``[0, 1, 2, 5]`` is ``"0-2,5"``."""
+    """Format CPUs in the kernel's list format: ``[0, 1, 2, 5]`` is ``"0-2,5"``."""
     parts: list[list[int]] = []
     for cpu in sorted(cpus):
         if parts and parts[-1][1] == cpu - 1:

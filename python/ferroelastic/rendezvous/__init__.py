@@ -1,7 +1,9 @@
-"""Mirror of ``torch.distributed.elastic.rendezvous``: how the agents of a job find each other.
+"""The rendezvous of the agents of a job. Mirrors ``torch.distributed.elastic.rendezvous``.
 
-Intended differences: errors and data are classes of this package (and torch's too, where torch is loaded); torch's handlers and
-out-of-tree ones are loaded when one is asked for, not at import.
+Intended differences:
+
+* Errors and data classes belong to this package. If torch is loaded, they are also instances of torch's classes.
+* torch's handlers and plug-ins are loaded on first use, not at import.
 """
 
 from ferroelastic.rendezvous import registry as _registry  # noqa: F401 - registers the built-in backends

@@ -1,4 +1,4 @@
-"""The store that agents share in a round, as the methods of ``torch.distributed.Store`` that agents use."""
+"""A client of the agents' store in a round, with the methods of ``torch.distributed.Store`` that agents use."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ _DEFAULT_TIMEOUT = timedelta(seconds=300)
 
 
 class AgentStore:
-    """A client of the round's store. It connects when it is used: an agent of this package needs it for nothing of its own.
+    """A client of the round's store. Mirrors ``torch.distributed.PrefixStore``.
 
-    Every method raises ``ConnectionError`` if the store is gone, or does not answer within the timeout; then so does each one after it.
+    The client connects on first use, because an agent of this package does not use the store itself. Every method raises
+    ``ConnectionError`` if the store is lost or does not answer within the timeout. All later calls then raise it too.
 
     Args:
-        host: name or address of the store's host.
-        port: its port.
-        prefix: what the keys have before them, with a slash between.
-        timeout: how long it takes at most to connect, to wait for keys, and to ask and be answered.
+        host: host name or address of the store.
+        port: port of the store.
+        prefix: prefix of all keys, followed by a slash.
+        timeout: timeout of each operation: connection, wait for keys, request and reply.
     """
 
     def __init__(self, host: str, port: int, prefix: str, timeout: timedelta = _DEFAULT_TIMEOUT) -> None:
@@ -35,19 +36,19 @@ class AgentStore:
         self._connected: _rust.StoreClient | None = None
 
     def set(self, key: str, value: str | bytes) -> None:
-        """Give ``key`` a value."""
+        """Set the value of ``key``."""
         self._client.set(self._key(key), _bytes(value))
 
     def get(self, key: str) -> bytes:
-        """Return the value of ``key``, once there is one.
+        """Wait until ``key`` has a value and return it.
 
         Raises:
-            DistStoreError: there was none within the timeout.
+            DistStoreError: the timeout has passed.
         """
         return self.multi_get([key])[0]
 
     def add(self, key: str, amount: int) -> int:
-        """Add to the number under ``key``, which begins as 0; return the sum."""
+        """Add to the counter ``key`` and return the sum. A new counter is 0."""
         return self._client.add(self._key(key), amount)
 
     def append(self, key: str, value: str | bytes) -> None:
@@ -55,15 +56,15 @@ class AgentStore:
         self._client.append(self._key(key), _bytes(value))
 
     def compare_set(self, key: str, expected: str | bytes, desired: str | bytes) -> bytes:
-        """Give ``key`` the value ``desired`` if it has ``expected``; return what it has then."""
+        """Set ``key`` to ``desired`` if its value is ``expected``; return the value after the operation."""
         return self._client.compare_set(self._key(key), _bytes(expected), _bytes(desired))
 
     def check(self, keys: list[str]) -> bool:
-        """Tell whether all keys have values."""
+        """Return whether all keys have values."""
         return self._client.check([self._key(key) for key in keys])
 
     def delete_key(self, key: str) -> bool:
-        """Forget ``key``; tell whether it had a value."""
+        """Delete ``key`` and return whether it had a value."""
         return self._client.delete(self._key(key))
 
     def num_keys(self) -> int:
@@ -71,39 +72,45 @@ class AgentStore:
         return self._client.num_keys()
 
     def multi_get(self, keys: list[str]) -> list[bytes]:
-        """Return the values of ``keys``, once all have one.
+        """Wait until all keys have values and return the values.
 
         Raises:
-            DistStoreError: they had not within the timeout.
+            DistStoreError: the timeout has passed.
         """
-        values: list[bytes] = self._timed(self._client.get, [self._key(key) for key in keys], self.timeout)
+        values: list[bytes] = self._call_with_timeout(self._client.get, [self._key(key) for key in keys], self.timeout)
         return values
 
     def multi_set(self, keys: list[str], values: list[Any]) -> None:
-        """Give each key its value."""
+        """Set several keys in one request."""
         self._client.multi_set([(self._key(key), _bytes(value)) for key, value in zip(keys, values, strict=True)])
 
     def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
         """Wait until all keys have values.
 
+        Args:
+            keys: the keys.
+            timeout: timeout of this call; ``None`` uses :attr:`timeout`.
+
         Raises:
-            DistStoreError: they had not within the timeout.
+            DistStoreError: the timeout has passed.
         """
-        self._timed(self._client.wait, [self._key(key) for key in keys], self.timeout if timeout is None else timeout)
+        self._call_with_timeout(
+            self._client.wait, [self._key(key) for key in keys], self.timeout if timeout is None else timeout
+        )
 
     @property
     def timeout(self) -> timedelta:
-        """How long anything takes at most."""
+        """Timeout of each operation."""
         return self._timeout
 
     def set_timeout(self, timeout: timedelta) -> None:
-        """Wait for so long from now on."""
+        """Change :attr:`timeout`."""
         self._timeout = timeout
         if self._connected is not None:
             self._connected.set_timeout(timeout.total_seconds())
 
     def clone(self) -> AgentStore:
-        """Return another client of the same store, with a connection of its own."""
+        """Return another client of the same store with its own connection."""
         return AgentStore(self.host, self.port, self._prefix, self.timeout)
 
     @property
@@ -118,7 +125,7 @@ class AgentStore:
         return f"/{self._prefix}/{key}".encode()
 
     @staticmethod
-    def _timed(method: Any, keys: list[bytes], timeout: timedelta) -> Any:
+    def _call_with_timeout(method: Any, keys: list[bytes], timeout: timedelta) -> Any:
         from ferroelastic import _rust
 
         try:

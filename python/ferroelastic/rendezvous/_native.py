@@ -1,12 +1,11 @@
-"""The rendezvous of this package: ``c10d`` and ``static``, and with them ``--standalone``.
+"""The native rendezvous for the backends ``c10d`` and ``static``, and for ``--standalone``.
 
-Its counterparts in torch are ``DynamicRendezvousHandler`` over ``C10dRendezvousBackend``, and ``StaticTCPRendezvous``. Intended
-differences:
+Replaces torch's ``DynamicRendezvousHandler`` with ``C10dRendezvousBackend``, and ``StaticTCPRendezvous``. Intended differences:
 
-* Agents talk to the one that hosts the endpoint, which decides; nobody polls a state in the store. A join is one message and one answer.
-* All agents hear at once of a worker that failed anywhere, of a node that comes, goes or is lost, and of the end of the job.
-* The endpoint's port is that of the workers' store as well. Every round begins with it empty.
-* A stock torchrun cannot join: it is turned away with an error that says so, as this one is by an endpoint of torchrun.
+* The agent at the endpoint (the host) makes all decisions. No agent polls a state in the store. A join is one request and one reply.
+* The host notifies all agents immediately of a failed worker, of nodes that join, leave or are lost, and of the end of the job.
+* The workers' store uses the same port as the rendezvous. It is empty at the start of every round.
+* Agents of torchrun and of this package cannot join the same rendezvous. The host rejects the agent with an error that names the cause.
 """
 
 from __future__ import annotations
@@ -50,26 +49,35 @@ __all__ = ["NativeRendezvous"]
 
 logger = get_logger(__name__)
 
-_LET_THE_OTHERS_GO_S = 2.0
-_NEXT_HOST_PAUSE_S = 0.25
+_DISCONNECT_TIMEOUT_S = 2.0
+_NEW_HOST_RETRY_S = 0.25
 _OWN_STORE_ENV = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 _ENDED = ("closed", "released", "spare")
 
 
 class NativeRendezvous(RendezvousHandler):
-    """An agent's part in a rendezvous, and the rendezvous itself on the node that hosts it.
+    """The membership of an agent in a rendezvous. On the host it also runs the rendezvous server.
 
-    ``params.config`` takes torch's names: ``join_timeout`` (600 s), ``last_call_timeout`` (30 s), ``heartbeat_timeout`` (15 s: an agent or a
-    host that was silent for so long is lost; also ``heartbeat``, or else ``keep_alive_interval`` times ``keep_alive_max_attempt``), ``read_timeout`` (60 s: how long
-    it is tried to reach the host), ``is_host``, and for ``static`` ``rank`` and ``timeout``. Besides, ``max_membership_changes``: how often
-    nodes may come and go (no limit). ``close_timeout`` is checked and has no use: to close is one message. Of others it is warned.
+    ``params.config`` has torch's options, with times in whole seconds:
+
+    * ``join_timeout`` (600): timeout of a join.
+    * ``last_call_timeout`` (30): wait for further nodes after the minimum is reached.
+    * ``heartbeat_timeout`` (15): an agent or host without a heartbeat for this time is lost. Without it, ``heartbeat`` applies, then
+      ``keep_alive_interval`` times ``keep_alive_max_attempt``.
+    * ``read_timeout`` (60): timeout of the connection to the host.
+    * ``is_host``: whether this node hosts the rendezvous. By default it does if the endpoint names this machine.
+    * ``rank`` and ``timeout`` (900): node rank and join timeout of ``static``.
+    * ``max_membership_changes`` (no limit): number of rounds that may end because nodes join, leave or are lost. Not in torch.
+    * ``close_timeout``: checked and ignored, because closing is one message.
+
+    Other options are ignored with a warning.
 
     Args:
-        params: what the user said.
+        params: parameters of the rendezvous.
 
     Raises:
-        ValueError: a parameter is wrong.
-        RendezvousConnectionError: the port cannot be listened at.
+        ValueError: a parameter is not valid.
+        RendezvousConnectionError: this process cannot listen on the port.
     """
 
     renews_store = True
@@ -86,7 +94,7 @@ class NativeRendezvous(RendezvousHandler):
         self._connect_timeout_s = settings.connect_timeout_s
         self._node_rank = settings.node_rank
         self._role: tuple[str, int] = ("default", 1)
-        self._must_be_equal: dict[str, str] = {"--rdzv-backend": self._backend}
+        self._common_settings: dict[str, str] = {"--rdzv-backend": self._backend}
         self._is_introduced = False
         self._is_closed = False
         self._has_finished = False
@@ -99,10 +107,10 @@ class NativeRendezvous(RendezvousHandler):
             self._try_to_host()
         if self._server is None and self._port == 0:
             raise ValueError(
-                f"the endpoint {params.endpoint!r} has port 0, and only the node that hosts the rendezvous can take a free one; "
+                f"the endpoint {params.endpoint!r} has port 0, but only the host of the rendezvous can choose a free port; "
                 "give the port of the host"
             )
-        # The numeric address: with the name, a client would try the other family first.
+        # The numeric address, because a client of "localhost" would try IPv6 first.
         self._host = LOOPBACK.get(host, host)
 
     def _try_to_host(self) -> None:
@@ -113,7 +121,7 @@ class NativeRendezvous(RendezvousHandler):
             place = endpoint_text(self._settings.host, self._port)
             logger.info("process %d hosts the rendezvous of run %s at %s", os.getpid(), self._run_id, place)
             if self._settings.is_host and self._nodes[1] > 1:
-                # To ask a resolver may take its time.
+                # In a thread, because the resolver may block.
                 name = "ferro-address"
                 _threads.start(threading.Thread(target=self._check_own_address, name=name, daemon=True))
 
@@ -122,88 +130,94 @@ class NativeRendezvous(RendezvousHandler):
         if not _matches_machine_hostname(host):
             option = "--master-addr" if self._backend == "static" else "--rdzv-endpoint"
             logger.warning(
-                "this node hosts the rendezvous, but %s names %s, which is no address of this machine: other nodes look for the "
-                "rendezvous there; give them the address of this machine",
+                "this node hosts the rendezvous, but %s names %s, which is not an address of this machine: other nodes connect to that "
+                "address; give them the address of this machine",
                 *(option, host),
             )
 
     def get_backend(self) -> str:
-        """Return ``c10d`` or ``static``."""
+        """Return the name of the backend: ``c10d`` or ``static``."""
         return self._backend
 
     @property
     def use_agent_store(self) -> bool:
-        """Whether the workers are clients of the store at the endpoint: not with ``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`` (c10d only, as in torch)."""
+        """Whether the workers use the store at the endpoint.
+
+        ``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`` disables this for ``c10d``, as in torch.
+        """
         return self._backend == "static" or os.environ.get(_OWN_STORE_ENV, "0") != "1"
 
     def introduce(self, role: str, local_world_size: int, max_restarts: int) -> None:
-        """See :meth:`NotifyingRendezvous.introduce`. Nodes with another ``max_restarts`` are refused."""
+        """See :meth:`NotifyingRendezvous.introduce`. The host rejects nodes with another ``max_restarts``."""
         self._role = (role, local_world_size)
-        self._must_be_equal["--max-restarts"] = str(max_restarts)
+        self._common_settings["--max-restarts"] = str(max_restarts)
         self._is_introduced = True
 
     def begin(self) -> None:
-        """See :meth:`NotifyingRendezvous.begin`. The node that hosted the former job hosts the next one at the same port."""
+        """See :meth:`NotifyingRendezvous.begin`. The host of the previous job hosts the next job at the same port."""
         client, server = self._client, self._server
         if self._is_closed or client is None or client.standing().state not in _ENDED:
             return
         self._client = self._server = None
         client.close()
         if server is not None:
-            server.close(_LET_THE_OTHERS_GO_S)
-            self._settings.port = self._port  # the endpoint may have said 0
+            server.close(_DISCONNECT_TIMEOUT_S)
+            self._settings.port = self._port  # the port in the endpoint may be 0
             self._try_to_host()
 
     def next_rendezvous(self) -> RendezvousInfo:
-        """Wait for the next round and take part in it. There must be no workers of the former one.
+        """Join the next round and wait until it is complete. Workers of the previous round must have ended.
 
-        An agent that comes when the job at the endpoint has ended looks for the next host, for as long as it waits for other nodes.
+        If the job at the endpoint has already ended, the call waits up to ``join_timeout`` for a new host at the endpoint.
+
+        Returns:
+            Rank of this node, number of nodes and stores of the round.
 
         Raises:
             JobFailedError: the job has failed.
-            RendezvousClosedError: there will be no other round.
+            RendezvousClosedError: there will be no further round.
             RendezvousGracefulExitError: the job has succeeded, and this node was a spare.
-            RendezvousTimeoutError: not enough nodes came within ``join_timeout``, or no next host did.
-            RendezvousConnectionError: the host cannot be reached, is gone, or refuses this node.
+            RendezvousTimeoutError: not enough nodes joined, or no new host appeared, within ``join_timeout``.
+            RendezvousConnectionError: the host cannot be reached, is lost, or rejects this node.
         """
         if self._is_closed:
             raise RendezvousClosedError(f"the rendezvous {self._run_id!r} is closed")
         self._has_finished = False
-        deadline, ended = 0.0, ""  # of the look for the next host
+        deadline, ended = 0.0, ""  # of the wait for a new host
         while True:
             client = self._get_client()
             client.join(*self._role, max(0.0, deadline - time.monotonic()) if ended else self._join_timeout_s)
-            standing = self._settled(client)
+            standing = self._wait_for_outcome(client)
             if standing.state == "placed" and standing.place is not None:
                 return self._info(standing.place)
             if self._is_closed:  # by another thread
                 raise RendezvousClosedError(f"the rendezvous {self._run_id!r} is closed")
             if standing.state == "late" and not ended:
-                self._say_that_it_is_late(standing.text)
+                self._warn_job_ended(standing.text)
                 deadline, ended = time.monotonic() + self._join_timeout_s, standing.text
             if ended and standing.state in ("late", "unreachable", "timed out"):
-                self._look_for_the_next_host(ended, deadline)
-            elif standing.state != "over":  # else the round was over before it was looked at: join the next
+                self._wait_for_new_host(ended, deadline)
+            elif standing.state != "over":  # "over": the round ended before this poll, so join the next round
                 raise self._error(standing)
 
-    def _say_that_it_is_late(self, text: str) -> None:
+    def _warn_job_ended(self, text: str) -> None:
         logger.warning(
-            "the job %r at %s had ended when this node came (%s): waiting for the next host there, for %g s",
+            "the job %r at %s ended before this node joined (%s): waiting for a new host at this endpoint for %g s",
             *(self._run_id, endpoint_text(self._host, self._port), text, self._join_timeout_s),
         )
 
-    def _look_for_the_next_host(self, ended: str, deadline: float) -> None:
+    def _wait_for_new_host(self, ended: str, deadline: float) -> None:
         client, self._client = self._client, None
         if client is not None:
             client.close()
         if time.monotonic() >= deadline:
             raise RendezvousTimeoutError(
-                f"the job {self._run_id!r} at {endpoint_text(self._host, self._port)} had ended when this node came ({ended}), and "
-                f"no other host came within {self._join_timeout_s:g} s"
+                f"the job {self._run_id!r} at {endpoint_text(self._host, self._port)} ended before this node joined ({ended}), and "
+                f"no new host appeared within {self._join_timeout_s:g} s"
             )
-        time.sleep(_NEXT_HOST_PAUSE_S)
+        time.sleep(_NEW_HOST_RETRY_S)
         if self._settings.may_host and self._server is None:
-            with suppress(RendezvousConnectionError):  # the former host still has the port
+            with suppress(RendezvousConnectionError):  # the previous host still uses the port
                 self._try_to_host()
 
     def _get_client(self) -> _rust.RendezvousClient:
@@ -212,7 +226,7 @@ class NativeRendezvous(RendezvousHandler):
 
             min_nodes, max_nodes = self._nodes
             self._client = _rust.RendezvousClient(
-                # Its own host it reaches where that listens.
+                # The host connects to itself over loopback.
                 LOOPBACK.get(self._host, "127.0.0.1") if self._is_host else self._host,
                 self._port,
                 self._run_id,
@@ -222,20 +236,20 @@ class NativeRendezvous(RendezvousHandler):
                 node_rank=self._node_rank,
                 is_host=self._is_host,
                 connect_timeout_s=self._connect_timeout_s,
-                settings=self._must_be_equal,
+                settings=self._common_settings,
             )
             if _leftovers.current() is not None:
-                # Its guard ends the workers in time, also while this process is suspended.
+                # With a lease, the guard process ends the workers in time even if this process is suspended.
                 get_engine().watch_lease(self._client)
         return self._client
 
-    def _settled(self, client: _rust.RendezvousClient) -> _rust.Standing:
-        """Wait until an agent knows whether it is in a round."""
+    def _wait_for_outcome(self, client: _rust.RendezvousClient) -> _rust.Standing:
+        """Wait until a join has an outcome."""
         while True:
-            # Before the look: what comes after it must not be taken for seen.
+            # Read before the standing: a later event must end the wait.
             generation = client.generation
             standing = client.standing()
-            _log_remarks(client)
+            _log_warnings(client)
             if standing.state != "joining":
                 return standing
             try:
@@ -243,7 +257,7 @@ class NativeRendezvous(RendezvousHandler):
             except RuntimeError:
                 if self._client is client:
                     raise
-                # Another thread has shut it down.
+                # Another thread has shut the client down.
                 raise RendezvousClosedError(f"the rendezvous {self._run_id!r} is closed") from None
 
     def _info(self, place: _rust.Place) -> RendezvousInfo:
@@ -268,15 +282,15 @@ class NativeRendezvous(RendezvousHandler):
         if standing.state == "timed out":
             min_nodes, _ = self._nodes
             return RendezvousTimeoutError(
-                f"not enough nodes came to the rendezvous {self._run_id!r} at {endpoint_text(self._host, self._port)} within "
-                f"{self._join_timeout_s:g} s: it takes {min_nodes}, {standing.text}"
+                f"the rendezvous {self._run_id!r} at {endpoint_text(self._host, self._port)} timed out after "
+                f"{self._join_timeout_s:g} s: at least {min_nodes} nodes must join, {standing.text}"
             )
         if standing.state in ("unreachable", "refused"):
             error = RendezvousConnectionError(standing.text)
-            # For ferrorun: whoever refuses a node is the rendezvous, and has said what to do.
+            # ferrorun prints a rejection as it is, because the text has the remedy.
             error.was_refused = standing.state == "refused"  # type: ignore[attr-defined]
             return error
-        return RendezvousClosedError(f"the job is over: {standing.state}")
+        return RendezvousClosedError(f"the job has ended (state of the rendezvous: {standing.state})")
 
     @property
     def news_fd(self) -> int | None:
@@ -288,7 +302,7 @@ class NativeRendezvous(RendezvousHandler):
         client = self._client
         if client is None:
             return None
-        _log_remarks(client)
+        _log_warnings(client)
         standing = client.standing()
         if standing.state == "over" and standing.cause is not None:
             is_failure, exit_code = standing.cause.kind == "failure", standing.cause.exit_code
@@ -305,8 +319,8 @@ class NativeRendezvous(RendezvousHandler):
     def verdict(self) -> Interruption | None:
         """See :meth:`NotifyingRendezvous.verdict`.
 
-        A final failure ends the job, unless a lost node is its cause. The host decides that within a moment; a host that does not answer
-        counts as lost after its heartbeat timeout.
+        A final failure ends the job, unless a lost node is its cause. The host decides within a fraction of a second. A host that does not
+        answer is lost after the heartbeat timeout.
         """
         client = self._client
         while client is not None:
@@ -319,64 +333,64 @@ class NativeRendezvous(RendezvousHandler):
     def wait_for_others(self, timeout_s: float) -> bool:
         """See :meth:`NotifyingRendezvous.wait_for_others`.
 
-        The timeout applies to nodes that do not host the rendezvous. The host stays until all nodes have finished, unless a signal ends it,
-        because they need it.
+        The timeout does not apply to the host, because the other nodes need the host. It waits until all nodes have finished or a signal
+        arrives.
         """
         client = self._get_client()
         deadline = time.monotonic() + timeout_s
         client.finish()
         self._has_finished = True
-        left_s: float | None = timeout_s
+        remaining_s: float | None = timeout_s
         while True:
             generation = client.generation
             standing = client.standing()
-            _log_remarks(client)
+            _log_warnings(client)
             if standing.state in ("unreachable", "refused"):
-                logger.warning("whether the workers of other nodes succeed is not known: %s", standing.text)
+                logger.warning("the outcome of the workers on other nodes is unknown: %s", standing.text)
             if standing.state != "placed":
                 return standing.state != "over"
-            if wait_for_event(client, generation, left_s):
-                left_s = None if left_s is None else max(0.0, deadline - time.monotonic())
+            if wait_for_event(client, generation, remaining_s):
+                remaining_s = None if remaining_s is None else max(0.0, deadline - time.monotonic())
             elif self._is_host and _signals.received() is None:
                 logger.warning(
-                    "the workers of other nodes did not succeed within %g s: this node hosts the rendezvous and stays for them",
+                    "the workers of other nodes did not succeed within %g s: this node hosts the rendezvous and keeps waiting for them",
                     timeout_s,
                 )
-                left_s = None
+                remaining_s = None
             else:
                 raise RendezvousTimeoutError(f"the workers of other nodes did not succeed within {timeout_s:g} s")
 
     def is_closed(self) -> bool:
-        """Whether there will be no other round."""
+        """Return whether the rendezvous is closed: there will be no further round."""
         return self._is_closed or (self._client is not None and self._client.standing().state in _ENDED)
 
     def set_closed(self) -> None:
-        """Let there be no other round: for any node, if this one has taken part, else for this one."""
+        """Close the rendezvous: for all nodes if this node has joined it, else for this node only."""
         self._is_closed = True
         if self._client is not None:
             self._client.end("its agent has closed the rendezvous", 1)
 
     def num_nodes_waiting(self) -> int:
-        """Return 1 if the workers are to be started again: a node waits, a worker of another node has failed, or a node was lost."""
+        """Return 1 if the workers must restart: a node waits, a worker of another node has failed, or a node was lost. Otherwise 0."""
         return int(self.interruption() is not None)
 
     def get_run_id(self) -> str:
-        """Return the id of the job."""
+        """Return the run id of the job."""
         return self._run_id
 
     def say_farewell(self, reason: str, exit_code: int) -> None:
-        """See :meth:`NotifyingRendezvous.say_farewell`. A node that hosts the rendezvous ends the job."""
+        """See :meth:`NotifyingRendezvous.say_farewell`. If this node hosts the rendezvous, the job ends."""
         if self._client is not None and os.getpid() == self._owner_pid:
             if self._is_host:
                 self._client.end(f"it hosts the rendezvous, and left: {reason}", exit_code)
             self._client.leave(reason)
 
     def leave(self, reason: str, exit_code: int = 1) -> None:
-        """See :meth:`NotifyingRendezvous.leave`. A node that hosts the rendezvous ends the job."""
+        """See :meth:`NotifyingRendezvous.leave`. If this node hosts the rendezvous, the job ends."""
         self._is_closed = True
         client, self._client = self._client, None
         server, self._server = self._server, None
-        if os.getpid() != self._owner_pid:  # a forked child: none of this is its own
+        if os.getpid() != self._owner_pid:  # a forked child does not own the connection
             return
         if client is not None:
             if server is not None:
@@ -384,15 +398,17 @@ class NativeRendezvous(RendezvousHandler):
             client.leave(reason)
             client.close()
         if server is not None:
-            server.close(_LET_THE_OTHERS_GO_S)
+            server.close(_DISCONNECT_TIMEOUT_S)
 
     def shutdown(self) -> bool:
-        """Go; if the workers of this node have not succeeded, end the job for all nodes. An exception on its way is told as the reason.
+        """Leave the rendezvous. If the workers of this node have not succeeded, the job ends for all nodes.
+
+        The reason for the other nodes is the exception that the caller is handling, if any.
 
         Returns:
             ``True``.
         """
-        if os.getpid() != self._owner_pid:  # a forked child: none of this is its own
+        if os.getpid() != self._owner_pid:  # a forked child does not own the connection
             return True
         error = sys.exc_info()[1]
         reason = "its agent has ended" if error is None else f"its agent has ended: {_first_line(error)}"
@@ -407,11 +423,11 @@ def _first_line(error: BaseException) -> str:
     return (message_of(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _log_remarks(client: _rust.RendezvousClient) -> None:
-    for remark in client.take_remarks():
-        logger.warning("%s", remark)
+def _log_warnings(client: _rust.RendezvousClient) -> None:
+    for warning in client.take_remarks():
+        logger.warning("%s", warning)
 
 
 if TYPE_CHECKING:
-    # `notifier_of` relies on it.
+    # Type check for `notifier_of`: the class has all members of the protocol.
     _: type[NotifyingRendezvous] = NativeRendezvous

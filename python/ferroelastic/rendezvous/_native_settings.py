@@ -1,4 +1,4 @@
-"""What a user can say about the native rendezvous, and where it is hosted."""
+"""Options of the native rendezvous, and the start of its server."""
 
 from __future__ import annotations
 
@@ -24,23 +24,28 @@ _DEFAULT_PORT = 29400
 DEFAULT_STATIC_TIMEOUT_S = 900
 """Default of the option ``timeout`` in seconds.
 
-torch has two defaults: 900 in its launcher, which torchrun and ``elastic_launch`` use, and 600 for parameters that a program makes by
-hand. Here it is the launcher's for both.
+torch has two defaults: 900 s in its launcher (torchrun and ``elastic_launch``) and 600 s in its handler. This package uses 900 s for both.
 """
-_OF_C10D = ("join_timeout", "last_call_timeout", "close_timeout", "read_timeout", "is_host", "store_type")
-_OF_STATIC = ("rank", "timeout")
-_OF_BOTH = ("heartbeat_timeout", "heartbeat", "keep_alive_interval", "keep_alive_max_attempt", "max_membership_changes")
-_KNOWN_OPTIONS = (*_OF_C10D, *_OF_STATIC, *_OF_BOTH)
+_C10D_OPTIONS = ("join_timeout", "last_call_timeout", "close_timeout", "read_timeout", "is_host", "store_type")
+_STATIC_OPTIONS = ("rank", "timeout")
+_COMMON_OPTIONS = (
+    "heartbeat_timeout",
+    "heartbeat",
+    "keep_alive_interval",
+    "keep_alive_max_attempt",
+    "max_membership_changes",
+)
+_KNOWN_OPTIONS = (*_C10D_OPTIONS, *_STATIC_OPTIONS, *_COMMON_OPTIONS)
 
 
 class NativeSettings:
-    """What the parameters say, with torch's names and defaults.
+    """Checked parameters, with torch's option names and defaults.
 
     Args:
-        params: what the user said.
+        params: parameters of the rendezvous.
 
     Raises:
-        ValueError: one is wrong.
+        ValueError: a parameter is not valid.
     """
 
     def __init__(self, params: RendezvousParameters) -> None:
@@ -56,32 +61,36 @@ class NativeSettings:
             if port == -1:
                 raise ValueError(f"the endpoint {params.endpoint!r} has no port; give --master-port")
             self.join_timeout_s = self.connect_timeout_s = _seconds(params, "timeout", DEFAULT_STATIC_TIMEOUT_S)
-            # All of them or none.
             self.may_host = self.is_host = self.node_rank == 0
         else:
-            self.is_host = _truth(params, "is_host")
+            self.is_host = _boolean(params, "is_host")
             self.join_timeout_s = _seconds(params, "join_timeout", 600)
             self.connect_timeout_s = _seconds(params, "read_timeout", 60)
             self.may_host = _matches_machine_hostname(host) if self.is_host is None else self.is_host
         self.last_call_s = _seconds(params, "last_call_timeout", 30)
-        self.silence_s = _silence_s(params)
+        self.heartbeat_timeout_s = _heartbeat_timeout_s(params)
         _seconds(params, "close_timeout", 1)
         what = "number of membership changes; give a whole number from 0"
-        self.most_membership_changes = _number(params, "max_membership_changes", None, 0, what)
+        self.max_membership_changes = _number(params, "max_membership_changes", None, 0, what)
         self.is_alone = params.max_nodes == 1
         for key in sorted(params.config.keys() - {*_KNOWN_OPTIONS}):
             logger.warning(
-                "the rendezvous option %s=%r is none of this rendezvous and has no use; there are %s",
+                "ignoring unknown rendezvous option %s=%r; known options: %s",
                 *(key, params.get(key), ", ".join(_KNOWN_OPTIONS)),
             )
 
     def listen(self, run_id: str, nodes: tuple[int, int], address: str | None) -> _rust.StoreServer | None:
-        """Host the rendezvous; ``None`` if another process of this machine does already.
+        """Host the rendezvous; return ``None`` if another process of this machine hosts it.
+
+        Args:
+            run_id: run id of the job.
+            nodes: minimum and maximum number of nodes.
+            address: address of this node.
 
         Raises:
-            RendezvousConnectionError: the port cannot be listened at.
+            RendezvousConnectionError: this process cannot listen on the port.
         """
-        # Where nobody else can come, if that is what the endpoint and the workers are told.
+        # Listen on loopback only if both the endpoint and the address for the workers are loopback.
         loopback = LOOPBACK.get(self.host)
         try:
             return start_store(
@@ -91,36 +100,47 @@ class NativeSettings:
                 min_nodes=nodes[0],
                 max_nodes=nodes[1],
                 last_call_s=self.last_call_s,
-                silence_s=self.silence_s,
+                silence_s=self.heartbeat_timeout_s,
                 address=address,
-                most_membership_changes=self.most_membership_changes,
+                most_membership_changes=self.max_membership_changes,
             )
         except OSError as error:
             is_in_use = error.errno == errno.EADDRINUSE
             if is_in_use and self.is_host is None and not self.is_alone:
-                # One of several agents on this machine: the first one hosts.
+                # Another agent on this machine hosts the rendezvous.
                 return None
-            reason = _owner_of(self.port) if is_in_use else error
+            reason = _port_in_use(self.port) if is_in_use else error
             raise RendezvousConnectionError(
                 f"the rendezvous cannot be hosted at {endpoint_text(self.host, self.port)}: {reason}"
             ) from error
 
 
-def _owner_of(port: int) -> str:
+def _port_in_use(port: int) -> str:
     owner = port_owner(port) or NO_OWNER
     return f"the port is in use by {owner}; choose another one"
 
 
-def _number(params: RendezvousParameters, key: str, default: int | None, least: int, what: str) -> int | None:
-    """Return an option as a number, which is ``least`` or more; ``what`` it is not otherwise, and what to do about it."""
+def _number(params: RendezvousParameters, key: str, default: int | None, minimum: int, what: str) -> int | None:
+    """Return an option as a whole number.
+
+    Args:
+        params: parameters of the rendezvous.
+        key: name of the option.
+        default: value of an option that is not set.
+        minimum: smallest valid value.
+        what: text after "is not a valid" in the error message: the meaning of the number, and the valid values.
+
+    Raises:
+        ValueError: the option is not a whole number, or is less than ``minimum``.
+    """
     if params.get(key) is None:
         return default
     try:
         number = params.get_as_int(key)
     except (OverflowError, TypeError, ValueError):
         number = None
-    if number is None or number < least:
-        raise ValueError(f"the rendezvous option {key}={params.get(key)!r} is no {what}")
+    if number is None or number < minimum:
+        raise ValueError(f"the rendezvous option {key}={params.get(key)!r} is not a valid {what}")
     return number
 
 
@@ -128,14 +148,14 @@ def _seconds(params: RendezvousParameters, key: str, default: int) -> int:
     return _number(params, key, default, 1, "time; give whole seconds from 1") or default
 
 
-def _silence_s(params: RendezvousParameters) -> int:
-    """Return after how many seconds of silence a node is lost. The option that is closest to it counts; the defaults are torch's."""
+def _heartbeat_timeout_s(params: RendezvousParameters) -> int:
+    """Return the heartbeat timeout in seconds, from the most specific option that is set. The defaults are torch's."""
     attempts = _number(params, "keep_alive_max_attempt", 3, 1, "number of attempts; give a whole number from 1")
-    silence_s = _seconds(params, "keep_alive_interval", 5) * (attempts or 1)
-    return _seconds(params, "heartbeat_timeout", _seconds(params, "heartbeat", silence_s))
+    keep_alive_s = _seconds(params, "keep_alive_interval", 5) * (attempts or 1)
+    return _seconds(params, "heartbeat_timeout", _seconds(params, "heartbeat", keep_alive_s))
 
 
-def _truth(params: RendezvousParameters, key: str) -> bool | None:
+def _boolean(params: RendezvousParameters, key: str) -> bool | None:
     try:
         return params.get_as_bool(key)
     except ValueError:
@@ -147,10 +167,10 @@ def _truth(params: RendezvousParameters, key: str) -> bool | None:
 def _node_rank(params: RendezvousParameters) -> int:
     if params.get("rank") is None:
         raise ValueError("the static rendezvous has no rank of this node; give --node-rank")
-    most = params.max_nodes - 1
-    rank = _number(params, "rank", None, 0, f"rank of a node; give --node-rank from 0 to {most}")
-    if rank is None or rank > most:
+    max_rank = params.max_nodes - 1
+    rank = _number(params, "rank", None, 0, f"node rank; give --node-rank from 0 to {max_rank}")
+    if rank is None or rank > max_rank:
         raise ValueError(
-            f"the rendezvous option rank={rank} is no rank of {most + 1} nodes; give --node-rank from 0 to {most}"
+            f"the rendezvous option rank={rank} is not a rank of {max_rank + 1} nodes; give --node-rank from 0 to {max_rank}"
         )
     return rank

@@ -1,6 +1,6 @@
-"""Capabilities of a rendezvous beyond torch's interface, and the one place that looks for them.
+"""Capabilities of a rendezvous beyond torch's interface. All checks for them are in this module.
 
-An agent must also work with handlers that were written for torch. Such handlers have none of the members below.
+An agent must also work with handlers that were written for torch. Such handlers have none of these members.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ __all__ = ["Interruption", "NotifyingRendezvous", "PlacedRendezvousInfo", "may_g
 
 
 class Interruption(NamedTuple):
-    """The reason why a round is over before its workers are."""
+    """The event that ended a round while its workers were running."""
 
     is_failure: bool
-    """A worker failed; otherwise a node came, went or was lost."""
+    """True for a failed worker; false for a node that joined, left or was lost."""
     is_final: bool
-    """The job has ended: there will be no further round."""
+    """True if the job has ended: there will be no further round."""
     text: str
-    """The event and its node, for people."""
+    """Description of the event and its node."""
     exit_code: int = 1
-    """Exit code of the job, if this event ends it."""
+    """Exit code of the job if this event ends it."""
     stop_within_s: float | None = None
-    """Deadline in seconds for the workers of this node, after which other nodes reuse their ranks; ``None`` sets no deadline."""
+    """Time in seconds to stop the workers of this node. Other nodes reuse their ranks afterwards. ``None`` for no deadline."""
 
 
 class PlacedRendezvousInfo(RendezvousInfo):
-    """Outcome of a round that includes the ranks of the workers, so agents need not agree on them in the store.
+    """Outcome of a round with the ranks of the workers. The agents do not have to assign ranks through the store.
 
     Args:
         place: ranks and sizes of this node.
-        store: store that the agents share.
+        store: store of the agents.
         bootstrap_store_info: address of the workers' store.
     """
 
@@ -54,17 +54,17 @@ class NotifyingRendezvous(Protocol):
 
     @property
     def news_fd(self) -> int | None:
-        """Descriptor that is readable while :meth:`interruption` returns a reason; ``None`` before the first round."""
+        """Descriptor that is readable while :meth:`interruption` returns an event; ``None`` before the first round."""
 
     def begin(self) -> None:
-        """Start a new job at the next round if the former job has ended.
+        """Start a new job with the next round if the previous job has ended.
 
         Raises:
-            RendezvousConnectionError: this node hosts the rendezvous and cannot listen at its port.
+            RendezvousConnectionError: this node hosts the rendezvous and cannot listen on its port.
         """
 
     def introduce(self, role: str, local_world_size: int, max_restarts: int) -> None:
-        """Set the properties of this node's workers that their ranks depend on.
+        """Set the properties of this node's workers that the assignment of ranks uses.
 
         Args:
             role: role of the workers.
@@ -73,20 +73,24 @@ class NotifyingRendezvous(Protocol):
         """
 
     def interruption(self) -> Interruption | None:
-        """Return why the round is over; ``None`` while it is not."""
+        """Return the event that ended the round; ``None`` while the round lasts."""
 
     def report_failure(self, at_ns: int, text: str, *, exit_code: int = 1, is_final: bool) -> None:
         """Report a failed worker to all agents.
 
         Args:
             at_ns: time of the failure in nanoseconds since the epoch.
-            text: the worker and its end, for people.
-            exit_code: exit code of the job, if this failure ends it.
-            is_final: this agent has no restart left.
+            text: description of the worker and its failure.
+            exit_code: exit code of the job if this failure ends it.
+            is_final: true if this agent has no restart left.
         """
 
     def verdict(self) -> Interruption | None:
-        """Wait until the rendezvous has decided whether a final failure ends the job; return its reason, or ``None`` outside of a round."""
+        """Wait for the decision whether a final failure ends the job.
+
+        Returns:
+            The event that ended the round; ``None`` if this node is not in a round.
+        """
 
     def wait_for_others(self, timeout_s: float) -> bool:
         """Report that the workers of this node have succeeded, and wait for those of all other nodes.
@@ -102,33 +106,33 @@ class NotifyingRendezvous(Protocol):
         """
 
     def say_farewell(self, reason: str, exit_code: int) -> None:
-        """Announce that this node leaves, before its workers are stopped. :meth:`leave` follows.
+        """Announce that this node will leave, before its workers are stopped. Call :meth:`leave` afterwards.
 
         Args:
-            reason: the reason, for the other nodes.
-            exit_code: exit code of the job, if it cannot go on without this node.
+            reason: reason for the other nodes.
+            exit_code: exit code of the job if it cannot continue without this node.
         """
 
     def leave(self, reason: str, exit_code: int = 1) -> None:
         """Leave the job without ending it for the other nodes.
 
         Args:
-            reason: the reason, for the other nodes.
-            exit_code: exit code of the job, if it cannot go on without this node.
+            reason: reason for the other nodes.
+            exit_code: exit code of the job if it cannot continue without this node.
         """
 
 
 def notifier_of(handler: object) -> NotifyingRendezvous | None:
     """Return ``handler`` if it reports events of other nodes by itself; ``None`` for handlers with torch's interface only."""
-    # The marker's value and not the members: a mock has every member.
+    # Check the value of the marker and not the members, because a mock has every member.
     return cast("NotifyingRendezvous", handler) if newer(handler, "notifies", False) is True else None
 
 
 def renews_store(handler: object) -> bool:
-    """Tell whether the workers' store is empty at the start of every round; see :attr:`RendezvousHandler.renews_store`."""
+    """Return whether the workers' store is empty at the start of every round; see :attr:`RendezvousHandler.renews_store`."""
     return newer(handler, "renews_store", False) is True
 
 
 def may_grow(handler: object) -> bool:
-    """Tell whether ``num_nodes_waiting()`` has to be polled; see :attr:`RendezvousHandler.may_grow`."""
+    """Return whether ``num_nodes_waiting()`` must be polled; see :attr:`RendezvousHandler.may_grow`."""
     return bool(newer(handler, "may_grow", True))

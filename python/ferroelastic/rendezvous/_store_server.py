@@ -1,4 +1,4 @@
-"""Where a store listens."""
+"""Starts a store server on the right addresses."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ if TYPE_CHECKING:
 __all__ = ["LOOPBACK", "start_store"]
 
 LOOPBACK = {"localhost": "127.0.0.1", "127.0.0.1": "127.0.0.1", "::1": "::1"}
-"""Names of this machine that no other machine can reach -> their address."""
+"""Loopback names and their addresses."""
 
-_EVERYWHERE = ("::", "0.0.0.0")  # noqa: S104 - the other nodes come from anywhere
+_ALL_INTERFACES = ("::", "0.0.0.0")  # noqa: S104 - other nodes connect from any network
 _NO_SUCH_ADDRESS = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
 
 
 def start_store(port: int = 0, *, loopback: str | None = None, **options: Any) -> _rust.StoreServer:
-    """Start a store, for nodes that come over IPv4 and IPv6.
+    """Start a store that listens on IPv4 and IPv6.
 
     Args:
-        port: port; 0 takes a free one.
-        loopback: address to listen on if no other machine has to come.
-        options: of :class:`_rust.StoreServer`.
+        port: port; 0 takes a free port.
+        loopback: address to listen on if no other machine needs to connect; ``None`` listens on all interfaces.
+        options: options of :class:`_rust.StoreServer`.
 
     Raises:
-        OSError: the port is taken.
+        OSError: the port is in use.
     """
     from ferroelastic import _rust
 
-    first, *others = (loopback,) if loopback else _EVERYWHERE
+    first, *others = (loopback,) if loopback else _ALL_INTERFACES
     try:
         return _rust.StoreServer(first, port, **options)
     except OSError as error:

@@ -1,14 +1,15 @@
 """Gives the workers of every round an empty store.
 
-A worker finds its peers through keys that it leaves in a store. A worker of a restart must not find the keys of the failed attempt, but with
-torch's handlers it does. There are three remedies:
+Workers publish their addresses under keys in a store. A restarted worker must not read the keys of the failed attempt, but with torch's
+handlers it can. This module has three remedies:
 
-* ``DynamicRendezvousHandler`` (c10d, etcd-v2) starts a new store in each round once it has forgotten its first one.
-* ``StaticTCPRendezvous`` has to keep its store, whose port the user chose. Rank 0 deletes the workers' keys after all agents have come,
-  because then all former workers have ended. Before torch 2.10 a store cannot list its keys, and the next remedy applies.
-* With other handlers that return the same address as before, rank 0 starts a store and publishes its address through the returned one.
+* ``DynamicRendezvousHandler`` (c10d, etcd-v2): its attributes for the first store are reset, so it starts a new store in each round.
+* ``StaticTCPRendezvous``: the store must stay, because the user chose its port. Rank 0 deletes the workers' keys after all agents have
+  joined, because all previous workers have ended then. Before torch 2.10 a store cannot list its keys, and the next remedy applies.
+* Other handlers that return the address of the previous round: rank 0 starts a store and publishes its address in the returned store.
 
-The last two need an agreement of the nodes. The round is counted in the store and not by each node, because an agent may have been replaced.
+The last two remedies need an agreement between the nodes. The number of the round is counted in the store, because an agent may be a
+replacement that has not seen the previous rounds.
 """
 
 from __future__ import annotations
@@ -48,12 +49,12 @@ _ROUND = f"{_KEYS}/round"
 
 
 class RenewedRendezvousInfo(RendezvousInfo):
-    """Outcome of a round whose workers get another store than the handler said.
+    """Outcome of a round with another workers' store than the handler returned.
 
     Args:
-        info: what the handler returned.
-        bootstrap_store_info: where the workers find their store.
-        server: the store, if this node hosts it; it lives as long as this object.
+        info: result of the handler.
+        bootstrap_store_info: address of the workers' store.
+        server: the store if this node hosts it. It ends with this object.
     """
 
     def __init__(
@@ -71,13 +72,16 @@ def next_rendezvous(
 
     Args:
         handler: the handler.
-        previous: result of the former call, which also keeps that round's store alive; ``None`` in the first round.
-        local_addr: address of this node, for a store that it may have to host; by default its host name.
+        previous: result of the previous call; ``None`` in the first round. It keeps the store of the previous round alive.
+        local_addr: address of this node, for a store on this node; its host name by default.
+
+    Returns:
+        Outcome of the round.
 
     Raises:
-        RendezvousTimeoutError: not all nodes of the round came within the store's timeout.
+        RendezvousTimeoutError: not all nodes of the round arrived within the store's timeout.
         RendezvousConnectionError: the connection to the store was lost.
-        RendezvousError: as raised by the handler's ``next_rendezvous()``.
+        RendezvousError: ``next_rendezvous()`` of the handler raised it.
     """
     if not handler.use_agent_store or renews_store(handler):
         return handler.next_rendezvous()
@@ -97,29 +101,31 @@ def next_rendezvous(
 
 
 def _empty_store(store: Any, run_id: str, info: RendezvousInfo) -> None:
-    """Delete what the workers of the former round left, and what the agents did to assign ranks and to end."""
+    """Delete the workers' keys of the previous round, and the agents' keys for rank assignment and the exit barrier."""
     arrival = _arrive(info, is_stale=False)
     if arrival.round == 0:
-        # A new store. Nobody waits here, the agents wait for each other when they assign ranks.
+        # A new store. No wait is needed, because the agents wait for each other at the assignment of ranks.
         if arrival.is_last:
             info.store.add(_ROUND, 1)
         return
 
     prefix = f"{run_id}/"
-    spared = f"{_KEYS}/{arrival.round}/"
+    current_round = f"{_KEYS}/{arrival.round}/"
 
     def delete_keys() -> str:
         deleted = 0
         for key in store.list_keys():
-            own = key.removeprefix(prefix)
-            is_agents = own != key
-            is_former = own.startswith((_AGENT_KEYS, f"{_KEYS}/")) and own != _ROUND and not own.startswith(spared)
-            if not is_agents or is_former:
+            name = key.removeprefix(prefix)
+            is_agent_key = name != key
+            is_stale = (
+                name.startswith((_AGENT_KEYS, f"{_KEYS}/")) and name != _ROUND and not name.startswith(current_round)
+            )
+            if not is_agent_key or is_stale:
                 deleted += store.delete_key(key)
-        logger.info("emptied the workers' store of run %s for its round %d: %d keys", run_id, arrival.round, deleted)
+        logger.info("deleted %d keys of the workers' store of run %s for its round %d", deleted, run_id, arrival.round)
         return "emptied"
 
-    _settle(info, arrival, delete_keys)
+    _prepare_together(info, arrival, delete_keys)
 
 
 def _move_store(
@@ -129,7 +135,7 @@ def _move_store(
     local_addr: str | None,
     has_fixed_port: bool,
 ) -> RendezvousInfo:
-    """Let rank 0 start a store if any node was given the address of the former round."""
+    """Let rank 0 start a store if any node got the address of the previous round again."""
     given = _address(info)
     is_stale = previous is not None and given == _handler_address(previous)
     servers: list[_rust.StoreServer] = []
@@ -139,7 +145,7 @@ def _move_store(
             host = given[0]
         else:
             host = local_addr or fq_hostname()
-        _forget_ranks(info)
+        _delete_rank_keys(info)
         servers.append(start_store())
         return f"{host}:{servers[0].port}"
 
@@ -150,7 +156,7 @@ def _move_store(
         answer = start() if is_stale else ""
     else:
         arrival = _arrive(info, is_stale=is_stale)
-        answer = _settle(info, arrival, start_if_stale)
+        answer = _prepare_together(info, arrival, start_if_stale)
     host, _, port = answer.rpartition(":")
     if not answer or (host, int(port)) == given:
         return info
@@ -158,7 +164,7 @@ def _move_store(
 
 
 def _handler_address(info: RendezvousInfo) -> tuple[str, int]:
-    """Return the address that the handler gave, also where the workers got another one."""
+    """Return the address from the handler, also if the workers use another store."""
     return info.handler_address if isinstance(info, RenewedRendezvousInfo) else _address(info)
 
 
@@ -167,8 +173,8 @@ def _address(info: RendezvousInfo) -> tuple[str, int]:
     return bootstrap.master_addr, int(bootstrap.master_port)
 
 
-def _forget_ranks(info: RendezvousInfo) -> None:
-    """Delete the agents' own keys of the former round, where the store can do that: the names are the same in every round."""
+def _delete_rank_keys(info: RendezvousInfo) -> None:
+    """Delete the agents' keys of the previous round if the store supports it. Their names are the same in every round."""
     names = [f"{_AGENT_KEYS}agent/terminal_state/{name}" for name in ("num_members", "last_member")]
     for kind in ("role_info", "assigned_ranks"):
         names += [f"{_AGENT_KEYS}{kind}/{rank}" for rank in range(info.world_size)]
@@ -179,7 +185,7 @@ def _forget_ranks(info: RendezvousInfo) -> None:
 
 
 class _Arrival(NamedTuple):
-    """This node has come to a round."""
+    """The arrival of this node in a round."""
 
     round: int
     is_last: bool
@@ -198,7 +204,7 @@ def _complete_key(number: int) -> str:
 
 
 def _arrive(info: RendezvousInfo, *, is_stale: bool) -> _Arrival:
-    """Say that this node has come. A rank counts once, also if its agent was replaced while the others came."""
+    """Publish the arrival of this node. A rank counts once, even if its agent is replaced while other nodes arrive."""
     store = info.store
     number = store.add(_ROUND, 0)
     if is_stale:
@@ -211,12 +217,15 @@ def _arrive(info: RendezvousInfo, *, is_stale: bool) -> _Arrival:
     return _Arrival(number, is_last)
 
 
-def _settle(info: RendezvousInfo, arrival: _Arrival, prepare: Callable[[], str]) -> str:
-    """Let rank 0 prepare the workers' store when all have come, and return on all nodes what it returned.
+def _prepare_together(info: RendezvousInfo, arrival: _Arrival, prepare: Callable[[], str]) -> str:
+    """Wait until all nodes have arrived, and let rank 0 prepare the workers' store.
+
+    Returns:
+        The result of ``prepare`` on rank 0, on all nodes.
 
     Raises:
-        RendezvousTimeoutError: not all nodes came within the store's timeout.
-        RendezvousConnectionError: the store was lost meanwhile.
+        RendezvousTimeoutError: not all nodes arrived within the store's timeout.
+        RendezvousConnectionError: the connection to the store was lost.
     """
     store = info.store
     done = f"{_KEYS}/{arrival.round}/done"
@@ -224,7 +233,7 @@ def _settle(info: RendezvousInfo, arrival: _Arrival, prepare: Callable[[], str])
         if info.rank == 0:
             _interruptible.call(store.wait, [_complete_key(arrival.round)])
             answer = prepare()
-            # First the number: whoever gets the answer may come back for the next round at once.
+            # Count the round first: a node that has the answer may join the next round immediately.
             store.add(_ROUND, 1)
             store.set(done, answer)
             return answer
@@ -233,10 +242,10 @@ def _settle(info: RendezvousInfo, arrival: _Arrival, prepare: Callable[[], str])
     except RuntimeError as error:
         if not isinstance(error, family(DistStoreError)):
             raise RendezvousConnectionError(
-                f"the store of the rendezvous failed while nodes came together to empty the workers' store: {error}"
+                f"the connection to the store of the rendezvous failed during the reset of the workers' store: {error}"
             ) from error
         missing = [rank for rank in range(info.world_size) if not store.add(_arrived_key(arrival.round, rank), 0)]
         raise RendezvousTimeoutError(
-            f"nodes {missing or [0]} of {info.world_size} did not come to empty the workers' store within "
+            f"nodes {missing or [0]} of {info.world_size} did not join the reset of the workers' store within "
             f"{store.timeout.total_seconds():g} s: check that their agents run and restart too"
         ) from error

@@ -1,7 +1,10 @@
 """Mirror of ``torch.distributed.elastic.rendezvous.api``.
 
-Intended differences: the host name is looked up once per process, and a handler can declare that its store is empty in every round
-(:attr:`RendezvousHandler.renews_store`) and that the agent need not poll it (:attr:`RendezvousHandler.may_grow`).
+Intended differences:
+
+* The host name is resolved once per process.
+* A handler can declare that its store is empty in every round (:attr:`RendezvousHandler.renews_store`) and that the agent need not poll it
+  (:attr:`RendezvousHandler.may_grow`).
 """
 
 from __future__ import annotations
@@ -37,19 +40,19 @@ __all__ = [
 
 
 class RendezvousError(TorchCompatible, Exception):
-    """Base of all errors of a rendezvous."""
+    """Base class of all rendezvous errors. Mirrors torch's class of this name."""
 
 
 class RendezvousClosedError(RendezvousError):
-    """The rendezvous is closed."""
+    """The rendezvous is closed: there will be no further round. Mirrors torch's class of this name."""
 
 
 class JobFailedError(RendezvousClosedError):
-    """The job has failed, also for nodes whose own workers have not. Not in torch.
+    """The job has failed, possibly because of a worker on another node. Not in torch.
 
     Args:
-        text: what happened first, and on which node.
-        exit_code: that of the job, the same on all nodes.
+        text: first failure and its node.
+        exit_code: exit code of the job, the same on all nodes.
     """
 
     def __init__(self, text: str, exit_code: int = 1) -> None:
@@ -58,28 +61,28 @@ class JobFailedError(RendezvousClosedError):
 
 
 class RendezvousTimeoutError(RendezvousError):
-    """The rendezvous did not complete in time."""
+    """The rendezvous did not complete within its timeout. Mirrors torch's class of this name."""
 
 
 class RendezvousConnectionError(RendezvousError):
-    """The connection to the rendezvous backend failed."""
+    """The connection to the rendezvous backend failed. Mirrors torch's class of this name."""
 
 
 class RendezvousStateError(RendezvousError):
-    """The state of the rendezvous is corrupt."""
+    """The state of the rendezvous is corrupt. Mirrors torch's class of this name."""
 
 
 class RendezvousGracefulExitError(RendezvousError):
-    """This node is not needed and is to leave. Not a failure."""
+    """The job does not need this node, so its agent ends. Not a failure. Mirrors torch's class of this name."""
 
 
 @dataclass
 class RendezvousStoreInfo(TorchCompatible):
-    """Where the workers find their store. Mirrors ``torch.distributed.elastic.rendezvous.RendezvousStoreInfo``.
+    """Address of the workers' store. Mirrors ``torch.distributed.elastic.rendezvous.RendezvousStoreInfo``.
 
     Args:
-        master_addr: host name or address.
-        master_port: port.
+        master_addr: host name or address of the store.
+        master_port: port of the store.
     """
 
     MASTER_ADDR_KEY: ClassVar[str] = "MASTER_ADDR"
@@ -89,13 +92,16 @@ class RendezvousStoreInfo(TorchCompatible):
 
     @staticmethod
     def build(rank: int, store: Store, local_addr: str | None, server_port: int | None = None) -> RendezvousStoreInfo:
-        """Agree on an address through ``store``: rank 0 publishes its own, the others wait for it.
+        """Publish the address of rank 0 through ``store``; other ranks wait for it.
 
         Args:
             rank: rank of this node.
-            store: the store of the round.
-            local_addr: address of this node; by default its host name.
-            server_port: port of the store that rank 0 hosts; by default one that is free right now.
+            store: store of the round.
+            local_addr: address of this node; its host name by default.
+            server_port: port of the workers' store on rank 0; a free port by default.
+
+        Returns:
+            The address of rank 0.
         """
         if rank == 0:
             store.set(RendezvousStoreInfo.MASTER_ADDR_KEY, (local_addr or fq_hostname()).encode())
@@ -110,10 +116,10 @@ class RendezvousInfo(TorchCompatible):
     """Outcome of a round. Mirrors ``torch.distributed.elastic.rendezvous.RendezvousInfo``.
 
     Args:
-        store: store that the agents share.
+        store: store of the agents.
         rank: rank of this node.
         world_size: number of nodes.
-        bootstrap_store_info: where the workers find their store.
+        bootstrap_store_info: address of the workers' store.
     """
 
     def __init__(self, store: Store, rank: int, world_size: int, bootstrap_store_info: RendezvousStoreInfo) -> None:
@@ -124,7 +130,7 @@ class RendezvousInfo(TorchCompatible):
 
     @property
     def store(self) -> Store:
-        """Store that the agents share."""
+        """Store of the agents."""
         return self._store
 
     @property
@@ -139,12 +145,12 @@ class RendezvousInfo(TorchCompatible):
 
     @property
     def bootstrap_store_info(self) -> RendezvousStoreInfo:
-        """Where the workers find their store."""
+        """Address of the workers' store."""
         return self._bootstrap_store_info
 
 
 class RendezvousHandler(TorchVirtual, ABC):
-    """Finds the other nodes of a job. Mirrors ``torch.distributed.elastic.rendezvous.RendezvousHandler``."""
+    """Base class of rendezvous handlers. Mirrors ``torch.distributed.elastic.rendezvous.RendezvousHandler``."""
 
     @abstractmethod
     def get_backend(self) -> str:
@@ -167,52 +173,55 @@ class RendezvousHandler(TorchVirtual, ABC):
 
     @abstractmethod
     def next_rendezvous(self) -> RendezvousInfo:
-        """Join the next round; blocks until it is complete.
+        """Join the next round and wait until it is complete.
+
+        Returns:
+            Rank of this node, number of nodes and stores of the round.
 
         Raises:
             RendezvousClosedError: the rendezvous is closed.
             RendezvousConnectionError: the connection to the backend failed.
             RendezvousStateError: the state is corrupt.
-            RendezvousTimeoutError: it did not complete in time.
-            RendezvousGracefulExitError: this node is not needed.
+            RendezvousTimeoutError: the round did not complete within its timeout.
+            RendezvousGracefulExitError: the job does not need this node.
         """
 
     @abstractmethod
     def is_closed(self) -> bool:
-        """Tell whether the rendezvous is closed: no further round will be. May lag behind :meth:`set_closed` elsewhere."""
+        """Return whether the rendezvous is closed. The result may lag behind :meth:`set_closed` on another node."""
 
     @abstractmethod
     def set_closed(self) -> None:
-        """Close the rendezvous."""
+        """Close the rendezvous: there will be no further round."""
 
     @abstractmethod
     def num_nodes_waiting(self) -> int:
-        """Return how many nodes wait for the next round."""
+        """Return the number of nodes that wait for the next round."""
 
     @abstractmethod
     def get_run_id(self) -> str:
-        """Return the id of the run, which tells jobs apart."""
+        """Return the run id, which identifies the job."""
 
     @abstractmethod
     def shutdown(self) -> bool:
-        """Close everything that was opened for the rendezvous; tell whether that went well."""
+        """Release all resources of the rendezvous; return whether this succeeded."""
 
 
 class RendezvousParameters:
-    """What a handler is made from. Mirrors ``torch.distributed.elastic.rendezvous.RendezvousParameters``.
+    """Parameters of a rendezvous handler. Mirrors ``torch.distributed.elastic.rendezvous.RendezvousParameters``.
 
     Args:
         backend: name of the backend.
-        endpoint: ``host[:port]``.
-        run_id: id of the run.
-        min_nodes: fewest nodes for a round.
-        max_nodes: most nodes for a round.
+        endpoint: address of the backend as ``host[:port]``.
+        run_id: run id of the job.
+        min_nodes: minimum number of nodes of a round.
+        max_nodes: maximum number of nodes of a round.
         local_addr: address of this node.
-        **kwargs: parameters of the backend, to be had as :attr:`config`.
+        **kwargs: options of the backend, stored in ``config``.
 
     Raises:
-        ValueError: the backend has no name, or the numbers of nodes make no sense.
-        TypeError: a number of nodes is no number.
+        ValueError: the name of the backend is empty, ``min_nodes`` is less than 1, or ``max_nodes`` is less than ``min_nodes``.
+        TypeError: ``min_nodes`` or ``max_nodes`` is not a number.
     """
 
     def __init__(
@@ -245,14 +254,14 @@ class RendezvousParameters:
         self.local_addr = local_addr
 
     def get(self, key: str, default: Any = None) -> Any:
-        """Return a parameter of the backend, or ``default``."""
+        """Return an option of the backend, or ``default`` if it is not set."""
         return self.config.get(key, default)
 
     def get_as_bool(self, key: str, default: bool | None = None) -> bool | None:
-        """Return a parameter of the backend as a truth value, or ``default``.
+        """Return an option of the backend as a boolean, or ``default`` if it is not set.
 
         Raises:
-            ValueError: it is none of 1, true, t, yes, y, 0, false, f, no, n.
+            ValueError: the value is not one of 1, true, t, yes, y, 0, false, f, no, n.
         """
         value = self.get(key, default)
         if value is None or isinstance(value, bool):
@@ -266,10 +275,10 @@ class RendezvousParameters:
         raise ValueError(f"The rendezvous configuration option '{key}' does not represent a valid boolean value.")
 
     def get_as_int(self, key: str, default: int | None = None) -> int | None:
-        """Return a parameter of the backend as a number, or ``default``.
+        """Return an option of the backend as an integer, or ``default`` if it is not set.
 
         Raises:
-            ValueError: it is no number.
+            ValueError: the value is not an integer.
         """
         value = self.get(key, default)
         if value is None:
@@ -286,7 +295,7 @@ RendezvousHandlerCreator: TypeAlias = Callable[[RendezvousParameters], Rendezvou
 
 
 class RendezvousHandlerRegistry:
-    """The backends by name. Mirrors ``torch.distributed.elastic.rendezvous.RendezvousHandlerRegistry``."""
+    """Registry of backends. Mirrors ``torch.distributed.elastic.rendezvous.RendezvousHandlerRegistry``."""
 
     def __init__(self) -> None:
         self._registry: dict[str, RendezvousHandlerCreator] = {}
@@ -297,14 +306,14 @@ class RendezvousHandlerRegistry:
         return set(self._registry)
 
     def register(self, backend: str, creator: RendezvousHandlerCreator) -> None:
-        """Add a backend.
+        """Register a backend.
 
         Args:
-            backend: its name.
-            creator: makes a handler from parameters.
+            backend: name of the backend.
+            creator: function that creates a handler from :class:`RendezvousParameters`.
 
         Raises:
-            ValueError: the name is empty or taken.
+            ValueError: the name is empty, or registered with another creator.
         """
         if not backend:
             raise ValueError("The rendezvous backend name must be a non-empty string.")
@@ -317,11 +326,14 @@ class RendezvousHandlerRegistry:
         self._registry[backend] = creator
 
     def create_handler(self, params: RendezvousParameters) -> RendezvousHandler:
-        """Make the handler that the parameters ask for.
+        """Create the handler of a backend.
+
+        Args:
+            params: parameters of the rendezvous; ``params.backend`` names the backend.
 
         Raises:
-            ValueError: there is no such backend.
-            RuntimeError: the handler names another backend as its own.
+            ValueError: the backend is not registered.
+            RuntimeError: ``get_backend()`` of the handler returns another name.
         """
         creator = self._registry.get(params.backend)
         if creator is None:
@@ -337,4 +349,4 @@ class RendezvousHandlerRegistry:
 
 
 rendezvous_handler_registry = RendezvousHandlerRegistry()
-"""The registry that launchers use."""
+"""Registry of the built-in backends."""

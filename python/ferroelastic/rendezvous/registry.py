@@ -1,8 +1,10 @@
 """Mirror of ``torch.distributed.elastic.rendezvous.registry``.
 
-Intended differences: ``c10d`` and ``static`` are this package's own, see :mod:`ferroelastic.rendezvous._native`. A backend that is not
-registered here is looked for in torch's registry, which loads the plug-ins of the entry point group ``torchrun.handlers``. torch does that
-at import.
+Intended differences:
+
+* ``c10d`` and ``static`` are native backends, see :mod:`ferroelastic.rendezvous._native`.
+* An unknown backend is looked up in torch's registry. This loads the plug-ins of the entry point group ``torchrun.handlers``, which torch
+  loads at import.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ __all__ = ["RendezvousHandler", "RendezvousParameters", "get_rendezvous_handler"
 
 
 def _create_torch_handler(params: RendezvousParameters) -> RendezvousHandler:
-    # Imports torch, so only when one of its handlers is needed.
+    # Imported here because the module imports torch.
     from ferroelastic.rendezvous import _torch_handlers
 
     return _torch_handlers.create_handler(params)
@@ -22,7 +24,7 @@ def _create_torch_handler(params: RendezvousParameters) -> RendezvousHandler:
 
 def _create_native_handler(params: RendezvousParameters) -> RendezvousHandler:
     if params.backend == "c10d" and params.get("store_type", "tcp") != "tcp":
-        return _create_torch_handler(params)  # a file: only torch's rendezvous supports it
+        return _create_torch_handler(params)  # only torch's rendezvous supports a file store
     from ferroelastic.rendezvous._native import NativeRendezvous
 
     return NativeRendezvous(params)
@@ -39,10 +41,16 @@ _register_default_handlers()
 
 
 def get_rendezvous_handler(params: RendezvousParameters) -> RendezvousHandler:
-    """Make the handler that the parameters ask for.
+    """Create the handler of a backend. Mirrors torch's ``get_rendezvous_handler``.
+
+    Args:
+        params: parameters of the rendezvous; ``params.backend`` names the backend.
+
+    Returns:
+        The handler.
 
     Raises:
-        ValueError: neither this package nor torch knows the backend, or a parameter is wrong.
+        ValueError: neither this package nor torch has the backend, or a parameter is not valid.
         ModuleNotFoundError: the backend needs torch, which is not installed.
         RendezvousConnectionError: the backend cannot be reached.
     """

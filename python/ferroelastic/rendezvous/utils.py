@@ -1,7 +1,9 @@
 """Mirror of ``torch.distributed.elastic.rendezvous.utils``.
 
-Intended difference: a host is recognised as this one also by an address of a secondary interface, and an own host name that does not
-resolve is not an error.
+Intended differences:
+
+* A host also matches this machine by the address of a secondary interface.
+* A local host name that does not resolve is not an error.
 """
 
 from __future__ import annotations
@@ -15,10 +17,10 @@ _MAX_PORT = 65535
 
 
 def _parse_rendezvous_config(config_str: str) -> dict[str, str]:
-    """Return the options of ``key=value,key=value``.
+    """Parse the options of ``key=value,key=value``.
 
     Raises:
-        ValueError: an option has no name or no value.
+        ValueError: an option has no key or no value.
     """
     config: dict[str, str] = {}
     if not config_str.strip():
@@ -36,19 +38,22 @@ def _parse_rendezvous_config(config_str: str) -> dict[str, str]:
 
 
 def _try_parse_port(port_str: str) -> int | None:
-    """Return the number, or ``None`` if it is not written as up to five digits."""
+    """Return the number, or ``None`` if the text is not one to five digits."""
     return int(port_str) if re.fullmatch(r"[0-9]{1,5}", port_str) else None
 
 
 def parse_rendezvous_endpoint(endpoint: str | None, default_port: int) -> tuple[str, int]:
-    """Return host and port of ``host[:port]``; an IPv6 address is in brackets.
+    """Parse ``host[:port]``. Mirrors torch's ``parse_rendezvous_endpoint``.
 
     Args:
-        endpoint: the text; nothing means localhost.
-        default_port: port where the text has none.
+        endpoint: the endpoint. An IPv6 address is in brackets. ``None`` or an empty text means localhost.
+        default_port: port for an endpoint without a port.
+
+    Returns:
+        Host and port.
 
     Raises:
-        ValueError: the port is no number between 0 and 65535, or the host has characters that no host has.
+        ValueError: the port is not a number from 0 to 65535, or the host has invalid characters.
     """
     endpoint = (endpoint or "").strip()
     if not endpoint:
@@ -76,22 +81,22 @@ def parse_rendezvous_endpoint(endpoint: str | None, default_port: int) -> tuple[
 
 
 def _matches_machine_hostname(host: str) -> bool:
-    """Tell whether ``host``, a name or an address, is this machine."""
+    """Return whether a host name or address belongs to this machine."""
     if host in {"localhost", socket.gethostname()}:
         return True
-    own = _resolve(socket.gethostname())
-    if host in {name for name, _ in own if name}:
+    local = _resolve(socket.gethostname())
+    if host in {name for name, _ in local if name}:
         return True
-    own_addresses = {address for _, address in own}
-    return any(address in own_addresses or _is_local_address(address) for _, address in _resolve(host))
+    local_addresses = {address for _, address in local}
+    return any(address in local_addresses or _is_local_address(address) for _, address in _resolve(host))
 
 
 def _resolve(host: str) -> list[tuple[str, str]]:
-    """Return the canonical name (or ``""``) and the address of each record of ``host``; none if it does not resolve."""
+    """Return the canonical name (or ``""``) and the address of each record of ``host``; empty if the host does not resolve."""
     from ferroelastic.utils import _interruptible
 
     try:
-        # A name server may take minutes not to answer: a signal is not to wait for that.
+        # A resolver timeout may take minutes. Signal handlers must run during it.
         records = _interruptible.call(
             socket.getaddrinfo, host, None, proto=socket.IPPROTO_TCP, flags=socket.AI_CANONNAME
         )
@@ -101,7 +106,7 @@ def _resolve(host: str) -> list[tuple[str, str]]:
 
 
 def _is_local_address(address: str) -> bool:
-    """Ask the routing table: only to itself does this machine send from the very address. No packet is sent."""
+    """Return whether an address is local: the kernel uses a local destination as the source address. No packet is sent."""
     import ipaddress
 
     if ipaddress.ip_address(address.partition("%")[0]).is_loopback:

@@ -1,6 +1,6 @@
-"""Deadlines that a worker sets itself, so that it is ended when it hangs; mirrors ``torch.distributed.elastic.timer``.
+"""Deadlines of workers for their own work: a worker that misses one is killed. Mirrors ``torch.distributed.elastic.timer``.
 
-With ``TORCHELASTIC_ENABLE_FILE_TIMER=1`` the agent serves them. A training script says::
+With ``TORCHELASTIC_ENABLE_FILE_TIMER=1`` the agent runs the watchdog for these deadlines. In a training script::
 
     from ferroelastic import timer
 
@@ -8,14 +8,14 @@ With ``TORCHELASTIC_ENABLE_FILE_TIMER=1`` the agent serves them. A training scri
     with timer.expires(after=60):
         all_reduce(...)
 
-or, for a loop that shows at every step that it is alive::
+or, for a loop with a heartbeat in every step::
 
     with timer.heartbeat("training step", timeout_s=60) as heart:
         for batch in batches:
             heart.beat()
             ...
 
-Intended difference: :func:`heartbeat`. Those of the mirrored names are in the modules below.
+Intended difference: torch has no :func:`heartbeat`. The submodules list the other differences.
 """
 
 from ferroelastic.timer.api import TimerClient, TimerRequest, TimerServer, configure, expires

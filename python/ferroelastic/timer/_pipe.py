@@ -1,4 +1,4 @@
-"""The client's end of a timer server's named pipe: it never blocks, and what it cannot send it keeps."""
+"""The client's end of a timer server's named pipe. Writes never block; unsent lines are queued."""
 
 from __future__ import annotations
 
@@ -21,20 +21,21 @@ __all__ = ["BEATS_SUFFIX", "Pipe"]
 logger = get_logger(__name__)
 
 BEATS_SUFFIX = ".beats"
-"""What a server of this package adds to the path of its pipe for the page of its heartbeats."""
+"""Suffix of the heartbeat page. Servers of this package append it to the path of their pipe."""
 
 _CLOSED = -1
-_TRIES = 10
-_BETWEEN_TRIES_S = 0.1
-_MOST_UNSENT = 4096
+_CONNECT_ATTEMPTS = 10
+_CONNECT_RETRY_S = 0.1
+_MAX_UNSENT = 4096
 
 
 class Pipe:
-    """Sends lines to whoever reads a named pipe.
+    """Sends lines to the reader of a named pipe. Thread-safe.
 
-    The pipe is opened by the first line of each process, also of a forked one, and kept open; a server of torch's takes an open pipe
-    for a request that is on its way, so there it is opened for each line. A line that cannot be sent, because the pipe is full or nobody
-    reads it, waits for the next call; of lines with the same key the newest. May be used by several threads.
+    The first line of a process opens the pipe, and the pipe stays open. For torch's server it is opened for each line, because that server
+    expects a request while the pipe is open. A forked process opens the pipe again.
+
+    If the pipe is full or has no reader, the line is queued until the next call. A newer line replaces a queued line with the same key.
 
     Args:
         path: path of the named pipe.
@@ -45,50 +46,50 @@ class Pipe:
     def __init__(self, path: str) -> None:
         self.path = path
         self.delayed = 0
-        """Lines that could not be sent when they were given."""
+        """Number of lines that were not sent by their own call."""
         self._was_open = False
         self._has_waited = False
         self._has_warned = False
-        self._begin(getpid())
+        self._reset(getpid())
 
-    def _begin(self, pid: int) -> None:
-        """Start over in a new process: what its parent has not sent is not its own to send."""
-        # Of its own: a thread of the parent may have held the parent's during the fork.
+    def _reset(self, pid: int) -> None:
+        """Reset the state in a new process. The queued lines belong to its parent."""
+        # A new lock, because a thread of the parent may have held the lock during the fork.
         self._lock = threading.RLock()
         self._fd = _CLOSED
         self._inode = (0, 0)
-        self._is_torn = False
+        self._has_partial_line = False
         self._unsent: dict[Hashable, bytes] = {}
         self._pid = pid
         arm_stack_dump()
 
     @property
     def unsent(self) -> int:
-        """Lines that wait for the next call."""
+        """Number of queued lines."""
         return len(self._unsent)
 
     def withdraw(self, pid: int, scope: Hashable) -> bool:
-        """Forget a line that could not be sent so far; ``False`` if there is none."""
+        """Remove a queued line; return ``False`` if it is not in the queue."""
         return self._unsent.pop((pid, scope), None) is not None
 
     def send(self, pid: int, scope: Hashable, text: str) -> None:
-        """Send a line in one piece, after those that wait. Never blocks, once the pipe has been open.
+        """Send a line atomically, after the queued lines. Never blocks after the first successful open.
 
         Args:
-            pid: whom the line is about.
-            scope: of lines about the same process and scope only the newest is worth sending.
-            text: ASCII, without the line's end.
+            pid: process id in the line.
+            scope: scope in the line. Process id and scope are the key of the line.
+            text: ASCII text without the line end.
 
         Raises:
-            BrokenPipeError: there never was a server, for the last second or so.
-            RuntimeError: the line is too long to be written in one piece.
+            BrokenPipeError: no server has ever served the pipe. The first call waits for a server for 0.9 s.
+            RuntimeError: the line is longer than ``PIPE_BUF`` bytes.
         """
         line = f"{text}\n".encode()
         if len(line) > PIPE_BUF:
             raise RuntimeError(f"FileTimerRequest larger than {PIPE_BUF} bytes is not supported: {text}")
         if self._pid != getpid():
-            self._forsake()
-            self._begin(getpid())
+            self._close_fd()
+            self._reset(getpid())
         with self._lock:
             if not self._unsent and self._fd != _CLOSED:
                 try:
@@ -97,88 +98,91 @@ class Pipe:
                     written = 0
                 if written == len(line):
                     return
-                self._is_torn = written > 0
-            self._send_slowly((pid, scope), line)
+                self._has_partial_line = written > 0
+            self._queue_and_flush((pid, scope), line)
 
-    def _send_slowly(self, key: Hashable, line: bytes) -> None:
+    def _queue_and_flush(self, key: Hashable, line: bytes) -> None:
         if self._fd == _CLOSED:
             self._connect()
         self._unsent.pop(key, None)
         self._unsent[key] = line
-        while len(self._unsent) > _MOST_UNSENT:
+        while len(self._unsent) > _MAX_UNSENT:
             del self._unsent[next(iter(self._unsent))]
         reason = self._flush()
         if reason is not None:
             self.delayed += 1
             if not self._has_warned:
                 self._has_warned = True
-                logger.warning("timer server at %s cannot be told now (%s); it is told later", self.path, reason)
+                logger.warning(
+                    "failed to send a request to the timer server at %s (%s): it is queued and sent before the next request",
+                    *(self.path, reason),
+                )
         if not os.path.exists(self.path + BEATS_SUFFIX):
-            self._forsake()
+            self._close_fd()
 
     def _flush(self) -> str | None:
-        """Send what waits, in its order; why something is left, if it is."""
+        """Send the queued lines in order; return the reason if lines remain, else ``None``."""
         reopened = False
         while self._unsent:
             key, line = next(iter(self._unsent.items()))
             try:
-                if self._is_torn:
+                if self._has_partial_line:
                     write(self._fd, b"\n")
-                    self._is_torn = False
-                # A pipe takes a line of this length as a whole or not at all; other files may not.
+                    self._has_partial_line = False
+                # Only a pipe guarantees an atomic write of this length.
                 written = write(self._fd, line)
                 if written < len(line):
-                    self._is_torn = written > 0
+                    self._has_partial_line = written > 0
                     return "the pipe is full"
             except BlockingIOError:
                 return "the pipe is full"
-            except OSError as error:  # nobody reads it any more, or somebody has closed this process's descriptors
-                self._forsake()
+            except OSError as error:  # the reader has gone, or the program has closed the descriptor
+                self._close_fd()
                 if reopened:
                     return str(error)
                 try:
                     self._open()
-                except OSError as gone:
-                    return str(gone)
+                except OSError as open_error:
+                    return str(open_error)
                 reopened = True
                 continue
-            # A signal handler may have come here, too.
+            # A signal handler may have sent and replaced the line.
             if self._unsent.get(key) is line:
                 del self._unsent[key]
         return None
 
     def _connect(self) -> None:
-        """Open the pipe; wait for it for a moment if it has never been open."""
+        """Open the pipe. Retry for a short time if this object has never opened it."""
         is_first = not self._was_open
-        tries = _TRIES if is_first and not self._has_waited else 1
-        for number in range(tries):
+        attempts = _CONNECT_ATTEMPTS if is_first and not self._has_waited else 1
+        for number in range(attempts):
             try:
                 self._open()
             except OSError as error:
                 reason = error
             else:
                 return
-            if number < tries - 1:
+            if number < attempts - 1:
                 self._has_waited = True
-                threading.Event().wait(_BETWEEN_TRIES_S)
+                threading.Event().wait(_CONNECT_RETRY_S)
         if is_first:
             raise BrokenPipeError(
                 "Could not send the FileTimerRequest because FileTimerServer is not available."
             ) from reason
 
     def _open(self) -> None:
-        # Without waiting for a reader: without one, this is ENXIO.
+        # O_NONBLOCK: without a reader, the call fails with ENXIO instead of blocking.
         fd = os.open(self.path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         found = os.fstat(fd)
         if not stat.S_ISFIFO(found.st_mode):
             os.close(fd)
-            raise OSError(errno.EINVAL, "it is no named pipe", self.path)
+            raise OSError(errno.EINVAL, "not a named pipe", self.path)
         self._fd, self._inode = fd, (found.st_dev, found.st_ino)
-        self._is_torn = False
+        self._has_partial_line = False
         self._was_open = True
 
-    def _forsake(self) -> None:
-        """Close the pipe, unless the descriptor has come to be something else: a daemon closes all that it has inherited."""
+    def _close_fd(self) -> None:
+        """Close the pipe, unless its descriptor refers to another file: a daemon closes and reuses all inherited descriptors."""
         fd, self._fd = self._fd, _CLOSED
         if fd == _CLOSED:
             return
@@ -190,4 +194,4 @@ class Pipe:
             pass
 
     def __del__(self) -> None:
-        self._forsake()
+        self._close_fd()

@@ -1,4 +1,4 @@
-"""A worker's own dump of its Python stacks, which the agent asks for when a timer has expired."""
+"""Dump of a worker's Python stacks. The agent requests it when a timer has expired."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from contextlib import suppress
 __all__ = ["STACKS_SIGNAL", "arm_stack_dump"]
 
 STACKS_SIGNAL = signal.SIGRTMIN + 13
-"""Signal on which a worker dumps its stacks. The engine has the same number."""
+"""Signal for the dump. The engine uses the same number."""
 
-_NOBODY = 0
-_armed_by = _NOBODY
+_NO_PROCESS = 0
+_armed_by = _NO_PROCESS
 
 
 def arm_stack_dump() -> None:
-    """Have this process write its Python stacks to ``stacks.<pid>.txt``, beside its error file, on :data:`STACKS_SIGNAL`.
+    """Let this process write its Python stacks to ``stacks.<pid>.txt``, beside its error file, on :data:`STACKS_SIGNAL`.
 
-    Once per process, and again in a forked one. Does nothing where no agent has set ``TORCHELASTIC_ERROR_FILE``, where the
-    signal has a use already, or where the file cannot be made: the agent asks nobody who has no such file.
+    Takes effect once per process; a forked process can arm its own dump. Does nothing if ``TORCHELASTIC_ERROR_FILE`` is not set, if the
+    program uses the signal, or if the file cannot be created. The agent sends the signal only to processes with such a file.
     """
     global _armed_by  # noqa: PLW0603 - a process has one handler for the signal
     pid = os.getpid()
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if _armed_by == pid or not error_file or not (_armed_by != _NOBODY or _is_unused()):
+    if _armed_by == pid or not error_file or not (_armed_by != _NO_PROCESS or _is_unused()):
         return
-    # A descriptor and not a file object, whose end would be a warning when the interpreter ends.
+    # A descriptor and not a file object, which would raise a ResourceWarning at the end of the interpreter.
     path = os.path.join(os.path.dirname(error_file), f"stacks.{pid}.txt")
     with suppress(OSError, RuntimeError, ValueError):
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
@@ -40,7 +40,7 @@ def arm_stack_dump() -> None:
 
 
 def _is_unused() -> bool:
-    """Whether the signal's disposition is the default one, also for what handlers of C libraries are concerned."""
+    """Return whether the signal has its default disposition, also according to the kernel (for handlers of C libraries)."""
     if signal.getsignal(STACKS_SIGNAL) != signal.SIG_DFL:
         return False
     bit = 1 << (STACKS_SIGNAL - 1)

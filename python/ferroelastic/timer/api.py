@@ -2,9 +2,9 @@
 
 Intended differences:
 
-* A timer without a scope is named after the line of its ``with`` statement. torch names all of them after one line of
-  ``contextlib``, so that nested ones release one another.
-* A server may wait for less than its ``max_interval``, where it knows when the next timer expires.
+* The default scope of a timer is the line of its ``with`` statement. torch uses the same line of ``contextlib`` for all timers, so nested
+  timers release one another.
+* A server may wait for less than ``max_interval`` if the next timer expires earlier.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ logger = get_logger(__name__)
 
 
 class TimerRequest(TorchCompatible):
-    """A timer to be started or released. Mirrors ``torch.distributed.elastic.timer.TimerRequest``.
+    """A request to start or release a timer. Mirrors ``torch.distributed.elastic.timer.TimerRequest``.
 
     Args:
-        worker_id: whose timer it is; client and server agree on what that is, a process id mostly.
-        scope_id: what the worker calls the piece of work; it has one timer for each.
-        expiration_time: seconds since the epoch. Negative: the timer is released.
+        worker_id: id of the worker, usually its process id. Client and server must use the same kind of id.
+        scope_id: name of the guarded work. A worker has one timer per scope.
+        expiration_time: deadline in seconds since the epoch. A negative value releases the timer.
     """
 
     def __init__(self, worker_id: Any, scope_id: str, expiration_time: float) -> None:
@@ -54,54 +54,57 @@ class TimerRequest(TorchCompatible):
             other.expiration_time,
         )
 
-    __hash__ = None  # type: ignore[assignment]  # compared by value and not frozen, as torch's
+    __hash__ = None  # type: ignore[assignment]  # mutable and compared by value, as in torch
 
 
 class TimerClient(TorchVirtual, abc.ABC):
-    """The worker's side. Mirrors ``torch.distributed.elastic.timer.TimerClient``."""
+    """Base class of timer clients, which run in workers. Mirrors ``torch.distributed.elastic.timer.TimerClient``."""
 
     @abc.abstractmethod
     def acquire(self, scope_id: str, expiration_time: float) -> None:
-        """Start the timer of a scope, in place of the one that it may have.
+        """Start the timer of a scope. A running timer of the scope is replaced.
 
         Args:
-            scope_id: the scope.
-            expiration_time: when it expires, in seconds since the epoch.
+            scope_id: name of the scope.
+            expiration_time: deadline in seconds since the epoch.
         """
 
     @abc.abstractmethod
     def release(self, scope_id: str) -> None:
-        """Forget the timer of a scope; nothing happens if there is none.
+        """Release the timer of a scope. Does nothing if the scope has no timer.
 
         Args:
-            scope_id: the scope.
+            scope_id: name of the scope.
         """
 
 
 class RequestQueue(TorchVirtual, abc.ABC):
-    """Where a server finds the requests of its clients. Mirrors ``torch.distributed.elastic.timer.api.RequestQueue``."""
+    """Queue of requests from clients to a server. Mirrors ``torch.distributed.elastic.timer.api.RequestQueue``."""
 
     @abc.abstractmethod
     def size(self) -> int:
-        """Return how many requests wait. There may be more by the time of :meth:`get`, never fewer."""
+        """Return a lower bound of the number of queued requests at the next :meth:`get`."""
 
     @abc.abstractmethod
     def get(self, size: int, timeout: float) -> list[TimerRequest]:
-        """Take requests out, waiting for them.
+        """Wait for requests and remove them from the queue.
 
         Args:
-            size: as many at most.
-            timeout: seconds to wait at most.
+            size: maximum number of requests.
+            timeout: timeout in seconds.
+
+        Returns:
+            The requests, possibly fewer than ``size``.
         """
 
 
 class TimerServer(TorchVirtual, abc.ABC):
-    """The side that ends workers whose timers expire. Mirrors ``torch.distributed.elastic.timer.TimerServer``.
+    """Base class of timer servers, which end workers with expired timers. Mirrors ``torch.distributed.elastic.timer.TimerServer``.
 
     Args:
-        request_queue: where the requests come from.
-        max_interval: seconds that the server waits for a request at most.
-        daemon: whether the server's thread lets the process end.
+        request_queue: queue of requests.
+        max_interval: maximum time in seconds that the server waits for a request.
+        daemon: whether the server's thread is a daemon thread.
     """
 
     def __init__(self, request_queue: RequestQueue, max_interval: float, daemon: bool = True) -> None:
@@ -116,38 +119,38 @@ class TimerServer(TorchVirtual, abc.ABC):
         """Start and release timers.
 
         Args:
-            timer_requests: in their order.
+            timer_requests: requests in the order of their arrival.
         """
 
     @abc.abstractmethod
     def clear_timers(self, worker_ids: set[Any]) -> None:
-        """Forget all timers of some workers.
+        """Release all timers of some workers.
 
         Args:
-            worker_ids: the workers.
+            worker_ids: ids of the workers.
         """
 
     @abc.abstractmethod
     def get_expired_timers(self, deadline: float) -> dict[str, list[TimerRequest]]:
-        """Return the timers that have expired, by worker.
+        """Return the expired timers by worker id.
 
         Args:
-            deadline: by when, in seconds since the epoch.
+            deadline: timers that expire at this time or earlier are returned, in seconds since the epoch.
         """
 
     @abc.abstractmethod
     def _reap_worker(self, worker_id: Any) -> bool:
-        """End a worker; return whether that is done. If this raises, it counts as done."""
+        """End a worker; return whether it has ended or does not exist. An exception counts as ended."""
 
     def _reap_worker_no_throw(self, worker_id: Any) -> bool:
         try:
             return self._reap_worker(worker_id)
         except Exception:
-            logger.exception("failed to end worker %s; its timers are forgotten", worker_id)
+            logger.exception("failed to end worker %s; its timers are released", worker_id)
             return True
 
     def _next_interval(self) -> float:
-        """Seconds to wait for a request at most."""
+        """Return the maximum time in seconds to wait for a request."""
         return self._max_interval
 
     def _watchdog_loop(self) -> None:
@@ -178,13 +181,13 @@ class TimerServer(TorchVirtual, abc.ABC):
         return [request.scope_id for request in timer_requests]
 
     def start(self) -> None:
-        """Start to serve, in a thread."""
+        """Start the server's thread."""
         logger.info("Starting %s... max_interval=%s, daemon=%s", type(self).__name__, self._max_interval, self._daemon)
         self._watchdog_thread = threading.Thread(target=self._watchdog_loop, name="ferro-timer", daemon=self._daemon)
         _threads.start(self._watchdog_thread)
 
     def stop(self) -> None:
-        """Stop to serve. Waits for the thread for ``max_interval`` seconds at most."""
+        """Stop the server's thread. Waits up to ``max_interval`` seconds for its end."""
         logger.info("Stopping %s", type(self).__name__)
         self._stop_signaled = True
         if self._watchdog_thread is None:
@@ -201,15 +204,15 @@ def configure(timer_client: TimerClient | None) -> None:
     """Set the client that :func:`expires` uses. Mirrors ``torch.distributed.elastic.timer.configure``.
 
     Args:
-        timer_client: the client; ``None`` takes the former one away.
+        timer_client: the client; ``None`` removes the current client.
     """
-    global _timer_client  # noqa: PLW0603 - what this function is for
+    global _timer_client  # noqa: PLW0603 - process-wide setting
     _timer_client = timer_client
     logger.info("Timer client configured to: %s", type(timer_client).__name__)
 
 
 def expires(after: float, scope: str | None = None, client: TimerClient | None = None) -> _Expiring:
-    """Give a ``with`` block, or a decorated function, so many seconds; the server ends the process if it takes longer.
+    """Set a deadline for a ``with`` block or a decorated function. The server ends the process if it misses the deadline.
 
     Mirrors ``torch.distributed.elastic.timer.expires``::
 
@@ -217,13 +220,16 @@ def expires(after: float, scope: str | None = None, client: TimerClient | None =
             all_reduce(...)
 
     Args:
-        after: seconds that the block has.
-        scope: what to call it; by default the line of the caller, as ``file#line``. Whoever enters the same scope again, as a
-            recursive function does, starts its timer anew, and the first to leave it releases it.
-        client: whom to tell; by default the one that was given to :func:`configure`.
+        after: timeout in seconds.
+        scope: name of the timer; the caller's ``file#line`` by default. Entering a scope again, for instance by recursion, restarts its
+            timer. The first exit from the scope releases the timer.
+        client: timer client; the client of :func:`configure` by default.
+
+    Returns:
+        A context manager, which is also a decorator.
 
     Raises:
-        RuntimeError: on entry, there is no client.
+        RuntimeError: no client is configured. Raised on entry to the block.
     """
     if scope is None:
         caller = sys._getframe(1)  # noqa: SLF001 - the only way that does not read source files
@@ -232,7 +238,7 @@ def expires(after: float, scope: str | None = None, client: TimerClient | None =
 
 
 class _Expiring:
-    """What :func:`expires` returns."""
+    """Context manager and decorator of :func:`expires`."""
 
     __slots__ = ("_acquired_by", "_after", "_client", "_scope")
 

@@ -1,7 +1,7 @@
 """Mirror of ``torch.distributed.elastic.timer.debug_info_logging``.
 
-Intended difference: it is called when the processes have been signalled, where torch calls it before. What the processes were doing is
-gathered natively before the signal (see :class:`ferroelastic.timer.FileTimerServer`, ``evidence_s``).
+Intended difference: the function is called after the processes are signalled; torch calls it before. The engine collects evidence about the
+processes before the signal, see ``evidence_s`` of :class:`ferroelastic.timer.FileTimerServer`.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ logger = get_logger(__name__)
 
 
 def log_debug_info_for_expired_timers(run_id: str, expired_timers: dict[int, list[str]]) -> None:
-    """Log the timers that have expired. Programs replace this function to do more.
+    """Log expired timers. Programs may replace this function to log more.
 
     Mirrors ``torch.distributed.elastic.timer.debug_info_logging.log_debug_info_for_expired_timers``.
 
     Args:
-        run_id: id of the run.
-        expired_timers: by process id, the timers as JSON.
+        run_id: run id of the job.
+        expired_timers: expired timers as JSON, by process id.
     """
     if expired_timers:
         logger.info("Timers expired for run:[%s] [%s].", run_id, expired_timers)

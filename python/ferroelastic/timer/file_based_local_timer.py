@@ -1,16 +1,15 @@
 """Mirror of ``torch.distributed.elastic.timer.file_based_local_timer``.
 
-The wire format is torch's: clients and servers of both packages understand each other. Intended differences:
+The wire format is torch's, so clients and servers of both packages interoperate. Intended differences:
 
-* The client opens the pipe once and writes once per request. Where the pipe is full or its reader has gone it neither raises nor blocks:
-  the request is kept and sent before the next one. Where there never was a server it raises as in torch, but waits only once.
-* The server's pipe is read and its deadlines are kept natively, whatever Python is doing. A deadline is acted on when it comes,
-  and a step of the system's clock moves none; ``max_interval`` has no meaning. A line that is not understood costs itself
-  alone, and is reported.
-* Only processes of this one's are signalled: descendants, and the sessions of its workers.
-* A pipe that another process serves is an error; torch takes it away from that process.
-* ``log_event`` and the debug hook are called when a process has been signalled, in a thread. With ``reap_server=False`` the server does not
-  signal its own process after that.
+* The client opens the pipe once and writes once per request. If the pipe is full or has lost its reader, the client neither raises nor
+  blocks: the request is queued and sent before the next one. Without a server from the start it raises as in torch, but waits only once.
+* The engine reads the pipe and keeps the deadlines, independent of the GIL. It acts at each deadline. A change of the system clock moves no
+  deadline. ``max_interval`` is ignored. A malformed line is reported and does not affect other lines.
+* The server signals only descendants of its process and processes in the sessions of its workers.
+* A pipe that another process serves is an error. torch replaces that process's pipe.
+* ``log_event`` and the debug hook are called after a process was signalled, in a thread. With ``reap_server=False`` the server does not
+  signal its own process afterwards.
 """
 
 from __future__ import annotations
@@ -49,13 +48,13 @@ _JOIN_TIMEOUT_S = 5.0
 
 
 class FileTimerRequest(TimerRequest):
-    """A request of a process of this host. Mirrors ``torch.distributed.elastic.timer.FileTimerRequest``.
+    """A timer request with a signal. Mirrors ``torch.distributed.elastic.timer.FileTimerRequest``.
 
     Args:
         worker_pid: process id of the worker.
         scope_id: see :class:`TimerRequest`.
         expiration_time: see :class:`TimerRequest`.
-        signal: what ends the worker; 0 or less does not.
+        signal: number of the signal that is sent to the worker when the timer expires; 0 or less sends none.
     """
 
     def __init__(self, worker_pid: int, scope_id: str, expiration_time: float, signal: int = 0) -> None:
@@ -77,19 +76,20 @@ class FileTimerRequest(TimerRequest):
     __hash__ = None  # as in TimerRequest
 
     def to_json(self) -> str:
-        """Return the request in the wire format, without the line's end."""
+        """Return the request in the wire format, without the line end."""
         return encode(self.version, self.worker_pid, self.scope_id, self.expiration_time, self.signal)
 
 
 class FileTimerClient(TimerClient):
-    """Asks the server of this host through its named pipe. Mirrors ``torch.distributed.elastic.timer.FileTimerClient``.
+    """Sends requests through the named pipe of a server. Mirrors ``torch.distributed.elastic.timer.FileTimerClient``.
 
-    A client in a worker also lets the agent see the worker's Python stacks when a timer expires: it arms a dump by ``faulthandler``
-    on a real-time signal (``STACKS_SIGNAL``), unless the program uses that signal, to a file beside the worker's error file.
+    A client in a worker also arms a dump of the worker's Python stacks, which the agent requests when a timer expires. ``faulthandler``
+    writes it to a file beside the worker's error file, on a real-time signal (``SIGRTMIN + 13``). If the program uses that signal, the dump
+    is not armed.
 
     Args:
-        file_path: path of the pipe; the agent tells it in ``TORCHELASTIC_TIMER_FILE``.
-        signal: what ends this process when a timer expires; 0 or less does not.
+        file_path: path of the pipe. In workers, the environment variable ``TORCHELASTIC_TIMER_FILE`` has this path.
+        signal: number of the signal that is sent to this process when a timer expires; 0 or less sends none.
     """
 
     def __init__(self, file_path: str, signal: int = SIGKILL) -> None:
@@ -99,7 +99,7 @@ class FileTimerClient(TimerClient):
 
     @property
     def signal(self) -> int:
-        """What ends this process when a timer expires."""
+        """Number of the signal that is sent to this process when a timer expires."""
         return self._signal
 
     @signal.setter
@@ -109,33 +109,37 @@ class FileTimerClient(TimerClient):
 
     @property
     def unsent(self) -> int:
-        """Requests that could not be sent so far; they are sent before the next one."""
+        """Number of queued requests. They are sent before the next request. Not in torch."""
         return self._pipe.unsent
 
     @property
     def delayed(self) -> int:
-        """Requests, all told, that could not be sent when they were made."""
+        """Number of requests that were queued since the creation of this client. Not in torch."""
         return self._pipe.delayed
 
     @property
     def path(self) -> str:
-        """Path of the pipe (not in torch)."""
+        """Path of the pipe. Not in torch."""
         return self._file_path
 
     def _send_request(self, request: FileTimerRequest) -> None:
         self._pipe.send(request.worker_pid, request.scope_id, request.to_json())
 
     def start_heartbeat(self, scope_id: str, expiration_time: float, slot: int, timeout_s: float) -> bool:
-        """Start a timer that beats in a slot postpone; for :func:`ferroelastic.timer.heartbeat`. Not in torch.
+        """Start a timer that heartbeats postpone, for :func:`ferroelastic.timer.heartbeat`. Not in torch.
 
         Args:
-            scope_id: scope of the timer.
-            expiration_time: deadline of the first beat, in seconds since the epoch.
-            slot: index of the slot.
-            timeout_s: longest time between two beats, in seconds.
+            scope_id: name of the scope.
+            expiration_time: deadline of the first heartbeat in seconds since the epoch.
+            slot: index of the heartbeat slot.
+            timeout_s: maximum time between two heartbeats in seconds.
 
         Returns:
-            Whether the request was sent; otherwise it is dropped.
+            ``True`` if the request was sent; ``False`` if it was dropped.
+
+        Raises:
+            BrokenPipeError: no server has ever served the pipe.
+            RuntimeError: the scope is too long.
         """
         request = FileTimerRequest(getpid(), scope_id, expiration_time, self.signal)
         self._pipe.send(request.worker_pid, scope_id, encode_heartbeat(request.to_json(), slot, timeout_s))
@@ -149,7 +153,7 @@ class FileTimerClient(TimerClient):
             RuntimeError: the scope is too long.
         """
         pid = getpid()
-        # The same text as from `json.dumps`, in a fraction of the time. JSON spells numbers that are not finite differently.
+        # Fast path with the same text as `json.dumps`, for finite numbers only: `repr` and JSON differ for the others.
         if type(expiration_time) is float and expiration_time - expiration_time == 0.0 and type(scope_id) is str:
             scope = encode_basestring_ascii(scope_id)
             request = join(VERSION, pid, scope, repr(expiration_time), self._signal_as_json)
@@ -158,7 +162,7 @@ class FileTimerClient(TimerClient):
         self._pipe.send(pid, scope_id, request)
 
     def release(self, scope_id: str) -> None:
-        """Forget the timer of a scope; see :meth:`TimerClient.release`.
+        """Release the timer of a scope; see :meth:`TimerClient.release`.
 
         Raises:
             BrokenPipeError: there never was a server.
@@ -172,35 +176,35 @@ class FileTimerClient(TimerClient):
         self._pipe.send(pid, scope_id, request)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what another process needs; it opens the pipe itself."""
+        """Return the state to pickle, without the open pipe."""
         return {name: value for name, value in self.__dict__.items() if name != "_pipe"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take what another process has given."""
+        """Restore a pickled client. It opens the pipe on its first request."""
         self.__dict__.update(state)
         self._pipe = Pipe(self._file_path)
 
 
 class FileTimerServer:
-    """Ends processes of this host whose timers expire. Mirrors ``torch.distributed.elastic.timer.FileTimerServer``.
+    """Signals processes of this host when their timers expire. Mirrors ``torch.distributed.elastic.timer.FileTimerServer``.
 
-    The pipe is there when the constructor returns, and served from :meth:`start` on.
+    The constructor creates the pipe. :meth:`start` begins to serve it.
 
     Args:
-        file_path: path of the pipe to be made.
-        run_id: id of the run, for the log.
-        max_interval: not used; torch's server looks at its timers this often, in seconds.
-        daemon: whether the thread that reports lets the process end.
-        log_event: called with what has happened and, where it is about one, the request: ``"watchdog started"``, ``"timer expired"``,
-            ``"kill worker process"``, ``"watchdog stopped"``.
-        reap_server: whether the server also signals its own process when it has signalled another, as torch's does. An agent that
-            starts its workers again does not want that.
-        evidence_s: seconds that it may take, before a process is signalled, to find out what the workers are doing; see
-            :meth:`set_workers`. 0 finds out nothing.
-        py_spy: program to ask for the Python stacks of workers that have not armed a dump of their own; ``None`` asks nobody.
+        file_path: path of the pipe, which is created.
+        run_id: run id of the job, for the log.
+        max_interval: ignored. The polling interval of torch's server in seconds.
+        daemon: whether the reporting thread is a daemon thread.
+        log_event: callback with the name of an event and its request (or ``None``). The events are ``"watchdog started"``,
+            ``"timer expired"``, ``"kill worker process"`` and ``"watchdog stopped"``.
+        reap_server: whether the server also signals its own process after it has signalled another process, as torch's server does. An
+            agent that restarts its workers passes ``False``. Not in torch.
+        evidence_s: timeout in seconds to collect evidence about the workers before a process is signalled, see :meth:`set_workers`.
+            0 collects none. Not in torch.
+        py_spy: path of the program py-spy, for the stacks of workers without their own stack dump. ``None`` uses none. Not in torch.
 
     Raises:
-        OSError: the pipe cannot be made; ``EADDRINUSE`` where another process serves it.
+        OSError: the pipe cannot be created. The errno is ``EADDRINUSE`` if another process serves it.
     """
 
     def __init__(
@@ -231,12 +235,12 @@ class FileTimerServer:
         self._last_counts = self._native.counts()
         self._last_timers: dict[tuple[int, str], FileTimerRequest] = {}
         self._is_closed = False
-        self._reported = 0
+        self._reported_dropped = 0
 
     @property
     def _timers(self) -> dict[tuple[int, str], FileTimerRequest]:
-        """The armed timers by process and scope, earliest first; when the server has stopped, those that were armed then."""
-        armed = self._ask(self._native.timers, None)
+        """The armed timers by process and scope, earliest first. After the stop: the timers that were armed at the stop."""
+        armed = self._query(self._native.timers, None)
         if armed is not None:
             earliest_first = sorted(armed, key=lambda timer: timer[2])
             self._last_timers = {timer[:2]: FileTimerRequest(*timer) for timer in earliest_first}
@@ -244,19 +248,19 @@ class FileTimerServer:
 
     @property
     def _counts(self) -> _rust.WatchdogCounts:
-        self._last_counts = self._ask(self._native.counts, self._last_counts)
+        self._last_counts = self._query(self._native.counts, self._last_counts)
         return self._last_counts
 
-    def _ask(self, question: Callable[[], T], otherwise: U) -> T | U:
-        """Ask the native server, for as long as there is one."""
+    def _query(self, function: Callable[[], T], default: U) -> T | U:
+        """Call ``function`` of the native server; return ``default`` if the server is closed."""
         try:
-            return otherwise if self._is_closed else question()
-        except RuntimeError:  # closed meanwhile
-            return otherwise
+            return default if self._is_closed else function()
+        except RuntimeError:  # closed by another thread
+            return default
 
     @property
     def _request_count(self) -> int:
-        """How many requests were understood."""
+        """Number of valid requests."""
         return self._counts.requests
 
     @property
@@ -268,19 +272,19 @@ class FileTimerServer:
         return self.get_last_progress_time()
 
     def start(self) -> None:
-        """Start to serve. Doing so again makes the pipe anew if somebody has removed it, and nothing else."""
+        """Start to serve the pipe. A second call only creates the pipe again if it was removed."""
         self._native.start()
         if self._watchdog_thread is not None:
             return
         logger.info("Starting %s... daemon=%s, file_path=%s", type(self).__name__, self._daemon, self._file_path)
         self._watchdog_thread = threading.Thread(target=self._watchdog_loop, name="ferro-timer", daemon=self._daemon)
         _threads.start(self._watchdog_thread)
-        # The thread must be gone before the interpreter is; the engine's own hook runs after this one, which is registered later.
+        # The thread must end before the interpreter. This hook is registered after the engine's hook, so it runs first.
         atexit.register(self._close)
         self._log_event("watchdog started", None)
 
     def stop(self) -> None:
-        """Stop to serve, and remove the pipe. In a forked process this does nothing."""
+        """Stop to serve the pipe and remove it. Does nothing in a forked process."""
         if self._owner_pid != os.getpid():
             return
         logger.info("Stopping %s", type(self).__name__)
@@ -288,19 +292,19 @@ class FileTimerServer:
         self._log_event("watchdog stopped", None)
 
     def run_once(self) -> None:
-        """Deal with all that has been sent so far, and stop to serve."""
+        """Process all requests that were sent until now, then stop to serve the pipe."""
         self._run_once = True
         if self._watchdog_thread is not None:
             self._native.drain()
         self._close()
 
     def _close(self) -> None:
-        """Close the pipe, and let the thread report what is left to report."""
+        """Close the pipe and let the thread report the last events."""
         if self._owner_pid != os.getpid():
             return
         self._stop_signaled = True
         if not self._is_closed:
-            self._timers, self._counts  # noqa: B018 - the last look at both
+            self._timers, self._counts  # noqa: B018 - both properties store the last values
             self._is_closed = True
             self._native.close()
         atexit.unregister(self._close)
@@ -309,14 +313,14 @@ class FileTimerServer:
         if thread is not None and thread is not threading.current_thread():
             thread.join(_JOIN_TIMEOUT_S)
             self._watchdog_thread = None
-        self._report_broken()
+        self._warn_of_dropped_requests()
 
     @staticmethod
     def is_process_running(pid: int) -> bool:
-        """Tell whether there is a process that this one may signal.
+        """Return whether a process exists and this process may signal it.
 
         Args:
-            pid: its id.
+            pid: process id.
         """
         try:
             os.kill(pid, 0)
@@ -332,12 +336,12 @@ class FileTimerServer:
                 logger.exception("Error running watchdog")
 
     def _report(self, expiries: Sequence[_rust.Expiry]) -> None:
-        """Tell everybody of timers that have expired and were dealt with."""
+        """Call the hooks and log the outcome for timers that have expired."""
         by_pid: dict[int, list[_rust.Expiry]] = {}
         for expiry in sorted(expiries, key=lambda expiry: expiry.expiration_time):
             by_pid.setdefault(expiry.pid, []).append(expiry)
         requests = {pid: [_request_of(expiry) for expiry in expired] for pid, expired in by_pid.items()}
-        # By its name in this module, which is where programs replace it.
+        # Looked up in this module, because programs replace the function here.
         log_debug_info_for_expired_timers(
             self._run_id, {pid: [request.to_json() for request in expired] for pid, expired in requests.items()}
         )
@@ -352,42 +356,43 @@ class FileTimerServer:
                     break
             else:
                 logger.info("No signal specified with worker=[%s]. Do not reap it.", pid)
-        self._report_broken()
+        self._warn_of_dropped_requests()
         if self._reap_server and last_signal > 0:
             logger.info("Terminating the server process=[%s] because of expired timers", os.getpid())
             self._reap_worker(os.getpid(), last_signal)
 
     def _report_outcome(self, expiry: _rust.Expiry, request: FileTimerRequest) -> bool:
-        """Tell whether the process is one that the server has ended, or that has ended by itself meanwhile."""
+        """Log the outcome of an expired timer; return whether the process was signalled or has ended."""
         if expiry.outcome == "signalled":
             logger.info("Successfully reaped worker=[%s] with signal=%s", expiry.pid, expiry.signal)
         elif expiry.outcome == "gone":
             logger.info("Process with pid=%s does not exist. Skipping", expiry.pid)
         else:
-            stranger = (
-                "it is no worker of this agent nor started by one (a worker in another pid namespace has other numbers)"
-            )
-            reason = stranger if expiry.outcome == "not ours" else "permission denied"
+            not_ours = "it is neither a worker of this agent nor a descendant of one (pids of another pid namespace do not match)"
+            reason = not_ours if expiry.outcome == "not ours" else "permission denied"
             logger.error(
-                "timer %r of process %s has expired, but it is left alone: %s", expiry.scope, expiry.pid, reason
+                "timer %r of process %s has expired, but the process was not signalled: %s",
+                expiry.scope,
+                expiry.pid,
+                reason,
             )
             return False
         self._log_event("kill worker process", request)
         return True
 
-    def _report_broken(self) -> None:
-        """Warn of requests that were dropped since the last warning: broken ones, as in /metrics, and refused ones."""
+    def _warn_of_dropped_requests(self) -> None:
+        """Warn of requests that were dropped since the last warning: broken ones, as counted in /metrics, and refused ones."""
         counts = self._counts
         broken = counts.broken + counts.oversized + counts.unknown_version
         dropped = broken + counts.refused
-        if dropped > self._reported:
+        if dropped > self._reported_dropped:
             logger.warning(
-                "%d requests of timers at %s were dropped. In total %d were broken (%d malformed, %d too long, %d of an unknown"
+                "dropped %d timer requests at %s. In total %d were broken (%d malformed, %d too long, %d of an unknown"
                 " version) and %d were refused; the newest: %s",
-                *(dropped - self._reported, self._file_path, broken, counts.broken, counts.oversized),
+                *(dropped - self._reported_dropped, self._file_path, broken, counts.broken, counts.oversized),
                 *(counts.unknown_version, counts.refused, counts.last_broken),
             )
-            self._reported = dropped
+            self._reported_dropped = dropped
 
     def _get_scopes(self, timer_requests: list[FileTimerRequest]) -> list[str]:
         return [request.scope_id for request in timer_requests]
@@ -403,10 +408,10 @@ class FileTimerServer:
         return True
 
     def register_timers(self, timer_requests: list[FileTimerRequest]) -> None:
-        """Start and release timers as if they had been asked for through the pipe.
+        """Start and release timers, as requests through the pipe do.
 
         Args:
-            timer_requests: in their order.
+            timer_requests: requests in the order of their arrival.
         """
         self._native.register(
             [
@@ -416,19 +421,19 @@ class FileTimerServer:
         )
 
     def clear_timers(self, worker_pids: set[int]) -> None:
-        """Forget all timers of some processes, and those of processes that have ended.
+        """Release all timers of some processes, and of processes that have ended.
 
         Args:
-            worker_pids: the processes.
+            worker_pids: process ids.
         """
         ended = {pid for pid, _ in self._timers if not self.is_process_running(pid)}
         self._native.clear(list(ended | set(worker_pids)))
 
     def get_expired_timers(self, deadline: float) -> dict[int, list[FileTimerRequest]]:
-        """Return the armed timers that will have expired, by process.
+        """Return the expired timers by process id.
 
         Args:
-            deadline: by when, in seconds since the epoch.
+            deadline: timers that expire at this time or earlier are returned, in seconds since the epoch.
         """
         expired: dict[int, list[FileTimerRequest]] = {}
         for request in self._timers.values():
@@ -437,28 +442,28 @@ class FileTimerServer:
         return expired
 
     def get_last_progress_time(self) -> int:
-        """Return when all was well the last time, in seconds since the epoch.
+        """Return the time of the last progress in seconds since the epoch.
 
-        That is now, unless a process has missed a deadline and is still there: then it is that deadline.
+        This is the current time. If a process has missed a deadline and still runs, it is that deadline.
         """
-        return int(time.time() - self._ask(self._native.overdue_s, 0.0))
+        return int(time.time() - self._query(self._native.overdue_s, 0.0))
 
     def set_workers(self, workers: Iterable[tuple[int, str, str]]) -> None:
-        """Say which processes are workers: when a timer of one of them expires, all are looked at before it is signalled.
+        """Set the workers. When a timer of one expires, evidence about all of them is collected before the signal. Not in torch.
 
         Args:
-            workers: of each its process id, what to call it, and an existing folder that the files with the evidence go to, or "" for no
-                evidence. Takes the place of the former list.
+            workers: process id, name and evidence folder of each worker. The folder must exist; ``""`` collects no evidence.
+                Replaces the previous list. The evidence is the state of each process and its stacks.
         """
         self._native.workers(list(workers))
 
     def expiry(self, pid: int) -> _rust.Expiry | None:
-        """Return the last timer over which a process was signalled.
+        """Return the last timer that caused a signal to a process, or ``None``. Not in torch.
 
         Args:
-            pid: the process; of a worker also the timers of its descendants count.
+            pid: process id. For a worker, the timers of its descendants are included.
         """
-        return self._ask(lambda: self._native.expiry(pid), None)
+        return self._query(lambda: self._native.expiry(pid), None)
 
 
 def _ignore(name: str, request: FileTimerRequest | None) -> None:

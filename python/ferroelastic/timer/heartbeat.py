@@ -1,4 +1,4 @@
-"""A heartbeat: a timer that a loop puts off at every step, without asking anybody. Not in torch."""
+"""Heartbeats: timers that a loop postpones in every step with a write to shared memory. Not in torch."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _ENABLE_ENV = "TORCHELASTIC_ENABLE_FILE_TIMER"
 
 
 class Heartbeat:
-    """What :func:`heartbeat` returns; as a context manager it closes itself.
+    """A heartbeat of this process, created by :func:`heartbeat`. A context manager that calls :meth:`close` on exit.
 
     Attributes:
-        beat: says that the process is alive. A store to shared memory, without a system call or a lock: cheap at every step. In a forked
-            process it raises ``ForkedError``.
+        beat: function that records a heartbeat. It stores to shared memory without a system call or a lock. In a forked process it raises
+            ``ForkedError``.
     """
 
     __slots__ = ("_client", "_pid", "_scope", "_slot", "beat")
@@ -44,11 +44,11 @@ class Heartbeat:
         self.beat = slot.beat
 
     def close(self) -> None:
-        """End the watch: from now on no beat is expected. Doing so again, or in a forked process, does nothing."""
+        """Release the timer: no heartbeat is expected any more. Idempotent. Does nothing in a forked process."""
         if self._slot is None or self._pid != os.getpid():
             return
         slot, self._slot = self._slot, None
-        # In this order: a slot may be given to another process at once.
+        # Release the timer first, because another process may claim a closed slot immediately.
         try:
             self._client.release(self._scope)
         finally:
@@ -62,21 +62,21 @@ class Heartbeat:
 
 
 def heartbeat(scope: str, timeout_s: float, *, client: FileTimerClient | None = None) -> Heartbeat:
-    """Have the agent end this process when it has not beaten for a time.
+    """Start a heartbeat. The agent ends this process if it misses a heartbeat.
 
     Args:
-        scope: what to call the work, see :func:`ferroelastic.timer.expires`.
-        timeout_s: seconds from one beat to the next at most.
-        client: whom to tell, and with which signal; by default a client of ``TORCHELASTIC_TIMER_FILE``.
+        scope: name of the timer, see :func:`ferroelastic.timer.expires`.
+        timeout_s: maximum time between two heartbeats in seconds.
+        client: timer client, which also sets the signal; a client of ``TORCHELASTIC_TIMER_FILE`` by default.
 
     Returns:
-        The heartbeat. The first beat is due ``timeout_s`` seconds from now.
+        The heartbeat. The deadline of the first heartbeat is ``timeout_s`` seconds from now.
 
     Raises:
         ValueError: ``timeout_s`` is not positive or not finite.
-        RuntimeError: no watchdog serves this process, it is one that knows no heartbeats, or it does not read its pipe.
-        BrokenPipeError: the watchdog is not there.
-        OSError: all its heartbeats are in use.
+        RuntimeError: this process has no watchdog, the watchdog does not support heartbeats, or it does not read its pipe.
+        BrokenPipeError: the watchdog does not run.
+        OSError: all heartbeat slots are in use.
     """
     if not (timeout_s > 0 and math.isfinite(timeout_s)):
         raise ValueError(f"timeout_s of heartbeat {scope!r} must be positive and finite (seconds), got {timeout_s}")
@@ -105,14 +105,14 @@ def _claim(client: FileTimerClient, scope: str) -> BeatSlot:
         return BeatSlot(path + BEATS_SUFFIX)
     except FileNotFoundError:
         if not os.path.exists(path):
-            raise BrokenPipeError(f"heartbeat {scope!r} has no watchdog: nobody serves {path}") from None
+            raise BrokenPipeError(f"heartbeat {scope!r} has no watchdog: no process serves {path}") from None
         raise RuntimeError(
-            f"the watchdog at {path} knows no heartbeats, it is torch's: use timer.expires(), or ferrorun in place of torchrun"
+            f"the watchdog at {path} does not support heartbeats (torch's watchdog): use timer.expires(), or ferrorun instead of torchrun"
         ) from None
 
 
 def _arm(slot: BeatSlot, client: FileTimerClient, scope: str, timeout_s: float) -> None:
     slot.beat()
     if not client.start_heartbeat(scope, time.time() + timeout_s, slot.index, timeout_s):
-        # An unsent request waits for the next one, which a process that hangs never sends.
-        raise RuntimeError(f"heartbeat {scope!r} could not be started: the watchdog does not read its pipe")
+        # A queued request is sent with the next one, which a hung process never sends.
+        raise RuntimeError(f"failed to start heartbeat {scope!r}: the watchdog does not read its pipe")

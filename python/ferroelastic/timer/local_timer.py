@@ -1,7 +1,7 @@
 """Mirror of ``torch.distributed.elastic.timer.local_timer``.
 
-Intended difference: the server waits for the next deadline, if that comes before its ``max_interval`` is over. torch is late by up to
-``max_interval``, a minute by default.
+Intended difference: the server wakes up at the next deadline, even before the end of ``max_interval``. torch acts up to ``max_interval``
+late, a minute by default.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _RELEASE = -1
 
 
 class LocalTimerClient(TimerClient):
-    """Asks through a queue of ``multiprocessing``; the worker's id is its pid. Mirrors torch's ``LocalTimerClient``.
+    """Sends requests through a queue of ``multiprocessing``. The worker id is the pid. Mirrors torch's ``LocalTimerClient``.
 
     Args:
-        mp_queue: queue that the server reads.
+        mp_queue: queue of the server.
     """
 
     def __init__(self, mp_queue: Queue[TimerRequest]) -> None:
@@ -40,30 +40,30 @@ class LocalTimerClient(TimerClient):
         self._mp_queue.put(TimerRequest(os.getpid(), scope_id, expiration_time))
 
     def release(self, scope_id: str) -> None:
-        """Forget the timer of a scope; see :meth:`TimerClient.release`."""
+        """Release the timer of a scope; see :meth:`TimerClient.release`."""
         self._mp_queue.put(TimerRequest(os.getpid(), scope_id, _RELEASE))
 
 
 class MultiprocessingRequestQueue(RequestQueue):
-    """A queue of ``multiprocessing`` with requests. Mirrors torch's ``MultiprocessingRequestQueue``.
+    """Request queue over a queue of ``multiprocessing``. Mirrors torch's ``MultiprocessingRequestQueue``.
 
     Args:
-        mp_queue: the queue.
+        mp_queue: queue of the clients and the server.
     """
 
     def __init__(self, mp_queue: Queue[TimerRequest]) -> None:
         self._mp_queue = mp_queue
 
     def size(self) -> int:
-        """Return how many requests wait."""
+        """Return the number of queued requests; see :meth:`RequestQueue.size`."""
         return self._mp_queue.qsize()
 
     def get(self, size: int, timeout: float) -> list[TimerRequest]:
-        """Take requests out; see :meth:`RequestQueue.get`."""
+        """Wait for requests and remove them from the queue; see :meth:`RequestQueue.get`."""
         requests: list[TimerRequest] = []
         deadline = time.monotonic() + timeout
         remaining = timeout
-        # What is there is taken also when the time is over: a release must not be overlooked.
+        # Read queued requests even after the timeout, because a release may be among them.
         while len(requests) < size:
             try:
                 requests.append(self._mp_queue.get(timeout=max(0.0, remaining)))
@@ -74,18 +74,18 @@ class MultiprocessingRequestQueue(RequestQueue):
 
 
 class LocalTimerServer(TimerServer):
-    """Ends processes of this host, by SIGKILL. Mirrors torch's ``LocalTimerServer``.
+    """Kills processes of this host with SIGKILL when their timers expire. Mirrors torch's ``LocalTimerServer``.
 
     Args:
-        mp_queue: queue that the clients write to.
-        max_interval: seconds that the server waits for a request at most.
-        daemon: whether the server's thread lets the process end.
+        mp_queue: queue of the clients.
+        max_interval: maximum time in seconds that the server waits for a request.
+        daemon: whether the server's thread is a daemon thread.
     """
 
     def __init__(self, mp_queue: Queue[TimerRequest], max_interval: float = 60, daemon: bool = True) -> None:
         super().__init__(MultiprocessingRequestQueue(mp_queue), max_interval, daemon)
         self._timers: dict[tuple[Any, str], TimerRequest] = {}
-        self._looked_at = 0.0  # up to when timers have been looked at, in seconds since the epoch
+        self._checked_until = 0.0  # deadline of the last check for expired timers, in seconds since the epoch
 
     def register_timers(self, timer_requests: list[TimerRequest]) -> None:
         """Start and release timers; see :meth:`TimerServer.register_timers`."""
@@ -97,12 +97,12 @@ class LocalTimerServer(TimerServer):
                 self._timers[key] = request
 
     def clear_timers(self, worker_ids: set[int]) -> None:
-        """Forget all timers of some processes; see :meth:`TimerServer.clear_timers`."""
+        """Release all timers of some processes; see :meth:`TimerServer.clear_timers`."""
         self._timers = {key: request for key, request in self._timers.items() if key[0] not in worker_ids}
 
     def get_expired_timers(self, deadline: float) -> dict[Any, list[TimerRequest]]:
-        """Return the timers that have expired, by process id; see :meth:`TimerServer.get_expired_timers`."""
-        self._looked_at = deadline
+        """Return the expired timers by process id; see :meth:`TimerServer.get_expired_timers`."""
+        self._checked_until = deadline
         expired: dict[Any, list[TimerRequest]] = {}
         for request in self._timers.values():
             if request.expiration_time <= deadline:
@@ -110,9 +110,11 @@ class LocalTimerServer(TimerServer):
         return expired
 
     def _next_interval(self) -> float:
-        # A timer that has been looked at and is still there belongs to a process that could not be ended: no use to hurry.
-        ahead = [at for at in (timer.expiration_time for timer in self._timers.values()) if at > self._looked_at]
-        return max(0.0, min([self._max_interval, *(at - time.time() for at in ahead)]))
+        # Skip checked timers: their processes could not be killed, and a retry at the normal interval is sufficient.
+        deadlines = [
+            timer.expiration_time for timer in self._timers.values() if timer.expiration_time > self._checked_until
+        ]
+        return max(0.0, min([self._max_interval, *(deadline - time.time() for deadline in deadlines)]))
 
     def _reap_worker(self, worker_id: int) -> bool:
         try:

@@ -1,6 +1,6 @@
-"""The name of this host, looked up once per process and in the background.
+"""The name of this host, resolved once per process in the background.
 
-torch asks the resolver again for every event and every failure. A slow DNS server therefore delays the loop and the end of its agent.
+torch calls the resolver for every event and every failure, so a slow DNS server delays the loop and the end of its agent.
 """
 
 from __future__ import annotations
@@ -14,33 +14,33 @@ from ferroelastic.utils import _threads
 
 __all__ = ["begin_look_up", "fq_hostname", "hostname_for_report"]
 
-_PATIENCE_S = 0.5
+_RESOLVER_TIMEOUT_S = 0.5
 
 
 class _LookUp:
-    """A look-up under way in a thread."""
+    """A lookup in a thread."""
 
     def __init__(self) -> None:
         self.pid = os.getpid()
         self.short_name = socket.gethostname()
         self.found: str | None = None
-        self.thread = threading.Thread(target=self._ask, name="ferro-resolver", daemon=True)
+        self.thread = threading.Thread(target=self._resolve, name="ferro-resolver", daemon=True)
         _threads.start(self.thread)
 
-    def _ask(self) -> None:
-        # As bytes: for text Python would import the modules of internationalised names.
+    def _resolve(self) -> None:
+        # As bytes, because Python imports the codec for internationalised names for text.
         with suppress(OSError, UnicodeError):
-            hostname, aliases, _ = socket.gethostbyaddr(self.short_name.encode())  # type: ignore[arg-type]  # it takes both
-            self.found = next((one for one in (hostname, *aliases) if "." in one), hostname)
+            hostname, aliases, _ = socket.gethostbyaddr(self.short_name.encode())  # type: ignore[arg-type]  # accepts bytes too
+            self.found = next((name for name in (hostname, *aliases) if "." in name), hostname)
 
 
 _look_up: _LookUp | None = None
 
 
 def begin_look_up() -> bool:
-    """Start to look up the name of this host; return ``False`` if that was started before."""
+    """Start the lookup of this host's name; return ``False`` if it was started before."""
     global _look_up  # noqa: PLW0603 - a process-wide cache
-    # A forked child may be in another UTS namespace, so it starts its own look-up.
+    # A forked child may be in another UTS namespace, so it starts its own lookup.
     if _look_up is not None and _look_up.pid == os.getpid():
         return False
     _look_up = _LookUp()
@@ -48,18 +48,18 @@ def begin_look_up() -> bool:
 
 
 def fq_hostname() -> str:
-    """Return the fully qualified name of this host; its short name if the resolver does not answer within half a second."""
+    """Return the fully qualified name of this host, or its short name if the resolver does not answer within 0.5 s."""
     begin_look_up()
     assert _look_up is not None  # noqa: S101 - for the type checker
     if _look_up.found is None:
-        _look_up.thread.join(_PATIENCE_S)
+        _look_up.thread.join(_RESOLVER_TIMEOUT_S)
     return _look_up.found or _look_up.short_name
 
 
 def hostname_for_report() -> str:
-    """Return the name of this host for a report. Does not wait for a look-up that :func:`begin_look_up` has started before.
+    """Return the name of this host for a report. Does not wait for a lookup that :func:`begin_look_up` started earlier.
 
-    Reports are made while a job fails, stops or ends, and must not delay it.
+    Reports are made while a job fails or stops, and must not delay it.
     """
     if begin_look_up():
         return fq_hostname()

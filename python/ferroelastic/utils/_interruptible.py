@@ -1,8 +1,8 @@
-"""Blocking native calls that still let Python signal handlers run.
+"""Blocking native calls during which Python signal handlers can run.
 
 A store's ``wait`` blocks in C++ for up to its timeout, which is minutes by default. CPython runs signal handlers on the main thread between
-bytecodes, so a handler of SIGTERM would run only after the wait. Here a helper thread makes the call, and the main thread waits for it in a
-way that signals interrupt.
+bytecodes, so a SIGTERM handler would run only after the wait. A helper thread therefore makes the call. The main thread waits for the
+helper, and signals interrupt this wait.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ R = TypeVar("R")
 
 
 class _Completion:
-    """The end of the helper's work, with the interface of a native group for :func:`wait_for_event`."""
+    """The completion of the helper's call, with the interface of a native group for :func:`wait_for_event`."""
 
     def __init__(self) -> None:
         self.read_fd, self.write_fd = os.pipe()
@@ -48,16 +48,16 @@ class _Completion:
 
 
 def call(function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
-    """Call ``function`` so that signal handlers run while it blocks.
+    """Call ``function`` and run signal handlers while it blocks.
 
-    Off the main thread this is a plain call, because no handler runs there. An exception of a handler leaves this function at once. The
-    helper thread (a daemon) runs until ``function`` returns, and its outcome is dropped.
+    On other threads than the main thread this is a plain call, because no handler runs there. If a handler raises, this function raises
+    immediately. The helper is a daemon thread. It runs until ``function`` returns, and the result is dropped.
 
     Returns:
-        What ``function`` returned.
+        The result of ``function``.
 
     Raises:
-        BaseException: what ``function`` raised, or what a signal handler raised.
+        BaseException: ``function`` or a signal handler raised it.
     """
     if threading.current_thread() is not threading.main_thread():
         return function(*args, **kwargs)
@@ -69,7 +69,7 @@ def call(function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
     def body() -> None:
         try:
             results.append(function(*args, **kwargs))
-        except BaseException as error:  # noqa: BLE001 - handed over to the caller
+        except BaseException as error:  # noqa: BLE001 - raised again in the caller
             errors.append(error)
         finally:
             os.close(completion.write_fd)
@@ -90,4 +90,4 @@ def call(function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
             raise errors[0]
         return results[0]
     finally:
-        errors.clear()  # the traceback refers to this frame: break the cycle
+        errors.clear()  # break the reference cycle between the traceback and this frame

@@ -1,4 +1,4 @@
-"""What this package asks of a store: any object with these methods will do, torch's stores among them."""
+"""The store interface that this package uses. torch's stores have it, and other objects with these methods are accepted too."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ class Store(Protocol):
 
     @property
     def timeout(self) -> timedelta:
-        """How long a blocking call waits."""
+        """Timeout of blocking calls."""
 
     def set_timeout(self, timeout: timedelta, /) -> None:
         """Change :attr:`timeout`."""
 
     def set(self, key: str, value: str | bytes, /) -> None:
-        """Store ``value``."""
+        """Set the value of ``key``."""
 
     def get(self, key: str, /) -> bytes:
-        """Return the value, waiting until there is one."""
+        """Wait until ``key`` has a value and return it."""
 
     def add(self, key: str, amount: int, /) -> int:
         """Add to a counter and return its new value."""
 
     def wait(self, keys: list[str], timeout: timedelta = ..., /) -> None:
-        """Block until all keys exist."""
+        """Wait until all keys have values."""
 
     def multi_get(self, keys: list[str], /) -> Sequence[bytes]:
-        """Return several values, waiting until all exist."""
+        """Wait until all keys have values and return them."""
 
     def multi_set(self, keys: list[str], values: list[str], /) -> None:
-        """Store several values."""
+        """Set the values of several keys."""

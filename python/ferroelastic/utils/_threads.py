@@ -1,8 +1,8 @@
-"""Starts threads on stacks that no ended thread has used.
+"""Starts threads on stacks that no other thread has used.
 
-An agent may run in a forked child. A destructor there may join a thread of the parent. glibc identifies that thread by the address of its
-stack, takes it for ended, and reuses such stacks for new threads: the destructor would wait for one of our threads. glibc does not reuse a stack
-for a thread that needs a larger one.
+An agent may run in a forked child, where a destructor may join a thread of the parent. glibc identifies threads by the address of their
+stack. After a fork it reuses the stacks of the parent's threads, so the destructor could wait for a thread of this package. glibc does not
+reuse a stack for a thread that needs a larger one.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ def start(thread: threading.Thread) -> None:
     from ferroelastic import _rust
 
     with _lock:
-        # The size is process-wide: a thread that another module starts now gets the larger stack, too.
-        former = threading.stack_size(_rust.thread_stack_bytes())
+        # The size is process-wide: a thread that another module starts at the same time also gets the larger stack.
+        previous = threading.stack_size(_rust.thread_stack_bytes())
         try:
             thread.start()
         finally:
-            threading.stack_size(former)
+            threading.stack_size(previous)

@@ -1,6 +1,6 @@
 """Mirror of ``torch.distributed.elastic.utils.distributed``.
 
-Intended difference: ``create_c10d_store`` is not here; a store that belongs to torch is torch's to make.
+Intended difference: ``create_c10d_store`` is missing. Use torch's function to create a store of torch.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ __all__ = ["barrier", "get_free_port", "get_logger", "get_socket_with_port"]
 
 
 def get_free_port() -> int:
-    """Return a port of localhost that was free a moment ago.
+    """Return a free port of localhost. Mirrors torch's ``get_free_port``.
 
-    Nothing reserves it: another process may take it first. Prefer port 0 where the one who binds can tell its port.
+    The port is not reserved: another process may use it first. If the listener can report its port, bind port 0 instead.
 
     Raises:
         RuntimeError: no address of localhost could be bound.

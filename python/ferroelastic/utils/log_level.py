@@ -1,6 +1,6 @@
 """Mirror of ``torch.distributed.elastic.utils.log_level``.
 
-Intended difference: ``LOGLEVEL`` may be in lower case or a number, and an error about it names it.
+Intended difference: ``LOGLEVEL`` may be in lower case or a number. The error for an invalid value names the variable.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ _VARIABLE = "LOGLEVEL"
 
 
 def get_log_level() -> str:
-    """Return the level that loggers of this package have unless ``LOGLEVEL`` is set."""
+    """Return the default level of this package's loggers. ``LOGLEVEL`` overrides it."""
     return "WARNING"
 
 
 def chosen_log_level(default: str) -> int | str:
-    """Return the level that the environment variable ``LOGLEVEL`` chooses: a name in any case, or a number.
+    """Return the level in the environment variable ``LOGLEVEL``: a name in any case, or a number. Not in torch.
 
     Args:
-        default: the level if the variable is not set, or empty.
+        default: level if the variable is empty or not set.
 
     Raises:
-        ValueError: it is not a level.
+        ValueError: the value is not a level.
     """
     text = os.environ.get(_VARIABLE, "").strip()
     if not text:
@@ -34,7 +34,7 @@ def chosen_log_level(default: str) -> int | str:
     import logging
 
     if not isinstance(logging.getLevelName(text.upper()), int):
-        raise ValueError(  # noqa: TRY004 - of a variable, which is text
+        raise ValueError(  # noqa: TRY004 - the value is wrong, not its type
             f"{_VARIABLE}={text!r} is not a level; use DEBUG, INFO, WARNING or ERROR"
         )
     return text.upper()

@@ -1,6 +1,6 @@
 """Mirror of ``torch.distributed.elastic.utils.logging``.
 
-Intended difference: the caller's name comes from its frame directly; torch builds the whole stack with source lines for it.
+Intended difference: the name of the calling module is read from its frame. torch builds the whole stack with source lines.
 """
 
 from __future__ import annotations
@@ -14,10 +14,13 @@ __all__ = ["get_logger"]
 
 
 def get_logger(name: str | None = None) -> logging.Logger:
-    """Return a logger whose level is that of the environment variable ``LOGLEVEL``, or WARNING.
+    """Return a logger with the level of the environment variable ``LOGLEVEL``, or WARNING. Mirrors torch's ``get_logger``.
 
     Args:
-        name: name of the logger; by default that of the calling module.
+        name: name of the logger; the name of the calling module by default.
+
+    Raises:
+        ValueError: ``LOGLEVEL`` is not a level.
     """
     return _setup_logger(name or _derive_module_name(depth=2))
 

@@ -6,10 +6,13 @@ __all__ = ["is_uninterruptible_state", "read_proc_state"]
 
 
 def read_proc_state(pid: int) -> str | None:
-    """Return the state letter of a process from ``/proc/PID/stat``, e.g. ``"S"``.
+    """Return the state of a process from ``/proc/PID/stat``, for instance ``"S"``.
+
+    Args:
+        pid: process id.
 
     Returns:
-        ``None`` when the process is gone or the file cannot be read.
+        The state letter; ``None`` if the process does not exist or the file cannot be read.
     """
     try:
         with open(f"/proc/{pid}/stat", "rb") as stat:
@@ -23,5 +26,5 @@ def read_proc_state(pid: int) -> str | None:
 
 
 def is_uninterruptible_state(state: str | None) -> bool:
-    """Tell whether ``state`` is uninterruptible sleep (``D``)."""
+    """Return whether ``state`` is uninterruptible sleep (``D``)."""
     return state is not None and state.startswith("D")

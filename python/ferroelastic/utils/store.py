@@ -1,7 +1,9 @@
-"""Mirror of ``torch.distributed.elastic.utils.store``, over any object with the methods of a store.
+"""Mirror of ``torch.distributed.elastic.utils.store``, for any object with the methods of a store.
 
-Intended differences: the former timeout comes back also when the body of :func:`store_timeout` raises, and
-:class:`DistStoreError` is a class of this package that torch's own error is recognised beside.
+Intended differences:
+
+* :func:`store_timeout` restores the previous timeout also if its body raises.
+* :class:`DistStoreError` is a class of this package. torch's class of this name is handled in the same way.
 """
 
 from __future__ import annotations
@@ -35,16 +37,16 @@ class DistStoreError(TorchCompatible, RuntimeError):
 
 @contextmanager
 def store_timeout(store: Store, timeout: float) -> Iterator[None]:
-    """Give ``store`` another timeout for the length of a ``with`` block.
+    """Set the timeout of a store inside a ``with`` block. Mirrors torch's ``store_timeout``.
 
     Args:
-        store: the store to change.
-        timeout: in seconds.
+        store: the store.
+        timeout: timeout in seconds.
 
     Raises:
-        DistStoreError: the block raised torch's class of this name, which this one is an instance of, too.
+        DistStoreError: the block raised torch's class of this name. The new error is an instance of both classes.
     """
-    former = store.timeout
+    previous = store.timeout
     store.set_timeout(timedelta(seconds=timeout))
     try:
         yield
@@ -53,22 +55,25 @@ def store_timeout(store: Store, timeout: float) -> Iterator[None]:
             raise
         raise DistStoreError(*error.args) from error
     finally:
-        store.set_timeout(former)
+        store.set_timeout(previous)
 
 
 def get_all(store: Store, rank: int, prefix: str, world_size: int) -> Sequence[bytes]:
-    """Return the values of ``{prefix}0`` to ``{prefix}{world_size - 1}``, waiting for each.
+    """Wait for the values of ``{prefix}0`` to ``{prefix}{world_size - 1}`` and return them. Mirrors torch's ``get_all``.
 
     Rank 0 returns last, because it often hosts the store.
 
     Args:
         store: the shared store.
         rank: rank of the caller.
-        prefix: what the keys begin with; to be used once.
+        prefix: prefix of the keys. Use a prefix once.
         world_size: number of keys and of callers.
 
+    Returns:
+        The values in the order of the ranks.
+
     Raises:
-        DistStoreError: not all values came within the store's timeout.
+        DistStoreError: a value was not set within the store's timeout.
     """
     values = store.multi_get([f"{prefix}{index}" for index in range(world_size)])
     finished = _barrier_nonblocking(store=store, world_size=world_size, key_prefix=f"{prefix}/finished")
@@ -85,20 +90,23 @@ def synchronize(
     key_prefix: str,
     timeout: float = 300,
 ) -> Sequence[bytes]:
-    """Exchange ``data`` between ``world_size`` callers and return everybody's, by rank.
+    """Exchange data between ``world_size`` callers. Mirrors torch's ``synchronize``.
 
-    Nothing is deleted: a prefix can be used once.
+    No key is deleted, so use a prefix once.
 
     Args:
         store: the shared store.
-        data: what the others shall get.
+        data: data of the caller.
         rank: rank of the caller.
         world_size: number of callers.
-        key_prefix: what the keys begin with.
-        timeout: seconds to wait for the others.
+        key_prefix: prefix of the keys.
+        timeout: timeout in seconds.
+
+    Returns:
+        The data of all callers in the order of the ranks.
 
     Raises:
-        DistStoreError: not all came within ``timeout``.
+        DistStoreError: not all callers arrived within ``timeout``.
     """
     with store_timeout(store, timeout):
         store.set(f"{key_prefix}{rank}", data)
@@ -114,22 +122,22 @@ def barrier(
     rank_tracing_decoder: Callable[[int], str] | None = None,
     trace_timeout: float = 10,
 ) -> None:
-    """Wait until ``world_size`` callers have come.
+    """Wait until ``world_size`` callers have arrived. Mirrors torch's ``barrier``.
 
-    Nothing is deleted: a prefix can be used once.
+    No key is deleted, so use a prefix once.
 
     Args:
         store: the shared store.
         world_size: number of callers.
-        key_prefix: what the keys begin with.
-        barrier_timeout: seconds to wait for the others.
-        rank: rank of the caller; with it, a timeout tells which ranks are missing.
-        rank_tracing_decoder: turns a rank into something to read, a host name for example.
-        trace_timeout: seconds that rank 0 waits for the first missing rank when it looks for them.
+        key_prefix: prefix of the keys.
+        barrier_timeout: timeout in seconds.
+        rank: rank of the caller. If it is given, the error of a timeout lists the missing ranks.
+        rank_tracing_decoder: function that converts a rank to text, for instance to a host name.
+        trace_timeout: timeout in seconds of rank 0 for the first missing rank, after a timeout of the barrier.
 
     Raises:
-        AssertionError: a decoder was given without a rank.
-        DistStoreError: not all came within ``barrier_timeout``.
+        AssertionError: ``rank_tracing_decoder`` was given without ``rank``.
+        DistStoreError: not all callers arrived within ``barrier_timeout``.
     """
     if rank is None and rank_tracing_decoder is not None:
         raise AssertionError("Tracing requires rank information")
@@ -160,7 +168,7 @@ def _barrier_nonblocking(store: Store, world_size: int, key_prefix: str) -> str:
 
 
 def _find_missing(
-    store: Store, world_size: int, key_prefix: str, rank: int, name_of: Callable[[int], str], patience: timedelta
+    store: Store, world_size: int, key_prefix: str, rank: int, name_of: Callable[[int], str], trace_timeout: timedelta
 ) -> Iterable[str] | None:
     store.set(f"{key_prefix}{rank}{_TRACE}", _IGNORED)
     gate = key_prefix + _TRACING_GATE
@@ -168,7 +176,7 @@ def _find_missing(
         try:
             store.wait([gate])
         except family(DistStoreError):
-            return None  # rank 0 may be the missing one: the caller's own error says more
+            return None  # rank 0 may be the missing rank: the caller raises its own error
         return [f"[<check rank 0 ({name_of(0)}) for missing rank info>]"]
 
     missing: list[str] = []
@@ -176,8 +184,8 @@ def _find_missing(
         if len(missing) >= _MAX_TRACE_MISSING_RANKS:
             break
         try:
-            # Whoever timed out as well has said so by the time the first missing rank was waited for.
-            store.wait([f"{key_prefix}{other}{_TRACE}"], timedelta(milliseconds=1) if missing else patience)
+            # One full timeout is sufficient: the other ranks publish their trace keys during it.
+            store.wait([f"{key_prefix}{other}{_TRACE}"], timedelta(milliseconds=1) if missing else trace_timeout)
         except family(DistStoreError):
             missing.append(name_of(other))
     store.set(gate, _IGNORED)

@@ -1,12 +1,15 @@
-"""Mirror of ``torch.distributed.elastic.multiprocessing.errors``: how the failure of a worker reaches the user.
+"""Reports failures of workers. Mirrors ``torch.distributed.elastic.multiprocessing.errors``.
 
-A worker whose main function is decorated with :func:`record` writes an exception that nobody caught to the file that the environment
-variable ``TORCHELASTIC_ERROR_FILE`` names. Its agent reads the file into a :class:`ProcessFailure` and raises one
-:class:`ChildFailedError` for all workers that failed.
+A worker decorates its main function with :func:`record`. An uncaught exception is then written to the file in the environment variable
+``TORCHELASTIC_ERROR_FILE``. The agent reads the file into a :class:`ProcessFailure` and raises one :class:`ChildFailedError` for all
+failed workers.
 
-Intended differences: an error file that is damaged or half written is reported in the message and does not raise; files are
-written whole or not at all; which failure came first is told from the kernel's notice of the exits where there is one (torch compares
-whole seconds); the host name is looked up once per process.
+Intended differences:
+
+* A damaged or incomplete error file is reported in the message and does not raise.
+* Error files are written atomically.
+* Failures are ordered by the kernel's time of each exit in nanoseconds, if it is known. torch compares whole seconds.
+* The host name is resolved once per process.
 """
 
 from ferroelastic.multiprocessing.errors._failures import ChildFailedError, ProcessFailure

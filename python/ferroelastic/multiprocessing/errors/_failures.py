@@ -1,4 +1,4 @@
-"""A worker that failed, and the error that tells of all of them."""
+"""The failure of one worker, and the error for all failed workers."""
 
 from __future__ import annotations
 
@@ -31,22 +31,22 @@ logger = get_logger(__name__)
 
 @dataclass
 class ProcessFailure(TorchCompatible):
-    """A process that failed, with what it wrote about it.
+    """A failed process and the content of its error file.
 
-    Mirrors ``torch.distributed.elastic.multiprocessing.errors.ProcessFailure``. Never raises: of an error file that cannot be used
-    the message says so.
+    Mirrors ``torch.distributed.elastic.multiprocessing.errors.ProcessFailure``. The constructor never raises. An error file that is not
+    usable is reported in ``message``.
 
     Args:
-        local_rank: rank of the process on this host.
-        pid: its process id.
-        exitcode: its exit code, or minus the signal that ended it.
-        error_file: path of the error file it may have written; becomes ``"<N/A>"`` where there is none.
-        exit: how the kernel accounts for the end of the process, where the engine saw it. It tells the order of failures.
+        local_rank: local rank of the process.
+        pid: process id.
+        exitcode: exit code, or the negative number of the signal that ended the process.
+        error_file: path of the process's error file. It becomes ``"<N/A>"`` if the file does not exist.
+        exit: the kernel's report of the exit, if the engine observed it. Its time orders the failures. Not in torch.
 
     Attributes:
         error_file_data: content of the error file.
-        message: text for people, or the ``message`` object of the error file.
-        timestamp: when it failed, in seconds since the epoch.
+        message: description of the failure, or the ``message`` object of the error file.
+        timestamp: time of the failure in seconds since the epoch.
     """
 
     local_rank: int
@@ -81,13 +81,13 @@ class ProcessFailure(TorchCompatible):
                 data = json.loads(file.read())
             message: Any = data.get("message") if isinstance(data, dict) else None
             reason = "" if isinstance(message, str | dict) else "it has no message"
-        except (OSError, ValueError, RecursionError) as error:  # it comes from a process that was dying
+        except (OSError, ValueError, RecursionError) as error:  # the process may have ended during the write
             reason = str(error)
         if reason:
             logger.warning("error file %s of pid %d is not usable: %s", self.error_file, self.pid, reason)
             self.message = (
                 f"{self._describe_exit()}\nIts error file {self.error_file} is not usable ({reason}): "
-                "the process may have ended while it wrote it"
+                "the process may have ended while writing the file"
             )
             return
         logger.debug("User process failed with error data: %s", data)
@@ -123,11 +123,11 @@ class ProcessFailure(TorchCompatible):
 
         try:
             return datetime.fromtimestamp(self.timestamp).isoformat(sep="_")  # noqa: DTZ006 - local time, as torch prints it
-        except (OverflowError, ValueError, OSError):  # it comes from an error file
+        except (OverflowError, ValueError, OSError):  # an error file may hold any number
             return str(self.timestamp)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the state to pickle: native accounting stays in its process, the order it gives goes along."""
+        """Return the state to pickle. The native ``exit`` cannot be pickled, so its time is stored instead."""
         state = dict(self.__dict__)
         if state.pop("exit", None) is not None:
             state["_failed_at_ns"] = failed_at_ns(self)
@@ -135,35 +135,35 @@ class ProcessFailure(TorchCompatible):
 
 
 def exit_of(failure: ProcessFailure) -> Exit | None:
-    """Return how the kernel accounts for the end of a process, or ``None`` where the engine did not see it.
+    """Return the kernel's report of an exit, or ``None`` if the engine did not observe it.
 
     Args:
-        failure: a failure, of torch's class as well.
+        failure: a failure of this package's or of torch's class.
     """
-    accounting: Exit | None = newer(failure, "exit", None)
-    return accounting
+    ended: Exit | None = newer(failure, "exit", None)
+    return ended
 
 
 def failed_at_ns(failure: ProcessFailure) -> int:
-    """Return when a process had failed at the latest, in nanoseconds since the epoch.
+    """Return an upper bound for the time of a failure, in nanoseconds since the epoch.
 
-    That is when the kernel reported the exit, or earlier if the process had written its error earlier (a process may take long to
-    end). torch's error files give whole seconds: the end of that second counts.
+    It is the earlier of two times: the kernel's report of the exit, and the time in the error file. torch's error files have whole
+    seconds; the end of that second is used.
 
     Args:
-        failure: a failure, of torch's class as well.
+        failure: a failure of this package's or of torch's class.
     """
-    kept: int | None = newer(failure, "_failed_at_ns", None)
-    if kept is not None:
-        return kept
+    stored: int | None = newer(failure, "_failed_at_ns", None)
+    if stored is not None:
+        return stored
     written = _extra_info(failure.message).get("timestamp_ns")
     try:
         limit = int(written)  # type: ignore[arg-type]
     except (OverflowError, TypeError, ValueError):
-        # torch's class has 0 where an error file tells no time.
+        # torch's class has 0 if the error file has no time.
         limit = time.time_ns() if failure.timestamp <= 0 else int(failure.timestamp) * _NS_PER_S + _NS_PER_S - 1
-    accounting = exit_of(failure)
-    return limit if accounting is None else min(limit, accounting.realtime_ns)
+    ended = exit_of(failure)
+    return limit if ended is None else min(limit, ended.realtime_ns)
 
 
 def _extra_info(message: object) -> Mapping[str, Any]:
@@ -174,19 +174,19 @@ def _extra_info(message: object) -> Mapping[str, Any]:
 def _time_of(failure: ProcessFailure) -> str:
     try:
         return failure.timestamp_isoformat()
-    except (OverflowError, ValueError, OSError):  # torch's class, and a time from an error file
+    except (OverflowError, ValueError, OSError):  # torch's class does not catch an invalid time of an error file
         return str(failure.timestamp)
 
 
 class ChildFailedError(TorchCompatible, Exception):
-    """Workers failed; the one that failed first is the root cause.
+    """One or more workers failed. The first failure is the root cause.
 
-    Mirrors ``torch.distributed.elastic.multiprocessing.errors.ChildFailedError``. Raised through a function that is decorated with
-    ``record``, the error of that worker becomes the error of this process.
+    Mirrors ``torch.distributed.elastic.multiprocessing.errors.ChildFailedError``. In a function that is decorated with ``record``, the
+    error file of the first failed worker is copied to the error file of this process.
 
     Args:
-        name: name of what the workers ran.
-        failures: what failed, by global rank; at least one.
+        name: name of the workers' entrypoint.
+        failures: failures by global rank; at least one.
 
     Raises:
         AssertionError: ``failures`` is empty.
@@ -196,19 +196,19 @@ class ChildFailedError(TorchCompatible, Exception):
         self.name = name
         self.failures = failures
         if not failures:
-            raise AssertionError(f"cannot report that {name!r} failed without a failure: failures is empty")
+            raise AssertionError(f"failures of {name!r} is empty; pass at least one failure")
         super().__init__(self.format_msg())
 
     def get_first_failure(self) -> tuple[GlobalRank, ProcessFailure]:
-        """Return the failure that came first, with its global rank."""
+        """Return the first failure with its global rank."""
         return min(self.failures.items(), key=lambda item: failed_at_ns(item[1]))
 
     def format_msg(self, boarder_delim: str = "=", section_delim: str = "-") -> str:
         """Return the report of all failures.
 
         Args:
-            boarder_delim: what the outer lines are made of.
-            section_delim: what the inner lines are made of.
+            boarder_delim: character of the outer lines.
+            section_delim: character of the inner lines.
         """
         title = f"{self.name} FAILED"
         root_rank, _ = self.get_first_failure()
@@ -224,7 +224,7 @@ class ChildFailedError(TorchCompatible, Exception):
                 others.append(text)
         width = min(width, _MAX_BORDER)
         border, section = boarder_delim * width, section_delim * width
-        # It follows "...ChildFailedError: " of a traceback, hence the line break before it.
+        # Start with a line break, because the text follows "...ChildFailedError: " in a traceback.
         return "\n".join(
             (
                 "",
@@ -241,7 +241,7 @@ class ChildFailedError(TorchCompatible, Exception):
         )
 
     def _format_failure(self, idx: int, rank: int, failure: ProcessFailure) -> tuple[str, int]:
-        """Return the text of one failure, and the length of its longest line."""
+        """Return the text of one failure and the length of its longest line."""
         message: object = failure.message
         if isinstance(message, dict):
             message = _extra_info(message).get("py_callstack") or message.get("message", NOT_AVAILABLE)

@@ -1,4 +1,4 @@
-"""The decorator that records what a main function raises."""
+"""The decorator that records exceptions of a main function."""
 
 from __future__ import annotations
 
@@ -21,19 +21,22 @@ logger = get_logger(__name__)
 
 
 def record(fn: Callable[P, R], error_handler: ErrorHandler | None = None) -> Callable[P, R | None]:
-    """Decorate the main function of a process so that its errors reach the process that started it.
+    """Decorate the main function of a process to report its exceptions to the parent process.
 
-    An exception is written by ``error_handler`` and raised again. Of a :class:`ChildFailedError` the error of the child that failed
-    first is handed on instead. ``sys.exit(0)`` becomes a return of ``None``.
+    ``error_handler`` writes an exception to the error file, then the exception is raised again. For a :class:`ChildFailedError` the error
+    file of the child that failed first is copied instead. ``sys.exit(0)`` becomes a return of ``None``.
 
-    Use it once per process, on the outermost function. Mirrors ``torch.distributed.elastic.multiprocessing.errors.record``.
+    Use the decorator once per process, on the outermost function. Mirrors ``torch.distributed.elastic.multiprocessing.errors.record``.
 
     Args:
         fn: the main function.
-        error_handler: how to write; by default what ``get_error_handler()`` returns.
+        error_handler: handler that writes the error; ``get_error_handler()`` by default.
+
+    Returns:
+        The decorated function. It raises the exceptions of ``fn``.
     """
     if error_handler is None:
-        # Looked up on the package, because that is where programs replace it.
+        # Looked up in the package, because programs replace it there.
         from ferroelastic.multiprocessing import errors
 
         error_handler = errors.get_error_handler()
@@ -44,8 +47,8 @@ def record(fn: Callable[P, R], error_handler: ErrorHandler | None = None) -> Cal
         handler.initialize()
         try:
             return fn(*args, **kwargs)
-        except SystemExit as ending:
-            if ending.code == 0:
+        except SystemExit as exit_request:
+            if exit_request.code == 0:
                 return None
             raise
         except family(ChildFailedError) as error:

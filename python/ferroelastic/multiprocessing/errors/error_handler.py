@@ -1,9 +1,12 @@
 """Mirror of ``torch.distributed.elastic.multiprocessing.errors.error_handler``.
 
-Intended differences: an error file is written to a temporary name and renamed, so that nobody reads half of one; failing to write it
-is a warning, never an exception in place of the one being recorded, also where warnings are errors; of an exception that cannot be formatted,
-what can be had is written; the traceback is the recorded exception's own; the time is
-also given in nanoseconds (``timestamp_ns``).
+Intended differences:
+
+* An error file is written under a temporary name and renamed, so a reader never sees an incomplete file.
+* A failure to write the error file is a warning. It never replaces the recorded exception, even if warnings are errors.
+* If formatting an exception fails, the available parts are written.
+* The traceback is that of the recorded exception, not of the exception in flight.
+* The file also has the time in nanoseconds (``timestamp_ns``).
 """
 
 from __future__ import annotations
@@ -23,32 +26,32 @@ logger = get_logger(__name__)
 
 
 class ErrorHandler:
-    """Writes exceptions, as JSON, to the file that the environment variable ``TORCHELASTIC_ERROR_FILE`` names.
+    """Writes exceptions as JSON to the file in the environment variable ``TORCHELASTIC_ERROR_FILE``.
 
-    Mirrors ``torch.distributed.elastic.multiprocessing.errors.error_handler.ErrorHandler``. Without the variable nothing is written.
+    Mirrors ``torch.distributed.elastic.multiprocessing.errors.error_handler.ErrorHandler``. If the variable is not set, nothing is written.
     Subclasses may override :meth:`initialize` and :meth:`record_exception`.
     """
 
     def _get_error_file_path(self) -> str | None:
-        """Return the path of the file, or ``None`` if there shall be none."""
+        """Return the path of the error file; ``None`` writes no file."""
         return os.environ.get("TORCHELASTIC_ERROR_FILE")
 
     def initialize(self) -> None:
-        """Prepare the process: fatal signals print a traceback. To be called before the code that may fail."""
+        """Enable ``faulthandler``, so fatal signals print a traceback. Call this before code that may fail."""
         import faulthandler
 
         try:
             faulthandler.enable(all_threads=True)
-        except Exception as error:  # noqa: BLE001 - a program runs without it too
+        except Exception as error:  # noqa: BLE001 - the program also runs without faulthandler
             warn(f"Unable to enable fault handler. {describe_error(error)}")
 
     def _write_error_file(self, file_path: str, error_msg: str) -> None:
-        """Write ``error_msg`` to the file, whole or not at all; a failure is a warning."""
+        """Write ``error_msg`` to the file atomically if possible. A failure is a warning."""
         try:
             if not _replace_file(file_path, error_msg):
                 with open(file_path, "w") as file:
                     file.write(error_msg)
-        except (OSError, ValueError) as error:  # ValueError: no path can be like this
+        except (OSError, ValueError) as error:  # ValueError: the path is not valid
             warn(f"Unable to write error to file. {describe_error(error)}")
 
     def record_exception(self, e: BaseException) -> None:
@@ -79,12 +82,12 @@ class ErrorHandler:
         rootcause_error: dict[str, Any],
         error_code: int = 0,
     ) -> None:
-        """Put the exit code, which the process that wrote the error could not know, into the error.
+        """Add the exit code to the error data of a child. A process cannot know its own exit code when it writes the file.
 
         Args:
-            rootcause_error_file: where the error was read from, for messages.
-            rootcause_error: the error, which is changed.
-            error_code: the exit code.
+            rootcause_error_file: path of the child's error file, for messages.
+            rootcause_error: error data, changed in place.
+            error_code: exit code of the child.
         """
         message = rootcause_error.get("message")
         if message is None:
@@ -101,19 +104,19 @@ class ErrorHandler:
             )
 
     def dump_error_file(self, rootcause_error_file: str, error_code: int = 0) -> None:
-        """Hand the error of a child on: copy it to the error file of this process.
+        """Copy the error file of a child to the error file of this process.
 
         A file that cannot be read is logged and not copied.
 
         Args:
-            rootcause_error_file: error file of the child.
-            error_code: exit code of the child; 0 if not known.
+            rootcause_error_file: path of the child's error file.
+            error_code: exit code of the child; 0 if unknown.
         """
         try:
             with open(rootcause_error_file) as file:
                 rootcause_error = json.load(file)
         except (OSError, ValueError) as error:
-            logger.warning("cannot hand on child error file (%s): %s", rootcause_error_file, error)
+            logger.warning("failed to copy the child error file %s: %s", rootcause_error_file, error)
             return
         if error_code and isinstance(rootcause_error, dict):
             self.override_error_code_in_rootcause_data(rootcause_error_file, rootcause_error, error_code)
@@ -127,9 +130,9 @@ class ErrorHandler:
         logger.info("dumped error file to parent's %s", my_error_file)
 
     def _rm(self, my_error_file: str) -> None:
-        """Log what an error file holds that is about to be overwritten.
+        """Log the content of an error file before it is overwritten.
 
-        There is one where a child, before it knew its own file, wrote to that of the parent.
+        The file exists if a child has written to the parent's error file before it had its own.
         """
         try:
             with open(my_error_file) as file:
@@ -141,9 +144,9 @@ class ErrorHandler:
 
 
 def _replace_file(path: str, text: str) -> bool:
-    """Write a file under a temporary name and rename it. ``False`` where ``path`` does not let itself be replaced.
+    """Write a file under a temporary name and rename it; return ``False`` if ``path`` cannot be replaced.
 
-    That is a device, a pipe, or a file that is mounted on its own: Kubernetes' ``/dev/termination-log`` is one.
+    Devices, pipes and bind-mounted files (Kubernetes' ``/dev/termination-log``) cannot be replaced.
     """
     target = os.path.realpath(path)
     if os.path.exists(target) and not os.path.isfile(target):

@@ -8,5 +8,5 @@ __all__ = ["get_error_handler"]
 
 
 def get_error_handler() -> ErrorHandler:
-    """Return the handler that records the errors of this process."""
+    """Return a handler that records the errors of this process. Mirrors torch's ``get_error_handler``."""
     return ErrorHandler()

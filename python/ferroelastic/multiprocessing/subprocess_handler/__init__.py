@@ -1,4 +1,4 @@
-"""Workers started from a command; mirrors ``torch.distributed.elastic.multiprocessing.subprocess_handler``."""
+"""Workers that run a command. Mirrors ``torch.distributed.elastic.multiprocessing.subprocess_handler``."""
 
 from ferroelastic.multiprocessing.subprocess_handler.handlers import get_subprocess_handler
 from ferroelastic.multiprocessing.subprocess_handler.subprocess_handler import SubprocessHandler

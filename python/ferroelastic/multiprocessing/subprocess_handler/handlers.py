@@ -1,4 +1,4 @@
-"""Choice of the handler; mirrors ``torch.distributed.elastic.multiprocessing.subprocess_handler.handlers``."""
+"""Mirror of ``torch.distributed.elastic.multiprocessing.subprocess_handler.handlers``; no intended differences."""
 
 from __future__ import annotations
 
@@ -19,5 +19,5 @@ def get_subprocess_handler(
     local_rank_id: int,
     numa_options: NumaOptions | None = None,
 ) -> SubprocessHandler:
-    """Start one worker. Mirrors torch's ``get_subprocess_handler``; see :class:`SubprocessHandler`."""
+    """Start one worker. Mirrors torch's ``get_subprocess_handler``. The arguments are those of :class:`SubprocessHandler`."""
     return SubprocessHandler(entrypoint, args, env, stdout, stderr, local_rank_id, numa_options)

@@ -1,8 +1,10 @@
-"""One worker started from a command; mirrors ``torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler``.
+"""One worker that runs a command. Mirrors ``torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler``.
 
-Differences: ``proc`` is a native process with the part of ``subprocess.Popen`` that an agent uses, and ``close`` reaches the
-process group also after its leader has ended, and does not raise when nobody is left in it. ``numa_options`` has a default: it is
-absent in torch before 2.9, and code written for those versions does not pass it.
+Differences:
+
+* ``proc`` is a native process with the methods of ``subprocess.Popen`` that an agent uses.
+* ``close`` signals the process group also after its leader has ended, and does not raise for an empty group.
+* ``numa_options`` has a default, because torch before 2.9 does not have this argument.
 """
 
 from __future__ import annotations
@@ -26,15 +28,19 @@ class SubprocessHandler:
 
     Args:
         entrypoint: program.
-        args: its arguments, turned into strings.
-        env: added to this process's environment.
-        stdout: file for standard output, made or emptied; empty or ``None`` inherits.
-        stderr: likewise for standard error.
+        args: arguments of the program, converted to strings.
+        env: environment variables, added to the environment of this process.
+        stdout: path of a file for standard output, created or truncated. Empty or ``None`` inherits the stream of this process.
+        stderr: the same for standard error.
         local_rank_id: local rank of the worker.
-        numa_options: CPUs to bind it to; ``None`` binds to none.
+        numa_options: NUMA binding; ``None`` does not bind the worker.
 
     Raises:
-        OSError: the program cannot be started or a file not opened.
+        OSError: the program cannot be started, or a file cannot be opened.
+
+    Attributes:
+        proc: the process.
+        local_rank_id: local rank of the worker.
     """
 
     proc: NativeProcess
@@ -56,7 +62,13 @@ class SubprocessHandler:
 
     @classmethod
     def of_group(cls, group: _rust.Group, index: int, argv: Sequence[str]) -> SubprocessHandler:
-        """A view on one member of a group that somebody else has started."""
+        """Return a handler for one process of a running group. Not in torch.
+
+        Args:
+            group: the group.
+            index: index of the process in the group, also its local rank.
+            argv: argument vector of the process.
+        """
         handler = cls.__new__(cls)
         handler._attach(group, index, argv, index)  # noqa: SLF001 - a constructor of this class
         return handler
@@ -68,5 +80,9 @@ class SubprocessHandler:
         self.proc = NativeProcess(group, index, argv)
 
     def close(self, death_sig: signal.Signals | None = None) -> None:
-        """Send ``death_sig`` (SIGTERM if not given) to the whole process group; does not wait."""
+        """Send a signal to the whole process group and return without waiting.
+
+        Args:
+            death_sig: the signal; SIGTERM by default.
+        """
         self._group.signal(self._index, death_sig or signal.SIGTERM)
