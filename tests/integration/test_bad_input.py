@@ -90,8 +90,8 @@ USAGE = [
     (["--bogus", "train.py"], "--bogus"),
     (["--nnodes=2", "--node-rank=2", "--master-port=1", "train.py"], "--node-rank=2"),
     ([], "training_script"),
-    (["--standalone", "--nnodes=2", "train.py"], "--nnodes='2' waits for others"),
-    (["--standalone", "--nnodes=2:3", "--rdzv-backend=c10d", "train.py"], "--nnodes='2:3' waits for others"),
+    (["--standalone", "--nnodes=2", "train.py"], "--nnodes='2' waits for other nodes"),
+    (["--standalone", "--nnodes=2:3", "--rdzv-backend=c10d", "train.py"], "--nnodes='2:3' waits for other nodes"),
     (["--mo=3", "train.py"], "ambiguous option: --mo"),
     (["--bogus", "3", "train.py", "--mo", "4"], "unrecognized arguments: --bogus"),
 ]

@@ -146,7 +146,7 @@ BAD = [
     ("--event-log-handler=x", "--event-log-handler='x' is not a registered event handler; use one of console, "),
     ("--signals-to-handle=SIGTREM", "'SIGTREM' is not a signal of this system; give names such as"),
     ("--signals-to-handle=SIGTERM,term", "'term' is not a signal of this system; write SIGTERM"),
-    ("--signals-to-handle=SIGKILL", "SIGKILL cannot be handled by a process; leave it out"),
+    ("--signals-to-handle=SIGKILL", "SIGKILL cannot be handled by a process; remove it"),
     ("--node-rank=1", "--node-rank=1 is not a rank of a job with --nnodes='1:1'; give 0 to 0"),
     (
         "--logs-specs=x",
@@ -343,7 +343,7 @@ def test_a_missing_target_starts_nothing(launch: Launch, tmp_path: Path, monkeyp
         (["sh"], "check the path or use --no-python"),
         (["--run-path", "/gone.py"], "script '/gone.py' does not exist"),
         (["-m", "gone_module.sub"], f"module 'gone_module.sub' is neither in '{tmp_path}' nor installed"),
-        (["-m", ".relative"], "module '.relative' is not found"),
+        (["-m", ".relative"], "module '.relative' is neither in"),
         (["--no-python", "gone-command"], "command 'gone-command' is not in PATH; check its name or write its path"),
         (["--no-python", "local.sh"], "command 'local.sh' is not in PATH; write './local.sh'"),
         (["--no-python", "./gone.sh"], f"command './gone.sh' does not exist in '{tmp_path}'; check the path"),

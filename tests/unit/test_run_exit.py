@@ -251,7 +251,7 @@ def test_a_rendezvous_that_fails_names_the_process_at_the_port(
 
     text = capfd.readouterr().err
     assert f"the store does not answer; port {port} of this host belongs to pid {process.pid} (" in text
-    assert "choose another with --rdzv-endpoint" in text
+    assert "choose another port with --rdzv-endpoint" in text
 
 
 def test_a_refusal_has_one_remedy(

@@ -264,8 +264,8 @@ class PContext(_compat.TorchVirtual, ABC):
 
         Args:
             death_sig: stop signal; SIGTERM by default.
-            timeout: grace period in seconds between the stop signal and SIGKILL. After SIGKILL the call waits for the same time again,
-                at least 5 s.
+            timeout: grace period in seconds between the stop signal and SIGKILL. After SIGKILL, the call waits up to
+                ``max(timeout, 5)`` seconds for the processes to end.
 
         Raises:
             SignalException: a handled signal arrived during the stop.

@@ -5,7 +5,8 @@ Replaces torch's ``DynamicRendezvousHandler`` with ``C10dRendezvousBackend``, an
 * The agent at the endpoint (the host) makes all decisions. No agent polls a state in the store. A join is one request and one reply.
 * The host notifies all agents immediately of a failed worker, of nodes that join, leave or are lost, and of the end of the job.
 * The workers' store uses the same port as the rendezvous. It is empty at the start of every round.
-* Agents of torchrun and of this package cannot join the same rendezvous. The host rejects the agent with an error that names the cause.
+* Agents of torchrun and of this package cannot join the same rendezvous. The host rejects an agent of torchrun with an error that names the
+  cause. An agent of this package reports an endpoint of torchrun as an error.
 """
 
 from __future__ import annotations
@@ -64,10 +65,11 @@ class NativeRendezvous(RendezvousHandler):
     * ``last_call_timeout`` (30): wait for further nodes after the minimum is reached.
     * ``heartbeat_timeout`` (15): an agent or host without a heartbeat for this time is lost. Without it, ``heartbeat`` applies, then
       ``keep_alive_interval`` times ``keep_alive_max_attempt``.
-    * ``read_timeout`` (60): timeout of the connection to the host.
+    * ``read_timeout`` (60): timeout for reaching the host.
     * ``is_host``: whether this node hosts the rendezvous. By default it does if the endpoint names this machine.
     * ``rank`` and ``timeout`` (900): node rank and join timeout of ``static``.
     * ``max_membership_changes`` (no limit): number of rounds that may end because nodes join, leave or are lost. Not in torch.
+    * ``store_type``: ``tcp``. For another type, torch's handler is used.
     * ``close_timeout``: checked and ignored, because closing is one message.
 
     Other options are ignored with a warning.
