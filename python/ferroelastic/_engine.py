@@ -49,7 +49,7 @@ def report() -> None:
     engine = _engine
     if engine is None or _owner_pid != os.getpid():
         return
-    for warning in engine.take_remarks():
+    for warning in engine.take_warnings():
         from ferroelastic.utils.logging import get_logger
 
         get_logger(__name__).warning("%s", warning)

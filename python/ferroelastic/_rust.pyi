@@ -28,10 +28,10 @@ __all__ = [
     "Guard",
     "HealthServer",
     "Leftover",
+    "Membership",
     "Place",
     "RendezvousClient",
     "SpawnError",
-    "Standing",
     "StopReport",
     "StoreClient",
     "StoreServer",
@@ -224,7 +224,7 @@ class Group:
         starts at once. An exit with an unknown status does not count as a failure.
         """
 
-    def hurry(self) -> None:
+    def end_grace(self) -> None:
         """Send SIGKILL now if a :meth:`stop` is in progress: ends its linger time and its grace period."""
 
     def stop_report(self) -> StopReport | None:
@@ -388,7 +388,7 @@ class Engine:
     def dismiss_guard(self, timeout_s: float) -> bool:
         """Kill the guard before a regular exit of this process. ``False`` if it has not ended after ``timeout_s`` seconds."""
 
-    def take_remarks(self) -> list[str]:
+    def take_warnings(self) -> list[str]:
         """Return the warnings since the last call, each a sentence for the log. The loss of the guard is such a warning."""
 
     def close(self, timeout_s: float = 5.0) -> bool:
@@ -614,12 +614,12 @@ class StoreServer:
         last_call_s: seconds that a round with enough nodes waits for further nodes.
         silence_s: heartbeat timeout in seconds. An agent without messages for this long is lost.
         address: address of this host for the workers. By default they use the host name that their agent was started with.
-        most_membership_changes: maximum number of membership changes before the job is closed. ``None`` means no limit.
-        most_key_bytes: maximum size of a key in bytes (8 KiB).
-        most_value_bytes: maximum size of a value in a request, in bytes (8 MiB). ``APPEND`` can create larger values.
-        most_keys: maximum number of keys in a request (131,072).
-        most_request_bytes: maximum total size of the keys and values in a request, in bytes (256 MiB).
-        most_reply_bytes: maximum size of a reply in bytes (256 MiB), for example of ``MULTI_GET`` or ``LIST_KEYS``.
+        max_membership_changes: maximum number of membership changes before the job is closed. ``None`` means no limit.
+        max_key_bytes: maximum size of a key in bytes (8 KiB).
+        max_value_bytes: maximum size of a value in a request, in bytes (8 MiB). ``APPEND`` can create larger values.
+        max_keys: maximum number of keys in a request (131,072).
+        max_request_bytes: maximum total size of the keys and values in a request, in bytes (256 MiB).
+        max_reply_bytes: maximum size of a reply in bytes (256 MiB), for example of ``MULTI_GET`` or ``LIST_KEYS``.
 
     Raises:
         OSError: the port is in use, or the address does not belong to this host.
@@ -640,15 +640,15 @@ class StoreServer:
         last_call_s: float = 30.0,
         silence_s: float = 15.0,
         address: str | None = None,
-        most_membership_changes: int | None = None,
-        most_key_bytes: int = 8192,
-        most_value_bytes: int = 8_388_608,
-        most_keys: int = 131_072,
-        most_request_bytes: int = ...,
-        most_reply_bytes: int = ...,
+        max_membership_changes: int | None = None,
+        max_key_bytes: int = 8192,
+        max_value_bytes: int = 8_388_608,
+        max_keys: int = 131_072,
+        max_request_bytes: int = ...,
+        max_reply_bytes: int = ...,
     ) -> StoreServer: ...
-    def close(self, patience_s: float = 0.0) -> None:
-        """Accept no new agents, wait up to ``patience_s`` seconds for the present agents to leave, and close all connections."""
+    def close(self, timeout_s: float = 0.0) -> None:
+        """Accept no new agents, wait up to ``timeout_s`` seconds for the present agents to leave, and close all connections."""
 
 class StoreTimeoutError(RuntimeError):
     """Keys of a store were not set in time. The text is that of torch's ``DistStoreError``."""
@@ -723,7 +723,7 @@ class StoreClient:
 class RendezvousClient:
     """An agent's membership in a rendezvous that a :class:`StoreServer` hosts, on its own thread ``ferro-rdzv``.
 
-    It connects at the first :meth:`join`. Only :meth:`wait` and :meth:`close` block. :meth:`standing` shows the effect of the other calls.
+    It connects at the first :meth:`join`. Only :meth:`wait` and :meth:`close` block. :meth:`membership` shows the effect of the other calls.
     In a forked child every method raises :class:`ForkedError`.
 
     Args:
@@ -796,10 +796,10 @@ class RendezvousClient:
     def leave(self, text: str) -> None:
         """Leave the rendezvous for the reason ``text``. The other nodes may continue."""
 
-    def standing(self) -> Standing:
+    def membership(self) -> Membership:
         """Return the current state of the membership."""
 
-    def take_remarks(self) -> list[str]:
+    def take_warnings(self) -> list[str]:
         """Return the warnings for the log since the last call. Each warning is returned once."""
 
     def wait(
@@ -815,7 +815,7 @@ class RendezvousClient:
         """End the membership. Messages of earlier calls are still sent."""
 
 @final
-class Standing:
+class Membership:
     """State of an agent's membership in its rendezvous."""
 
     state: Literal[
@@ -910,7 +910,7 @@ class Watchdog:
     def start(self) -> None:
         """Start to serve the pipe. Idempotent."""
 
-    def workers(self, workers: Sequence[tuple[int, str, str]]) -> None:
+    def set_workers(self, workers: Sequence[tuple[int, str, str]]) -> None:
         """Set the workers. If a timer of one expires, evidence of all of them is collected.
 
         Args:
@@ -940,7 +940,7 @@ class Watchdog:
     def counts(self) -> WatchdogCounts:
         """Return the request counters."""
 
-    def last_request_s(self, pid: int) -> float | None:
+    def last_request_age_s(self, pid: int) -> float | None:
         """Return the seconds since the last request or heartbeat of process ``pid``. ``None`` if there was none or it has ended."""
 
     def overdue_s(self) -> float:

@@ -162,7 +162,7 @@ def test_a_forked_child_cannot_use_objects_of_its_parent(tmp_path: Path) -> None
             "signal": lambda: group.signal(0, 9),
             "stop": lambda: group.stop(15, 1.0, 1.0),
             "stop_on_failure": lambda: group.stop_on_failure(15, 1.0, 1.0),
-            "hurry": group.hurry,
+            "hurry": group.end_grace,
             "stop_report": group.stop_report,
             "finish": lambda: tail.finish(1.0),
             "spawn": lambda: engine.spawn([]),

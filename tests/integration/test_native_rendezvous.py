@@ -322,7 +322,7 @@ class TestTwoNodes:
         nodes.meet(host)
         client = host._get_client()
         before = client.generation
-        assert client.take_remarks() == []
+        assert client.take_warnings() == []
         assert client.generation == before
 
 

@@ -47,7 +47,7 @@ def test_a_grace_that_was_cut_short_is_reported(tmp_path: Path, caplog: pytest.L
 
         def hurry() -> None:
             assert eventually((tmp_path / "told").exists, PATIENCE_S)
-            context._hurry()
+            context._end_grace()
 
         impatient = threading.Thread(target=hurry)
         impatient.start()

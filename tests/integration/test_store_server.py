@@ -25,21 +25,21 @@ def serve(**options: Any) -> closing[StoreServer]:
 @pytest.mark.parametrize(
     ("limit", "within", "beyond"),
     [
-        ({"most_key_bytes": 4}, request(CHECK, keys(b"1234")), request(CHECK, keys(b"12345"))),
+        ({"max_key_bytes": 4}, request(CHECK, keys(b"1234")), request(CHECK, keys(b"12345"))),
         (
-            {"most_value_bytes": 6},
+            {"max_value_bytes": 6},
             request(SET, sized(b"k"), sized(b"123456")) + CHECK_NONE,
             request(SET, sized(b"k"), sized(b"1234567")),
         ),
-        ({"most_keys": 2}, request(CHECK, keys(b"a", b"b")), request(CHECK, keys(b"a", b"b", b"c"))),
+        ({"max_keys": 2}, request(CHECK, keys(b"a", b"b")), request(CHECK, keys(b"a", b"b", b"c"))),
         (
-            {"most_request_bytes": 7},
+            {"max_request_bytes": 7},
             request(MULTI_SET, i64(1), sized(b"k"), sized(b"123456")) + CHECK_NONE,
             request(MULTI_SET, i64(2), sized(b"k"), sized(b"123456"), sized(b"1"), sized(b"")),
         ),
-        ({"most_reply_bytes": 8 + 5}, CHECK_NONE, request(GET, sized(b"k"))),
+        ({"max_reply_bytes": 8 + 5}, CHECK_NONE, request(GET, sized(b"k"))),
         # How many there are, and the length of each, besides the one byte of its name.
-        ({"most_reply_bytes": 8 + 8}, CHECK_NONE, request(LIST_KEYS)),
+        ({"max_reply_bytes": 8 + 8}, CHECK_NONE, request(LIST_KEYS)),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -54,7 +54,7 @@ def test_limits_can_be_chosen(limit: dict[str, int], within: bytes, beyond: byte
 
 def test_a_limit_is_no_negative_number() -> None:
     with pytest.raises(OverflowError):
-        StoreServer("127.0.0.1", most_keys=-1)
+        StoreServer("127.0.0.1", max_keys=-1)
 
 
 def test_seconds_may_be_infinite() -> None:
@@ -66,10 +66,10 @@ def test_seconds_may_be_infinite() -> None:
     agent = RendezvousClient("127.0.0.1", server.port, "job")
     agent.join("default", 1, float("inf"))
     generation = agent.generation
-    while agent.standing().state == "joining":
+    while agent.membership().state == "joining":
         assert agent.wait(generation, 20) == "event"
         generation = agent.generation
-    assert agent.standing().state == "placed"
+    assert agent.membership().state == "placed"
     agent.close()
     server.close(float("inf"))
 

@@ -71,7 +71,7 @@ class Nodes:
         """Let a node wait until the host knows it, as one too many."""
         joining = self.joins(handler)
         client = host._get_client()
-        assert eventually(lambda: any("waits as a spare" in remark for remark in client.take_remarks()), LONG_S)
+        assert eventually(lambda: any("waits as a spare" in remark for remark in client.take_warnings()), LONG_S)
         return joining
 
     def close(self) -> None:

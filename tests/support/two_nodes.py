@@ -118,14 +118,14 @@ class Training:
     """A training on two nodes that is disturbed ``number`` times in the same way."""
 
     def __init__(
-        self, launcher: Launcher, commands: Commands, disturbance: Disturbance, number: int, patience_s: float
+        self, launcher: Launcher, commands: Commands, disturbance: Disturbance, number: int, timeout_s: float
     ) -> None:
         assert disturbance.victim != "none" or number % 2 == 0, "a node that is lost comes back"
         self._launcher = launcher
         self._commands = commands
         self._disturbance = disturbance
         self._number = number
-        self._patience_s = patience_s
+        self._timeout_s = timeout_s
         self._began_ns = time.monotonic_ns()
         self.agents = [self._start(0), self._start(1)]
         """Those that are there; a killed one is replaced."""
@@ -179,7 +179,7 @@ class Training:
             begun, trained = self._times("begun"), self._times("trained")
             latest = max([self._began_ns, *begun, *trained])
             in_vain = len(begun) - len([at for at in begun if at <= max(trained, default=0)])
-            if latest < time.monotonic_ns() - self._patience_s * 1e9 or in_vain > _MOST_IN_VAIN:
+            if latest < time.monotonic_ns() - self._timeout_s * 1e9 or in_vain > _MOST_IN_VAIN:
                 return False
         return True
 

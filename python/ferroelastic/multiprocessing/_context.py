@@ -249,7 +249,7 @@ class PContext(_compat.TorchVirtual, ABC):
 
     def _poll_shielded(self) -> RunProcsResult | None:
         """Poll while signals are deferred: a signal must not interrupt the recording of an exit. Raise them then if workers still run."""
-        with _signals.shielded(self._hurry):
+        with _signals.shielded(self._end_grace):
             result = self._poll()
         if result is None:
             _signals.raise_pending()
@@ -272,7 +272,7 @@ class PContext(_compat.TorchVirtual, ABC):
         """
         handles_signal = isinstance(sys.exc_info()[1], _compat.family(SignalException))
         pending: SignalException | None = None
-        with _signals.shielded(self._hurry):
+        with _signals.shielded(self._end_grace):
             with ExitStack() as stack:
                 stack.callback(self._close_files)
                 for tail_log in self._tail_logs:
@@ -313,9 +313,9 @@ class PContext(_compat.TorchVirtual, ABC):
             self._tails_deadline = time.monotonic() + _CONSOLE_TIMEOUT_S
         tail_log.stop(max(_MIN_CONSOLE_TIMEOUT_S, self._tails_deadline - time.monotonic()))
 
-    def _hurry(self) -> None:
+    def _end_grace(self) -> None:
         if self.native_group is not None:
-            self.native_group.hurry()
+            self.native_group.end_grace()
 
     def _forward_signal(self, number: int) -> int:
         """Send a signal to the workers, not to their children; return the number of workers that still ran."""

@@ -60,7 +60,7 @@ def stop_group(
                 for pid in running if linger_s == 0 else ():
                     logger.warning("Sending process %s closing signal %s", pid, signal.Signals(death_sig).name)
             if interrupts >= _INTERRUPTS_TO_KILL or _signals.is_impatient():
-                group.hurry()
+                group.end_grace()
             generation = group.generation
             report = group.stop_report()
             if report is None:

@@ -158,7 +158,7 @@ class NativeRendezvous(RendezvousHandler):
     def begin(self) -> None:
         """See :meth:`NotifyingRendezvous.begin`. The host of the previous job hosts the next job at the same port."""
         client, server = self._client, self._server
-        if self._is_closed or client is None or client.standing().state not in _ENDED:
+        if self._is_closed or client is None or client.membership().state not in _ENDED:
             return
         self._client = self._server = None
         client.close()
@@ -189,18 +189,18 @@ class NativeRendezvous(RendezvousHandler):
         while True:
             client = self._get_client()
             client.join(*self._role, max(0.0, deadline - time.monotonic()) if ended else self._join_timeout_s)
-            standing = self._wait_for_outcome(client)
-            if standing.state == "placed" and standing.place is not None:
-                return self._info(standing.place)
+            membership = self._wait_for_outcome(client)
+            if membership.state == "placed" and membership.place is not None:
+                return self._info(membership.place)
             if self._is_closed:  # by another thread
                 raise RendezvousClosedError(f"the rendezvous {self._run_id!r} is closed")
-            if standing.state == "late" and not ended:
-                self._warn_job_ended(standing.text)
-                deadline, ended = time.monotonic() + self._join_timeout_s, standing.text
-            if ended and standing.state in ("late", "unreachable", "timed out"):
+            if membership.state == "late" and not ended:
+                self._warn_job_ended(membership.text)
+                deadline, ended = time.monotonic() + self._join_timeout_s, membership.text
+            if ended and membership.state in ("late", "unreachable", "timed out"):
                 self._wait_for_new_host(ended, deadline)
-            elif standing.state != "over":  # "over": the round ended before this poll, so join the next round
-                raise self._error(standing)
+            elif membership.state != "over":  # "over": the round ended before this poll, so join the next round
+                raise self._error(membership)
 
     def _warn_job_ended(self, text: str) -> None:
         logger.warning(
@@ -245,15 +245,15 @@ class NativeRendezvous(RendezvousHandler):
                 get_engine().watch_lease(self._client)
         return self._client
 
-    def _wait_for_outcome(self, client: _rust.RendezvousClient) -> _rust.Standing:
+    def _wait_for_outcome(self, client: _rust.RendezvousClient) -> _rust.Membership:
         """Wait until a join has an outcome."""
         while True:
-            # Read before the standing: a later event must end the wait.
+            # Read before the membership: a later event must end the wait.
             generation = client.generation
-            standing = client.standing()
+            membership = client.membership()
             _log_warnings(client)
-            if standing.state != "joining":
-                return standing
+            if membership.state != "joining":
+                return membership
             try:
                 wait_for_event(client, generation)
             except RuntimeError:
@@ -274,25 +274,25 @@ class NativeRendezvous(RendezvousHandler):
             return RendezvousInfo(store, place.group_rank, place.group_world_size, master)
         return PlacedRendezvousInfo(place, store, master)
 
-    def _error(self, standing: _rust.Standing) -> Exception:
-        if standing.state == "closed":
-            return JobFailedError(f"the job has ended: {standing.text}", standing.exit_code or 1)
-        if standing.state == "spare":
+    def _error(self, membership: _rust.Membership) -> Exception:
+        if membership.state == "closed":
+            return JobFailedError(f"the job has ended: {membership.text}", membership.exit_code or 1)
+        if membership.state == "spare":
             return RendezvousGracefulExitError(
-                f"this node was a spare, and no worker was started on it: {standing.text}"
+                f"this node was a spare, and no worker was started on it: {membership.text}"
             )
-        if standing.state == "timed out":
+        if membership.state == "timed out":
             min_nodes, _ = self._nodes
             return RendezvousTimeoutError(
                 f"the rendezvous {self._run_id!r} at {endpoint_text(self._host, self._port)} timed out after "
-                f"{self._join_timeout_s:g} s: at least {min_nodes} nodes must join, {standing.text}"
+                f"{self._join_timeout_s:g} s: at least {min_nodes} nodes must join, {membership.text}"
             )
-        if standing.state in ("unreachable", "refused"):
-            error = RendezvousConnectionError(standing.text)
+        if membership.state in ("unreachable", "refused"):
+            error = RendezvousConnectionError(membership.text)
             # ferrorun prints a rejection as it is, because the text has the remedy.
-            error.was_refused = standing.state == "refused"  # type: ignore[attr-defined]
+            error.was_refused = membership.state == "refused"  # type: ignore[attr-defined]
             return error
-        return RendezvousClosedError(f"the job has ended (state of the rendezvous: {standing.state})")
+        return RendezvousClosedError(f"the job has ended (state of the rendezvous: {membership.state})")
 
     @property
     def news_fd(self) -> int | None:
@@ -305,12 +305,12 @@ class NativeRendezvous(RendezvousHandler):
         if client is None:
             return None
         _log_warnings(client)
-        standing = client.standing()
-        if standing.state == "over" and standing.cause is not None:
-            is_failure, exit_code = standing.cause.kind == "failure", standing.cause.exit_code
-            return Interruption(is_failure, False, standing.text, exit_code, client.stop_within_s)
-        if standing.state == "closed":
-            return Interruption(True, True, standing.text, standing.exit_code or 1)
+        membership = client.membership()
+        if membership.state == "over" and membership.cause is not None:
+            is_failure, exit_code = membership.cause.kind == "failure", membership.cause.exit_code
+            return Interruption(is_failure, False, membership.text, exit_code, client.stop_within_s)
+        if membership.state == "closed":
+            return Interruption(True, True, membership.text, membership.exit_code or 1)
         return None
 
     def report_failure(self, at_ns: int, text: str, *, exit_code: int = 1, is_final: bool) -> None:
@@ -327,7 +327,7 @@ class NativeRendezvous(RendezvousHandler):
         client = self._client
         while client is not None:
             generation = client.generation
-            if client.standing().state != "placed":
+            if client.membership().state != "placed":
                 return self.interruption()
             wait_for_event(client, generation)
         return None
@@ -345,12 +345,12 @@ class NativeRendezvous(RendezvousHandler):
         remaining_s: float | None = timeout_s
         while True:
             generation = client.generation
-            standing = client.standing()
+            membership = client.membership()
             _log_warnings(client)
-            if standing.state in ("unreachable", "refused"):
-                logger.warning("the outcome of the workers on other nodes is unknown: %s", standing.text)
-            if standing.state != "placed":
-                return standing.state != "over"
+            if membership.state in ("unreachable", "refused"):
+                logger.warning("the outcome of the workers on other nodes is unknown: %s", membership.text)
+            if membership.state != "placed":
+                return membership.state != "over"
             if wait_for_event(client, generation, remaining_s):
                 remaining_s = None if remaining_s is None else max(0.0, deadline - time.monotonic())
             elif self._is_host and _signals.received() is None:
@@ -364,7 +364,7 @@ class NativeRendezvous(RendezvousHandler):
 
     def is_closed(self) -> bool:
         """Return whether the rendezvous is closed: there will be no further round."""
-        return self._is_closed or (self._client is not None and self._client.standing().state in _ENDED)
+        return self._is_closed or (self._client is not None and self._client.membership().state in _ENDED)
 
     def set_closed(self) -> None:
         """Close the rendezvous: for all nodes if this node has joined it, else for this node only."""
@@ -415,7 +415,7 @@ class NativeRendezvous(RendezvousHandler):
         error = sys.exc_info()[1]
         reason = "its agent has ended" if error is None else f"its agent has ended: {_first_line(error)}"
         client = self._client
-        if client is not None and not self._has_finished and client.standing().state in ("placed", "over"):
+        if client is not None and not self._has_finished and client.membership().state in ("placed", "over"):
             client.end(reason, 1)
         self.leave(reason)
         return True
@@ -426,7 +426,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _log_warnings(client: _rust.RendezvousClient) -> None:
-    for warning in client.take_remarks():
+    for warning in client.take_warnings():
         logger.warning("%s", warning)
 
 

@@ -102,7 +102,7 @@ class NativeSettings:
                 last_call_s=self.last_call_s,
                 silence_s=self.heartbeat_timeout_s,
                 address=address,
-                most_membership_changes=self.max_membership_changes,
+                max_membership_changes=self.max_membership_changes,
             )
         except OSError as error:
             is_in_use = error.errno == errno.EADDRINUSE

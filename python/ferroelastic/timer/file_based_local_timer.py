@@ -455,7 +455,7 @@ class FileTimerServer:
             workers: process id, name and evidence folder of each worker. The folder must exist; ``""`` collects no evidence.
                 Replaces the previous list. The evidence is the state of each process and its stacks.
         """
-        self._native.workers(list(workers))
+        self._native.set_workers(list(workers))
 
     def expiry(self, pid: int) -> _rust.Expiry | None:
         """Return the last timer that caused a signal to a process, or ``None``. Not in torch.

@@ -150,7 +150,7 @@ impl Engine {
         detached(py, || self.0.dismiss_guard(timeout))
     }
 
-    fn take_remarks(&self, py: Python<'_>) -> PyResult<Vec<String>> {
+    fn take_warnings(&self, py: Python<'_>) -> PyResult<Vec<String>> {
         self.0.take_warnings().map_err(|error| to_python(py, error))
     }
 

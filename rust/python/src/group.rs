@@ -206,7 +206,7 @@ impl Group {
         detached(py, || self.0.stop_on_failure(plan))
     }
 
-    fn hurry(&self, py: Python<'_>) -> PyResult<()> {
+    fn end_grace(&self, py: Python<'_>) -> PyResult<()> {
         detached(py, || self.0.end_grace())
     }
 

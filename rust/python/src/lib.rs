@@ -49,7 +49,7 @@ mod _rust {
     #[pymodule_export]
     use super::health::HealthServer;
     #[pymodule_export]
-    use super::rendezvous::{Cause, Place, RendezvousClient, Standing};
+    use super::rendezvous::{Cause, Membership, Place, RendezvousClient};
     #[pymodule_export]
     use super::store::{StoreClient, StoreServer, StoreTimeoutError};
     #[pymodule_export]

@@ -69,7 +69,7 @@ impl From<message::Cause> for Cause {
 
 /// The state of a membership.
 #[pyclass(frozen, get_all, module = "ferroelastic._rust")]
-pub(crate) struct Standing {
+pub(crate) struct Membership {
     state: &'static str,
     place: Option<Place>,
     cause: Option<Cause>,
@@ -77,7 +77,7 @@ pub(crate) struct Standing {
     exit_code: Option<i32>,
 }
 
-impl From<member::MembershipState> for Standing {
+impl From<member::MembershipState> for Membership {
     fn from(state: member::MembershipState) -> Self {
         use member::MembershipState as S;
 
@@ -155,8 +155,8 @@ impl RendezvousClient {
         self.call(py, Call::Leave(text))
     }
 
-    fn standing(&self, py: Python<'_>) -> PyResult<Standing> {
-        self.0.state().map(Standing::from).map_err(|error| to_python(py, error))
+    fn membership(&self, py: Python<'_>) -> PyResult<Membership> {
+        self.0.state().map(Membership::from).map_err(|error| to_python(py, error))
     }
 
     #[getter]
@@ -182,7 +182,7 @@ impl RendezvousClient {
         Ok(address.map(|address| address.to_string()))
     }
 
-    fn take_remarks(&self, py: Python<'_>) -> PyResult<Vec<String>> {
+    fn take_warnings(&self, py: Python<'_>) -> PyResult<Vec<String>> {
         self.0.take_warnings().map_err(|error| to_python(py, error))
     }
 

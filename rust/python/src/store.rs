@@ -24,8 +24,8 @@ pub(crate) struct StoreServer(host::StoreServer);
 impl StoreServer {
     #[new]
     #[pyo3(signature = (host, port=0, *, run_id=None, min_nodes=1, max_nodes=1, last_call_s=30.0, silence_s=15.0,
-        address=None, most_membership_changes=None, most_key_bytes=8192, most_value_bytes=8_388_608, most_keys=131_072,
-        most_request_bytes=268_435_456, most_reply_bytes=268_435_456))]
+        address=None, max_membership_changes=None, max_key_bytes=8192, max_value_bytes=8_388_608, max_keys=131_072,
+        max_request_bytes=268_435_456, max_reply_bytes=268_435_456))]
     #[expect(clippy::too_many_arguments, reason = "keywords in Python")]
     fn new(
         py: Python<'_>,
@@ -37,19 +37,19 @@ impl StoreServer {
         last_call_s: f64,
         silence_s: f64,
         address: Option<String>,
-        most_membership_changes: Option<u64>,
-        most_key_bytes: u64,
-        most_value_bytes: u64,
-        most_keys: u64,
-        most_request_bytes: u64,
-        most_reply_bytes: u64,
+        max_membership_changes: Option<u64>,
+        max_key_bytes: u64,
+        max_value_bytes: u64,
+        max_keys: u64,
+        max_request_bytes: u64,
+        max_reply_bytes: u64,
     ) -> PyResult<Self> {
         let limits = Limits {
-            key_bytes: most_key_bytes,
-            value_bytes: most_value_bytes,
-            keys: most_keys,
-            request_bytes: most_request_bytes,
-            reply_bytes: most_reply_bytes,
+            key_bytes: max_key_bytes,
+            value_bytes: max_value_bytes,
+            keys: max_keys,
+            request_bytes: max_request_bytes,
+            reply_bytes: max_reply_bytes,
         };
         let (last_call, silence) = (span("last_call_s", last_call_s)?, span("silence_s", silence_s)?);
         let settings = run_id.map(|run_id| HostSettings {
@@ -59,7 +59,7 @@ impl StoreServer {
             last_call,
             silence,
             address,
-            max_membership_changes: most_membership_changes,
+            max_membership_changes,
         });
         detached(py, || host::StoreServer::start((host, port).into(), limits, settings)).map(Self)
     }
@@ -69,9 +69,9 @@ impl StoreServer {
         self.0.address().port()
     }
 
-    #[pyo3(signature = (patience_s=0.0))]
-    fn close(&self, py: Python<'_>, patience_s: f64) -> PyResult<()> {
-        let timeout = span("patience_s", patience_s)?;
+    #[pyo3(signature = (timeout_s=0.0))]
+    fn close(&self, py: Python<'_>, timeout_s: f64) -> PyResult<()> {
+        let timeout = span("timeout_s", timeout_s)?;
         detached(py, || self.0.close(timeout))
     }
 }

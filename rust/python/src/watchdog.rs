@@ -86,7 +86,7 @@ impl Watchdog {
         detached(py, || self.0.start())
     }
 
-    fn workers(&self, py: Python<'_>, workers: Vec<(i32, String, PathBuf)>) -> PyResult<()> {
+    fn set_workers(&self, py: Python<'_>, workers: Vec<(i32, String, PathBuf)>) -> PyResult<()> {
         let workers = workers.into_iter().map(|(pid, label, folder)| WorkerProcess { pid, label, folder }).collect();
         detached(py, || self.0.set_workers(workers))
     }
@@ -131,7 +131,7 @@ impl Watchdog {
         })
     }
 
-    fn last_request_s(&self, py: Python<'_>, pid: i32) -> PyResult<Option<f64>> {
+    fn last_request_age_s(&self, py: Python<'_>, pid: i32) -> PyResult<Option<f64>> {
         Ok(detached(py, || self.0.last_heard(pid))?.map(|age| age.as_secs_f64()))
     }
 

@@ -61,5 +61,5 @@ def end_helpers(
     group = run.hold_detached(sessions, are_native=are_native)
     if group is not None:
         left_s = max(grace_s - elapsed_s, min(grace_s, _MIN_GRACE_S))
-        with _signals.shielded(group.hurry), activity.allowing(longest_stop_s(left_s)):
+        with _signals.shielded(group.end_grace), activity.allowing(longest_stop_s(left_s)):
             stop_group(group, signal.SIGTERM, left_s)

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::guard::{GuardSlot, Warnings};
-use super::order::{Observed, Order, StartedGroup};
+use super::order::{EngineOrder, Observed, StartedGroup};
 use super::orphans::Orphans;
 use super::processes::{GroupEntry, Process, Reaper};
 use crate::error::{Error, Result};
@@ -80,9 +80,9 @@ impl Token {
 
 /// The state of the engine thread.
 pub(super) struct EventLoop {
-    inbox: Inbox<Order>,
+    inbox: Inbox<EngineOrder>,
     /// For the threads that wait for exits on kernels without pidfds.
-    exit_sender: Arc<Mutex<Remote<Order>>>,
+    exit_sender: Arc<Mutex<Remote<EngineOrder>>>,
     poller: Poller,
     timer: Timer,
     support: Support,
@@ -102,7 +102,7 @@ pub(super) struct EventLoop {
 }
 
 impl EventLoop {
-    pub(super) fn new(inbox: Inbox<Order>, support: Support, warnings: Warnings) -> Result<Self> {
+    pub(super) fn new(inbox: Inbox<EngineOrder>, support: Support, warnings: Warnings) -> Result<Self> {
         let poller = Poller::new().map_err(|source| Error::os("create", "an epoll instance", source))?;
         let timer = Timer::new().map_err(|source| Error::os("create", "a timerfd", source))?;
         let watched = poller
@@ -228,7 +228,7 @@ impl EventLoop {
             let collect = move || {
                 let evidence = collection.run();
                 // The engine may have ended.
-                let _ = engine.send(Order::Evidence { watchdog: watchdog_id, evidence });
+                let _ = engine.send(EngineOrder::Evidence { watchdog: watchdog_id, evidence });
             };
             if threads::builder("ferro-evidence").spawn(collect).is_err() {
                 watchdog.handle_evidence(&empty);
@@ -242,33 +242,33 @@ impl EventLoop {
         }
     }
 
-    fn handle(&mut self, order: Order) {
+    fn handle(&mut self, order: EngineOrder) {
         match order {
-            Order::Spawn { commands, reply } => {
+            EngineOrder::Spawn { commands, reply } => {
                 let _ = reply.send(self.spawn_group(&commands));
             }
-            Order::Observe { processes, reply } => {
+            EngineOrder::Observe { processes, reply } => {
                 let _ = reply.send(self.observe_group(processes));
             }
-            Order::GroupEvent { group, event } => {
+            EngineOrder::GroupEvent { group, event } => {
                 if let Some(group) = self.groups.get_mut(&group) {
                     group.step(Instant::now(), event);
                 }
             }
-            Order::Signal { group, index, signal, leader_only, reply } => {
+            EngineOrder::Signal { group, index, signal, leader_only, reply } => {
                 let leader = self.groups.get(&group).and_then(|group| group.processes.get(index));
                 let delivered = leader.map_or(Ok(false), |process| {
                     if leader_only { process.leader.signal(signal) } else { process.leader.signal_group(signal) }
                 });
                 let _ = reply.send(delivered);
             }
-            Order::Release { group } => {
+            EngineOrder::Release { group } => {
                 if let Some(entry) = self.groups.get_mut(&group) {
                     entry.released = true;
                 }
                 self.remove_released(group);
             }
-            Order::Exited { process, status, usage, at } => {
+            EngineOrder::Exited { process, status, usage, at } => {
                 if let Some((group, index)) = self.processes.remove(&process)
                     && let Some(entry) = self.groups.get(&group)
                 {
@@ -277,39 +277,39 @@ impl EventLoop {
                     self.record_exits(group, vec![ended]);
                 }
             }
-            Order::Tail { spec, reply } => {
+            EngineOrder::Tail { spec, reply } => {
                 let id = self.next_id();
                 let _ = reply.send(self.tails.add(id, &spec, &self.poller).map(|()| id));
             }
-            Order::FinishTail { tail, timeout, reply } => {
+            EngineOrder::FinishTail { tail, timeout, reply } => {
                 self.tails.finish(tail, timeout, Instant::now(), reply);
             }
-            Order::DropTail { tail } => self.tails.drop_tail(tail, &self.poller),
-            Order::CreateWatchdog { config, files, reports, reply } => {
+            EngineOrder::DropTail { tail } => self.tails.drop_tail(tail, &self.poller),
+            EngineOrder::CreateWatchdog { config, files, reports, reply } => {
                 let id = self.next_id();
                 let clients = Token::TimerClient { watchdog: id, pid: 0 }.pack();
                 let tokens = WatchdogTokens { fifo: Token::Fifo(id).pack(), clients };
                 self.watchdogs.insert(id, WatchdogServer::new(config, files, tokens, self.support, reports));
                 let _ = reply.send(id);
             }
-            Order::Watchdog { id, order } => {
+            EngineOrder::Watchdog { id, order } => {
                 if let Some(watchdog) = self.watchdogs.get_mut(&id) {
                     watchdog.handle(order, &self.poller);
                 }
             }
-            Order::DrainWatchdog { id, reply } => {
+            EngineOrder::DrainWatchdog { id, reply } => {
                 if let Some(watchdog) = self.watchdogs.get_mut(&id) {
                     watchdog.drain(&self.poller);
                     self.handle_deadlines();
                     let _ = reply.send(());
                 }
             }
-            Order::Evidence { watchdog, evidence } => {
+            EngineOrder::Evidence { watchdog, evidence } => {
                 if let Some(watchdog) = self.watchdogs.get_mut(&watchdog) {
                     watchdog.handle_evidence(&evidence);
                 }
             }
-            Order::CloseWatchdog { id, reply } => {
+            EngineOrder::CloseWatchdog { id, reply } => {
                 if let Some(mut watchdog) = self.watchdogs.remove(&id) {
                     watchdog.stop(&self.poller);
                 }
@@ -317,23 +317,23 @@ impl EventLoop {
                     let _ = reply.send(());
                 }
             }
-            Order::Health(order) => {
+            EngineOrder::Health(order) => {
                 let id = self.next_id();
                 let exits = self.groups.values().map(|group| group.state.exits());
                 order.handle(&mut self.health, &self.poller, id, exits);
             }
-            Order::AdoptGuard { guard, program, reply } => {
+            EngineOrder::AdoptGuard { guard, program, reply } => {
                 let _ = reply.send(self.guard.adopt(guard, program, &self.poller, Token::Guard.pack()));
             }
-            Order::WatchLease(page) => self.guard.watch_lease(page),
-            Order::OwnOrphans => self.orphans.own_all(),
-            Order::UseCgroup { folder, reply } => {
+            EngineOrder::WatchLease(page) => self.guard.watch_lease(page),
+            EngineOrder::OwnOrphans => self.orphans.own_all(),
+            EngineOrder::UseCgroup { folder, reply } => {
                 let is_requested = folder.is_some();
                 self.cgroup = folder.filter(|folder| can_spawn_in(folder.as_fd(), &mut self.stack));
                 let _ = reply.send(self.cgroup.is_some() == is_requested);
             }
-            Order::DismissGuard { reply } => self.guard.dismiss(reply),
-            Order::Close { kill_wait } => {
+            EngineOrder::DismissGuard { reply } => self.guard.dismiss(reply),
+            EngineOrder::Close { kill_wait } => {
                 self.closing = true;
                 self.kill_all(kill_wait);
             }
@@ -443,7 +443,7 @@ impl EventLoop {
             let engine = engine.lock().unwrap_or_else(PoisonError::into_inner);
             let at = Moment::now();
             // The engine may have ended.
-            let _ = engine.send(Order::Exited { process: id, status, usage, at });
+            let _ = engine.send(EngineOrder::Exited { process: id, status, usage, at });
         };
         threads::builder("ferro-wait").spawn(wait_for_exit).map(drop)
     }
@@ -467,7 +467,7 @@ impl EventLoop {
 }
 
 impl Service for EventLoop {
-    type Order = Order;
+    type Order = EngineOrder;
 
     fn serve(&mut self) -> Result<()> {
         let mut ready = Vec::new();

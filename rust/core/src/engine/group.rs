@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::order::{Line, Order, StartedGroup};
+use super::order::{EngineOrder, Line, StartedGroup};
 use super::progress::{GroupProgress, StopReport};
 use crate::error::{Error, Result};
 use crate::published::{CallerFds, Wake};
@@ -50,7 +50,7 @@ impl Group {
     /// Signals the process group of one worker, or its leader alone; `false` if no process was left.
     pub fn signal(&self, index: usize, signal: i32, leader_only: bool) -> Result<bool> {
         let group = self.id;
-        let delivered = self.line.ask(|reply| Order::Signal { group, index, signal, leader_only, reply })?;
+        let delivered = self.line.ask(|reply| EngineOrder::Signal { group, index, signal, leader_only, reply })?;
         delivered.map_err(|source| Error::os("signal", format!("worker {index} (pid {})", self.pids[index]), source))
     }
 
@@ -77,13 +77,13 @@ impl Group {
 
     fn send(&self, event: GroupEvent) -> Result<()> {
         let group = self.id;
-        self.line.send(Order::GroupEvent { group, event })
+        self.line.send(EngineOrder::GroupEvent { group, event })
     }
 }
 
 impl Drop for Group {
     /// Running processes continue; the engine reaps them when they end.
     fn drop(&mut self) {
-        let _ = self.line.send(Order::Release { group: self.id });
+        let _ = self.line.send(EngineOrder::Release { group: self.id });
     }
 }

@@ -9,7 +9,7 @@ use super::event_loop::EventLoop;
 use super::group::Group;
 use super::guard::Warnings;
 use super::health::HealthServer;
-use super::order::{Line, Observed, Order};
+use super::order::{EngineOrder, Line, Observed};
 use super::tail::Tail;
 use super::watchdog::Watchdog;
 use crate::error::{Error, Result};
@@ -55,7 +55,7 @@ impl Engine {
 
     /// Starts all commands in order. If one fails to start, the started ones are killed and reaped.
     pub fn spawn(&self, commands: Vec<Command>) -> Result<Group> {
-        let started = self.line.ask(|reply| Order::Spawn { commands, reply })??;
+        let started = self.line.ask(|reply| EngineOrder::Spawn { commands, reply })??;
         Ok(Group::new(&self.line, started))
     }
 
@@ -65,7 +65,7 @@ impl Engine {
     /// kernels without pidfds if the process is not a child of this process.
     pub fn observe(&self, processes: Vec<(i32, Option<OwnedFd>)>) -> Result<Group> {
         let processes = processes.into_iter().map(|(pid, sentinel)| Observed { pid, sentinel }).collect();
-        let started = self.line.ask(|reply| Order::Observe { processes, reply })??;
+        let started = self.line.ask(|reply| EngineOrder::Observe { processes, reply })??;
         Ok(Group::new(&self.line, started))
     }
 
@@ -87,30 +87,30 @@ impl Engine {
 
     /// Hands a guard to the engine, which registers all later workers with it. `program` starts a replacement if the guard dies.
     pub fn adopt_guard(&self, guard: Guard, program: Program) -> Result<()> {
-        self.line.ask(|reply| Order::AdoptGuard { guard, program, reply })?
+        self.line.ask(|reply| EngineOrder::AdoptGuard { guard, program, reply })?
     }
 
     /// The guard kills the workers when the lease on this page expires, also while this process is suspended.
     pub fn watch_lease(&self, page: Arc<LeasePage>) -> Result<()> {
-        self.line.send(Order::WatchLease(page))
+        self.line.send(EngineOrder::WatchLease(page))
     }
 
     /// Declares that all children outside this process's own session belong to workers. If this process is PID 1 or a subreaper, the
     /// engine reaps them.
     pub fn own_orphans(&self) -> Result<()> {
-        self.line.send(Order::OwnOrphans)
+        self.line.send(EngineOrder::OwnOrphans)
     }
 
     /// Starts later workers in this cgroup; `None` starts them in the agent's own cgroup. `false` if the kernel does not support it.
     pub fn use_cgroup(&self, folder: Option<&Path>) -> Result<bool> {
         let failed = |source| Error::os("open", format!("cgroup {folder:?}"), source);
         let folder = folder.map(cgroup::open).transpose().map_err(failed)?;
-        self.line.ask(|reply| Order::UseCgroup { folder, reply })
+        self.line.ask(|reply| EngineOrder::UseCgroup { folder, reply })
     }
 
     /// Kills the guard before an orderly end of this process. `false` if the guard has not ended within `timeout`.
     pub fn dismiss_guard(&self, timeout: Duration) -> Result<bool> {
-        Ok(self.line.ask_within(timeout, |reply| Order::DismissGuard { reply })?.is_some())
+        Ok(self.line.ask_within(timeout, |reply| EngineOrder::DismissGuard { reply })?.is_some())
     }
 
     /// Returns the engine's warnings since the last call.
@@ -121,7 +121,7 @@ impl Engine {
 
     /// Ends the thread; running workers get SIGKILL. `false` if the thread has not ended within `timeout`. Idempotent.
     pub fn close(&self, timeout: Duration) -> Result<bool> {
-        let ended = self.line.close(Order::Close { kill_wait: timeout }, Some(timeout + CLOSE_MARGIN))?;
+        let ended = self.line.close(EngineOrder::Close { kill_wait: timeout }, Some(timeout + CLOSE_MARGIN))?;
         // The waiters already have the error of a failed thread.
         Ok(matches!(ended, CloseOutcome::Ended(_)))
     }

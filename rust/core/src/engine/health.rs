@@ -4,10 +4,10 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::order::{Line, Order};
+use super::order::{EngineOrder, Line};
 use crate::error::{Error, Result};
 use crate::health::status::Update;
-use crate::health::{self, ProgressQuestion, liveness};
+use crate::health::{HealthOrder, ProgressQuestion, liveness};
 use crate::sys::clock::Moment;
 use crate::sys::net::{InheritedListener, Listener, endpoint};
 
@@ -37,7 +37,7 @@ impl HealthServer {
         let question = Arc::new(question);
         let asked = Arc::clone(&question);
         let id =
-            line.ask(|reply| Order::Health(health::Order::Open { listener, question: asked, timeout, reply }))??;
+            line.ask(|reply| EngineOrder::Health(HealthOrder::Open { listener, question: asked, timeout, reply }))??;
         Ok(Self { line: Arc::clone(line), id, address, inherited, question })
     }
 
@@ -55,24 +55,25 @@ impl HealthServer {
 
     /// Confirms that the answering thread has received the question.
     pub fn started(&self) -> Result<()> {
-        self.send(health::Order::Started { server: self.id, at: Instant::now() })
+        self.send(HealthOrder::Started { server: self.id, at: Instant::now() })
     }
 
     /// Answers the question with the time of the last progress in seconds since the epoch, or with an error message.
     pub fn answer(&self, progress: std::result::Result<f64, String>) -> Result<()> {
         let now = Moment::now();
         let (at, answer) = (now.instant, progress.and_then(|progress| liveness::age(progress, now.wall_s())));
-        self.send(health::Order::Answered { server: self.id, at, answer })
+        self.send(HealthOrder::Answered { server: self.id, at, answer })
     }
 
     /// Updates the published status.
     pub fn update(&self, update: Update) -> Result<()> {
-        self.send(health::Order::Update { server: self.id, update })
+        self.send(HealthOrder::Update { server: self.id, update })
     }
 
     /// Stops serving; the port is free on return. In a forked child, closes the child's copy of the listener.
     pub fn close(&self) -> Result<()> {
-        let closed = self.line.ask(|reply| Order::Health(health::Order::Close { server: self.id, reply: Some(reply) }));
+        let closed =
+            self.line.ask(|reply| EngineOrder::Health(HealthOrder::Close { server: self.id, reply: Some(reply) }));
         match closed {
             // A closed engine has closed its servers.
             Ok(()) | Err(Error::Closed) => Ok(()),
@@ -84,14 +85,14 @@ impl HealthServer {
         }
     }
 
-    fn send(&self, order: health::Order) -> Result<()> {
-        self.line.send(Order::Health(order))
+    fn send(&self, order: HealthOrder) -> Result<()> {
+        self.line.send(EngineOrder::Health(order))
     }
 }
 
 impl Drop for HealthServer {
     fn drop(&mut self) {
-        if let Err(Error::Forked { .. }) = self.send(health::Order::Close { server: self.id, reply: None }) {
+        if let Err(Error::Forked { .. }) = self.send(HealthOrder::Close { server: self.id, reply: None }) {
             self.inherited.close_in_child();
         }
     }

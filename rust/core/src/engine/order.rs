@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use super::progress::GroupProgress;
 use crate::error::Result;
-use crate::health;
+use crate::health::HealthOrder;
 use crate::logs::{TailReport, TailSpec};
 use crate::supervise::GroupEvent;
 use crate::sys::beats::BeatPage;
@@ -18,10 +18,10 @@ use crate::sys::lease::LeasePage;
 use crate::sys::spawn::Command;
 use crate::sys::wait::{ExitStatus, Usage};
 use crate::thread::{NativeThread, Reply, ThreadOrder};
-use crate::watchdog::{self, Config, Evidence, Reports};
+use crate::watchdog::{Config, Evidence, Reports, WatchdogOrder};
 
 /// The connection from a handle to the engine thread. The thread ends when the last handle is dropped.
-pub(super) type Line = NativeThread<Order>;
+pub(super) type Line = NativeThread<EngineOrder>;
 
 /// A new group.
 pub(super) struct StartedGroup {
@@ -38,7 +38,7 @@ pub(super) struct Observed {
 }
 
 /// An order to the engine thread.
-pub(super) enum Order {
+pub(super) enum EngineOrder {
     Spawn {
         commands: Vec<Command>,
         reply: Reply<Result<StartedGroup>>,
@@ -90,7 +90,7 @@ pub(super) enum Order {
     },
     Watchdog {
         id: u64,
-        order: watchdog::Order,
+        order: WatchdogOrder,
     },
     /// Reads the pipe of a watchdog until it is empty, then handles the expired timers.
     DrainWatchdog {
@@ -106,7 +106,7 @@ pub(super) enum Order {
         id: u64,
         reply: Option<Reply<()>>,
     },
-    Health(health::Order),
+    Health(HealthOrder),
     AdoptGuard {
         guard: Guard,
         program: Program,
@@ -126,7 +126,7 @@ pub(super) enum Order {
     },
 }
 
-impl ThreadOrder for Order {
+impl ThreadOrder for EngineOrder {
     fn close() -> Self {
         Self::Close { kill_wait: Duration::ZERO }
     }

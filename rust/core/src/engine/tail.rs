@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::order::{Line, Order};
+use super::order::{EngineOrder, Line};
 use crate::error::Result;
 use crate::logs::{TailReport, TailSpec};
 
@@ -16,7 +16,7 @@ pub struct Tail {
 
 impl Tail {
     pub(super) fn open(line: &Arc<Line>, spec: TailSpec) -> Result<Self> {
-        let id = line.ask(|reply| Order::Tail { spec, reply })??;
+        let id = line.ask(|reply| EngineOrder::Tail { spec, reply })??;
         Ok(Self { line: Arc::clone(line), id })
     }
 
@@ -25,12 +25,12 @@ impl Tail {
     /// Idempotent: further calls, also from other threads, return the same report.
     pub fn finish(&self, timeout: Duration) -> Result<TailReport> {
         let tail = self.id;
-        self.line.ask(|reply| Order::FinishTail { tail, timeout, reply })
+        self.line.ask(|reply| EngineOrder::FinishTail { tail, timeout, reply })
     }
 }
 
 impl Drop for Tail {
     fn drop(&mut self) {
-        let _ = self.line.send(Order::DropTail { tail: self.id });
+        let _ = self.line.send(EngineOrder::DropTail { tail: self.id });
     }
 }

@@ -4,10 +4,10 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::order::{Line, Order};
+use super::order::{EngineOrder, Line};
 use crate::error::{Error, Result};
 use crate::thread::Reply;
-use crate::watchdog::{self, Config, Expiry, Reports, WatchdogCounts, WorkerProcess, create_files, wire};
+use crate::watchdog::{Config, Expiry, Reports, WatchdogCounts, WatchdogOrder, WorkerProcess, create_files, wire};
 
 /// A named pipe through which processes set their own deadlines. Dropping the handle closes the watchdog.
 #[derive(Debug)]
@@ -25,13 +25,17 @@ impl Watchdog {
         let files = create_files(&config.path)?;
         let reports = Arc::new(Reports::new()?);
         let (server_reports, server_config) = (Arc::clone(&reports), config.clone());
-        let id =
-            line.ask(|reply| Order::CreateWatchdog { config: server_config, files, reports: server_reports, reply })?;
+        let id = line.ask(|reply| EngineOrder::CreateWatchdog {
+            config: server_config,
+            files,
+            reports: server_reports,
+            reply,
+        })?;
         Ok(Self { line: Arc::clone(line), id, config, reports })
     }
 
-    fn ask<T>(&self, order: impl FnOnce(Reply<T>) -> watchdog::Order) -> Result<T> {
-        self.line.ask(|reply| Order::Watchdog { id: self.id, order: order(reply) })
+    fn ask<T>(&self, order: impl FnOnce(Reply<T>) -> WatchdogOrder) -> Result<T> {
+        self.line.ask(|reply| EngineOrder::Watchdog { id: self.id, order: order(reply) })
     }
 
     /// The path of the pipe.
@@ -42,47 +46,47 @@ impl Watchdog {
 
     /// Starts serving, and recreates the pipe if it was removed. Idempotent.
     pub fn start(&self) -> Result<()> {
-        self.ask(watchdog::Order::Start)?
+        self.ask(WatchdogOrder::Start)?
     }
 
     /// Sets the workers, in place of the previous ones.
     pub fn set_workers(&self, workers: Vec<WorkerProcess>) -> Result<()> {
-        self.ask(|reply| watchdog::Order::SetWorkers(workers, reply))
+        self.ask(|reply| WatchdogOrder::SetWorkers(workers, reply))
     }
 
     /// Handles requests that did not come through the pipe.
     pub fn register(&self, requests: Vec<wire::TimerRequest>) -> Result<()> {
-        self.ask(|reply| watchdog::Order::Register(requests, reply))
+        self.ask(|reply| WatchdogOrder::Register(requests, reply))
     }
 
     /// Releases all timers of these processes.
     pub fn clear(&self, pids: Vec<i32>) -> Result<()> {
-        self.ask(|reply| watchdog::Order::Clear(pids, reply))
+        self.ask(|reply| WatchdogOrder::Clear(pids, reply))
     }
 
     /// The armed timers, in no particular order.
     pub fn timers(&self) -> Result<Vec<wire::TimerRequest>> {
-        self.ask(watchdog::Order::Timers)
+        self.ask(WatchdogOrder::Timers)
     }
 
     /// Counts of requests and timers.
     pub fn counts(&self) -> Result<WatchdogCounts> {
-        self.ask(watchdog::Order::Counts)
+        self.ask(WatchdogOrder::Counts)
     }
 
     /// The time since the last request of a process; `None` if there was none, or if the process has ended.
     pub fn last_heard(&self, pid: i32) -> Result<Option<Duration>> {
-        self.ask(|reply| watchdog::Order::LastHeard(pid, reply))
+        self.ask(|reply| WatchdogOrder::LastHeard(pid, reply))
     }
 
     /// The time since the oldest missed deadline of a process that has not ended.
     pub fn overdue(&self) -> Result<Duration> {
-        self.ask(watchdog::Order::Overdue)
+        self.ask(WatchdogOrder::Overdue)
     }
 
     /// Reads the pipe until it is empty, then handles the expired timers.
     pub fn drain(&self) -> Result<()> {
-        self.line.ask(|reply| Order::DrainWatchdog { id: self.id, reply })
+        self.line.ask(|reply| EngineOrder::DrainWatchdog { id: self.id, reply })
     }
 
     /// The last expired timer that caused a signal to the process.
@@ -99,7 +103,7 @@ impl Watchdog {
 
     /// Stops serving and removes the pipe.
     pub fn close(&self) -> Result<()> {
-        match self.line.ask(|reply| Order::CloseWatchdog { id: self.id, reply: Some(reply) }) {
+        match self.line.ask(|reply| EngineOrder::CloseWatchdog { id: self.id, reply: Some(reply) }) {
             // A closed engine has closed its watchdogs.
             Err(Error::Closed) => Ok(()),
             closed => closed,
@@ -109,7 +113,7 @@ impl Watchdog {
 
 impl Drop for Watchdog {
     fn drop(&mut self) {
-        let _ = self.line.send(Order::CloseWatchdog { id: self.id, reply: None });
+        let _ = self.line.send(EngineOrder::CloseWatchdog { id: self.id, reply: None });
     }
 }
 
@@ -131,8 +135,8 @@ mod tests {
 
     /// Runs `work` on the engine thread.
     fn run(watchdog: &Watchdog, work: impl FnOnce(&mut WatchdogServer) + Send + 'static) {
-        let order = watchdog::Order::Run(Box::new(work));
-        watchdog.line.send(Order::Watchdog { id: watchdog.id, order }).expect("the engine runs");
+        let order = WatchdogOrder::Run(Box::new(work));
+        watchdog.line.send(EngineOrder::Watchdog { id: watchdog.id, order }).expect("the engine runs");
     }
 
     /// An engine with a watchdog, and the path of its pipe.

@@ -12,6 +12,6 @@ mod question;
 mod server;
 pub mod status;
 
-pub(crate) use order::Order;
+pub(crate) use order::HealthOrder;
 pub(crate) use question::ProgressQuestion;
 pub(crate) use server::{HealthTokens, Servers};

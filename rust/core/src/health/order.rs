@@ -14,7 +14,7 @@ use crate::sys::poller::Poller;
 use crate::thread::Reply;
 
 /// An order to the health servers.
-pub(crate) enum Order {
+pub(crate) enum HealthOrder {
     Open { listener: Listener, question: Arc<ProgressQuestion>, timeout: Duration, reply: Reply<Result<u64>> },
     Started { server: u64, at: Instant },
     Answered { server: u64, at: Instant, answer: Answer },
@@ -22,7 +22,7 @@ pub(crate) enum Order {
     Close { server: u64, reply: Option<Reply<()>> },
 }
 
-impl Order {
+impl HealthOrder {
     /// Carries out the order. `id` becomes the id of a new server; `exits` are the exits of all supervised processes.
     pub(crate) fn handle<'a>(
         self,

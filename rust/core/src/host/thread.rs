@@ -34,14 +34,14 @@ const REPLIED_PER_TURN: usize = 4 << 20;
 
 /// An order to the thread.
 #[derive(Debug)]
-pub(super) enum Order {
+pub(super) enum HostOrder {
     /// Stop listening, and end once the agents have gone, or after this time.
     Close { timeout: Duration },
     #[cfg(test)]
     Panic,
 }
 
-impl ThreadOrder for Order {
+impl ThreadOrder for HostOrder {
     fn close() -> Self {
         Self::Close { timeout: Duration::ZERO }
     }
@@ -51,7 +51,7 @@ impl ThreadOrder for Order {
 #[derive(Debug)]
 pub struct StoreServer {
     address: SocketAddr,
-    thread: NativeThread<Order>,
+    thread: NativeThread<HostOrder>,
 }
 
 impl StoreServer {
@@ -73,7 +73,7 @@ impl StoreServer {
     ///
     /// Returns the error with which the thread ended earlier, but only once.
     pub fn close(&self, timeout: Duration) -> Result<()> {
-        match self.thread.close(Order::Close { timeout }, None)? {
+        match self.thread.close(HostOrder::Close { timeout }, None)? {
             CloseOutcome::Ended(outcome) => outcome,
             CloseOutcome::TimedOut => Ok(()),
         }
@@ -86,7 +86,7 @@ pub(super) struct HostThread {
     /// No connection is accepted before this time.
     pub(super) resume_at: Option<Instant>,
     pub(super) limits: Limits,
-    inbox: Inbox<Order>,
+    inbox: Inbox<HostOrder>,
     pub(super) poller: Poller,
     timer: Timer,
     pub(super) state: StoreState,
@@ -104,7 +104,7 @@ pub(super) struct HostThread {
 }
 
 impl Service for HostThread {
-    type Order = Order;
+    type Order = HostOrder;
 
     fn serve(&mut self) -> Result<()> {
         let mut ready = Vec::new();
@@ -141,7 +141,12 @@ impl Service for HostThread {
 }
 
 impl HostThread {
-    fn new(listener: Listener, limits: Limits, rendezvous: Option<HostSettings>, inbox: Inbox<Order>) -> Result<Self> {
+    fn new(
+        listener: Listener,
+        limits: Limits,
+        rendezvous: Option<HostSettings>,
+        inbox: Inbox<HostOrder>,
+    ) -> Result<Self> {
         let timer = Timer::new().map_err(|source| Error::os("create", "a timerfd", source))?;
         let poller = Poller::new().map_err(|source| Error::os("create", "an epoll instance", source))?;
         let watched = poller
@@ -172,9 +177,9 @@ impl HostThread {
         self.inbox.wake().drain();
         while let Some(order) = self.inbox.next() {
             match order {
-                Order::Close { timeout } => self.begin_close(timeout),
+                HostOrder::Close { timeout } => self.begin_close(timeout),
                 #[cfg(test)]
-                Order::Panic => panic!("on purpose"),
+                HostOrder::Panic => panic!("on purpose"),
             }
         }
     }
@@ -348,7 +353,7 @@ mod tests {
         let server = start(None);
         let mut client = TcpStream::connect(server.address()).expect("connect");
         client.set_read_timeout(Some(TIMEOUT)).expect("set");
-        server.thread.send(Order::Panic).expect("it runs");
+        server.thread.send(HostOrder::Panic).expect("it runs");
         assert_eq!(client.read(&mut [0]).unwrap_or(0), 0, "expected the end of the stream or a reset");
         let error = server.close(Duration::ZERO).expect_err("it has failed");
         assert_eq!(error.to_string(), "the thread ferro-store panicked: on purpose");
@@ -386,7 +391,7 @@ mod tests {
             }
         };
         wait_for(|state| matches!(state, MembershipState::Placed(_)));
-        server.thread.send(Order::Panic).expect("it runs");
+        server.thread.send(HostOrder::Panic).expect("it runs");
         let state = wait_for(|state| !matches!(state, MembershipState::Placed(_)));
         let MembershipState::Closed { text, code: 1 } = state else { panic!("the state is {state:?}") };
         assert_eq!(text, "the agent that hosts the rendezvous has failed: the thread ferro-store panicked: on purpose");

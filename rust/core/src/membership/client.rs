@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::thread::{MembershipThread, Order};
+use super::thread::{MembershipOrder, MembershipThread};
 use super::view::{MembershipView, Shared};
 use crate::error::{Error, Result};
 use crate::published::{CallerFds, Published, Wake};
@@ -20,7 +20,7 @@ const THREAD: &str = "ferro-rdzv";
 /// An agent's membership in a rendezvous. Ends when it is dropped.
 #[derive(Debug)]
 pub struct RendezvousClient {
-    thread: NativeThread<Order>,
+    thread: NativeThread<MembershipOrder>,
     shared: Arc<Shared>,
 }
 
@@ -47,7 +47,7 @@ impl RendezvousClient {
         if matches!(call, Call::Join { .. }) {
             self.shared.view.publish(|view| view.pending_joins += 1);
         }
-        self.thread.send(Order::Call(call))
+        self.thread.send(MembershipOrder::Call(call))
     }
 
     /// The state of the membership.
@@ -122,6 +122,6 @@ impl RendezvousClient {
     /// Ends the membership after the earlier calls have been sent.
     pub fn close(&self) -> Result<()> {
         // A failure of the thread has been published already.
-        self.thread.close(Order::Close, None).map(drop)
+        self.thread.close(MembershipOrder::Close, None).map(drop)
     }
 }

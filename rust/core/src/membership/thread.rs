@@ -47,7 +47,7 @@ pub(super) struct MembershipThread {
     endpoint: (String, u16),
     introduction: Introduction,
     member: Member,
-    inbox: Inbox<Order>,
+    inbox: Inbox<MembershipOrder>,
     shared: Arc<Shared>,
     poller: Poller,
     timer: Timer,
@@ -64,7 +64,7 @@ pub(super) struct MembershipThread {
 type Addresses = io::Result<Vec<SocketAddr>>;
 
 impl Service for MembershipThread {
-    type Order = Order;
+    type Order = MembershipOrder;
 
     fn serve(&mut self) -> Result<()> {
         let mut ready = Vec::new();
@@ -108,14 +108,14 @@ impl Service for MembershipThread {
 
 /// An order to the thread.
 #[derive(Debug)]
-pub(super) enum Order {
+pub(super) enum MembershipOrder {
     /// Carry out a call of the agent.
     Call(Call),
     /// End.
     Close,
 }
 
-impl ThreadOrder for Order {
+impl ThreadOrder for MembershipOrder {
     fn close() -> Self {
         Self::Close
     }
@@ -126,7 +126,7 @@ impl MembershipThread {
         endpoint: (String, u16),
         introduction: Introduction,
         settings: MemberSettings,
-        inbox: Inbox<Order>,
+        inbox: Inbox<MembershipOrder>,
         shared: Arc<Shared>,
     ) -> Result<Self> {
         let failed = |source| Error::os("create", "the poller of a rendezvous", source);
@@ -157,14 +157,14 @@ impl MembershipThread {
         self.inbox.wake().drain();
         while let Some(order) = self.inbox.next() {
             match order {
-                Order::Call(call) => {
+                MembershipOrder::Call(call) => {
                     let is_join = matches!(call, Call::Join { .. });
                     self.step(MemberEvent::Call(call));
                     if is_join {
                         self.shared.view.publish(|view| view.pending_joins -= 1);
                     }
                 }
-                Order::Close => return false,
+                MembershipOrder::Close => return false,
             }
         }
         true
@@ -476,7 +476,7 @@ mod tests {
         member.set_timer();
         let thread = std::thread::spawn(move || member.serve());
         live.accept().expect("a connection");
-        assert!(remote.send(Order::Close));
+        assert!(remote.send(MembershipOrder::Close));
         thread.join().expect("no panic").expect("no error");
     }
 }

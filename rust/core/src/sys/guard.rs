@@ -24,7 +24,7 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use super::lease::LeasePage;
 use super::leftovers::Mark;
-use super::process::pidfd_send_signal;
+use super::pidfd::pidfd_send_signal;
 use super::spawn::{Command, SpawnStack, Stdio, spawn};
 use super::wait::{Block, Collect, wait};
 use crate::error::Result;

@@ -10,7 +10,7 @@ use std::path::Path;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use super::cgroup;
-use super::process::pidfd_send_signal;
+use super::pidfd::pidfd_send_signal;
 use super::procfs::{self, Stat};
 
 /// Name of guard processes in `/proc/PID/comm`.

@@ -11,6 +11,7 @@ pub mod lease;
 pub mod leftovers;
 pub mod net;
 pub mod notify;
+mod pidfd;
 pub mod poller;
 pub mod probe;
 pub mod process;

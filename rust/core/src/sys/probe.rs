@@ -6,7 +6,7 @@ use std::ffi::{c_int, c_void};
 use std::io;
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 
-use super::process::{PIDFD_SIGNAL_PROCESS_GROUP, pidfd_send_signal};
+use super::pidfd::{PIDFD_SIGNAL_PROCESS_GROUP, pidfd_send_signal};
 use super::spawn::SpawnStack;
 use super::wait::{Block, Collect, wait};
 use super::{poller, sigmask};

@@ -8,16 +8,14 @@
 //!   process may reap, the start time is compared before each signal.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
+use super::pidfd::{PIDFD_SIGNAL_PROCESS_GROUP, is_delivered, pidfd_send_signal};
 use super::probe::Support;
 use super::procfs::{self, Stat};
-
-/// `PIDFD_SIGNAL_PROCESS_GROUP`, Linux 6.9.
-pub(super) const PIDFD_SIGNAL_PROCESS_GROUP: libc::c_uint = 4;
 
 /// Pauses between two polls of a process that is not a child.
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
@@ -138,30 +136,4 @@ pub fn inherits_orphans() -> bool {
     // SAFETY: the pointer is valid for the write of an integer.
     let result = unsafe { libc::prctl(libc::PR_GET_CHILD_SUBREAPER, &raw mut is_subreaper) };
     std::process::id() == 1 || (result == 0 && is_subreaper != 0)
-}
-
-/// `pidfd_send_signal(2)`, for which libc has no wrapper. `false` for ESRCH.
-pub(super) fn pidfd_send_signal(pidfd: BorrowedFd<'_>, signal: i32, flags: libc::c_uint) -> io::Result<bool> {
-    // SAFETY: the descriptor is open, the siginfo pointer may be null.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_pidfd_send_signal,
-            pidfd.as_raw_fd(),
-            signal,
-            std::ptr::null::<libc::siginfo_t>(),
-            flags,
-        )
-    };
-    is_delivered(if result < 0 { -1 } else { 0 })
-}
-
-/// Converts the result of a system call that sends a signal. `false` for ESRCH.
-fn is_delivered(result: i32) -> io::Result<bool> {
-    if result == 0 {
-        return Ok(true);
-    }
-    match io::Error::last_os_error() {
-        error if error.raw_os_error() == Some(libc::ESRCH) => Ok(false),
-        error => Err(error),
-    }
 }

@@ -14,7 +14,7 @@ mod report;
 mod server;
 pub mod wire;
 
-pub(crate) use order::Order;
+pub(crate) use order::WatchdogOrder;
 pub(crate) use report::Reports;
 pub use report::{Expiry, ExpiryOutcome, WatchdogCounts};
 pub use server::{Config, WorkerProcess};

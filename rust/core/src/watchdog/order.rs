@@ -11,7 +11,7 @@ use crate::sys::poller::Poller;
 use crate::thread::Reply;
 
 /// An order to a watchdog, carried out immediately. Orders that only read do not change timers.
-pub(crate) enum Order {
+pub(crate) enum WatchdogOrder {
     Start(Reply<Result<()>>),
     SetWorkers(Vec<WorkerProcess>, Reply<()>),
     Register(Vec<TimerRequest>, Reply<()>),
@@ -26,32 +26,32 @@ pub(crate) enum Order {
 
 impl WatchdogServer {
     /// Carries out an order and replies. Sending fails if the caller has stopped waiting.
-    pub(crate) fn handle(&mut self, order: Order, poller: &Poller) {
+    pub(crate) fn handle(&mut self, order: WatchdogOrder, poller: &Poller) {
         match order {
-            Order::Start(reply) => drop(reply.send(self.start(poller))),
-            Order::SetWorkers(workers, reply) => {
+            WatchdogOrder::Start(reply) => drop(reply.send(self.start(poller))),
+            WatchdogOrder::SetWorkers(workers, reply) => {
                 self.set_workers(workers);
                 let _ = reply.send(());
             }
-            Order::Register(requests, reply) => {
+            WatchdogOrder::Register(requests, reply) => {
                 let now = Moment::now();
                 for request in requests {
                     self.accept(request, now, poller);
                 }
                 let _ = reply.send(());
             }
-            Order::Clear(pids, reply) => {
+            WatchdogOrder::Clear(pids, reply) => {
                 for pid in pids {
                     self.clear(pid);
                 }
                 let _ = reply.send(());
             }
-            Order::Timers(reply) => drop(reply.send(self.timers())),
-            Order::Counts(reply) => drop(reply.send(self.counts())),
-            Order::LastHeard(pid, reply) => drop(reply.send(self.last_heard(pid, Moment::now()))),
-            Order::Overdue(reply) => drop(reply.send(self.overdue(Instant::now()))),
+            WatchdogOrder::Timers(reply) => drop(reply.send(self.timers())),
+            WatchdogOrder::Counts(reply) => drop(reply.send(self.counts())),
+            WatchdogOrder::LastHeard(pid, reply) => drop(reply.send(self.last_heard(pid, Moment::now()))),
+            WatchdogOrder::Overdue(reply) => drop(reply.send(self.overdue(Instant::now()))),
             #[cfg(test)]
-            Order::Run(work) => work(self),
+            WatchdogOrder::Run(work) => work(self),
         }
     }
 }

@@ -16,8 +16,8 @@ use super::{MESSAGE_BYTES, MessageKind, Orders};
 use crate::sys::cgroup;
 use crate::sys::lease::{LeasePage, now_ns};
 use crate::sys::leftovers::{GUARD_NAME, Query, Session, find};
+use crate::sys::pidfd::pidfd_send_signal;
 use crate::sys::poller::wait_readable;
-use crate::sys::process::pidfd_send_signal;
 use crate::sys::procfs;
 
 /// From the SIGKILL of the workers to that of the remaining processes. As in a stop, helpers clean up after a killed worker in this time.
@@ -76,14 +76,14 @@ fn isolate(socket: OwnedFd) -> OwnedFd {
 
 /// The messages of the agent so far.
 #[derive(Default)]
-struct AgentState {
+struct GuardedAgent {
     sessions: Vec<Session>,
     lease: Option<LeasePage>,
     /// The deadline at which the workers were last killed. It is not enforced twice.
     enforced_ns: Option<u64>,
 }
 
-impl AgentState {
+impl GuardedAgent {
     fn release(&mut self, leader: i32) {
         self.sessions.retain(|session| session.leader != leader);
     }
@@ -97,7 +97,7 @@ impl AgentState {
 
 /// Receives messages until the agent has ended, and returns the sessions of its workers. Kills the workers when their lease expires.
 fn watch_agent(socket: &OwnedFd, agent: Option<&OwnedFd>, orders: &Orders) -> Vec<Session> {
-    let mut state = AgentState::default();
+    let mut state = GuardedAgent::default();
     let timer = timerfd_create(TimerfdClockId::Boottime, TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK).ok();
     loop {
         let deadline_ns = state.deadline_ns();
