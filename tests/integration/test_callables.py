@@ -167,7 +167,7 @@ def test_a_function_of_a_notebook_is_refused_with_the_remedy(tmp_path: Path, met
     last = done.stderr.splitlines()[-1]
     assert "'train': it is defined in an interactive session" in last
     assert repr(method) in last
-    assert "Move it to a module" in last
+    assert "move it to the top level of a module" in last
     assert "'fork'" in last
 
 

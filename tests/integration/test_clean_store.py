@@ -234,7 +234,7 @@ class TestStatic:
         with server() as store:
             handlers = [static(store.port, rank, timeout_s=2) for rank in range(2)]
             Nodes(handlers).join()
-            with pytest.raises(RendezvousTimeoutError, match=r"nodes \[1\] of 2 did not come .* within 2 s") as caught:
+            with pytest.raises(RendezvousTimeoutError, match=r"nodes \[1\] of 2 did not join .* within 2 s") as caught:
                 _worker_store.next_rendezvous(handlers[0], None)
             assert isinstance(caught.value, torchs.RendezvousTimeoutError)
             del handlers
