@@ -568,7 +568,7 @@ def test_a_context_written_for_torch_is_polled(tmp_path: Path) -> None:
 
 
 def test_an_interactive_rank_needs_a_terminal_and_a_worker(launch: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"^interactive_rank=2 is no local rank; give 0 to 1$"):
+    with pytest.raises(ValueError, match=r"^interactive_rank=2 is not a local rank; give 0 to 1$"):
         launch("exit 0", "exit 0", interactive_rank=2)
     monkeypatch.setattr(os, "isatty", lambda _descriptor: False)
     with pytest.raises(ValueError, match=r"^standard input is not a terminal; start ferrorun in a terminal"):
