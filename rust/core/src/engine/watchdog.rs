@@ -121,6 +121,7 @@ impl Drop for Watchdog {
 mod tests {
     use std::ffi::CString;
     use std::path::PathBuf;
+    use std::sync::mpsc::sync_channel;
 
     use super::*;
     use crate::engine::Engine;
@@ -201,5 +202,29 @@ mod tests {
         watchdog.drain().expect("served");
         let counts = watchdog.counts().expect("served");
         assert_eq!((counts.armed, counts.expired, counts.requests), (0, 0, 2));
+    }
+
+    #[test]
+    fn reading_counts_does_not_handle_expired_timers() {
+        let (_engine, watchdog, _) = start_engine("counts");
+        watchdog.start().expect("start");
+        let pid = i32::try_from(std::process::id()).expect("pids fit");
+        let expiration_time = Moment::now().wall_s() + 0.05;
+        let request = wire::TimerRequest { pid, scope: "step".into(), expiration_time, signal: 0, heartbeat: None };
+        watchdog.register(vec![request]).expect("served");
+        let (release, held) = sync_channel::<()>(1);
+        run(&watchdog, move |_| {
+            let _ = held.recv();
+            std::thread::sleep(Duration::from_millis(100));
+        });
+        // The engine serves this order right after the one that holds it past the deadline.
+        let (reply, counts) = sync_channel(1);
+        let order = WatchdogOrder::Counts(reply);
+        watchdog.line.send(EngineOrder::Watchdog { id: watchdog.id, order }).expect("the engine runs");
+        drop(release);
+        let counts = counts.recv().expect("served");
+        assert_eq!((counts.armed, counts.expired), (1, 0));
+        watchdog.drain().expect("served");
+        assert_eq!(watchdog.counts().expect("served").expired, 1);
     }
 }
