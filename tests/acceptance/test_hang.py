@@ -13,7 +13,7 @@ from ferroelastic.timer import FileTimerServer
 pytest.importorskip("torch")
 
 HANG = str(ROOT / "examples" / "hang.py")
-HUNG_LINE = "return messages.get()  # blocks where nobody has put anything"
+HUNG_LINE = "return messages.get()  # blocks if the queue is empty"
 ENABLED = {"TORCHELASTIC_ENABLE_FILE_TIMER": "1"}
 
 

@@ -272,7 +272,7 @@ def test_agents_of_torchrun_and_ferrorun_do_not_mix_and_say_so(launch: Launcher,
     guest = start(joining, is_host=False)
     assert guest.end() == 1, guest.story
     if joining == "ferrorun":
-        assert "is a TCPStore of torch: a torchrun hosts it" in guest.errors
+        assert "is a TCPStore of torch, started by torchrun" in guest.errors
     else:
         if backend == "c10d":
             assert "this endpoint is served by ferrorun, which torchrun cannot join" in guest.errors
