@@ -423,7 +423,7 @@ class Console:
 class Guard:
     """A small process that outlives a killed agent and then kills the child processes of its workers, which the kernel does not.
 
-    It is forked if this process has one thread, otherwise executed. It ignores all signals. When this process ends without
+    It is forked if this process has one thread, otherwise executed. It ignores all signals except SIGKILL and SIGSTOP. When this process ends without
     :meth:`Engine.dismiss_guard`, the guard kills all processes in the workers' sessions, in the run's cgroup, and with the run's mark in
     their environment. It waits 100 ms after the workers' end, the time in which helpers can clean up after them.
 
@@ -518,7 +518,7 @@ class HealthServer:
 
     At most 256 connections are open, each for at most 2 s. If all are in use, a new connection replaces the longest idle one.
 
-    One Python thread answers the questions whether the agent makes progress, in this loop::
+    One Python thread reports the agent's last progress when a probe needs it, in this loop::
 
         while server.next_question():
             server.answer(alive_callback())
@@ -849,7 +849,7 @@ class Membership:
     cause: Cause | None
     """Why the round is ``over``."""
     text: str
-    """The reason as text. If ``timed out``, the joined nodes, separated by commas."""
+    """The reason as text. If ``timed out``: the joined nodes, as far as they are known, and the end of the previous round."""
     exit_code: int | None
     """Exit code of the job if the state is ``closed`` or ``spare``."""
 
@@ -899,10 +899,10 @@ class Cause:
 class Watchdog:
     """Deadlines that processes set for themselves through a named pipe, see ``ferroelastic.timer``. A missed deadline is signalled.
 
-    The signal goes to the process that set the deadline and to its worker, if it is a descendant of one. The engine thread reads the pipe
+    The signal goes to the process that set the deadline. If that process descends from a worker, the worker is signalled first. The engine thread reads the pipe
     and signals through a pidfd that was opened at the first request of the process. Requests give wall clock time, which is converted to the
     monotonic clock when the request is read: a clock step moves no deadline. Only the workers set by :meth:`workers`, their descendants and
-    the members of their sessions are signalled. Before the first call of :meth:`workers`, these are this process and its descendants.
+    the members of their sessions are signalled. Before the first call of :meth:`set_workers`, these are this process and its descendants.
     """
 
     path: str

@@ -330,7 +330,7 @@ class TestInVain:
     def test_the_others_do_not_come(self, nodes: Nodes) -> None:
         host = nodes.host((3, 3), join_timeout=1)
         text = (
-            rf"the rendezvous 'job' at 127.0.0.1:{host._port} timed out after 1 s: at least 3 nodes must join, "
+            rf"the rendezvous 'job' at 127.0.0.1:{host._port} timed out after 1 s: at least 3 nodes must join; "
             r"these nodes joined: 127.0.0.1 \(agent \d+\)"
         )
         with pytest.raises(RendezvousTimeoutError, match=text):

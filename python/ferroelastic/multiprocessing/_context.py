@@ -217,7 +217,7 @@ class PContext(_compat.TorchVirtual, ABC):
     def wait(self, timeout: float = -1, period: float = 1) -> RunProcsResult | None:
         """Wait until all workers have succeeded or one has failed. After a failure the other workers are stopped.
 
-        The call returns at the exit of a worker. On the main thread, signal handlers run during the wait. If this call raises
+        The exit of a worker wakes the call at once. On the main thread, signal handlers run during the wait. If this call raises
         :class:`SignalException`, call :meth:`close`.
 
         Args:

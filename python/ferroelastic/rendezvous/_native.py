@@ -133,7 +133,7 @@ class NativeRendezvous(RendezvousHandler):
             option = "--master-addr" if self._backend == "static" else "--rdzv-endpoint"
             logger.warning(
                 "this node hosts the rendezvous, but %s names %s, which is not an address of this machine: other nodes connect to that "
-                "address; give them the address of this machine",
+                "address; give all nodes the address of this machine",
                 *(option, host),
             )
 
@@ -285,7 +285,7 @@ class NativeRendezvous(RendezvousHandler):
             min_nodes, _ = self._nodes
             return RendezvousTimeoutError(
                 f"the rendezvous {self._run_id!r} at {endpoint_text(self._host, self._port)} timed out after "
-                f"{self._join_timeout_s:g} s: at least {min_nodes} nodes must join, {membership.text}"
+                f"{self._join_timeout_s:g} s: at least {min_nodes} nodes must join; {membership.text}"
             )
         if membership.state in ("unreachable", "refused"):
             error = RendezvousConnectionError(membership.text)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class WorkerSpec(TorchCompatible):
     """Specification of the workers of a role. Mirrors ``torch.distributed.elastic.agent.server.WorkerSpec``.
 
-    Every node runs the same number of workers of a role.
+    Nodes may run different numbers of workers of a role.
 
     Args:
         role: name of the role.

@@ -2,7 +2,7 @@
 
 Intended differences:
 
-* The agent is notified of exits. ``monitor_interval`` is only the maximum time between two checks of the workers.
+* The agent is notified of exits. ``monitor_interval`` applies only where polling is needed: for stuck workers, or for a rendezvous that reports no events.
 * The shutdown timeout is the grace period in all cases: for the peers of a failed worker, for a restart, and after a signal.
 * The health server runs from the start of the agent to its end, including restarts. The agent is alive while its loop makes progress and
   no worker outlives a missed deadline.

@@ -11,7 +11,7 @@ use crate::sys::process::ProcessHandle;
 use crate::sys::spawn::SpawnStack;
 use crate::thread::Reply;
 
-/// Limit on replacements of dead guards. A user who keeps killing them does not want a guard.
+/// Limit on replacements of dead guards. Repeated kills are taken as intentional.
 const MAX_REPLACEMENTS: u32 = 16;
 
 /// Warnings of the engine for the program's log.

@@ -130,7 +130,7 @@ impl Liveness {
     }
 
     fn judge(&self, age: Duration) -> Verdict {
-        // In whole seconds, the resolution of the callback: half a second over the timeout is not over it.
+        // Compares whole seconds, the resolution of the callback: 60.5 s do not exceed a timeout of 60 s.
         let (age, timeout) = (age.as_secs(), seconds(self.timeout));
         if Duration::from_secs(age) > self.timeout {
             return Verdict::dead(format!("no progress for {age} s, timeout {timeout}"));

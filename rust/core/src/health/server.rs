@@ -396,7 +396,7 @@ impl Servers {
     /// Drops the connection of a server that has been idle longest; `false` if none has been idle for `min_idle`, or all wait for the
     /// callback.
     ///
-    /// The connection is advanced once before, because its request may have arrived unread.
+    /// Reads from the connection once before dropping it, because its request may have arrived meanwhile.
     fn evict(&mut self, server: u64, min_idle: Duration, now: Instant, poller: &Poller) -> bool {
         loop {
             let candidates = self.connections.iter().filter(|(_, one)| one.server == server && !one.is_waiting());

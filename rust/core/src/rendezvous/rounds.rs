@@ -229,7 +229,7 @@ pub struct Rounds {
     finished_departed: HashMap<u64, Place>,
     /// Memberships that have waited for a round at least once. The others are told [`HostMessage::Late`] at the end of the job.
     ever_waited: HashSet<u64>,
-    /// Agents whose node rank is held by another agent, which has sent nothing since they came.
+    /// Contenders: agents whose node rank another agent holds. They wait until that agent sends a message or is lost.
     contenders: Vec<(Id, Introduction)>,
     /// When waiting agents are told the reason if it has changed.
     explain_at: Option<Instant>,

@@ -19,7 +19,7 @@ const KILL_FRACTION: (u32, u32) = (19, 20);
 /// messages are lost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Lease {
-    /// When the last message was sent that the host has answered.
+    /// When this agent sent the last message that the host has answered.
     pub renewed: Instant,
     /// When the workers are stopped.
     pub stop_at: Instant,

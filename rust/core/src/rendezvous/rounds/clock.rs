@@ -49,7 +49,7 @@ impl Rounds {
         }
     }
 
-    /// When the last of the running nodes that are silent now would be lost; `None` if none is silent.
+    /// The time at which all running nodes that are silent now would have been declared lost; `None` if none is silent.
     fn silent_until(&self) -> Option<Instant> {
         let silent = self.members.values().filter(|member| {
             matches!(member.seat, Seat::Running(_)) && member.suspicion != Suspicion::None && !member.agent.is_host
