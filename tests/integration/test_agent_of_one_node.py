@@ -17,7 +17,6 @@ from tests.support.waiting import eventually
 
 from ferroelastic.agent.server import LocalElasticAgent, RunResult, WorkerSpec, WorkerState
 from ferroelastic.agent.server import local_elastic_agent as module
-from ferroelastic.agent.server.local_elastic_agent import _AliveCallbackProxy
 from ferroelastic.multiprocessing import DefaultLogsSpecs, PContext, SignalException, Std
 from ferroelastic.utils.process_state import read_proc_state
 
@@ -402,19 +401,6 @@ def test_a_given_health_server_is_stopped_once(make: Callable[..., LocalElasticA
     agent = make("true", agent={"health_check_server": server})
     agent.run()
     assert server.calls == ["stop"]
-
-
-def test_alive_time(make: Callable[..., LocalElasticAgent], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(time, "time", lambda: 1000.9)
-    agent = make("true")
-    proxy = _AliveCallbackProxy()
-    assert proxy() == 1000
-    proxy.set_delegate(agent._get_alive_time)
-    assert proxy() == 1000
-    agent._worker_watchdog = mock.Mock(**{"get_last_progress_time.return_value": 77})
-    assert proxy() == 77
-    agent._in_exit_barrier = True
-    assert proxy() == 1000
 
 
 @pytest.mark.parametrize("path", [None, "/tmp/chosen"])

@@ -140,6 +140,13 @@ mod tests {
         watchdog.line.send(EngineOrder::Watchdog { id: watchdog.id, order }).expect("the engine runs");
     }
 
+    /// Blocks the calling thread until the wall clock has passed `wall_s`.
+    fn block_past(wall_s: f64) {
+        while let Ok(left) = Duration::try_from_secs_f64(wall_s - Moment::now().wall_s()) {
+            std::thread::sleep(left + Duration::from_millis(1));
+        }
+    }
+
     /// An engine with a watchdog, and the path of its pipe.
     fn start_engine(name: &str) -> (Engine, Watchdog, PathBuf) {
         let engine = Engine::start().expect("engine");
@@ -197,7 +204,7 @@ mod tests {
             let release =
                 format!("{{\"pid\": {pid}, \"scope_id\": \"step\", \"expiration_time\": -1, \"signal\": 0}}\n");
             std::fs::write(pipe, release).expect("write");
-            std::thread::sleep(Duration::from_millis(100));
+            block_past(soon);
         });
         watchdog.drain().expect("served");
         let counts = watchdog.counts().expect("served");
@@ -215,7 +222,7 @@ mod tests {
         let (release, held) = sync_channel::<()>(1);
         run(&watchdog, move |_| {
             let _ = held.recv();
-            std::thread::sleep(Duration::from_millis(100));
+            block_past(expiration_time);
         });
         // The engine serves this order right after the one that holds it past the deadline.
         let (reply, counts) = sync_channel(1);

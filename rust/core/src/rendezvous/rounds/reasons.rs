@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use super::{HostAction, Id, MAX_NAMES, Participant, RoundPhase, Rounds, Seat};
 use crate::rendezvous::message::HostMessage;
 
-/// A waiting agent is told the reason after this time, and a changed reason after the same time again.
+/// The host sends the reason to a waiting agent after this time. It checks for a changed reason at the same interval.
 const EXPLAIN_AFTER: Duration = Duration::from_secs(10);
 
 impl Rounds {
