@@ -6,7 +6,7 @@ use std::io::Write;
 use std::process::exit;
 
 const USAGE: &str = "usage: zoo exit N | signal N | sleep | deaf | stop | exit-at MONOTONIC_NS N \
-    | orphan N | deaf-orphan N | escape N | regroup N | cleaner FILE | finisher FILE | flood LINES WIDTH | facts | worker FOLDER FAILURES";
+    | orphan N | deaf-orphan N | escape N | regroup N | cleaner FILE | finisher FILE | flood LINES WIDTH | facts | executor | worker FOLDER FAILURES";
 
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -41,6 +41,7 @@ fn main() {
         ["finisher", file] => finisher(file),
         ["flood", lines, width] => flood(number(lines), number(width)),
         ["facts"] => facts(),
+        ["executor"] => executor(),
         ["worker", folder, failures] => worker(folder, number(failures)),
         _ => usage(),
     }
@@ -171,6 +172,13 @@ fn record_path(folder: &str, event: &str, attempt: u32, rank: u32) -> std::path:
 
 fn is_recorded(folder: &str, event: &str, attempt: u32, rank: u32) -> bool {
     std::fs::metadata(record_path(folder, event, attempt, rank)).is_ok_and(|file| file.len() > 0)
+}
+
+/// Executes itself again and again, in one process.
+fn executor() -> ! {
+    use std::os::unix::process::CommandExt;
+    let error = std::process::Command::new("/proc/self/exe").arg("executor").exec();
+    panic!("{error}")
 }
 
 /// Prints the inherited attributes of this process: session, signal mask, dispositions, descriptors, CPUs.

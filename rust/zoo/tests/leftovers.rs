@@ -58,6 +58,15 @@ fn runs_nest_in_their_marks() {
 }
 
 #[test]
+fn a_process_is_found_while_it_executes_a_program() {
+    let engine = best_engine();
+    let group = engine.spawn(vec![marked(zoo(&["executor"]), "executor")]).expect("spawn");
+    for _ in 0..500 {
+        assert_eq!(pids(&Query { mark: Some(&mark("executor")), ..nothing() }), group.pids());
+    }
+}
+
+#[test]
 fn the_session_of_the_agent_is_spared() {
     let (_, helper) = escaped(|command| marked(command, "run"));
     assert!(pids(&Query { mark: Some(&mark("run")), not_in_session: helper, ..nothing() }).is_empty());

@@ -113,8 +113,7 @@ fn is_kernel_thread(stat: Stat) -> bool {
 }
 
 fn is_marked(pid: i32, mark: &Mark) -> bool {
-    let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
-    environment.split(|byte| *byte == 0).any(|entry| {
+    procfs::environment(pid).split(|byte| *byte == 0).any(|entry| {
         let value = entry.strip_prefix(mark.name.as_bytes()).and_then(|rest| rest.strip_prefix(b"="));
         value.is_some_and(|value| value.split(|byte| *byte == b':').any(|token| token == mark.token.as_bytes()))
     })

@@ -48,6 +48,28 @@ pub fn stat(pid: i32) -> Option<Stat> {
     parse_stat(&fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)
 }
 
+/// The environment that a process received from its last `execve`, as entries that each end with a zero byte. Empty if it cannot be read.
+///
+/// The kernel shows an empty environment and an empty command line for a moment during `execve`, and even after it has released a parent
+/// that waits in `vfork`. This function retries for up to 10 ms while both are empty.
+#[must_use]
+pub fn environment(pid: i32) -> Vec<u8> {
+    const RETRIES: u32 = 100;
+    let read = |name: &str| fs::read(format!("/proc/{pid}/{name}"));
+    for _ in 0..RETRIES {
+        match read("environ") {
+            Ok(environment) if environment.is_empty() => {}
+            result => return result.unwrap_or_default(),
+        }
+        // A kernel thread, a zombie and a process without an environment end the loop at once or cost these 10 ms: they are rare.
+        if !read("cmdline").is_ok_and(|line| line.is_empty()) {
+            break;
+        }
+        std::thread::sleep(std::time::Duration::from_micros(100));
+    }
+    read("environ").unwrap_or_default()
+}
+
 /// The pids of all processes.
 #[must_use]
 pub fn pids() -> Vec<i32> {
