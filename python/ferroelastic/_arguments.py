@@ -267,7 +267,7 @@ def get_args_parser() -> ArgumentParser:
         "--signals-to-handle",
         type=str,
         default=DEFAULT_SIGNALS,
-        help="Signals to ferrorun that end the job. They are forwarded to the workers. "
+        help="Signals to ferrorun that end the job. The workers get the same signal. "
         "SIGUSR1 and SIGUSR2 are often added under Slurm. Other signals that would terminate ferrorun are ignored.",
     )
     option(

@@ -91,7 +91,7 @@ def check_signals(handled: str, forwarded: str) -> None:
     if both:
         raise UsageError(
             f"{named('signals_to_forward', forwarded)}: {', '.join(sorted(both))} also ends the job "
-            f"({named('signals_to_handle', handled)}), which forwards it to the workers anyway; remove it from one of the two options"
+            f"({named('signals_to_handle', handled)}), which sends it to the workers anyway; remove it from one of the two options"
         )
 
 
