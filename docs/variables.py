@@ -50,6 +50,12 @@ VARIABLES: tuple[Variable, ...] = (
         "`1`",
     ),
     Variable(
+        "FERROELASTIC_WARM_TIMEOUT_S",
+        "workers",
+        "Timeout of the imports of warm workers in seconds. After it the zygote is killed, and workers start without warm imports.",
+        "`300`",
+    ),
+    Variable(
         "FERROELASTIC_PIDFD",
         "run",
         "`0`: use no pidfds. The engine behaves as on a kernel or container runtime without them.",

@@ -10,6 +10,13 @@ from ferroelastic._signals import DEFAULT_SIGNALS
 from ferroelastic.argparse_util import check_env, env
 
 
+class _OptionalValue(env):
+    """Option whose value is optional and always follows ``=``, because the next argument may be the script."""
+
+    def __init__(self, dest: str, **kwargs: Any) -> None:
+        super().__init__(dest, nargs=OPTIONAL, **kwargs)
+
+
 class _Parser(ArgumentParser):
     """Reports an error in one line. The error for an invalid ``PET_*`` value names the variable.
 
@@ -22,6 +29,7 @@ class _Parser(ArgumentParser):
         script = self._script_index(line)
         if script is None:
             return super().parse_known_args(line, namespace)
+        line[:script] = [self._with_optional_value(text) for text in line[:script]]
         parsed, unknown = super().parse_known_args(line[: script + 1], namespace)
         arguments = line[script + 1 :]
         # A "--" right after the script is for argparse, as in torchrun.
@@ -66,6 +74,8 @@ class _Parser(ArgumentParser):
             action = whole[0][0] if whole else self._last_of_short(text)
         if action is None:
             return 0
+        if isinstance(action, _OptionalValue):
+            return 0
         values = 0
         while (
             values < len(following) and following[values] != "--" and not self._looks_like_an_option(following[values])
@@ -78,6 +88,11 @@ class _Parser(ArgumentParser):
         if action.nargs in (REMAINDER, PARSER):
             return len(following)
         return min(1, values) if action.nargs == OPTIONAL else values
+
+    def _with_optional_value(self, text: str) -> str:
+        """Add the default value to an option without its optional value."""
+        action: Action | None = self._option_string_actions.get(text)
+        return f"{text}={action.const}" if isinstance(action, _OptionalValue) else text
 
     def _last_of_short(self, text: str) -> Action | None:
         """Return the option in ``-r``, ``-mr`` that takes the next argument. ``None`` if its value is in the same argument (``-r3``)."""
@@ -297,6 +312,29 @@ def get_args_parser() -> ArgumentParser:
         "failure, before a restart and on a stop, and keep running after a success. Not in torchrun.",
     )
     flag("--end-detached", help="End such helper processes after a success as well. Not in torchrun.")
+    option(
+        "--warm-workers",
+        action=_OptionalValue,
+        type=str,
+        const="auto",
+        default="0",
+        metavar="N",
+        help="Keep N workers parked that have imported the modules of --warm-imports, for the next restart. Without =N, one per worker. "
+        "Not in torchrun.",
+    )
+    option(
+        "--warm-imports",
+        type=comma_separated_list,
+        default=["torch"],
+        metavar="MODULES",
+        help="Modules that parked workers have imported, e.g. torch,transformers, and functions that they have called, as "
+        "package.module:function. Not in torchrun.",
+    )
+    flag(
+        "--preload",
+        help="The first start also waits for these imports: all workers of the node share one import. Implies --warm-workers. "
+        "Not in torchrun.",
+    )
     flag(
         "--virtual-local-rank",
         help="Give every worker LOCAL_RANK=0 and only its own GPU in CUDA_VISIBLE_DEVICES.",

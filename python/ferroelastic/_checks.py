@@ -17,6 +17,7 @@ __all__ = [
     "check_number",
     "check_strings",
     "check_type",
+    "check_warm_workers",
     "check_whole_number",
 ]
 
@@ -119,6 +120,25 @@ def check_environments(envs: Mapping[int, Any]) -> None:
             raise _error(f"envs[{rank}]", env, "a dictionary of environment variables")
         for name, value in env.items():
             check_type(f"envs[{rank}][{name!r}]", value, (str, bytes, os.PathLike), "a string")
+
+
+def check_warm_workers(warm_workers: Any, warm_imports: Any) -> None:
+    """Check the settings of warm workers.
+
+    Raises:
+        TypeError: a value has the wrong type.
+        ValueError: the number is negative, or a module has no name.
+    """
+    check_whole_number("warm_workers", warm_workers)
+    if warm_workers < 0:
+        raise ValueError(f"warm_workers must not be negative, got {warm_workers}; give 0 for no warm workers")
+    check_strings("warm_imports", warm_imports)
+    for target in warm_imports:
+        module, colon, function = target.partition(":")
+        if not all(part.isidentifier() for part in (*module.split("."), *(function.split(".") if colon else ()))):
+            raise ValueError(
+                f"warm_imports: {target!r} is not the name of a module; give e.g. torch or package.module:function"
+            )
 
 
 def _error(what: str, value: object, expected: str) -> TypeError:

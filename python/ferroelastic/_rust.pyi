@@ -39,8 +39,11 @@ __all__ = [
     "Survivor",
     "Tail",
     "TailReport",
+    "WarmPool",
+    "WarmState",
     "Watchdog",
     "WatchdogCounts",
+    "Zygote",
     "__version__",
     "arm_parent_death_signal",
     "create_cgroup",
@@ -171,6 +174,8 @@ class Group:
 
     pids: list[int]
     """Process ids by index."""
+    warm: list[int]
+    """Indices of the processes that were parked in a :class:`WarmPool`, ascending."""
     generation: int
     """Event counter of the group: it increases with every exit and when a stop finishes."""
     def exits(self, since: int = 0) -> list[Exit]:
@@ -282,11 +287,29 @@ class Engine:
     def __new__(cls, *, pidfd: bool = True) -> Engine: ...
     backend: Literal["pidfd", "thread"]
     """How exits are detected on this system."""
-    def spawn(self, commands: Sequence[Command]) -> Group:
+    def spawn(self, commands: Sequence[Command], pool: WarmPool | None = None) -> Group:
         """Start all commands, in order, with ``vfork`` semantics.
+
+        Args:
+            commands: the commands.
+            pool: its parked processes become the first workers, see :attr:`Group.warm`. Further commands start new processes.
 
         Raises:
             SpawnError: a command could not be started. The processes already started were killed.
+        """
+
+    def warm_pool(self, command: Command, configuration: bytes, *, children: int, timeout_s: float) -> WarmPool:
+        """Start a zygote: an interpreter that imports modules and then forks processes, which wait to become workers.
+
+        Args:
+            command: the zygote. Its standard input becomes the channel to this process. It must create a :class:`Zygote`.
+            configuration: first message to the zygote, see :meth:`Zygote.receive`.
+            children: number of processes to keep parked.
+            timeout_s: the zygote is killed if it is not ready within this time.
+
+        Raises:
+            SpawnError: the zygote cannot be started.
+            OSError: the channel cannot be created, or the kernel has no pidfds.
         """
 
     def observe(self, pids: Sequence[int], sentinels: Sequence[int] | None = None) -> Group:
@@ -894,6 +917,113 @@ class Cause:
     """Description of the event."""
     exit_code: int
     """Exit code of the job if this event ends it."""
+
+@final
+class WarmState:
+    """The state of a pool of warm workers at one moment."""
+
+    phase: Literal["importing", "ready", "lost", "refused"]
+    """``"lost"``: the zygote has ended. ``"refused"``: it cannot serve, nor could a new one. Parked processes remain usable in both."""
+    reason: str
+    """The reason of ``"lost"`` or ``"refused"``, as a fragment of a sentence."""
+    zygote: int
+    """Process id of the zygote."""
+    parked: int
+    """Number of processes that wait to become workers."""
+    released: int
+    """Number of processes that have become workers."""
+    ready_after_s: float | None
+    """Seconds from the start of the zygote until it was ready; ``None`` before."""
+
+@final
+class WarmPool:
+    """A zygote and its parked processes. All are children of this process and are killed with it, or when this object is dropped.
+
+    A release sends a parked process its command through a Unix socket: arguments, environment, limits and CPUs as a message, and the
+    standard streams as descriptors. New processes are forked 0.2 s after a release.
+    """
+
+    generation: int
+    """Counter of the changes of :meth:`state`."""
+    def state(self) -> WarmState:
+        """Return the current state."""
+
+    def wait(
+        self,
+        generation: int,
+        timeout_s: float | None = None,
+        wake_fd: int | None = None,
+        news_fd: int | None = None,
+    ) -> Literal["event", "timeout", "wake", "news"]:
+        """Block, detached from the interpreter, until ``self.generation > generation``. As :meth:`Group.wait`."""
+
+    def find_changed(self) -> str | None:
+        """Return an imported file whose modification time or size has changed since the import; ``None`` if there is none.
+
+        Raises:
+            OSError: the list of the files cannot be read.
+        """
+
+    def resize(self, children: int) -> None:
+        """Change the number of parked processes, and fork the missing ones now. Surplus ones stay parked."""
+
+    def close(self, timeout_s: float) -> bool:
+        """Kill the zygote and the parked processes; return ``False`` if they have not ended within ``timeout_s``. Idempotent."""
+
+@final
+class Zygote:
+    """The zygote's own end of a :class:`WarmPool`. For a process with one thread. No other class of this module is used there.
+
+    The constructor takes the channel from standard input, which reads from ``/dev/null`` afterwards, and names the process
+    ``ferro-warm``.
+
+    Raises:
+        OSError: standard input is not open.
+    """
+
+    def __new__(cls) -> Zygote: ...
+    def receive(self) -> bytes | None:
+        """Wait for the agent's next message; ``None`` if the agent has closed the pool or has ended."""
+
+    def next_order(self) -> int | None:
+        """Wait for the agent's next order: the number of processes to fork. ``None`` as in :meth:`receive`."""
+
+    def report_ready(self, imported: Sequence[str]) -> None:
+        """Report that the process can be forked. The agent later checks that the files ``imported`` have not changed."""
+
+    def report_refusal(self, reason: str) -> None:
+        """Report that the process cannot serve. ``reason`` is a fragment of a sentence."""
+
+    def report_shortage(self, reason: str) -> None:
+        """Report that no further process can be forked now."""
+
+    def fork(self) -> bool:
+        """Fork as ``os.fork`` does, except that the child's parent is the agent (``CLONE_PARENT``). Return whether this is the child.
+
+        Handlers of ``os.register_at_fork`` run; handlers of ``pthread_atfork(3)`` do not.
+
+        Raises:
+            OSError: ``EBUSY`` if this process has other threads, ``EAGAIN`` if a limit of processes is reached, else the kernel's error.
+        """
+
+    def separate(self) -> None:
+        """In a child: lead a new session and process group, and be killed with the agent.
+
+        Raises:
+            OSError: the agent has ended, or a system call failed.
+        """
+
+    def park(self) -> tuple[list[str], list[tuple[str, str]]] | None:
+        """In a child: wait for the release, and apply its standard streams, limit of descriptors, CPUs and working directory.
+
+        ``/proc`` shows the new command line, environment and name from then on. The object cannot be used after it.
+
+        Returns:
+            Arguments and environment of the worker; ``None`` if the agent has closed the pool or has ended.
+
+        Raises:
+            OSError: a part of the release cannot be applied, or a signal with a handler has arrived.
+        """
 
 @final
 class Watchdog:

@@ -5,6 +5,8 @@ import sys
 from argparse import Namespace
 from typing import Any
 
+from ferroelastic._checks import check_warm_workers
+
 
 class UsageError(ValueError, AssertionError, RuntimeError):
     """An option has an invalid value. The text names the option, the value and the remedy.
@@ -130,6 +132,42 @@ def parse_ranks(text: str) -> set[int] | None:
             f"{named('local_ranks_filter', text)} must be a comma-separated list of integers, "
             "e.g. --local_ranks_filter=0,1,2"
         ) from None
+
+
+def parse_warm_workers(args: Namespace, nproc_per_node: int) -> dict[str, Any]:
+    """Parse ``--warm-workers``, ``--warm-imports`` and ``--preload``.
+
+    Args:
+        args: the parsed command line. A command line of torch's parser has none of the options.
+        nproc_per_node: number of workers on this node.
+
+    Returns:
+        The fields of a ``LaunchConfig``. Empty without warm workers: the class may be replaced by torch's.
+
+    Raises:
+        UsageError: a value is invalid.
+    """
+    text = getattr(args, "warm_workers", "0")
+    preload = getattr(args, "preload", False)
+    try:
+        warm_workers = nproc_per_node if text == _AUTO else int(text)
+    except ValueError:
+        warm_workers = -1
+    if warm_workers < 0:
+        raise UsageError(
+            f"{named('warm_workers', text)} is not a number of parked workers; give a number >= 0, or {_AUTO} for one per worker"
+        )
+    if not warm_workers and not preload:
+        return {}
+    settings = {"warm_workers": warm_workers or nproc_per_node, "warm_imports": args.warm_imports, "preload": preload}
+    try:
+        check_warm_workers(settings["warm_workers"], settings["warm_imports"])
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    return settings
+
+
+_AUTO = "auto"
 
 
 def parse_std(dest: str, text: str, std: Any) -> Any:

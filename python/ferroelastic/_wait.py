@@ -52,7 +52,7 @@ _hook_set = False
 
 
 def wait_for_event(
-    group: _rust.Group | _rust.RendezvousClient,
+    group: _rust.Group | _rust.RendezvousClient | _rust.WarmPool,
     generation: int,
     timeout_s: float | None = None,
     news_fd: int | None = None,

@@ -9,6 +9,7 @@ Intended differences:
   error, else 1. A failure is reported once, without the launcher's own traceback.
 * GPUs are counted through the driver, not through torch: ``gpu`` and ``auto`` count them even with a CPU-only torch.
 * ``--help`` and usage errors do not import torch.
+* ``--warm-workers`` and ``--preload`` start workers from processes that have imported torch.
 * ``--interactive-rank`` connects one worker to the terminal.
 * If ``ferrorun`` is killed, its workers and their children end too. Helpers that left the session of their worker are ended after a
   failure, before a restart and on a stop. ``--keep-detached`` and ``--end-detached`` change that.
@@ -273,6 +274,7 @@ def config_from_args(args: Namespace) -> tuple["LaunchConfig", Callable[..., Any
         virtual_local_rank=args.virtual_local_rank,
         shutdown_timeout=args.shutdown_timeout,
         interactive_rank=getattr(args, "interactive_rank", None),
+        **_usage.parse_warm_workers(args, nproc_per_node),
     )
     if nproc_per_node > 1 and "OMP_NUM_THREADS" not in os.environ:
         # Workers inherit it. One thread per CPU in each of several workers would be slower than one thread per worker.

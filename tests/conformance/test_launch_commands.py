@@ -236,6 +236,9 @@ def as_data(module: Any, line: list[str]) -> Any:
     }
     assert fields.pop("signals_to_forward", "") == ""  # not in torch
     assert fields.pop("interactive_rank", None) is None  # not in torch
+    assert not fields.pop("warm_workers", 0)  # not in torch, nor the next two
+    assert tuple(fields.pop("warm_imports", ("torch",))) == ("torch",)
+    assert not fields.pop("preload", False)
     options = fields["numa_options"]
     fields["numa_options"] = options and (options.affinity_mode.value, options.should_fall_back_if_binding_fails)
     return fields, getattr(entrypoint, "__name__", entrypoint), arguments

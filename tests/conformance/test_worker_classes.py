@@ -17,6 +17,9 @@ class TestWorkerSpec:
     def test_defaults(self, impl: Implementation) -> None:
         spec = impl.agent.WorkerSpec("trainer", 2, None, entrypoint="script.py")
         values = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
+        assert not values.pop("warm_workers", 0)  # not in torch, nor the next two
+        assert values.pop("warm_imports", ("torch",)) == ("torch",)
+        assert not values.pop("preload", False)
         assert values == {
             "role": "trainer",
             "local_world_size": 2,

@@ -162,7 +162,7 @@ class Parent:
 # What a child may read of its parent's objects: values that never change, and its own copy of the health server's socket.
 HARMLESS = {
     "Engine": {"backend"},
-    "Group": {"pids"},
+    "Group": {"pids", "warm"},
     "Guard": {"pid", "forked"},
     "HealthServer": {"host", "port", "close"},
     "StoreServer": {"port"},
@@ -193,7 +193,16 @@ USES: dict[str, dict[str, Callable[[Any], Any]]] = {
         "take_warnings": lambda engine: engine.take_warnings(),
         "use_cgroup": lambda engine: engine.use_cgroup(None),
         "watch_lease": lambda engine: engine.watch_lease(RendezvousClient("127.0.0.1", 1, "job")),
+        "warm_pool": lambda engine: engine.warm_pool(Command(["/bin/true"], {}), b"", children=1, timeout_s=1.0),
         "close": lambda engine: engine.close(),
+    },
+    "WarmPool": {
+        "state": lambda pool: pool.state(),
+        "generation": lambda pool: pool.generation,
+        "wait": lambda pool: pool.wait(0, 60.0),
+        "find_changed": lambda pool: pool.find_changed(),
+        "resize": lambda pool: pool.resize(1),
+        "close": lambda pool: pool.close(1.0),
     },
     "StoreServer": {"close": lambda server: server.close()},
     "StoreClient": {
@@ -265,11 +274,14 @@ def test_a_forked_child_cannot_use_objects_of_its_parent(tmp_path: Path) -> None
         watchdog = stack.enter_context(closing(parent.engine.watchdog(str(tmp_path / "pipe"))))
         health = stack.enter_context(closing(parent.engine.health_server("127.0.0.1", 0, 60.0)))
         rendezvous = stack.enter_context(closing(RendezvousClient("127.0.0.1", server.port, "job")))
+        pool = parent.engine.warm_pool(Command(["/bin/sleep", "60"], {}), b"", children=1, timeout_s=60.0)
+        stack.callback(pool.close, 60.0)
         guard = Guard("FERRO_TEST_GUARD", "token", ["/bin/true"], {})
         objects = {
             "Engine": parent.engine,
             "Group": parent.group,
             "Tail": parent.tail,
+            "WarmPool": pool,
             "StoreServer": server,
             "StoreClient": StoreClient("127.0.0.1", server.port, 60.0),
             "RendezvousClient": rendezvous,

@@ -71,6 +71,9 @@ COMMAND_LINES = [
 ADDED: dict[str, Any] = {
     "signals_to_forward": "",
     "interactive_rank": None,
+    "warm_workers": "0",
+    "warm_imports": ["torch"],
+    "preload": False,
     "keep_detached": False,
     "end_detached": False,
 }

@@ -52,7 +52,13 @@ def test_the_fields_are_torchs() -> None:
     ours = _fields(LaunchConfig)
     added = ours[len(_fields(theirs.LaunchConfig)) :]
     assert ours == [*_fields(theirs.LaunchConfig), *added]
-    assert [name for name, *_ in added] == ["signals_to_forward", "interactive_rank"]
+    assert [name for name, *_ in added] == [
+        "signals_to_forward",
+        "interactive_rank",
+        "warm_workers",
+        "warm_imports",
+        "preload",
+    ]
 
 
 @pytest.mark.parametrize("rank", [-1, 2])

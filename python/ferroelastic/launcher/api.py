@@ -10,7 +10,7 @@ Mirrors ``torch.distributed.launcher.api``. Intended differences:
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ from ferroelastic._checks import (
     check_number,
     check_strings,
     check_type,
+    check_warm_workers,
     check_whole_number,
 )
 from ferroelastic._compat import family, newer
@@ -81,6 +82,9 @@ class LaunchConfig:
         interactive_rank: local rank of the worker with the terminal as standard input, ``None`` for no worker. Not in torch.
         shutdown_timeout: grace period in seconds between the stop signal and SIGKILL. Default
             ``$TORCH_ELASTIC_SHUTDOWN_TIMEOUT``, else 30.
+        warm_workers: see :class:`ferroelastic.agent.server.WorkerSpec`. Not in torch.
+        warm_imports: see :class:`ferroelastic.agent.server.WorkerSpec`. Not in torch.
+        preload: see :class:`ferroelastic.agent.server.WorkerSpec`. Not in torch.
 
     Raises:
         ValueError: ``interactive_rank`` is not a local rank, or the shutdown timeout (argument or variable) is not a whole number >= 0.
@@ -112,6 +116,9 @@ class LaunchConfig:
     shutdown_timeout: int | None = None
     signals_to_forward: str = ""
     interactive_rank: int | None = None
+    warm_workers: int = 0
+    warm_imports: Sequence[str] = ("torch",)
+    preload: bool = False
 
     def __post_init__(self) -> None:
         """Check the values and set defaults that depend on other fields or on the environment."""
@@ -152,6 +159,15 @@ def _check_types(config: Any) -> None:
         check_type("numa_options", numa_options, NumaOptions, "NumaOptions or None")
     for name in ("duplicate_stdout_filters", "duplicate_stderr_filters"):
         check_strings(name, newer(config, name, None))
+    check_warm_workers(newer(config, "warm_workers", 0), newer(config, "warm_imports", ()))
+
+
+def _warm_settings(config: Any) -> dict[str, Any]:
+    """Return the settings of warm workers for a ``WorkerSpec``. Empty if there are none: the class may be replaced by torch's."""
+    names = ("warm_workers", "warm_imports", "preload")
+    if not newer(config, "warm_workers", 0) and not newer(config, "preload", False):
+        return {}
+    return {name: getattr(config, name) for name in names}
 
 
 def _resolve_shutdown_timeout(argument_s: int | None) -> int:
@@ -308,6 +324,7 @@ def _launch(
         duplicate_stdout_filters=newer(config, "duplicate_stdout_filters", None),
         duplicate_stderr_filters=newer(config, "duplicate_stderr_filters", None),
         virtual_local_rank=newer(config, "virtual_local_rank", False),
+        **_warm_settings(config),
     )
     interactive_rank = newer(config, "interactive_rank", None)
     agent = LocalElasticAgent(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["with_debugger"]
+__all__ = ["is_attached", "with_debugger"]
 
 _HOOKS = "_pydev_bundle.pydev_monkey"
 
@@ -28,13 +28,19 @@ def with_debugger(argv: Sequence[str]) -> Sequence[str]:
         The new arguments. ``argv`` itself if no debugger is attached, if it does not follow subprocesses (``"subProcess": false``), or if
         the program is not Python.
     """
-    hooks = sys.modules.get(_HOOKS)
-    if hooks is None or not _follows(hooks):
+    if not is_attached():
         return argv
+    hooks: Any = sys.modules[_HOOKS]
     patched: Sequence[str] = hooks.patch_args(list(argv))
     # As pydevd's own hooks do: the debugger's user interface expects another connection.
     getattr(hooks, "send_process_created_message", lambda: None)()
     return tuple(patched)
+
+
+def is_attached() -> bool:
+    """Return whether a debugger of this process follows its subprocesses."""
+    hooks = sys.modules.get(_HOOKS)
+    return hooks is not None and _follows(hooks)
 
 
 def _follows(hooks: Any) -> bool:

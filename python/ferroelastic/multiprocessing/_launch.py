@@ -14,6 +14,7 @@ from ferroelastic.multiprocessing._std import _validate_full_rank
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from ferroelastic import _rust
     from ferroelastic.multiprocessing._context import PContext
     from ferroelastic.multiprocessing._logs import LogsSpecs
     from ferroelastic.numa.binding import NumaOptions
@@ -35,6 +36,7 @@ def start_processes(
     *,
     shutdown_timeout: float = 30,
     interactive_rank: int | None = None,
+    warm_pool: _rust.WarmPool | None = None,
 ) -> PContext:
     """Start one worker for each entry of ``args`` and ``envs``. Mirrors torch's ``start_processes``.
 
@@ -54,6 +56,7 @@ def start_processes(
             the time in seconds for processes that the workers left in their process groups. Not in torch.
         interactive_rank: local rank that gets the terminal on standard input of this process as its controlling terminal. No stream of
             this rank is written to a file. ``None`` for no rank. Not in torch.
+        warm_pool: for programs, parked children that become the first workers; ``None`` starts all workers anew. Not in torch.
 
     Returns:
         The running workers: a ``SubprocessContext`` or a ``MultiprocessContext``.
@@ -91,7 +94,9 @@ def start_processes(
     if isinstance(entrypoint, str):
         from ferroelastic.multiprocessing._subprocess_context import SubprocessContext
 
-        context = SubprocessContext(entrypoint=entrypoint, **common)
+        programs = SubprocessContext(entrypoint=entrypoint, **common)
+        programs.warm_pool = warm_pool
+        context = programs
     else:
         from ferroelastic.multiprocessing._multiprocess_context import MultiprocessContext
 

@@ -74,8 +74,8 @@ def make_command(
     return argv, command
 
 
-def spawn(commands: Sequence[_rust.Command], groups: list[_rust.Group]) -> None:
-    """Start all commands as one group and append the group to ``groups``.
+def spawn(commands: Sequence[_rust.Command], groups: list[_rust.Group], pool: _rust.WarmPool | None = None) -> None:
+    """Start all commands as one group and append the group to ``groups``. Parked children of ``pool`` become the first workers.
 
     Raises:
         OSError: a command cannot be started. All started processes are ended first. The subclass matches the errno, as in ``subprocess``.
@@ -85,7 +85,7 @@ def spawn(commands: Sequence[_rust.Command], groups: list[_rust.Group]) -> None:
     try:
         # One call into C starts the processes and stores their group. A signal handler that raised between two steps would leave
         # processes without an owner.
-        groups.extend(map(get_engine().spawn, (commands,)))
+        groups.extend(map(get_engine().spawn, (commands,), (pool,)))
     except _rust.SpawnError as error:
         raise OSError(error.errno, str(error)) from error
 

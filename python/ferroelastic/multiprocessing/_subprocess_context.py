@@ -12,6 +12,7 @@ from ferroelastic.utils.logging import get_logger
 if TYPE_CHECKING:
     import signal
 
+    from ferroelastic import _rust
     from ferroelastic.multiprocessing._logs import LogsSpecs
     from ferroelastic.numa.binding import NumaOptions
 
@@ -39,10 +40,13 @@ class SubprocessContext(PContext):
         OSError: see :class:`PContext`.
 
     Attributes:
+        warm_pool: parked children that become the first workers; ``None`` starts all workers anew. Set it before :meth:`start`. Not in
+            torch.
         subprocess_handlers: handlers of the workers by local rank; empty before the start.
     """
 
     entrypoint: str
+    warm_pool: _rust.WarmPool | None = None
 
     def __init__(
         self,
@@ -93,7 +97,7 @@ class SubprocessContext(PContext):
             ),
             strict=True,
         )
-        spawn(commands, self._groups)
+        spawn(commands, self._groups, self.warm_pool)
         group = self._groups[0]
         self._arm(group)
         self.subprocess_handlers = {rank: SubprocessHandler.of_group(group, rank, argvs[rank]) for rank in ranks}

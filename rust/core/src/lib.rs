@@ -10,6 +10,7 @@
 //! - [`supervise`]: decisions about a group of workers. Its state machines take time and events as arguments and return actions.
 //! - [`health`]: answers health probes about the agent and its workers.
 //! - [`watchdog`]: deadlines that workers set through a named pipe.
+//! - [`warm`]: workers that were forked in advance from an interpreter with its modules imported.
 //! - [`logs`]: copies growing log files to the console as whole, prefixed lines.
 //! - [`store`]: a key-value store for clients of torch's `TCPStore`.
 //! - [`rendezvous`]: decisions about rounds and membership.
@@ -34,6 +35,7 @@ pub mod sys;
 pub mod text;
 mod thread;
 pub mod vocabulary;
+pub mod warm;
 pub mod watchdog;
 
 pub use engine::{Engine, Group, Tail};

@@ -8,6 +8,7 @@ use ferroelastic_core::logs::TailSpec;
 use ferroelastic_core::sys::fd;
 use ferroelastic_core::sys::probe::Support;
 use ferroelastic_core::sys::spawn::{self, Stdio};
+use ferroelastic_core::warm::WarmSpec;
 use ferroelastic_core::watchdog::Config;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
@@ -19,6 +20,7 @@ use crate::guard::Guard;
 use crate::health::HealthServer;
 use crate::rendezvous::RendezvousClient;
 use crate::tail::Tail;
+use crate::warm::WarmPool;
 use crate::watchdog::Watchdog;
 
 /// The specification of a process to start.
@@ -82,9 +84,28 @@ impl Engine {
         if self.0.support().pidfd { "pidfd" } else { "thread" }
     }
 
-    fn spawn(&self, py: Python<'_>, commands: Vec<Py<Command>>) -> PyResult<Group> {
+    #[pyo3(signature = (commands, pool=None))]
+    fn spawn(&self, py: Python<'_>, commands: Vec<Py<Command>>, pool: Option<&WarmPool>) -> PyResult<Group> {
         let commands = commands.into_iter().map(|command| command.get().0.clone()).collect();
-        detached(py, || self.0.spawn(commands)).map(Group::new)
+        let started = detached(py, || match pool {
+            Some(pool) => self.0.spawn_warm(commands, &pool.0),
+            None => self.0.spawn(commands),
+        });
+        started.map(Group::new)
+    }
+
+    #[pyo3(signature = (command, configuration, *, children, timeout_s))]
+    fn warm_pool(
+        &self,
+        py: Python<'_>,
+        command: &Command,
+        configuration: Vec<u8>,
+        children: usize,
+        timeout_s: f64,
+    ) -> PyResult<WarmPool> {
+        let timeout = span("timeout_s", timeout_s)?;
+        let spec = WarmSpec { command: command.0.clone(), configuration, children, timeout };
+        detached(py, || self.0.warm_pool(spec)).map(WarmPool)
     }
 
     #[pyo3(signature = (pids, sentinels=None))]

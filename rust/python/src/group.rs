@@ -165,6 +165,11 @@ impl Group {
     }
 
     #[getter]
+    fn warm(&self) -> Vec<usize> {
+        self.0.warm().to_vec()
+    }
+
+    #[getter]
     fn generation(&self, py: Python<'_>) -> PyResult<u64> {
         self.0.generation().map_err(|error| to_python(py, error))
     }

@@ -57,7 +57,7 @@ impl Guard {
             env: environment(env)?,
         };
         let failed = |source| to_python(py, os("start", "the guard process".into(), source));
-        let forked = guard::Guard::can_fork().map_err(failed)?;
+        let forked = ferroelastic_core::sys::threads::is_single().map_err(failed)?;
         let guard = if forked {
             guard::Guard::fork(&Orders { mark: Mark { name, token }, keep_detached, cgroup }).map_err(failed)?
         } else {
@@ -117,8 +117,10 @@ pub(crate) fn find_detached(
         let sessions: Vec<Session> =
             sessions.into_iter().map(|leader| Session { leader, pidfd: None, started: None }).collect();
         let query = match cgroup.map(Path::new) {
-            Some(cgroup) => Query { mark: None, sessions: &[], cgroup: Some(cgroup), not_in_session },
-            None => Query { mark: Some(&mark), sessions: &sessions, cgroup: None, not_in_session },
+            Some(cgroup) => {
+                Query { mark: None, sessions: &[], cgroup: Some(cgroup), not_in_session, spares_warm: true }
+            }
+            None => Query { mark: Some(&mark), sessions: &sessions, cgroup: None, not_in_session, spares_warm: true },
         };
         find(&query).into_iter().map(|found| (found.pid, command(found.pid))).collect()
     })

@@ -11,7 +11,9 @@ mod guard;
 mod health;
 mod rendezvous;
 mod store;
+mod sys;
 mod tail;
+mod warm;
 mod watchdog;
 
 use pyo3::prelude::*;
@@ -54,6 +56,8 @@ mod _rust {
     use super::store::{StoreClient, StoreServer, StoreTimeoutError};
     #[pymodule_export]
     use super::tail::{Tail, TailReport};
+    #[pymodule_export]
+    use super::warm::{WarmPool, WarmState, Zygote};
     #[pymodule_export]
     use super::watchdog::{BeatSlot, Expiry, Watchdog, WatchdogCounts};
     #[pymodule_export]

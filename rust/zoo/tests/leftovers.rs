@@ -24,7 +24,7 @@ fn pids(query: &Query<'_>) -> Vec<i32> {
 }
 
 fn nothing() -> Query<'static> {
-    Query { mark: None, sessions: &[], cgroup: None, not_in_session: 0 }
+    Query { mark: None, sessions: &[], cgroup: None, not_in_session: 0, spares_warm: false }
 }
 
 /// A helper in a session of its own, left by a worker that has ended.

@@ -8,7 +8,14 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
-from ferroelastic._checks import check_entrypoint, check_iterable, check_number, check_type, check_whole_number
+from ferroelastic._checks import (
+    check_entrypoint,
+    check_iterable,
+    check_number,
+    check_type,
+    check_warm_workers,
+    check_whole_number,
+)
 from ferroelastic._compat import TorchCompatible
 from ferroelastic._text import entrypoint_name
 
@@ -44,6 +51,10 @@ class WorkerSpec(TorchCompatible):
         duplicate_stdout_filters: lines of standard output that contain one of these strings are also written to a separate file.
         duplicate_stderr_filters: same for standard error.
         virtual_local_rank: whether every worker has ``LOCAL_RANK`` 0 and sees only its own GPU.
+        warm_workers: number of workers that wait in parked processes with imported modules, for the next restart. 0 for none. Not in torch.
+        warm_imports: modules that parked workers have imported, and functions that they have called as ``package.module:function``. Not in
+            torch.
+        preload: whether the first start also waits for the imports and uses parked workers. Not in torch.
 
     Raises:
         AssertionError: a number is out of range, or the entrypoint is missing.
@@ -66,6 +77,9 @@ class WorkerSpec(TorchCompatible):
     duplicate_stdout_filters: list[str] | None = None
     duplicate_stderr_filters: list[str] | None = None
     virtual_local_rank: bool = False
+    warm_workers: int = 0
+    warm_imports: Sequence[str] = ("torch",)
+    preload: bool = False
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -86,6 +100,7 @@ class WorkerSpec(TorchCompatible):
             raise AssertionError(
                 f"max_restarts of role {self.role!r} must not be negative, got {self.max_restarts}: use 0 for no restarts"
             )
+        check_warm_workers(self.warm_workers, self.warm_imports)
         if self.fn is not None:
             warnings.warn(
                 "WorkerSpec.fn will be deprecated, please use WorkerSpec.entrypoint instead",

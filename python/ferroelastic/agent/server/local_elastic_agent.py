@@ -24,6 +24,7 @@ from ferroelastic import _leftovers, _signals
 from ferroelastic._checks import check_logs_specs, check_type
 from ferroelastic._compat import newer
 from ferroelastic._wait import wait_for_event
+from ferroelastic._warm import warm_workers_of
 from ferroelastic.agent.server import _stuck, _watchdog
 from ferroelastic.agent.server._detached import end_helpers, report_helpers
 from ferroelastic.agent.server._environment import set_local_rank, worker_environment
@@ -40,7 +41,7 @@ from ferroelastic.agent.server.api import (
 from ferroelastic.agent.server.health_check_server import HealthCheckServer, create_healthcheck_server
 from ferroelastic.events import record
 from ferroelastic.metrics.api import prof
-from ferroelastic.multiprocessing import LogsSpecs, PContext, ProcessFailure, start_processes
+from ferroelastic.multiprocessing import LogsSpecs, PContext, ProcessFailure, _debuggers, start_processes
 from ferroelastic.multiprocessing._stopping import longest_stop_s
 from ferroelastic.multiprocessing.errors._failures import exit_of
 from ferroelastic.rendezvous._notifying import may_grow
@@ -80,6 +81,10 @@ _KILL_TIME_S = 0.25
 
 _resolve_uninterruptible_state_timeout = _stuck.resolve_timeout_s  # torch's name
 _read_wait_channel = _stuck.read_wait_channel
+
+
+def _without_none(**arguments: Any) -> dict[str, Any]:
+    return {name: value for name, value in arguments.items() if value is not None}
 
 
 class _AliveCallbackProxy:
@@ -154,6 +159,7 @@ class LocalElasticAgent(SimpleElasticAgent):
         self._refused_health_check_port: str | None = None
         self._stopping_workers_only = False
         self._may_have_detached = False
+        self._warm = warm_workers_of(spec)
         self._uninterruptible_state_timeout = _resolve_uninterruptible_state_timeout(uninterruptible_state_timeout)
         # By pid: monotonic time of the first check that found the worker in uninterruptible sleep.
         self._uninterruptible_state_first_seen: dict[int, float] = {}
@@ -340,6 +346,7 @@ class LocalElasticAgent(SimpleElasticAgent):
         self._setup_local_watchdog(envs=envs)
         self._setup_healthcheck()
         self._may_have_detached = True
+        pool = self._warm_pool(spec, args, envs)
         self._pcontext = start_processes(
             name=spec.role,
             entrypoint=spec.entrypoint,
@@ -352,13 +359,35 @@ class LocalElasticAgent(SimpleElasticAgent):
             duplicate_stdout_filters=newer(spec, "duplicate_stdout_filters", None),
             duplicate_stderr_filters=newer(spec, "duplicate_stderr_filters", None),
             shutdown_timeout=self._shutdown_timeout,
-            **({} if self._interactive_rank is None else {"interactive_rank": self._interactive_rank}),
+            # Only if set: a program may have replaced the function by one with torch's parameters.
+            **_without_none(interactive_rank=self._interactive_rank, warm_pool=pool),
         )
+        if self._warm is not None:
+            self._warm.started(self._native_group())
         self._pcontext.on_first_failure = self._report_first_failure
         watchdog = _watchdog.as_worker_watchdog(self._worker_watchdog)
         if watchdog is not None:
             watchdog.set_workers(_watchdog.workers_with_folders(self._pcontext, worker_group.workers))
         return self._pcontext.pids()
+
+    def _warm_pool(
+        self, spec: WorkerSpec, args: dict[int, tuple[Any, ...]], envs: dict[int, dict[str, str]]
+    ) -> _rust.WarmPool | None:
+        """Return the parked processes that become the workers; ``None`` to start new processes."""
+        if self._warm is None or not isinstance(spec.entrypoint, str):
+            return None
+        obstacle = None
+        if self._interactive_rank is not None:
+            obstacle = f"local rank {self._interactive_rank} is connected to the terminal"
+        elif _debuggers.is_attached():
+            obstacle = "a debugger attaches to the workers"
+        with self._activity.allowing(self._warm.longest_preload_s()):
+            return self._warm.pool_for(
+                [(spec.entrypoint, *map(str, args[rank])) for rank in sorted(args)],
+                [envs[rank] for rank in sorted(envs)],
+                is_bound=newer(spec, "numa_options", None) is not None,
+                obstacle=obstacle,
+            )
 
     def _worker_env(self, worker_group: WorkerGroup, worker: Worker) -> dict[str, str]:
         """Return the environment variables of one worker."""
@@ -371,7 +400,9 @@ class LocalElasticAgent(SimpleElasticAgent):
         set_local_rank(worker_env, local_rank, spec)
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
-        """Stop the workers, and at the end of the run also the watchdog and the health server."""
+        """Stop the workers, and at the end of the run also the parked workers, the watchdog and the health server."""
+        if self._warm is not None and not self._stopping_workers_only:
+            self._warm.close(0)  # kills them without a wait: they end while the workers use their grace period
         try:
             if self._pcontext:
                 with self._activity.allowing(longest_stop_s(timeout)):
@@ -414,6 +445,8 @@ class LocalElasticAgent(SimpleElasticAgent):
         return None if report is None else report.elapsed_s
 
     def _stop_servers(self) -> None:
+        if self._warm is not None:
+            self._warm.close()
         if self._worker_watchdog is not None:
             self._worker_watchdog.stop()
             self._worker_watchdog = None

@@ -5,10 +5,12 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::guard::{GuardSlot, Warnings};
-use super::order::{EngineOrder, Observed, StartedGroup};
+use super::guard::GuardSlot;
+use super::order::{EngineOrder, Observed, PoolOrder, StartedGroup};
 use super::orphans::Orphans;
+use super::pools::{PoolHost, Pools, WarmTokens};
 use super::processes::{GroupEntry, Process, Reaper};
+use super::warnings::Warnings;
 use crate::error::{Error, Result};
 use crate::health;
 use crate::health::status::WatchdogFigures;
@@ -38,6 +40,8 @@ enum Token {
     HealthListener(u64),
     HealthConnection(u64),
     Guard,
+    WarmChannel(u64),
+    WarmProcess(u64),
 }
 
 impl Token {
@@ -57,6 +61,8 @@ impl Token {
             Self::HealthListener(id) => (7, id),
             Self::HealthConnection(id) => (8, id),
             Self::Guard => (9, 0),
+            Self::WarmChannel(id) => (10, id),
+            Self::WarmProcess(pid) => (11, pid),
         };
         kind << Self::KIND_SHIFT | id
     }
@@ -73,6 +79,8 @@ impl Token {
             7 => Self::HealthListener(id),
             8 => Self::HealthConnection(id),
             9 => Self::Guard,
+            10 => Self::WarmChannel(id),
+            11 => Self::WarmProcess(id),
             _ => Self::TimerClient { watchdog: id >> Self::PID_BITS, pid: id & ((1 << Self::PID_BITS) - 1) },
         }
     }
@@ -95,6 +103,8 @@ pub(super) struct EventLoop {
     health: health::Servers,
     guard: GuardSlot,
     orphans: Orphans,
+    warm: Pools,
+    warnings: Warnings,
     /// The cgroup of new workers; `None` means the agent's own.
     cgroup: Option<OwnedFd>,
     last_id: u64,
@@ -124,7 +134,15 @@ impl EventLoop {
                 listener: |server| Token::HealthListener(server).pack(),
                 connection: |connection| Token::HealthConnection(connection).pack(),
             }),
-            guard: GuardSlot::new(warnings),
+            warm: Pools::new(
+                WarmTokens {
+                    channel: |pool| Token::WarmChannel(pool).pack(),
+                    process: |pid| Token::WarmProcess(u64::from(pid.cast_unsigned())).pack(),
+                },
+                warnings.clone(),
+            ),
+            guard: GuardSlot::new(warnings.clone()),
+            warnings,
             orphans: Orphans::new(),
             cgroup: None,
             last_id: 0,
@@ -133,17 +151,15 @@ impl EventLoop {
     }
 
     fn reap_orphans(&mut self, now: Instant) {
-        let (groups, guard) = (&self.groups, self.guard.pid());
+        let (groups, guard, warm) = (&self.groups, self.guard.pid(), &self.warm);
         let is_worker = |pid| groups.values().any(|group| group.processes.iter().any(|one| one.leader.pid() == pid));
-        self.orphans.reap(now, |pid| Some(pid) == guard || is_worker(pid));
+        self.orphans.reap(now, |pid| Some(pid) == guard || is_worker(pid) || warm.contains(pid));
     }
 
     fn handle_guard_end(&mut self) {
         let leaders = self.groups.values().flat_map(|group| group.processes.iter().map(|process| &process.leader));
         let token = Token::Guard.pack();
-        if self.guard.handle_end(&self.poller, token, self.support.pidfd, &mut self.stack, leaders) {
-            self.groups.values().for_each(|group| group.progress.wake_waiters());
-        }
+        self.guard.handle_end(&self.poller, token, self.support.pidfd, &mut self.stack, leaders);
     }
 
     fn answer_probes(&mut self) {
@@ -211,8 +227,13 @@ impl EventLoop {
     fn next_tick(&mut self) -> Option<Instant> {
         let groups = self.groups.values().filter_map(|group| group.state.next_tick());
         let watchdogs = self.watchdogs.values_mut().filter_map(WatchdogServer::next_tick);
-        let orphans = self.orphans.next_tick();
-        groups.chain(orphans).chain(self.tails.next_tick()).chain(self.health.next_tick()).chain(watchdogs).min()
+        let others = [self.orphans.next_tick(), self.warm.next_tick()];
+        groups
+            .chain(others.into_iter().flatten())
+            .chain(self.tails.next_tick())
+            .chain(self.health.next_tick())
+            .chain(watchdogs)
+            .min()
     }
 
     /// Handles expired timers.
@@ -244,9 +265,10 @@ impl EventLoop {
 
     fn handle(&mut self, order: EngineOrder) {
         match order {
-            EngineOrder::Spawn { commands, reply } => {
-                let _ = reply.send(self.spawn_group(&commands));
+            EngineOrder::Spawn { commands, pool, reply } => {
+                let _ = reply.send(self.spawn_group(&commands, pool));
             }
+            EngineOrder::Pool(order) => self.handle_pool_order(order),
             EngineOrder::Observe { processes, reply } => {
                 let _ = reply.send(self.observe_group(processes));
             }
@@ -340,18 +362,33 @@ impl EventLoop {
         }
     }
 
+    fn handle_pool_order(&mut self, order: PoolOrder) {
+        let id = self.next_id();
+        let cgroup = self.cgroup.as_ref().map(AsFd::as_fd);
+        let host = PoolHost { support: self.support, poller: &self.poller, guard: &self.guard };
+        self.warm.handle(order, id, host, &mut self.stack, cgroup);
+    }
+
     fn kill_all(&mut self, kill_wait: Duration) {
         let now = Instant::now();
         let plan = StopPlan { linger: Duration::ZERO, signal: libc::SIGKILL, grace: Duration::ZERO, kill_wait };
+        self.warm.close_all();
         for group in self.groups.values_mut() {
             group.step(now, GroupEvent::Stop(plan));
             group.step(now, GroupEvent::EndGrace);
         }
     }
 
-    fn spawn_group(&mut self, commands: &[Command]) -> Result<StartedGroup> {
+    /// Starts a group. Commands become warm workers as long as `pool` has parked children.
+    fn spawn_group(&mut self, commands: &[Command], pool: Option<u64>) -> Result<StartedGroup> {
         let mut processes = Vec::with_capacity(commands.len());
+        let mut warm = Vec::new();
         for (index, command) in commands.iter().enumerate() {
+            if let Some(leader) = pool.and_then(|pool| self.warm.release(pool, command, &self.poller)) {
+                warm.push(index);
+                processes.push(Process { id: self.next_id(), leader, sentinel: None });
+                continue;
+            }
             let cgroup = self.cgroup.as_ref().map(AsFd::as_fd);
             match spawn(command, index, self.support.pidfd, cgroup, &mut self.stack) {
                 Ok(spawned) => processes.push(Process {
@@ -368,7 +405,7 @@ impl EventLoop {
                 }
             }
         }
-        self.register_group(GroupEntry::new(processes, Reaper::Engine))
+        Ok(StartedGroup { warm, ..self.register_group(GroupEntry::new(processes, Reaper::Engine))? })
     }
 
     fn observe_group(&mut self, observed: Vec<Observed>) -> Result<StartedGroup> {
@@ -394,6 +431,7 @@ impl EventLoop {
             id,
             pids: entry.processes.iter().map(|process| process.leader.pid()).collect(),
             progress: Arc::clone(&entry.progress),
+            warm: Vec::new(),
         };
         for (index, process) in entry.processes.iter().enumerate() {
             self.processes.insert(process.id, (id, index));
@@ -471,7 +509,8 @@ impl Service for EventLoop {
 
     fn serve(&mut self) -> Result<()> {
         let mut ready = Vec::new();
-        while !(self.closing && self.groups.values().all(|group| group.is_stopped() || group.processes.is_empty())) {
+        let is_done = |this: &Self| this.groups.values().all(|group| group.is_stopped() || group.processes.is_empty());
+        while !(self.closing && self.warm.is_empty() && is_done(self)) {
             let poll_failed = |source| Error::os("wait for", "events", source);
             let next = self.next_tick();
             self.timer.set(next).map_err(poll_failed)?;
@@ -500,6 +539,16 @@ impl Service for EventLoop {
                     Token::HealthListener(server) => self.health.listener_ready(server),
                     Token::HealthConnection(connection) => self.health.connection_ready(connection),
                     Token::Guard => self.handle_guard_end(),
+                    Token::WarmChannel(pool) => {
+                        let host = PoolHost { support: self.support, poller: &self.poller, guard: &self.guard };
+                        self.warm.channel_ready(pool, host);
+                    }
+                    Token::WarmProcess(pid) => {
+                        if let Ok(pid) = i32::try_from(pid) {
+                            let host = PoolHost { support: self.support, poller: &self.poller, guard: &self.guard };
+                            self.warm.process_ended(pid, host);
+                        }
+                    }
                     Token::Process(_) => {}
                 }
             }
@@ -509,6 +558,10 @@ impl Service for EventLoop {
                 if group.state.next_tick().is_some_and(|at| at <= now) {
                     group.step(now, GroupEvent::Tick);
                 }
+            }
+            self.warm.tick(now);
+            if self.warnings.announce() {
+                self.groups.values().for_each(|group| group.progress.wake_waiters());
             }
             self.tails.pump(now, &self.poller, |tail| Token::Console(tail).pack());
             self.reap_orphans(now);

@@ -16,17 +16,30 @@ pub struct Group {
     id: u64,
     pids: Vec<i32>,
     progress: Arc<GroupProgress>,
+    warm: Vec<usize>,
 }
 
 impl Group {
     pub(super) fn new(line: &Arc<Line>, started: StartedGroup) -> Self {
-        Self { line: Arc::clone(line), id: started.id, pids: started.pids, progress: started.progress }
+        Self {
+            line: Arc::clone(line),
+            id: started.id,
+            pids: started.pids,
+            progress: started.progress,
+            warm: started.warm,
+        }
     }
 
     /// Process ids by index.
     #[must_use]
     pub fn pids(&self) -> &[i32] {
         &self.pids
+    }
+
+    /// Indices of the workers that were released from a pool, ascending.
+    #[must_use]
+    pub fn warm(&self) -> &[usize] {
+        &self.warm
     }
 
     /// A counter that grows with every batch of exits, at the end of a stop and at the end of the engine.

@@ -1,8 +1,9 @@
 //! The guard process of the engine: registers workers with it, notices its death and starts a replacement.
 
 use std::os::fd::BorrowedFd;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
+use super::warnings::Warnings;
 use crate::error::{Error, Result};
 use crate::sys::guard::{Guard, Program};
 use crate::sys::lease::LeasePage;
@@ -13,20 +14,6 @@ use crate::thread::Reply;
 
 /// Limit on replacements of dead guards. Repeated kills are taken as intentional.
 const MAX_REPLACEMENTS: u32 = 16;
-
-/// Warnings of the engine for the program's log.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Warnings(Arc<Mutex<Vec<String>>>);
-
-impl Warnings {
-    fn add(&self, text: String) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(text);
-    }
-
-    pub(super) fn take(&self) -> Vec<String> {
-        std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner))
-    }
-}
 
 /// The engine's guard process, if there is one.
 #[derive(Debug)]
@@ -92,8 +79,7 @@ impl GuardSlot {
         }
     }
 
-    /// Handles readiness of the guard's descriptor. If the guard died unexpectedly, starts a replacement, adds a warning and returns
-    /// `true`.
+    /// Handles readiness of the guard's descriptor. If the guard died unexpectedly, starts a replacement and adds a warning.
     pub(super) fn handle_end<'a>(
         &mut self,
         poller: &Poller,
@@ -101,22 +87,22 @@ impl GuardSlot {
         pidfd: bool,
         stack: &mut SpawnStack,
         leaders: impl Iterator<Item = &'a ProcessHandle>,
-    ) -> bool {
-        let Some(guard) = self.guard.take_if(|guard| guard.has_ended()) else { return false };
+    ) {
+        let Some(guard) = self.guard.take_if(|guard| guard.has_ended()) else { return };
         let _ = poller.remove(guard.end_fd());
         if let Some(reply) = self.dismissing.take() {
             let _ = reply.send(());
-            return false;
+            return;
         }
         let dead_pid = guard.pid();
         drop(guard);
-        let Some(program) = self.program.take() else { return false };
+        let Some(program) = self.program.take() else { return };
         self.replaced += 1;
         if self.replaced > MAX_REPLACEMENTS {
             self.warnings.add(format!(
                 "The guard process {dead_pid} ended unexpectedly after {MAX_REPLACEMENTS} replacements; no new one is started"
             ));
-            return true;
+            return;
         }
         let replaced = Guard::execute(&program, pidfd, stack).and_then(|guard| {
             let pid = guard.pid();
@@ -135,6 +121,5 @@ impl GuardSlot {
                 ));
             }
         }
-        true
     }
 }

@@ -7,10 +7,11 @@ use std::time::Duration;
 
 use super::event_loop::EventLoop;
 use super::group::Group;
-use super::guard::Warnings;
 use super::health::HealthServer;
 use super::order::{EngineOrder, Line, Observed};
 use super::tail::Tail;
+use super::warm::WarmPool;
+use super::warnings::Warnings;
 use super::watchdog::Watchdog;
 use crate::error::{Error, Result};
 use crate::logs::TailSpec;
@@ -20,6 +21,7 @@ use crate::sys::lease::LeasePage;
 use crate::sys::probe::{self, Support};
 use crate::sys::spawn::Command;
 use crate::thread::{CloseOutcome, NativeThread};
+use crate::warm::WarmSpec;
 use crate::watchdog::Config;
 
 /// Time for the thread to end after the last worker has ended.
@@ -55,7 +57,16 @@ impl Engine {
 
     /// Starts all commands in order. If one fails to start, the started ones are killed and reaped.
     pub fn spawn(&self, commands: Vec<Command>) -> Result<Group> {
-        let started = self.line.ask(|reply| EngineOrder::Spawn { commands, reply })??;
+        self.start_group(commands, None)
+    }
+
+    /// As [`Engine::spawn`], but parked children of the pool become the first workers. Further commands start new processes.
+    pub fn spawn_warm(&self, commands: Vec<Command>, pool: &WarmPool) -> Result<Group> {
+        self.start_group(commands, Some(pool.id()))
+    }
+
+    fn start_group(&self, commands: Vec<Command>, pool: Option<u64>) -> Result<Group> {
+        let started = self.line.ask(|reply| EngineOrder::Spawn { commands, pool, reply })??;
         Ok(Group::new(&self.line, started))
     }
 
@@ -67,6 +78,11 @@ impl Engine {
         let processes = processes.into_iter().map(|(pid, sentinel)| Observed { pid, sentinel }).collect();
         let started = self.line.ask(|reply| EngineOrder::Observe { processes, reply })??;
         Ok(Group::new(&self.line, started))
+    }
+
+    /// Starts a zygote that forks warm workers. Needs pidfds.
+    pub fn warm_pool(&self, spec: WarmSpec) -> Result<WarmPool> {
+        WarmPool::open(&self.line, spec)
     }
 
     /// Follows growing files.

@@ -12,9 +12,12 @@ mod handle;
 mod health;
 mod order;
 mod orphans;
+mod pools;
 mod processes;
 mod progress;
 mod tail;
+mod warm;
+mod warnings;
 mod watchdog;
 
 pub use group::Group;
@@ -22,4 +25,5 @@ pub use handle::Engine;
 pub use health::HealthServer;
 pub use progress::{Leftover, StopReport, Survivor};
 pub use tail::Tail;
+pub use warm::WarmPool;
 pub use watchdog::Watchdog;

@@ -18,6 +18,7 @@ use crate::sys::lease::LeasePage;
 use crate::sys::spawn::Command;
 use crate::sys::wait::{ExitStatus, Usage};
 use crate::thread::{NativeThread, Reply, ThreadOrder};
+use crate::warm::{WarmProgress, WarmSpec};
 use crate::watchdog::{Config, Evidence, Reports, WatchdogOrder};
 
 /// The connection from a handle to the engine thread. The thread ends when the last handle is dropped.
@@ -28,6 +29,8 @@ pub(super) struct StartedGroup {
     pub(super) id: u64,
     pub(super) pids: Vec<i32>,
     pub(super) progress: Arc<GroupProgress>,
+    /// Indices of the processes that were released from a pool.
+    pub(super) warm: Vec<usize>,
 }
 
 /// A process that the program itself started and reaps.
@@ -37,12 +40,21 @@ pub(super) struct Observed {
     pub(super) sentinel: Option<OwnedFd>,
 }
 
+/// An order about a pool of warm workers.
+pub(super) enum PoolOrder {
+    Open { spec: Box<WarmSpec>, reply: Reply<Result<(u64, Arc<WarmProgress>)>> },
+    Resize { id: u64, children: usize },
+    Close { id: u64, reply: Option<Reply<()>> },
+}
+
 /// An order to the engine thread.
 pub(super) enum EngineOrder {
     Spawn {
         commands: Vec<Command>,
+        pool: Option<u64>,
         reply: Reply<Result<StartedGroup>>,
     },
+    Pool(PoolOrder),
     Observe {
         processes: Vec<Observed>,
         reply: Reply<Result<StartedGroup>>,

@@ -11,7 +11,6 @@
 mod stand;
 
 use std::ffi::CString;
-use std::fs;
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -76,14 +75,9 @@ enum MessageKind {
 const MESSAGE_BYTES: usize = 5;
 
 impl Guard {
-    /// Whether this process can be forked: a child would inherit the locks of other threads, so there must be none.
-    pub fn can_fork() -> io::Result<bool> {
-        Ok(fs::read_dir("/proc/self/task")?.count() == 1)
-    }
-
     /// Forks the guard without an exec. Fails with `ResourceBusy` if this process has other threads.
     pub fn fork(orders: &Orders) -> io::Result<Self> {
-        if !Self::can_fork()? {
+        if !super::threads::is_single()? {
             return Err(io::ErrorKind::ResourceBusy.into());
         }
         let (guard_socket, socket) = socket_pair()?;

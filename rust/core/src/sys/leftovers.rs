@@ -3,7 +3,7 @@
 //! Three properties identify them. A process leaves its *session* with `setsid`. It may overwrite or clear its *environment*, as programs
 //! that change their title do. It cannot leave the *cgroup*, but creating a cgroup is not always permitted.
 
-use std::fs;
+use std::ffi::CStr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
@@ -15,6 +15,9 @@ use super::procfs::{self, Stat};
 
 /// Name of guard processes in `/proc/PID/comm`.
 pub(super) const GUARD_NAME: &str = "ferro-guard";
+
+/// Name of zygotes and of their parked children in `/proc/PID/comm`.
+pub(crate) const WARM_NAME: &CStr = c"ferro-warm";
 
 /// The variable that marks the processes of a run. Runs can be nested: an inner run adds its token to the value.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -58,6 +61,8 @@ pub struct Query<'a> {
     pub cgroup: Option<&'a Path>,
     /// Processes in this session are excluded: it is the agent's.
     pub not_in_session: i32,
+    /// Zygotes and parked workers are excluded: a live agent has them on purpose.
+    pub spares_warm: bool,
 }
 
 /// A process. Its start time distinguishes it from a later process with the same pid.
@@ -102,7 +107,10 @@ pub fn find(query: &Query<'_>) -> Vec<Found> {
                 || in_cgroup.contains(&stat.pid)
                 || query.mark.is_some_and(|mark| is_marked(stat.pid, mark))
         })
-        .filter(|stat| !is_guard(stat.pid))
+        .filter(|stat| {
+            let name = procfs::name(stat.pid);
+            name != GUARD_NAME && !(query.spares_warm && name.as_bytes() == WARM_NAME.to_bytes())
+        })
         .map(|stat| Found { pid: stat.pid, started: stat.started })
         .collect()
 }
@@ -117,8 +125,4 @@ fn is_marked(pid: i32, mark: &Mark) -> bool {
         let value = entry.strip_prefix(mark.name.as_bytes()).and_then(|rest| rest.strip_prefix(b"="));
         value.is_some_and(|value| value.split(|byte| *byte == b':').any(|token| token == mark.token.as_bytes()))
     })
-}
-
-fn is_guard(pid: i32) -> bool {
-    fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.trim_end() == GUARD_NAME)
 }

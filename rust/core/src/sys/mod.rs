@@ -2,10 +2,12 @@
 
 pub mod beats;
 pub mod cgroup;
+pub mod channel;
 pub mod clock;
 pub mod console;
 pub mod fd;
 pub mod fifo;
+pub mod fork;
 pub mod guard;
 pub mod lease;
 pub mod leftovers;
@@ -21,6 +23,7 @@ pub mod sigmask;
 pub mod spawn;
 pub mod threads;
 pub mod timer;
+pub mod title;
 pub mod usage;
 pub mod wait;
 pub mod wake;

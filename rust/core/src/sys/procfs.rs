@@ -48,6 +48,14 @@ pub fn stat(pid: i32) -> Option<Stat> {
     parse_stat(&fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)
 }
 
+/// The name of a process (`/proc/PID/comm`). Empty if it cannot be read.
+#[must_use]
+pub fn name(pid: i32) -> String {
+    let mut name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+    name.truncate(name.trim_end_matches('\n').len());
+    name
+}
+
 /// The environment that a process received from its last `execve`, as entries that each end with a zero byte. Empty if it cannot be read.
 ///
 /// The kernel shows an empty environment and an empty command line for a moment during `execve`, and even after it has released a parent
@@ -68,6 +76,19 @@ pub fn environment(pid: i32) -> Vec<u8> {
         std::thread::sleep(std::time::Duration::from_micros(100));
     }
     read("environ").unwrap_or_default()
+}
+
+/// The memory layout of this process, from `/proc/self/stat`: start and end of the code, start of the stack, start and end of the data, start
+/// of the heap.
+#[must_use]
+pub fn own_layout() -> Option<[u64; 6]> {
+    // Numbers of the fields in proc(5), less the first that follows the command.
+    const FIRST: usize = 3;
+    const FIELDS: [usize; 6] = [26, 27, 28, 45, 46, 47];
+    let line = fs::read_to_string("/proc/self/stat").ok()?;
+    let fields: Vec<&str> = line.rsplit_once(')')?.1.split_ascii_whitespace().collect();
+    let values: Vec<u64> = FIELDS.iter().map(|field| fields.get(field - FIRST)?.parse().ok()).collect::<Option<_>>()?;
+    values.try_into().ok()
 }
 
 /// The pids of all processes.

@@ -451,7 +451,7 @@ fn candidates(program: &CStr, env: &[CString]) -> Vec<CString> {
         .collect()
 }
 
-fn open_log(path: &Path) -> io::Result<OwnedFd> {
+pub(crate) fn open_log(path: &Path) -> io::Result<OwnedFd> {
     // With O_APPEND, a worker that opens its stream again and helpers that inherit it do not overwrite each other's output.
     let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::APPEND | OFlags::CLOEXEC;
     let fd = rustix::fs::open(path, flags, Mode::from_raw_mode(0o666))?;
@@ -463,6 +463,16 @@ fn open_log(path: &Path) -> io::Result<OwnedFd> {
 fn open_files_limit(soft: u64) -> libc::rlimit {
     let hard = rustix::process::getrlimit(rustix::process::Resource::Nofile).maximum.unwrap_or(libc::RLIM_INFINITY);
     libc::rlimit { rlim_cur: soft.min(hard), rlim_max: hard }
+}
+
+/// Sets the soft limit of open descriptors of this process, within the hard one.
+pub(crate) fn limit_open_files(soft: u64) -> io::Result<()> {
+    let limit = open_files_limit(soft);
+    // SAFETY: the kernel reads a structure.
+    if unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
 }
 
 fn cpu_mask(cpus: &[usize]) -> Vec<u64> {

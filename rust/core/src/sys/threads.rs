@@ -11,6 +11,11 @@ use std::thread::Builder;
 /// Default stack size of a thread.
 const DEFAULT_BYTES: u64 = 8 << 20;
 
+/// Whether this process has one thread. A forked child would inherit the locks of other threads.
+pub fn is_single() -> std::io::Result<bool> {
+    Ok(std::fs::read_dir("/proc/self/task")?.count() == 1)
+}
+
 /// A builder for a thread with this name and a larger stack than that of other threads.
 pub fn builder(name: &str) -> Builder {
     Builder::new().name(name.into()).stack_size(stack_bytes())

@@ -194,6 +194,7 @@ fn kill_all(sessions: &[Session], orders: &Orders) {
         sessions,
         cgroup: folder.filter(|_| kill_detached),
         not_in_session: i32::try_from(std::process::id()).unwrap_or(0),
+        spares_warm: false,
     };
     let began = Instant::now();
     let mut pause = FIRST_PAUSE;

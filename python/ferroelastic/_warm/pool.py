@@ -1,0 +1,276 @@
+"""The agent's side of warm workers: starts the zygote, and decides before each start whether its children are used."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from typing import TYPE_CHECKING
+
+from ferroelastic._engine import get_engine
+from ferroelastic._process import open_files_of_workers
+from ferroelastic._wait import wait_for_event
+from ferroelastic._warm.target import ColdError, Target, target_of
+from ferroelastic.utils.logging import get_logger
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from ferroelastic import _rust
+
+__all__ = ["WarmWorkers"]
+
+logger = get_logger(__name__)
+
+TIMEOUT_ENV = "FERROELASTIC_WARM_TIMEOUT_S"
+"""Environment variable: seconds until a zygote that still imports is killed. Default 300."""
+
+_DEFAULT_TIMEOUT_S = 300.0
+_CLOSE_TIMEOUT_S = 5.0
+_FORK_TIMEOUT_S = 1.0
+"""Upper bound of the wait for children of a zygote that is ready. A fork takes milliseconds, an import takes seconds."""
+_MAX_CRASHES = 2
+_MAX_ZYGOTES = 5
+
+_CRASHES = frozenset(
+    -number
+    for number in (
+        signal.SIGABRT,
+        signal.SIGBUS,
+        signal.SIGFPE,
+        signal.SIGILL,
+        signal.SIGSEGV,
+        signal.SIGSYS,
+        signal.SIGTRAP,
+    )
+)
+_UNSET = "\1"  # as in zygote.py
+_HOOK = os.path.join(os.path.dirname(os.path.abspath(__file__)), "hook")
+
+
+class WarmWorkers:
+    """The warm workers of an agent.
+
+    Call :meth:`pool_for` before each start of the workers, and :meth:`started` after it.
+
+    Args:
+        children: number of workers to keep parked.
+        imports: modules to import, and functions to call as ``package.module:function``.
+        preload: whether the first start waits for the imports.
+    """
+
+    def __init__(self, *, children: int, imports: Sequence[str], preload: bool) -> None:
+        self._children = children
+        self._imports = tuple(imports)
+        self._preload = preload
+        self._is_first = True
+        self._is_given_up = False
+        self._zygotes = 0
+        self._crashes = 0
+        self._pool: _rust.WarmPool | None = None
+        self._target: Target | None = None  # of the pool
+        self._next_target: Target | None = None
+        self._group: _rust.Group | None = None
+        self._refusals: dict[str, int] = {}
+
+    @property
+    def preloads(self) -> bool:
+        """Whether the next start waits for the imports."""
+        return self._preload and self._is_first
+
+    @property
+    def refusals(self) -> dict[str, int]:
+        """Numbers of cold starts by reason, without the first start."""
+        return dict(self._refusals)
+
+    def longest_preload_s(self) -> float:
+        """Return an upper bound of the duration of the next :meth:`pool_for` in seconds."""
+        return _FORK_TIMEOUT_S + (_import_timeout_s() if self.preloads else 0.0)
+
+    def state(self) -> _rust.WarmState | None:
+        """Return the state of the zygote and its children; ``None`` if there is no zygote."""
+        return None if self._pool is None else self._pool.state()
+
+    def pool_for(
+        self,
+        argvs: Sequence[Sequence[str]],
+        envs: Sequence[Mapping[str, str]],
+        *,
+        is_bound: bool = False,
+        obstacle: str | None = None,
+    ) -> _rust.WarmPool | None:
+        """Return the pool for the next start of the workers; ``None`` for a cold start. The log has the reason of a cold start.
+
+        Args:
+            argvs: program and arguments of each worker.
+            envs: environment variables of each worker, added to the environment of this process.
+            is_bound: whether each worker is bound to CPUs of its own.
+            obstacle: a reason for a cold start that the caller knows.
+
+        Raises:
+            SignalException: a terminating signal arrived during a preload.
+        """
+        preloads, is_first = self.preloads, self._is_first
+        self._is_first, self._next_target = False, None
+        if self._is_given_up:
+            return None
+        try:
+            self._check(obstacle)
+            self._next_target = target_of(argvs, envs, is_bound=is_bound)
+            if is_first and not preloads:
+                return None
+            return self._usable_pool(self._next_target, len(argvs), preloads=preloads)
+        except ColdError as error:
+            reason = str(error)
+            self._refusals[reason] = self._refusals.get(reason, 0) + 1
+            logger.warning("The workers start without warm imports: %s", reason)
+            return None
+
+    def started(self, group: _rust.Group | None) -> None:
+        """Note the started workers. Start a zygote in the background if there is none.
+
+        Args:
+            group: the workers, or ``None`` if the engine did not start them.
+        """
+        self._group = group
+        if self._pool is not None:
+            self._pool.resize(self._children)
+        elif self._next_target is not None and not self._is_given_up and self._children > 0:
+            try:
+                self._open(self._next_target, self._children, in_background=True)
+            except ColdError as error:
+                logger.warning("The next start of the workers has no warm imports: %s", error)
+
+    def close(self, timeout_s: float = _CLOSE_TIMEOUT_S) -> None:
+        """Kill the zygote and its parked children. Released workers are not affected.
+
+        Args:
+            timeout_s: upper bound of the wait for their ends, in seconds. With 0, a later call can wait.
+        """
+        if self._pool is not None and self._pool.close(timeout_s):
+            self._pool = self._target = None
+
+    def _usable_pool(self, target: Target, workers: int, *, preloads: bool) -> _rust.WarmPool:
+        if self._pool is not None and self._target is not None:
+            difference = self._target.difference(target)
+            if difference is not None:
+                self.close()
+                raise ColdError(difference)
+        if self._pool is None:
+            if not preloads:
+                raise ColdError("there is no zygote")
+            self._open(target, max(workers, self._children), in_background=False)
+        pool = self._pool
+        if pool is None:
+            raise ColdError("there is no zygote")
+        self._wait_for_children(pool, workers if preloads else min(workers, self._children), preloads=preloads)
+        changed = pool.find_changed()
+        if changed is not None:
+            self.close()
+            raise ColdError(f"{changed} has changed since its import")
+        return pool
+
+    def _wait_for_children(self, pool: _rust.WarmPool, needed: int, *, preloads: bool) -> None:
+        """Wait until the children are parked. Wait for imports only if this start is a preload.
+
+        Raises:
+            ColdError: no child can be used now.
+        """
+        deadline = None
+        while True:
+            generation = pool.generation
+            state = pool.state()
+            if state.parked >= needed:
+                return
+            if state.phase in {"lost", "refused"}:
+                if state.parked:
+                    return
+                self.close()
+                self._is_given_up = state.phase == "refused"
+                raise ColdError(state.reason)
+            if state.phase == "importing":
+                if not preloads:
+                    raise ColdError("the imports of the zygote have not ended yet")
+                wait_for_event(pool, generation)
+                continue
+            if deadline is None:
+                deadline = time.monotonic() + _FORK_TIMEOUT_S
+                pool.resize(needed)  # orders the missing children at once
+            elif time.monotonic() >= deadline:
+                if state.parked:
+                    return
+                raise ColdError(f"the zygote has forked no worker within {_FORK_TIMEOUT_S:g} s")
+            wait_for_event(pool, generation, deadline - time.monotonic())
+
+    def _open(self, target: Target, children: int, *, in_background: bool) -> None:
+        """Start a zygote.
+
+        Raises:
+            ColdError: it cannot be started, or too many were lost.
+        """
+        from ferroelastic import _rust
+
+        if self._zygotes >= _MAX_ZYGOTES:
+            self._is_given_up = True
+            raise ColdError(f"{self._zygotes} zygotes have ended or do not fit the workers any more")
+        self._zygotes += 1
+        python_path = target.variables.get("PYTHONPATH")
+        command = _rust.Command(
+            target.command,
+            {**target.variables, "PYTHONPATH": _HOOK if not python_path else f"{_HOOK}{os.pathsep}{python_path}"},
+            stdout=os.devnull,
+            stderr=os.devnull,
+            open_files=open_files_of_workers(),
+        )
+        fields = (
+            _UNSET if target.path0 is None else target.path0,
+            _UNSET if python_path is None else python_path,
+            "1" if in_background else "",
+            *self._imports,
+        )
+        configuration = "\0".join(fields).encode(errors="surrogateescape")
+        try:
+            self._pool = get_engine().warm_pool(
+                command, configuration, children=children, timeout_s=_import_timeout_s()
+            )
+        except OSError as error:
+            raise ColdError(f"the zygote cannot be started: {error}") from error
+        self._target = target
+
+    def _check(self, obstacle: str | None) -> None:
+        """Check the obstacle, and count consecutive rounds in which a warm worker crashed.
+
+        Raises:
+            ColdError: there is an obstacle, or the imports may have left a state that workers do not survive.
+        """
+        if obstacle is not None:
+            raise ColdError(obstacle)
+        group, self._group = self._group, None
+        if group is None or not group.warm:
+            return
+        warm = set(group.warm)
+        crashes = [
+            ended
+            for ended in group.exits()
+            if ended.index in warm and not ended.stopped and ended.returncode in _CRASHES
+        ]
+        self._crashes = self._crashes + 1 if crashes else 0
+        if self._crashes >= _MAX_CRASHES:
+            self._is_given_up = True
+            self.close()
+            name = signal.Signals(-(crashes[0].returncode or 0)).name
+            raise ColdError(f"warm workers crashed in {self._crashes} rounds in a row ({name})")
+
+
+def _import_timeout_s() -> float:
+    text = os.environ.get(TIMEOUT_ENV)
+    if text is None:
+        return _DEFAULT_TIMEOUT_S
+    try:
+        timeout_s = float(text)
+    except ValueError:
+        timeout_s = -1.0
+    if timeout_s > 0:
+        return timeout_s
+    logger.warning("%s=%r is not a positive number of seconds; using %g", TIMEOUT_ENV, text, _DEFAULT_TIMEOUT_S)
+    return _DEFAULT_TIMEOUT_S

@@ -1,0 +1,456 @@
+//! Pools of warm workers on the engine thread: a zygote, its parked children, and their release.
+
+use std::collections::{BTreeMap, HashMap};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::guard::GuardSlot;
+use super::order::PoolOrder;
+use super::warnings::Warnings;
+use crate::error::{Error, Result};
+use crate::published::Published;
+use crate::sys::channel::Channel;
+use crate::sys::poller::{Interest, Poller};
+use crate::sys::probe::Support;
+use crate::sys::process::ProcessHandle;
+use crate::sys::spawn::{Command, SpawnStack, Stdio, open_log, spawn};
+use crate::sys::wait::{Block, Collect, ExitStatus, wait};
+use crate::thread::Reply;
+use crate::warm::wire::{MAX_BYTES, Release, Report, fork_order};
+use crate::warm::{ImportedFiles, WarmPhase, WarmProgress, WarmSpec, WarmState};
+
+/// From a release to the order for new children. The released workers start in this time, undisturbed.
+const REFILL_DELAY: Duration = Duration::from_millis(200);
+/// A pool whose children end this often before they have parked is given up.
+const MAX_EARLY_ENDS: u32 = 3;
+/// A pool whose parked children end this often without a release is given up.
+const MAX_PARKED_ENDS: u32 = 16;
+
+/// A child of a zygote.
+struct Child {
+    leader: ProcessHandle,
+    /// The agent's end of its channel, once it has parked.
+    channel: Option<Channel>,
+}
+
+struct Pool {
+    zygote: Option<ProcessHandle>,
+    channel: Channel,
+    children: HashMap<i32, Child>,
+    wanted: usize,
+    began: Instant,
+    /// When the zygote is killed, unless it is ready.
+    deadline: Option<Instant>,
+    refill_at: Option<Instant>,
+    early_ends: u32,
+    parked_ends: u32,
+    is_closing: bool,
+    /// Waits for the end of all processes.
+    closed: Option<Reply<()>>,
+    shared: Arc<WarmProgress>,
+}
+
+/// The poller tokens of pools.
+#[derive(Clone, Copy)]
+pub(super) struct WarmTokens {
+    /// The token of a zygote's channel, by pool.
+    pub(super) channel: fn(u64) -> u64,
+    /// The token of a zygote or of a child, by pid.
+    pub(super) process: fn(i32) -> u64,
+}
+
+/// The parts of the engine that pools use.
+#[derive(Clone, Copy)]
+pub(super) struct PoolHost<'a> {
+    pub(super) support: Support,
+    pub(super) poller: &'a Poller,
+    pub(super) guard: &'a GuardSlot,
+}
+
+/// All pools of an engine.
+pub(super) struct Pools {
+    by_id: BTreeMap<u64, Pool>,
+    tokens: WarmTokens,
+    warnings: Warnings,
+}
+
+impl Pools {
+    pub(super) fn new(tokens: WarmTokens, warnings: Warnings) -> Self {
+        Self { by_id: BTreeMap::new(), tokens, warnings }
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.by_id.is_empty()
+    }
+
+    /// Whether this is a zygote or a child that was not released.
+    pub(super) fn contains(&self, pid: i32) -> bool {
+        self.by_id.values().any(|pool| pool.contains(pid))
+    }
+
+    /// Handles an order. A new pool gets the id `new_id`.
+    pub(super) fn handle(
+        &mut self,
+        order: PoolOrder,
+        new_id: u64,
+        host: PoolHost<'_>,
+        stack: &mut SpawnStack,
+        cgroup: Option<BorrowedFd<'_>>,
+    ) {
+        match order {
+            PoolOrder::Open { spec, reply } => {
+                let opened = self.open(new_id, spec, host, stack, cgroup);
+                let _ = reply.send(opened.map(|shared| (new_id, shared)));
+            }
+            PoolOrder::Resize { id, children } => {
+                if let Some(pool) = self.by_id.get_mut(&id) {
+                    pool.wanted = children;
+                    pool.refill(&self.warnings);
+                }
+            }
+            PoolOrder::Close { id, reply } => self.close(id, reply),
+        }
+    }
+
+    /// Starts the zygote of a new pool.
+    fn open(
+        &mut self,
+        id: u64,
+        spec: Box<WarmSpec>,
+        host: PoolHost<'_>,
+        stack: &mut SpawnStack,
+        cgroup: Option<BorrowedFd<'_>>,
+    ) -> Result<Arc<WarmProgress>> {
+        let PoolHost { support, poller, guard } = host;
+        let failed = |source| Error::os("create", "the channel of a zygote", source);
+        let (own_end, zygote_end) = Channel::pair().map_err(failed)?;
+        own_end.send(&spec.configuration, &[]).map_err(failed)?;
+        let command = Command { stdin: Some(Arc::new(OwnedFd::from(zygote_end))), ..spec.command };
+        let spawned = spawn(&command, 0, support.pidfd, cgroup, stack)?;
+        let zygote = ProcessHandle::spawned(spawned.pid, spawned.pidfd, support);
+        let began = Instant::now();
+        let state = WarmState {
+            phase: WarmPhase::Importing,
+            reason: String::new(),
+            zygote: zygote.pid(),
+            parked: 0,
+            released: 0,
+            ready_after: None,
+        };
+        let shared = Arc::new(WarmProgress { state: Published::new(state), snapshot: std::sync::OnceLock::new() });
+        let watched = zygote.pidfd().ok_or(io::ErrorKind::Unsupported.into()).and_then(|pidfd| {
+            poller.add(pidfd, (self.tokens.process)(zygote.pid()), Interest::Readable)?;
+            poller.add(&own_end, (self.tokens.channel)(id), Interest::Readable)
+        });
+        if let Err(source) = watched {
+            let _ = zygote.signal(libc::SIGKILL);
+            let _ = wait(zygote.pid(), Collect::Reap, Block::Yes);
+            return Err(Error::os("watch", format!("the zygote (pid {})", zygote.pid()), source));
+        }
+        guard.add_worker(zygote.pid(), zygote.pidfd());
+        self.by_id.insert(
+            id,
+            Pool {
+                zygote: Some(zygote),
+                channel: own_end,
+                children: HashMap::new(),
+                wanted: spec.children,
+                began,
+                deadline: began.checked_add(spec.timeout),
+                refill_at: None,
+                early_ends: 0,
+                parked_ends: 0,
+                is_closing: false,
+                closed: None,
+                shared: Arc::clone(&shared),
+            },
+        );
+        Ok(shared)
+    }
+
+    /// Kills the zygote and all children. The reply is sent when they have ended.
+    fn close(&mut self, id: u64, reply: Option<Reply<()>>) {
+        match self.by_id.get_mut(&id) {
+            Some(pool) => {
+                pool.kill();
+                pool.closed = reply;
+            }
+            None => {
+                if let Some(reply) = reply {
+                    let _ = reply.send(());
+                }
+            }
+        }
+        self.remove_closed();
+    }
+
+    /// Kills the processes of all pools.
+    pub(super) fn close_all(&mut self) {
+        for pool in self.by_id.values_mut() {
+            pool.kill();
+        }
+        self.remove_closed();
+    }
+
+    fn remove_closed(&mut self) {
+        self.by_id.retain(|_, pool| {
+            let has_ended = pool.zygote.is_none() && pool.children.is_empty();
+            if has_ended && let Some(reply) = &pool.closed {
+                let _ = reply.send(());
+            }
+            !(has_ended && pool.is_closing)
+        });
+    }
+
+    /// Turns a parked child into a worker that runs `command`. `None` if no child is parked.
+    ///
+    /// The poller and the guard already know the child; the caller watches it from now on.
+    pub(super) fn release(&mut self, id: u64, command: &Command, poller: &Poller) -> Option<ProcessHandle> {
+        let pool = self.by_id.get_mut(&id)?;
+        let streams = streams_of(command).ok()?;
+        let message = Release::of(command).encode();
+        if message.len() > MAX_BYTES {
+            return None;
+        }
+        while let Some(pid) = pool.next_parked() {
+            let child = pool.children.remove(&pid)?;
+            let fds = [streams[0].as_fd(), streams[1].as_fd(), streams[2].as_fd()];
+            let is_released = child.channel.as_ref().is_some_and(|channel| channel.send(&message, &fds).is_ok());
+            if is_released {
+                if let Some(pidfd) = child.leader.pidfd() {
+                    let _ = poller.remove(pidfd);
+                }
+                pool.refill_at = pool.refill_at.or(Some(Instant::now() + REFILL_DELAY));
+                pool.publish(|state| state.released += 1);
+                return Some(child.leader);
+            }
+            // Its end is handled when the poller reports it.
+            let _ = child.leader.signal(libc::SIGKILL);
+            pool.children.insert(pid, Child { channel: None, ..child });
+        }
+        None
+    }
+
+    /// Reads the messages of a zygote and of its children.
+    pub(super) fn channel_ready(&mut self, id: u64, host: PoolHost<'_>) {
+        let tokens = self.tokens;
+        let Some(pool) = self.by_id.get_mut(&id) else { return };
+        let mut buffer = vec![0; MAX_BYTES];
+        loop {
+            match pool.channel.receive(&mut buffer, false) {
+                Ok((0, _)) => {
+                    // The zygote and all its children have closed their ends. Their pidfds report the ends of the processes.
+                    let _ = host.poller.remove(&pool.channel);
+                    return;
+                }
+                Ok((length, fds)) => {
+                    if let Some(report) = Report::decode(&buffer[..length]) {
+                        pool.handle(report, fds.into_iter().next(), host, tokens, &self.warnings);
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(_) => return,
+            }
+        }
+    }
+
+    /// Handles the end of a zygote or of a child that was not released.
+    pub(super) fn process_ended(&mut self, pid: i32, host: PoolHost<'_>) {
+        let PoolHost { poller, guard, .. } = host;
+        let Some((_, pool)) = self.by_id.iter_mut().find(|(_, pool)| pool.contains(pid)) else { return };
+        let Ok(Some((status, _))) = wait(pid, Collect::Reap, Block::No) else { return };
+        guard.remove_worker(pid);
+        if let Some(zygote) = pool.zygote.take_if(|zygote| zygote.pid() == pid) {
+            let _ = zygote.pidfd().map(|pidfd| poller.remove(pidfd));
+            let reason = format!("the zygote (pid {pid}) {}", describe(status));
+            pool.give_up(WarmPhase::Lost, &reason, &self.warnings);
+        } else if let Some(child) = pool.children.remove(&pid) {
+            let _ = child.leader.pidfd().map(|pidfd| poller.remove(pidfd));
+            if !pool.is_closing {
+                let had_parked = child.channel.is_some();
+                let event = if had_parked { "A parked worker" } else { "A process of the zygote" };
+                self.warnings.add(format!("{event} (pid {pid}) {} before it was used", describe(status)));
+                pool.count_end(had_parked, &self.warnings);
+            }
+        }
+        pool.publish(|_| {});
+        self.remove_closed();
+    }
+
+    pub(super) fn next_tick(&self) -> Option<Instant> {
+        self.by_id.values().flat_map(|pool| [pool.deadline, pool.refill_at]).flatten().min()
+    }
+
+    /// Handles deadlines and delayed refills.
+    pub(super) fn tick(&mut self, now: Instant) {
+        for pool in self.by_id.values_mut() {
+            if pool.refill_at.is_some_and(|at| at <= now) {
+                pool.refill(&self.warnings);
+            }
+            if pool.deadline.is_some_and(|at| at <= now) {
+                let seconds = now.saturating_duration_since(pool.began).as_secs_f64();
+                let reason = format!("the imports have not ended within {seconds:.0} s");
+                pool.give_up(WarmPhase::Refused, &reason, &self.warnings);
+            }
+        }
+    }
+}
+
+impl Pool {
+    fn contains(&self, pid: i32) -> bool {
+        self.zygote.as_ref().is_some_and(|zygote| zygote.pid() == pid) || self.children.contains_key(&pid)
+    }
+
+    fn publish(&self, change: impl FnOnce(&mut WarmState)) {
+        let parked = self.children.values().filter(|child| child.channel.is_some()).count();
+        self.shared.state.publish(|state| {
+            state.parked = parked;
+            change(state);
+        });
+    }
+
+    fn phase(&self) -> WarmPhase {
+        self.shared.state.read(|state| state.phase)
+    }
+
+    /// Gives the zygote up, unless it was given up before.
+    fn give_up(&mut self, phase: WarmPhase, reason: &str, warnings: &Warnings) {
+        if !self.is_closing && !matches!(self.phase(), WarmPhase::Lost | WarmPhase::Refused) {
+            warnings.add(format!("No further worker is warm: {reason}"));
+            self.publish(|state| {
+                state.phase = phase;
+                reason.clone_into(&mut state.reason);
+            });
+        }
+        (self.deadline, self.refill_at) = (None, None);
+        self.kill_zygote();
+    }
+
+    fn kill_zygote(&self) {
+        if let Some(zygote) = &self.zygote {
+            let _ = zygote.signal(libc::SIGKILL);
+        }
+    }
+
+    fn kill(&mut self) {
+        self.is_closing = true;
+        self.refill_at = None;
+        self.kill_zygote();
+        for child in self.children.values() {
+            let _ = child.leader.signal(libc::SIGKILL);
+        }
+    }
+
+    /// A parked child that can run. Kills children that are suspended.
+    fn next_parked(&mut self) -> Option<i32> {
+        let parked: Vec<i32> =
+            self.children.iter().filter(|(_, child)| child.channel.is_some()).map(|(pid, _)| *pid).collect();
+        for pid in parked {
+            let child = self.children.get_mut(&pid)?;
+            if !child.leader.is_stopped() {
+                return Some(pid);
+            }
+            let _ = child.leader.signal(libc::SIGKILL);
+            child.channel = None;
+        }
+        None
+    }
+
+    /// Orders the missing children.
+    fn refill(&mut self, warnings: &Warnings) {
+        self.refill_at = None;
+        let missing = self.wanted.saturating_sub(self.children.len());
+        if missing > 0 && self.phase() == WarmPhase::Ready && !self.is_closing {
+            let count = u32::try_from(missing).unwrap_or(u32::MAX);
+            if let Err(error) = self.channel.send(&fork_order(count), &[]) {
+                let reason = format!("the zygote does not accept orders: {error}");
+                self.give_up(WarmPhase::Lost, &reason, warnings);
+            }
+        }
+    }
+
+    fn count_end(&mut self, had_parked: bool, warnings: &Warnings) {
+        let (count, limit) = if had_parked {
+            self.parked_ends += 1;
+            (self.parked_ends, MAX_PARKED_ENDS)
+        } else {
+            self.early_ends += 1;
+            (self.early_ends, MAX_EARLY_ENDS)
+        };
+        if count >= limit {
+            let reason = format!("{count} processes of the zygote ended before they were used");
+            self.give_up(WarmPhase::Refused, &reason, warnings);
+        } else {
+            self.refill_at = self.refill_at.or(Some(Instant::now() + REFILL_DELAY));
+        }
+    }
+
+    fn handle(
+        &mut self,
+        report: Report,
+        fd: Option<OwnedFd>,
+        host: PoolHost<'_>,
+        tokens: WarmTokens,
+        warnings: &Warnings,
+    ) {
+        let PoolHost { support, poller, guard } = host;
+        match report {
+            Report::Ready => {
+                let Some(snapshot) = fd else { return };
+                let _ = self.shared.snapshot.set(ImportedFiles::from(snapshot));
+                self.deadline = None;
+                let ready_after = self.began.elapsed();
+                self.publish(|state| {
+                    if state.phase == WarmPhase::Importing {
+                        (state.phase, state.ready_after) = (WarmPhase::Ready, Some(ready_after));
+                    }
+                });
+                self.refill(warnings);
+            }
+            Report::Refused(reason) => self.give_up(WarmPhase::Refused, &reason, warnings),
+            Report::Shortage(reason) => warnings.add(format!(
+                "The zygote cannot fork another worker ({reason}); {} of {} are parked",
+                self.children.len(),
+                self.wanted
+            )),
+            Report::Forked { pid } => {
+                let leader = ProcessHandle::spawned(pid, fd, support);
+                let watched = leader.pidfd().map(|pidfd| poller.add(pidfd, (tokens.process)(pid), Interest::Readable));
+                guard.add_worker(pid, leader.pidfd());
+                if !matches!(watched, Some(Ok(()))) || self.is_closing {
+                    let _ = leader.signal(libc::SIGKILL);
+                }
+                self.children.insert(pid, Child { leader, channel: None });
+            }
+            Report::Parked { pid } => {
+                if let (Some(child), Some(fd)) = (self.children.get_mut(&pid), fd) {
+                    child.channel = Some(Channel::from(fd));
+                }
+                self.publish(|_| {});
+            }
+        }
+    }
+}
+
+/// The standard streams of a command: its files, or the agent's streams.
+fn streams_of(command: &Command) -> io::Result<[OwnedFd; 3]> {
+    let open = |stdio: &Stdio, own: BorrowedFd<'_>| match stdio {
+        Stdio::Inherit => own.try_clone_to_owned(),
+        Stdio::File(path) => open_log(path),
+    };
+    let stdin = match &command.stdin {
+        Some(stdin) => stdin.try_clone()?,
+        None => rustix::stdio::stdin().try_clone_to_owned()?,
+    };
+    Ok([stdin, open(&command.stdout, rustix::stdio::stdout())?, open(&command.stderr, rustix::stdio::stderr())?])
+}
+
+fn describe(status: ExitStatus) -> String {
+    match status {
+        ExitStatus::Exited(code) => format!("ended with exit code {code}"),
+        ExitStatus::Signalled { signal, .. } => format!("was killed by signal {signal}"),
+        ExitStatus::Unknown => "ended".to_owned(),
+    }
+}

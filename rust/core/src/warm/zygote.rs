@@ -1,0 +1,137 @@
+//! The calls of a zygote and of its children. The interpreter makes them; this module does not know it.
+
+use std::ffi::CString;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+
+use rustix::process::Pid;
+use rustix::thread::CpuSet;
+
+use super::imported::ImportedFiles;
+use super::wire::{MAX_BYTES, Release, Report, fork_count};
+use crate::sys::channel::Channel;
+use crate::sys::leftovers::WARM_NAME;
+use crate::sys::{spawn, title};
+
+/// The zygote's end of its channel to the agent.
+#[derive(Debug)]
+pub struct Zygote {
+    channel: Channel,
+    agent: Option<Pid>,
+}
+
+impl Zygote {
+    /// Takes the channel from standard input, which then reads from `/dev/null`, and names the process.
+    pub fn start() -> io::Result<Self> {
+        // Above the standard streams, which a child replaces.
+        let channel = rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3)?;
+        let null = rustix::fs::open("/dev/null", rustix::fs::OFlags::RDONLY, rustix::fs::Mode::empty())?;
+        rustix::stdio::dup2_stdin(&null)?;
+        title::set_name(WARM_NAME);
+        Ok(Self { channel: Channel::from(channel), agent: rustix::process::getppid() })
+    }
+
+    /// The next message of the agent; `None` when it has closed the channel or has ended.
+    pub fn receive(&self) -> io::Result<Option<Vec<u8>>> {
+        let mut buffer = vec![0; MAX_BYTES];
+        loop {
+            match self.channel.receive(&mut buffer, true) {
+                Ok((0, _)) => return Ok(None),
+                Ok((length, _)) => {
+                    buffer.truncate(length);
+                    return Ok(Some(buffer));
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// The number of children in the agent's next order; `None` as in [`Zygote::receive`].
+    pub fn next_order(&self) -> io::Result<Option<u32>> {
+        self.receive()?.map(|order| fork_count(&order).ok_or(io::ErrorKind::InvalidData.into())).transpose()
+    }
+
+    /// Reports that the process can be forked.
+    pub fn report_ready(&self, imported: &ImportedFiles) -> io::Result<()> {
+        self.channel.send(&Report::Ready.encode(), &[imported.as_fd()])
+    }
+
+    /// Reports that the process cannot be used.
+    pub fn report_refusal(&self, reason: &str) -> io::Result<()> {
+        self.channel.send(&Report::Refused(reason.to_owned()).encode(), &[])
+    }
+
+    /// Reports that no further child can be forked now.
+    pub fn report_shortage(&self, reason: &str) -> io::Result<()> {
+        self.channel.send(&Report::Shortage(reason.to_owned()).encode(), &[])
+    }
+
+    /// Reports a child, with its pidfd.
+    pub fn report_child(&self, pid: i32, pidfd: &OwnedFd) -> io::Result<()> {
+        self.channel.send(&Report::Forked { pid }.encode(), &[pidfd.as_fd()])
+    }
+
+    /// In a child: leads a session and a process group of its own from now on, and is killed with the agent.
+    pub fn separate(&self) -> io::Result<()> {
+        rustix::process::setsid()?;
+        spawn::arm_parent_death_signal(libc::SIGKILL)?;
+        // The agent may have ended before the signal was armed.
+        if rustix::process::getppid() != self.agent {
+            return Err(io::ErrorKind::BrokenPipe.into());
+        }
+        Ok(())
+    }
+
+    /// In a child: reports it, waits for the agent's release and applies it: streams, limits, CPUs, working directory, name. `None` if the
+    /// agent has closed the pool or has ended. Fails if a signal with a handler interrupts the wait.
+    pub fn park(&self) -> io::Result<Option<Release>> {
+        let (own_end, agent_end) = Channel::pair()?;
+        let pid = i32::try_from(std::process::id()).map_err(io::Error::other)?;
+        self.channel.send(&Report::Parked { pid }.encode(), &[agent_end.as_fd()])?;
+        drop(agent_end);
+        let mut buffer = vec![0; MAX_BYTES];
+        let (length, streams) = own_end.receive(&mut buffer, true)?;
+        if length == 0 {
+            return Ok(None);
+        }
+        let release = Release::decode(&buffer[..length]).ok_or(io::ErrorKind::InvalidData)?;
+        apply(&release, streams)?;
+        Ok(Some(release))
+    }
+}
+
+fn apply(release: &Release, streams: Vec<OwnedFd>) -> io::Result<()> {
+    let Ok([stdin, stdout, stderr]) = <[OwnedFd; 3]>::try_from(streams) else {
+        return Err(io::ErrorKind::InvalidData.into());
+    };
+    rustix::stdio::dup2_stdin(stdin)?;
+    rustix::stdio::dup2_stdout(stdout)?;
+    rustix::stdio::dup2_stderr(stderr)?;
+    if let Some(limit) = release.open_files {
+        spawn::limit_open_files(limit)?;
+    }
+    if !release.cpus.is_empty() {
+        let mut set = CpuSet::new();
+        for cpu in &release.cpus {
+            if *cpu >= CpuSet::MAX_CPU {
+                return Err(io::ErrorKind::InvalidInput.into());
+            }
+            set.set(*cpu);
+        }
+        rustix::thread::sched_setaffinity(None, &set)?;
+    }
+    if let Some(cwd) = &release.cwd {
+        rustix::process::chdir(cwd)?;
+    }
+    title::set_name(&name_of(&release.argv[0]));
+    // Only the display is wrong without this.
+    let _ = title::set_command_line(&release.argv, &release.env);
+    Ok(())
+}
+
+/// The name that `execve` gives a process: the last part of the program's path.
+fn name_of(program: &CString) -> CString {
+    let name = program.as_bytes().rsplit(|byte| *byte == b'/').next().unwrap_or_default();
+    CString::new(name).unwrap_or_default()
+}
