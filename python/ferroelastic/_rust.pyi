@@ -600,11 +600,14 @@ class HealthServer:
             ValueError: ``cause`` has another value.
         """
 
+    def note_warm_refusal(self, reason: str) -> None:
+        """Count a cold start of the workers although warm workers were requested. ``reason`` is text for people."""
+
     def observe_phase(self, phase: str, duration_s: float) -> None:
         """Record the duration of a phase of a restart.
 
         Args:
-            phase: ``detect``, ``stop``, ``rendezvous`` or ``spawn``.
+            phase: ``detect``, ``stop``, ``rendezvous``, ``spawn`` or ``release``.
             duration_s: duration in seconds.
 
         Raises:

@@ -256,6 +256,7 @@ USES: dict[str, dict[str, Callable[[Any], Any]]] = {
         "set_state": lambda server: server.set_state("running"),
         "set_workers": lambda server: server.set_workers([]),
         "note_restart": lambda server: server.note_restart("failure", "text"),
+        "note_warm_refusal": lambda server: server.note_warm_refusal("text"),
         "observe_phase": lambda server: server.observe_phase("stop", 1.0),
     },
 }

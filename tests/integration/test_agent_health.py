@@ -350,6 +350,10 @@ def test_metrics_are_read_by_prometheus(make: Callable[..., LocalElasticAgent]) 
         ("ferroelastic_watchdog_requests", "counter", ""),
         ("ferroelastic_watchdog_broken_requests", "counter", ""),
         ("ferroelastic_watchdog_expiries", "counter", ""),
+        ("ferroelastic_warm_ready_zygotes", "gauge", ""),
+        ("ferroelastic_warm_parked", "gauge", ""),
+        ("ferroelastic_warm_used", "counter", ""),
+        ("ferroelastic_warm_refused", "counter", ""),
         ("ferroelastic_restart_phase_seconds", "histogram", "seconds"),
     }
     assert all(family.documentation.endswith(".") for family in families.values())

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from ferroelastic._engine import get_engine
@@ -14,7 +16,7 @@ from ferroelastic._warm.target import ColdError, Target, target_of
 from ferroelastic.utils.logging import get_logger
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from ferroelastic import _rust
 
@@ -27,6 +29,8 @@ TIMEOUT_ENV = "FERROELASTIC_WARM_TIMEOUT_S"
 
 _DEFAULT_TIMEOUT_S = 300.0
 _CLOSE_TIMEOUT_S = 5.0
+_WAIT_BEFORE_IMPORT_S = 1.0
+"""Time that a node waits for other nodes before it starts its zygote."""
 _FORK_TIMEOUT_S = 1.0
 """Upper bound of the wait for children of a zygote that is ready. A fork takes milliseconds, an import takes seconds."""
 _MAX_CRASHES = 2
@@ -57,9 +61,12 @@ class WarmWorkers:
         children: number of workers to keep parked.
         imports: modules to import, and functions to call as ``package.module:function``.
         preload: whether the first start waits for the imports.
+        on_refusal: called with the reason if workers start cold.
     """
 
-    def __init__(self, *, children: int, imports: Sequence[str], preload: bool) -> None:
+    def __init__(
+        self, *, children: int, imports: Sequence[str], preload: bool, on_refusal: Callable[[str], object]
+    ) -> None:
         self._children = children
         self._imports = tuple(imports)
         self._preload = preload
@@ -71,25 +78,16 @@ class WarmWorkers:
         self._target: Target | None = None  # of the pool
         self._next_target: Target | None = None
         self._group: _rust.Group | None = None
-        self._refusals: dict[str, int] = {}
+        self._on_refusal = on_refusal
 
     @property
     def preloads(self) -> bool:
         """Whether the next start waits for the imports."""
         return self._preload and self._is_first
 
-    @property
-    def refusals(self) -> dict[str, int]:
-        """Numbers of cold starts by reason, without the first start."""
-        return dict(self._refusals)
-
     def longest_preload_s(self) -> float:
         """Return an upper bound of the duration of the next :meth:`pool_for` in seconds."""
         return _FORK_TIMEOUT_S + (_import_timeout_s() if self.preloads else 0.0)
-
-    def state(self) -> _rust.WarmState | None:
-        """Return the state of the zygote and its children; ``None`` if there is no zygote."""
-        return None if self._pool is None else self._pool.state()
 
     def pool_for(
         self,
@@ -117,14 +115,64 @@ class WarmWorkers:
         try:
             self._check(obstacle)
             self._next_target = target_of(argvs, envs, is_bound=is_bound)
-            if is_first and not preloads:
+            if is_first and not preloads and not self._is_ready():
                 return None
             return self._usable_pool(self._next_target, len(argvs), preloads=preloads)
         except ColdError as error:
-            reason = str(error)
-            self._refusals[reason] = self._refusals.get(reason, 0) + 1
-            logger.warning("The workers start without warm imports: %s", reason)
+            logger.warning("The workers start without warm imports: %s", error)
+            self._on_refusal(str(error))
             return None
+
+    def _is_ready(self) -> bool:
+        return self._pool is not None and self._pool.state().phase == "ready"
+
+    @contextmanager
+    def importing_while_waiting(
+        self, argvs: Sequence[Sequence[str]], envs: Sequence[Mapping[str, str]], *, is_bound: bool = False
+    ) -> Iterator[None]:
+        """Start a zygote if a ``with`` block that waits for other nodes lasts long. A spare node then starts warm.
+
+        Args:
+            argvs: as for :meth:`pool_for`.
+            envs: as for :meth:`pool_for`. Values of a round are ignored.
+            is_bound: as for :meth:`pool_for`.
+        """
+        if not self._is_first or self._pool is not None:
+            yield
+            return
+
+        def start() -> None:
+            try:
+                self._open(target_of(argvs, envs, is_bound=is_bound), self._children, in_background=True)
+            except ColdError as error:
+                logger.info("No zygote while this node waits: %s", error)
+
+        timer = threading.Timer(_WAIT_BEFORE_IMPORT_S, start)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+            timer.join()
+
+    def preload_fork_server(self, start_method: str) -> None:
+        """For function workers: let the fork server of ``multiprocessing`` import the modules. Other start methods start cold.
+
+        Args:
+            start_method: start method of ``multiprocessing``.
+        """
+        if not self._is_first:
+            return
+        self._is_first = False
+        if start_method != "forkserver":
+            reason = f"function workers of the start method {start_method} do not use a zygote; use forkserver"
+            logger.warning("The workers start without warm imports: %s", reason)
+            self._on_refusal(reason)
+            return
+        from ferroelastic._warm.fork_server import preload
+
+        preload(self._imports)
 
     def started(self, group: _rust.Group | None) -> None:
         """Note the started workers. Start a zygote in the background if there is none.

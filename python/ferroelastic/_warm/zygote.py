@@ -44,6 +44,7 @@ def serve() -> bool:
     else:
         os.environ["PYTHONPATH"] = python_path
     before = dict(os.environ)
+    sys._ferroelastic_warm = "zygote"  # type: ignore[attr-defined]  # noqa: SLF001 - read by ferroelastic.warm
     try:
         if in_background:
             _lower_priority()
@@ -264,8 +265,19 @@ def _park(zygote: Any, changed: dict[str, str], removed: list[str]) -> None:
         sys.argv[1:] = argv[first:]
         sys.orig_argv[:] = argv
         _open_streams()
+        sys._ferroelastic_warm = "worker"  # type: ignore[attr-defined]  # noqa: SLF001 - as above
     except BaseException as error:  # noqa: BLE001 - as above
         _fail(error)
+    functions = sys.modules.get("ferroelastic.warm")
+    if functions is not None:
+        try:
+            functions._call_all()  # noqa: SLF001 - the other half of this module
+        except BaseException as error:  # noqa: BLE001 - a function may raise anything
+            os.write(
+                2,
+                f"ferroelastic: a function of at_release failed, starting without warm imports: {_describe(error)}\n".encode(),
+            )
+            os.execve(argv[0], argv, dict(env))  # noqa: S606 - no shell is wanted
 
 
 def _fail(error: BaseException) -> None:

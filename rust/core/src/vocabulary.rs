@@ -100,8 +100,10 @@ named_values! {
     Stop = "stop",
     /// Waiting for the other nodes in a rendezvous.
     Rendezvous = "rendezvous",
-    /// Starting the workers.
+    /// Starting the workers, at least one as a new process.
     Spawn = "spawn",
+    /// Starting the workers, all from parked processes.
+    Release = "release",
 }
 
 named_values! {

@@ -73,6 +73,10 @@ impl HealthServer {
         self.update(py, Update::Restart { cause: named_value(cause)?, reason })
     }
 
+    fn note_warm_refusal(&self, py: Python<'_>, reason: String) -> PyResult<()> {
+        self.update(py, Update::WarmRefusal(reason))
+    }
+
     fn observe_phase(&self, py: Python<'_>, phase: &str, duration_s: f64) -> PyResult<()> {
         let duration = span("duration_s", duration_s)?;
         self.update(py, Update::Phase { phase: named_value(phase)?, took: duration })

@@ -34,6 +34,7 @@ class Activity:
         self._state = "starting"
         self._is_restarting = False
         self._measured_s: float | None = None
+        self._has_released = False
         self._detect_s: float | None = None
 
     def stalled_s(self) -> float:
@@ -123,15 +124,24 @@ class Activity:
     def phase(self, name: Literal["stop", "rendezvous", "spawn"]) -> Iterator[None]:
         """Report the duration of a ``with`` block as a phase of the restart. Without a restart nothing is reported."""
         self._measured_s = None
+        self._has_released = False
         start = time.monotonic()
         yield
         if self._is_restarting:
             duration_s = time.monotonic() - start if self._measured_s is None else self._measured_s
-            self._report("observe_phase", name, duration_s)
+            self._report("observe_phase", "release" if self._has_released else name, duration_s)
 
     def measured(self, duration_s: float) -> None:
         """Set a more exact duration of the current phase, in seconds."""
         self._measured_s = duration_s
+
+    def released(self) -> None:
+        """Report the current phase ``spawn`` as ``release``: all workers are warm."""
+        self._has_released = True
+
+    def refused_warm(self, reason: str) -> None:
+        """Report that workers start cold although warm workers were requested."""
+        self._report("note_warm_refusal", reason)
 
     def _enter(self, state: str | None) -> None:
         if state is not None and state != self._state:

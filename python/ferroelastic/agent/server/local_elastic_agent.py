@@ -159,7 +159,7 @@ class LocalElasticAgent(SimpleElasticAgent):
         self._refused_health_check_port: str | None = None
         self._stopping_workers_only = False
         self._may_have_detached = False
-        self._warm = warm_workers_of(spec)
+        self._warm = warm_workers_of(spec, self._activity.refused_warm)
         self._uninterruptible_state_timeout = _resolve_uninterruptible_state_timeout(uninterruptible_state_timeout)
         # By pid: monotonic time of the first check that found the worker in uninterruptible sleep.
         self._uninterruptible_state_first_seen: dict[int, float] = {}
@@ -337,7 +337,7 @@ class LocalElasticAgent(SimpleElasticAgent):
         for worker in worker_group.workers:
             local_rank = worker.local_rank
             envs[local_rank] = self._worker_env(worker_group, worker)
-            args[local_rank] = tuple(macros.substitute(list(spec.args), str(local_rank)))
+            args[local_rank] = self._worker_args(spec, worker)
             if self._log_line_prefix_template and log_line_prefixes is not None:
                 log_line_prefixes[local_rank] = Template(self._log_line_prefix_template).safe_substitute(
                     role_name=spec.role, rank=worker.global_rank, local_rank=local_rank
@@ -363,18 +363,41 @@ class LocalElasticAgent(SimpleElasticAgent):
             **_without_none(interactive_rank=self._interactive_rank, warm_pool=pool),
         )
         if self._warm is not None:
-            self._warm.started(self._native_group())
+            group = self._native_group()
+            self._warm.started(group)
+            if group is not None and len(group.warm) == len(group.pids):
+                self._activity.released()
         self._pcontext.on_first_failure = self._report_first_failure
         watchdog = _watchdog.as_worker_watchdog(self._worker_watchdog)
         if watchdog is not None:
             watchdog.set_workers(_watchdog.workers_with_folders(self._pcontext, worker_group.workers))
         return self._pcontext.pids()
 
+    def _rendezvous(self, worker_group: WorkerGroup) -> None:
+        spec = worker_group.spec
+        if self._warm is None or not isinstance(spec.entrypoint, str):
+            super()._rendezvous(worker_group)
+            return
+        workers = worker_group.workers
+        with self._warm.importing_while_waiting(
+            [(spec.entrypoint, *map(str, self._worker_args(spec, worker))) for worker in workers],
+            [self._worker_env(worker_group, worker) for worker in workers],
+            is_bound=newer(spec, "numa_options", None) is not None,
+        ):
+            super()._rendezvous(worker_group)
+
+    @staticmethod
+    def _worker_args(spec: WorkerSpec, worker: Worker) -> tuple[Any, ...]:
+        return tuple(macros.substitute(list(spec.args), str(worker.local_rank)))
+
     def _warm_pool(
         self, spec: WorkerSpec, args: dict[int, tuple[Any, ...]], envs: dict[int, dict[str, str]]
     ) -> _rust.WarmPool | None:
         """Return the parked processes that become the workers; ``None`` to start new processes."""
-        if self._warm is None or not isinstance(spec.entrypoint, str):
+        if self._warm is None:
+            return None
+        if not isinstance(spec.entrypoint, str):
+            self._warm.preload_fork_server(self._start_method)
             return None
         obstacle = None
         if self._interactive_rank is not None:

@@ -5,6 +5,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use super::figures::watchdog_figures;
 use super::guard::GuardSlot;
 use super::order::{EngineOrder, Observed, PoolOrder, StartedGroup};
 use super::orphans::Orphans;
@@ -13,7 +14,7 @@ use super::processes::{GroupEntry, Process, Reaper};
 use super::warnings::Warnings;
 use crate::error::{Error, Result};
 use crate::health;
-use crate::health::status::WatchdogFigures;
+use crate::health::status::EngineFigures;
 use crate::logs::Tails;
 use crate::supervise::{Exit, GroupEvent, StopPlan};
 use crate::sys::clock::Moment;
@@ -170,8 +171,10 @@ impl EventLoop {
             // An order sent before the request takes effect before the answer.
             self.handle_orders();
         }
-        let (watchdogs, now) = (&self.watchdogs, Moment::now());
-        self.health.respond(now.instant, &self.poller, &|pids| figures(watchdogs, pids, now));
+        let (watchdogs, warm, now) = (&self.watchdogs, &self.warm, Moment::now());
+        let figures =
+            |pids: &[i32]| EngineFigures { watchdog: watchdog_figures(watchdogs, pids, now), warm: warm.figures() };
+        self.health.respond(now.instant, &self.poller, &figures);
     }
 
     /// Handles the exits in `ready`. Polls again until there is no further exit before it acts on the first one: workers that died
@@ -588,22 +591,4 @@ impl Service for EventLoop {
             group.progress.publish_closed(failure.clone());
         }
     }
-}
-
-/// The sums over all watchdogs, and the time since the last request or heartbeat of each process in `pids`.
-fn figures(watchdogs: &BTreeMap<u64, WatchdogServer>, pids: &[i32], now: Moment) -> WatchdogFigures {
-    let mut figures = WatchdogFigures::default();
-    for watchdog in watchdogs.values() {
-        let counts = watchdog.counts();
-        figures.requests += counts.requests;
-        figures.broken += counts.broken + counts.oversized + counts.unknown_version;
-        figures.expiries += counts.expired;
-        for pid in pids {
-            if let Some(age) = watchdog.last_heard(*pid, now) {
-                let youngest = figures.last_beats.entry(*pid).or_insert(age);
-                *youngest = age.min(*youngest);
-            }
-        }
-    }
-    figures
 }

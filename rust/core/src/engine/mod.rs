@@ -6,6 +6,7 @@
 //! Imports go one way: `handle` -> `event_loop`, `group`, `tail`, `watchdog` and `health` -> `order` -> `progress`.
 
 mod event_loop;
+mod figures;
 mod group;
 mod guard;
 mod handle;

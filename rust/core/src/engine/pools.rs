@@ -10,6 +10,7 @@ use super::guard::GuardSlot;
 use super::order::PoolOrder;
 use super::warnings::Warnings;
 use crate::error::{Error, Result};
+use crate::health::status::WarmFigures;
 use crate::published::Published;
 use crate::sys::channel::Channel;
 use crate::sys::poller::{Interest, Poller};
@@ -72,17 +73,32 @@ pub(super) struct PoolHost<'a> {
 /// All pools of an engine.
 pub(super) struct Pools {
     by_id: BTreeMap<u64, Pool>,
+    /// Number of workers that closed pools have released.
+    used_before: u64,
     tokens: WarmTokens,
     warnings: Warnings,
 }
 
 impl Pools {
     pub(super) fn new(tokens: WarmTokens, warnings: Warnings) -> Self {
-        Self { by_id: BTreeMap::new(), tokens, warnings }
+        Self { by_id: BTreeMap::new(), used_before: 0, tokens, warnings }
     }
 
     pub(super) fn is_empty(&self) -> bool {
         self.by_id.is_empty()
+    }
+
+    /// The sums over all pools.
+    pub(super) fn figures(&self) -> WarmFigures {
+        let mut figures = WarmFigures { used: self.used_before, ..WarmFigures::default() };
+        for pool in self.by_id.values() {
+            pool.shared.state.read(|state| {
+                figures.ready_zygotes += u64::from(state.phase == WarmPhase::Ready && pool.zygote.is_some());
+                figures.parked += state.parked as u64;
+                figures.used += state.released;
+            });
+        }
+        figures
     }
 
     /// Whether this is a zygote or a child that was not released.
@@ -195,8 +211,12 @@ impl Pools {
     }
 
     fn remove_closed(&mut self) {
+        let used_before = &mut self.used_before;
         self.by_id.retain(|_, pool| {
             let has_ended = pool.zygote.is_none() && pool.children.is_empty();
+            if has_ended && pool.is_closing {
+                *used_before += pool.shared.state.read(|state| state.released);
+            }
             if has_ended && let Some(reply) = &pool.closed {
                 let _ = reply.send(());
             }

@@ -11,7 +11,7 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry, Unit};
 
 use super::http::HttpStatus;
-use super::status::{JobStatus, WatchdogFigures};
+use super::status::{EngineFigures, JobStatus, WarmFigures, WatchdogFigures};
 use crate::sys::usage::RunningUsage;
 use crate::vocabulary::{AgentState, DropReason, RestartCause, RestartPhase, WorkerState};
 
@@ -69,7 +69,8 @@ struct Snapshot {
     exits: [u64; WorkerState::ALL.len()],
     running: Vec<Running>,
     counts: ProbeCounts,
-    watchdog: WatchdogFigures,
+    figures: EngineFigures,
+    warm_refusals: u64,
     phases: Phases,
 }
 
@@ -84,7 +85,7 @@ pub fn encode(
     job: &JobStatus,
     phases: &Phases,
     counts: &ProbeCounts,
-    watchdog: WatchdogFigures,
+    figures: EngineFigures,
     usage: impl Fn(i32) -> Option<RunningUsage>,
 ) -> String {
     let mut workers = [0; WorkerState::ALL.len()];
@@ -103,7 +104,8 @@ pub fn encode(
             .map(|worker| Running { rank: worker.started.rank, usage: usage(worker.started.pid) })
             .collect(),
         counts: counts.clone(),
-        watchdog,
+        figures,
+        warm_refusals: job.warm_refusals(),
         phases: phases.clone(),
     };
     let mut registry = Registry::with_prefix("ferroelastic");
@@ -149,6 +151,7 @@ impl Collector for Snapshot {
         self.encode_job(encoder)?;
         self.encode_workers(encoder)?;
         self.encode_watchdog(encoder)?;
+        self.encode_warm(encoder)?;
 
         let mut probes = counter(encoder, "health_probes", "Requests answered, by path and status.", None)?;
         for ((path, status), count) in &self.counts.answered {
@@ -161,7 +164,7 @@ impl Collector for Snapshot {
             encode_count(&mut dropped.encode_family(&[("reason", reason.name())])?, count)?;
         }
         let help = "Duration of restart phases: detect (from a worker's exit to the agent's reaction), stop (until every process \
-                    group is empty), rendezvous, spawn.";
+                    group is empty), rendezvous, spawn (new processes), release (only warm workers).";
         let seconds = Unit::Seconds;
         let mut family = encoder.encode_descriptor("restart_phase", help, Some(&seconds), MetricType::Histogram)?;
         for phase in RestartPhase::ALL {
@@ -209,7 +212,7 @@ impl Snapshot {
     }
 
     fn encode_watchdog(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
-        let WatchdogFigures { requests, broken, expiries, .. } = self.watchdog;
+        let WatchdogFigures { requests, broken, expiries, .. } = self.figures.watchdog;
         for (name, help, count) in [
             ("watchdog_requests", "Valid requests to the watchdog.", requests),
             ("watchdog_broken_requests", "Lines that the watchdog rejected.", broken),
@@ -218,6 +221,16 @@ impl Snapshot {
             encode_count(&mut counter(encoder, name, help, None)?, &count)?;
         }
         Ok(())
+    }
+
+    fn encode_warm(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        let WarmFigures { ready_zygotes, parked, used } = self.figures.warm;
+        let help = "Zygotes that can fork warm workers.";
+        gauge(encoder, "warm_ready_zygotes", help, None)?.encode_gauge(&ready_zygotes)?;
+        gauge(encoder, "warm_parked", "Processes that wait to become workers.", None)?.encode_gauge(&parked)?;
+        encode_count(&mut counter(encoder, "warm_used", "Processes that have become workers.", None)?, &used)?;
+        let help = "Cold starts although warm workers were requested.";
+        encode_count(&mut counter(encoder, "warm_refused", help, None)?, &self.warm_refusals)
     }
 
     fn usages(&self) -> impl Iterator<Item = (u64, RunningUsage)> {
@@ -257,7 +270,7 @@ mod tests {
 
     fn text_of(job: &JobStatus, phases: &Phases, counts: &ProbeCounts) -> String {
         let usage = |_| Some(RunningUsage { resident_bytes: 4096, cpu: Duration::from_millis(1500) });
-        encode(Instant::now(), job, phases, counts, WatchdogFigures::default(), usage)
+        encode(Instant::now(), job, phases, counts, EngineFigures::default(), usage)
     }
 
     #[test]
@@ -283,6 +296,8 @@ mod tests {
             "ferroelastic_worker_cpu_seconds_total{rank=\"3\"} 1.5",
             "ferroelastic_health_probes_total{path=\"/livez\",code=\"503\"} 2",
             "ferroelastic_watchdog_expiries_total 0",
+            "ferroelastic_warm_parked 0",
+            "ferroelastic_warm_refused_total 0",
             "ferroelastic_restart_phase_seconds_count{phase=\"stop\"} 1",
             "ferroelastic_restart_phase_seconds_bucket{le=\"0.0001\",phase=\"stop\"} 0",
             "ferroelastic_restart_phase_seconds_bucket{le=\"0.0003\",phase=\"stop\"} 1",

@@ -10,7 +10,7 @@ use super::http::{HttpStatus, MAX_HEAD};
 use super::liveness::{Answer, Liveness};
 use super::metrics::{self, Phases, ProbeCounts};
 use super::question::ProgressQuestion;
-use super::status::{JobStatus, Update, WatchdogFigures};
+use super::status::{EngineFigures, JobStatus, Update};
 use crate::error::{Error, Result};
 use crate::supervise::Exit;
 use crate::sys::net::Listener;
@@ -37,7 +37,7 @@ const TEXT: &str = "text/plain; charset=utf-8";
 const JSON: &str = "application/json";
 
 /// Returns the counts of the engine's watchdogs, with the last beats of the given pids.
-pub(crate) type WatchdogSource<'a> = dyn Fn(&[i32]) -> WatchdogFigures + 'a;
+pub(crate) type FiguresSource<'a> = dyn Fn(&[i32]) -> EngineFigures + 'a;
 
 /// The poller tokens of health servers.
 #[derive(Clone, Copy, Debug)]
@@ -89,26 +89,26 @@ impl ProbeServer {
         self.usages.as_ref().map(|(_, usages)| usages).expect("set above")
     }
 
-    fn watchdog(&self, watchdog: &WatchdogSource<'_>) -> WatchdogFigures {
-        watchdog(&self.job.running().collect::<Vec<_>>())
+    fn figures(&self, figures: &FiguresSource<'_>) -> EngineFigures {
+        figures(&self.job.running().collect::<Vec<_>>())
     }
 
-    fn status(&mut self, now: Instant, watchdog: &WatchdogSource<'_>) -> Arc<[u8]> {
+    fn status(&mut self, now: Instant, figures: &FiguresSource<'_>) -> Arc<[u8]> {
         if self.status.is_none() {
             self.refresh_usages(now);
             let usages = self.usages.as_ref().map(|(_, usages)| usages);
             let usage = |pid| usages?.get(&pid).copied();
-            self.status = Some(self.job.to_json(now, &self.watchdog(watchdog), usage).into());
+            self.status = Some(self.job.to_json(now, &self.figures(figures), usage).into());
         }
         self.status.clone().unwrap_or_default()
     }
 
-    fn metrics(&mut self, now: Instant, watchdog: &WatchdogSource<'_>) -> Arc<str> {
+    fn metrics(&mut self, now: Instant, figures: &FiguresSource<'_>) -> Arc<str> {
         if self.metrics.is_none() {
             self.refresh_usages(now);
             let usages = self.usages.as_ref().map(|(_, usages)| usages);
             let usage = |pid| usages?.get(&pid).copied();
-            let text = metrics::encode(now, &self.job, &self.phases, &self.counts, self.watchdog(watchdog), usage);
+            let text = metrics::encode(now, &self.job, &self.phases, &self.counts, self.figures(figures), usage);
             self.metrics = Some(text.into());
         }
         self.metrics.clone().unwrap_or_else(|| "".into())
@@ -268,10 +268,10 @@ impl Servers {
     }
 
     /// Answers complete requests and probes that have waited for the callback.
-    pub(crate) fn respond(&mut self, now: Instant, poller: &Poller, watchdog: &WatchdogSource<'_>) {
+    pub(crate) fn respond(&mut self, now: Instant, poller: &Poller, figures: &FiguresSource<'_>) {
         self.is_busy = false;
         for id in std::mem::take(&mut self.complete) {
-            self.serve(id, now, poller, watchdog);
+            self.serve(id, now, poller, figures);
         }
         let ids: Vec<u64> = self.by_id.keys().copied().collect();
         for id in ids {
@@ -432,7 +432,7 @@ impl Servers {
         }
     }
 
-    fn serve(&mut self, id: u64, now: Instant, poller: &Poller, watchdog: &WatchdogSource<'_>) {
+    fn serve(&mut self, id: u64, now: Instant, poller: &Poller, figures: &FiguresSource<'_>) {
         let Some(connection) = self.connections.get_mut(&id) else { return };
         let Some(server) = self.by_id.get_mut(&connection.server) else { return };
         match connection.path {
@@ -451,11 +451,11 @@ impl Servers {
                 self.answer(id, now, poller, status, TEXT, format!("{text}\n").as_bytes());
             }
             ProbePath::Status => {
-                let body = server.status(now, watchdog);
+                let body = server.status(now, figures);
                 self.answer(id, now, poller, HttpStatus::Ok, JSON, &body);
             }
             ProbePath::Metrics { open } => {
-                let body = server.metrics(now, watchdog);
+                let body = server.metrics(now, figures);
                 if open {
                     self.answer(id, now, poller, HttpStatus::Ok, metrics::OPENMETRICS, body.as_bytes());
                 } else {

@@ -32,6 +32,8 @@ pub enum Update {
         /// Description of the event, for people.
         reason: String,
     },
+    /// Workers start cold although warm workers were requested, for this reason.
+    WarmRefusal(String),
     /// A phase of a restart has finished.
     Phase {
         /// The phase.
@@ -100,6 +102,26 @@ pub struct WatchdogFigures {
     pub last_beats: HashMap<i32, Duration>,
 }
 
+/// Counts of the pools of warm workers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct WarmFigures {
+    /// Zygotes that can fork workers.
+    pub ready_zygotes: u64,
+    /// Processes that wait to become workers.
+    pub parked: u64,
+    /// Processes that have become workers.
+    pub used: u64,
+}
+
+/// Figures of the engine thread.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct EngineFigures {
+    /// Of its watchdogs.
+    pub watchdog: WatchdogFigures,
+    /// Of its pools of warm workers.
+    pub warm: WarmFigures,
+}
+
 /// The status of the job.
 #[derive(Debug)]
 pub struct JobStatus {
@@ -112,6 +134,8 @@ pub struct JobStatus {
     last_restart: Option<(RestartCause, String, Instant)>,
     workers: Vec<Worker>,
     exits: [u64; WorkerState::ALL.len()],
+    warm_refusals: u64,
+    last_warm_refusal: Option<(String, Instant)>,
 }
 
 impl JobStatus {
@@ -128,6 +152,8 @@ impl JobStatus {
             last_restart: None,
             workers: Vec::new(),
             exits: [0; WorkerState::ALL.len()],
+            warm_refusals: 0,
+            last_warm_refusal: None,
         }
     }
 
@@ -147,6 +173,10 @@ impl JobStatus {
             Update::Restart { cause, reason } => {
                 self.restarts[cause as usize] += 1;
                 self.last_restart = Some((cause, reason, now));
+            }
+            Update::WarmRefusal(reason) => {
+                self.warm_refusals += 1;
+                self.last_warm_refusal = Some((reason, now));
             }
             Update::Phase { .. } => {}
         }
@@ -197,6 +227,12 @@ impl JobStatus {
         self.exits[outcome as usize]
     }
 
+    /// The number of cold starts although warm workers were requested.
+    #[must_use]
+    pub fn warm_refusals(&self) -> u64 {
+        self.warm_refusals
+    }
+
     /// The time since the status was created.
     #[must_use]
     pub fn uptime(&self, now: Instant) -> Duration {
@@ -225,9 +261,10 @@ impl JobStatus {
     pub fn to_json(
         &self,
         now: Instant,
-        watchdog: &WatchdogFigures,
+        figures: &EngineFigures,
         usage: impl Fn(i32) -> Option<RunningUsage>,
     ) -> Vec<u8> {
+        let EngineFigures { watchdog, warm } = figures;
         let since = |at: Instant| now.saturating_duration_since(at).as_secs_f64();
         let last = self.last_restart.as_ref();
         let status = StatusJson {
@@ -246,6 +283,16 @@ impl JobStatus {
                 requests: watchdog.requests,
                 broken_requests: watchdog.broken,
                 expiries: watchdog.expiries,
+            },
+            warm: WarmJson {
+                ready_zygotes: warm.ready_zygotes,
+                parked: warm.parked,
+                used: warm.used,
+                refused: self.warm_refusals,
+                last_refusal: self
+                    .last_warm_refusal
+                    .as_ref()
+                    .map(|(reason, at)| RefusalJson { reason, age_s: since(*at) }),
             },
             workers: self.workers.iter().map(|worker| self.worker_json(worker, watchdog, &usage)).collect(),
         };
@@ -293,6 +340,7 @@ struct StatusJson<'a> {
     uptime_s: f64,
     restarts: RestartsJson<'a>,
     watchdog: WatchdogJson,
+    warm: WarmJson<'a>,
     workers: Vec<WorkerJson>,
 }
 
@@ -315,6 +363,21 @@ struct WatchdogJson {
     requests: u64,
     broken_requests: u64,
     expiries: u64,
+}
+
+#[derive(Serialize)]
+struct WarmJson<'a> {
+    ready_zygotes: u64,
+    parked: u64,
+    used: u64,
+    refused: u64,
+    last_refusal: Option<RefusalJson<'a>>,
+}
+
+#[derive(Serialize)]
+struct RefusalJson<'a> {
+    reason: &'a str,
+    age_s: f64,
 }
 
 #[derive(Serialize)]
@@ -389,6 +452,7 @@ mod tests {
         job.apply(start, Update::State(AgentState::Running));
         job.record_exit(&exit(101, ExitStatus::Exited(7), false));
         job.apply(start, Update::Restart { cause: RestartCause::Membership, reason: "1 node waits".into() });
+        job.apply(start, Update::WarmRefusal("a second thread".into()));
         let now = start + Duration::from_millis(1500);
         let watchdog = WatchdogFigures {
             requests: 5,
@@ -396,11 +460,12 @@ mod tests {
             expiries: 2,
             last_beats: HashMap::from([(100, Duration::from_millis(250))]),
         };
+        let figures = EngineFigures { watchdog, warm: WarmFigures { ready_zygotes: 1, parked: 3, used: 4 } };
         let usage = |pid| {
             assert_eq!(pid, 100);
             Some(RunningUsage { resident_bytes: 4096, cpu: Duration::from_millis(500) })
         };
-        let json: serde_json::Value = serde_json::from_slice(&job.to_json(now, &watchdog, usage)).expect("JSON");
+        let json: serde_json::Value = serde_json::from_slice(&job.to_json(now, &figures, usage)).expect("JSON");
         let expected = serde_json::json!({
             "run_id": "r\n", "role": "trainer", "state": "running", "state_age_s": 1.5, "round": 1, "uptime_s": 1.5,
             "restarts": {
@@ -408,6 +473,10 @@ mod tests {
                 "last": {"cause": "membership", "reason": "1 node waits", "age_s": 1.5}
             },
             "watchdog": {"requests": 5, "broken_requests": 1, "expiries": 2},
+            "warm": {
+                "ready_zygotes": 1, "parked": 3, "used": 4, "refused": 1,
+                "last_refusal": {"reason": "a second thread", "age_s": 1.5}
+            },
             "workers": [
                 {"rank": 8, "local_rank": 0, "pid": 100, "state": "running", "exit_code": null, "signal": null,
                  "restarts": 0, "last_beat_age_s": 0.25, "resident_bytes": 4096, "cpu_s": 0.5},
