@@ -579,6 +579,7 @@ impl Service for EventLoop {
         let failure = outcome.as_ref().err().map(ToString::to_string);
         if failure.is_some() {
             // The forgotten guard keeps its socket open until this process ends. Then the guard kills the remaining workers.
+            self.warm.close_all();
             std::mem::forget(std::mem::replace(&mut self.guard, GuardSlot::new(Warnings::default())));
         }
         for group in self.groups.values() {

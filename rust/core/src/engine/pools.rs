@@ -13,9 +13,11 @@ use crate::error::{Error, Result};
 use crate::health::status::WarmFigures;
 use crate::published::Published;
 use crate::sys::channel::Channel;
+use crate::sys::leftovers::WARM_NAME;
 use crate::sys::poller::{Interest, Poller};
 use crate::sys::probe::Support;
 use crate::sys::process::ProcessHandle;
+use crate::sys::procfs;
 use crate::sys::spawn::{Command, SpawnStack, Stdio, open_log, spawn};
 use crate::sys::wait::{Block, Collect, ExitStatus, wait};
 use crate::thread::Reply;
@@ -38,6 +40,8 @@ struct Child {
 
 struct Pool {
     zygote: Option<ProcessHandle>,
+    /// Process id of the zygote, also after its end.
+    began_as: i32,
     channel: Channel,
     children: HashMap<i32, Child>,
     wanted: usize,
@@ -140,6 +144,10 @@ impl Pools {
         cgroup: Option<BorrowedFd<'_>>,
     ) -> Result<Arc<WarmProgress>> {
         let PoolHost { support, poller, guard } = host;
+        if !support.pidfd {
+            let source = io::Error::from(io::ErrorKind::Unsupported);
+            return Err(Error::os("create", "a pool of warm workers without pidfds", source));
+        }
         let failed = |source| Error::os("create", "the channel of a zygote", source);
         let (own_end, zygote_end) = Channel::pair().map_err(failed)?;
         own_end.send(&spec.configuration, &[]).map_err(failed)?;
@@ -169,6 +177,7 @@ impl Pools {
         self.by_id.insert(
             id,
             Pool {
+                began_as: zygote.pid(),
                 zygote: Some(zygote),
                 channel: own_end,
                 children: HashMap::new(),
@@ -229,6 +238,9 @@ impl Pools {
     /// The poller and the guard already know the child; the caller watches it from now on.
     pub(super) fn release(&mut self, id: u64, command: &Command, poller: &Poller) -> Option<ProcessHandle> {
         let pool = self.by_id.get_mut(&id)?;
+        if !pool.children.values().any(|child| child.channel.is_some()) {
+            return None;
+        }
         let streams = streams_of(command).ok()?;
         let message = Release::of(command).encode();
         if message.len() > MAX_BYTES {
@@ -286,6 +298,7 @@ impl Pools {
             let _ = zygote.pidfd().map(|pidfd| poller.remove(pidfd));
             let reason = format!("the zygote (pid {pid}) {}", describe(status));
             pool.give_up(WarmPhase::Lost, &reason, &self.warnings);
+            self.adopt_unreported(pid, host);
         } else if let Some(child) = pool.children.remove(&pid) {
             let _ = child.leader.pidfd().map(|pidfd| poller.remove(pidfd));
             if !pool.is_closing {
@@ -295,8 +308,22 @@ impl Pools {
                 pool.count_end(had_parked, &self.warnings);
             }
         }
-        pool.publish(|_| {});
+        self.by_id.values().for_each(|pool| pool.publish(|_| {}));
         self.remove_closed();
+    }
+
+    /// Takes over the children that a killed zygote has not reported. Nobody else would reap them.
+    fn adopt_unreported(&mut self, zygote: i32, host: PoolHost<'_>) {
+        let own = i32::try_from(std::process::id()).unwrap_or(0);
+        for pid in procfs::children(own) {
+            let is_warm = procfs::name(pid).as_bytes() == WARM_NAME.to_bytes();
+            if is_warm && !self.contains(pid) && procfs::stat(pid).is_some_and(|stat| stat.parent == own) {
+                let Ok(leader) = ProcessHandle::open(pid, host.support) else { continue };
+                if let Some(pool) = self.by_id.values_mut().find(|pool| pool.began_as == zygote) {
+                    pool.add_child(leader, host, self.tokens);
+                }
+            }
+        }
     }
 
     pub(super) fn next_tick(&self) -> Option<Instant> {
@@ -407,6 +434,17 @@ impl Pool {
         }
     }
 
+    fn add_child(&mut self, leader: ProcessHandle, host: PoolHost<'_>, tokens: WarmTokens) {
+        let pid = leader.pid();
+        let token = (tokens.process)(pid);
+        let watched = leader.pidfd().map(|pidfd| host.poller.add(pidfd, token, Interest::Readable));
+        host.guard.add_worker(pid, leader.pidfd());
+        if !matches!(watched, Some(Ok(()))) || self.is_closing {
+            let _ = leader.signal(libc::SIGKILL);
+        }
+        self.children.insert(pid, Child { leader, channel: None });
+    }
+
     fn handle(
         &mut self,
         report: Report,
@@ -415,7 +453,6 @@ impl Pool {
         tokens: WarmTokens,
         warnings: &Warnings,
     ) {
-        let PoolHost { support, poller, guard } = host;
         match report {
             Report::Ready => {
                 let Some(snapshot) = fd else { return };
@@ -435,15 +472,7 @@ impl Pool {
                 self.children.len(),
                 self.wanted
             )),
-            Report::Forked { pid } => {
-                let leader = ProcessHandle::spawned(pid, fd, support);
-                let watched = leader.pidfd().map(|pidfd| poller.add(pidfd, (tokens.process)(pid), Interest::Readable));
-                guard.add_worker(pid, leader.pidfd());
-                if !matches!(watched, Some(Ok(()))) || self.is_closing {
-                    let _ = leader.signal(libc::SIGKILL);
-                }
-                self.children.insert(pid, Child { leader, channel: None });
-            }
+            Report::Forked { pid } => self.add_child(ProcessHandle::spawned(pid, fd, host.support), host, tokens),
             Report::Parked { pid } => {
                 if let (Some(child), Some(fd)) = (self.children.get_mut(&pid), fd) {
                     child.channel = Some(Channel::from(fd));
