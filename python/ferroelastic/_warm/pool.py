@@ -274,6 +274,7 @@ class WarmWorkers:
             _UNSET if target.path0 is None else target.path0,
             _UNSET if python_path is None else python_path,
             "1" if in_background else "",
+            ",".join(target.of_worker),
             *self._imports,
         )
         configuration = "\0".join(fields).encode(errors="surrogateescape")

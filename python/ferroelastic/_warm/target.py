@@ -21,17 +21,13 @@ _OF_ROUND = frozenset(
         "GROUP_RANK",
         "GROUP_WORLD_SIZE",
         "LOCAL_RANK",
-        "LOCAL_WORLD_SIZE",
         "MASTER_ADDR",
         "MASTER_PORT",
         "RANK",
-        "ROLE_NAME",
         "ROLE_RANK",
         "ROLE_WORLD_SIZE",
         "TORCHELASTIC_ERROR_FILE",
-        "TORCHELASTIC_MAX_RESTARTS",
         "TORCHELASTIC_RESTART_COUNT",
-        "TORCHELASTIC_RUN_ID",
         "TORCHELASTIC_TIMER_FILE",
         "TORCHELASTIC_USE_AGENT_STORE",
         "WORLD_SIZE",
@@ -58,6 +54,8 @@ class Target(NamedTuple):
     """The variables that all workers of the node share."""
     surroundings: tuple[tuple[str, object], ...]
     """Further attributes that a process inherits, with their names."""
+    of_worker: tuple[str, ...]
+    """Names of the variables that are set for each worker or round. The zygote does not have them."""
 
     def difference(self, other: Target) -> str | None:
         """Return the first difference from another target as a fragment of a sentence; ``None`` if they are equal."""
@@ -95,7 +93,7 @@ def target_of(argvs: Sequence[Sequence[str]], envs: Sequence[Mapping[str, str]],
             raise ColdError(
                 f"{places[0]} is set" if places else f"the workers are bound to CPUs and {_THREADS} is not set",
             )
-    return Target(command, _path0_of(command, variables), variables, _surroundings())
+    return Target(command, _path0_of(command, variables), variables, _surroundings(), tuple(sorted(own)))
 
 
 def _command_of(argv: Sequence[str]) -> tuple[str, ...]:

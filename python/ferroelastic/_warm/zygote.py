@@ -12,6 +12,7 @@ import sys
 
 TYPE_CHECKING = False  # as in `typing`, which a worker may not have loaded
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import ModuleType
     from typing import Any
 
@@ -38,7 +39,7 @@ def serve() -> bool:
     configuration = zygote.receive()
     if configuration is None:
         os._exit(0)
-    path0, python_path, in_background, *imports = configuration.decode(errors="surrogateescape").split("\0")
+    path0, python_path, in_background, of_worker, *imports = configuration.decode(errors="surrogateescape").split("\0")
     if python_path == _UNSET:
         del os.environ["PYTHONPATH"]
     else:
@@ -51,7 +52,7 @@ def serve() -> bool:
         descriptors = _descriptors()
         folder = os.stat(".")
         has_sitecustomize = _import_sitecustomize()
-        _import_all(imports, path0)
+        _forbid_reads(of_worker.split(","), lambda: _import_all(imports, path0))
         _check_state(descriptors, folder)
         zygote.report_ready(_imported_files(began_ns))
         import gc
@@ -127,6 +128,31 @@ def _import_sitecustomize() -> bool:
             raise
         return False
     return True
+
+
+def _forbid_reads(names: list[str], body: Callable[[], None]) -> None:
+    """Call ``body``, during which Python code must not look up the environment variables ``names``.
+
+    Raises:
+        Refusal: a variable was looked up. A module has the value of none of the workers then.
+    """
+    kind: Any = type(os.environ)
+    former = kind.__getitem__
+    read: list[str] = []
+
+    def look_up(self: Any, name: str) -> str:
+        if name in names:
+            read.append(name)
+        value: str = former(self, name)
+        return value
+
+    kind.__getitem__ = look_up
+    try:
+        body()
+    finally:
+        kind.__getitem__ = former
+    if read:
+        raise Refusal(f"the imports have read the environment variable {read[0]}, which is set for each worker")
 
 
 def _import_all(imports: list[str], path0: str) -> None:

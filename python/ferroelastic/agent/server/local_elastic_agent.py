@@ -179,6 +179,7 @@ class LocalElasticAgent(SimpleElasticAgent):
         if self._has_run:
             # The exits of the previous run must not count as the outcome of this run.
             self._pcontext = None
+            self._warm = warm_workers_of(self._worker_group.spec, self._activity.refused_warm)
         super()._begin_run()
 
     def _setup_local_watchdog(self, envs: dict[int, dict[str, str]]) -> None:
