@@ -50,6 +50,11 @@ VARIABLES: tuple[Variable, ...] = (
         "`1`",
     ),
     Variable(
+        "FERROELASTIC_FORK_SERVER_IMPORTS",
+        "workers",
+        "The agent passes `--warm-imports` to its fork server with it, and the fork server removes it. Do not set it.",
+    ),
+    Variable(
         "FERROELASTIC_WARM_TIMEOUT_S",
         "workers",
         "Timeout of the imports of warm workers in seconds. After it the zygote is killed, and workers start without warm imports.",
