@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from argparse import SUPPRESS, Action
+from argparse import OPTIONAL, SUPPRESS, Action
 from typing import TYPE_CHECKING, Any
 
 from sphinx.util.docutils import SphinxDirective
@@ -51,17 +51,22 @@ def _actions() -> list[Action]:
 
 
 def _option(action: Action) -> Iterator[str]:
+    from ferroelastic.argparse_util import check_env, env
+
     names = [name for name in action.option_strings if "_" not in name] or [action.dest]
     takes_value = action.nargs != 0 and bool(action.option_strings)
     value = f" {action.dest.upper()}" if takes_value and action.choices is None else ""
+    if action.nargs == OPTIONAL:
+        value = f"[={action.metavar}]"
     if action.choices is not None:
         value = " {" + ",".join(map(str, action.choices)) + "}"
     yield f"### `{', '.join(names)}{value}`"
     text = _plain(action.help or "")
     notes = []
     if takes_value and action.default not in (None, "", [], SUPPRESS):
-        notes.append(f"Default: `{action.default}`.")
-    if type(action).__name__ in ("env", "check_env"):
+        default = ",".join(action.default) if isinstance(action.default, list) else action.default
+        notes.append(f"Default: `{default}`.")
+    if isinstance(action, env | check_env):
         notes.append(f"Variable: `PET_{action.dest.upper()}`.")
     others = [name for name in action.option_strings if "_" in name]
     if others:

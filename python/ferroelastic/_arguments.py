@@ -319,21 +319,21 @@ def get_args_parser() -> ArgumentParser:
         const="auto",
         default="0",
         metavar="N",
-        help="Keep N workers parked that have imported the modules of --warm-imports, for the next restart. Without =N, one per worker. "
-        "Not in torchrun.",
+        help="Keep N parked processes that have imported the modules of --warm-imports and become workers at the next restart. "
+        "Without =N, one per worker. Not in torchrun.",
     )
     option(
         "--warm-imports",
         type=comma_separated_list,
         default=["torch"],
         metavar="MODULES",
-        help="Modules that parked workers have imported, e.g. torch,transformers, and functions that they have called, as "
-        "package.module:function. Not in torchrun.",
+        help="Modules for --warm-workers and --preload, e.g. torch,transformers. package.module:function imports the module and calls "
+        "the function. Not in torchrun.",
     )
     flag(
         "--preload",
-        help="The first start also waits for these imports: all workers of the node share one import. Implies --warm-workers. "
-        "Not in torchrun.",
+        help="The first start also uses parked processes and waits for them: all workers of the node share one import. Implies "
+        "--warm-workers. Not in torchrun.",
     )
     flag(
         "--virtual-local-rank",

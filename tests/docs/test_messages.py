@@ -10,6 +10,7 @@ from tests.docs.pages import ROOT
 from tests.docs.reads import sources_below
 
 _FIELD = "…"
+_REASONS = ("ColdError", "Refusal")
 _PERCENT = re.compile(r"%[-+ 0#]*\d*(?:\.\d+)?[sdrgfi]")
 _RUST_STRING = re.compile(r'"((?:[^"\\]|\\.)*)"', re.DOTALL)
 
@@ -19,19 +20,27 @@ def messages() -> list[str]:
     return re.findall(r"^### `(.+)`$", text, re.MULTILINE)
 
 
+def reasons() -> list[str]:
+    """The first column of the tables of cold starts."""
+    text = (ROOT / "docs" / "warm.md").read_text(encoding="utf-8")
+    section = text.partition("## Reasons for a cold start")[2].partition("\n## ")[0]
+    return re.findall(r"^\| `(.+?)` \|", section, re.MULTILINE)
+
+
 def _plain(text: str) -> str:
     return re.sub(f"{_FIELD}+", _FIELD, " ".join(text.split()))
 
 
 def _python_templates(text: str) -> list[str]:
-    found = []
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            found.append(_PERCENT.sub(_FIELD, node.value))
-        elif isinstance(node, ast.JoinedStr):
-            parts = [str(one.value) if isinstance(one, ast.Constant) else _FIELD for one in node.values]
-            found.append("".join(parts))
-    return found
+    return [template for node in ast.walk(ast.parse(text)) if (template := _template(node)) is not None]
+
+
+def _template(node: ast.AST) -> str | None:
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return _PERCENT.sub(_FIELD, node.value)
+    if isinstance(node, ast.JoinedStr):
+        return "".join(str(one.value) if isinstance(one, ast.Constant) else _FIELD for one in node.values)
+    return None
 
 
 def _rust_templates(text: str) -> list[str]:
@@ -53,17 +62,45 @@ def templates() -> list[str]:
 _TEMPLATES = templates()
 
 
-@pytest.mark.parametrize("message", messages())
+@pytest.mark.parametrize("message", [*messages(), *reasons()])
 def test_a_message_is_in_the_code(message: str) -> None:
     assert any(_plain(message) in template for template in _TEMPLATES), message
 
 
-@pytest.mark.parametrize("enum", ["AgentMessage", "HostMessage"])
-def test_the_messages_of_the_protocol_are_listed(enum: str) -> None:
-    (source,) = (ROOT / "rust" / "core" / "src").rglob("message.rs")
-    body = re.search(rf"pub enum {enum} \{{\n(.*?)^\}}", source.read_text(), re.DOTALL | re.MULTILINE)
+def raised_reasons() -> list[str]:
+    """The texts of cold starts in the code, with ``…`` for each field."""
+    found = []
+    for text in sources_below(ROOT / "python" / "ferroelastic" / "_warm", "*.py").values():
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _REASONS:
+                text_of = node.args[0]
+                texts = [text_of.body, text_of.orelse] if isinstance(text_of, ast.IfExp) else [text_of]
+                found += [template for one in texts if (template := _template(one)) is not None]
+    pools = (ROOT / "rust" / "core" / "src" / "engine" / "pools.rs").read_text(encoding="utf-8")
+    found += _rust_templates("\n".join(re.findall(r"let reason = format!\((.+)\);", pools)))
+    return [_plain(one) for one in found]
+
+
+def test_each_reason_of_a_cold_start_is_listed() -> None:
+    raised = raised_reasons()
+    assert len(raised) > 25
+    listed = reasons()
+    assert [reason for reason in raised if reason not in listed] == []
+
+
+@pytest.mark.parametrize(
+    ("enum", "source", "page"),
+    [
+        ("AgentMessage", "rendezvous/message.rs", "rendezvous.md"),
+        ("HostMessage", "rendezvous/message.rs", "rendezvous.md"),
+        ("Report", "warm/wire.rs", "warm-messages.md"),
+    ],
+)
+def test_the_messages_of_a_protocol_are_listed(enum: str, source: str, page: str) -> None:
+    code = (ROOT / "rust" / "core" / "src" / source).read_text()
+    body = re.search(rf"pub enum {enum} \{{\n(.*?)^\}}", code, re.DOTALL | re.MULTILINE)
     assert body
     variants = re.findall(r"^    ([A-Z]\w+)", body[1], re.MULTILINE)
-    page = (ROOT / "docs" / "engineering" / "rendezvous.md").read_text()
+    text = (ROOT / "docs" / "engineering" / page).read_text()
     assert variants
-    assert [name for name in variants if f"| `{name}` |" not in page] == []
+    assert [name for name in variants if f"| `{name}` |" not in text] == []

@@ -171,7 +171,10 @@ def _import_all(imports: list[str], path0: str) -> None:
             if function:
                 called()
         except BaseException as error:  # noqa: BLE001 - an import may raise anything
-            raise Refusal(f"{'calling' if function else 'importing'} {target} failed: {_describe(error)}") from None
+            what = _describe(error)
+            raise Refusal(
+                f"calling {target} failed: {what}" if function else f"importing {target} failed: {what}"
+            ) from None
     if path0 != _UNSET:
         sys.path.remove(path0)
 
