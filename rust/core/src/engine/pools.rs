@@ -31,8 +31,23 @@ const MAX_PARKED_ENDS: u32 = 16;
 /// A child of a zygote.
 struct Child {
     leader: ProcessHandle,
-    /// The agent's end of its channel, once it has parked.
-    channel: Option<Channel>,
+    state: ChildState,
+}
+
+enum ChildState {
+    Forked,
+    /// With the agent's end of its channel.
+    Parked(Channel),
+    /// It was parked and has ended, but its end was not handled yet.
+    Ended,
+    /// It was suspended while it was parked. It was killed, and the log says so.
+    Discarded,
+}
+
+impl Child {
+    fn is_parked(&self) -> bool {
+        matches!(self.state, ChildState::Parked(_))
+    }
 }
 
 struct Pool {
@@ -40,9 +55,12 @@ struct Pool {
     channel: Channel,
     children: HashMap<i32, Child>,
     wanted: usize,
+    /// Children of the last order that the zygote has not forked yet. A second order would fork them twice.
+    ordered: usize,
     began: Instant,
     /// When the zygote is killed, unless it is ready.
     deadline: Option<Instant>,
+    timeout: Duration,
     refill_at: Option<Instant>,
     early_ends: u32,
     parked_ends: u32,
@@ -134,6 +152,7 @@ impl Pools {
         let state = WarmState {
             phase: WarmPhase::Importing,
             reason: String::new(),
+            shortage: String::new(),
             zygote: zygote.pid(),
             parked: 0,
             released: 0,
@@ -145,7 +164,7 @@ impl Pools {
             poller.add(&own_end, (self.tokens.channel)(id), Interest::Readable)
         });
         if let Err(source) = watched {
-            let _ = zygote.signal(libc::SIGKILL);
+            let _ = zygote.signal_group(libc::SIGKILL);
             let _ = wait(zygote.pid(), Collect::Reap, Block::Yes);
             return Err(Error::os("watch", format!("the zygote (pid {})", zygote.pid()), source));
         }
@@ -157,8 +176,10 @@ impl Pools {
                 channel: own_end,
                 children: HashMap::new(),
                 wanted: spec.children,
+                ordered: 0,
                 began,
                 deadline: began.checked_add(spec.timeout),
+                timeout: spec.timeout,
                 refill_at: None,
                 early_ends: 0,
                 parked_ends: 0,
@@ -214,11 +235,10 @@ impl Pools {
         if message.len() > MAX_BYTES {
             return None;
         }
-        while let Some(pid) = pool.next_parked() {
+        while let Some(pid) = pool.next_parked(&self.warnings) {
             let child = pool.children.remove(&pid)?;
             let fds = [streams[0].as_fd(), streams[1].as_fd(), streams[2].as_fd()];
-            let is_released = child.channel.as_ref().is_some_and(|channel| channel.send(&message, &fds).is_ok());
-            if is_released {
+            if matches!(&child.state, ChildState::Parked(channel) if channel.send(&message, &fds).is_ok()) {
                 if let Some(pidfd) = child.leader.pidfd() {
                     let _ = poller.remove(pidfd);
                 }
@@ -227,8 +247,8 @@ impl Pools {
                 return Some(child.leader);
             }
             // Its end is handled when the poller reports it.
-            let _ = child.leader.signal(libc::SIGKILL);
-            pool.children.insert(pid, Child { channel: None, ..child });
+            let _ = child.leader.signal_group(libc::SIGKILL);
+            pool.children.insert(pid, Child { state: ChildState::Ended, ..child });
         }
         None
     }
@@ -260,6 +280,12 @@ impl Pools {
     pub(super) fn process_ended(&mut self, pid: i32, host: PoolHost<'_>) {
         let PoolHost { poller, guard, .. } = host;
         let Some((_, pool)) = self.by_id.iter_mut().find(|(_, pool)| pool.contains(pid)) else { return };
+        let Ok(Some(_)) = wait(pid, Collect::Observe, Block::No) else { return };
+        // Imports may have started processes. Until the leader is reaped, its pid names the group.
+        let leader = pool.zygote.as_ref().filter(|zygote| zygote.pid() == pid);
+        if let Some(leader) = leader.or_else(|| pool.children.get(&pid).map(|child| &child.leader)) {
+            let _ = leader.signal_group(libc::SIGKILL);
+        }
         let Ok(Some((status, _))) = wait(pid, Collect::Reap, Block::No) else { return };
         guard.remove_worker(pid);
         if let Some(zygote) = pool.zygote.take_if(|zygote| zygote.pid() == pid) {
@@ -269,9 +295,13 @@ impl Pools {
         } else if let Some(child) = pool.children.remove(&pid) {
             let _ = child.leader.pidfd().map(|pidfd| poller.remove(pidfd));
             if !pool.is_closing {
-                let had_parked = child.channel.is_some();
-                let event = if had_parked { "A parked worker" } else { "A process of the zygote" };
-                self.warnings.add(format!("{event} (pid {pid}) {} before it was used", describe(status)));
+                let had_parked = !matches!(child.state, ChildState::Forked);
+                // The end of a zygote takes children with it that have no process group of their own yet.
+                let is_expected = !had_parked && pool.phase() != WarmPhase::Ready;
+                if !is_expected && !matches!(child.state, ChildState::Discarded) {
+                    let event = if had_parked { "A parked worker" } else { "A process of the zygote" };
+                    self.warnings.add(format!("{event} (pid {pid}) {} before it was used", describe(status)));
+                }
                 pool.count_end(had_parked, &self.warnings);
             }
         }
@@ -290,8 +320,7 @@ impl Pools {
                 pool.refill(&self.warnings);
             }
             if pool.deadline.is_some_and(|at| at <= now) {
-                let seconds = now.saturating_duration_since(pool.began).as_secs_f64();
-                let reason = format!("the imports have not ended within {seconds:.0} s");
+                let reason = format!("the imports have not ended within {} s", pool.timeout.as_secs_f64());
                 pool.give_up(WarmPhase::Refused, &reason, &self.warnings);
             }
         }
@@ -304,7 +333,7 @@ impl Pool {
     }
 
     fn publish(&self, change: impl FnOnce(&mut WarmState)) {
-        let parked = self.children.values().filter(|child| child.channel.is_some()).count();
+        let parked = self.children.values().filter(|child| child.is_parked()).count();
         self.shared.state.publish(|state| {
             state.parked = parked;
             change(state);
@@ -330,7 +359,7 @@ impl Pool {
 
     fn kill_zygote(&self) {
         if let Some(zygote) = &self.zygote {
-            let _ = zygote.signal(libc::SIGKILL);
+            let _ = zygote.signal_group(libc::SIGKILL);
         }
     }
 
@@ -339,34 +368,39 @@ impl Pool {
         self.refill_at = None;
         self.kill_zygote();
         for child in self.children.values() {
-            let _ = child.leader.signal(libc::SIGKILL);
+            let _ = child.leader.signal_group(libc::SIGKILL);
         }
     }
 
     /// A parked child that can run. Kills children that are suspended.
-    fn next_parked(&mut self) -> Option<i32> {
+    fn next_parked(&mut self, warnings: &Warnings) -> Option<i32> {
         let parked: Vec<i32> =
-            self.children.iter().filter(|(_, child)| child.channel.is_some()).map(|(pid, _)| *pid).collect();
+            self.children.iter().filter(|(_, child)| child.is_parked()).map(|(pid, _)| *pid).collect();
         for pid in parked {
             let child = self.children.get_mut(&pid)?;
             if !child.leader.is_stopped() {
                 return Some(pid);
             }
-            let _ = child.leader.signal(libc::SIGKILL);
-            child.channel = None;
+            let _ = child.leader.signal_group(libc::SIGKILL);
+            child.state = ChildState::Discarded;
+            warnings.add(format!("A parked worker (pid {pid}) was suspended. It was killed, and is not used"));
         }
         None
     }
 
-    /// Orders the missing children.
+    /// Orders the missing children, unless the zygote still works on an order. The end of an order calls this again.
     fn refill(&mut self, warnings: &Warnings) {
         self.refill_at = None;
         let missing = self.wanted.saturating_sub(self.children.len());
-        if missing > 0 && self.phase() == WarmPhase::Ready && !self.is_closing {
+        if missing > 0 && self.ordered == 0 && self.phase() == WarmPhase::Ready && !self.is_closing {
             let count = u32::try_from(missing).unwrap_or(u32::MAX);
-            if let Err(error) = self.channel.send(&fork_order(count), &[]) {
-                let reason = format!("the zygote does not accept orders: {error}");
-                self.give_up(WarmPhase::Lost, &reason, warnings);
+            self.publish(|state| state.shortage.clear());
+            match self.channel.send(&fork_order(count), &[]) {
+                Ok(()) => self.ordered = missing,
+                Err(error) => {
+                    let reason = format!("the zygote does not accept orders: {error}");
+                    self.give_up(WarmPhase::Lost, &reason, warnings);
+                }
             }
         }
     }
@@ -410,23 +444,38 @@ impl Pool {
                 self.refill(warnings);
             }
             Report::Refused(reason) => self.give_up(WarmPhase::Refused, &reason, warnings),
-            Report::Shortage(reason) => warnings.add(format!(
-                "The zygote cannot fork another worker ({reason}); {} of {} are parked",
-                self.children.len(),
-                self.wanted
-            )),
+            Report::Shortage(reason) => {
+                self.ordered = 0;
+                warnings.add(format!(
+                    "The zygote cannot fork another worker ({reason}); {} of {} are parked",
+                    self.children.len(),
+                    self.wanted
+                ));
+                self.publish(|state| state.shortage = reason);
+            }
             Report::Forked { pid } => {
                 let leader = ProcessHandle::spawned(pid, fd, support);
+                self.ordered = self.ordered.saturating_sub(1);
                 let watched = leader.pidfd().map(|pidfd| poller.add(pidfd, (tokens.process)(pid), Interest::Readable));
-                guard.add_worker(pid, leader.pidfd());
-                if !matches!(watched, Some(Ok(()))) || self.is_closing {
-                    let _ = leader.signal(libc::SIGKILL);
+                if !matches!(watched, Some(Ok(()))) {
+                    // The pidfd does not arrive if this process has too many open descriptors.
+                    warnings.add(format!("A process of the zygote (pid {pid}) cannot be watched. It was killed"));
+                    let _ = leader.signal_group(libc::SIGKILL);
+                    let _ = wait(pid, Collect::Reap, Block::Yes);
+                    return;
                 }
-                self.children.insert(pid, Child { leader, channel: None });
+                guard.add_worker(pid, leader.pidfd());
+                if self.is_closing {
+                    let _ = leader.signal_group(libc::SIGKILL);
+                }
+                self.children.insert(pid, Child { leader, state: ChildState::Forked });
+                if self.ordered == 0 {
+                    self.refill(warnings);
+                }
             }
             Report::Parked { pid } => {
                 if let (Some(child), Some(fd)) = (self.children.get_mut(&pid), fd) {
-                    child.channel = Some(Channel::from(fd));
+                    child.state = ChildState::Parked(Channel::from(fd));
                 }
                 self.publish(|_| {});
             }
