@@ -46,12 +46,16 @@ class Run:
     Args:
         keep_detached: never end helpers that left their worker's session.
         end_detached: end them after a success as well.
+
+    Attributes:
+        zygote_sessions: process ids of the zygotes. Each is also the id of the zygote's session.
     """
 
     def __init__(self, *, keep_detached: bool, end_detached: bool) -> None:
         self.token = os.urandom(16).hex()
         self.keep_detached = keep_detached
         self.end_detached = end_detached
+        self.zygote_sessions: list[int] = []
         self._has_guard = False
         self._cgroup: str | None = None
         self._outer_mark: str | None = None
@@ -124,7 +128,8 @@ class Run:
         from ferroelastic import _rust
 
         cgroup = self._cgroup if are_native else None
-        return _rust.find_detached(MARK, self.token, sessions=sessions, cgroup=cgroup, not_in_session=os.getsid(0))
+        excluded = (os.getsid(0), *self.zygote_sessions)
+        return _rust.find_detached(MARK, self.token, sessions=sessions, cgroup=cgroup, not_in_sessions=excluded)
 
     def hold_detached(self, sessions: Sequence[int], *, are_native: bool) -> _rust.Group | None:
         """Open pidfds of the helpers to end and return them as a group; ``None`` if there are none.

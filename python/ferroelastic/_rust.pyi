@@ -504,7 +504,7 @@ def find_detached(
     *,
     sessions: Sequence[int] = (),
     cgroup: str | None = None,
-    not_in_session: int = 0,
+    not_in_sessions: Sequence[int] = (),
 ) -> list[tuple[int, str]]:
     """Find the running processes of a run.
 
@@ -514,7 +514,7 @@ def find_detached(
         sessions: process ids of workers that have ended. Each was also the id of the worker's session.
         cgroup: folder of the cgroup in which all workers were spawned. If given, only its processes are returned, which takes a tenth
             of the time. Otherwise processes are found by the mark in their environment and by their session.
-        not_in_session: session of the agent. Its processes are left out.
+        not_in_sessions: sessions of the agent and of its zygote. Their processes are left out.
 
     Returns:
         Process id and command line of each process, without guard processes.
@@ -929,6 +929,8 @@ class WarmState:
     """``"lost"``: the zygote has ended. ``"refused"``: it cannot serve, nor could a new one. Parked processes remain usable in both."""
     reason: str
     """The reason of ``"lost"`` or ``"refused"``, as a fragment of a sentence."""
+    shortage: str
+    """Why the zygote could not fork the last missing process; empty if it could."""
     zygote: int
     """Process id of the zygote."""
     parked: int

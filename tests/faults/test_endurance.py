@@ -7,13 +7,12 @@ import gc
 import logging
 import os
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import psutil
 import pytest
 from tests.support.harness import FERRORUN
 from tests.support.ports import free_port
+from tests.support.sizes import Size, measure
 from tests.support.waiting import eventually
 
 from ferroelastic.agent.server import LocalElasticAgent, WorkerSpec, WorkerState
@@ -23,6 +22,7 @@ from ferroelastic.rendezvous._native import NativeRendezvous
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from tests.support.harness import Job, Launcher
 
@@ -36,25 +36,6 @@ GROWTH_BYTES = 128 << 10
 
 GROWTH_BLOCKS = 8
 """How many objects may be added in each restart. The test itself keeps 6."""
-
-
-class Size(NamedTuple):
-    descriptors: int
-    threads: int
-    children: int
-    anonymous_bytes: int
-    """Memory of no file: what the process itself has written. Exact, unlike the figures in ``status``."""
-
-
-def measure(pid: int) -> Size:
-    folder = Path(f"/proc/{pid}")
-    rollup = dict(line.split(":", 1) for line in (folder / "smaps_rollup").read_text().splitlines() if ":" in line)
-    return Size(
-        descriptors=len(os.listdir(folder / "fd")),
-        threads=len(os.listdir(folder / "task")),
-        children=len(psutil.Process(pid).children()),
-        anonymous_bytes=int(rollup["Anonymous"].split()[0]) << 10,
-    )
 
 
 class Mallinfo(ctypes.Structure):

@@ -9,6 +9,7 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from ferroelastic import _leftovers
 from ferroelastic._engine import get_engine
 from ferroelastic._process import open_files_of_workers
 from ferroelastic._wait import wait_for_event
@@ -79,6 +80,7 @@ class WarmWorkers:
         self._next_target: Target | None = None
         self._group: _rust.Group | None = None
         self._on_refusal = on_refusal
+        self._last_reason: str | None = None  # of the last start, if it was cold
 
     @property
     def preloads(self) -> bool:
@@ -97,7 +99,9 @@ class WarmWorkers:
         is_bound: bool = False,
         obstacle: str | None = None,
     ) -> _rust.WarmPool | None:
-        """Return the pool for the next start of the workers; ``None`` for a cold start. The log has the reason of a cold start.
+        """Return the pool for the next start of the workers; ``None`` for a cold start.
+
+        The log has the reason of a cold start. A reason of several starts in a row is logged once.
 
         Args:
             argvs: program and arguments of each worker.
@@ -117,11 +121,16 @@ class WarmWorkers:
             self._next_target = target_of(argvs, envs, is_bound=is_bound)
             if is_first and not preloads and not self._is_ready():
                 return None
-            return self._usable_pool(self._next_target, len(argvs), preloads=preloads)
+            pool = self._usable_pool(self._next_target, len(argvs), preloads=preloads)
         except ColdError as error:
-            logger.warning("The workers start without warm imports: %s", error)
-            self._on_refusal(str(error))
+            reason = str(error)
+            if not error.is_logged and reason != self._last_reason:
+                logger.warning("The workers start without warm imports: %s", reason)
+            self._last_reason = reason
+            self._on_refusal(reason)
             return None
+        self._last_reason = None
+        return pool
 
     def _is_ready(self) -> bool:
         return self._pool is not None and self._pool.state().phase == "ready"
@@ -175,12 +184,14 @@ class WarmWorkers:
         preload(self._imports)
 
     def started(self, group: _rust.Group | None) -> None:
-        """Note the started workers. Start a zygote in the background if there is none.
+        """Note the started workers. Start a zygote in the background if none runs.
 
         Args:
             group: the workers, or ``None`` if the engine did not start them.
         """
         self._group = group
+        if self._pool is not None and self._pool.state().phase == "lost":
+            self.close()
         if self._pool is not None:
             self._pool.resize(self._children)
         elif self._next_target is not None and not self._is_given_up and self._children > 0:
@@ -235,7 +246,7 @@ class WarmWorkers:
                     return
                 self.close()
                 self._is_given_up = state.phase == "refused"
-                raise ColdError(state.reason)
+                raise ColdError(state.reason, is_logged=True)
             if state.phase == "importing":
                 if not preloads:
                     raise ColdError("the imports of the zygote have not ended yet")
@@ -243,10 +254,13 @@ class WarmWorkers:
                 continue
             if deadline is None:
                 deadline = time.monotonic() + _FORK_TIMEOUT_S
-                pool.resize(needed)  # orders the missing children at once
-            elif time.monotonic() >= deadline:
+                pool.resize(max(needed, self._children))  # orders the missing children at once
+            elif state.shortage or time.monotonic() >= deadline:
                 if state.parked:
                     return
+                if state.shortage:
+                    raise ColdError(state.shortage, is_logged=True)
+                self.close()  # it may be suspended
                 raise ColdError(f"the zygote has forked no worker within {_FORK_TIMEOUT_S:g} s")
             wait_for_event(pool, generation, deadline - time.monotonic())
 
@@ -261,6 +275,10 @@ class WarmWorkers:
         if self._zygotes >= _MAX_ZYGOTES:
             self._is_given_up = True
             raise ColdError(f"{self._zygotes} zygotes have ended or do not fit the workers any more")
+        hook = os.path.join(_HOOK, "sitecustomize.py")
+        if not os.path.isfile(hook):  # the zygote would run the script
+            self._is_given_up = True
+            raise ColdError(f"{hook} is missing")
         self._zygotes += 1
         python_path = target.variables.get("PYTHONPATH")
         command = _rust.Command(
@@ -285,6 +303,9 @@ class WarmWorkers:
         except OSError as error:
             raise ColdError(f"the zygote cannot be started: {error}") from error
         self._target = target
+        run = _leftovers.current()
+        if run is not None:
+            run.zygote_sessions.append(self._pool.state().zygote)
 
     def _check(self, obstacle: str | None) -> None:
         """Check the obstacle, and count consecutive rounds in which a warm worker crashed.

@@ -40,7 +40,16 @@ _THREAD_PLACES = ("GOMP_CPU_AFFINITY", "KMP_AFFINITY", "OMP_PLACES", "OMP_PROC_B
 
 
 class ColdError(Exception):
-    """Workers cannot be warm. The text is the reason, as a fragment of a sentence."""
+    """Workers cannot be warm.
+
+    Args:
+        reason: the reason, as a fragment of a sentence.
+        is_logged: whether the engine has already logged the reason.
+    """
+
+    def __init__(self, reason: str, *, is_logged: bool = False) -> None:
+        super().__init__(reason)
+        self.is_logged = is_logged
 
 
 class Target(NamedTuple):
@@ -104,6 +113,8 @@ def _command_of(argv: Sequence[str]) -> tuple[str, ...]:
     """
     if argv[0] != sys.executable:
         raise ColdError(f"the workers run {argv[0]}, not the interpreter of the agent ({sys.executable})")
+    if not os.path.samefile(argv[0], "/proc/self/exe"):
+        raise ColdError(f"{argv[0]} is not the interpreter itself, and may start it with other options")
     words = iter(enumerate(argv[1:], start=1))
     for position, word in words:
         if word == "-m":

@@ -47,8 +47,7 @@ def serve() -> bool:
     before = dict(os.environ)
     sys._ferroelastic_warm = "zygote"  # type: ignore[attr-defined]  # noqa: SLF001 - read by ferroelastic.warm
     try:
-        if in_background:
-            _lower_priority()
+        has_own_policy = bool(in_background) and _lower_priority()
         descriptors = _descriptors()
         folder = os.stat(".")
         has_sitecustomize = _import_sitecustomize()
@@ -75,7 +74,7 @@ def serve() -> bool:
                 zygote.report_shortage(str(error))
                 break
             if is_child:
-                _park(zygote, changed, removed)
+                _park(zygote, changed, removed, has_own_policy=has_own_policy)
                 return has_sitecustomize
 
 
@@ -104,18 +103,24 @@ def _now_ns() -> int:
     return time.time_ns()
 
 
-def _lower_priority() -> None:
-    """Let the workers of the first round run first.
+def _lower_priority() -> bool:
+    """Let the workers of the first round run first. Return whether the scheduling policy has changed.
 
     A process without privileges cannot take back a higher nice value. It can take back the nice value of its session's scheduling group,
     and a child leaves this group with its own session. Both calls have no effect on kernels without them.
     """
     try:
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
         with open("/proc/self/autogroup", "w") as autogroup:
             autogroup.write("19")
     except OSError:
         pass
+    try:
+        if os.sched_getscheduler(0) != os.SCHED_OTHER:
+            return False  # the workers have this policy too
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    except OSError:
+        return False
+    return True
 
 
 def _import_sitecustomize() -> bool:
@@ -274,11 +279,12 @@ def _imported_files(began_ns: int) -> list[str]:
     return sorted(files)
 
 
-def _park(zygote: Any, changed: dict[str, str], removed: list[str]) -> None:
+def _park(zygote: Any, changed: dict[str, str], removed: list[str], *, has_own_policy: bool) -> None:
     """Wait in a child for the release, and take over the worker's command. Returns in a worker."""
     try:
         zygote.separate()
-        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+        if has_own_policy:
+            os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
         _renew_secrets()
         _rehearse()
         command = zygote.park()

@@ -100,14 +100,14 @@ pub(crate) fn remove_cgroup(py: Python<'_>, folder: &str) -> PyResult<()> {
 
 /// Finds the live processes of a run that are in no worker's process group.
 #[pyfunction]
-#[pyo3(signature = (name, token, *, sessions=vec![], cgroup=None, not_in_session=0), text_signature = "(name, token, *, sessions=(), cgroup=None, not_in_session=0)")]
+#[pyo3(signature = (name, token, *, sessions=vec![], cgroup=None, not_in_sessions=vec![]), text_signature = "(name, token, *, sessions=(), cgroup=None, not_in_sessions=())")]
 pub(crate) fn find_detached(
     py: Python<'_>,
     name: String,
     token: String,
     sessions: Vec<i32>,
     cgroup: Option<&str>,
-    not_in_session: i32,
+    not_in_sessions: Vec<i32>,
 ) -> Vec<(i32, String)> {
     use ferroelastic_core::sys::leftovers::Session;
     use ferroelastic_core::sys::procfs::command;
@@ -116,11 +116,12 @@ pub(crate) fn find_detached(
         let mark = Mark { name, token };
         let sessions: Vec<Session> =
             sessions.into_iter().map(|leader| Session { leader, pidfd: None, started: None }).collect();
+        let not_in_sessions = not_in_sessions.as_slice();
         let query = match cgroup.map(Path::new) {
             Some(cgroup) => {
-                Query { mark: None, sessions: &[], cgroup: Some(cgroup), not_in_session, spares_warm: true }
+                Query { mark: None, sessions: &[], cgroup: Some(cgroup), not_in_sessions, spares_warm: true }
             }
-            None => Query { mark: Some(&mark), sessions: &sessions, cgroup: None, not_in_session, spares_warm: true },
+            None => Query { mark: Some(&mark), sessions: &sessions, cgroup: None, not_in_sessions, spares_warm: true },
         };
         find(&query).into_iter().map(|found| (found.pid, command(found.pid))).collect()
     })

@@ -24,6 +24,7 @@ type Command = (Vec<OsString>, Vec<(OsString, OsString)>);
 pub(crate) struct WarmState {
     phase: &'static str,
     reason: String,
+    shortage: String,
     zygote: i32,
     parked: usize,
     released: u64,
@@ -35,6 +36,7 @@ impl From<warm::WarmState> for WarmState {
         Self {
             phase: state.phase.name(),
             reason: state.reason,
+            shortage: state.shortage,
             zygote: state.zygote,
             parked: state.parked,
             released: state.released,

@@ -24,7 +24,7 @@ fn pids(query: &Query<'_>) -> Vec<i32> {
 }
 
 fn nothing() -> Query<'static> {
-    Query { mark: None, sessions: &[], cgroup: None, not_in_session: 0, spares_warm: false }
+    Query { mark: None, sessions: &[], cgroup: None, not_in_sessions: &[], spares_warm: false }
 }
 
 /// A helper in a session of its own, left by a worker that has ended.
@@ -69,7 +69,7 @@ fn a_process_is_found_while_it_executes_a_program() {
 #[test]
 fn the_session_of_the_agent_is_spared() {
     let (_, helper) = escaped(|command| marked(command, "run"));
-    assert!(pids(&Query { mark: Some(&mark("run")), not_in_session: helper, ..nothing() }).is_empty());
+    assert!(pids(&Query { mark: Some(&mark("run")), not_in_sessions: &[helper], ..nothing() }).is_empty());
     end(helper);
 }
 

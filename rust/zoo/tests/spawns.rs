@@ -57,7 +57,7 @@ fn when_a_command_fails_the_workers_before_it_are_killed(engine: &Engine) {
     let mark = Mark { name: "FERRO_ZOO_SPAWN".into(), token: format!("{:?}", std::thread::current().id()) };
     let marked = || Command { env: vec![c(&format!("{}={}", mark.name, mark.token))], ..zoo(&["sleep"]) };
     let workers =
-        || find(&Query { mark: Some(&mark), sessions: &[], cgroup: None, not_in_session: 0, spares_warm: false });
+        || find(&Query { mark: Some(&mark), sessions: &[], cgroup: None, not_in_sessions: &[], spares_warm: false });
     let broken = Command { argv: vec![c("/etc/passwd")], ..Command::default() };
     let error = engine.spawn(vec![marked(), broken]).expect_err("not executable");
     let Error::Spawn(error) = error else { panic!("{error}") };

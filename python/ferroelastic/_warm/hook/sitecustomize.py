@@ -27,6 +27,12 @@ def _run() -> bool:
     return has_own
 
 
-if not _run():
+try:
+    _has_own = _run()
+except BaseException:  # noqa: B036, BLE001 - the interpreter would ignore most errors, and run the script in the zygote
+    import os
+
+    os._exit(1)
+if not _has_own:
     # `site` ignores exactly this error, and the import system removes this module.
     raise ImportError("no sitecustomize of the user", name="sitecustomize")

@@ -13,11 +13,9 @@ use crate::error::{Error, Result};
 use crate::health::status::WarmFigures;
 use crate::published::Published;
 use crate::sys::channel::Channel;
-use crate::sys::leftovers::WARM_NAME;
 use crate::sys::poller::{Interest, Poller};
 use crate::sys::probe::Support;
 use crate::sys::process::ProcessHandle;
-use crate::sys::procfs;
 use crate::sys::spawn::{Command, SpawnStack, Stdio, open_log, spawn};
 use crate::sys::wait::{Block, Collect, ExitStatus, wait};
 use crate::thread::Reply;
@@ -34,20 +32,36 @@ const MAX_PARKED_ENDS: u32 = 16;
 /// A child of a zygote.
 struct Child {
     leader: ProcessHandle,
-    /// The agent's end of its channel, once it has parked.
-    channel: Option<Channel>,
+    state: ChildState,
+}
+
+enum ChildState {
+    Forked,
+    /// With the agent's end of its channel.
+    Parked(Channel),
+    /// It was parked and has ended, but its end was not handled yet.
+    Ended,
+    /// It was suspended while it was parked. It was killed, and the log says so.
+    Discarded,
+}
+
+impl Child {
+    fn is_parked(&self) -> bool {
+        matches!(self.state, ChildState::Parked(_))
+    }
 }
 
 struct Pool {
     zygote: Option<ProcessHandle>,
-    /// Process id of the zygote, also after its end.
-    began_as: i32,
     channel: Channel,
     children: HashMap<i32, Child>,
     wanted: usize,
+    /// Children of the last order that the zygote has not forked yet. A second order would fork them twice.
+    ordered: usize,
     began: Instant,
     /// When the zygote is killed, unless it is ready.
     deadline: Option<Instant>,
+    timeout: Duration,
     refill_at: Option<Instant>,
     early_ends: u32,
     parked_ends: u32,
@@ -158,6 +172,7 @@ impl Pools {
         let state = WarmState {
             phase: WarmPhase::Importing,
             reason: String::new(),
+            shortage: String::new(),
             zygote: zygote.pid(),
             parked: 0,
             released: 0,
@@ -169,7 +184,7 @@ impl Pools {
             poller.add(&own_end, (self.tokens.channel)(id), Interest::Readable)
         });
         if let Err(source) = watched {
-            let _ = zygote.signal(libc::SIGKILL);
+            let _ = zygote.signal_group(libc::SIGKILL);
             let _ = wait(zygote.pid(), Collect::Reap, Block::Yes);
             return Err(Error::os("watch", format!("the zygote (pid {})", zygote.pid()), source));
         }
@@ -177,13 +192,14 @@ impl Pools {
         self.by_id.insert(
             id,
             Pool {
-                began_as: zygote.pid(),
                 zygote: Some(zygote),
                 channel: own_end,
                 children: HashMap::new(),
                 wanted: spec.children,
+                ordered: 0,
                 began,
                 deadline: began.checked_add(spec.timeout),
+                timeout: spec.timeout,
                 refill_at: None,
                 early_ends: 0,
                 parked_ends: 0,
@@ -238,7 +254,7 @@ impl Pools {
     /// The poller and the guard already know the child; the caller watches it from now on.
     pub(super) fn release(&mut self, id: u64, command: &Command, poller: &Poller) -> Option<ProcessHandle> {
         let pool = self.by_id.get_mut(&id)?;
-        if !pool.children.values().any(|child| child.channel.is_some()) {
+        if !pool.children.values().any(Child::is_parked) {
             return None;
         }
         let streams = streams_of(command).ok()?;
@@ -246,11 +262,10 @@ impl Pools {
         if message.len() > MAX_BYTES {
             return None;
         }
-        while let Some(pid) = pool.next_parked() {
+        while let Some(pid) = pool.next_parked(&self.warnings) {
             let child = pool.children.remove(&pid)?;
             let fds = [streams[0].as_fd(), streams[1].as_fd(), streams[2].as_fd()];
-            let is_released = child.channel.as_ref().is_some_and(|channel| channel.send(&message, &fds).is_ok());
-            if is_released {
+            if matches!(&child.state, ChildState::Parked(channel) if channel.send(&message, &fds).is_ok()) {
                 if let Some(pidfd) = child.leader.pidfd() {
                     let _ = poller.remove(pidfd);
                 }
@@ -259,8 +274,8 @@ impl Pools {
                 return Some(child.leader);
             }
             // Its end is handled when the poller reports it.
-            let _ = child.leader.signal(libc::SIGKILL);
-            pool.children.insert(pid, Child { channel: None, ..child });
+            let _ = child.leader.signal_group(libc::SIGKILL);
+            pool.children.insert(pid, Child { state: ChildState::Ended, ..child });
         }
         None
     }
@@ -292,38 +307,33 @@ impl Pools {
     pub(super) fn process_ended(&mut self, pid: i32, host: PoolHost<'_>) {
         let PoolHost { poller, guard, .. } = host;
         let Some((_, pool)) = self.by_id.iter_mut().find(|(_, pool)| pool.contains(pid)) else { return };
+        let Ok(Some(_)) = wait(pid, Collect::Observe, Block::No) else { return };
+        // Imports may have started processes. Until the leader is reaped, its pid names the group.
+        let leader = pool.zygote.as_ref().filter(|zygote| zygote.pid() == pid);
+        if let Some(leader) = leader.or_else(|| pool.children.get(&pid).map(|child| &child.leader)) {
+            let _ = leader.signal_group(libc::SIGKILL);
+        }
         let Ok(Some((status, _))) = wait(pid, Collect::Reap, Block::No) else { return };
         guard.remove_worker(pid);
         if let Some(zygote) = pool.zygote.take_if(|zygote| zygote.pid() == pid) {
             let _ = zygote.pidfd().map(|pidfd| poller.remove(pidfd));
             let reason = format!("the zygote (pid {pid}) {}", describe(status));
             pool.give_up(WarmPhase::Lost, &reason, &self.warnings);
-            self.adopt_unreported(pid, host);
         } else if let Some(child) = pool.children.remove(&pid) {
             let _ = child.leader.pidfd().map(|pidfd| poller.remove(pidfd));
             if !pool.is_closing {
-                let had_parked = child.channel.is_some();
-                let event = if had_parked { "A parked worker" } else { "A process of the zygote" };
-                self.warnings.add(format!("{event} (pid {pid}) {} before it was used", describe(status)));
+                let had_parked = !matches!(child.state, ChildState::Forked);
+                // The end of a zygote takes children with it that have no process group of their own yet.
+                let is_expected = !had_parked && pool.phase() != WarmPhase::Ready;
+                if !is_expected && !matches!(child.state, ChildState::Discarded) {
+                    let event = if had_parked { "A parked worker" } else { "A process of the zygote" };
+                    self.warnings.add(format!("{event} (pid {pid}) {} before it was used", describe(status)));
+                }
                 pool.count_end(had_parked, &self.warnings);
             }
         }
         self.by_id.values().for_each(|pool| pool.publish(|_| {}));
         self.remove_closed();
-    }
-
-    /// Takes over the children that a killed zygote has not reported. Nobody else would reap them.
-    fn adopt_unreported(&mut self, zygote: i32, host: PoolHost<'_>) {
-        let own = i32::try_from(std::process::id()).unwrap_or(0);
-        for pid in procfs::children(own) {
-            let is_warm = procfs::name(pid).as_bytes() == WARM_NAME.to_bytes();
-            if is_warm && !self.contains(pid) && procfs::stat(pid).is_some_and(|stat| stat.parent == own) {
-                let Ok(leader) = ProcessHandle::open(pid, host.support) else { continue };
-                if let Some(pool) = self.by_id.values_mut().find(|pool| pool.began_as == zygote) {
-                    pool.add_child(leader, host, self.tokens);
-                }
-            }
-        }
     }
 
     pub(super) fn next_tick(&self) -> Option<Instant> {
@@ -337,8 +347,7 @@ impl Pools {
                 pool.refill(&self.warnings);
             }
             if pool.deadline.is_some_and(|at| at <= now) {
-                let seconds = now.saturating_duration_since(pool.began).as_secs_f64();
-                let reason = format!("the imports have not ended within {seconds:.0} s");
+                let reason = format!("the imports have not ended within {} s", pool.timeout.as_secs_f64());
                 pool.give_up(WarmPhase::Refused, &reason, &self.warnings);
             }
         }
@@ -351,7 +360,7 @@ impl Pool {
     }
 
     fn publish(&self, change: impl FnOnce(&mut WarmState)) {
-        let parked = self.children.values().filter(|child| child.channel.is_some()).count();
+        let parked = self.children.values().filter(|child| child.is_parked()).count();
         self.shared.state.publish(|state| {
             state.parked = parked;
             change(state);
@@ -377,7 +386,7 @@ impl Pool {
 
     fn kill_zygote(&self) {
         if let Some(zygote) = &self.zygote {
-            let _ = zygote.signal(libc::SIGKILL);
+            let _ = zygote.signal_group(libc::SIGKILL);
         }
     }
 
@@ -386,34 +395,39 @@ impl Pool {
         self.refill_at = None;
         self.kill_zygote();
         for child in self.children.values() {
-            let _ = child.leader.signal(libc::SIGKILL);
+            let _ = child.leader.signal_group(libc::SIGKILL);
         }
     }
 
     /// A parked child that can run. Kills children that are suspended.
-    fn next_parked(&mut self) -> Option<i32> {
+    fn next_parked(&mut self, warnings: &Warnings) -> Option<i32> {
         let parked: Vec<i32> =
-            self.children.iter().filter(|(_, child)| child.channel.is_some()).map(|(pid, _)| *pid).collect();
+            self.children.iter().filter(|(_, child)| child.is_parked()).map(|(pid, _)| *pid).collect();
         for pid in parked {
             let child = self.children.get_mut(&pid)?;
             if !child.leader.is_stopped() {
                 return Some(pid);
             }
-            let _ = child.leader.signal(libc::SIGKILL);
-            child.channel = None;
+            let _ = child.leader.signal_group(libc::SIGKILL);
+            child.state = ChildState::Discarded;
+            warnings.add(format!("A parked worker (pid {pid}) was suspended. It was killed, and is not used"));
         }
         None
     }
 
-    /// Orders the missing children.
+    /// Orders the missing children, unless the zygote still works on an order. The end of an order calls this again.
     fn refill(&mut self, warnings: &Warnings) {
         self.refill_at = None;
         let missing = self.wanted.saturating_sub(self.children.len());
-        if missing > 0 && self.phase() == WarmPhase::Ready && !self.is_closing {
+        if missing > 0 && self.ordered == 0 && self.phase() == WarmPhase::Ready && !self.is_closing {
             let count = u32::try_from(missing).unwrap_or(u32::MAX);
-            if let Err(error) = self.channel.send(&fork_order(count), &[]) {
-                let reason = format!("the zygote does not accept orders: {error}");
-                self.give_up(WarmPhase::Lost, &reason, warnings);
+            self.publish(|state| state.shortage.clear());
+            match self.channel.send(&fork_order(count), &[]) {
+                Ok(()) => self.ordered = missing,
+                Err(error) => {
+                    let reason = format!("the zygote does not accept orders: {error}");
+                    self.give_up(WarmPhase::Lost, &reason, warnings);
+                }
             }
         }
     }
@@ -432,17 +446,6 @@ impl Pool {
         } else {
             self.refill_at = self.refill_at.or(Some(Instant::now() + REFILL_DELAY));
         }
-    }
-
-    fn add_child(&mut self, leader: ProcessHandle, host: PoolHost<'_>, tokens: WarmTokens) {
-        let pid = leader.pid();
-        let token = (tokens.process)(pid);
-        let watched = leader.pidfd().map(|pidfd| host.poller.add(pidfd, token, Interest::Readable));
-        host.guard.add_worker(pid, leader.pidfd());
-        if !matches!(watched, Some(Ok(()))) || self.is_closing {
-            let _ = leader.signal(libc::SIGKILL);
-        }
-        self.children.insert(pid, Child { leader, channel: None });
     }
 
     fn handle(
@@ -467,15 +470,39 @@ impl Pool {
                 self.refill(warnings);
             }
             Report::Refused(reason) => self.give_up(WarmPhase::Refused, &reason, warnings),
-            Report::Shortage(reason) => warnings.add(format!(
-                "The zygote cannot fork another worker ({reason}); {} of {} are parked",
-                self.children.len(),
-                self.wanted
-            )),
-            Report::Forked { pid } => self.add_child(ProcessHandle::spawned(pid, fd, host.support), host, tokens),
+            Report::Shortage(reason) => {
+                self.ordered = 0;
+                warnings.add(format!(
+                    "The zygote cannot fork another worker ({reason}); {} of {} are parked",
+                    self.children.len(),
+                    self.wanted
+                ));
+                self.publish(|state| state.shortage = reason);
+            }
+            Report::Forked { pid } => {
+                let leader = ProcessHandle::spawned(pid, fd, host.support);
+                self.ordered = self.ordered.saturating_sub(1);
+                let watched =
+                    leader.pidfd().map(|pidfd| host.poller.add(pidfd, (tokens.process)(pid), Interest::Readable));
+                if !matches!(watched, Some(Ok(()))) {
+                    // The pidfd does not arrive if this process has too many open descriptors.
+                    warnings.add(format!("A process of the zygote (pid {pid}) cannot be watched. It was killed"));
+                    let _ = leader.signal_group(libc::SIGKILL);
+                    let _ = wait(pid, Collect::Reap, Block::Yes);
+                    return;
+                }
+                host.guard.add_worker(pid, leader.pidfd());
+                if self.is_closing {
+                    let _ = leader.signal_group(libc::SIGKILL);
+                }
+                self.children.insert(pid, Child { leader, state: ChildState::Forked });
+                if self.ordered == 0 {
+                    self.refill(warnings);
+                }
+            }
             Report::Parked { pid } => {
                 if let (Some(child), Some(fd)) = (self.children.get_mut(&pid), fd) {
-                    child.channel = Some(Channel::from(fd));
+                    child.state = ChildState::Parked(Channel::from(fd));
                 }
                 self.publish(|_| {});
             }

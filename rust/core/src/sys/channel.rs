@@ -4,6 +4,8 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use rustix::event::{PollFd, PollFlags};
+use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, SocketFlags, SocketType,
@@ -35,6 +37,22 @@ impl Channel {
         let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
         rustix::net::sendmsg(&self.0, &[IoSlice::new(message)], &mut ancillary, flags)?;
         Ok(())
+    }
+
+    /// Sends as [`Channel::send`] does, but waits while the receiver does not read.
+    pub fn send_blocking(&self, message: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+        loop {
+            match self.send(message, fds) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    match rustix::event::poll(&mut [PollFd::new(&self.0, PollFlags::OUT)], None) {
+                        Ok(_) | Err(Errno::INTR) => {}
+                        Err(error) => return Err(error.into()),
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                sent => return sent,
+            }
+        }
     }
 
     /// Receives one message into `buffer`; returns its length and its descriptors. The length is 0 when the other end is closed.
@@ -95,6 +113,31 @@ mod tests {
         assert_eq!(&byte, b"x");
         drop(one);
         assert_eq!(other.receive(&mut buffer, true).expect("the end").0, 0);
+    }
+
+    #[test]
+    fn a_blocking_send_waits_for_a_receiver_that_does_not_read() {
+        let (one, other) = Channel::pair().expect("pair");
+        let mut sent: u32 = 0;
+        while one.send(&sent.to_ne_bytes(), &[]).is_ok() {
+            sent += 1;
+        }
+        let sender = std::thread::spawn(move || one.send_blocking(&sent.to_ne_bytes(), &[]));
+        for expected in 0..=sent {
+            let mut buffer = [0; 4];
+            other.receive(&mut buffer, true).expect("received");
+            assert_eq!(u32::from_ne_bytes(buffer), expected);
+        }
+        sender.join().expect("thread").expect("sent");
+    }
+
+    #[test]
+    fn a_blocking_send_ends_with_the_receiver() {
+        let (one, other) = Channel::pair().expect("pair");
+        while one.send(b"x", &[]).is_ok() {}
+        let sender = std::thread::spawn(move || one.send_blocking(b"x", &[]));
+        drop(other);
+        sender.join().expect("thread").expect_err("there is no receiver");
     }
 
     #[test]

@@ -59,8 +59,8 @@ pub struct Query<'a> {
     pub sessions: &'a [Session],
     /// Their cgroup. `None` does not search by the cgroup.
     pub cgroup: Option<&'a Path>,
-    /// Processes in this session are excluded: it is the agent's.
-    pub not_in_session: i32,
+    /// Processes in these sessions are excluded: the agent's, and those of zygotes whose name does not show yet what they are.
+    pub not_in_sessions: &'a [i32],
     /// Zygotes and parked workers are excluded: a live agent has them on purpose.
     pub spares_warm: bool,
 }
@@ -101,7 +101,7 @@ pub fn find(query: &Query<'_>) -> Vec<Found> {
     pids.into_iter()
         .filter(|pid| *pid != own)
         .filter_map(procfs::stat)
-        .filter(|stat| !stat.is_dead() && !is_kernel_thread(*stat) && stat.session != query.not_in_session)
+        .filter(|stat| !stat.is_dead() && !is_kernel_thread(*stat) && !query.not_in_sessions.contains(&stat.session))
         .filter(|stat| {
             sessions.contains(&stat.session)
                 || in_cgroup.contains(&stat.pid)

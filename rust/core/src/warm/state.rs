@@ -28,6 +28,8 @@ pub struct WarmState {
     pub phase: WarmPhase,
     /// The reason of [`WarmPhase::Lost`] or [`WarmPhase::Refused`].
     pub reason: String,
+    /// Why the zygote could not fork the last missing child; empty if it could.
+    pub shortage: String,
     /// Process id of the zygote.
     pub zygote: i32,
     /// Number of children that wait for a release.

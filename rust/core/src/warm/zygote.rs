@@ -13,6 +13,8 @@ use crate::sys::channel::Channel;
 use crate::sys::leftovers::WARM_NAME;
 use crate::sys::{spawn, title};
 
+const MAX_REASON_CHARS: usize = 1000;
+
 /// The zygote's end of its channel to the agent.
 #[derive(Debug)]
 pub struct Zygote {
@@ -54,22 +56,23 @@ impl Zygote {
 
     /// Reports that the process can be forked.
     pub fn report_ready(&self, imported: &ImportedFiles) -> io::Result<()> {
-        self.channel.send(&Report::Ready.encode(), &[imported.as_fd()])
+        title::set_name(WARM_NAME); // an import may have changed it
+        self.channel.send_blocking(&Report::Ready.encode(), &[imported.as_fd()])
     }
 
     /// Reports that the process cannot be used.
     pub fn report_refusal(&self, reason: &str) -> io::Result<()> {
-        self.channel.send(&Report::Refused(reason.to_owned()).encode(), &[])
+        self.channel.send_blocking(&Report::Refused(shortened(reason)).encode(), &[])
     }
 
     /// Reports that no further child can be forked now.
     pub fn report_shortage(&self, reason: &str) -> io::Result<()> {
-        self.channel.send(&Report::Shortage(reason.to_owned()).encode(), &[])
+        self.channel.send_blocking(&Report::Shortage(reason.to_owned()).encode(), &[])
     }
 
     /// Reports a child, with its pidfd.
     pub fn report_child(&self, pid: i32, pidfd: &OwnedFd) -> io::Result<()> {
-        self.channel.send(&Report::Forked { pid }.encode(), &[pidfd.as_fd()])
+        self.channel.send_blocking(&Report::Forked { pid }.encode(), &[pidfd.as_fd()])
     }
 
     /// In a child: leads a session and a process group of its own from now on, and is killed with the agent.
@@ -88,7 +91,7 @@ impl Zygote {
     pub fn park(&self) -> io::Result<Option<Release>> {
         let (own_end, agent_end) = Channel::pair()?;
         let pid = i32::try_from(std::process::id()).map_err(io::Error::other)?;
-        self.channel.send(&Report::Parked { pid }.encode(), &[agent_end.as_fd()])?;
+        self.channel.send_blocking(&Report::Parked { pid }.encode(), &[agent_end.as_fd()])?;
         drop(agent_end);
         let mut buffer = vec![0; MAX_BYTES];
         let (length, streams) = own_end.receive(&mut buffer, true)?;
@@ -99,6 +102,11 @@ impl Zygote {
         apply(&release, streams)?;
         Ok(Some(release))
     }
+}
+
+/// At most the first [`MAX_REASON_CHARS`] of a reason, which may contain the text of any exception.
+fn shortened(reason: &str) -> String {
+    reason.chars().take(MAX_REASON_CHARS).collect()
 }
 
 fn apply(release: &Release, streams: Vec<OwnedFd>) -> io::Result<()> {

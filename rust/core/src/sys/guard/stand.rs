@@ -193,7 +193,7 @@ fn kill_all(sessions: &[Session], orders: &Orders) {
         mark: kill_detached.then_some(&orders.mark),
         sessions,
         cgroup: folder.filter(|_| kill_detached),
-        not_in_session: i32::try_from(std::process::id()).unwrap_or(0),
+        not_in_sessions: &[i32::try_from(std::process::id()).unwrap_or(0)],
         spares_warm: false,
     };
     let began = Instant::now();
