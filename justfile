@@ -58,6 +58,10 @@ bench:
 bench-torchrun *options: setup
     {{ bin }}/python benches/against_torchrun.py {{ options }}
 
+# restarts and first starts of torch workers: torchrun, ferrorun, and ferrorun with warm workers, in one run
+bench-warm *options: setup
+    {{ bin }}/python benches/warm.py {{ options }}
+
 # the end of a job whose standard error is full, and of one whose standard error is read
 bench-full-console *options: setup
     {{ bin }}/python benches/full_console.py {{ options }}

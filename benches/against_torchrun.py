@@ -54,6 +54,13 @@ def joining(launcher: str, port: int, workers: int, *flags: str) -> list[str]:
     return [*LAUNCHERS[launcher], *rendezvous, f"--nproc-per-node={workers}", "--no-python", *flags]
 
 
+def free_port() -> int:
+    """Return a port that no process listens on. torchrun binds the port itself."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port: int = probe.getsockname()[1]
+    return port
+
+
 def read_ns(folder: Path, pattern: str) -> dict[str, int]:
     return {path.name: int(path.read_text()) for path in folder.glob(pattern) if path.stat().st_size}
 
@@ -83,8 +90,7 @@ def measure_restarts_of_two_nodes(
     launcher: str, program: str, workers: int = 4, failures: int = 4
 ) -> dict[str, list[float]]:
     """Return the milliseconds from a worker's exit to the start of the last restarted worker of both nodes."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:  # closed again, because torchrun binds the port itself
-        port = probe.getsockname()[1]
+    port = free_port()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         node = joining(launcher, port, workers, f"--max-restarts={failures}", program, "worker", name, str(failures))

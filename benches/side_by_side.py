@@ -1,4 +1,4 @@
-"""Measures two implementations alternately in one run and prints a Markdown table of medians, ranges and ratios."""
+"""Measures implementations alternately in one run and prints a Markdown table of medians, ranges and ratios."""
 
 from __future__ import annotations
 
@@ -7,29 +7,38 @@ import statistics
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     Measurement = tuple[Callable[[str], dict[str, list[float]]], int]
 
 __all__ = ["compare"]
 
+_NOTHING = "-"
 
-def compare(sides: tuple[str, str], measurements: Mapping[str, Measurement], doc: str) -> None:
-    """Measure both sides and print the table.
+
+def compare(
+    sides: tuple[str, ...],
+    measurements: Mapping[str, Measurement],
+    doc: str,
+    parents: Sequence[argparse.ArgumentParser] = (),
+) -> None:
+    """Measure all sides and print the table.
 
     Args:
-        sides: names of the reference and of our implementation. Each measurement is called with both in turn.
-        measurements: by name, a function that measures a side and returns samples by figure, and its number of calls per side.
+        sides: names of the implementations, first the reference. Each measurement is called with all in turn.
+        measurements: by name, a function that measures a side and returns samples by figure, and its number of calls per side. The function
+            returns no samples of a figure that the side does not have.
         doc: description of the program, for its help.
+        parents: parsers of further options.
     """
-    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0], parents=parents)
     parser.add_argument("--only", choices=sorted(measurements), help="measure only this group of figures")
     parser.add_argument("--rounds", type=int, help="number of runs of each side")
     args = parser.parse_args()
-    theirs, ours = sides
-    print(
-        f"| figure | {theirs}: median (range) | {ours}: median (range) | ratio of medians |\n| --- | --- | --- | --- |"
-    )
+    reference, *others = sides
+    ratios = ["ratio of medians"] if len(others) == 1 else [f"{side} / {reference}" for side in others]
+    titles = ["figure", *(f"{side}: median (range)" for side in sides), *ratios]
+    print(f"| {' | '.join(titles)} |\n|{' --- |' * len(titles)}", flush=True)
     for name, (measure, default_rounds) in measurements.items():
         if args.only not in {None, name}:
             continue
@@ -38,11 +47,19 @@ def compare(sides: tuple[str, str], measurements: Mapping[str, Measurement], doc
             for side, figures in samples.items():
                 for figure, values in measure(side).items():
                     figures.setdefault(figure, []).extend(values)
-        for figure, their_samples in samples[theirs].items():
-            our_samples = samples[ours][figure]
-            ratio = statistics.median(our_samples) / statistics.median(their_samples)
-            print(f"| {figure} | {_summary(their_samples)} | {_summary(our_samples)} | {ratio:.3g} |", flush=True)
+        for figure in dict.fromkeys(figure for figures in samples.values() for figure in figures):
+            columns = [samples[side].get(figure, []) for side in sides]
+            cells = [*map(_summary, columns), *(_ratio(column, columns[0]) for column in columns[1:])]
+            print(f"| {' | '.join([figure, *cells])} |", flush=True)
 
 
 def _summary(samples: list[float]) -> str:
+    if not samples:
+        return _NOTHING
     return f"{statistics.median(samples):.3g} ({min(samples):.3g} to {max(samples):.3g})"
+
+
+def _ratio(samples: list[float], reference: list[float]) -> str:
+    if not samples or not reference:
+        return _NOTHING
+    return f"{statistics.median(samples) / statistics.median(reference):.3g}"
