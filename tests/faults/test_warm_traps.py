@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 from tests.support.harness import ALONE, ROOT
 from tests.support.waiting import LONG_S, eventually
-from tests.support.warm import WORKER, cold_lines, expect_parked, start_warm, warm_processes
+from tests.support.warm import WORKER, cold_lines, expect_parked, name_of, start_warm, warm_processes
 
 if TYPE_CHECKING:
     from tests.support.harness import Job, Launcher
@@ -24,7 +24,10 @@ IMPORTS = {
         "import threading\nthreading.Thread(target=threading.Event().wait, daemon=True).start()",
         r"the imports have started 1 thread\(s\) \(.+\), which a fork does not copy",
     ),
-    "descriptor": ("import os\nos.open('/dev/zero', os.O_RDONLY)", r"the imports have left descriptor \d+ open \(/dev/zero\)"),
+    "descriptor": (
+        "import os\nos.open('/dev/zero', os.O_RDONLY)",
+        r"the imports have left descriptor \d+ open \(/dev/zero\)",
+    ),
     "replaced descriptor": (
         "import os\nos.dup2(os.open('/dev/zero', os.O_RDONLY), 0)",
         r"the imports have left descriptor 0 open \(/dev/zero\)",
@@ -38,8 +41,14 @@ IMPORTS = {
         "the imports have started a timer of the process, which a fork does not copy",
     ),
     "folder": ("import os\nos.chdir('/')", "the imports have changed the working directory"),
-    "tracer": ("import sys\nsys.settrace(lambda *_: None)", "a tracer, profiler or coverage tool runs in the interpreter"),
-    "profiler": ("import sys\nsys.setprofile(lambda *_: None)", "a tracer, profiler or coverage tool runs in the interpreter"),
+    "tracer": (
+        "import sys\nsys.settrace(lambda *_: None)",
+        "a tracer, profiler or coverage tool runs in the interpreter",
+    ),
+    "profiler": (
+        "import sys\nsys.setprofile(lambda *_: None)",
+        "a tracer, profiler or coverage tool runs in the interpreter",
+    ),
     "file": ("open(__file__, 'a').write('#')", "{folder}/light.py has changed during the imports"),
     "exception": (
         "def check():\n    raise ValueError('no\\nlicense')\ncheck()",
@@ -66,15 +75,7 @@ def runs_cold(job: Job, launch: Launcher, reason: str) -> None:
 
 
 def warm_names(job: Job) -> list[int]:
-    found = []
-    for pid in job.processes():
-        try:
-            name = Path(f"/proc/{pid}/comm").read_text()
-        except OSError:
-            continue
-        if name == "ferro-warm\n":
-            found.append(pid)
-    return found
+    return [pid for pid in job.processes() if name_of(pid) == "ferro-warm"]
 
 
 @pytest.mark.parametrize("trap", IMPORTS)
@@ -170,7 +171,8 @@ def test_a_script_that_poses_as_the_interpreter_is_found_out(launch: Launcher) -
     wrapper = launch.write("python", f'#!/bin/sh\nexec "{sys.executable}" -I "$@"\n')
     os.chmod(wrapper, 0o755)
     program = launch.write(
-        "posing.py", f"import sys\nsys.executable = {wrapper!r}\nfrom tests.faults.alone import main\nsys.exit(main())\n"
+        "posing.py",
+        f"import sys\nsys.executable = {wrapper!r}\nfrom tests.faults.alone import main\nsys.exit(main())\n",
     )
     launch.write("light.py", "")
     job = launch(
@@ -264,9 +266,7 @@ def test_other_ends_of_warm_workers_do_not_count_as_crashes(launch: Launcher, fi
 
 def test_variables_that_an_import_sets_reach_the_worker(launch: Launcher) -> None:
     gate = launch.gate()
-    light = (
-        "import os\nos.environ['OF_IMPORT'] = 'set'\nos.environ['CHANGED'] = 'by import'\nos.environ.pop('REMOVED', None)\n"
-    )
+    light = "import os\nos.environ['OF_IMPORT'] = 'set'\nos.environ['CHANGED'] = 'by import'\nos.environ.pop('REMOVED', None)\n"
     worker = WORKER + "\nprint([os.environ.get(name) for name in ('OF_IMPORT', 'CHANGED', 'REMOVED')])\n"
     job = start_warm(launch, light=light, worker=worker, env={"CHANGED": "by user", "REMOVED": "1"})
     job.lines(1)

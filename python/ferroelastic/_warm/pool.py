@@ -192,12 +192,11 @@ class WarmWorkers:
             state = pool.state()
             if state.parked >= needed:
                 return
-            if state.phase in {"lost", "refused"}:
+            is_late = deadline is not None and (bool(state.shortage) or time.monotonic() >= deadline)
+            if is_late or state.phase in {"lost", "refused"}:
                 if state.parked:
                     return
-                self.close()
-                self._is_given_up = state.phase == "refused"
-                raise ColdError(state.reason, is_logged=True)
+                raise self._without_children(state)
             if state.phase == "importing":
                 if not preloads:
                     raise ColdError("the imports of the zygote have not ended yet")
@@ -206,14 +205,17 @@ class WarmWorkers:
             if deadline is None:
                 deadline = time.monotonic() + _FORK_TIMEOUT_S
                 pool.resize(max(needed, self._children))  # orders the missing children at once
-            elif state.shortage or time.monotonic() >= deadline:
-                if state.parked:
-                    return
-                if state.shortage:
-                    raise ColdError(state.shortage, is_logged=True)
-                self.close()  # it may be suspended
-                raise ColdError(f"the zygote has forked no worker within {_FORK_TIMEOUT_S:g} s")
             wait_for_event(pool, generation, deadline - time.monotonic())
+
+    def _without_children(self, state: _rust.WarmState) -> ColdError:
+        """Return the reason why no child is parked. Drop a zygote that cannot fork any more."""
+        if state.phase == "ready" and state.shortage:
+            return ColdError(state.shortage, is_logged=True)
+        self.close()
+        if state.phase == "ready":  # it may be suspended
+            return ColdError(f"the zygote has forked no worker within {_FORK_TIMEOUT_S:g} s")
+        self._is_given_up = state.phase == "refused"
+        return ColdError(state.reason, is_logged=True)
 
     def _open(self, target: Target, children: int, *, in_background: bool) -> None:
         """Start a zygote.

@@ -129,8 +129,8 @@ impl Zygote {
         let channel = self.channel()?;
         match sys::fork_interpreter(py)? {
             Forked::Child => Ok(true),
-            Forked::Caller { pid, pidfd } => {
-                channel.report_child(pid, &pidfd)?;
+            Forked::Caller { pid } => {
+                channel.report_child(pid)?;
                 Ok(false)
             }
         }
