@@ -70,6 +70,10 @@ bench-full-console *options: setup
 campaign *options: setup
     {{ bin }}/python -m tests.faults.campaign {{ options }}
 
+# random faults to zygotes and parked workers: just warm-campaign --number 200
+warm-campaign *options: setup
+    {{ bin }}/python -m tests.faults.warm_campaign {{ options }}
+
 # a table of jobs that were stopped in every state, by every signal; with --side torchrun the other one
 stops *options: setup
     {{ bin }}/python -m tests.faults.stopping {{ options }}

@@ -278,7 +278,8 @@ def first_lines(children: int, releases: int) -> list[float]:
     from ferroelastic._warm.pool import WarmWorkers
 
     times: list[float] = []
-    warm = WarmWorkers(children=children, imports=["torch"], preload=True)
+    refusals: list[str] = []
+    warm = WarmWorkers(children=children, imports=["torch"], preload=True, on_refusal=refusals.append)
     with tempfile.TemporaryDirectory() as name:
         argv = [sys.executable, "-u", str(WORKER), name, "torch", "import"]
         envs = [{**ENVIRONMENT, "RANK": str(rank)} for rank in range(children)]
@@ -286,7 +287,7 @@ def first_lines(children: int, releases: int) -> list[float]:
         try:
             for _ in range(releases):
                 pool = warm.pool_for([argv] * children, envs)
-                assert pool is not None, warm.refusals
+                assert pool is not None, refusals
                 parked_below(os.getpid(), children)
                 released_ns = time.monotonic_ns()
                 group = get_engine().spawn(commands, pool)

@@ -969,8 +969,13 @@ class WarmPool:
             OSError: the list of the files cannot be read.
         """
 
-    def resize(self, children: int) -> None:
-        """Change the number of parked processes, and fork the missing ones now. Surplus ones stay parked."""
+    def resize(self, children: int, *, delayed: bool = False) -> None:
+        """Change the number of parked processes. Surplus ones stay parked.
+
+        Args:
+            children: number of processes to keep parked.
+            delayed: fork missing ones 0.2 s later, so that workers that were just released start undisturbed. Default: at once.
+        """
 
     def close(self, timeout_s: float) -> bool:
         """Kill the zygote and the parked processes; return ``False`` if they have not ended within ``timeout_s``. Idempotent."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 from tests.support.harness import ALONE, ROOT
 from tests.support.waiting import LONG_S, eventually
-from tests.support.warm import WORKER, cold_lines, expect_parked, start_warm, warm_processes
+from tests.support.warm import WORKER, cold_lines, expect_parked, name_of, start_warm, warm_processes
 
 if TYPE_CHECKING:
     from tests.support.harness import Job, Launcher
@@ -75,15 +75,7 @@ def runs_cold(job: Job, launch: Launcher, reason: str) -> None:
 
 
 def warm_names(job: Job) -> list[int]:
-    found = []
-    for pid in job.processes():
-        try:
-            name = Path(f"/proc/{pid}/comm").read_text()
-        except OSError:
-            continue
-        if name == "ferro-warm\n":
-            found.append(pid)
-    return found
+    return [pid for pid in job.processes() if name_of(pid) == "ferro-warm"]
 
 
 @pytest.mark.parametrize("trap", IMPORTS)

@@ -17,12 +17,21 @@ if TYPE_CHECKING:
 
     from tests.support.harness import Job, Launcher
 
-__all__ = ["COLD_LINES", "WORKER", "WarmProcesses", "cold_lines", "expect_parked", "start_warm", "warm_processes"]
+__all__ = [
+    "COLD_LINES",
+    "WORKER",
+    "WarmProcesses",
+    "cold_lines",
+    "expect_parked",
+    "name_of",
+    "start_warm",
+    "warm_processes",
+]
 
-WORKER = """
+WORKER = r"""
 import os, sys
 attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
-print(attempt, "warm" if "light" in sys.modules else "cold", flush=True)
+os.write(1, f"{attempt} {'warm' if 'light' in sys.modules else 'cold'}\n".encode())  # one write, because ranks share the pipe
 if attempt < int(os.environ["TORCHELASTIC_MAX_RESTARTS"]):
     with open(os.environ["DIR"] + "/gate", "rb", buffering=0) as gate:
         gate.read(1)
@@ -76,12 +85,12 @@ def cold_lines(job: Job) -> list[str]:
 
 def warm_processes(job: Job) -> WarmProcesses:
     """The idle zygotes and the parked children of a job."""
-    zygotes, parked = [], []
+    zygotes: list[int] = []
+    parked: list[int] = []
     for pid in job.processes():
         sockets = 0
         with suppress(OSError):
-            is_warm = Path(f"/proc/{pid}/comm").read_text() == "ferro-warm\n"
-            if not is_warm or not re.match(rf"{_RECVMSG} ", Path(f"/proc/{pid}/syscall").read_text()):
+            if name_of(pid) != "ferro-warm" or not re.match(rf"{_RECVMSG} ", Path(f"/proc/{pid}/syscall").read_text()):
                 continue
             for descriptor in Path(f"/proc/{pid}/fd").iterdir():
                 sockets += os.readlink(descriptor).startswith("socket:")
@@ -101,3 +110,10 @@ def expect_parked(job: Job, count: int) -> WarmProcesses:
 
     assert eventually(is_there, LONG_S), f"{found} instead of {count} parked workers: {job.story}"
     return found
+
+
+def name_of(pid: int) -> str:
+    """The name of a process; empty if it has ended."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    return ""

@@ -30,6 +30,8 @@ TIMEOUT_ENV = "FERROELASTIC_WARM_TIMEOUT_S"
 
 _DEFAULT_TIMEOUT_S = 300.0
 _CLOSE_TIMEOUT_S = 5.0
+_START_DELAY_S = 0.3
+"""From the start of the workers to that of the zygote in the background. The workers start undisturbed."""
 _WAIT_BEFORE_IMPORT_S = 1.0
 """Time that a node waits for other nodes before it starts its zygote."""
 _FORK_TIMEOUT_S = 1.0
@@ -80,6 +82,8 @@ class WarmWorkers:
         self._next_target: Target | None = None
         self._group: _rust.Group | None = None
         self._on_refusal = on_refusal
+        self._timer: threading.Timer | None = None
+        self._uses_pool = False  # for the last start
         self._last_reason: str | None = None  # of the last start, if it was cold
 
     @property
@@ -113,7 +117,8 @@ class WarmWorkers:
             SignalException: a terminating signal arrived during a preload.
         """
         preloads, is_first = self.preloads, self._is_first
-        self._is_first, self._next_target = False, None
+        self._cancel_timer()
+        self._is_first, self._next_target, self._uses_pool = False, None, False
         if self._is_given_up:
             return None
         try:
@@ -129,7 +134,7 @@ class WarmWorkers:
             self._last_reason = reason
             self._on_refusal(reason)
             return None
-        self._last_reason = None
+        self._last_reason, self._uses_pool = None, True
         return pool
 
     def _is_ready(self) -> bool:
@@ -149,19 +154,28 @@ class WarmWorkers:
         if not self._is_first or self._pool is not None:
             yield
             return
-
-        def start() -> None:
-            try:
-                self._open(target_of(argvs, envs, is_bound=is_bound), self._children, in_background=True)
-            except ColdError as error:
-                logger.info("No zygote while this node waits: %s", error)
-
-        timer = threading.Timer(_WAIT_BEFORE_IMPORT_S, start)
-        timer.daemon = True
-        timer.start()
+        self._open_later(_WAIT_BEFORE_IMPORT_S, lambda: target_of(argvs, envs, is_bound=is_bound))
         try:
             yield
         finally:
+            self._cancel_timer()
+
+    def _open_later(self, delay_s: float, target: Callable[[], Target]) -> None:
+        """Start a zygote in the background after ``delay_s`` seconds, unless :meth:`_cancel_timer` is called before."""
+
+        def open_now() -> None:
+            try:
+                self._open(target(), self._children, in_background=True)
+            except ColdError as error:
+                logger.warning("The next start of the workers has no warm imports: %s", error)
+
+        self._timer = timer = threading.Timer(delay_s, open_now)
+        timer.daemon = True
+        timer.start()
+
+    def _cancel_timer(self) -> None:
+        timer, self._timer = self._timer, None
+        if timer is not None:
             timer.cancel()
             timer.join()
 
@@ -190,15 +204,17 @@ class WarmWorkers:
             group: the workers, or ``None`` if the engine did not start them.
         """
         self._group = group
-        if self._pool is not None and self._pool.state().phase == "lost":
+        if group is not None and self._uses_pool:
+            missing = min(self._children, len(group.pids)) - len(group.warm)
+            if missing > 0:
+                logger.warning("%d workers start without warm imports: no further worker was parked", missing)
+        if self._pool is not None and (self._children == 0 or self._pool.state().phase == "lost"):
             self.close()
+        target = self._next_target
         if self._pool is not None:
-            self._pool.resize(self._children)
-        elif self._next_target is not None and not self._is_given_up and self._children > 0:
-            try:
-                self._open(self._next_target, self._children, in_background=True)
-            except ColdError as error:
-                logger.warning("The next start of the workers has no warm imports: %s", error)
+            self._pool.resize(self._children, delayed=True)
+        elif target is not None and not self._is_given_up and self._children > 0:
+            self._open_later(_START_DELAY_S, lambda: target)
 
     def close(self, timeout_s: float = _CLOSE_TIMEOUT_S) -> None:
         """Kill the zygote and its parked children. Released workers are not affected.
@@ -206,6 +222,7 @@ class WarmWorkers:
         Args:
             timeout_s: upper bound of the wait for their ends, in seconds. With 0, a later call can wait.
         """
+        self._cancel_timer()
         if self._pool is not None and self._pool.close(timeout_s):
             self._pool = self._target = None
 
@@ -241,12 +258,11 @@ class WarmWorkers:
             state = pool.state()
             if state.parked >= needed:
                 return
-            if state.phase in {"lost", "refused"}:
+            is_late = deadline is not None and (bool(state.shortage) or time.monotonic() >= deadline)
+            if is_late or state.phase in {"lost", "refused"}:
                 if state.parked:
                     return
-                self.close()
-                self._is_given_up = state.phase == "refused"
-                raise ColdError(state.reason, is_logged=True)
+                raise self._without_children(state)
             if state.phase == "importing":
                 if not preloads:
                     raise ColdError("the imports of the zygote have not ended yet")
@@ -255,14 +271,17 @@ class WarmWorkers:
             if deadline is None:
                 deadline = time.monotonic() + _FORK_TIMEOUT_S
                 pool.resize(max(needed, self._children))  # orders the missing children at once
-            elif state.shortage or time.monotonic() >= deadline:
-                if state.parked:
-                    return
-                if state.shortage:
-                    raise ColdError(state.shortage, is_logged=True)
-                self.close()  # it may be suspended
-                raise ColdError(f"the zygote has forked no worker within {_FORK_TIMEOUT_S:g} s")
             wait_for_event(pool, generation, deadline - time.monotonic())
+
+    def _without_children(self, state: _rust.WarmState) -> ColdError:
+        """Return the reason why no child is parked. Drop a zygote that cannot fork any more."""
+        if state.phase == "ready" and state.shortage:
+            return ColdError(state.shortage, is_logged=True)
+        self.close()
+        if state.phase == "ready":  # it may be suspended
+            return ColdError(f"the zygote has forked no worker within {_FORK_TIMEOUT_S:g} s")
+        self._is_given_up = state.phase == "refused"
+        return ColdError(state.reason, is_logged=True)
 
     def _open(self, target: Target, children: int, *, in_background: bool) -> None:
         """Start a zygote.

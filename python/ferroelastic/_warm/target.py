@@ -111,10 +111,7 @@ def _command_of(argv: Sequence[str]) -> tuple[str, ...]:
     Raises:
         ColdError: the worker does not run a script or module with the interpreter of this process.
     """
-    if argv[0] != sys.executable:
-        raise ColdError(f"the workers run {argv[0]}, not the interpreter of the agent ({sys.executable})")
-    if not os.path.samefile(argv[0], "/proc/self/exe"):
-        raise ColdError(f"{argv[0]} is not the interpreter itself, and may start it with other options")
+    _check_interpreter(argv[0])
     words = iter(enumerate(argv[1:], start=1))
     for position, word in words:
         if word == "-m":
@@ -132,6 +129,18 @@ def _command_of(argv: Sequence[str]) -> tuple[str, ...]:
         elif letters:
             raise ColdError(f"the workers use the interpreter option {word}")
     raise ColdError("the workers run neither a script nor a module")
+
+
+def _check_interpreter(program: str) -> None:
+    """Check that a program is the interpreter of this process.
+
+    Raises:
+        ColdError: it is not. A wrapper of the interpreter may add options that skip the hook, and the zygote would run the script.
+    """
+    if program != sys.executable:
+        raise ColdError(f"the workers run {program}, not the interpreter of the agent ({sys.executable})")
+    if not os.path.samefile(program, "/proc/self/exe"):
+        raise ColdError(f"{program} is not the interpreter itself, and may start it with other options")
 
 
 def _path0_of(command: tuple[str, ...], variables: Mapping[str, str]) -> str | None:

@@ -40,8 +40,8 @@ class SubprocessContext(PContext):
         OSError: see :class:`PContext`.
 
     Attributes:
-        warm_pool: parked children that become the first workers; ``None`` starts all workers anew. Set it before :meth:`start`. Not in
-            torch.
+        warm_pool: parked children that become the first workers; ``None`` starts all workers anew. Set it before :meth:`start`, which
+            resets it. Not in torch.
         subprocess_handlers: handlers of the workers by local rank; empty before the start.
     """
 
@@ -97,7 +97,9 @@ class SubprocessContext(PContext):
             ),
             strict=True,
         )
-        spawn(commands, self._groups, self.warm_pool)
+        # The context outlives the workers, and the pool has descriptors.
+        pool, self.warm_pool = self.warm_pool, None
+        spawn(commands, self._groups, pool)
         group = self._groups[0]
         self._arm(group)
         self.subprocess_handlers = {rank: SubprocessHandler.of_group(group, rank, argvs[rank]) for rank in ranks}

@@ -76,8 +76,9 @@ impl WarmPool {
         detached(py, || self.0.find_changed()).map(|path| path.map(PathBuf::into_os_string))
     }
 
-    fn resize(&self, py: Python<'_>, children: usize) -> PyResult<()> {
-        detached(py, || self.0.resize(children))
+    #[pyo3(signature = (children, *, delayed=false))]
+    fn resize(&self, py: Python<'_>, children: usize, delayed: bool) -> PyResult<()> {
+        detached(py, || self.0.resize(children, delayed))
     }
 
     fn close(&self, py: Python<'_>, timeout_s: f64) -> PyResult<bool> {
@@ -129,8 +130,8 @@ impl Zygote {
         let channel = self.channel()?;
         match sys::fork_interpreter(py)? {
             Forked::Child => Ok(true),
-            Forked::Caller { pid, pidfd } => {
-                channel.report_child(pid, &pidfd)?;
+            Forked::Caller { pid } => {
+                channel.report_child(pid)?;
                 Ok(false)
             }
         }

@@ -35,7 +35,7 @@ fn main() {
             }
             match fork_sibling().expect("forked") {
                 Forked::Caller { .. } if behaviour == "die unreported" => exit(0),
-                Forked::Caller { pid, pidfd } => zygote.report_child(pid, &pidfd).expect("reported"),
+                Forked::Caller { pid } => zygote.report_child(pid).expect("reported"),
                 Forked::Child if behaviour == "children end" => exit(5),
                 Forked::Child => worker(zygote),
             }

@@ -29,7 +29,7 @@ def _run() -> bool:
 
 try:
     _has_own = _run()
-except BaseException:  # noqa: B036, BLE001 - the interpreter would ignore most errors, and run the script in the zygote
+except BaseException:  # noqa: BLE001 - the interpreter would ignore most errors, and run the script in the zygote
     import os
 
     os._exit(1)

@@ -43,7 +43,7 @@ pub(super) struct Observed {
 /// An order about a pool of warm workers.
 pub(super) enum PoolOrder {
     Open { spec: Box<WarmSpec>, reply: Reply<Result<(u64, Arc<WarmProgress>)>> },
-    Resize { id: u64, children: usize },
+    Resize { id: u64, children: usize, delayed: bool },
     Close { id: u64, reply: Option<Reply<()>> },
 }
 

@@ -1,6 +1,6 @@
 //! Pools of warm workers on the engine thread: a zygote, its parked children, and their release.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -16,6 +16,7 @@ use crate::sys::channel::Channel;
 use crate::sys::poller::{Interest, Poller};
 use crate::sys::probe::Support;
 use crate::sys::process::ProcessHandle;
+use crate::sys::procfs;
 use crate::sys::spawn::{Command, SpawnStack, Stdio, open_log, spawn};
 use crate::sys::wait::{Block, Collect, ExitStatus, wait};
 use crate::thread::Reply;
@@ -55,6 +56,8 @@ struct Pool {
     zygote: Option<ProcessHandle>,
     channel: Channel,
     children: HashMap<i32, Child>,
+    /// Process ids of children with one report of two.
+    half_reported: HashSet<i32>,
     wanted: usize,
     /// Children of the last order that the zygote has not forked yet. A second order would fork them twice.
     ordered: usize,
@@ -138,10 +141,14 @@ impl Pools {
                 let opened = self.open(new_id, spec, host, stack, cgroup);
                 let _ = reply.send(opened.map(|shared| (new_id, shared)));
             }
-            PoolOrder::Resize { id, children } => {
+            PoolOrder::Resize { id, children, delayed } => {
                 if let Some(pool) = self.by_id.get_mut(&id) {
                     pool.wanted = children;
-                    pool.refill(&self.warnings);
+                    if delayed {
+                        pool.refill_at = pool.refill_at.or(Some(Instant::now() + REFILL_DELAY));
+                    } else {
+                        pool.refill(&self.warnings);
+                    }
                 }
             }
             PoolOrder::Close { id, reply } => self.close(id, reply),
@@ -195,6 +202,7 @@ impl Pools {
                 zygote: Some(zygote),
                 channel: own_end,
                 children: HashMap::new(),
+                half_reported: HashSet::new(),
                 wanted: spec.children,
                 ordered: 0,
                 began,
@@ -306,12 +314,18 @@ impl Pools {
     /// Handles the end of a zygote or of a child that was not released.
     pub(super) fn process_ended(&mut self, pid: i32, host: PoolHost<'_>) {
         let PoolHost { poller, guard, .. } = host;
-        let Some((_, pool)) = self.by_id.iter_mut().find(|(_, pool)| pool.contains(pid)) else { return };
+        let Some(id) = self.by_id.iter().find(|(_, pool)| pool.contains(pid)).map(|(id, _)| *id) else { return };
         let Ok(Some(_)) = wait(pid, Collect::Observe, Block::No) else { return };
+        // Children that were forked before the end of the zygote, and its reason.
+        self.channel_ready(id, host);
+        let Some(pool) = self.by_id.get_mut(&id) else { return };
         // Imports may have started processes. Until the leader is reaped, its pid names the group.
         let leader = pool.zygote.as_ref().filter(|zygote| zygote.pid() == pid);
-        if let Some(leader) = leader.or_else(|| pool.children.get(&pid).map(|child| &child.leader)) {
+        if let Some(leader) = leader {
             let _ = leader.signal_group(libc::SIGKILL);
+            pool.reap_unreported(pid);
+        } else if let Some(child) = pool.children.get(&pid) {
+            let _ = child.leader.signal_group(libc::SIGKILL);
         }
         let Ok(Some((status, _))) = wait(pid, Collect::Reap, Block::No) else { return };
         guard.remove_worker(pid);
@@ -323,6 +337,9 @@ impl Pools {
             let _ = child.leader.pidfd().map(|pidfd| poller.remove(pidfd));
             if !pool.is_closing {
                 let had_parked = !matches!(child.state, ChildState::Forked);
+                if !had_parked {
+                    pool.half_reported.remove(&pid);
+                }
                 // The end of a zygote takes children with it that have no process group of their own yet.
                 let is_expected = !had_parked && pool.phase() != WarmPhase::Ready;
                 if !is_expected && !matches!(child.state, ChildState::Discarded) {
@@ -382,6 +399,17 @@ impl Pool {
         }
         (self.deadline, self.refill_at) = (None, None);
         self.kill_zygote();
+    }
+
+    /// Reaps children that a killed zygote has not reported. They were still in its session, and were killed with its group.
+    fn reap_unreported(&self, zygote: i32) {
+        let own = i32::try_from(std::process::id()).unwrap_or(0);
+        for stat in procfs::pids().into_iter().filter_map(procfs::stat) {
+            let is_unreported = stat.parent == own && stat.session == zygote && stat.pid != zygote;
+            if is_unreported && !self.children.contains_key(&stat.pid) {
+                let _ = wait(stat.pid, Collect::Reap, Block::Yes);
+            }
+        }
     }
 
     fn kill_zygote(&self) {
@@ -448,6 +476,43 @@ impl Pool {
         }
     }
 
+    /// Watches a new child at the first of its two reports. The child's report may overtake the zygote's, which may come after the release
+    /// of the child, or never if the zygote was killed.
+    fn adopt(&mut self, pid: i32, host: PoolHost<'_>, tokens: WarmTokens, warnings: &Warnings) {
+        let PoolHost { support, poller, guard } = host;
+        if !self.half_reported.insert(pid) {
+            self.half_reported.remove(&pid);
+            return;
+        }
+        self.ordered = self.ordered.saturating_sub(1);
+        // A process that is no child was reaped as an orphan, and its pid may have been reused. A child keeps its pid.
+        if matches!(wait(pid, Collect::Observe, Block::No), Ok(Some((ExitStatus::Unknown, _)))) {
+            return;
+        }
+        let watched = ProcessHandle::open(pid, support).and_then(|leader| {
+            let pidfd = leader.pidfd().ok_or(io::ErrorKind::Unsupported)?;
+            poller.add(pidfd, (tokens.process)(pid), Interest::Readable)?;
+            Ok(leader)
+        });
+        match watched {
+            Ok(leader) => {
+                guard.add_worker(pid, leader.pidfd());
+                if self.is_closing {
+                    let _ = leader.signal_group(libc::SIGKILL);
+                }
+                self.children.insert(pid, Child { leader, state: ChildState::Forked });
+            }
+            Err(error) => {
+                warnings.add(format!("A process of the zygote (pid {pid}) cannot be watched ({error}). It was killed"));
+                let _ = ProcessHandle::spawned(pid, None, support).signal(libc::SIGKILL);
+                let _ = wait(pid, Collect::Reap, Block::Yes);
+            }
+        }
+        if self.ordered == 0 {
+            self.refill(warnings);
+        }
+    }
+
     fn handle(
         &mut self,
         report: Report,
@@ -479,28 +544,9 @@ impl Pool {
                 ));
                 self.publish(|state| state.shortage = reason);
             }
-            Report::Forked { pid } => {
-                let leader = ProcessHandle::spawned(pid, fd, host.support);
-                self.ordered = self.ordered.saturating_sub(1);
-                let watched =
-                    leader.pidfd().map(|pidfd| host.poller.add(pidfd, (tokens.process)(pid), Interest::Readable));
-                if !matches!(watched, Some(Ok(()))) {
-                    // The pidfd does not arrive if this process has too many open descriptors.
-                    warnings.add(format!("A process of the zygote (pid {pid}) cannot be watched. It was killed"));
-                    let _ = leader.signal_group(libc::SIGKILL);
-                    let _ = wait(pid, Collect::Reap, Block::Yes);
-                    return;
-                }
-                host.guard.add_worker(pid, leader.pidfd());
-                if self.is_closing {
-                    let _ = leader.signal_group(libc::SIGKILL);
-                }
-                self.children.insert(pid, Child { leader, state: ChildState::Forked });
-                if self.ordered == 0 {
-                    self.refill(warnings);
-                }
-            }
+            Report::Forked { pid } => self.adopt(pid, host, tokens, warnings),
             Report::Parked { pid } => {
+                self.adopt(pid, host, tokens, warnings);
                 if let (Some(child), Some(fd)) = (self.children.get_mut(&pid), fd) {
                     child.state = ChildState::Parked(Channel::from(fd));
                 }

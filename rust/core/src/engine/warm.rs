@@ -54,8 +54,10 @@ impl WarmPool {
     }
 
     /// Changes the number of parked children.
-    pub fn resize(&self, children: usize) -> Result<()> {
-        self.line.send(EngineOrder::Pool(PoolOrder::Resize { id: self.id, children }))
+    ///
+    /// Missing ones are forked now, or with `delayed` a little later: workers that were just released start undisturbed.
+    pub fn resize(&self, children: usize, delayed: bool) -> Result<()> {
+        self.line.send(EngineOrder::Pool(PoolOrder::Resize { id: self.id, children, delayed }))
     }
 
     /// Kills the zygote and the parked children. `false` if they have not ended within `timeout`. Idempotent.

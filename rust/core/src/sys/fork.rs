@@ -6,7 +6,6 @@
 
 use std::ffi::{c_int, c_long, c_void};
 use std::io;
-use std::os::fd::{FromRawFd, OwnedFd};
 
 /// The two returns of [`fork_sibling`].
 #[derive(Debug)]
@@ -17,8 +16,6 @@ pub enum Forked {
     Caller {
         /// Process id of the child.
         pid: i32,
-        /// Pidfd of the child.
-        pidfd: OwnedFd,
     },
 }
 
@@ -60,12 +57,11 @@ pub fn fork_sibling() -> io::Result<Forked> {
     }
     let thread_id = cached_thread_id()?;
     let (robust_head, robust_length) = robust_list()?;
-    let mut pidfd: c_int = -1;
-    let flags =
-        libc::CLONE_PARENT | libc::CLONE_PIDFD | libc::CLONE_CHILD_SETTID | libc::CLONE_CHILD_CLEARTID | libc::SIGCHLD; // ignored: the child has the exit signal of this process
+    // The signal is ignored: the child has the exit signal of this process.
+    let flags = libc::CLONE_PARENT | libc::CLONE_CHILD_SETTID | libc::CLONE_CHILD_CLEARTID | libc::SIGCHLD;
     // SAFETY: there is one thread and the child gets a copy of the memory, so both may continue as after `fork(3)`. The kernel stores the
-    // child's id at `thread_id` in the child only, and the pidfd in this process only.
-    let pid = unsafe { clone(flags, &raw mut pidfd, thread_id) };
+    // child's id at `thread_id` in the child only.
+    let pid = unsafe { clone(flags, thread_id) };
     match pid {
         ..0 => Err(io::Error::last_os_error()),
         0 => {
@@ -73,11 +69,7 @@ pub fn fork_sibling() -> io::Result<Forked> {
             unsafe { libc::syscall(libc::SYS_set_robust_list, robust_head, robust_length) };
             Ok(Forked::Child)
         }
-        _ => Ok(Forked::Caller {
-            pid: i32::try_from(pid).unwrap_or(-1),
-            // SAFETY: with CLONE_PIDFD the kernel has stored a new descriptor there.
-            pidfd: unsafe { OwnedFd::from_raw_fd(pidfd) },
-        }),
+        _ => Ok(Forked::Caller { pid: i32::try_from(pid).unwrap_or(-1) }),
     }
 }
 
@@ -86,15 +78,15 @@ pub fn fork_sibling() -> io::Result<Forked> {
 /// # Safety
 ///
 /// As for the system call.
-unsafe fn clone(flags: c_int, pidfd: *mut c_int, thread_id: *mut c_int) -> c_long {
-    let no_stack = std::ptr::null_mut::<c_void>();
+unsafe fn clone(flags: c_int, thread_id: *mut c_int) -> c_long {
+    let (no_stack, no_parent_id) = (std::ptr::null_mut::<c_void>(), std::ptr::null_mut::<c_int>());
     let no_tls = std::ptr::null_mut::<c_void>();
     // SAFETY: by the caller's contract.
     unsafe {
         if cfg!(target_arch = "x86_64") {
-            libc::syscall(libc::SYS_clone, c_long::from(flags), no_stack, pidfd, thread_id, no_tls)
+            libc::syscall(libc::SYS_clone, c_long::from(flags), no_stack, no_parent_id, thread_id, no_tls)
         } else {
-            libc::syscall(libc::SYS_clone, c_long::from(flags), no_stack, pidfd, no_tls, thread_id)
+            libc::syscall(libc::SYS_clone, c_long::from(flags), no_stack, no_parent_id, no_tls, thread_id)
         }
     }
 }

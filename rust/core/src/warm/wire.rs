@@ -7,7 +7,7 @@
 //! | [`Report::Ready`] | zygote | agent | the snapshot of the imported files |
 //! | [`Report::Refused`] | zygote | agent | |
 //! | [`Report::Shortage`] | zygote | agent | |
-//! | [`Report::Forked`] | zygote | agent | pidfd of the child |
+//! | [`Report::Forked`] | zygote | agent | |
 //! | [`Report::Parked`] | child | agent | the agent's end of the child's channel |
 //! | [`Release`] | agent | child | standard input, output and error |
 

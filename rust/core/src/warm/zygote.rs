@@ -70,9 +70,9 @@ impl Zygote {
         self.channel.send_blocking(&Report::Shortage(reason.to_owned()).encode(), &[])
     }
 
-    /// Reports a child, with its pidfd.
-    pub fn report_child(&self, pid: i32, pidfd: &OwnedFd) -> io::Result<()> {
-        self.channel.send_blocking(&Report::Forked { pid }.encode(), &[pidfd.as_fd()])
+    /// Reports a child.
+    pub fn report_child(&self, pid: i32) -> io::Result<()> {
+        self.channel.send_blocking(&Report::Forked { pid }.encode(), &[])
     }
 
     /// In a child: leads a session and a process group of its own from now on, and is killed with the agent.
