@@ -39,6 +39,8 @@ struct Pool {
     zygote: Option<ProcessHandle>,
     channel: Channel,
     children: HashMap<i32, Child>,
+    /// Channels of children that have parked before the zygote reported them.
+    parked_early: HashMap<i32, Channel>,
     wanted: usize,
     began: Instant,
     /// When the zygote is killed, unless it is ready.
@@ -156,6 +158,7 @@ impl Pools {
                 zygote: Some(zygote),
                 channel: own_end,
                 children: HashMap::new(),
+                parked_early: HashMap::new(),
                 wanted: spec.children,
                 began,
                 deadline: began.checked_add(spec.timeout),
@@ -264,6 +267,7 @@ impl Pools {
         guard.remove_worker(pid);
         if let Some(zygote) = pool.zygote.take_if(|zygote| zygote.pid() == pid) {
             let _ = zygote.pidfd().map(|pidfd| poller.remove(pidfd));
+            pool.parked_early.clear(); // children that it cannot report any more; they exit when their channels close
             let reason = format!("the zygote (pid {pid}) {}", describe(status));
             pool.give_up(WarmPhase::Lost, &reason, &self.warnings);
         } else if let Some(child) = pool.children.remove(&pid) {
@@ -338,6 +342,7 @@ impl Pool {
         self.is_closing = true;
         self.refill_at = None;
         self.kill_zygote();
+        self.parked_early.clear();
         for child in self.children.values() {
             let _ = child.leader.signal(libc::SIGKILL);
         }
@@ -422,11 +427,15 @@ impl Pool {
                 if !matches!(watched, Some(Ok(()))) || self.is_closing {
                     let _ = leader.signal(libc::SIGKILL);
                 }
-                self.children.insert(pid, Child { leader, channel: None });
+                let channel = self.parked_early.remove(&pid);
+                self.children.insert(pid, Child { leader, channel });
+                self.publish(|_| {});
             }
             Report::Parked { pid } => {
-                if let (Some(child), Some(fd)) = (self.children.get_mut(&pid), fd) {
-                    child.channel = Some(Channel::from(fd));
+                let Some(channel) = fd.map(Channel::from) else { return };
+                match self.children.get_mut(&pid) {
+                    Some(child) => child.channel = Some(channel),
+                    None => drop(self.parked_early.insert(pid, channel)),
                 }
                 self.publish(|_| {});
             }
