@@ -60,6 +60,8 @@ pub fn fork_sibling() -> io::Result<Forked> {
     }
     let thread_id = cached_thread_id()?;
     let (robust_head, robust_length) = robust_list()?;
+    // SAFETY: all output streams. The child would write their buffers a second time.
+    unsafe { libc::fflush(std::ptr::null_mut()) };
     let mut pidfd: c_int = -1;
     let flags =
         libc::CLONE_PARENT | libc::CLONE_PIDFD | libc::CLONE_CHILD_SETTID | libc::CLONE_CHILD_CLEARTID | libc::SIGCHLD; // ignored: the child has the exit signal of this process
