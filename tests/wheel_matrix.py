@@ -28,7 +28,8 @@ def run_tests(interpreter: str, wheel: Path) -> bool:
         python = str(Path(folder, "venv", "bin", "python"))
         subprocess.run([interpreter, "-m", "venv", str(Path(folder, "venv"))], check=True)
         subprocess.run([python, "-m", "pip", "install", "--quiet", str(wheel), "pytest"], check=True)
-        command = [python, "-m", "pytest", "-q", str(tests / "unit"), str(tests / "integration")]
+        folders = [str(tests / name) for name in ("unit", "integration", "conformance")]
+        command = [python, "-m", "pytest", "-q", *folders]
         return subprocess.run(command, check=False, cwd=tests.parent).returncode == 0
 
 

@@ -13,6 +13,7 @@ Conventions:
 """
 
 from collections.abc import Mapping, Sequence
+from types import ModuleType
 from typing import Literal, final
 
 __all__ = [
@@ -1015,6 +1016,10 @@ class Zygote:
         Raises:
             OSError: ``EBUSY`` if this process has other threads, ``EAGAIN`` if a limit of processes is reached, else the kernel's error.
         """
+
+    @staticmethod
+    def track_module(module: ModuleType) -> None:
+        """Give a module and its dictionary back to the garbage collector, after ``gc.freeze`` has taken all objects from it."""
 
     def separate(self) -> None:
         """In a child: lead a new session and process group, and be killed with the agent.

@@ -1,14 +1,15 @@
 """The program of a zygote and of its children.
 
 :func:`serve` imports the modules, then forks children at the agent's order. It returns only in a child, when the agent has released it.
-The modules ``os``, ``sys`` and ``io`` are loaded in every interpreter; the functions import others late, because the worker would see them.
+A worker sees each import of this module in ``sys.modules``. So the module imports only modules that are loaded in every interpreter, and not
+even ``__future__``.
 """
 
-from __future__ import annotations
-
+import _signal  # type: ignore[import-not-found]  # `signal` is not loaded in every interpreter
 import io
 import os
 import sys
+import time
 
 TYPE_CHECKING = False  # as in `typing`, which a worker may not have loaded
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def serve() -> bool:
     """
     native = _load_native()
     zygote = native.Zygote()
-    began_ns = _now_ns()
+    began_ns = time.time_ns()
     configuration = zygote.receive()
     if configuration is None:
         os._exit(0)
@@ -53,11 +54,9 @@ def serve() -> bool:
         has_sitecustomize = _import_sitecustomize()
         _forbid_reads(of_worker.split(","), lambda: _import_all(imports, path0))
         _check_state(descriptors, folder)
+        _flush_streams()
         zygote.report_ready(_imported_files(began_ns))
-        import gc
-
-        gc.collect()
-        gc.freeze()
+        _freeze(zygote)
     except BaseException as error:  # noqa: BLE001 - an import may raise anything
         zygote.report_refusal(str(error) if isinstance(error, Refusal) else f"{type(error).__name__}: {error}")
         os._exit(1)
@@ -78,7 +77,7 @@ def serve() -> bool:
                 return has_sitecustomize
 
 
-def _load_native() -> ModuleType:
+def _load_native() -> "ModuleType":
     """Return the native module. It is not left in ``sys.modules``."""
     import _frozen_importlib as bootstrap
     import _frozen_importlib_external as external
@@ -97,10 +96,33 @@ def _load_native() -> ModuleType:
     return module
 
 
-def _now_ns() -> int:
-    import time
+_kept: "list[ModuleType]" = []
 
-    return time.time_ns()
+
+def _is_of_user(module: "ModuleType") -> bool:
+    """Whether the module is not part of Python or of an installed package."""
+    file = getattr(module, "__file__", None)
+    if not isinstance(file, str) or "/site-packages/" in file or "/dist-packages/" in file:
+        return False
+    return not file.startswith((f"{sys.prefix}/", os.path.dirname(os.__file__)))
+
+
+def _freeze(zygote: "Any") -> None:
+    """Keep the garbage collector of the children away from the objects of the zygote, whose memory pages all share.
+
+    When the interpreter ends, it could then not delete the objects that the script keeps in modules, such as files with unwritten data. So
+    the script's own module is given back to the collector. References keep the modules of the user, whose dictionaries the interpreter then
+    clears without the collector.
+    """
+    _kept.extend(module for module in sys.modules.values() if _is_of_user(module))
+    is_loaded = "gc" in sys.modules
+    import gc
+
+    gc.collect()
+    gc.freeze()
+    if not is_loaded:
+        del sys.modules["gc"]
+    zygote.track_module(sys.modules["__main__"])
 
 
 def _lower_priority() -> bool:
@@ -135,17 +157,17 @@ def _import_sitecustomize() -> bool:
     return True
 
 
-def _forbid_reads(names: list[str], body: Callable[[], None]) -> None:
+def _forbid_reads(names: list[str], body: "Callable[[], None]") -> None:
     """Call ``body``, during which Python code must not look up the environment variables ``names``.
 
     Raises:
         Refusal: a variable was looked up. A module has the value of none of the workers then.
     """
-    kind: Any = type(os.environ)
+    kind: "Any" = type(os.environ)
     former = kind.__getitem__
     read: list[str] = []
 
-    def look_up(self: Any, name: str) -> str:
+    def look_up(self: "Any", name: str) -> str:
         if name in names:
             read.append(name)
         value: str = former(self, name)
@@ -170,7 +192,7 @@ def _import_all(imports: list[str], path0: str) -> None:
         name, _, function = target.partition(":")
         try:
             __import__(name)
-            called: Any = sys.modules[name]
+            called: "Any" = sys.modules[name]
             for part in function.split(".") if function else ():
                 called = getattr(called, part)
             if function:
@@ -229,10 +251,8 @@ def _check_state(descriptors: dict[int, str], folder: os.stat_result) -> None:
     now = os.stat(".")
     if (now.st_dev, now.st_ino) != (folder.st_dev, folder.st_ino):
         raise Refusal("the imports have changed the working directory")
-    import signal
-
-    for timer in (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF):
-        if signal.getitimer(timer)[0]:
+    for timer in (_signal.ITIMER_REAL, _signal.ITIMER_VIRTUAL, _signal.ITIMER_PROF):
+        if _signal.getitimer(timer)[0]:
             raise Refusal("the imports have started a timer of the process, which a fork does not copy")
 
 
@@ -279,13 +299,13 @@ def _imported_files(began_ns: int) -> list[str]:
     return sorted(files)
 
 
-def _park(zygote: Any, changed: dict[str, str], removed: list[str], *, has_own_policy: bool) -> None:
+def _park(zygote: "Any", changed: dict[str, str], removed: list[str], *, has_own_policy: bool) -> None:
     """Wait in a child for the release, and take over the worker's command. Returns in a worker."""
     try:
         zygote.separate()
         if has_own_policy:
             os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
-        _renew_secrets()
+        _renew_state()
         _rehearse()
         command = zygote.park()
     except BaseException as error:  # noqa: BLE001 - nothing may reach the script
@@ -299,7 +319,7 @@ def _park(zygote: Any, changed: dict[str, str], removed: list[str], *, has_own_p
         first = len(sys.orig_argv) - len(sys.argv) + 1
         sys.argv[1:] = argv[first:]
         sys.orig_argv[:] = argv
-        _open_streams()
+        _renew_streams()
         sys._ferroelastic_warm = "worker"  # type: ignore[attr-defined]  # noqa: SLF001 - as above
     except BaseException as error:  # noqa: BLE001 - as above
         _fail(error)
@@ -321,22 +341,25 @@ def _fail(error: BaseException) -> None:
     os._exit(127)
 
 
-def _renew_secrets() -> None:
-    """Give the child the random states that a new process has. Python's ``random`` renews its own state after a fork.
-
-    torch's generators start with a fixed seed in every process.
-    """
+def _renew_state() -> None:
+    """Give the child the random states and ids that a new process has. Python's ``random`` renews its own state after a fork."""
     numpy_random = sys.modules.get("numpy.random")
     if numpy_random is not None:
         numpy_random.seed()
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.default_generator.seed()
     process = sys.modules.get("multiprocessing.process")
     if process is not None:
         process.current_process().authkey = os.urandom(32)
+    threading = sys.modules.get("threading")
+    if threading is not None:
+        threading.main_thread()._set_native_id()  # noqa: SLF001 - a fork keeps the id of the zygote's thread
 
 
 def _rehearse() -> None:
     """Do the work of a release once, so that its memory pages are the child's own."""
-    _open_streams()
+    _renew_streams()
     _set_environment(dict(os.environ), [])
     exec(compile("_ = 0", "<rehearsal>", "exec"), {})  # noqa: S102 - the interpreter compiles the script in the same way
 
@@ -348,28 +371,36 @@ def _set_environment(env: dict[str, str], removed: list[str]) -> None:
             os.environ[name] = value
 
 
-def _open_streams() -> None:
-    """Create ``sys.stdin``, ``sys.stdout`` and ``sys.stderr`` for the current descriptors, as the interpreter does at its start."""
-    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
-        stream = _open_stream(number, name, mode)
-        setattr(sys, name, stream)
-        setattr(sys, f"__{name}__", stream)
+def _renew_streams() -> None:
+    """Open ``sys.stdin``, ``sys.stdout`` and ``sys.stderr`` again for the current descriptors, as the interpreter does at its start.
+
+    The objects stay the same, because imported modules may have kept them or have wrapped them. Only the raw files are new: they remember
+    whether they are seekable.
+    """
+    for number, mode, stream in ((0, "r", sys.__stdin__), (1, "w", sys.__stdout__), (2, "w", sys.__stderr__)):
+        if isinstance(stream, io.TextIOWrapper) and not stream.closed:
+            _renew_stream(stream, number, mode)
 
 
-def _open_stream(number: int, name: str, mode: str) -> io.TextIOWrapper:
-    former = getattr(sys, f"__{name}__")
-    is_unbuffered = bool(getattr(sys.__stdout__, "write_through", False))  # no attribute of `sys.flags` tells it
-    buffering = 0 if is_unbuffered and mode == "w" else -1
-    buffer: Any = io.open(number, f"{mode}b", buffering, closefd=False)  # noqa: SIM115, UP020 - `open` may have been replaced
-    raw: Any = getattr(buffer, "raw", buffer)
-    raw.name = f"<{name}>"
-    stream: Any = io.TextIOWrapper(
-        buffer,
-        former.encoding,
-        former.errors,
-        newline="\n",
-        line_buffering=not is_unbuffered and (raw.isatty() or number == 2),  # noqa: PLR2004 - standard error
-        write_through=is_unbuffered,
-    )
-    stream.mode = mode
-    return stream  # type: ignore[no-any-return]  # attributes of it are set, which its type forbids
+def _renew_stream(stream: io.TextIOWrapper, number: int, mode: str) -> None:
+    buffer: Any = stream.buffer
+    is_unbuffered = stream.write_through  # no attribute of `sys.flags` tells it
+    raw: Any = io.FileIO(number, mode, closefd=False)
+    raw.name = stream.name
+    if isinstance(buffer, io.FileIO):
+        buffer = raw
+    else:
+        size = raw._blksize  # noqa: SLF001 - as `open` does
+        if sys.version_info >= (3, 14):
+            size = max(min(size, 8 * 1024 * 1024), io.DEFAULT_BUFFER_SIZE)
+        buffer.__init__(raw, size)
+    is_line_buffered = stream.line_buffering or (not is_unbuffered and (raw.isatty() or number == 2))  # noqa: PLR2004
+    arguments = (buffer, stream.encoding, stream.errors, "\n", is_line_buffered, is_unbuffered)
+    stream.__init__(*arguments)  # type: ignore[misc]
+
+
+def _flush_streams() -> None:
+    """Write the output of the imports, which each child would write otherwise."""
+    for stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__):
+        if stream is not None and not stream.closed:
+            stream.flush()

@@ -21,3 +21,13 @@ pub(crate) fn fork_interpreter(_attached: Python<'_>) -> io::Result<Forked> {
     }
     forked
 }
+
+/// Gives an object back to the garbage collector, after `gc.freeze` has taken all objects from it.
+pub(crate) fn track(object: &Bound<'_, PyAny>) {
+    // SAFETY: the thread is attached to the interpreter, and the object is alive. Modules and dictionaries support garbage collection, and
+    // are complete.
+    unsafe {
+        ffi::PyObject_GC_UnTrack(object.as_ptr().cast());
+        ffi::PyObject_GC_Track(object.as_ptr().cast());
+    }
+}

@@ -137,6 +137,13 @@ impl Zygote {
         }
     }
 
+    /// Gives a module and its dictionary back to the garbage collector.
+    #[staticmethod]
+    fn track_module(module: &Bound<'_, PyModule>) {
+        sys::track(module);
+        sys::track(&module.dict());
+    }
+
     fn separate(&self) -> PyResult<()> {
         Ok(self.channel()?.separate()?)
     }

@@ -331,6 +331,7 @@ impl Pools {
         guard.remove_worker(pid);
         if let Some(zygote) = pool.zygote.take_if(|zygote| zygote.pid() == pid) {
             let _ = zygote.pidfd().map(|pidfd| poller.remove(pidfd));
+            pool.parked_early.clear(); // children that it cannot report any more; they exit when their channels close
             let reason = format!("the zygote (pid {pid}) {}", describe(status));
             pool.give_up(WarmPhase::Lost, &reason, &self.warnings);
         } else if let Some(child) = pool.children.remove(&pid) {

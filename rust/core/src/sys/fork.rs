@@ -57,6 +57,8 @@ pub fn fork_sibling() -> io::Result<Forked> {
     }
     let thread_id = cached_thread_id()?;
     let (robust_head, robust_length) = robust_list()?;
+    // SAFETY: all output streams. The child would write their buffers a second time.
+    unsafe { libc::fflush(std::ptr::null_mut()) };
     // The signal is ignored: the child has the exit signal of this process.
     let flags = libc::CLONE_PARENT | libc::CLONE_CHILD_SETTID | libc::CLONE_CHILD_CLEARTID | libc::SIGCHLD;
     // SAFETY: there is one thread and the child gets a copy of the memory, so both may continue as after `fork(3)`. The kernel stores the
