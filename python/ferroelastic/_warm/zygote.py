@@ -38,7 +38,9 @@ def serve() -> bool:
     configuration = zygote.receive()
     if configuration is None:
         os._exit(0)
-    path0, python_path, in_background, *imports = configuration.decode(errors="surrogateescape").split("\0")
+    count, *fields = configuration.decode(errors="surrogateescape").split("\0")
+    path = fields[: int(count)]
+    python_path, in_background, *imports = fields[int(count) :]
     if python_path == _UNSET:
         del os.environ["PYTHONPATH"]
     else:
@@ -51,7 +53,7 @@ def serve() -> bool:
         descriptors = _descriptors()
         folder = os.stat(".")
         has_sitecustomize = _import_sitecustomize()
-        _import_all(imports, path0)
+        _import_all(imports, path)
         _check_state(descriptors, folder)
         zygote.report_ready(_imported_files(began_ns))
         import gc
@@ -129,11 +131,14 @@ def _import_sitecustomize() -> bool:
     return True
 
 
-def _import_all(imports: list[str], path0: str) -> None:
-    """Import modules and call functions, with the ``sys.path[0]`` of the script."""
-    if path0 != _UNSET:
-        sys.path.insert(0, path0)
-    if sys.argv[:1] == ["-m"]:
+def _import_all(imports: list[str], path: list[str]) -> None:
+    """Import modules and call functions, with the ``sys.path`` of the worker."""
+    before = list(sys.path)
+    sys.path[:0] = path
+    is_function = sys.argv[:1] == ["-c"]
+    if is_function:
+        imports = [*imports, "multiprocessing.spawn", "ferroelastic.multiprocessing._entry"]
+    elif sys.argv[:1] == ["-m"]:
         imports = [*imports, "runpy"]  # the interpreter itself imports it
     for target in imports:
         name, _, function = target.partition(":")
@@ -146,8 +151,10 @@ def _import_all(imports: list[str], path0: str) -> None:
                 called()
         except BaseException as error:  # noqa: BLE001 - an import may raise anything
             raise Refusal(f"{'calling' if function else 'importing'} {target} failed: {_describe(error)}") from None
-    if path0 != _UNSET:
-        sys.path.remove(path0)
+    for entry in path:
+        sys.path.remove(entry)
+    if is_function and sys.path != before:
+        raise Refusal("the imports have changed sys.path, which multiprocessing replaces in its processes")
 
 
 def _describe(error: BaseException) -> str:
