@@ -40,6 +40,8 @@ struct Pool {
     zygote: Option<ProcessHandle>,
     channel: Channel,
     children: HashMap<i32, Child>,
+    /// Channels of children that have parked before the zygote has reported them.
+    unreported: HashMap<i32, Channel>,
     wanted: usize,
     began: Instant,
     /// When the zygote is killed, unless it is ready.
@@ -188,6 +190,7 @@ impl Pools {
                 zygote: Some(zygote),
                 channel: own_end,
                 children: HashMap::new(),
+                unreported: HashMap::new(),
                 wanted: spec.children,
                 began,
                 deadline: began.checked_add(spec.timeout),
@@ -465,11 +468,15 @@ impl Pool {
                 if !matches!(watched, Some(Ok(()))) || self.is_closing {
                     let _ = leader.signal(libc::SIGKILL);
                 }
-                self.children.insert(pid, Child { leader, channel: None });
+                let channel = self.unreported.remove(&pid);
+                self.children.insert(pid, Child { leader, channel });
+                self.publish(|_| {});
             }
             Report::Parked { pid } => {
-                if let (Some(child), Some(fd)) = (self.children.get_mut(&pid), fd) {
-                    child.channel = Some(Channel::from(fd));
+                let Some(channel) = fd.map(Channel::from) else { return };
+                match self.children.get_mut(&pid) {
+                    Some(child) => child.channel = Some(channel),
+                    None => drop(self.unreported.insert(pid, channel)),
                 }
                 self.publish(|_| {});
             }
