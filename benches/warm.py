@@ -286,7 +286,7 @@ def first_lines(children: int, releases: int) -> list[float]:
         commands = [_rust.Command(argv, env) for env in envs]
         try:
             for _ in range(releases):
-                pool = warm.pool_for([argv] * children, envs)
+                pool = warm.pool_for(argv[0], dict.fromkeys(range(children), argv[1:]), dict(enumerate(envs)))
                 assert pool is not None, refusals
                 parked_below(os.getpid(), children)
                 released_ns = time.monotonic_ns()

@@ -978,6 +978,22 @@ class WarmPool:
             delayed: fork missing ones 0.2 s later, so that workers that were just released start undisturbed. Default: at once.
         """
 
+    def release(self, command: Command, descriptors: Mapping[int, int]) -> int | None:
+        """Turn a parked process into a process that Python supervises and reaps, for ``multiprocessing``.
+
+        The next :meth:`Engine.observe` of the process counts it in :attr:`Group.warm`.
+
+        Args:
+            command: as for :meth:`Engine.spawn`.
+            descriptors: numbers of descriptors in the process, and the descriptors of this process that it gets there. They are inheritable.
+
+        Returns:
+            Its process id; ``None`` if no process is parked, or the command or the descriptors do not fit in one message.
+
+        Raises:
+            OSError: a descriptor is not open.
+        """
+
     def close(self, timeout_s: float) -> bool:
         """Kill the zygote and the parked processes; return ``False`` if they have not ended within ``timeout_s``. Idempotent."""
 

@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ferroelastic import _leftovers
 from ferroelastic._engine import get_engine
@@ -97,8 +97,9 @@ class WarmWorkers:
 
     def pool_for(
         self,
-        argvs: Sequence[Sequence[str]],
-        envs: Sequence[Mapping[str, str]],
+        entrypoint: str | Callable[..., Any],
+        args: Mapping[int, Sequence[Any]],
+        envs: Mapping[int, Mapping[str, str]],
         *,
         is_bound: bool = False,
         obstacle: str | None = None,
@@ -108,8 +109,9 @@ class WarmWorkers:
         The log has the reason of a cold start. A reason of several starts in a row is logged once.
 
         Args:
-            argvs: program and arguments of each worker.
-            envs: environment variables of each worker, added to the environment of this process.
+            entrypoint: program, or function for processes of the start method ``spawn``.
+            args: arguments of each worker by local rank.
+            envs: environment variables of each worker by local rank, added to the environment of this process.
             is_bound: whether each worker is bound to CPUs of its own.
             obstacle: a reason for a cold start that the caller knows.
 
@@ -123,12 +125,12 @@ class WarmWorkers:
             return None
         try:
             self._check(obstacle)
-            self._next_target = target_of(argvs, envs, is_bound=is_bound)
+            self._next_target = target_of(entrypoint, args, envs, is_bound=is_bound)
             if is_first and not preloads and not self._is_ready():
                 return None
-            pool = self._usable_pool(self._next_target, len(argvs), preloads=preloads)
+            pool = self._usable_pool(self._next_target, len(args), preloads=preloads)
         except ColdError as error:
-            reason = str(error)
+            reason = str(error)  # a log record with the exception would keep its frames alive
             if not error.is_logged and reason != self._last_reason:
                 logger.warning("The workers start without warm imports: %s", reason)
             self._last_reason = reason
@@ -142,19 +144,25 @@ class WarmWorkers:
 
     @contextmanager
     def importing_while_waiting(
-        self, argvs: Sequence[Sequence[str]], envs: Sequence[Mapping[str, str]], *, is_bound: bool = False
+        self,
+        entrypoint: str | Callable[..., Any],
+        args: Mapping[int, Sequence[Any]],
+        envs: Mapping[int, Mapping[str, str]],
+        *,
+        is_bound: bool = False,
     ) -> Iterator[None]:
         """Start a zygote if a ``with`` block that waits for other nodes lasts long. A spare node then starts warm.
 
         Args:
-            argvs: as for :meth:`pool_for`.
+            entrypoint: as for :meth:`pool_for`.
+            args: as for :meth:`pool_for`.
             envs: as for :meth:`pool_for`. Values of a round are ignored.
             is_bound: as for :meth:`pool_for`.
         """
         if not self._is_first or self._pool is not None:
             yield
             return
-        self._open_later(_WAIT_BEFORE_IMPORT_S, lambda: target_of(argvs, envs, is_bound=is_bound))
+        self._open_later(_WAIT_BEFORE_IMPORT_S, lambda: target_of(entrypoint, args, envs, is_bound=is_bound))
         try:
             yield
         finally:
@@ -180,16 +188,16 @@ class WarmWorkers:
             timer.join()
 
     def preload_fork_server(self, start_method: str) -> None:
-        """For function workers: let the fork server of ``multiprocessing`` import the modules. Other start methods start cold.
+        """For function workers: let the fork server of ``multiprocessing`` import the modules.
 
         Args:
-            start_method: start method of ``multiprocessing``.
+            start_method: ``forkserver``, or ``fork``, which starts cold.
         """
         if not self._is_first:
             return
         self._is_first = False
         if start_method != "forkserver":
-            reason = f"function workers of the start method {start_method} do not use a zygote; use forkserver"
+            reason = f"function workers of the start method {start_method} cannot be warm; use forkserver or spawn"
             logger.warning("The workers start without warm imports: %s", reason)
             self._on_refusal(reason)
             return
@@ -308,7 +316,8 @@ class WarmWorkers:
             open_files=open_files_of_workers(),
         )
         fields = (
-            _UNSET if target.path0 is None else target.path0,
+            str(len(target.path)),
+            *target.path,
             _UNSET if python_path is None else python_path,
             "1" if in_background else "",
             ",".join(target.of_worker),

@@ -40,7 +40,9 @@ def serve() -> bool:
     configuration = zygote.receive()
     if configuration is None:
         os._exit(0)
-    path0, python_path, in_background, of_worker, *imports = configuration.decode(errors="surrogateescape").split("\0")
+    count, *fields = configuration.decode(errors="surrogateescape").split("\0")
+    path = fields[: int(count)]
+    python_path, in_background, of_worker, *imports = fields[int(count) :]
     if python_path == _UNSET:
         del os.environ["PYTHONPATH"]
     else:
@@ -52,7 +54,7 @@ def serve() -> bool:
         descriptors = _descriptors()
         folder = os.stat(".")
         has_sitecustomize = _import_sitecustomize()
-        _forbid_reads(of_worker.split(","), lambda: _import_all(imports, path0))
+        _forbid_reads(of_worker.split(","), lambda: _import_all(imports, path))
         _check_state(descriptors, folder)
         _flush_streams()
         zygote.report_ready(_imported_files(began_ns))
@@ -163,7 +165,7 @@ def _forbid_reads(names: list[str], body: "Callable[[], None]") -> None:
     Raises:
         Refusal: a variable was looked up. A module has the value of none of the workers then.
     """
-    kind: "Any" = type(os.environ)
+    kind: Any = type(os.environ)
     former = kind.__getitem__
     read: list[str] = []
 
@@ -182,17 +184,20 @@ def _forbid_reads(names: list[str], body: "Callable[[], None]") -> None:
         raise Refusal(f"the imports have read the environment variable {read[0]}, which is set for each worker")
 
 
-def _import_all(imports: list[str], path0: str) -> None:
-    """Import modules and call functions, with the ``sys.path[0]`` of the script."""
-    if path0 != _UNSET:
-        sys.path.insert(0, path0)
-    if sys.argv[:1] == ["-m"]:
+def _import_all(imports: list[str], path: list[str]) -> None:
+    """Import modules and call functions, with the ``sys.path`` of the worker."""
+    before = list(sys.path)
+    sys.path[:0] = path
+    is_function = sys.argv[:1] == ["-c"]
+    if is_function:
+        imports = [*imports, "multiprocessing.spawn", "ferroelastic.multiprocessing._entry"]
+    elif sys.argv[:1] == ["-m"]:
         imports = [*imports, "runpy"]  # the interpreter itself imports it
     for target in imports:
         name, _, function = target.partition(":")
         try:
             __import__(name)
-            called: "Any" = sys.modules[name]
+            called: Any = sys.modules[name]
             for part in function.split(".") if function else ():
                 called = getattr(called, part)
             if function:
@@ -202,8 +207,10 @@ def _import_all(imports: list[str], path0: str) -> None:
             raise Refusal(
                 f"calling {target} failed: {what}" if function else f"importing {target} failed: {what}"
             ) from None
-    if path0 != _UNSET:
-        sys.path.remove(path0)
+    for entry in path:
+        sys.path.remove(entry)
+    if is_function and sys.path != before:
+        raise Refusal("the imports have changed sys.path, which multiprocessing replaces in its processes")
 
 
 def _describe(error: BaseException) -> str:

@@ -87,12 +87,15 @@ class PContext(_compat.TorchVirtual, ABC):
             the time in seconds for processes that the workers left in their process groups. Set it before :meth:`start`. Not in torch.
         interactive_rank: local rank that gets the terminal of standard input; ``None`` for no rank. Set it before :meth:`start`.
             Not in torch.
+        warm_pool: parked children that become the first workers, which run a program or have the start method ``spawn``; ``None`` starts all
+            workers anew. Set it before :meth:`start`. Not in torch.
         on_first_failure: callback for the first failure. It is called once, before the other workers have ended: they may use their
             whole grace period. Not in torch.
     """
 
     shutdown_timeout: float = 30
     interactive_rank: int | None = None
+    warm_pool: _rust.WarmPool | None = None
     on_first_failure: Callable[[ProcessFailure], object] | None = None
 
     def __init__(

@@ -98,7 +98,8 @@ def _become_worker(task: Task) -> None:
 
     from ferroelastic._rust import arm_parent_death_signal
 
-    os.setsid()
+    if os.getsid(0) != os.getpid():  # a warm process has a session already
+        os.setsid()
     agent = multiprocessing.parent_process()
     if task.parent_pid is not None:
         arm_parent_death_signal(signal.SIGKILL)

@@ -56,7 +56,8 @@ def start_processes(
             the time in seconds for processes that the workers left in their process groups. Not in torch.
         interactive_rank: local rank that gets the terminal on standard input of this process as its controlling terminal. No stream of
             this rank is written to a file. ``None`` for no rank. Not in torch.
-        warm_pool: for programs, parked children that become the first workers; ``None`` starts all workers anew. Not in torch.
+        warm_pool: for programs and the start method ``spawn``, parked children that become the first workers; ``None`` starts all workers
+            anew. Not in torch.
 
     Returns:
         The running workers: a ``SubprocessContext`` or a ``MultiprocessContext``.
@@ -94,13 +95,12 @@ def start_processes(
     if isinstance(entrypoint, str):
         from ferroelastic.multiprocessing._subprocess_context import SubprocessContext
 
-        programs = SubprocessContext(entrypoint=entrypoint, **common)
-        programs.warm_pool = warm_pool
-        context = programs
+        context = SubprocessContext(entrypoint=entrypoint, **common)
     else:
         from ferroelastic.multiprocessing._multiprocess_context import MultiprocessContext
 
         context = MultiprocessContext(entrypoint=entrypoint, start_method=start_method, **common)
+    context.warm_pool = warm_pool
     context.shutdown_timeout = shutdown_timeout
     context.interactive_rank = interactive_rank
     interrupting: tuple[type[BaseException], ...] = (*family(SignalException), KeyboardInterrupt)

@@ -131,6 +131,10 @@ class MultiprocessContext(PContext):
             forked=self.start_method == "fork",
             open_files=open_files_of_workers(),
         )
+        if self.warm_pool is not None and self.start_method == "spawn":
+            from ferroelastic.multiprocessing._warm_process import WarmProcess
+
+            return WarmProcess(self.warm_pool, target=_wrap, args=(task,), daemon=False)
         process: BaseProcess = context.Process(target=_wrap, args=(task,), daemon=False)  # type: ignore[attr-defined]
         return process
 

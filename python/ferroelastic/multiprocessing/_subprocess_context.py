@@ -12,7 +12,6 @@ from ferroelastic.utils.logging import get_logger
 if TYPE_CHECKING:
     import signal
 
-    from ferroelastic import _rust
     from ferroelastic.multiprocessing._logs import LogsSpecs
     from ferroelastic.numa.binding import NumaOptions
 
@@ -40,13 +39,10 @@ class SubprocessContext(PContext):
         OSError: see :class:`PContext`.
 
     Attributes:
-        warm_pool: parked children that become the first workers; ``None`` starts all workers anew. Set it before :meth:`start`, which
-            resets it. Not in torch.
         subprocess_handlers: handlers of the workers by local rank; empty before the start.
     """
 
     entrypoint: str
-    warm_pool: _rust.WarmPool | None = None
 
     def __init__(
         self,

@@ -25,7 +25,7 @@ use crate::watchdog::Watchdog;
 
 /// The specification of a process to start.
 #[pyclass(frozen, module = "ferroelastic._rust")]
-pub(crate) struct Command(spawn::Command);
+pub(crate) struct Command(pub(crate) spawn::Command);
 
 #[pymethods]
 impl Command {
@@ -183,6 +183,6 @@ impl Engine {
 }
 
 /// Duplicates a descriptor that Python owns.
-fn duplicate(py: Python<'_>, name: &str, fd: RawFd) -> PyResult<OwnedFd> {
+pub(crate) fn duplicate(py: Python<'_>, name: &str, fd: RawFd) -> PyResult<OwnedFd> {
     fd::duplicate(fd).map_err(|source| to_python(py, os("duplicate", format!("{name} {fd}"), source)))
 }

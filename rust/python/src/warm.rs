@@ -1,17 +1,19 @@
 //! `WarmPool` and `WarmState` of an agent, and `Zygote`: the calls of the zygote's own process.
 
+use std::collections::HashMap;
 use std::ffi::{CString, OsString};
 use std::os::fd::RawFd;
 use std::os::unix::ffi::OsStringExt;
 use std::path::PathBuf;
 
-use ferroelastic_core::engine;
+use ferroelastic_core::engine::WarmPool as Pool;
 use ferroelastic_core::sys::fork::Forked;
 use ferroelastic_core::warm::{self, ImportedFiles, zygote};
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
 
 use crate::convert::span;
+use crate::engine;
 use crate::errors::{detached, os, to_python};
 use crate::group::wait_detached;
 use crate::sys;
@@ -47,7 +49,7 @@ impl From<warm::WarmState> for WarmState {
 
 /// A zygote and its parked children.
 #[pyclass(frozen, module = "ferroelastic._rust")]
-pub(crate) struct WarmPool(pub(crate) engine::WarmPool);
+pub(crate) struct WarmPool(pub(crate) Pool);
 
 #[pymethods]
 impl WarmPool {
@@ -79,6 +81,19 @@ impl WarmPool {
     #[pyo3(signature = (children, *, delayed=false))]
     fn resize(&self, py: Python<'_>, children: usize, delayed: bool) -> PyResult<()> {
         detached(py, || self.0.resize(children, delayed))
+    }
+
+    fn release(
+        &self,
+        py: Python<'_>,
+        command: &engine::Command,
+        descriptors: HashMap<RawFd, RawFd>,
+    ) -> PyResult<Option<i32>> {
+        let fds = descriptors
+            .into_iter()
+            .map(|(number, own)| Ok((number, engine::duplicate(py, "descriptor", own)?)))
+            .collect::<PyResult<_>>()?;
+        detached(py, || self.0.release(command.0.clone(), fds))
     }
 
     fn close(&self, py: Python<'_>, timeout_s: f64) -> PyResult<bool> {
@@ -113,6 +128,7 @@ impl Zygote {
         Ok(self.channel()?.next_order()?)
     }
 
+    #[expect(clippy::needless_pass_by_value, reason = "extracted from a Python object")]
     fn report_ready(&self, imported: Vec<PathBuf>) -> PyResult<()> {
         let snapshot = ImportedFiles::take(imported.iter().map(PathBuf::as_path))?;
         Ok(self.channel()?.report_ready(&snapshot)?)
@@ -149,9 +165,8 @@ impl Zygote {
     }
 
     fn park(&mut self) -> PyResult<Option<Command>> {
-        let Some(release) = self.channel()?.park()? else { return Ok(None) };
-        // The worker does not keep the channel.
-        self.0 = None;
+        self.channel()?;
+        let Some(release) = self.0.take().map_or(Ok(None), zygote::Zygote::park)? else { return Ok(None) };
         let text = |string: CString| OsString::from_vec(string.into_bytes());
         let pair = |entry: CString| {
             let entry = entry.into_bytes();

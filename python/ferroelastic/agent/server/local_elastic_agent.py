@@ -376,16 +376,20 @@ class LocalElasticAgent(SimpleElasticAgent):
 
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
         spec = worker_group.spec
-        if self._warm is None or not isinstance(spec.entrypoint, str):
+        if self._warm is None or spec.entrypoint is None or not self._may_use_zygote(spec):
             super()._rendezvous(worker_group)
             return
         workers = worker_group.workers
         with self._warm.importing_while_waiting(
-            [(spec.entrypoint, *map(str, self._worker_args(spec, worker))) for worker in workers],
-            [self._worker_env(worker_group, worker) for worker in workers],
+            spec.entrypoint,
+            {worker.local_rank: self._worker_args(spec, worker) for worker in workers},
+            {worker.local_rank: self._worker_env(worker_group, worker) for worker in workers},
             is_bound=newer(spec, "numa_options", None) is not None,
         ):
             super()._rendezvous(worker_group)
+
+    def _may_use_zygote(self, spec: WorkerSpec) -> bool:
+        return isinstance(spec.entrypoint, str) or self._start_method == "spawn"
 
     @staticmethod
     def _worker_args(spec: WorkerSpec, worker: Worker) -> tuple[Any, ...]:
@@ -395,9 +399,9 @@ class LocalElasticAgent(SimpleElasticAgent):
         self, spec: WorkerSpec, args: dict[int, tuple[Any, ...]], envs: dict[int, dict[str, str]]
     ) -> _rust.WarmPool | None:
         """Return the parked processes that become the workers; ``None`` to start new processes."""
-        if self._warm is None:
+        if self._warm is None or spec.entrypoint is None:
             return None
-        if not isinstance(spec.entrypoint, str):
+        if not self._may_use_zygote(spec):
             self._warm.preload_fork_server(self._start_method)
             return None
         obstacle = None
@@ -407,8 +411,9 @@ class LocalElasticAgent(SimpleElasticAgent):
             obstacle = "a debugger attaches to the workers"
         with self._activity.allowing(self._warm.longest_preload_s()):
             return self._warm.pool_for(
-                [(spec.entrypoint, *map(str, args[rank])) for rank in sorted(args)],
-                [envs[rank] for rank in sorted(envs)],
+                spec.entrypoint,
+                args,
+                envs,
                 is_bound=newer(spec, "numa_options", None) is not None,
                 obstacle=obstacle,
             )

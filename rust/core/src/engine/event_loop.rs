@@ -387,7 +387,7 @@ impl EventLoop {
         let mut processes = Vec::with_capacity(commands.len());
         let mut warm = Vec::new();
         for (index, command) in commands.iter().enumerate() {
-            if let Some(leader) = pool.and_then(|pool| self.warm.release(pool, command, &self.poller)) {
+            if let Some(leader) = pool.and_then(|pool| self.warm.release(pool, command, &[], &self.poller)) {
                 warm.push(index);
                 processes.push(Process { id: self.next_id(), leader, sentinel: None });
                 continue;
@@ -424,7 +424,8 @@ impl EventLoop {
                 sentinel: sentinel.filter(|_| !is_child),
             });
         }
-        self.register_group(GroupEntry::new(processes, Reaper::Program))
+        let started = self.register_group(GroupEntry::new(processes, Reaper::Program))?;
+        Ok(StartedGroup { warm: self.warm.observed(&started.pids), ..started })
     }
 
     /// Registers the processes of a new group with the poller, the guard and the orphan reaper.

@@ -1,7 +1,7 @@
 //! Orders from handles to the engine thread.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{OwnedFd, RawFd};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -42,9 +42,26 @@ pub(super) struct Observed {
 
 /// An order about a pool of warm workers.
 pub(super) enum PoolOrder {
-    Open { spec: Box<WarmSpec>, reply: Reply<Result<(u64, Arc<WarmProgress>)>> },
-    Resize { id: u64, children: usize, delayed: bool },
-    Close { id: u64, reply: Option<Reply<()>> },
+    Open {
+        spec: Box<WarmSpec>,
+        reply: Reply<Result<(u64, Arc<WarmProgress>)>>,
+    },
+    Resize {
+        id: u64,
+        children: usize,
+        delayed: bool,
+    },
+    /// Releases one process that the program supervises. The descriptors come with their numbers in that process.
+    Release {
+        id: u64,
+        command: Box<Command>,
+        fds: Vec<(RawFd, OwnedFd)>,
+        reply: Reply<Option<i32>>,
+    },
+    Close {
+        id: u64,
+        reply: Option<Reply<()>>,
+    },
 }
 
 /// An order to the engine thread.

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -12,7 +12,7 @@ use super::warnings::Warnings;
 use crate::error::{Error, Result};
 use crate::health::status::WarmFigures;
 use crate::published::Published;
-use crate::sys::channel::Channel;
+use crate::sys::channel::{Channel, MAX_FDS};
 use crate::sys::poller::{Interest, Poller};
 use crate::sys::probe::Support;
 use crate::sys::process::ProcessHandle;
@@ -96,13 +96,15 @@ pub(super) struct Pools {
     by_id: BTreeMap<u64, Pool>,
     /// Number of workers that closed pools have released.
     used_before: u64,
+    /// Released processes that the program reaps and has not let the engine observe yet.
+    unobserved: HashSet<i32>,
     tokens: WarmTokens,
     warnings: Warnings,
 }
 
 impl Pools {
     pub(super) fn new(tokens: WarmTokens, warnings: Warnings) -> Self {
-        Self { by_id: BTreeMap::new(), used_before: 0, tokens, warnings }
+        Self { by_id: BTreeMap::new(), used_before: 0, unobserved: HashSet::new(), tokens, warnings }
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -122,9 +124,14 @@ impl Pools {
         figures
     }
 
-    /// Whether this is a zygote or a child that was not released.
+    /// Whether this is a zygote, a child that was not released, or a released child that the engine does not observe yet.
     pub(super) fn contains(&self, pid: i32) -> bool {
-        self.by_id.values().any(|pool| pool.contains(pid))
+        self.unobserved.contains(&pid) || self.by_id.values().any(|pool| pool.contains(pid))
+    }
+
+    /// The indices of released children among processes that the engine observes from now on.
+    pub(super) fn observed(&mut self, pids: &[i32]) -> Vec<usize> {
+        (0..pids.len()).filter(|index| self.unobserved.remove(&pids[*index])).collect()
     }
 
     /// Handles an order. A new pool gets the id `new_id`.
@@ -150,6 +157,15 @@ impl Pools {
                         pool.refill(&self.warnings);
                     }
                 }
+            }
+            PoolOrder::Release { id, command, fds, reply } => {
+                let pid = self.release(id, &command, &fds, host.poller).map(|leader| leader.pid());
+                if let Some(pid) = pid {
+                    // Registered again when the engine observes it.
+                    host.guard.remove_worker(pid);
+                    self.unobserved.insert(pid);
+                }
+                let _ = reply.send(pid);
             }
             PoolOrder::Close { id, reply } => self.close(id, reply),
         }
@@ -257,22 +273,29 @@ impl Pools {
         });
     }
 
-    /// Turns a parked child into a worker that runs `command`. `None` if no child is parked.
+    /// Turns a parked child into a worker that runs `command` and has further descriptors with the given numbers. `None` if no child is
+    /// parked.
     ///
     /// The poller and the guard already know the child; the caller watches it from now on.
-    pub(super) fn release(&mut self, id: u64, command: &Command, poller: &Poller) -> Option<ProcessHandle> {
+    pub(super) fn release(
+        &mut self,
+        id: u64,
+        command: &Command,
+        fds: &[(RawFd, OwnedFd)],
+        poller: &Poller,
+    ) -> Option<ProcessHandle> {
         let pool = self.by_id.get_mut(&id)?;
         if !pool.children.values().any(Child::is_parked) {
             return None;
         }
         let streams = streams_of(command).ok()?;
-        let message = Release::of(command).encode();
-        if message.len() > MAX_BYTES {
+        let message = Release::of(command, fds.iter().map(|(number, _)| *number).collect()).encode();
+        let fds: Vec<BorrowedFd<'_>> = streams.iter().chain(fds.iter().map(|(_, fd)| fd)).map(AsFd::as_fd).collect();
+        if message.len() > MAX_BYTES || fds.len() > MAX_FDS {
             return None;
         }
         while let Some(pid) = pool.next_parked(&self.warnings) {
             let child = pool.children.remove(&pid)?;
-            let fds = [streams[0].as_fd(), streams[1].as_fd(), streams[2].as_fd()];
             if matches!(&child.state, ChildState::Parked(channel) if channel.send(&message, &fds).is_ok()) {
                 if let Some(pidfd) = child.leader.pidfd() {
                     let _ = poller.remove(pidfd);
@@ -331,7 +354,6 @@ impl Pools {
         guard.remove_worker(pid);
         if let Some(zygote) = pool.zygote.take_if(|zygote| zygote.pid() == pid) {
             let _ = zygote.pidfd().map(|pidfd| poller.remove(pidfd));
-            pool.parked_early.clear(); // children that it cannot report any more; they exit when their channels close
             let reason = format!("the zygote (pid {pid}) {}", describe(status));
             pool.give_up(WarmPhase::Lost, &reason, &self.warnings);
         } else if let Some(child) = pool.children.remove(&pid) {

@@ -1,5 +1,6 @@
 //! The handle of a pool of warm workers.
 
+use std::os::fd::{OwnedFd, RawFd};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -7,6 +8,7 @@ use std::time::Duration;
 use super::order::{EngineOrder, Line, PoolOrder};
 use crate::error::{Error, Result};
 use crate::published::{CallerFds, Wake};
+use crate::sys::spawn::Command;
 use crate::warm::{ImportedFiles, WarmProgress, WarmSpec, WarmState};
 
 /// A zygote and its parked children. They end when this is dropped.
@@ -58,6 +60,14 @@ impl WarmPool {
     /// Missing ones are forked now, or with `delayed` a little later: workers that were just released start undisturbed.
     pub fn resize(&self, children: usize, delayed: bool) -> Result<()> {
         self.line.send(EngineOrder::Pool(PoolOrder::Resize { id: self.id, children, delayed }))
+    }
+
+    /// Turns a parked child into a process that the program supervises and reaps. Returns its pid; `None` if no child is parked.
+    ///
+    /// The process gets further descriptors with the given numbers, which stay open on exec. The program lets the engine observe it.
+    pub fn release(&self, command: Command, fds: Vec<(RawFd, OwnedFd)>) -> Result<Option<i32>> {
+        let (id, command) = (self.id, Box::new(command));
+        self.line.ask(|reply| EngineOrder::Pool(PoolOrder::Release { id, command, fds, reply }))
     }
 
     /// Kills the zygote and the parked children. `false` if they have not ended within `timeout`. Idempotent.

@@ -12,7 +12,7 @@ use rustix::net::{
 };
 
 /// Maximum number of descriptors in a message.
-pub const MAX_FDS: usize = 4;
+pub const MAX_FDS: usize = 64;
 
 /// One end of a channel. Closed on exec.
 #[derive(Debug)]

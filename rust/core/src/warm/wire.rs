@@ -9,9 +9,11 @@
 //! | [`Report::Shortage`] | zygote | agent | |
 //! | [`Report::Forked`] | zygote | agent | |
 //! | [`Report::Parked`] | child | agent | the agent's end of the child's channel |
-//! | [`Release`] | agent | child | standard input, output and error |
+//! | [`Release`] | agent | child | standard input, output and error, and [`Release::fds`] |
 
 use std::ffi::CString;
+use std::os::fd::RawFd;
+use std::str::FromStr;
 
 use crate::sys::spawn::Command;
 
@@ -94,30 +96,34 @@ pub struct Release {
     pub cpus: Vec<usize>,
     /// Soft limit of open descriptors; `None` keeps the zygote's.
     pub open_files: Option<u64>,
+    /// Numbers of the descriptors that travel behind the standard streams.
+    pub fds: Vec<RawFd>,
 }
 
 impl Release {
-    /// The release for a command. Its streams travel as descriptors.
+    /// The release for a command and further descriptors. The streams of the command travel as descriptors.
     #[must_use]
-    pub fn of(command: &Command) -> Self {
+    pub fn of(command: &Command, fds: Vec<RawFd>) -> Self {
         Self {
             argv: command.argv.clone(),
             env: command.env.clone(),
             cwd: command.cwd.clone(),
             cpus: command.cpus.clone().unwrap_or_default(),
             open_files: command.open_files,
+            fds,
         }
     }
 
-    /// Encodes the message as strings that end in NUL: number of arguments, working directory, CPUs, limit, arguments, environment.
+    /// Encodes the message as strings that end in NUL: number of arguments, working directory, CPUs, limit, descriptors, arguments,
+    /// environment.
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
-        let cpus: Vec<String> = self.cpus.iter().map(ToString::to_string).collect();
         let head = [
             self.argv.len().to_string().into_bytes(),
             self.cwd.as_ref().map(|cwd| cwd.as_bytes().to_vec()).unwrap_or_default(),
-            cpus.join(",").into_bytes(),
+            join(&self.cpus),
             self.open_files.map(|limit| limit.to_string().into_bytes()).unwrap_or_default(),
+            join(&self.fds),
         ];
         let mut message = Vec::new();
         let strings = self.argv.iter().chain(&self.env).map(CString::as_bytes);
@@ -136,9 +142,9 @@ impl Release {
         let argc: usize = text()?.parse().ok()?;
         let cwd = fields.next()?;
         let mut text = || String::from_utf8(fields.next()?).ok();
-        let cpus = text()?;
+        let cpus = split(&text()?)?;
         let open_files = text()?;
-        let cpus = cpus.split(',').filter(|cpu| !cpu.is_empty()).map(|cpu| cpu.parse().ok()).collect::<Option<_>>()?;
+        let fds = split(&text()?)?;
         let open_files = if open_files.is_empty() { None } else { Some(open_files.parse().ok()?) };
         let mut strings = fields.map(|field| CString::new(field).ok()).collect::<Option<Vec<_>>>()?;
         if argc == 0 || argc > strings.len() {
@@ -146,8 +152,16 @@ impl Release {
         }
         let env = strings.split_off(argc);
         let cwd = if cwd.is_empty() { None } else { Some(CString::new(cwd).ok()?) };
-        Some(Self { argv: strings, env, cwd, cpus, open_files })
+        Some(Self { argv: strings, env, cwd, cpus, open_files, fds })
     }
+}
+
+fn join<T: ToString>(numbers: &[T]) -> Vec<u8> {
+    numbers.iter().map(ToString::to_string).collect::<Vec<_>>().join(",").into_bytes()
+}
+
+fn split<T: FromStr>(numbers: &str) -> Option<Vec<T>> {
+    numbers.split(',').filter(|number| !number.is_empty()).map(|number| number.parse().ok()).collect()
 }
 
 #[cfg(test)]
@@ -166,14 +180,20 @@ mod tests {
             cwd: Some(c("/tmp/ä")),
             cpus: vec![0, 71],
             open_files: Some(1024),
+            fds: vec![1023, 5],
         };
         let least = Release { argv: vec![c("python")], ..Release::default() };
         for release in [full, least] {
             assert_eq!(Release::decode(&release.encode()), Some(release));
         }
-        for malformed in
-            [&b""[..], b"1\0\0\0\0", b"2\0\0\0\0python\0", b"0\0\0\0\0", b"x\0\0\0\0python\0", b"1\0\0a\0\0python\0"]
-        {
+        for malformed in [
+            &b""[..],
+            b"1\0\0\0\0\0",
+            b"2\0\0\0\0\0python\0",
+            b"0\0\0\0\0\0",
+            b"x\0\0\0\0\0python\0",
+            b"1\0\0a\0\0\0python\0",
+        ] {
             assert_eq!(Release::decode(malformed), None, "{malformed:?}");
         }
     }

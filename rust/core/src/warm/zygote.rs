@@ -2,7 +2,7 @@
 
 use std::ffi::CString;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd, RawFd};
 
 use rustix::process::Pid;
 use rustix::thread::CpuSet;
@@ -11,7 +11,7 @@ use super::imported::ImportedFiles;
 use super::wire::{MAX_BYTES, Release, Report, fork_count};
 use crate::sys::channel::Channel;
 use crate::sys::leftovers::WARM_NAME;
-use crate::sys::{spawn, title};
+use crate::sys::{fd, spawn, title};
 
 const MAX_REASON_CHARS: usize = 1000;
 
@@ -86,20 +86,22 @@ impl Zygote {
         Ok(())
     }
 
-    /// In a child: reports it, waits for the agent's release and applies it: streams, limits, CPUs, working directory, name. `None` if the
-    /// agent has closed the pool or has ended. Fails if a signal with a handler interrupts the wait.
-    pub fn park(&self) -> io::Result<Option<Release>> {
+    /// In a child: reports it, waits for the agent's release and applies it: descriptors, limits, CPUs, working directory, name. `None` if
+    /// the agent has closed the pool or has ended. Fails if a signal with a handler interrupts the wait.
+    pub fn park(self) -> io::Result<Option<Release>> {
         let (own_end, agent_end) = Channel::pair()?;
         let pid = i32::try_from(std::process::id()).map_err(io::Error::other)?;
         self.channel.send_blocking(&Report::Parked { pid }.encode(), &[agent_end.as_fd()])?;
         drop(agent_end);
         let mut buffer = vec![0; MAX_BYTES];
-        let (length, streams) = own_end.receive(&mut buffer, true)?;
+        let (length, fds) = own_end.receive(&mut buffer, true)?;
         if length == 0 {
             return Ok(None);
         }
         let release = Release::decode(&buffer[..length]).ok_or(io::ErrorKind::InvalidData)?;
-        apply(&release, streams)?;
+        // The worker does not keep the channels, and their numbers may be those of its descriptors.
+        drop((self, own_end));
+        apply(&release, fds)?;
         Ok(Some(release))
     }
 }
@@ -109,13 +111,13 @@ fn shortened(reason: &str) -> String {
     reason.chars().take(MAX_REASON_CHARS).collect()
 }
 
-fn apply(release: &Release, streams: Vec<OwnedFd>) -> io::Result<()> {
-    let Ok([stdin, stdout, stderr]) = <[OwnedFd; 3]>::try_from(streams) else {
+fn apply(release: &Release, fds: Vec<OwnedFd>) -> io::Result<()> {
+    let numbers: Vec<RawFd> = (0..3).chain(release.fds.iter().copied()).collect();
+    if fds.len() != numbers.len() {
         return Err(io::ErrorKind::InvalidData.into());
-    };
-    rustix::stdio::dup2_stdin(stdin)?;
-    rustix::stdio::dup2_stdout(stdout)?;
-    rustix::stdio::dup2_stderr(stderr)?;
+    }
+    // SAFETY: the channels are closed, and a zygote has no other descriptor with an owner.
+    unsafe { fd::move_to(fds, &numbers) }?;
     if let Some(limit) = release.open_files {
         spawn::limit_open_files(limit)?;
     }
