@@ -52,7 +52,7 @@ fn pause() -> ! {
 fn worker(zygote: Zygote) -> ! {
     zygote.separate().expect("a session");
     let Some(release) = zygote.park().expect("released") else { exit(0) };
-    drop(zygote);
+
     let text = |strings: &[CString]| strings.iter().map(|one| one.to_string_lossy().into_owned()).collect::<Vec<_>>();
     let argv = text(&release.argv);
     let mut stdout = std::io::stdout().lock();
