@@ -112,6 +112,7 @@ impl Zygote {
         Ok(self.channel()?.next_order()?)
     }
 
+    #[expect(clippy::needless_pass_by_value, reason = "made from Python's list")]
     fn report_ready(&self, imported: Vec<PathBuf>) -> PyResult<()> {
         let snapshot = ImportedFiles::take(imported.iter().map(PathBuf::as_path))?;
         Ok(self.channel()?.report_ready(&snapshot)?)
