@@ -36,6 +36,8 @@ SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal
 ALL = 0.1
 """Probability of a fault to all warm processes of a job."""
 SUSPENDED_S = 0.3
+MAX_PAUSE_S = 0.6
+"""Upper bound of the time between two faults. Shorter pauses leave no warm starts."""
 WORKER = r"""
 import os, sys, time
 attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
@@ -70,7 +72,7 @@ class Faults:
     def run(self) -> None:
         """Disturb the job until it has ended."""
         while not self._job.agent.is_gone():
-            time.sleep(self._dice.uniform(0, 0.15))
+            time.sleep(self._dice.uniform(0, MAX_PAUSE_S))
             warm = [pid for pid in self._job.processes() if name_of(pid) == "ferro-warm"]
             if warm:
                 victims = warm if self._dice.random() < ALL else [self._dice.choice(warm)]

@@ -101,6 +101,7 @@ pub(crate) fn remove_cgroup(py: Python<'_>, folder: &str) -> PyResult<()> {
 /// Finds the live processes of a run that are in no worker's process group.
 #[pyfunction]
 #[pyo3(signature = (name, token, *, sessions=vec![], cgroup=None, not_in_sessions=vec![]), text_signature = "(name, token, *, sessions=(), cgroup=None, not_in_sessions=())")]
+#[expect(clippy::needless_pass_by_value, reason = "made from Python's list")]
 pub(crate) fn find_detached(
     py: Python<'_>,
     name: String,

@@ -599,3 +599,6 @@ fn describe(status: ExitStatus) -> String {
         ExitStatus::Unknown => "ended".to_owned(),
     }
 }
+
+#[cfg(test)]
+mod tests;
