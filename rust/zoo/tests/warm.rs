@@ -148,7 +148,7 @@ fn every_failure_of_a_zygote_is_one_warning_with_its_reason() {
     let _alone = alone();
     let cases = [
         ("refuse", WarmPhase::Refused, "it does not want to"),
-        ("import for ever", WarmPhase::Refused, "the imports have not ended within 0 s"),
+        ("import for ever", WarmPhase::Refused, "the imports have not ended within 0.3 s"),
         ("end", WarmPhase::Lost, "ended with exit code 3"),
         ("children end", WarmPhase::Refused, "3 processes of the zygote ended before they were used"),
     ];
