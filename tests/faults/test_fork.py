@@ -202,6 +202,7 @@ USES: dict[str, dict[str, Callable[[Any], Any]]] = {
         "wait": lambda pool: pool.wait(0, 60.0),
         "find_changed": lambda pool: pool.find_changed(),
         "resize": lambda pool: pool.resize(1),
+        "release": lambda pool: pool.release(Command(["/bin/true"], {}), {}),
         "close": lambda pool: pool.close(1.0),
     },
     "StoreServer": {"close": lambda server: server.close()},

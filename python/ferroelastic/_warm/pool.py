@@ -83,7 +83,6 @@ class WarmWorkers:
         self._group: _rust.Group | None = None
         self._on_refusal = on_refusal
         self._timer: threading.Timer | None = None
-        self._uses_pool = False  # for the last start
         self._last_reason: str | None = None  # of the last start, if it was cold
 
     @property
@@ -120,7 +119,7 @@ class WarmWorkers:
         """
         preloads, is_first = self.preloads, self._is_first
         self._cancel_timer()
-        self._is_first, self._next_target, self._uses_pool = False, None, False
+        self._is_first, self._next_target = False, None
         if self._is_given_up:
             return None
         try:
@@ -136,7 +135,7 @@ class WarmWorkers:
             self._last_reason = reason
             self._on_refusal(reason)
             return None
-        self._last_reason, self._uses_pool = None, True
+        self._last_reason = None
         return pool
 
     def _is_ready(self) -> bool:
@@ -212,10 +211,6 @@ class WarmWorkers:
             group: the workers, or ``None`` if the engine did not start them.
         """
         self._group = group
-        if group is not None and self._uses_pool:
-            missing = min(self._children, len(group.pids)) - len(group.warm)
-            if missing > 0:
-                logger.warning("%d workers start without warm imports: no further worker was parked", missing)
         if self._pool is not None and (self._children == 0 or self._pool.state().phase == "lost"):
             self.close()
         target = self._next_target

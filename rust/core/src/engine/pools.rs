@@ -292,6 +292,12 @@ impl Pools {
         let message = Release::of(command, fds.iter().map(|(number, _)| *number).collect()).encode();
         let fds: Vec<BorrowedFd<'_>> = streams.iter().chain(fds.iter().map(|(_, fd)| fd)).map(AsFd::as_fd).collect();
         if message.len() > MAX_BYTES || fds.len() > MAX_FDS {
+            self.warnings.add(format!(
+                "A worker starts without warm imports: its command and environment have {} bytes and {} descriptors; {MAX_BYTES} and \
+                 {MAX_FDS} are possible",
+                message.len(),
+                fds.len()
+            ));
             return None;
         }
         while let Some(pid) = pool.next_parked(&self.warnings) {
