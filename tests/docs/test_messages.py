@@ -76,7 +76,8 @@ def raised_reasons() -> list[str]:
                 text_of = node.args[0]
                 texts = [text_of.body, text_of.orelse] if isinstance(text_of, ast.IfExp) else [text_of]
                 found += [template for one in texts if (template := _template(one)) is not None]
-    pools = (ROOT / "rust" / "core" / "src" / "engine" / "pools.rs").read_text(encoding="utf-8")
+    engine = ROOT / "rust" / "core" / "src" / "engine"
+    pools = "".join((engine / name).read_text(encoding="utf-8") for name in ("pool.rs", "pools.rs"))
     found += _rust_templates("\n".join(re.findall(r"let reason = format!\((.+)\);", pools)))
     return [_plain(one) for one in found]
 

@@ -13,6 +13,7 @@ mod handle;
 mod health;
 mod order;
 mod orphans;
+mod pool;
 mod pools;
 mod processes;
 mod progress;

@@ -1,6 +1,7 @@
 //! The bookkeeping of one pool, without a zygote.
 
 use super::*;
+use crate::published::Published;
 use crate::sys::probe;
 use crate::warm::wire::fork_count;
 
