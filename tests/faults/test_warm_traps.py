@@ -127,6 +127,16 @@ def test_a_preload_that_fails_lets_the_job_go_on(launch: Launcher, light: str, r
     assert len(cold_lines(job)) == 1, cold_lines(job)
 
 
+def test_without_pidfds_the_job_starts_cold(launch: Launcher) -> None:
+    job = start_warm(launch, "--preload", light="", restarts=0, env={"FERROELASTIC_PIDFD": "0"})
+    assert job.lines(1) == ["0 cold"]
+    assert job.end() == 0
+    (reason,) = cold_lines(job)
+    assert reason.startswith("the zygote cannot be started: failed to create a pool of warm workers without pidfds"), (
+        reason
+    )
+
+
 # ---- commands
 
 

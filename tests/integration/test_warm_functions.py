@@ -21,7 +21,7 @@ from ferroelastic.agent.server import LocalElasticAgent, WorkerSpec, WorkerState
 from ferroelastic.multiprocessing import DefaultLogsSpecs, Std
 
 pytest.importorskip("ferroelastic._rust")
-pytestmark = pytest.mark.engine
+pytestmark = pytest.mark.skipif(os.environ.get("FERROELASTIC_PIDFD") == "0", reason="warm workers need pidfds")
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
