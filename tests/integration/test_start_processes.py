@@ -475,8 +475,8 @@ def interrupt(pids):
         os.kill(os.getpid(), number)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, both)
 
-def spawn(commands, groups):
-    real_spawn(commands, groups)
+def spawn(commands, groups, pool):
+    real_spawn(commands, groups, pool)
     interrupt(groups[0].pids)
 
 def start(self, processes):

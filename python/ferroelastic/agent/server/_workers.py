@@ -77,9 +77,10 @@ class WorkerSpec(TorchCompatible):
     duplicate_stdout_filters: list[str] | None = None
     duplicate_stderr_filters: list[str] | None = None
     virtual_local_rank: bool = False
-    warm_workers: int = 0
-    warm_imports: Sequence[str] = ("torch",)
-    preload: bool = False
+    # Not in the repr, which is that of torch.
+    warm_workers: int = field(default=0, repr=False)
+    warm_imports: Sequence[str] = field(default=("torch",), repr=False)
+    preload: bool = field(default=False, repr=False)
 
     def __post_init__(self) -> None:
         """Check the values."""
