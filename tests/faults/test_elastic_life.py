@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from tests.support.harness import FERRORUN, Job, Launcher, gone_at_ns
 from tests.support.ports import port_for_one
 from tests.support.waiting import LONG_S, eventually, is_parked
+from tests.support.warm import warm_processes
 
 # Says where it runs, for how long, and ends as its node is told: "exit N" in the file of its name.
 WORKER = """
@@ -85,6 +87,21 @@ def test_agents_of_a_second_job_at_the_endpoint_of_one_that_runs_are_spares_and_
         end = "no worker was started on it" if code == 0 else "the job has ended: rank"
         assert end in job.errors, job.errors
         assert job.output == b""
+
+
+@pytest.mark.skipif(os.environ.get("FERROELASTIC_PIDFD") == "0", reason="warm workers need pidfds")
+def test_a_spare_node_imports_while_it_waits_and_starts_warm(nodes: Nodes) -> None:
+    nodes.script = nodes.launch.write("worker.py", WORKER.replace("restart {attempt}", "{'colorsys' in sys.modules}"))
+    warm = ("--warm-workers", "--warm-imports=colorsys")
+    host, guest = (nodes.start(name, "2", *warm, is_host=name == "a") for name in "ab")
+    assert [host.lines(1), guest.lines(1)] == [["0 of 2, False"], ["1 of 2, False"]]
+    spare = nodes.start("c", "2", *warm, is_host=False)
+    assert eventually(lambda: [len(warm_processes(job).parked) for job in (host, spare)] == [1, 1], LONG_S)
+    guest.send(signal.SIGKILL)
+    assert [host.lines(1), spare.lines(1)] == [["0 of 2, True"], ["1 of 2, True"]]
+    for name in "ac":
+        nodes.let_end(name, 0)
+    assert [host.end(), spare.end()] == [0, 0]
 
 
 def test_an_agent_that_comes_at_the_end_looks_for_the_next_host_and_fails(nodes: Nodes) -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import signal
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from urllib.request import urlopen
 
 import pytest
 from tests.support.harness import ALONE, Launcher, gone_at_ns
+from tests.support.ports import free_port
 from tests.support.waiting import LONG_S, eventually, is_alive
 from tests.support.warm import WORKER, cold_lines, expect_parked, start_warm, warm_processes
 
@@ -428,3 +431,38 @@ def test_zygotes_are_no_helpers_whatever_their_name(
     assert job.lines(1) == ["2 warm"]
     assert job.end() == 0
     assert not events(job, "elper processes")
+
+
+def test_the_status_has_the_parked_the_used_and_the_refused(launch: Launcher) -> None:
+    gate = launch.gate()
+    port = free_port()
+    job = start_warm(launch, restarts=3, env={"TORCHELASTIC_HEALTH_CHECK_PORT": str(port)})
+
+    def status() -> dict[str, Any]:
+        with urlopen(f"http://127.0.0.1:{port}/status", timeout=LONG_S) as answer:
+            warm: dict[str, Any] = json.load(answer)["warm"]
+            return warm
+
+    assert job.lines(1) == ["0 cold"]
+    expect_parked(job, 1)
+    assert eventually(lambda: status()["parked"] == 1, LONG_S)
+    none = {"ready_zygotes": 1, "parked": 1, "used": 0, "refused": 0, "last_refusal": None}
+    assert status() == none
+    gate.let_pass()
+    assert job.lines(1) == ["1 warm"]
+    assert eventually(lambda: status()["parked"] == 1, LONG_S)
+    assert status() == {**none, "used": 1}
+    with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=LONG_S) as answer:
+        metrics = answer.read().decode()
+    assert 'ferroelastic_restart_phase_seconds_count{phase="release"} 1' in metrics
+    (launch.folder / "light.py").write_text("changed = True\n")
+    gate.let_pass()
+    assert job.lines(1) == ["2 cold"]
+    reason = f"{launch.folder}/light.py has changed since its import"
+    assert cold_lines(job) == [reason]
+    found = status()
+    assert (found["used"], found["refused"], found["last_refusal"]["reason"]) == (1, 1, reason)
+    expect_parked(job, 1)  # the next zygote imports the new file
+    gate.let_pass()
+    assert job.lines(1) == ["3 warm"]
+    assert job.end() == 0

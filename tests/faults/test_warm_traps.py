@@ -40,6 +40,10 @@ IMPORTS = {
         "import signal\nsignal.setitimer(signal.ITIMER_REAL, 1000)",
         "the imports have started a timer of the process, which a fork does not copy",
     ),
+    "variable of a worker": (
+        "import os\nrank = os.environ.get('LOCAL_RANK', '0')",
+        "the imports have read the environment variable LOCAL_RANK, which is set for each worker",
+    ),
     "folder": ("import os\nos.chdir('/')", "the imports have changed the working directory"),
     "tracer": (
         "import sys\nsys.settrace(lambda *_: None)",
@@ -134,6 +138,39 @@ def test_without_pidfds_the_job_starts_cold(launch: Launcher) -> None:
     (reason,) = cold_lines(job)
     assert reason.startswith("the zygote cannot be started: failed to create a pool of warm workers without pidfds"), (
         reason
+    )
+
+
+def test_functions_of_at_release_run_in_the_worker_before_its_script(launch: Launcher) -> None:
+    light = "import os\nfrom ferroelastic import warm\n@warm.at_release\ndef set_rank():\n    global rank\n    rank = os.environ['RANK']\n"
+    worker = "import light\nfrom ferroelastic import warm\nprint(light.rank, warm.is_warm(), warm.in_zygote())"
+    job = start_warm(launch, "--preload", light=light, worker=worker, restarts=0, nproc=2)
+    assert sorted(job.lines(2)) == ["0 True False", "1 True False"]
+    assert job.end() == 0
+    assert cold_lines(job) == []
+
+
+def test_a_function_of_at_release_that_fails_lets_its_worker_start_cold(launch: Launcher) -> None:
+    """A cold worker calls the function at its registration, where the script can catch the error."""
+    light = "from ferroelastic import warm\n@warm.at_release\ndef fail():\n    if warm.is_warm():\n        raise ValueError('no rank')\n"
+    worker = "import light\nfrom ferroelastic import warm\nprint('warm' if warm.is_warm() else 'cold')"
+    job = start_warm(launch, "--preload", light=light, worker=worker, restarts=0)
+    assert job.lines(1) == ["cold"]
+    assert job.end() == 0
+    failed = [line for line in job.errors.splitlines() if "at_release" in line]
+    place = f"({launch.folder}/light.py:5)"
+    assert failed == [
+        f"ferroelastic: a function of at_release failed, starting without warm imports: ValueError: no rank {place}"
+    ]
+
+
+def test_a_command_that_fits_in_no_message_starts_cold(launch: Launcher) -> None:
+    filler = {f"FILLER_{number}": "x" * 100_000 for number in range(2)}
+    job = start_warm(launch, "--preload", restarts=0, env=filler)
+    assert job.lines(1) == ["0 cold"]
+    assert job.end() == 0
+    assert re.search(
+        r"A worker starts without warm imports: its command and environment have 20\d{4} bytes", job.errors
     )
 
 

@@ -13,12 +13,19 @@ pub fn duplicate(number: RawFd) -> io::Result<OwnedFd> {
     borrowed.try_clone_to_owned()
 }
 
-/// Moves descriptors to the given numbers, where they stay open on exec. A descriptor that has one of the numbers is closed.
-///
-/// # Safety
-///
-/// No other owner of a descriptor with one of the numbers uses or closes it afterwards.
-pub unsafe fn move_to(fds: Vec<OwnedFd>, numbers: &[RawFd]) -> io::Result<()> {
+/// Whether a descriptor has this number.
+fn is_open(number: RawFd) -> bool {
+    // SAFETY: takes integers.
+    unsafe { libc::fcntl(number, libc::F_GETFD) >= 0 }
+}
+
+/// Moves descriptors to the given numbers, where they stay open on exec. The standard streams are replaced; any other number must be free or
+/// that of a moved descriptor, else this fails with `EBUSY`.
+pub fn move_to(fds: Vec<OwnedFd>, numbers: &[RawFd]) -> io::Result<()> {
+    let own: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
+    if numbers.iter().any(|number| *number > libc::STDERR_FILENO && !own.contains(number) && is_open(*number)) {
+        return Err(io::Error::from_raw_os_error(libc::EBUSY));
+    }
     let mut moved = Vec::with_capacity(fds.len());
     for mut fd in fds {
         while numbers.contains(&fd.as_raw_fd()) {
@@ -29,7 +36,7 @@ pub unsafe fn move_to(fds: Vec<OwnedFd>, numbers: &[RawFd]) -> io::Result<()> {
         moved.push(fd);
     }
     for (fd, number) in moved.iter().zip(numbers) {
-        // SAFETY: the caller gives up all other owners of the number, and no moved descriptor has it.
+        // SAFETY: the number is that of a standard stream, was free, or belonged to a descriptor that has another one now.
         if unsafe { libc::dup2(fd.as_raw_fd(), *number) } < 0 {
             return Err(io::Error::last_os_error());
         }
@@ -44,6 +51,14 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_descriptor_of_another_owner_is_not_replaced() {
+        let other = rustix::fs::memfd_create(c"ferro-other", rustix::fs::MemfdFlags::CLOEXEC).expect("memfd");
+        let moved = other.try_clone().expect("duplicated");
+        let error = move_to(vec![moved], &[other.as_raw_fd()]).expect_err("in use");
+        assert_eq!(error.raw_os_error(), Some(libc::EBUSY));
+    }
+
+    #[test]
     fn descriptors_are_moved_to_numbers_that_they_exchange() {
         let file = |text: &str| {
             let fd = rustix::fs::memfd_create(c"ferro-test", rustix::fs::MemfdFlags::CLOEXEC).expect("memfd");
@@ -52,10 +67,9 @@ mod tests {
             OwnedFd::from(file)
         };
         let fds: Vec<OwnedFd> = ["a", "b", "c"].into_iter().map(file).collect();
-        let free = duplicate(fds[2].as_raw_fd()).expect("duplicated").into_raw_fd();
+        let free = (900..1000).rev().find(|number| !is_open(*number)).expect("a free number");
         let numbers = [fds[1].as_raw_fd(), fds[0].as_raw_fd(), free];
-        // SAFETY: the descriptors with these numbers are the moved ones and `free`, which has no owner.
-        unsafe { move_to(fds, &numbers) }.expect("moved");
+        move_to(fds, &numbers).expect("moved");
         let texts = numbers.map(|number| {
             let mut copy = std::fs::File::from(duplicate(number).expect("open"));
             let flags = rustix::io::fcntl_getfd(&copy).expect("flags");

@@ -69,7 +69,7 @@ pub fn environment(pid: i32) -> Vec<u8> {
             Ok(environment) if environment.is_empty() => {}
             result => return result.unwrap_or_default(),
         }
-        // A kernel thread, a zombie and a process without an environment end the loop at once or cost these 10 ms: they are rare.
+        // A process with a command line has no environment. A process with neither costs the whole 10 ms.
         if !read("cmdline").is_ok_and(|line| line.is_empty()) {
             break;
         }

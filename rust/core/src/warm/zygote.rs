@@ -116,8 +116,7 @@ fn apply(release: &Release, fds: Vec<OwnedFd>) -> io::Result<()> {
     if fds.len() != numbers.len() {
         return Err(io::ErrorKind::InvalidData.into());
     }
-    // SAFETY: the channels are closed, and a zygote has no other descriptor with an owner.
-    unsafe { fd::move_to(fds, &numbers) }?;
+    fd::move_to(fds, &numbers)?;
     if let Some(limit) = release.open_files {
         spawn::limit_open_files(limit)?;
     }
