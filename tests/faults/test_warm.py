@@ -151,12 +151,12 @@ def test_a_killed_parked_worker_is_replaced(launch: Launcher) -> None:
     assert job.lines(2) == kinds(0, "cold", "cold")
     victim = expect_parked(job, 2).parked[0]
     job.watch(victim).kill()
-    assert eventually(lambda: bool(events(job, "A parked worker")), LONG_S)
+    assert eventually(lambda: bool(events(job, "A parked process")), LONG_S)
     assert victim not in expect_parked(job, 2).parked
     gate.let_pass()
     assert job.lines(2) == kinds(1, "warm", "warm")
     assert job.end() == 0
-    (line,) = events(job, "A parked worker")
+    (line,) = events(job, "A parked process")
     assert f"(pid {victim}) was killed by signal 9 before it was used" in line
     assert not cold_lines(job)
 
@@ -195,7 +195,7 @@ def test_suspended_parked_workers_are_not_used(launch: Launcher, count: int) -> 
     gate.let_pass()
     assert job.lines(4) == kinds(2, *["warm"] * 4)
     assert job.end() == 0
-    lines = events(job, "A parked worker")
+    lines = events(job, "A parked process")
     assert len(lines) == count
     assert all(any(f"(pid {pid}) was suspended" in line for line in lines) for pid in suspended), lines
     assert not cold_lines(job)
@@ -348,7 +348,7 @@ def test_a_stop_leaves_nothing_that_is_warm(launch: Launcher, number: signal.Sig
     assert job.end() == 128 + number
     assert all(process.is_gone() for process in processes)
     assert not job.processes()
-    assert not events(job, "A parked worker")
+    assert not events(job, "A parked process")
     assert not cold_lines(job)
 
 

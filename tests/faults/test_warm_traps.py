@@ -22,7 +22,7 @@ IMPORTS = {
     "device": ("import torch", "the imports have initialised cuda, which a forked process cannot use"),
     "thread": (
         "import threading\nthreading.Thread(target=threading.Event().wait, daemon=True).start()",
-        r"the imports have started 1 thread\(s\) \(.+\), which a fork does not copy",
+        r"the imports have started 1 thread\(s\) \(.+\), which a fork does not copy; OMP_NUM_THREADS=1 prevents those of math libraries",
     ),
     "descriptor": (
         "import os\nos.open('/dev/zero', os.O_RDONLY)",
@@ -117,7 +117,7 @@ def test_imports_that_do_not_end_are_ended(launch: Launcher) -> None:
     [
         ("import threading\nthreading.Event().wait()", "the imports have not ended within 0.5 s"),
         ("raise ValueError('no license')", r"importing light failed: ValueError: no license \(.*/light.py:1\)"),
-        ("import os\nos._exit(9)", r"the zygote \(pid \d+\) ended with exit code 9"),
+        ("import os\nos._exit(9)", r"the zygote \(pid \d+\) exited with code 9"),
         ("import os\nos.abort()", r"the zygote \(pid \d+\) was killed by signal 6"),
     ],
     ids=["endless", "exception", "exit", "abort"],
@@ -143,7 +143,7 @@ def test_without_pidfds_the_job_starts_cold(launch: Launcher) -> None:
 
 def test_functions_of_at_release_run_in_the_worker_before_its_script(launch: Launcher) -> None:
     light = "import os\nfrom ferroelastic import warm\n@warm.at_release\ndef set_rank():\n    global rank\n    rank = os.environ['RANK']\n"
-    worker = "import light\nfrom ferroelastic import warm\nprint(light.rank, warm.is_warm(), warm.in_zygote())"
+    worker = "import light\nfrom ferroelastic import warm\nprint(f'{light.rank} {warm.is_warm()} {warm.in_zygote()}\\n', end='')"
     job = start_warm(launch, "--preload", light=light, worker=worker, restarts=0, nproc=2)
     assert sorted(job.lines(2)) == ["0 True False", "1 True False"]
     assert job.end() == 0

@@ -39,7 +39,7 @@ if attempt < int(os.environ["TORCHELASTIC_MAX_RESTARTS"]):
 """
 """Prints its attempt and whether it is warm. Fails when the test lets it pass; succeeds in the last attempt."""
 
-COLD_LINES = ("No further worker is warm: ", "start without warm imports: ", "has no warm imports: ")
+COLD_LINES = ("The zygote prepares no further workers: ", "start without warm imports: ", "has no warm imports: ")
 """The lines of the log that give the reason of cold starts."""
 
 _RECVMSG = {"x86_64": 47, "aarch64": 212}[platform.machine()]

@@ -38,20 +38,15 @@ def preload(imports: tuple[str, ...]) -> None:
 
 def _import_all(names: str) -> None:
     """Import in the fork server. Report each failure in one line on its standard error, which is that of the agent."""
-    import importlib
     import sys
 
+    from ferroelastic._warm.zygote import describe, import_target
+
     for target in filter(None, names.split(",")):
-        name, _, function = target.partition(":")
         try:
-            called: Any = importlib.import_module(name)
-            for part in function.split(".") if function else ():
-                called = getattr(called, part)
-            if function:
-                called()
-        except BaseException as error:  # noqa: BLE001 - an import may raise anything, and the fork server must live
-            text = " ".join(f"{type(error).__name__}: {error}".split())
-            sys.stderr.write(f"ferroelastic: the workers start without {target}: {text}\n")
+            import_target(target)
+        except BaseException as error:  # noqa: BLE001, PERF203 - an import may raise anything, and the fork server must live
+            sys.stderr.write(f"ferroelastic: the workers start without {target}: {describe(error)}\n")
 
 
 if _ENV in os.environ:

@@ -51,6 +51,7 @@ _CRASHES = frozenset(
         signal.SIGTRAP,
     )
 )
+_NOT_ENDED = "the imports of the zygote have not ended yet"
 _UNSET = "\1"  # as in zygote.py
 _HOOK = os.path.join(os.path.dirname(os.path.abspath(__file__)), "hook")
 
@@ -118,7 +119,7 @@ class WarmWorkers:
             SignalException: a terminating signal arrived during a preload.
         """
         preloads, is_first = self.preloads, self._is_first
-        self._cancel_timer()
+        was_due = self._cancel_timer()
         self._is_first, self._next_target = False, None
         if self._is_given_up:
             return None
@@ -127,7 +128,7 @@ class WarmWorkers:
             self._next_target = target_of(entrypoint, args, envs, is_bound=is_bound)
             if is_first and not preloads and not self._is_ready():
                 return None
-            pool = self._usable_pool(self._next_target, len(args), preloads=preloads)
+            pool = self._usable_pool(self._next_target, len(args), preloads=preloads, was_due=was_due)
         except ColdError as error:
             reason = str(error)  # a log record with the exception would keep its frames alive
             if not error.is_logged and reason != self._last_reason:
@@ -180,11 +181,14 @@ class WarmWorkers:
         timer.daemon = True
         timer.start()
 
-    def _cancel_timer(self) -> None:
+    def _cancel_timer(self) -> bool:
+        """Cancel the start of a zygote; return whether it was still due."""
         timer, self._timer = self._timer, None
-        if timer is not None:
-            timer.cancel()
-            timer.join()
+        if timer is None:
+            return False
+        timer.cancel()
+        timer.join()
+        return self._pool is None
 
     def preload_fork_server(self, start_method: str) -> None:
         """For function workers: let the fork server of ``multiprocessing`` import the modules.
@@ -229,7 +233,7 @@ class WarmWorkers:
         if self._pool is not None and self._pool.close(timeout_s):
             self._pool = self._target = None
 
-    def _usable_pool(self, target: Target, workers: int, *, preloads: bool) -> _rust.WarmPool:
+    def _usable_pool(self, target: Target, workers: int, *, preloads: bool, was_due: bool) -> _rust.WarmPool:
         if self._pool is not None and self._target is not None:
             difference = self._target.difference(target)
             if difference is not None:
@@ -237,7 +241,7 @@ class WarmWorkers:
                 raise ColdError(difference)
         if self._pool is None:
             if not preloads:
-                raise ColdError("there is no zygote")
+                raise ColdError(_NOT_ENDED if was_due else "there is no zygote")
             self._open(target, max(workers, self._children), in_background=False)
         pool = self._pool
         if pool is None:
@@ -268,7 +272,7 @@ class WarmWorkers:
                 raise self._without_children(state)
             if state.phase == "importing":
                 if not preloads:
-                    raise ColdError("the imports of the zygote have not ended yet")
+                    raise ColdError(_NOT_ENDED)
                 wait_for_event(pool, generation)
                 continue
             if deadline is None:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from types import ModuleType
     from typing import Any
 
+_FOLDER = __file__.rpartition("/")[0]
+
 _UNSET = "\1"
 """Stands for a missing ``PYTHONPATH`` in the configuration."""
 
@@ -86,7 +88,7 @@ def _load_native() -> "ModuleType":
     import _imp
 
     name = "ferroelastic._rust"
-    package = __file__.rpartition("/")[0].rpartition("/")[0]
+    package = _FOLDER.rpartition("/")[0]
     suffix = next(suffix for suffix in _imp.extension_suffixes() if os.path.exists(f"{package}/_rust{suffix}"))
     path = f"{package}/_rust{suffix}"
     loader = external.ExtensionFileLoader(name, path)
@@ -194,18 +196,12 @@ def _import_all(imports: list[str], path: list[str]) -> None:
     elif sys.argv[:1] == ["-m"]:
         imports = [*imports, "runpy"]  # the interpreter itself imports it
     for target in imports:
-        name, _, function = target.partition(":")
         try:
-            __import__(name)
-            called: Any = sys.modules[name]
-            for part in function.split(".") if function else ():
-                called = getattr(called, part)
-            if function:
-                called()
-        except BaseException as error:  # noqa: BLE001 - an import may raise anything
-            what = _describe(error)
+            import_target(target)
+        except BaseException as error:  # noqa: BLE001, PERF203 - an import may raise anything
+            what = describe(error)
             raise Refusal(
-                f"calling {target} failed: {what}" if function else f"importing {target} failed: {what}"
+                f"calling {target} failed: {what}" if ":" in target else f"importing {target} failed: {what}"
             ) from None
     for entry in path:
         sys.path.remove(entry)
@@ -213,12 +209,24 @@ def _import_all(imports: list[str], path: list[str]) -> None:
         raise Refusal("the imports have changed sys.path, which multiprocessing replaces in its processes")
 
 
-def _describe(error: BaseException) -> str:
+def import_target(target: str) -> None:
+    """Import a module, or with ``package.module:function`` also call the function."""
+    name, _, function = target.partition(":")
+    __import__(name)
+    called: Any = sys.modules[name]
+    for part in function.split(".") if function else ():
+        called = getattr(called, part)
+    if function:
+        called()
+
+
+def describe(error: BaseException) -> str:
     """Return type, text and last frame of an exception in one line."""
     text = " ".join(f"{type(error).__name__}: {error}".split())
     trace, last = error.__traceback__, None
     while trace is not None:
-        if "importlib" not in trace.tb_frame.f_code.co_filename and trace.tb_frame.f_globals is not globals():
+        file = trace.tb_frame.f_code.co_filename
+        if "importlib" not in file and not file.startswith(f"{_FOLDER}/"):
             last = trace
         trace = trace.tb_next
     if last is None:
@@ -273,7 +281,8 @@ def _check_processes() -> None:
             names.append(comm.read().strip())
     if names:
         raise Refusal(
-            f"the imports have started {len(names)} thread(s) ({', '.join(names)}), which a fork does not copy"
+            f"the imports have started {len(names)} thread(s) ({', '.join(names)}), which a fork does not copy; "
+            "OMP_NUM_THREADS=1 prevents those of math libraries"
         )
     try:
         with open(f"/proc/self/task/{own}/children") as file:
@@ -337,7 +346,7 @@ def _park(zygote: "Any", changed: dict[str, str], removed: list[str], *, has_own
         except BaseException as error:  # noqa: BLE001 - a function may raise anything
             os.write(
                 2,
-                f"ferroelastic: a function of at_release failed, starting without warm imports: {_describe(error)}\n".encode(),
+                f"ferroelastic: a function of at_release failed, starting without warm imports: {describe(error)}\n".encode(),
             )
             os.execve(argv[0], argv, dict(env))  # noqa: S606 - no shell is wanted
 

@@ -149,7 +149,7 @@ fn every_failure_of_a_zygote_is_one_warning_with_its_reason() {
     let cases = [
         ("refuse", WarmPhase::Refused, "it does not want to"),
         ("import for ever", WarmPhase::Refused, "the imports have not ended within 0.3 s"),
-        ("end", WarmPhase::Lost, "ended with exit code 3"),
+        ("end", WarmPhase::Lost, "exited with code 3"),
         ("children end", WarmPhase::Refused, "3 processes of the zygote ended before they were used"),
     ];
     for (behaviour, phase, reason) in cases {
@@ -159,7 +159,8 @@ fn every_failure_of_a_zygote_is_one_warning_with_its_reason() {
         assert_eq!(state.phase, phase, "{behaviour}");
         assert!(state.reason.ends_with(reason), "{behaviour}: {}", state.reason);
         let warnings = engine.take_warnings().expect("own process");
-        let given_up: Vec<_> = warnings.iter().filter(|text| text.starts_with("No further worker is warm: ")).collect();
+        let given_up: Vec<_> =
+            warnings.iter().filter(|text| text.starts_with("The zygote prepares no further workers: ")).collect();
         assert_eq!(given_up.len(), 1, "{behaviour}: {warnings:?}");
         assert!(given_up[0].ends_with(reason), "{behaviour}: {warnings:?}");
         assert!(pool.close(PATIENCE).expect("closed"));

@@ -107,7 +107,7 @@ impl Pool {
     /// Gives the zygote up, unless it was given up before.
     pub(super) fn give_up(&mut self, phase: WarmPhase, reason: &str, warnings: &Warnings) {
         if !self.is_closing && !matches!(self.phase(), WarmPhase::Lost | WarmPhase::Refused) {
-            warnings.add(format!("No further worker is warm: {reason}"));
+            warnings.add(format!("The zygote prepares no further workers: {reason}"));
             self.publish(|state| {
                 state.phase = phase;
                 reason.clone_into(&mut state.reason);
@@ -154,7 +154,7 @@ impl Pool {
             }
             let _ = child.leader.signal_group(libc::SIGKILL);
             child.state = ChildState::Discarded;
-            warnings.add(format!("A parked worker (pid {pid}) was suspended. It was killed, and is not used"));
+            warnings.add(format!("A parked process (pid {pid}) was suspended. It was killed and is replaced"));
         }
         None
     }
@@ -239,8 +239,8 @@ impl Pool {
     ) {
         match report {
             Report::Ready => {
-                let Some(snapshot) = fd else { return };
-                let _ = self.shared.snapshot.set(ImportedFiles::from(snapshot));
+                let Some(imported) = fd else { return };
+                let _ = self.shared.imported.set(ImportedFiles::from(imported));
                 self.deadline = None;
                 let ready_after = self.began.elapsed();
                 self.publish(|state| {
@@ -283,14 +283,6 @@ pub(super) fn streams_of(command: &Command) -> io::Result<[OwnedFd; 3]> {
         None => rustix::stdio::stdin().try_clone_to_owned()?,
     };
     Ok([stdin, open(&command.stdout, rustix::stdio::stdout())?, open(&command.stderr, rustix::stdio::stderr())?])
-}
-
-pub(super) fn describe(status: ExitStatus) -> String {
-    match status {
-        ExitStatus::Exited(code) => format!("ended with exit code {code}"),
-        ExitStatus::Signalled { signal, .. } => format!("was killed by signal {signal}"),
-        ExitStatus::Unknown => "ended".to_owned(),
-    }
 }
 
 #[cfg(test)]

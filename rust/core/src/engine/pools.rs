@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::order::PoolOrder;
-use super::pool::{Child, ChildState, Pool, PoolHost, REFILL_DELAY, WarmTokens, describe, streams_of};
+use super::pool::{Child, ChildState, Pool, PoolHost, REFILL_DELAY, WarmTokens, streams_of};
 use super::warnings::Warnings;
 use crate::error::{Error, Result};
 use crate::health::status::WarmFigures;
@@ -131,7 +131,7 @@ impl Pools {
             released: 0,
             ready_after: None,
         };
-        let shared = Arc::new(WarmProgress { state: Published::new(state), snapshot: std::sync::OnceLock::new() });
+        let shared = Arc::new(WarmProgress { state: Published::new(state), imported: std::sync::OnceLock::new() });
         let watched = zygote.pidfd().ok_or(io::ErrorKind::Unsupported.into()).and_then(|pidfd| {
             poller.add(pidfd, (self.tokens.process)(zygote.pid()), Interest::Readable)?;
             poller.add(&own_end, (self.tokens.channel)(id), Interest::Readable)
@@ -290,7 +290,7 @@ impl Pools {
         guard.remove_worker(pid);
         if let Some(zygote) = pool.zygote.take_if(|zygote| zygote.pid() == pid) {
             let _ = zygote.pidfd().map(|pidfd| poller.remove(pidfd));
-            let reason = format!("the zygote (pid {pid}) {}", describe(status));
+            let reason = format!("the zygote (pid {pid}) {status}");
             pool.give_up(WarmPhase::Lost, &reason, &self.warnings);
         } else if let Some(child) = pool.children.remove(&pid) {
             let _ = child.leader.pidfd().map(|pidfd| poller.remove(pidfd));
@@ -302,8 +302,8 @@ impl Pools {
                 // The end of a zygote takes children with it that have no process group of their own yet.
                 let is_expected = !had_parked && pool.phase() != WarmPhase::Ready;
                 if !is_expected && !matches!(child.state, ChildState::Discarded) {
-                    let event = if had_parked { "A parked worker" } else { "A process of the zygote" };
-                    self.warnings.add(format!("{event} (pid {pid}) {} before it was used", describe(status)));
+                    let event = if had_parked { "A parked process" } else { "A process of the zygote" };
+                    self.warnings.add(format!("{event} (pid {pid}) {status} before it was used"));
                 }
                 pool.count_end(had_parked, &self.warnings);
             }

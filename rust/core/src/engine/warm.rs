@@ -51,7 +51,7 @@ impl WarmPool {
     /// The path of an imported file that has changed since its import; `None` if there is none.
     pub fn find_changed(&self) -> Result<Option<PathBuf>> {
         self.line.check_owner()?;
-        let changed = self.shared.snapshot.get().map_or(Ok(None), ImportedFiles::find_changed);
+        let changed = self.shared.imported.get().map_or(Ok(None), ImportedFiles::find_changed);
         changed.map_err(|source| Error::os("check", "the imported files", source))
     }
 

@@ -82,9 +82,7 @@ impl fmt::Display for Worker {
         write!(formatter, "rank {} (pid {}) ", self.started.rank, self.started.pid)?;
         match self.exit {
             None => write!(formatter, "is running"),
-            Some((ExitStatus::Exited(code), _)) => write!(formatter, "exited with code {code}"),
-            Some((ExitStatus::Signalled { signal, .. }, _)) => write!(formatter, "was killed by signal {signal}"),
-            Some((ExitStatus::Unknown, _)) => write!(formatter, "ended"),
+            Some((status, _)) => write!(formatter, "{status}"),
         }
     }
 }

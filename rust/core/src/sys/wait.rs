@@ -1,5 +1,6 @@
 //! Collecting exit statuses: `waitid(2)` with the kernel's resource accounting.
 
+use std::fmt;
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -26,6 +27,17 @@ impl ExitStatus {
     #[must_use]
     pub fn is_success(self) -> bool {
         self == Self::Exited(0)
+    }
+}
+
+/// For people: "exited with code 3", "was killed by signal 9", "ended".
+impl fmt::Display for ExitStatus {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Exited(code) => write!(formatter, "exited with code {code}"),
+            Self::Signalled { signal, .. } => write!(formatter, "was killed by signal {signal}"),
+            Self::Unknown => write!(formatter, "ended"),
+        }
     }
 }
 

@@ -56,5 +56,5 @@ pub struct WarmSpec {
 #[derive(Debug)]
 pub(crate) struct WarmProgress {
     pub(crate) state: Published<WarmState>,
-    pub(crate) snapshot: OnceLock<ImportedFiles>,
+    pub(crate) imported: OnceLock<ImportedFiles>,
 }

@@ -34,7 +34,7 @@ fn ready_pool(wanted: usize) -> (Pool, Channel) {
         parked_ends: 0,
         is_closing: false,
         closed: None,
-        shared: Arc::new(WarmProgress { state: Published::new(state), snapshot: std::sync::OnceLock::new() }),
+        shared: Arc::new(WarmProgress { state: Published::new(state), imported: std::sync::OnceLock::new() }),
     };
     (pool, zygote_end)
 }
@@ -120,6 +120,9 @@ fn a_suspended_child_is_killed_and_not_used() {
     }
     let warnings = Warnings::default();
     assert_eq!(pool.next_parked(&warnings), None);
-    assert_eq!(warnings.take(), [format!("A parked worker (pid {pid}) was suspended. It was killed, and is not used")]);
+    assert_eq!(
+        warnings.take(),
+        [format!("A parked process (pid {pid}) was suspended. It was killed and is replaced")]
+    );
     process.wait().expect("killed");
 }
