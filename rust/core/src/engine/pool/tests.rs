@@ -120,9 +120,6 @@ fn a_suspended_child_is_killed_and_not_used() {
     }
     let warnings = Warnings::default();
     assert_eq!(pool.next_parked(&warnings), None);
-    assert_eq!(
-        warnings.take(),
-        [format!("A parked process (pid {pid}) was suspended. It was killed and is replaced")]
-    );
+    assert_eq!(warnings.take(), [format!("A parked process (pid {pid}) was suspended. It was killed and is replaced")]);
     process.wait().expect("killed");
 }
