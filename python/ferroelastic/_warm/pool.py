@@ -7,19 +7,21 @@ import signal
 import threading
 import time
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ferroelastic import _leftovers
 from ferroelastic._engine import get_engine
 from ferroelastic._process import open_files_of_workers
 from ferroelastic._wait import wait_for_event
-from ferroelastic._warm.target import ColdError, Target, target_of
+from ferroelastic._warm import ColdError
 from ferroelastic.utils.logging import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from ferroelastic import _rust
+    from ferroelastic._warm.target import Target
 
 __all__ = ["WarmWorkers"]
 
@@ -80,7 +82,7 @@ class WarmWorkers:
         self._crashes = 0
         self._pool: _rust.WarmPool | None = None
         self._target: Target | None = None  # of the pool
-        self._next_target: Target | None = None
+        self._next_target: Callable[[], Target] | None = None
         self._group: _rust.Group | None = None
         self._on_refusal = on_refusal
         self._timer: threading.Timer | None = None
@@ -125,10 +127,13 @@ class WarmWorkers:
             return None
         try:
             self._check(obstacle)
-            self._next_target = target_of(entrypoint, args, envs, is_bound=is_bound)
+            find_target = partial(_target_of, entrypoint, args, envs, is_bound=is_bound)
             if is_first and not preloads and not self._is_ready():
+                self._next_target = find_target  # called after the start, which it would delay
                 return None
-            pool = self._usable_pool(self._next_target, len(args), preloads=preloads, was_due=was_due)
+            target = find_target()
+            self._next_target = lambda: target
+            pool = self._usable_pool(target, len(args), preloads=preloads, was_due=was_due)
         except ColdError as error:
             reason = str(error)  # a log record with the exception would keep its frames alive
             if not error.is_logged and reason != self._last_reason:
@@ -162,7 +167,7 @@ class WarmWorkers:
         if not self._is_first or self._pool is not None:
             yield
             return
-        self._open_later(_WAIT_BEFORE_IMPORT_S, lambda: target_of(entrypoint, args, envs, is_bound=is_bound))
+        self._open_later(_WAIT_BEFORE_IMPORT_S, partial(_target_of, entrypoint, args, envs, is_bound=is_bound))
         try:
             yield
         finally:
@@ -175,7 +180,9 @@ class WarmWorkers:
             try:
                 self._open(target(), self._children, in_background=True)
             except ColdError as error:
-                logger.warning("The next start of the workers has no warm imports: %s", error)
+                self._last_reason = str(error)
+                logger.warning("The next start of the workers has no warm imports: %s", self._last_reason)
+                self._on_refusal(self._last_reason)
 
         self._timer = timer = threading.Timer(delay_s, open_now)
         timer.daemon = True
@@ -221,7 +228,7 @@ class WarmWorkers:
         if self._pool is not None:
             self._pool.resize(self._children, delayed=True)
         elif target is not None and not self._is_given_up and self._children > 0:
-            self._open_later(_START_DELAY_S, lambda: target)
+            self._open_later(_START_DELAY_S, target)
 
     def close(self, timeout_s: float = _CLOSE_TIMEOUT_S) -> None:
         """Kill the zygote and its parked children. Released workers are not affected.
@@ -357,6 +364,18 @@ class WarmWorkers:
             self.close()
             name = signal.Signals(-(crashes[0].returncode or 0)).name
             raise ColdError(f"warm workers crashed in {self._crashes} rounds in a row ({name})")
+
+
+def _target_of(
+    entrypoint: str | Callable[..., Any],
+    args: Mapping[int, Sequence[Any]],
+    envs: Mapping[int, Mapping[str, str]],
+    *,
+    is_bound: bool,
+) -> Target:
+    from ferroelastic._warm.target import target_of  # late: a cold first start does not wait for this import
+
+    return target_of(entrypoint, args, envs, is_bound=is_bound)
 
 
 def _import_timeout_s() -> float:

@@ -8,11 +8,12 @@ import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ferroelastic._process import open_files_of_workers
+from ferroelastic._warm import ColdError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-__all__ = ["PIPE_FD", "TRACKER_FD", "ColdError", "Target", "spawn_command", "target_of"]
+__all__ = ["PIPE_FD", "TRACKER_FD", "Target", "spawn_command", "target_of"]
 
 _FLAGS = frozenset("uBOsqvbdP")
 """Interpreter options without a value that a zygote can have too. Others skip ``sitecustomize`` or read the script from elsewhere."""
@@ -45,19 +46,6 @@ _THREAD_PLACES = ("GOMP_CPU_AFFINITY", "KMP_AFFINITY", "OMP_PLACES", "OMP_PROC_B
 TRACKER_FD, PIPE_FD = 1022, 1023
 """Descriptors in a warm process of ``multiprocessing``: its command is fixed at the start of the zygote, and contains them. The agent passes
 its other descriptors with the numbers that it uses itself, and it rarely uses numbers as high as these."""
-
-
-class ColdError(Exception):
-    """Workers cannot be warm.
-
-    Args:
-        reason: the reason, as a fragment of a sentence.
-        is_logged: whether the engine has already logged the reason.
-    """
-
-    def __init__(self, reason: str, *, is_logged: bool = False) -> None:
-        super().__init__(reason)
-        self.is_logged = is_logged
 
 
 class Target(NamedTuple):
