@@ -1,7 +1,6 @@
 //! The bookkeeping of one pool, without a zygote.
 
 use super::*;
-use crate::published::Published;
 use crate::sys::probe;
 use crate::warm::wire::fork_count;
 
@@ -34,7 +33,9 @@ fn ready_pool(wanted: usize) -> (Pool, Channel) {
         parked_ends: 0,
         is_closing: false,
         closed: None,
-        shared: Arc::new(WarmProgress { state: Published::new(state), imported: std::sync::OnceLock::new() }),
+        shared: Arc::new(WarmProgress { state: Published::new(state), imported: OnceLock::new() }),
+        tokens: TOKENS,
+        warnings: Warnings::default(),
     };
     (pool, zygote_end)
 }
@@ -54,20 +55,20 @@ fn report(pool: &mut Pool, report: Report, fd: Option<OwnedFd>) {
     let poller = Poller::new().expect("poller");
     let guard = GuardSlot::new(Warnings::default());
     let host = PoolHost { support: probe::probe(), poller: &poller, guard: &guard };
-    pool.handle(report, fd, host, TOKENS, &Warnings::default());
+    pool.handle(report, fd, host);
 }
 
 #[test]
 fn a_child_is_ordered_once() {
     let (mut pool, zygote_end) = ready_pool(2);
-    pool.refill(&Warnings::default());
-    pool.refill(&Warnings::default());
+    pool.refill();
+    pool.refill();
     assert_eq!((next_order(&zygote_end), next_order(&zygote_end)), (Some(2), None));
     // After a shortage the next refill is a new attempt.
     report(&mut pool, Report::Shortage("EAGAIN".into()), None);
     assert_eq!(pool.shared.state.read(|state| state.shortage.clone()), "EAGAIN");
     assert_eq!(next_order(&zygote_end), None);
-    pool.refill(&Warnings::default());
+    pool.refill();
     assert_eq!(next_order(&zygote_end), Some(2));
     assert_eq!(pool.shared.state.read(|state| state.shortage.clone()), "");
 }
@@ -76,7 +77,7 @@ fn a_child_is_ordered_once() {
 fn the_reports_of_a_child_may_come_in_any_order() {
     for is_overtaken in [false, true] {
         let (mut pool, zygote_end) = ready_pool(1);
-        pool.refill(&Warnings::default());
+        pool.refill();
         assert_eq!(next_order(&zygote_end), Some(1));
         let mut process = child();
         let pid = i32::try_from(process.id()).expect("pid");
@@ -113,13 +114,15 @@ fn a_suspended_child_is_killed_and_not_used() {
     let pid = i32::try_from(process.id()).expect("pid");
     let (own_end, _agent_end) = Channel::pair().expect("pair");
     report(&mut pool, Report::Parked { pid }, Some(own_end.into()));
-    assert_eq!(pool.next_parked(&Warnings::default()), Some(pid));
+    assert_eq!(pool.next_parked(), Some(pid));
     assert!(pool.children[&pid].leader.signal(libc::SIGSTOP).expect("suspended"));
     while !pool.children[&pid].leader.is_stopped() {
         std::thread::yield_now();
     }
-    let warnings = Warnings::default();
-    assert_eq!(pool.next_parked(&warnings), None);
-    assert_eq!(warnings.take(), [format!("A parked process (pid {pid}) was suspended. It was killed and is replaced")]);
+    assert_eq!(pool.next_parked(), None);
+    assert_eq!(
+        pool.warnings.take(),
+        [format!("A parked process (pid {pid}) was suspended. It was killed and is replaced")]
+    );
     process.wait().expect("killed");
 }
