@@ -1,6 +1,6 @@
 //! One pool of warm workers on the engine thread: its zygote and their children.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::{Arc, OnceLock};
@@ -55,8 +55,6 @@ pub(super) struct Pool {
     zygote: Option<ProcessHandle>,
     channel: Channel,
     children: HashMap<i32, Child>,
-    /// Process ids of children with one report of two.
-    half_reported: HashSet<i32>,
     wanted: usize,
     /// Children of the last order that the zygote has not forked yet. A second order would fork them twice.
     ordered: usize,
@@ -138,7 +136,6 @@ impl Pool {
             zygote: Some(zygote),
             channel: own_end,
             children: HashMap::new(),
-            half_reported: HashSet::new(),
             wanted: spec.children,
             ordered: 0,
             began,
@@ -340,7 +337,8 @@ impl Pool {
         self.kill_zygote();
     }
 
-    /// Reaps children that a killed zygote has not reported. They were still in its session, and were killed with its group.
+    /// Reaps children that a killed zygote has not reported. A child leaves the zygote's session only after its report, so they were still
+    /// in that session, and were killed with the zygote's group.
     fn reap_unreported(&self, zygote: i32) {
         let own = i32::try_from(std::process::id()).unwrap_or(0);
         for stat in procfs::pids().into_iter().filter_map(procfs::stat) {
@@ -396,9 +394,6 @@ impl Pool {
             return;
         }
         let had_parked = !matches!(state, ChildState::Forked);
-        if !had_parked {
-            self.half_reported.remove(&pid);
-        }
         // The end of a zygote takes children with it that have no process group of their own yet.
         let is_expected = !had_parked && self.phase() != WarmPhase::Ready;
         if !is_expected && !matches!(state, ChildState::Discarded) {
@@ -424,14 +419,9 @@ impl Pool {
         }
     }
 
-    /// Watches a new child at the first of its two reports. The child's report may overtake the zygote's, which may come after the release
-    /// of the child, or never if the zygote was killed.
+    /// Watches a new child.
     fn adopt(&mut self, pid: i32, host: PoolHost<'_>) {
         let PoolHost { support, poller, guard } = host;
-        if !self.half_reported.insert(pid) {
-            self.half_reported.remove(&pid);
-            return;
-        }
         self.ordered = self.ordered.saturating_sub(1);
         // A process that is no child was reaped as an orphan, and its pid may have been reused. A child keeps its pid.
         if matches!(wait(pid, Collect::Observe, Block::No), Ok(Some((ExitStatus::Unknown, _)))) {
@@ -488,7 +478,6 @@ impl Pool {
             }
             Report::Forked { pid } => self.adopt(pid, host),
             Report::Parked { pid } => {
-                self.adopt(pid, host);
                 if let (Some(child), Some(fd)) = (self.children.get_mut(&pid), fd) {
                     child.state = ChildState::Parked(Channel::from(fd));
                 }

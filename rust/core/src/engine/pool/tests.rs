@@ -22,7 +22,6 @@ fn ready_pool(wanted: usize) -> (Pool, Channel) {
         zygote: None,
         channel,
         children: HashMap::new(),
-        half_reported: HashSet::new(),
         wanted,
         ordered: 0,
         began: Instant::now(),
@@ -74,30 +73,20 @@ fn a_child_is_ordered_once() {
 }
 
 #[test]
-fn the_reports_of_a_child_may_come_in_any_order() {
-    for is_overtaken in [false, true] {
-        let (mut pool, zygote_end) = ready_pool(1);
-        pool.refill();
-        assert_eq!(next_order(&zygote_end), Some(1));
-        let mut process = child();
-        let pid = i32::try_from(process.id()).expect("pid");
-        let (own_end, _agent_end) = Channel::pair().expect("pair");
-        let (forked, parked) = (Report::Forked { pid }, Report::Parked { pid });
-        if is_overtaken {
-            report(&mut pool, parked, Some(own_end.into()));
-            // It may be a worker before the zygote's report comes.
-            pool.children.remove(&pid);
-            report(&mut pool, forked, None);
-            assert!(pool.children.is_empty(), "a worker is no child of the pool");
-        } else {
-            report(&mut pool, forked, None);
-            report(&mut pool, parked, Some(own_end.into()));
-            assert!(pool.children[&pid].is_parked());
-        }
-        assert_eq!(pool.ordered, 0);
-        process.kill().expect("killed");
-        process.wait().expect("reaped");
-    }
+fn a_child_is_watched_from_its_first_report_and_parked_after_its_second() {
+    let (mut pool, zygote_end) = ready_pool(1);
+    pool.refill();
+    assert_eq!(next_order(&zygote_end), Some(1));
+    let mut process = child();
+    let pid = i32::try_from(process.id()).expect("pid");
+    let (own_end, _agent_end) = Channel::pair().expect("pair");
+    report(&mut pool, Report::Forked { pid }, None);
+    assert!(!pool.children[&pid].is_parked());
+    assert_eq!(pool.ordered, 0);
+    report(&mut pool, Report::Parked { pid }, Some(own_end.into()));
+    assert!(pool.children[&pid].is_parked());
+    process.kill().expect("killed");
+    process.wait().expect("reaped");
 }
 
 #[test]
@@ -113,6 +102,7 @@ fn a_suspended_child_is_killed_and_not_used() {
     let mut process = child();
     let pid = i32::try_from(process.id()).expect("pid");
     let (own_end, _agent_end) = Channel::pair().expect("pair");
+    report(&mut pool, Report::Forked { pid }, None);
     report(&mut pool, Report::Parked { pid }, Some(own_end.into()));
     assert_eq!(pool.next_parked(), Some(pid));
     assert!(pool.children[&pid].leader.signal(libc::SIGSTOP).expect("suspended"));
