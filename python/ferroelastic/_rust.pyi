@@ -1025,7 +1025,9 @@ class Zygote:
         """Report that no further process can be forked now."""
 
     def fork(self) -> bool:
-        """Fork as ``os.fork`` does, except that the child's parent is the agent (``CLONE_PARENT``). Return whether this is the child.
+        """Fork as ``os.fork`` does, except that the child's parent is the agent (``CLONE_PARENT``), and report the child.
+
+        Return whether this is the child.
 
         Handlers of ``os.register_at_fork`` run; handlers of ``pthread_atfork(3)`` do not.
 
@@ -1038,10 +1040,10 @@ class Zygote:
         """Give a module and its dictionary back to the garbage collector, after ``gc.freeze`` has taken all objects from it."""
 
     def separate(self) -> None:
-        """In a child: lead a new session and process group, and be killed with the agent.
+        """In a child: wait until the zygote has reported it. Then lead a new session and process group, and be killed with the agent.
 
         Raises:
-            OSError: the agent has ended, or a system call failed.
+            OSError: the zygote or the agent has ended, a system call failed, or a signal with a handler has arrived.
         """
 
     def park(self) -> tuple[list[str], list[tuple[str, str]]] | None:

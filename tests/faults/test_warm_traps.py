@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -262,6 +263,36 @@ def test_a_module_that_changes_after_its_import_is_imported_again(launch: Launch
         expect_parked(job, 1)
     gate.let_pass()
     assert job.lines(1) == [f"2 {'cold' if change is Path.unlink else 'warm'}"]
+    assert job.end() == 0
+
+
+def write_archive(path: Path, value: str) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archived/__init__.py", "")
+        archive.writestr("archived/part.py", f"# {value}\n")
+        archive.writestr("of_worker.py", f"value = {value!r}\n")
+
+
+@pytest.mark.parametrize("imports", ["light,archived.part", "light"], ids=["imported", "searched"])
+def test_an_archive_that_changes_after_an_import_is_read_again(launch: Launcher, imports: str) -> None:
+    """An importer keeps the places of the modules in the archive. So the archive counts even if only the worker imports from it."""
+    gate = launch.gate()
+    archive = launch.folder / "archive.zip"
+    write_archive(archive, "old")
+    os.utime(archive, (1_000_000_000, 1_000_000_000))
+    paths = (str(archive), str(ROOT), os.environ.get("PYTHONPATH"))
+    job = start_warm(
+        launch,
+        imports=imports,
+        worker="import of_worker\nprint(of_worker.value, flush=True)\n" + WORKER,
+        env={"PYTHONPATH": os.pathsep.join(filter(None, paths))},
+    )
+    assert job.lines(2) == ["0 cold", "old"]
+    expect_parked(job, 1)
+    write_archive(archive, "another value of a greater length")
+    gate.let_pass()
+    assert job.lines(2) == ["1 cold", "another value of a greater length"]
+    assert cold_lines(job)[0] == f"{archive} has changed since its import"
     assert job.end() == 0
 
 

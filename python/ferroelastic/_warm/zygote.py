@@ -294,25 +294,37 @@ def _check_processes() -> None:
 
 
 def _imported_files(began_ns: int) -> list[str]:
-    """Return the files of all modules and of the interpreter.
+    """Return the files of all modules and of the interpreter. An archive stands for the modules that it contains.
 
     Raises:
         Refusal: a file has changed since the start of this process.
     """
-    files = {sys.executable}
+    paths: list[Any] = [sys.executable]
     for module in list(sys.modules.values()):
         spec = getattr(module, "__spec__", None)
-        origin = getattr(spec, "origin", None) if getattr(spec, "has_location", False) else None
-        if isinstance(origin, str) and origin.startswith("/"):
-            files.add(origin)
-    for file in files:
-        try:
-            changed_ns = os.stat(file).st_mtime_ns
-        except OSError:
+        if getattr(spec, "has_location", False):
+            paths.append(getattr(spec, "origin", None))
+    # The importer of an archive keeps the places of all modules in it. A worker may import further ones.
+    paths += [path for path, importer in sys.path_importer_cache.items() if hasattr(importer, "archive")]
+    files = set()
+    for path in {path for path in paths if isinstance(path, str) and path.startswith("/")}:
+        file, changed_ns = _file_of(path)
+        if changed_ns is None:
             continue
         if changed_ns >= began_ns - _CLOCK_TICK_NS:
             raise Refusal(f"{file} has changed during the imports")
+        files.add(file)
     return sorted(files)
+
+
+def _file_of(path: str) -> "tuple[str, int | None]":
+    """Return the file at a path, or the archive that contains the path, and its modification time. ``None`` if there is neither."""
+    try:
+        return path, os.stat(path).st_mtime_ns
+    except NotADirectoryError:  # a part of the path is a file
+        return _file_of(os.path.dirname(path))
+    except OSError:
+        return path, None
 
 
 def _park(zygote: "Any", changed: dict[str, str], removed: list[str], *, has_own_policy: bool) -> None:

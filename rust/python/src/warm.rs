@@ -107,8 +107,8 @@ impl WarmPool {
 pub(crate) struct Zygote(Option<zygote::Zygote>);
 
 impl Zygote {
-    fn channel(&self) -> PyResult<&zygote::Zygote> {
-        self.0.as_ref().ok_or_else(|| PyRuntimeError::new_err("this process is not a zygote any more"))
+    fn channel(&mut self) -> PyResult<&mut zygote::Zygote> {
+        self.0.as_mut().ok_or_else(|| PyRuntimeError::new_err("this process is not a zygote any more"))
     }
 }
 
@@ -120,37 +120,31 @@ impl Zygote {
         started.map(Some).map(Self).map_err(|source| to_python(py, os("use", "standard input".into(), source)))
     }
 
-    fn receive(&self) -> PyResult<Option<Vec<u8>>> {
+    fn receive(&mut self) -> PyResult<Option<Vec<u8>>> {
         Ok(self.channel()?.receive()?)
     }
 
-    fn next_order(&self) -> PyResult<Option<u32>> {
+    fn next_order(&mut self) -> PyResult<Option<u32>> {
         Ok(self.channel()?.next_order()?)
     }
 
     #[expect(clippy::needless_pass_by_value, reason = "extracted from a Python object")]
-    fn report_ready(&self, imported: Vec<PathBuf>) -> PyResult<()> {
+    fn report_ready(&mut self, imported: Vec<PathBuf>) -> PyResult<()> {
         let snapshot = ImportedFiles::take(imported.iter().map(PathBuf::as_path))?;
         Ok(self.channel()?.report_ready(&snapshot)?)
     }
 
-    fn report_refusal(&self, reason: &str) -> PyResult<()> {
+    fn report_refusal(&mut self, reason: &str) -> PyResult<()> {
         Ok(self.channel()?.report_refusal(reason)?)
     }
 
-    fn report_shortage(&self, reason: &str) -> PyResult<()> {
+    fn report_shortage(&mut self, reason: &str) -> PyResult<()> {
         Ok(self.channel()?.report_shortage(reason)?)
     }
 
-    fn fork(&self, py: Python<'_>) -> PyResult<bool> {
-        let channel = self.channel()?;
-        match sys::fork_interpreter(py)? {
-            Forked::Child => Ok(true),
-            Forked::Caller { pid } => {
-                channel.report_child(pid)?;
-                Ok(false)
-            }
-        }
+    fn fork(&mut self, py: Python<'_>) -> PyResult<bool> {
+        let forked = self.channel()?.fork(|| sys::fork_interpreter(py))?;
+        Ok(matches!(forked, Forked::Child))
     }
 
     /// Gives a module and its dictionary back to the garbage collector.
@@ -160,7 +154,7 @@ impl Zygote {
         sys::track(&module.dict());
     }
 
-    fn separate(&self) -> PyResult<()> {
+    fn separate(&mut self) -> PyResult<()> {
         Ok(self.channel()?.separate()?)
     }
 

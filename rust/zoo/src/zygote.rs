@@ -8,11 +8,12 @@ use std::path::Path;
 use std::process::exit;
 
 use ferroelastic_core::sys::fork::{Forked, fork_sibling};
+use ferroelastic_core::sys::procfs;
 use ferroelastic_core::warm::ImportedFiles;
 use ferroelastic_core::warm::zygote::Zygote;
 
 fn main() {
-    let zygote = Zygote::start().expect("a channel");
+    let mut zygote = Zygote::start().expect("a channel");
     let configuration = zygote.receive().expect("a message").expect("a configuration");
     let behaviour = String::from_utf8(configuration).expect("text");
     match behaviour.as_str() {
@@ -33,11 +34,17 @@ fn main() {
                 zygote.report_shortage("no room").expect("reported");
                 break;
             }
-            match fork_sibling().expect("forked") {
-                Forked::Caller { .. } if behaviour == "die unreported" => exit(0),
-                Forked::Caller { pid } => zygote.report_child(pid).expect("reported"),
+            let fork = || {
+                let forked = fork_sibling()?;
+                if let (Forked::Caller { pid }, "die unreported") = (&forked, behaviour.as_str()) {
+                    die_before_the_report_of(*pid);
+                }
+                Ok(forked)
+            };
+            match zygote.fork(fork).expect("forked") {
+                Forked::Caller { .. } => {}
                 Forked::Child if behaviour == "children end" => exit(5),
-                Forked::Child => worker(zygote),
+                Forked::Child => worker(zygote, &behaviour),
             }
         }
     }
@@ -49,8 +56,19 @@ fn pause() -> ! {
     }
 }
 
-fn worker(zygote: Zygote) -> ! {
+/// Ends when the child has come as far as it can without its report.
+fn die_before_the_report_of(child: i32) -> ! {
+    while procfs::stat(child).is_some_and(|stat| stat.state != 'S') {
+        std::thread::yield_now();
+    }
+    exit(0)
+}
+
+fn worker(mut zygote: Zygote, behaviour: &str) -> ! {
     zygote.separate().expect("a session");
+    if behaviour == "die unreported" {
+        pause();
+    }
     let Some(release) = zygote.park().expect("released") else { exit(0) };
 
     let text = |strings: &[CString]| strings.iter().map(|one| one.to_string_lossy().into_owned()).collect::<Vec<_>>();

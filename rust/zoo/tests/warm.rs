@@ -18,10 +18,12 @@ fn c(text: &str) -> CString {
     CString::new(text).expect("no NUL")
 }
 
-/// One test at a time: they look at all children of the process. An engine takes over the unreported children of its process, too.
+/// One test at a time: they look at all children of the process, and the processes of a dropped pool end a little later.
 fn alone() -> MutexGuard<'static, ()> {
     static ALONE: Mutex<()> = Mutex::new(());
-    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+    let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    eventually(|| warm_children().is_empty());
+    alone
 }
 
 /// A pool of two children; `None` where the kernel has no pidfds.

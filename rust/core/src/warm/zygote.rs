@@ -10,6 +10,7 @@ use rustix::thread::CpuSet;
 use super::imported::ImportedFiles;
 use super::wire::{MAX_BYTES, Release, Report, fork_count};
 use crate::sys::channel::Channel;
+use crate::sys::fork::Forked;
 use crate::sys::leftovers::WARM_NAME;
 use crate::sys::{fd, spawn, title};
 
@@ -20,6 +21,8 @@ const MAX_REASON_CHARS: usize = 1000;
 pub struct Zygote {
     channel: Channel,
     agent: Option<Pid>,
+    /// In a child: brings a message when the zygote has reported the child, or ends with the zygote.
+    reported: Option<Channel>,
 }
 
 impl Zygote {
@@ -30,7 +33,7 @@ impl Zygote {
         let null = rustix::fs::open("/dev/null", rustix::fs::OFlags::RDONLY, rustix::fs::Mode::empty())?;
         rustix::stdio::dup2_stdin(&null)?;
         title::set_name(WARM_NAME);
-        Ok(Self { channel: Channel::from(channel), agent: rustix::process::getppid() })
+        Ok(Self { channel: Channel::from(channel), agent: rustix::process::getppid(), reported: None })
     }
 
     /// The next message of the agent; `None` when it has closed the channel or has ended.
@@ -70,13 +73,29 @@ impl Zygote {
         self.channel.send_blocking(&Report::Shortage(reason.to_owned()).encode(), &[])
     }
 
-    /// Reports a child.
-    pub fn report_child(&self, pid: i32) -> io::Result<()> {
-        self.channel.send_blocking(&Report::Forked { pid }.encode(), &[])
+    /// Forks with `fork`, and reports the child.
+    pub fn fork(&mut self, fork: impl FnOnce() -> io::Result<Forked>) -> io::Result<Forked> {
+        let (own_end, child_end) = Channel::pair()?;
+        let forked = fork()?;
+        match forked {
+            Forked::Child => self.reported = Some(child_end),
+            Forked::Caller { pid } => {
+                self.channel.send_blocking(&Report::Forked { pid }.encode(), &[])?;
+                // The child may have ended.
+                let _ = own_end.send(&[1], &[]);
+            }
+        }
+        Ok(forked)
     }
 
-    /// In a child: leads a session and a process group of its own from now on, and is killed with the agent.
-    pub fn separate(&self) -> io::Result<()> {
+    /// In a child: waits until the zygote has reported it. Then it leads a session and a process group of its own, and is killed with the
+    /// agent. Fails if the zygote has ended before the report, or if a signal with a handler interrupts the wait.
+    pub fn separate(&mut self) -> io::Result<()> {
+        // The agent searches unreported children in the zygote's session only.
+        let reported = self.reported.take().ok_or(io::ErrorKind::InvalidInput)?;
+        if reported.receive(&mut [0; 1], true)?.0 == 0 {
+            return Err(io::ErrorKind::BrokenPipe.into());
+        }
         rustix::process::setsid()?;
         spawn::arm_parent_death_signal(libc::SIGKILL)?;
         // The agent may have ended before the signal was armed.

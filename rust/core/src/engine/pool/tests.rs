@@ -1,7 +1,6 @@
 //! The bookkeeping of one pool, without a zygote.
 
 use super::*;
-use crate::published::Published;
 use crate::sys::probe;
 use crate::warm::wire::fork_count;
 
@@ -23,7 +22,6 @@ fn ready_pool(wanted: usize) -> (Pool, Channel) {
         zygote: None,
         channel,
         children: HashMap::new(),
-        half_reported: HashSet::new(),
         wanted,
         ordered: 0,
         began: Instant::now(),
@@ -34,7 +32,9 @@ fn ready_pool(wanted: usize) -> (Pool, Channel) {
         parked_ends: 0,
         is_closing: false,
         closed: None,
-        shared: Arc::new(WarmProgress { state: Published::new(state), imported: std::sync::OnceLock::new() }),
+        shared: Arc::new(WarmProgress { state: Published::new(state), imported: OnceLock::new() }),
+        tokens: TOKENS,
+        warnings: Warnings::default(),
     };
     (pool, zygote_end)
 }
@@ -54,49 +54,39 @@ fn report(pool: &mut Pool, report: Report, fd: Option<OwnedFd>) {
     let poller = Poller::new().expect("poller");
     let guard = GuardSlot::new(Warnings::default());
     let host = PoolHost { support: probe::probe(), poller: &poller, guard: &guard };
-    pool.handle(report, fd, host, TOKENS, &Warnings::default());
+    pool.handle(report, fd, host);
 }
 
 #[test]
 fn a_child_is_ordered_once() {
     let (mut pool, zygote_end) = ready_pool(2);
-    pool.refill(&Warnings::default());
-    pool.refill(&Warnings::default());
+    pool.refill();
+    pool.refill();
     assert_eq!((next_order(&zygote_end), next_order(&zygote_end)), (Some(2), None));
     // After a shortage the next refill is a new attempt.
     report(&mut pool, Report::Shortage("EAGAIN".into()), None);
     assert_eq!(pool.shared.state.read(|state| state.shortage.clone()), "EAGAIN");
     assert_eq!(next_order(&zygote_end), None);
-    pool.refill(&Warnings::default());
+    pool.refill();
     assert_eq!(next_order(&zygote_end), Some(2));
     assert_eq!(pool.shared.state.read(|state| state.shortage.clone()), "");
 }
 
 #[test]
-fn the_reports_of_a_child_may_come_in_any_order() {
-    for is_overtaken in [false, true] {
-        let (mut pool, zygote_end) = ready_pool(1);
-        pool.refill(&Warnings::default());
-        assert_eq!(next_order(&zygote_end), Some(1));
-        let mut process = child();
-        let pid = i32::try_from(process.id()).expect("pid");
-        let (own_end, _agent_end) = Channel::pair().expect("pair");
-        let (forked, parked) = (Report::Forked { pid }, Report::Parked { pid });
-        if is_overtaken {
-            report(&mut pool, parked, Some(own_end.into()));
-            // It may be a worker before the zygote's report comes.
-            pool.children.remove(&pid);
-            report(&mut pool, forked, None);
-            assert!(pool.children.is_empty(), "a worker is no child of the pool");
-        } else {
-            report(&mut pool, forked, None);
-            report(&mut pool, parked, Some(own_end.into()));
-            assert!(pool.children[&pid].is_parked());
-        }
-        assert_eq!(pool.ordered, 0);
-        process.kill().expect("killed");
-        process.wait().expect("reaped");
-    }
+fn a_child_is_watched_from_its_first_report_and_parked_after_its_second() {
+    let (mut pool, zygote_end) = ready_pool(1);
+    pool.refill();
+    assert_eq!(next_order(&zygote_end), Some(1));
+    let mut process = child();
+    let pid = i32::try_from(process.id()).expect("pid");
+    let (own_end, _agent_end) = Channel::pair().expect("pair");
+    report(&mut pool, Report::Forked { pid }, None);
+    assert!(!pool.children[&pid].is_parked());
+    assert_eq!(pool.ordered, 0);
+    report(&mut pool, Report::Parked { pid }, Some(own_end.into()));
+    assert!(pool.children[&pid].is_parked());
+    process.kill().expect("killed");
+    process.wait().expect("reaped");
 }
 
 #[test]
@@ -112,14 +102,17 @@ fn a_suspended_child_is_killed_and_not_used() {
     let mut process = child();
     let pid = i32::try_from(process.id()).expect("pid");
     let (own_end, _agent_end) = Channel::pair().expect("pair");
+    report(&mut pool, Report::Forked { pid }, None);
     report(&mut pool, Report::Parked { pid }, Some(own_end.into()));
-    assert_eq!(pool.next_parked(&Warnings::default()), Some(pid));
+    assert_eq!(pool.next_parked(), Some(pid));
     assert!(pool.children[&pid].leader.signal(libc::SIGSTOP).expect("suspended"));
     while !pool.children[&pid].leader.is_stopped() {
         std::thread::yield_now();
     }
-    let warnings = Warnings::default();
-    assert_eq!(pool.next_parked(&warnings), None);
-    assert_eq!(warnings.take(), [format!("A parked process (pid {pid}) was suspended. It was killed and is replaced")]);
+    assert_eq!(pool.next_parked(), None);
+    assert_eq!(
+        pool.warnings.take(),
+        [format!("A parked process (pid {pid}) was suspended. It was killed and is replaced")]
+    );
     process.wait().expect("killed");
 }
