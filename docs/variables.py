@@ -226,6 +226,9 @@ VARIABLES: tuple[Variable, ...] = (
         "Ports that `srun --resv-ports` reserved. The first one is the port of the rendezvous.",
     ),
     Variable("SLURM_GPUS_ON_NODE", "schedulers", "GPUs of the job on this node: the default of `--nproc-per-node`."),
+    Variable(
+        "SLURM_CPUS_ON_NODE", "schedulers", "CPUs of the job on this node, for `--nproc-per-node=cpu` and `auto`."
+    ),
     Variable("SLURM_JOB_END_TIME", "schedulers", "End of the job in seconds since 1970. Slurm 22.05 does not set it."),
     Variable(
         "JOB_COMPLETION_INDEX",
