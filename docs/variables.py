@@ -254,6 +254,7 @@ VARIABLES: tuple[Variable, ...] = (
         "OMPI_COMM_WORLD_SIZE", "schedulers", "Number of processes of `mpirun`: `--nnodes`, in an allocation of Slurm."
     ),
     Variable("OMPI_COMM_WORLD_RANK", "schedulers", "Rank of this node."),
+    Variable("PMIX_NAMESPACE", "schedulers", "Namespace of an `mpirun`: a part of `--rdzv-id`."),
     Variable(
         "OMPI_COMM_WORLD_LOCAL_SIZE", "schedulers", "Processes of `mpirun` on this node. More than one is refused."
     ),

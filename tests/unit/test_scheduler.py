@@ -301,9 +301,6 @@ class TestKubernetes:
             "JOB_COMPLETION_INDEX=4 is not a rank of 2 nodes (--nnodes)"
         )
 
-    def test_one_node_has_nothing_to_report(self) -> None:
-        assert incomplete({"JOB_COMPLETION_INDEX": "4"}, nodes=1, **POD) == ""
-
 
 class TestOpenMpi:
     def test_in_an_allocation_the_host_list_has_the_first_node(self) -> None:
@@ -315,6 +312,11 @@ class TestOpenMpi:
         on_first = {**SLURM_JOB, **OPEN_MPI, "OMPI_COMM_WORLD_RANK": "0"}
         on_third = {**SLURM_STEP, **OPEN_MPI}
         assert placed(on_first)[0::2] == placed(on_third)[0::2]
+
+    def test_several_mpiruns_of_an_allocation_have_different_ids(self) -> None:
+        found = look({**SLURM_STEP, **OPEN_MPI, "PMIX_NAMESPACE": "prterun-tux00-4711@1"})
+        assert isinstance(found, Placement)
+        assert found.run_id == Taken("65541.prterun-tux00-4711@1", "SLURM_JOB_ID, PMIX_NAMESPACE")
 
     def test_another_number_of_nodes_is_refused_with_both(self) -> None:
         message = refused({**SLURM_JOB, **OPEN_MPI, "OMPI_COMM_WORLD_SIZE": "3"})
@@ -368,7 +370,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """The environment of this process, without a scheduler and without options."""
     monkeypatch.setattr(os, "environ", os.environ.copy())
     for name in list(os.environ):
-        if name.startswith(("PET_", "SLURM", "CUDA_", "HIP_", "ROCR_", "OMPI_", "FERROELASTIC_")):
+        if name.startswith(("PET_", "SLURM", "CUDA_", "HIP_", "ROCR_", "OMPI_", "FERROELASTIC_", "TORCHELASTIC_")):
             del os.environ[name]
     return monkeypatch
 
@@ -414,6 +416,7 @@ class TestCommandLine:
             "--node-rank=0",
             "--master-addr=127.0.0.1",
             "--master_port=29500",
+            "--nnodes=1",
         ],
     )
     @pytest.mark.parametrize("way", ["option", "variable"])
@@ -449,9 +452,9 @@ class TestCommandLine:
         args = settled()
         assert (args.nnodes, args.rdzv_backend, args.rdzv_endpoint, args.nproc_per_node) == ("1:1", "static", "", "8")
 
-    def test_the_user_may_want_one_node(self) -> None:
-        os.environ.update(SLURM_STEP)
-        assert settled("--nnodes=1").rdzv_backend == "static"
+    def test_a_ferrorun_that_a_worker_starts_is_a_job_of_its_own(self) -> None:
+        os.environ.update(SLURM_STEP, TORCHELASTIC_RUN_ID="65541.0")
+        assert vars(settled()) == vars(run.parse_args(["train.py"]))
 
     def test_options_of_the_user_win(self) -> None:
         os.environ.update(SLURM_STEP)

@@ -33,8 +33,6 @@ def place(environ: Mapping[str, str], surroundings: Surroundings) -> Placement |
             "alone; give --nnodes with the job's completions, or --standalone"
         )
         return Incomplete("Kubernetes", reason, index.value == 0)
-    if nodes.value == 1:
-        return Incomplete("Kubernetes")
     check_rank(index, nodes)
     name = surroundings.hostname().partition(".")[0]
     job = name.removesuffix(f"-{index.value}")

@@ -16,7 +16,7 @@ from ferroelastic._scheduler.placement import (
     Taken,
     check_rank,
     number,
-    port_of_number,
+    port_of_name,
     text,
 )
 from ferroelastic._usage import UsageError
@@ -63,13 +63,16 @@ def place(environ: Mapping[str, str], _: Surroundings) -> Placement | Incomplete
             "alone; give --nnodes, --rdzv-backend=c10d and --rdzv-endpoint"
         )
         return Incomplete("Open MPI", reason, rank.value == 0, nodes, rank, gpus)
+    # An allocation may have several mpiruns. PMIx gives each a namespace.
+    namespace = text(environ, "PMIX_NAMESPACE") or Taken("mpi", "")
+    run_id = Taken(f"{job.value}.{namespace.value}", ", ".join(filter(None, (job.source, namespace.source))))
     return Placement(
         scheduler="Open MPI in Slurm",
         nodes=nodes,
         rank=rank,
-        run_id=Taken(f"{job.value}.mpi", job.source),
+        run_id=run_id,
         host=Taken(listed.value[0], f"the first node of {listed.source}"),
-        port=Taken(port_of_number(job.value), "from the id"),
+        port=Taken(port_of_name(run_id.value), "from the id"),
         gpus=gpus,
         end_s=number(environ, "SLURM_JOB_END_TIME"),
     )

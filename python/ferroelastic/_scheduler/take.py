@@ -76,7 +76,7 @@ def take(args: Namespace, given: Collection[str], nodes: tuple[int, int] | None)
     Args:
         args: the parsed command line. Modified in place.
         given: names of the options that the user gave.
-        nodes: smallest and largest number of nodes, if the user gave ``--nnodes``.
+        nodes: smallest and largest number of nodes, if the user gave ``--nnodes`` for several nodes.
 
     Raises:
         UsageError: a variable has an invalid value, two schedulers disagree, or ``--nnodes`` needs more nodes than the scheduler has.
@@ -107,7 +107,7 @@ def take(args: Namespace, given: Collection[str], nodes: tuple[int, int] | None)
 def _take_rendezvous(args: Namespace, placement: Placement, nodes: tuple[int, int] | None, taken: list[str]) -> None:
     most = placement.nodes.value if nodes is None else nodes[1]
     if most == 1:
-        return  # run() uses a local rendezvous
+        return  # the launcher uses a local rendezvous
     if nodes is None:
         args.nnodes = str(placement.nodes.value)
         taken.append(f"--nnodes={args.nnodes} ({placement.nodes.source})")
