@@ -174,6 +174,13 @@ class TestSlurm:
         )
         assert found.gpus == Taken(8, "SLURM_GPUS_ON_NODE")
 
+    def test_a_batch_script_does_not_take_the_step_that_submitted_it(self) -> None:
+        """It inherits ``SLURM_STEP_*`` of that step."""
+        submitter = {name: value for name, value in SLURM_STEP.items() if name.startswith("SLURM_STEP")}
+        here = {**SLURM_JOB, **submitter, "SLURM_STEP_TASKS_PER_NODE": "2(x2)"}
+        assert incomplete(here).startswith("ferrorun runs on this node alone, but job 65541 has 4 nodes")
+        assert incomplete({**here, "SLURM_JOB_NUM_NODES": "1"}) == ""
+
     def test_a_shell_of_a_job_of_one_node_has_nothing_to_report(self) -> None:
         assert incomplete({**SLURM_JOB, "SLURM_JOB_NUM_NODES": "1"}) == ""
 
@@ -203,8 +210,8 @@ class TestSlurm:
             ({"SLURM_GPUS_ON_NODE": "a100:8"}, "SLURM_GPUS_ON_NODE='a100:8' is not a whole number"),
             ({"SLURM_STEP_RESV_PORTS": "12a"}, "SLURM_STEP_RESV_PORTS='12a' is not a list of ports"),
             (
-                {"SLURMD_NODENAME": "tux03"},
-                "SLURMD_NODENAME=tux03, but node 1 (SLURM_NODEID) of SLURM_STEP_NODELIST is tux02; run srun ferrorun in this job",
+                {"SLURMD_NODENAME": "tux01"},
+                "SLURMD_NODENAME=tux01, but node 1 (SLURM_NODEID) of SLURM_STEP_NODELIST is tux02; run srun ferrorun in this job",
             ),
         ],
     )

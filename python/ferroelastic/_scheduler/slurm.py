@@ -47,12 +47,12 @@ def place(environ: Mapping[str, str], _: Surroundings) -> Placement | Incomplete
     # Only slurmd sets the node's name: a shell of salloc on a login node has no GPUs of the job.
     is_on_node = bool(environ.get("SLURMD_NODENAME"))
     gpus = number(environ, "SLURM_GPUS_ON_NODE") if is_on_node else None
-    if step is None or step.value >= _FIRST_SPECIAL_STEP:
+    listed = hosts(environ, "SLURM_STEP_NODELIST", *_JOB_HOSTS)
+    if step is None or step.value >= _FIRST_SPECIAL_STEP or _is_elsewhere(environ, listed):
         return Incomplete("Slurm", _outside_of_step(environ, job), gpus=gpus, end_s=end_s)
     _check_tasks(environ)
     nodes = number(environ, "SLURM_STEP_NUM_NODES", "SLURM_NNODES", "SLURM_JOB_NUM_NODES")
     rank = number(environ, "SLURM_NODEID")
-    listed = hosts(environ, "SLURM_STEP_NODELIST", *_JOB_HOSTS)
     if nodes is None or rank is None or listed is None:
         names = [
             "" if nodes else "SLURM_STEP_NUM_NODES",
@@ -105,6 +105,12 @@ def hosts(environ: Mapping[str, str], *env_names: str) -> Taken[list[str]] | Non
         raise UsageError(
             f"{found.source}={found.value!r} is not a host list: {error}; give --rdzv-endpoint, {REMEDY}"
         ) from None
+
+
+def _is_elsewhere(environ: Mapping[str, str], listed: Taken[list[str]] | None) -> bool:
+    """Return whether the step does not have this node. A batch script that a step submitted inherits the variables of that step."""
+    name = environ.get("SLURMD_NODENAME")
+    return bool(name) and listed is not None and name not in listed.value
 
 
 def _outside_of_step(environ: Mapping[str, str], job: Taken[int]) -> str:
