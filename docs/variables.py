@@ -187,7 +187,7 @@ VARIABLES: tuple[Variable, ...] = (
     Variable(
         "FERROELASTIC_JOB_END_S",
         "schedulers",
-        "End of the job in seconds since 1970, for the workers. `ferrorun` sets it from `SLURM_JOB_END_TIME` if it is not set.",
+        "End of the job in seconds since 1970, for the workers. `ferrorun` sets it from `SLURM_JOB_END_TIME`, if Slurm sets that.",
     ),
     Variable(
         "SLURM_JOB_ID",

@@ -356,15 +356,14 @@ _SCHEDULERS = (
     "OMPI_COMM_WORLD_SIZE",
 )
 
-_IN_WORKER = "TORCHELASTIC_RUN_ID"
 _RENDEZVOUS_OPTIONS = frozenset({"rdzv_backend", "rdzv_endpoint", "rdzv_id", "node_rank", "master_addr", "master_port"})
 
 
 def _ask_scheduler(args: Namespace) -> None:
     """Complete the command line with the values of the scheduler, if there is one and the user gave no option of the rendezvous."""
     given = getattr(args, "given", None)
-    # A program that fills a namespace itself has decided. A ferrorun that a worker starts is a job of its own.
-    if given is None or args.standalone or args.no_scheduler or given & _RENDEZVOUS_OPTIONS or _IN_WORKER in os.environ:
+    # A program that fills a namespace itself has decided.
+    if given is None or args.standalone or args.no_scheduler or given & _RENDEZVOUS_OPTIONS:
         return
     nodes = parse_min_max_nnodes(args.nnodes) if "nnodes" in given else None
     if (nodes is None or nodes[1] > 1) and any(variable in os.environ for variable in _SCHEDULERS):

@@ -459,9 +459,10 @@ class TestCommandLine:
         args = settled()
         assert (args.nnodes, args.rdzv_backend, args.rdzv_endpoint, args.nproc_per_node) == ("1:1", "static", "", "8")
 
-    def test_a_ferrorun_that_a_worker_starts_is_a_job_of_its_own(self) -> None:
-        os.environ.update(SLURM_STEP, TORCHELASTIC_RUN_ID="65541.0")
-        assert vars(settled()) == vars(run.parse_args(["train.py"]))
+    def test_a_job_that_a_worker_submitted_is_placed(self) -> None:
+        """It inherits the variables of the worker."""
+        os.environ.update(SLURM_STEP, TORCHELASTIC_RUN_ID="65540.0")
+        assert settled().rdzv_id == "65541.0"
 
     def test_options_of_the_user_win(self) -> None:
         os.environ.update(SLURM_STEP)
@@ -469,10 +470,11 @@ class TestCommandLine:
         assert (args.nproc_per_node, args.rdzv_conf) == ("3", "is_host=0,node_rank=1,is_host=1")
         assert run._late("_parse_rendezvous_config")(args.rdzv_conf)["is_host"] == "1"
 
-    def test_the_end_that_the_user_sets_is_kept(self) -> None:
-        os.environ.update(SLURM_STEP, SLURM_JOB_END_TIME="1795900000", FERROELASTIC_JOB_END_S="7")
+    @pytest.mark.parametrize(("of_slurm", "end"), [("1795900000", "1795900000"), ("", "7")])
+    def test_the_end_that_the_user_sets_is_kept_unless_slurm_sets_it(self, of_slurm: str, end: str) -> None:
+        os.environ.update(SLURM_STEP, SLURM_JOB_END_TIME=of_slurm, FERROELASTIC_JOB_END_S="7")
         settled()
-        assert os.environ[END_VARIABLE] == "7"
+        assert os.environ[END_VARIABLE] == end
 
     @pytest.mark.parametrize(
         ("visible", "count"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ferroelastic._scheduler import clouds, flux, kubernetes, mpi, slurm
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["END_VARIABLE", "find", "take"]
 
+# Name of an agent's process in /proc, of this package and of torch.
+_AGENT_NAME = "pt_elastic"
 END_VARIABLE = "FERROELASTIC_JOB_END_S"
 """Environment variable of the workers: the end of the job in seconds since 1970."""
 
@@ -81,6 +84,8 @@ def take(args: Namespace, given: Collection[str], nodes: tuple[int, int] | None)
     Raises:
         UsageError: a variable has an invalid value, two schedulers disagree, or ``--nnodes`` needs more nodes than the scheduler has.
     """
+    if _is_in_worker():
+        return  # a job of its own
     user = None if nodes is None else Taken(nodes[1], "--nnodes")
     found = find(os.environ, Surroundings(user, socket.gethostname, socket.getfqdn, flux.host_list))
     if found is None:
@@ -94,7 +99,7 @@ def take(args: Namespace, given: Collection[str], nodes: tuple[int, int] | None)
     if "nproc_per_node" not in given:
         _take_gpus(args, found.gpus, taken)
     if found.end_s is not None:
-        os.environ.setdefault(END_VARIABLE, str(found.end_s.value))
+        os.environ[END_VARIABLE] = str(found.end_s.value)
     logger = get_logger(__name__)
     # One node speaks for all.
     log = logger.warning if is_first else logger.info
@@ -102,6 +107,24 @@ def take(args: Namespace, given: Collection[str], nodes: tuple[int, int] | None)
         log("%s: %s", found.scheduler, found.reason)
     if taken:
         log("%s: %s; --no-scheduler ignores these values", found.scheduler, ", ".join(taken))
+
+
+def _is_in_worker() -> bool:
+    """Return whether a worker of another agent started this process.
+
+    The variables of a worker are not enough: a job that a worker submits inherits them.
+    """
+    pid = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else 0
+    while pid > 0:
+        try:
+            stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+        except OSError:
+            return False
+        name, _, rest = stat.partition("(")[2].rpartition(")")
+        if name == _AGENT_NAME:
+            return True
+        pid = int(rest.split()[1])
+    return False
 
 
 def _take_rendezvous(args: Namespace, placement: Placement, nodes: tuple[int, int] | None, taken: list[str]) -> None:
