@@ -107,7 +107,8 @@ def test_a_shell_of_an_allocation_waits_for_no_other_node(tmp_path: Path) -> Non
     ((code, errors),) = ended([started(shell, str(script), str(tmp_path))])
     assert code == 0
     assert json.loads((tmp_path / "0.0").read_text())["WORLD_SIZE"] == "1"
-    assert "runs on this node alone, but job 7 has 2 nodes (SLURM_JOB_NUM_NODES)" in errors
+    assert "job 7 has 2 nodes (SLURM_JOB_NUM_NODES), but this process is not in a step of it" in errors
+    assert "ferrorun runs on this node alone" in errors
 
 
 def test_a_ferrorun_that_a_worker_starts_is_a_job_of_its_own(tmp_path: Path) -> None:

@@ -169,16 +169,18 @@ class TestSlurm:
         found = look(environ)
         assert isinstance(found, Incomplete)
         assert found.reason == (
-            "ferrorun runs on this node alone, but job 65541 has 4 nodes (SLURM_JOB_NUM_NODES) and this process is not in a step of it "
-            "(SLURM_STEP_ID); run srun ferrorun for all nodes, or give --standalone"
+            "job 65541 has 4 nodes (SLURM_JOB_NUM_NODES), but this process is not in a step of it (SLURM_STEP_ID)"
         )
+        assert found.remedy == "run srun ferrorun for all nodes, or give --standalone"
         assert found.gpus == Taken(8, "SLURM_GPUS_ON_NODE")
 
     def test_a_batch_script_does_not_take_the_step_that_submitted_it(self) -> None:
         """It inherits ``SLURM_STEP_*`` of that step."""
         submitter = {name: value for name, value in SLURM_STEP.items() if name.startswith("SLURM_STEP")}
         here = {**SLURM_JOB, **submitter, "SLURM_STEP_TASKS_PER_NODE": "2(x2)"}
-        assert incomplete(here).startswith("ferrorun runs on this node alone, but job 65541 has 4 nodes")
+        assert incomplete(here).startswith(
+            "job 65541 has 4 nodes (SLURM_JOB_NUM_NODES), but this process is not in a step"
+        )
         assert incomplete({**here, "SLURM_JOB_NUM_NODES": "1"}) == ""
 
     def test_a_shell_of_a_job_of_one_node_has_nothing_to_report(self) -> None:
@@ -222,7 +224,7 @@ class TestSlurm:
 
     def test_a_step_without_its_rank_says_which_variable_is_missing(self) -> None:
         reason = incomplete(without(SLURM_STEP, "SLURM_NODEID"))
-        assert reason.startswith("the variables of Slurm are incomplete: SLURM_NODEID not set; ")
+        assert reason == "the variables of Slurm are incomplete: SLURM_NODEID not set"
 
 
 class TestSkyPilot:
@@ -238,7 +240,7 @@ class TestSkyPilot:
     )
     def test_a_missing_variable_is_named(self, name: str) -> None:
         reason = incomplete(without(SKYPILOT, name))
-        assert reason == f"the variables of SkyPilot are incomplete: {name} not set; give --rdzv-endpoint"
+        assert reason == f"the variables of SkyPilot are incomplete: {name} not set"
 
 
 class TestDstack:
@@ -256,7 +258,7 @@ class TestDstack:
     )
     def test_a_missing_variable_is_named(self, name: str) -> None:
         reason = incomplete(without(DSTACK, name))
-        assert reason == f"the variables of dstack are incomplete: {name} not set; give --rdzv-endpoint"
+        assert reason == f"the variables of dstack are incomplete: {name} not set"
 
     def test_a_rank_outside_of_the_nodes_is_refused(self) -> None:
         assert refused({**DSTACK, "DSTACK_NODE_RANK": "2"}).startswith("DSTACK_NODE_RANK=2 is not a rank of 2 nodes")
@@ -293,7 +295,9 @@ class TestKubernetes:
         )
 
     def test_without_nnodes_the_number_of_pods_is_missing(self) -> None:
-        assert "give --nnodes with the job's completions" in incomplete(KUBERNETES, **POD)
+        found = look(KUBERNETES)
+        assert isinstance(found, Incomplete)
+        assert found.remedy == "give --nnodes with the job's completions, or --standalone"
 
     def test_without_a_subdomain_the_service_is_missing(self) -> None:
         reason = incomplete(KUBERNETES, nodes=2, hostname="train-1", fqdn="train-1")
@@ -452,6 +456,26 @@ class TestCommandLine:
             UsageError, match=r"--nnodes='4' waits for 4 nodes, but Slurm has 2 \(SLURM_STEP_NUM_NODES\)"
         ):
             settled("--nnodes=4")
+
+    def test_a_shell_without_a_step_reports_that_it_runs_alone(self, caplog: pytest.LogCaptureFixture) -> None:
+        os.environ.update(SLURM_JOB)
+        args = settled()
+        assert (args.nnodes, args.rdzv_backend, args.nproc_per_node) == ("1:1", "static", "8")
+        alone, gpus = [record.getMessage() for record in caplog.records]
+        assert alone == (
+            "Slurm: job 65541 has 4 nodes (SLURM_JOB_NUM_NODES), but this process is not in a step of it (SLURM_STEP_ID): "
+            "ferrorun runs on this node alone; run srun ferrorun for all nodes, or give --standalone"
+        )
+        assert gpus == "Slurm: --nproc-per-node=8 (SLURM_GPUS_ON_NODE); --no-scheduler ignores these values"
+
+    def test_a_shell_without_a_step_does_not_wait_for_other_nodes(self) -> None:
+        os.environ.update(SLURM_JOB)
+        with pytest.raises(UsageError) as raised:
+            settled("--nnodes=2:4")
+        assert str(raised.value) == (
+            "--nnodes='2:4' waits for other nodes, but their place is unknown: job 65541 has 4 nodes (SLURM_JOB_NUM_NODES), but this "
+            "process is not in a step of it (SLURM_STEP_ID); run srun ferrorun for all nodes, or give --standalone"
+        )
 
     def test_one_node_uses_a_local_rendezvous(self) -> None:
         os.environ.update({**SLURM_STEP, "SLURM_STEP_NODELIST": "tux01", "SLURM_STEP_NUM_NODES": "1"})

@@ -59,10 +59,10 @@ def place(environ: Mapping[str, str], _: Surroundings) -> Placement | Incomplete
     listed = None if job is None else _hosts(environ, nodes, rank)
     if job is None or listed is None:
         reason = (
-            f"Open MPI has {nodes.value} processes ({nodes.source}), but no variable has the address of the first one: this node runs "
-            "alone; give --nnodes, --rdzv-backend=c10d and --rdzv-endpoint"
+            f"Open MPI has {nodes.value} processes ({nodes.source}), but no variable has the address of the first one"
         )
-        return Incomplete("Open MPI", reason, rank.value == 0, nodes, rank, gpus)
+        remedy = "give --nnodes, --rdzv-backend=c10d and --rdzv-endpoint"
+        return Incomplete("Open MPI", reason, remedy, rank.value == 0, nodes, rank, gpus)
     # An allocation may have several mpiruns. PMIx gives each a namespace.
     namespace = text(environ, "PMIX_NAMESPACE") or Taken("mpi", "")
     run_id = Taken(f"{job.value}.{namespace.value}", ", ".join(filter(None, (job.source, namespace.source))))

@@ -95,6 +95,7 @@ def take(args: Namespace, given: Collection[str], nodes: tuple[int, int] | None)
         _take_rendezvous(args, found, nodes, taken)
         is_first = found.rank.value == 0
     else:
+        _check_alone(args, found, nodes)
         is_first = found.is_first
     if "nproc_per_node" not in given:
         _take_gpus(args, found.gpus, taken)
@@ -104,7 +105,7 @@ def take(args: Namespace, given: Collection[str], nodes: tuple[int, int] | None)
     # One node speaks for all.
     log = logger.warning if is_first else logger.info
     if isinstance(found, Incomplete) and found.reason:
-        log("%s: %s", found.scheduler, found.reason)
+        log("%s: %s: ferrorun runs on this node alone; %s", found.scheduler, found.reason, found.remedy)
     if taken:
         log("%s: %s; --no-scheduler ignores these values", found.scheduler, ", ".join(taken))
 
@@ -125,6 +126,18 @@ def _is_in_worker() -> bool:
             return True
         pid = int(rest.split()[1])
     return False
+
+
+def _check_alone(args: Namespace, found: Incomplete, nodes: tuple[int, int] | None) -> None:
+    """Check that a node without a place does not wait for others.
+
+    Raises:
+        UsageError: it would.
+    """
+    if nodes is not None and nodes[0] > 1 and found.reason:
+        raise UsageError(
+            f"{named('nnodes', args.nnodes)} waits for other nodes, but their place is unknown: {found.reason}; {found.remedy}"
+        )
 
 
 def _take_rendezvous(args: Namespace, placement: Placement, nodes: tuple[int, int] | None, taken: list[str]) -> None:
