@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ferroelastic._scheduler import clouds, flux, kubernetes, mpi, slurm
@@ -118,7 +117,8 @@ def _is_in_worker() -> bool:
     pid = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else 0
     while pid > 0:
         try:
-            stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+            with open(f"/proc/{pid}/stat", errors="replace") as file:
+                stat = file.read()
         except OSError:
             return False
         name, _, rest = stat.partition("(")[2].rpartition(")")
