@@ -25,6 +25,7 @@ GROUPS: dict[str, str] = {
     "watchdog": "Watchdog",
     "health": "Health checks",
     "devices": "Devices and threads",
+    "schedulers": "Schedulers",
     "system": "System and Python",
 }
 
@@ -184,6 +185,80 @@ VARIABLES: tuple[Variable, ...] = (
         "all GPUs",
     ),
     Variable(
+        "FERROELASTIC_JOB_END_S",
+        "schedulers",
+        "End of the job in seconds since 1970, for the workers. `ferrorun` sets it from `SLURM_JOB_END_TIME`, if Slurm sets that.",
+    ),
+    Variable(
+        "SLURM_JOB_ID",
+        "schedulers",
+        "Number of the job: `--rdzv-id` and the port. See [schedulers](../recipes/schedulers.md).",
+    ),
+    Variable("SLURM_JOBID", "schedulers", "The same, in older versions of Slurm."),
+    Variable(
+        "SLURM_STEP_ID",
+        "schedulers",
+        "Number of the step: `--rdzv-id` and the port. Without it `ferrorun` runs on this node alone.",
+    ),
+    Variable("SLURM_STEPID", "schedulers", "The same, in older versions of Slurm."),
+    Variable("SLURM_RESTART_COUNT", "schedulers", "How often the job was requeued. A part of `--rdzv-id` from 1."),
+    Variable("SLURM_STEP_NUM_NODES", "schedulers", "Number of nodes of the step: `--nnodes`."),
+    Variable("SLURM_NNODES", "schedulers", "The same, if `SLURM_STEP_NUM_NODES` is not set."),
+    Variable(
+        "SLURM_JOB_NUM_NODES",
+        "schedulers",
+        "The same, if both are not set. Number of nodes of the job outside of a step.",
+    ),
+    Variable("SLURM_NODEID", "schedulers", "Rank of this node in the step."),
+    Variable("SLURM_STEP_NODELIST", "schedulers", "Nodes of the step. The first one hosts the rendezvous."),
+    Variable("SLURM_JOB_NODELIST", "schedulers", "The same, if `SLURM_STEP_NODELIST` is not set."),
+    Variable("SLURM_NODELIST", "schedulers", "The same, in older versions of Slurm."),
+    Variable(
+        "SLURMD_NODENAME",
+        "schedulers",
+        "Name of this node. It must be the node with the rank of this node in the list.",
+    ),
+    Variable("SLURM_STEP_TASKS_PER_NODE", "schedulers", "Tasks of each node. More than one is refused."),
+    Variable("SLURM_TASKS_PER_NODE", "schedulers", "The same, if `SLURM_STEP_TASKS_PER_NODE` is not set."),
+    Variable(
+        "SLURM_STEP_RESV_PORTS",
+        "schedulers",
+        "Ports that `srun --resv-ports` reserved. The first one is the port of the rendezvous.",
+    ),
+    Variable("SLURM_GPUS_ON_NODE", "schedulers", "GPUs of the job on this node: the default of `--nproc-per-node`."),
+    Variable(
+        "SLURM_CPUS_ON_NODE", "schedulers", "CPUs of the job on this node, for `--nproc-per-node=cpu` and `auto`."
+    ),
+    Variable("SLURM_JOB_END_TIME", "schedulers", "End of the job in seconds since 1970. Slurm 22.05 does not set it."),
+    Variable(
+        "JOB_COMPLETION_INDEX",
+        "schedulers",
+        "Index of a pod in a Kubernetes Indexed Job: the rank of this node, with `--nnodes`.",
+    ),
+    Variable("SKYPILOT_NUM_NODES", "schedulers", "Number of nodes of a SkyPilot task: `--nnodes`."),
+    Variable("SKYPILOT_NODE_RANK", "schedulers", "Rank of this node."),
+    Variable("SKYPILOT_NODE_IPS", "schedulers", "Addresses of the nodes. The first one hosts the rendezvous."),
+    Variable("SKYPILOT_TASK_ID", "schedulers", "Id of the task: `--rdzv-id`."),
+    Variable("SKYPILOT_NUM_GPUS_PER_NODE", "schedulers", "GPUs of a node: the default of `--nproc-per-node`."),
+    Variable("DSTACK_NODES_NUM", "schedulers", "Number of nodes of a dstack run: `--nnodes`."),
+    Variable("DSTACK_NODE_RANK", "schedulers", "Rank of this node."),
+    Variable("DSTACK_MASTER_NODE_IP", "schedulers", "Address of the node that hosts the rendezvous."),
+    Variable("DSTACK_RUN_ID", "schedulers", "Id of the run: `--rdzv-id`."),
+    Variable("DSTACK_RUN_NAME", "schedulers", "Name of the run: `--rdzv-id` if `DSTACK_RUN_ID` is not set."),
+    Variable("DSTACK_GPUS_PER_NODE", "schedulers", "GPUs of a node: the default of `--nproc-per-node`."),
+    Variable("FLUX_JOB_ID", "schedulers", "Id of a Flux job: `--rdzv-id`."),
+    Variable("FLUX_JOB_NNODES", "schedulers", "Number of nodes of the job: `--nnodes`."),
+    Variable("FLUX_TASK_RANK", "schedulers", "Rank of this node."),
+    Variable("FLUX_JOB_SIZE", "schedulers", "Number of tasks of the job. More than one per node is refused."),
+    Variable(
+        "OMPI_COMM_WORLD_SIZE", "schedulers", "Number of processes of `mpirun`: `--nnodes`, in an allocation of Slurm."
+    ),
+    Variable("OMPI_COMM_WORLD_RANK", "schedulers", "Rank of this node."),
+    Variable("PMIX_NAMESPACE", "schedulers", "Namespace of an `mpirun`: a part of `--rdzv-id`."),
+    Variable(
+        "OMPI_COMM_WORLD_LOCAL_SIZE", "schedulers", "Processes of `mpirun` on this node. More than one is refused."
+    ),
+    Variable(
         "VIRTUAL_ENV",
         "system",
         "An active virtual environment. `ferrorun` warns if it is not the environment of the workers' interpreter.",
@@ -226,4 +301,5 @@ WORKER_VARIABLES: tuple[tuple[str, str], ...] = (
         "The one GPU of the worker with `--virtual-local-rank`. Otherwise the value of `ferrorun`'s own environment.",
     ),
     ("FERROELASTIC_RUN", "The mark of the run."),
+    ("FERROELASTIC_JOB_END_S", "End of the job in seconds since 1970, where the scheduler tells it."),
 )

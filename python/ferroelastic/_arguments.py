@@ -2,7 +2,7 @@
 
 import os
 import sys
-from argparse import OPTIONAL, PARSER, REMAINDER, Action, ArgumentError, ArgumentParser
+from argparse import OPTIONAL, PARSER, REMAINDER, Action, ArgumentError, ArgumentParser, Namespace
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -17,6 +17,15 @@ class _OptionalValue(env):
         super().__init__(dest, nargs=OPTIONAL, **kwargs)
 
 
+class CommandLine(Namespace):
+    """A parsed command line."""
+
+    # A slot, because the attributes are those of torch's namespace.
+    __slots__ = ("given",)
+    given: frozenset[str]
+    """Names of the options that the command line or a ``PET_*`` variable sets."""
+
+
 class _Parser(ArgumentParser):
     """Reports an error in one line. The error for an invalid ``PET_*`` value names the variable.
 
@@ -25,7 +34,19 @@ class _Parser(ArgumentParser):
     """
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        line = list(sys.argv[1:] if args is None else args)
+        self._given = {
+            action.dest
+            for action in self._actions
+            if isinstance(action, env | check_env) and f"PET_{action.dest.upper()}" in os.environ
+        }
+        parsed, unknown = self._parse(
+            list(sys.argv[1:] if args is None else args), CommandLine() if namespace is None else namespace
+        )
+        if isinstance(parsed, CommandLine):
+            parsed.given = frozenset(self._given)
+        return parsed, unknown
+
+    def _parse(self, line: list[str], namespace: Any) -> Any:
         script = self._script_index(line)
         if script is None:
             return super().parse_known_args(line, namespace)
@@ -107,6 +128,10 @@ class _Parser(ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}; see {self.prog} --help\n")
 
+    def _get_values(self, action: Action, arg_strings: Any) -> Any:
+        self._given.add(action.dest)
+        return super()._get_values(action, arg_strings)
+
     def _get_value(self, action: Action, arg_string: str) -> Any:
         variable = f"PET_{action.dest.upper()}"
         from_variable = isinstance(action, env) and arg_string is action.default and variable in os.environ
@@ -123,7 +148,7 @@ class _Parser(ArgumentParser):
         return value
 
 
-def get_args_parser() -> ArgumentParser:
+def get_args_parser() -> ArgumentParser:  # noqa: PLR0915 - one statement per option
     """Return the parser of the command line. The defaults are the current values of the ``PET_*`` variables.
 
     Raises:
@@ -170,6 +195,12 @@ def get_args_parser() -> ArgumentParser:
         "--standalone",
         help="Run on this node only, with a rendezvous on a free port. "
         "Overrides the backend, the endpoint and the id of the rendezvous.",
+    )
+
+    flag(
+        "--no-scheduler",
+        help="Without options of the rendezvous, do not take the number of nodes, the node's rank, the id, the endpoint and the number of "
+        "workers from the variables of Slurm, Kubernetes, SkyPilot, dstack, Flux or Open MPI. Not in torchrun.",
     )
 
     # What the agent does.

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from ferroelastic._cpus import cpu_count
+
 
 class Gpu(NamedTuple):
     """One GPU of this host."""
@@ -52,11 +54,6 @@ VISIBILITY_VARIABLES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VIS
 
 # Ordinals that torch.cuda assumes without CUDA_VISIBLE_DEVICES: more than any host has.
 _ALL = tuple(range(64))
-
-
-def cpu_count() -> int:
-    """Return the number of CPUs this process may run on, as ``torch._utils.cpu_count``."""
-    return len(os.sched_getaffinity(0))
 
 
 def gpu_count(environ: Mapping[str, str] | None = None, sources: Sources = HOST) -> int:
@@ -297,7 +294,7 @@ def worker_count(what: str, environ: Mapping[str, str] | None = None, sources: S
         The count, or ``None`` if ``what`` is not a type of device.
     """
     if what == "cpu":
-        return WorkerCount(cpu_count(), "cpu", "")
+        return WorkerCount(cpu_count(environ, sources.root), "cpu", "")
     if what == "gpu":
         remedy = "check the driver (nvidia-smi) and CUDA_VISIBLE_DEVICES, or use cpu or a number"
         return WorkerCount(gpu_count(environ, sources), "gpu", remedy)
@@ -308,7 +305,9 @@ def worker_count(what: str, environ: Mapping[str, str] | None = None, sources: S
     if what == "auto":
         gpus = gpu_count(environ, sources)
         other = None if gpus else _other_accelerators(sources.root)
-        return WorkerCount(gpus, "gpu", "") if gpus else other or WorkerCount(cpu_count(), "cpu", "")
+        return (
+            WorkerCount(gpus, "gpu", "") if gpus else other or WorkerCount(cpu_count(environ, sources.root), "cpu", "")
+        )
     if not _has_private_backend():
         return None
     from ferroelastic import _torch

@@ -11,6 +11,7 @@ Intended differences:
 * ``--help`` and usage errors do not import torch.
 * ``--warm-workers`` and ``--preload`` start workers from processes that have imported torch.
 * ``--interactive-rank`` connects one worker to the terminal.
+* Without options of the rendezvous, the variables of a scheduler set them: ``srun ferrorun train.py``. ``--no-scheduler`` ignores them.
 * If ``ferrorun`` is killed, its workers and their children end too. Helpers that left the session of their worker are ended after a
   failure, before a restart and on a stop. ``--keep-detached`` and ``--end-detached`` change that.
 
@@ -343,6 +344,34 @@ def run_script_path(training_script: str, *training_script_args: str) -> None:
     runpy.run_path(training_script, run_name="__main__")
 
 
+# One variable of each scheduler. Without them the modules that read the rest are not loaded.
+_SCHEDULERS = (
+    "SLURM_JOB_ID",
+    "SLURM_JOBID",
+    "JOB_COMPLETION_INDEX",
+    "SKYPILOT_NODE_RANK",
+    "SKYPILOT_TASK_ID",
+    "DSTACK_NODE_RANK",
+    "FLUX_JOB_ID",
+    "OMPI_COMM_WORLD_SIZE",
+)
+
+_RENDEZVOUS_OPTIONS = frozenset({"rdzv_backend", "rdzv_endpoint", "rdzv_id", "node_rank", "master_addr", "master_port"})
+
+
+def _ask_scheduler(args: Namespace) -> None:
+    """Complete the command line with the values of the scheduler, if there is one and the user gave no option of the rendezvous."""
+    given = getattr(args, "given", None)
+    # A program that fills a namespace itself has decided.
+    if given is None or args.standalone or args.no_scheduler or given & _RENDEZVOUS_OPTIONS:
+        return
+    nodes = parse_min_max_nnodes(args.nnodes) if "nnodes" in given else None
+    if (nodes is None or nodes[1] > 1) and any(variable in os.environ for variable in _SCHEDULERS):
+        from ferroelastic._scheduler.take import take
+
+        take(args, given, nodes)
+
+
 def run(args: Namespace) -> None:
     """Launch a job from a parsed command line, and wait for the workers of this node. Mirrors ``torch.distributed.run.run``.
 
@@ -355,6 +384,7 @@ def run(args: Namespace) -> None:
         UsageError: a value is invalid.
     """
     _name_thread("pt_elastic")
+    _ask_scheduler(args)
     if args.standalone:
         _check_standalone(args)
         _use_local_rendezvous(args)

@@ -15,7 +15,9 @@ __all__ = ["Read", "reads_of_python", "reads_of_rust", "sources_below", "strings
 
 _ENVIRONMENTS = ("environ", "environment")
 _METHODS = ("get", "pop", "setdefault")
-_NAMED = re.compile(r"(?:TORCH|TORCHELASTIC|TORCH_ELASTIC|FERROELASTIC|PET)_[A-Z0-9_]+")
+_NAMED = re.compile(
+    r"(?:TORCH|TORCHELASTIC|TORCH_ELASTIC|FERROELASTIC|PET|SLURM|SLURMD|SKYPILOT|DSTACK|FLUX|OMPI|PMIX)_[A-Z0-9_]+|JOB_COMPLETION_INDEX"
+)
 _RUST_READ = re.compile(r"\b(?:env::var(?:_os)?|secure_getenv|getenv)\s*\(\s*([^),]*)")
 
 
@@ -100,7 +102,7 @@ def _names(key: ast.expr, values: Mapping[str, list[ast.expr]], depth: int = 3) 
 
 
 def strings_of_python(sources: Mapping[str, str]) -> list[Read]:
-    """Strings that look like variables of torch or of this package, wherever they are."""
+    """Strings that look like variables of torch, of a scheduler or of this package, wherever they are."""
     return [
         Read(f"{path}:{node.lineno}", node.value)
         for path, text in sources.items()

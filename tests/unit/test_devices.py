@@ -2,7 +2,6 @@
 
 # ruff: noqa: N802 - the fake has NVML's names
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import pytest
 
 from ferroelastic import _devices
+from ferroelastic._cpus import cpu_count
 
 UUIDS = [
     "GPU-1a000000-0000-0000-0000-000000000000",
@@ -80,10 +80,10 @@ def _nvidia(nvml: FakeNvml, root: Path) -> _devices.Sources:
     return _devices.Sources(root=root, load_nvml=lambda: nvml)
 
 
-def test_the_cpus_are_those_this_process_may_use() -> None:
-    assert _devices.cpu_count() == len(os.sched_getaffinity(0))
+def test_without_limits_the_cpus_are_torchs(tmp_path: Path) -> None:
     torch_utils = pytest.importorskip("torch._utils")
-    assert _devices.cpu_count() == torch_utils.cpu_count()
+    counted = _devices.worker_count("cpu", {}, _devices.Sources(tmp_path, _no_nvml))
+    assert counted == _devices.WorkerCount(torch_utils.cpu_count(), "cpu", "")
 
 
 def test_nvml_gives_count_ids_and_addresses(nvml: FakeNvml, tmp_path: Path) -> None:
@@ -248,7 +248,7 @@ def test_nvidia_goes_first_also_when_hidden(amd: _devices.Sources, nvml: FakeNvm
 def test_worker_count(nvml: FakeNvml, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_devices, "_has_private_backend", lambda: False)
     with_gpus, without = _nvidia(nvml, tmp_path), _devices.Sources(tmp_path, _no_nvml)
-    cpus = _devices.WorkerCount(_devices.cpu_count(), "cpu", "")
+    cpus = _devices.WorkerCount(cpu_count({}, tmp_path), "cpu", "")
 
     assert _devices.worker_count("cpu", {}, with_gpus) == cpus
     assert _devices.worker_count("auto", {}, with_gpus) == _devices.WorkerCount(4, "gpu", "")

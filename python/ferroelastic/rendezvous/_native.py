@@ -68,6 +68,7 @@ class NativeRendezvous(RendezvousHandler):
     * ``read_timeout`` (60): timeout for reaching the host.
     * ``is_host``: whether this node hosts the rendezvous. By default it does if the endpoint names this machine.
     * ``rank`` and ``timeout`` (900): node rank and join timeout of ``static``.
+    * ``node_rank``: position of this node among the nodes of ``c10d``. By default the host decides. Not in torch.
     * ``max_membership_changes`` (no limit): number of rounds that may end because nodes join, leave or are lost. Not in torch.
     * ``store_type``: ``tcp``. For another type, torch's handler is used.
     * ``close_timeout``: checked and ignored, because closing is one message.

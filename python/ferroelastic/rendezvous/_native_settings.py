@@ -26,7 +26,15 @@ DEFAULT_STATIC_TIMEOUT_S = 900
 
 torch has two defaults: 900 s in its launcher (torchrun and ``elastic_launch``) and 600 s in its handler. This package uses 900 s for both.
 """
-_C10D_OPTIONS = ("join_timeout", "last_call_timeout", "close_timeout", "read_timeout", "is_host", "store_type")
+_C10D_OPTIONS = (
+    "join_timeout",
+    "last_call_timeout",
+    "close_timeout",
+    "read_timeout",
+    "is_host",
+    "node_rank",
+    "store_type",
+)
 _STATIC_OPTIONS = ("rank", "timeout")
 _COMMON_OPTIONS = (
     "heartbeat_timeout",
@@ -64,6 +72,8 @@ class NativeSettings:
             self.may_host = self.is_host = self.node_rank == 0
         else:
             self.is_host = _boolean(params, "is_host")
+            # Not torch's name "rank", which c10d ignores.
+            self.node_rank = _number(params, "node_rank", None, 0, "node rank; give a whole number from 0")
             self.join_timeout_s = _seconds(params, "join_timeout", 600)
             self.connect_timeout_s = _seconds(params, "read_timeout", 60)
             self.may_host = _matches_machine_hostname(host) if self.is_host is None else self.is_host
