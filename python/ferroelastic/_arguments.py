@@ -2,12 +2,15 @@
 
 import os
 import sys
-from argparse import OPTIONAL, PARSER, REMAINDER, Action, ArgumentError, ArgumentParser
+from argparse import OPTIONAL, PARSER, REMAINDER, SUPPRESS, Action, ArgumentError, ArgumentParser
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from ferroelastic._signals import DEFAULT_SIGNALS
 from ferroelastic.argparse_util import check_env, env
+
+EXEC = "--exec"
+"""The option of ``ferrorun`` that runs a program with the hook."""
 
 
 class _OptionalValue(env):
@@ -15,6 +18,16 @@ class _OptionalValue(env):
 
     def __init__(self, dest: str, **kwargs: Any) -> None:
         super().__init__(dest, nargs=OPTIONAL, **kwargs)
+
+
+class _Exec(Action):
+    """The option ``--exec`` in another place than the first, where the command would not take it."""
+
+    def __call__(self, parser: ArgumentParser, *_: Any) -> NoReturn:
+        parser.error(
+            f"{EXEC} must be the first argument, and only the program and its arguments follow it: ferrorun {EXEC} PROGRAM ...; "
+            "the program takes the options of its own launcher"
+        )
 
 
 class _Parser(ArgumentParser):
@@ -338,6 +351,14 @@ def get_args_parser() -> ArgumentParser:
     flag(
         "--virtual-local-rank",
         help="Give every worker LOCAL_RANK=0 and only its own GPU in CUDA_VISIBLE_DEVICES.",
+    )
+    parser.add_argument(
+        EXEC,
+        action=_Exec,
+        nargs=0,
+        default=SUPPRESS,
+        help="Run a program that calls torch's launcher, e.g. ferrorun --exec accelerate launch train.py: its jobs run under the agent of "
+        "ferrorun. Must be the first argument. All that follows is the program and its arguments. Not in torchrun.",
     )
     parser.add_argument("training_script", type=str, help="Script, module or command to run in each worker.")
     parser.add_argument("training_script_args", nargs=REMAINDER, help="Arguments of the script.")

@@ -11,6 +11,7 @@ Intended differences:
 * ``--help`` and usage errors do not import torch.
 * ``--warm-workers`` and ``--preload`` start workers from processes that have imported torch.
 * ``--interactive-rank`` connects one worker to the terminal.
+* ``--exec`` runs a program that calls torch's launcher, with :func:`ferroelastic.install` in effect.
 * If ``ferrorun`` is killed, its workers and their children end too. Helpers that left the session of their worker are ended after a
   failure, before a restart and on a stop. ``--keep-detached`` and ``--end-detached`` change that.
 
@@ -25,7 +26,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ferroelastic._arguments import get_args_parser
+from ferroelastic._arguments import EXEC, get_args_parser
 from ferroelastic._usage import UsageError, named
 from ferroelastic.argparse_util import check_env, env
 
@@ -447,11 +448,15 @@ def cli(args: Sequence[str] | None = None) -> int:
 
 
 def console(parse: Callable[[Sequence[str] | None], Namespace] | None = None) -> NoReturn:
-    """Run :func:`cli` and end this process with its exit code.
+    """Run :func:`cli` and end this process with its exit code. With ``--exec``, replace this process by the program.
 
     Args:
         parse: parser of the command line, by default :func:`parse_args`.
     """
+    if parse is None and sys.argv[1:2] == [EXEC]:
+        from ferroelastic._exec import execute
+
+        execute(sys.argv[2:])
     from ferroelastic import _process
 
     # Never closed: the handlers stay installed until the process ends, so that no signal changes the exit code.

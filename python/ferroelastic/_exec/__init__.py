@@ -1,0 +1,123 @@
+"""``ferrorun --exec``: runs a program in whose Python processes :func:`ferroelastic.install` is in effect.
+
+The program inherits a variable and two folders: ``hook`` in ``PYTHONPATH`` has a ``sitecustomize`` that calls ``install()``, and ``bin`` in
+``PATH`` has a ``torchrun``. Agents of this package remove all three from the environment of their workers.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NoReturn
+
+from ferroelastic import _install
+from ferroelastic._arguments import EXEC
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+
+__all__ = ["as_worker", "execute", "worker_environment"]
+
+_ENV = "FERROELASTIC_EXEC"
+"""Environment variable: the interpreter of the ``ferrorun --exec`` that has started this process or an ancestor."""
+
+_FOLDER = os.path.dirname(os.path.abspath(__file__))
+_SUFFIXES = {"PYTHONPATH": "/ferroelastic/_exec/hook", "PATH": "/ferroelastic/_exec/bin"}
+_NOT_FOUND, _NOT_EXECUTABLE = 127, 126
+
+
+def execute(words: list[str]) -> NoReturn:
+    """Replace this process by a program with the hook.
+
+    Args:
+        words: the program and its arguments.
+
+    Raises:
+        SystemExit: there is no program (code 2), it does not exist (127) or it cannot be executed (126). One line is on standard error.
+    """
+    words = words[1:] if words[:1] == ["--"] else words
+    if not words:
+        _fail(2, f"{EXEC} needs a program, for example: ferrorun {EXEC} accelerate launch train.py")
+    program = words[0]
+    if program.startswith("-"):
+        _fail(2, f"{EXEC}: {program!r} is an option; write the program right after {EXEC}, and its options after it")
+    environment = dict(os.environ)
+    _add(environment)
+    _restore_signals()
+    try:
+        os.execvpe(program, words, environment)  # noqa: S606 - no shell is wanted
+    except FileNotFoundError:
+        where = "does not exist" if "/" in program else "is not in PATH"
+        _fail(_NOT_FOUND, f"{EXEC}: program {program!r} {where}, or the interpreter of its first line is missing")
+    except OSError as error:
+        _fail(
+            _NOT_EXECUTABLE, f"{EXEC}: program {program!r} cannot be executed: {os.strerror(error.errno or 0).lower()}"
+        )
+
+
+def worker_environment() -> dict[str, str]:
+    """Return the environment of this process for a worker: with the hook only if workers inherit the installation."""
+    environment = dict(os.environ)
+    if _install.workers_inherit():
+        _add(environment)
+    else:
+        _remove(environment)
+    return environment
+
+
+@contextmanager
+def as_worker() -> Iterator[None]:
+    """Give this process the environment of :func:`worker_environment` for a ``with`` block that starts processes of ``multiprocessing``."""
+    names = (_ENV, *_SUFFIXES)
+    former = {name: os.environ.get(name) for name in names}
+    _set(os.environ, worker_environment(), names)
+    try:
+        yield
+    finally:
+        _set(os.environ, former, names)
+
+
+def _set(environment: MutableMapping[str, str], values: Mapping[str, str | None], names: Sequence[str]) -> None:
+    for name in names:
+        value = values.get(name)
+        if value == environment.get(name):
+            continue
+        if value is None:
+            del environment[name]
+        else:
+            environment[name] = value
+
+
+def _add(environment: dict[str, str]) -> None:
+    _remove(environment)
+    environment[_ENV] = sys.executable
+    for name, folder in (("PYTHONPATH", "hook"), ("PATH", "bin")):
+        rest = environment.get(name) or (os.defpath if name == "PATH" else "")
+        path = os.path.join(_FOLDER, folder)
+        environment[name] = f"{path}{os.pathsep}{rest}" if rest else path
+
+
+def _remove(environment: dict[str, str]) -> None:
+    if environment.pop(_ENV, None) is None:
+        return
+    for name, suffix in _SUFFIXES.items():
+        entries = environment.get(name, "").split(os.pathsep)
+        others = [entry for entry in entries if not entry.endswith(suffix)]
+        if others:
+            environment[name] = os.pathsep.join(others)
+        else:
+            environment.pop(name, None)
+
+
+def _restore_signals() -> None:
+    """Give the signals that the interpreter ignores their default actions, as ``subprocess`` does for its children."""
+    import signal
+
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):
+        signal.signal(number, signal.SIG_DFL)
+
+
+def _fail(code: int, text: str) -> NoReturn:
+    sys.stderr.write(f"ferrorun: error: {text}\n")
+    sys.exit(code)
