@@ -136,6 +136,11 @@ class _Parser(ArgumentParser):
         return value
 
 
+def _comma_separated_list(value: str) -> list[str]:
+    placeholder = "\0"
+    return [item.replace(placeholder, ",") for item in value.replace(",,", placeholder).split(",")]
+
+
 def get_args_parser() -> ArgumentParser:
     """Return the parser of the command line. The defaults are the current values of the ``PET_*`` variables.
 
@@ -146,10 +151,6 @@ def get_args_parser() -> ArgumentParser:
         prog="ferrorun",
         description="Start a distributed PyTorch job on this node: its workers, and an agent that restarts them.",
     )
-
-    def comma_separated_list(value: str) -> list[str]:
-        placeholder = "\0"
-        return [item.replace(placeholder, ",") for item in value.replace(",,", placeholder).split(",")]
 
     def option(*flags: str, **kwargs: Any) -> None:
         """Add an option in both spellings, with dashes and with underscores."""
@@ -241,14 +242,14 @@ def get_args_parser() -> ArgumentParser:
     )
     option(
         "--duplicate-stdout-filters",
-        type=comma_separated_list,
+        type=_comma_separated_list,
         default=[],
         help="Also write stdout lines that contain one of these strings to one file, e.g. loss,epoch. "
         "Write a comma within a string as two commas.",
     )
     option(
         "--duplicate-stderr-filters",
-        type=comma_separated_list,
+        type=_comma_separated_list,
         default=[],
         help="Same for stderr.",
     )
@@ -337,7 +338,7 @@ def get_args_parser() -> ArgumentParser:
     )
     option(
         "--warm-imports",
-        type=comma_separated_list,
+        type=_comma_separated_list,
         default=["torch"],
         metavar="MODULES",
         help="Modules for --warm-workers and --preload, e.g. torch,transformers. package.module:function imports the module and calls "

@@ -43,6 +43,7 @@ def execute(words: list[str]) -> NoReturn:
     if program.startswith("-"):
         _fail(2, f"{EXEC}: {program!r} is an option; write the program right after {EXEC}, and its options after it")
     environment = dict(os.environ)
+    _warn_of_other_torchrun(environment.get("PATH", os.defpath))
     _add(environment)
     _restore_signals()
     try:
@@ -53,6 +54,17 @@ def execute(words: list[str]) -> NoReturn:
     except OSError as error:
         _fail(
             _NOT_EXECUTABLE, f"{EXEC}: program {program!r} cannot be executed: {os.strerror(error.errno or 0).lower()}"
+        )
+
+
+def _warn_of_other_torchrun(path: str) -> None:
+    from ferroelastic._exec.script import find_torchrun, interpreter_of
+
+    found = find_torchrun(path)
+    python = None if found is None else interpreter_of(found)
+    if python is not None and os.path.dirname(python) != os.path.dirname(sys.executable):
+        _write(
+            f"ferrorun: warning: {EXEC}: torchrun runs {sys.executable} instead of {python}, the interpreter of {found}"
         )
 
 
@@ -119,5 +131,10 @@ def _restore_signals() -> None:
 
 
 def _fail(code: int, text: str) -> NoReturn:
-    sys.stderr.write(f"ferrorun: error: {text}\n")
+    _write(f"ferrorun: error: {text}")
     sys.exit(code)
+
+
+def _write(line: str) -> None:
+    if sys.stderr is not None:
+        sys.stderr.write(f"{line}\n")
