@@ -11,8 +11,8 @@ classes too.
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
 
+TYPE_CHECKING = False  # as in `typing`, whose import takes longer than that of this module
 if sys.platform != "linux":
     raise ImportError(
         f"ferroelastic supports Linux only and cannot run on {sys.platform!r}: "

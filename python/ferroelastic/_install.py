@@ -12,8 +12,8 @@ from __future__ import annotations
 import _thread
 import os
 import sys
-from typing import TYPE_CHECKING
 
+TYPE_CHECKING = False  # as in `typing`
 if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
     from types import ModuleType
