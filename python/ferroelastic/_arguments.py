@@ -2,7 +2,7 @@
 
 import os
 import sys
-from argparse import OPTIONAL, PARSER, REMAINDER, SUPPRESS, Action, ArgumentError, ArgumentParser
+from argparse import OPTIONAL, PARSER, REMAINDER, Action, ArgumentError, ArgumentParser
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -357,7 +357,7 @@ def get_args_parser() -> ArgumentParser:
         EXEC,
         action=_Exec,
         nargs=0,
-        default=SUPPRESS,
+        default=False,
         help="Run a program that calls torch's launcher, e.g. ferrorun --exec accelerate launch train.py: its jobs run under the agent of "
         "ferrorun. Must be the first argument. All that follows is the program and its arguments. Not in torchrun.",
     )

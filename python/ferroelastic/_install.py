@@ -204,7 +204,7 @@ def _restore() -> list[str]:
 def _wait_for_imports() -> None:
     """Wait for the imports of torch's modules that other threads have begun before the finder was in place."""
     for name in _MODULES:
-        module = sys.modules.get(name)
+        module = _loaded(name)
         if module is not None and _is_importing(module):
             try:  # noqa: SIM105 - contextlib may not be loaded
                 __import__(name)
@@ -212,12 +212,17 @@ def _wait_for_imports() -> None:
                 pass
 
 
+def _loaded(name: str) -> ModuleType | None:
+    module = sys.modules.get(name)
+    return module if isinstance(module, type(sys)) else None  # not an object that stands in for a module
+
+
 def _is_importing(module: ModuleType) -> bool:
     return bool(getattr(module.__spec__, "_initializing", False))
 
 
 def _is_ready(name: str, executed: str | None) -> bool:
-    module = sys.modules.get(name)
+    module = _loaded(name)
     return module is not None and (name == executed or not _is_importing(module))
 
 
@@ -230,7 +235,7 @@ def _replace(executed: str | None = None) -> None:
     ready = [
         module
         for name in _MODULES
-        if (module := sys.modules.get(name)) is not None and _is_ready(_PACKAGES.get(name, name), executed)
+        if (module := _loaded(name)) is not None and _is_ready(_PACKAGES.get(name, name), executed)
     ]
     if not ready:
         return
@@ -289,7 +294,7 @@ def _compat() -> Any:
 
 
 def _report_running_agent() -> None:
-    api = sys.modules.get(f"{_AGENT}.api")
+    api = _loaded(f"{_AGENT}.api")
     for frame in sys._current_frames().values() if api is not None else ():  # noqa: SLF001 - the only way to see other threads
         caller: Any = frame
         while caller is not None:

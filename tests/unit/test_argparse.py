@@ -76,6 +76,7 @@ ADDED: dict[str, Any] = {
     "preload": False,
     "keep_detached": False,
     "end_detached": False,
+    "exec": False,
 }
 """Options that torch has not. Each is off by default."""
 

@@ -80,7 +80,9 @@ def _parse(args: Sequence[str] | None) -> Namespace:
 def _write(folder: str) -> list[str]:
     path = os.path.join(os.path.abspath(folder), _NAME)
     if os.path.lexists(path) and not _is_own(path):
-        raise _ScriptError(f"{path} is not a file of ferroelastic-torchrun and is not overwritten; choose another folder")
+        raise _ScriptError(
+            f"{path} is not a file of ferroelastic-torchrun and is not overwritten; choose another folder"
+        )
     os.makedirs(os.path.dirname(path), exist_ok=True)
     temporary = f"{path}.{os.getpid()}"
     with open(temporary, "w", encoding="utf-8", errors="surrogateescape") as file:
