@@ -136,7 +136,7 @@ class _Parser(ArgumentParser):
         return value
 
 
-def _comma_separated_list(value: str) -> list[str]:
+def comma_separated_list(value: str) -> list[str]:
     placeholder = "\0"
     return [item.replace(placeholder, ",") for item in value.replace(",,", placeholder).split(",")]
 
@@ -242,14 +242,14 @@ def get_args_parser() -> ArgumentParser:
     )
     option(
         "--duplicate-stdout-filters",
-        type=_comma_separated_list,
+        type=comma_separated_list,
         default=[],
         help="Also write stdout lines that contain one of these strings to one file, e.g. loss,epoch. "
         "Write a comma within a string as two commas.",
     )
     option(
         "--duplicate-stderr-filters",
-        type=_comma_separated_list,
+        type=comma_separated_list,
         default=[],
         help="Same for stderr.",
     )
@@ -338,7 +338,7 @@ def get_args_parser() -> ArgumentParser:
     )
     option(
         "--warm-imports",
-        type=_comma_separated_list,
+        type=comma_separated_list,
         default=["torch"],
         metavar="MODULES",
         help="Modules for --warm-workers and --preload, e.g. torch,transformers. package.module:function imports the module and calls "
