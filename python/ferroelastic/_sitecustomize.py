@@ -4,9 +4,19 @@ They execute this file without an import, because the package may not be importa
 bare interpreter has not loaded.
 """
 
+import os
 import sys
 
-__all__ = ["import_hidden", "leave_path"]
+TYPE_CHECKING = False  # as in `typing`
+if TYPE_CHECKING:
+    from collections.abc import MutableMapping
+
+__all__ = ["EXEC_ENV", "import_hidden", "leave_path", "remove_exec"]
+
+EXEC_ENV = "FERROELASTIC_EXEC"
+"""Environment variable: the interpreter of the ``ferrorun --exec`` that has started this process or an ancestor."""
+
+_EXEC_FOLDERS = {"PATH": "/ferroelastic/_exec/bin", "PYTHONPATH": "/ferroelastic/_exec/hook"}
 
 
 def leave_path(folder: str) -> None:
@@ -26,3 +36,18 @@ def import_hidden() -> bool:
             raise
         return False
     return True
+
+
+def remove_exec(environment: "MutableMapping[str, str]") -> None:
+    """Remove all that ``ferrorun --exec`` has added to an environment."""
+    if EXEC_ENV not in environment:
+        return
+    del environment[EXEC_ENV]
+    for name, suffix in _EXEC_FOLDERS.items():
+        # Of any environment: an inner `ferrorun --exec` may be that of another one.
+        entries = environment.get(name, "").split(os.pathsep)
+        others = [entry for entry in entries if not entry.endswith(suffix)]
+        if others:
+            environment[name] = os.pathsep.join(others)
+        else:
+            environment.pop(name, None)

@@ -13,17 +13,14 @@ from typing import TYPE_CHECKING, NoReturn
 
 from ferroelastic import _install
 from ferroelastic._arguments import EXEC
+from ferroelastic._sitecustomize import EXEC_ENV, remove_exec
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 
 __all__ = ["as_worker", "execute", "worker_environment"]
 
-_ENV = "FERROELASTIC_EXEC"
-"""Environment variable: the interpreter of the ``ferrorun --exec`` that has started this process or an ancestor."""
-
 _FOLDER = os.path.dirname(os.path.abspath(__file__))
-_SUFFIXES = {"PYTHONPATH": "/ferroelastic/_exec/hook", "PATH": "/ferroelastic/_exec/bin"}
 _NOT_FOUND, _NOT_EXECUTABLE = 127, 126
 
 
@@ -74,14 +71,14 @@ def worker_environment() -> dict[str, str]:
     if _install.workers_inherit():
         _add(environment)
     else:
-        _remove(environment)
+        remove_exec(environment)
     return environment
 
 
 @contextmanager
 def as_worker() -> Iterator[None]:
     """Give this process the environment of :func:`worker_environment` for a ``with`` block that starts processes of ``multiprocessing``."""
-    names = (_ENV, *_SUFFIXES)
+    names = (EXEC_ENV, "PATH", "PYTHONPATH")
     former = {name: os.environ.get(name) for name in names}
     _set(os.environ, worker_environment(), names)
     try:
@@ -102,24 +99,12 @@ def _set(environment: MutableMapping[str, str], values: Mapping[str, str | None]
 
 
 def _add(environment: dict[str, str]) -> None:
-    _remove(environment)
-    environment[_ENV] = sys.executable
+    remove_exec(environment)
+    environment[EXEC_ENV] = sys.executable
     for name, folder in (("PYTHONPATH", "hook"), ("PATH", "bin")):
         rest = environment.get(name) or (os.defpath if name == "PATH" else "")
         path = os.path.join(_FOLDER, folder)
         environment[name] = f"{path}{os.pathsep}{rest}" if rest else path
-
-
-def _remove(environment: dict[str, str]) -> None:
-    if environment.pop(_ENV, None) is None:
-        return
-    for name, suffix in _SUFFIXES.items():
-        entries = environment.get(name, "").split(os.pathsep)
-        others = [entry for entry in entries if not entry.endswith(suffix)]
-        if others:
-            environment[name] = os.pathsep.join(others)
-        else:
-            environment.pop(name, None)
 
 
 def _restore_signals() -> None:

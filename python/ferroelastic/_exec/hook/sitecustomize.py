@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
 _FOLDER, _, _ = __file__.rpartition("/")
 _PACKAGE = _FOLDER.removesuffix("/_exec/hook")
-_ENV = "FERROELASTIC_EXEC"
 
 
 def _load_shared() -> "dict[str, Any]":
@@ -34,15 +33,10 @@ def _install() -> None:
 
 
 def _give_up(error: Exception) -> None:
-    """Report the error if this interpreter has torch. The child processes of this process run without the hook."""
-    variable = os.environ.pop(_ENV, None)
-    entries = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry != _FOLDER]
-    if any(entries):
-        os.environ["PYTHONPATH"] = os.pathsep.join(entries)
-    else:
-        os.environ.pop("PYTHONPATH", None)
-    has_torch = _external.PathFinder.find_spec("torch", sys.path) is not None
-    if variable is not None and has_torch and sys.stderr is not None:
+    """Run this process and its children without the hook. Report the error if this interpreter has torch."""
+    _shared["remove_exec"](os.environ)
+    torch = _external.PathFinder.find_spec("torch", sys.path)
+    if torch is not None and torch.origin is not None and sys.stderr is not None:
         text = " ".join(f"{type(error).__name__}: {error}".split())
         sys.stderr.write(
             f"ferrorun --exec: {sys.executable} runs without ferroelastic ({text}); install ferroelastic in its environment\n"
@@ -51,7 +45,7 @@ def _give_up(error: Exception) -> None:
 
 _shared = _load_shared()
 _shared["leave_path"](_FOLDER)
-if _ENV in os.environ:
+if _shared["EXEC_ENV"] in os.environ:
     _install()
 if not _shared["import_hidden"]():
     # `site` ignores exactly this error, and the import system removes this module.
