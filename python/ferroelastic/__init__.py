@@ -4,29 +4,37 @@ Module paths mirror torch's: ``torch.distributed.elastic.X`` is ``ferroelastic.X
 ``ferroelastic.run``, ``torch.distributed.launcher`` is ``ferroelastic.launcher``. The package imports torch only for function
 entrypoints and for torch's own rendezvous handlers. If torch is already loaded, exceptions and results are instances of torch's
 classes too.
+
+:func:`install` puts the agent of this package under programs that call torch's launcher, and :func:`uninstall` takes it away again.
 """
 
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
 
+TYPE_CHECKING = False  # as in `typing`, whose import takes longer than that of this module
 if sys.platform != "linux":
     raise ImportError(
         f"ferroelastic supports Linux only and cannot run on {sys.platform!r}: "
         "use torchrun (python -m torch.distributed.run) instead"
     )
 
-__all__ = ["__version__"]
+__all__ = ["__version__", "install", "uninstall"]
 
 if TYPE_CHECKING:
+    from ferroelastic._install import install, uninstall
+
     __version__: str
 else:
 
-    def __getattr__(name: str) -> str:
+    def __getattr__(name: str) -> object:
         # Imported late: importlib.metadata takes longer to import than the rest of the launcher.
         if name == "__version__":
             from importlib.metadata import version
 
             return version("ferroelastic")
+        if name in ("install", "uninstall"):
+            from ferroelastic import _install
+
+            return getattr(_install, name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,6 +9,9 @@ from typing import Any, NoReturn
 from ferroelastic._signals import DEFAULT_SIGNALS
 from ferroelastic.argparse_util import check_env, env
 
+EXEC = "--exec"
+"""The option of ``ferrorun`` that runs a program with the hook."""
+
 
 class _OptionalValue(env):
     """Option whose value is optional and always follows ``=``, because the next argument may be the script."""
@@ -24,6 +27,16 @@ class CommandLine(Namespace):
     __slots__ = ("given",)
     given: frozenset[str]
     """Names of the options that the command line or a ``PET_*`` variable sets."""
+
+
+class _Exec(Action):
+    """The option ``--exec`` in another place than the first, where the command would not take it."""
+
+    def __call__(self, parser: ArgumentParser, *_: Any) -> NoReturn:
+        parser.error(
+            "--exec must be the first argument, and only the program and its arguments follow it: ferrorun --exec PROGRAM ...; "
+            "the program takes the options of its own launcher"
+        )
 
 
 class _Parser(ArgumentParser):
@@ -148,7 +161,12 @@ class _Parser(ArgumentParser):
         return value
 
 
-def get_args_parser() -> ArgumentParser:  # noqa: PLR0915 - one statement per option
+def comma_separated_list(value: str) -> list[str]:
+    placeholder = "\0"
+    return [item.replace(placeholder, ",") for item in value.replace(",,", placeholder).split(",")]
+
+
+def get_args_parser() -> ArgumentParser:
     """Return the parser of the command line. The defaults are the current values of the ``PET_*`` variables.
 
     Raises:
@@ -158,10 +176,6 @@ def get_args_parser() -> ArgumentParser:  # noqa: PLR0915 - one statement per op
         prog="ferrorun",
         description="Start a distributed PyTorch job on this node: its workers, and an agent that restarts them.",
     )
-
-    def comma_separated_list(value: str) -> list[str]:
-        placeholder = "\0"
-        return [item.replace(placeholder, ",") for item in value.replace(",,", placeholder).split(",")]
 
     def option(*flags: str, **kwargs: Any) -> None:
         """Add an option in both spellings, with dashes and with underscores."""
@@ -369,6 +383,14 @@ def get_args_parser() -> ArgumentParser:  # noqa: PLR0915 - one statement per op
     flag(
         "--virtual-local-rank",
         help="Give every worker LOCAL_RANK=0 and only its own GPU in CUDA_VISIBLE_DEVICES.",
+    )
+    parser.add_argument(
+        EXEC,
+        action=_Exec,
+        nargs=0,
+        default=False,
+        help="Run a program that calls torch's launcher, e.g. ferrorun --exec accelerate launch train.py: its jobs run under the agent of "
+        "ferrorun. Must be the first argument. All that follows is the program and its arguments. Not in torchrun.",
     )
     parser.add_argument("training_script", type=str, help="Script, module or command to run in each worker.")
     parser.add_argument("training_script_args", nargs=REMAINDER, help="Arguments of the script.")

@@ -23,11 +23,23 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["TorchCompatible", "TorchVirtual", "family", "mirrored", "newer", "register_virtual", "torch_module"]
+__all__ = [
+    "TorchCompatible",
+    "TorchVirtual",
+    "family",
+    "mirrored",
+    "newer",
+    "register_virtual",
+    "replaced",
+    "torch_module",
+]
 
 _PACKAGE = "ferroelastic"
 _UNDER_DISTRIBUTED = frozenset({"run", "launch", "launcher", "argparse_util"})
 _making_dual = threading.Lock()
+
+replaced: dict[type, type] = {}
+"""Torch's classes by the classes of this package that have their names in torch's modules (``ferroelastic.install()``)."""
 
 
 def torch_module(name: str) -> types.ModuleType | None:
@@ -65,6 +77,7 @@ def mirrored(cls: type) -> type | None:
         module, name = sys.modules.get(elsewhere[0]), elsewhere[1]
     # A module that is still being imported may lack the name.
     found = getattr(module, name, None)
+    found = replaced.get(found, found) if isinstance(found, type) else None
     if not isinstance(found, type) or found.__module__.partition(".")[0] == _PACKAGE:
         return None
     return found

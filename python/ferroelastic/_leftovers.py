@@ -2,19 +2,25 @@
 
 All processes of a run inherit an environment variable that marks the run. Runs can be nested: ``ferrorun`` in a worker of another run
 appends its own token to the value.
+
+A program that embeds the agent (:func:`ferroelastic.install`) has other child processes than workers, and they would inherit the mark. So
+its guard knows only the sessions of the workers, and helpers that left them are never ended.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import threading
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from ferroelastic._engine import get_engine, report
+from ferroelastic._install import is_installed
 from ferroelastic.utils.logging import get_logger
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from ferroelastic import _rust
 
@@ -46,14 +52,18 @@ class Run:
     Args:
         keep_detached: never end helpers that left their worker's session.
         end_detached: end them after a success as well.
+        is_embedded: whether this process is a program with other child processes than workers.
 
     Attributes:
+        agents: number of agents in this run, for an embedded one.
         zygote_sessions: process ids of the zygotes. Each is also the id of the zygote's session.
     """
 
-    def __init__(self, *, keep_detached: bool, end_detached: bool) -> None:
+    def __init__(self, *, keep_detached: bool, end_detached: bool, is_embedded: bool = False) -> None:
         self.token = os.urandom(16).hex()
         self.keep_detached = keep_detached
+        self.agents = 0
+        self.is_embedded = is_embedded
         self.end_detached = end_detached
         self.zygote_sessions: list[int] = []
         self._has_guard = False
@@ -66,9 +76,12 @@ class Run:
 
         environment = dict(os.environ)
         self._outer_mark = outer = environment.pop(MARK, None)
-        os.environ[MARK] = f"{outer}:{self.token}" if outer else self.token
+        if self.is_embedded:
+            get_engine()  # its thread lets the guard be executed: a forked one would share the memory of the program
+        else:
+            os.environ[MARK] = f"{outer}:{self.token}" if outer else self.token
+            self._cgroup = _make_cgroup(self.token)
         argv = [sys.executable, "-I", "-S", "-c", _GUARD_PROGRAM, _rust.__file__ or "", MARK, self.token]
-        self._cgroup = _make_cgroup(self.token)
         argv += [str(int(self.keep_detached)), self._cgroup or ""]
         try:
             guard = _rust.Guard(
@@ -77,12 +90,13 @@ class Run:
             get_engine().adopt_guard(guard)
         except OSError as error:
             logger.warning(
-                "Failed to start the guard process (%s): if ferrorun is killed, helper processes of its workers may survive",
+                "Failed to start the guard process (%s): if this process is killed, helper processes of its workers may survive",
                 error,
             )
         else:
             self._has_guard = True
-        get_engine().own_orphans()
+        if not self.is_embedded:
+            get_engine().own_orphans()
         if self._cgroup is not None and not get_engine().use_cgroup(self._cgroup):
             self._remove_cgroup(self._cgroup)
 
@@ -90,10 +104,8 @@ class Run:
         """End the guard before a regular exit of this process. Never raises, and waits at most a second."""
         global _current  # noqa: PLW0603 - see begin
         _current = None
-        if self._outer_mark is None:
-            os.environ.pop(MARK, None)
-        else:
-            os.environ[MARK] = self._outer_mark
+        if not self.is_embedded:
+            _set_mark(self._outer_mark)
         report()
         if self._has_guard:
             self._has_guard = False
@@ -157,6 +169,13 @@ class Run:
         return None
 
 
+def _set_mark(value: str | None) -> None:
+    if value is None:
+        os.environ.pop(MARK, None)
+    else:
+        os.environ[MARK] = value
+
+
 def _make_cgroup(token: str) -> str | None:
     """Create a cgroup for the workers if possible, because a process cannot leave it unnoticed."""
     if os.environ.get(_CGROUP_ENV, "1") == "0":
@@ -177,6 +196,7 @@ def describe(found: Sequence[tuple[int, str]]) -> str:
 
 _MAX_COMMAND_LENGTH = 80
 _current: Run | None = None
+_lock = threading.Lock()
 
 
 def begin(*, keep_detached: bool, end_detached: bool) -> Run:
@@ -185,6 +205,31 @@ def begin(*, keep_detached: bool, end_detached: bool) -> Run:
     _current = Run(keep_detached=keep_detached, end_detached=end_detached)
     _current.start_guard()
     return _current
+
+
+@contextmanager
+def guarding() -> Iterator[None]:
+    """Guard the workers of an agent during a ``with`` block, if :func:`ferroelastic.install` is in effect and no guard runs.
+
+    Agents of several threads share a guard process.
+    """
+    global _current  # noqa: PLW0603 - see begin
+    if not is_installed() or (_current is not None and not _current.is_embedded):
+        yield
+        return
+    with _lock:
+        if _current is None:
+            _current = Run(keep_detached=True, end_detached=False, is_embedded=True)
+            _current.start_guard()
+        run = _current
+        run.agents += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            run.agents -= 1
+            if run.agents == 0:
+                run.finish()
 
 
 def current() -> Run | None:

@@ -12,6 +12,7 @@ Intended differences:
 * ``--warm-workers`` and ``--preload`` start workers from processes that have imported torch.
 * ``--interactive-rank`` connects one worker to the terminal.
 * Without options of the rendezvous, the variables of a scheduler set them: ``srun ferrorun train.py``. ``--no-scheduler`` ignores them.
+* ``--exec`` runs a program that calls torch's launcher, with :func:`ferroelastic.install` in effect.
 * If ``ferrorun`` is killed, its workers and their children end too. Helpers that left the session of their worker are ended after a
   failure, before a restart and on a stop. ``--keep-detached`` and ``--end-detached`` change that.
 
@@ -26,7 +27,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ferroelastic._arguments import get_args_parser
+from ferroelastic._arguments import EXEC, get_args_parser
 from ferroelastic._usage import UsageError, named
 from ferroelastic.argparse_util import check_env, env
 
@@ -199,7 +200,7 @@ def config_from_args(args: Namespace) -> tuple["LaunchConfig", Callable[..., Any
     With several workers, sets ``OMP_NUM_THREADS=1`` in this process if the variable is not set, as torch does.
 
     Args:
-        args: the parsed command line.
+        args: the parsed command line. Modified in place: options that the parser of torch does not have get their defaults.
 
     Raises:
         UsageError: a value is invalid.
@@ -207,6 +208,7 @@ def config_from_args(args: Namespace) -> tuple["LaunchConfig", Callable[..., Any
     """
     from ferroelastic import _usage
 
+    _add_missing_options(args)
     logger = _late("logger")
     min_nodes, max_nodes = parse_min_max_nnodes(args.nnodes)
     if not 0 < min_nodes <= max_nodes:
@@ -269,12 +271,12 @@ def config_from_args(args: Namespace) -> tuple["LaunchConfig", Callable[..., Any
         event_log_handler=args.event_log_handler,
         numa_options=_numa_options(args.numa_binding),
         signals_to_handle=args.signals_to_handle,
-        signals_to_forward=getattr(args, "signals_to_forward", ""),
+        signals_to_forward=args.signals_to_forward,
         duplicate_stdout_filters=args.duplicate_stdout_filters,
         duplicate_stderr_filters=args.duplicate_stderr_filters,
         virtual_local_rank=args.virtual_local_rank,
         shutdown_timeout=args.shutdown_timeout,
-        interactive_rank=getattr(args, "interactive_rank", None),
+        interactive_rank=args.interactive_rank,
         **_usage.parse_warm_workers(args, nproc_per_node),
     )
     if nproc_per_node > 1 and "OMP_NUM_THREADS" not in os.environ:
@@ -376,7 +378,7 @@ def run(args: Namespace) -> None:
     """Launch a job from a parsed command line, and wait for the workers of this node. Mirrors ``torch.distributed.run.run``.
 
     Args:
-        args: as returned by :func:`parse_args`. Modified in place: the rendezvous of a single-node job is set here.
+        args: as returned by :func:`parse_args`, or by torch's parser. Modified in place: the rendezvous of a single-node job is set here.
 
     Raises:
         ChildFailedError: workers failed and no restart was left.
@@ -402,6 +404,15 @@ def run(args: Namespace) -> None:
         args.master_port = 29500
     config, entrypoint, arguments = config_from_args(args)
     _late("elastic_launch")(config=config, entrypoint=entrypoint)(*arguments)
+
+
+def _add_missing_options(args: Namespace) -> None:
+    """Add the options that the parser of torch, or of an older torch, does not have. Their ``PET_*`` variables count."""
+    if hasattr(args, "preload"):
+        return
+    for name, value in vars(parse_args(["script"])).items():
+        if not hasattr(args, name):
+            setattr(args, name, value)
 
 
 def _check_standalone(args: Namespace) -> None:
@@ -477,11 +488,15 @@ def cli(args: Sequence[str] | None = None) -> int:
 
 
 def console(parse: Callable[[Sequence[str] | None], Namespace] | None = None) -> NoReturn:
-    """Run :func:`cli` and end this process with its exit code.
+    """Run :func:`cli` and end this process with its exit code. With ``--exec``, replace this process by the program.
 
     Args:
         parse: parser of the command line, by default :func:`parse_args`.
     """
+    if parse is None and sys.argv[1:2] == [EXEC]:
+        from ferroelastic._exec import execute
+
+        execute(sys.argv[2:])
     from ferroelastic import _process
 
     # Never closed: the handlers stay installed until the process ends, so that no signal changes the exit code.

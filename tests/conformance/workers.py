@@ -124,3 +124,10 @@ def return_and_note_the_end(folder: str, gate: str) -> Told:
     if rank == "1":
         Path(gate).read_text()
     return Told(str(Path(folder, f"returned {rank}")))
+
+
+def is_installed() -> bool:
+    """Whether ``ferroelastic.install()`` is in effect."""
+    from ferroelastic import _install
+
+    return _install.is_installed()

@@ -77,6 +77,7 @@ ADDED: dict[str, Any] = {
     "keep_detached": False,
     "end_detached": False,
     "no_scheduler": False,
+    "exec": False,
 }
 """Options that torch has not. Each is off by default."""
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from ferroelastic._exec import as_worker
+
 __all__ = ["preload"]
 
 _ENV = "FERROELASTIC_FORK_SERVER_IMPORTS"
@@ -28,7 +30,8 @@ def preload(imports: tuple[str, ...]) -> None:
     former = os.environ.get(_ENV)
     os.environ[_ENV] = ",".join(imports)
     try:
-        module.ensure_running()
+        with as_worker():
+            module.ensure_running()
     finally:
         if former is None:
             del os.environ[_ENV]

@@ -7,6 +7,7 @@ import resource
 import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ferroelastic._exec import worker_environment
 from ferroelastic._process import open_files_of_workers
 from ferroelastic._warm import ColdError
 
@@ -102,7 +103,7 @@ def target_of(
         (command,) = commands
         all_envs = list(envs.values())
         own = {name for env in all_envs for name in env if len({other.get(name) for other in all_envs}) > 1} | _OF_ROUND
-        variables = {name: value for name, value in {**os.environ, **all_envs[0]}.items() if name not in own}
+        variables = {name: value for name, value in {**worker_environment(), **all_envs[0]}.items() if name not in own}
         path = _path_of(command, variables)
     else:
         command, path = spawn_command(), _path_of_functions()
@@ -111,7 +112,9 @@ def target_of(
         if 0 <= limit <= PIPE_FD:
             raise ColdError(f"the limit of open descriptors is {limit}; set it to {PIPE_FD + 1} or more")
         own = set()
-        variables = dict(os.environ)  # a process sets the variables of its worker after it has imported the function
+        variables = (
+            worker_environment()
+        )  # a process sets the variables of its worker after it has imported the function
     if is_bound:
         places = [name for name in _THREAD_PLACES if name in variables]
         if _THREADS not in variables or places:

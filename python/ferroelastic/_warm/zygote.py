@@ -30,8 +30,11 @@ class Refusal(Exception):  # noqa: N818 - a decision
     """The process cannot serve as a zygote. The text is the reason, as a fragment of a sentence."""
 
 
-def serve() -> bool:
+def serve(import_sitecustomize: "Callable[[], bool]") -> bool:
     """Run the zygote, and return in a released child.
+
+    Args:
+        import_sitecustomize: imports the ``sitecustomize`` that the interpreter would have imported; returns whether there is one.
 
     Returns:
         Whether the environment has a ``sitecustomize`` of its own. It was imported.
@@ -55,7 +58,7 @@ def serve() -> bool:
         has_own_policy = bool(in_background) and _lower_priority()
         descriptors = _descriptors()
         folder = os.stat(".")
-        has_sitecustomize = _import_sitecustomize()
+        has_sitecustomize = import_sitecustomize()
         _forbid_reads(of_worker.split(","), lambda: _import_all(imports, path))
         _check_state(descriptors, folder)
         _flush_streams()
@@ -145,18 +148,6 @@ def _lower_priority() -> bool:
             return False  # the workers have this policy too
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     except OSError:
-        return False
-    return True
-
-
-def _import_sitecustomize() -> bool:
-    """Import the ``sitecustomize`` that the interpreter would have imported; return whether there is one."""
-    sys.modules.pop("sitecustomize", None)
-    try:
-        __import__("sitecustomize")
-    except ImportError as error:
-        if error.name != "sitecustomize":
-            raise
         return False
     return True
 

@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ferroelastic import _install
 from ferroelastic._signals import forget_in_child
 from ferroelastic._text import entrypoint_name, format_traceback, message_of
 from ferroelastic.multiprocessing._std import get_std_cm
@@ -40,6 +41,8 @@ class Task:
     forked: bool
     open_files: int | None = None
     """Soft limit of open descriptors; ``None`` keeps the limit of the agent."""
+    keeps_install: bool = False
+    """Whether ``ferroelastic.install()`` stays in effect in the worker."""
 
 
 def _wrap(task: Task) -> None:
@@ -48,6 +51,8 @@ def _wrap(task: Task) -> None:
     The return value is written to a file. A queue would block the agent if this process were killed during the transfer.
     """
     _become_worker(task)
+    if not task.keeps_install:
+        _install.leave_worker()
     from ferroelastic.multiprocessing.errors import record
     from ferroelastic.multiprocessing.redirects import redirect_stderr, redirect_stdout
 

@@ -9,6 +9,8 @@ from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from ferroelastic._engine import get_engine
+from ferroelastic._exec import as_worker
+from ferroelastic._install import workers_inherit
 from ferroelastic._process import open_files_of_workers
 from ferroelastic._text import describe_error, entrypoint_name, origin_of
 from ferroelastic.multiprocessing._context import PContext, RunProcsResult
@@ -112,7 +114,8 @@ class MultiprocessContext(PContext):
         self._return_folder = tempfile.mkdtemp(prefix="ferroelastic_")
         self._hold = hold = Hold(self.nprocs)
         self._pc = _ProcessSet([self._make_process(context, rank, hold) for rank in range(self.nprocs)])
-        self._start_processes(self._pc.processes)
+        with as_worker():
+            self._start_processes(self._pc.processes)
         self._observe(self._pc.processes)
 
     def _make_process(self, context: BaseContext, rank: int, hold: Hold) -> BaseProcess:
@@ -130,6 +133,7 @@ class MultiprocessContext(PContext):
             cpus=cpus_for(rank, self._numa_options),
             forked=self.start_method == "fork",
             open_files=open_files_of_workers(),
+            keeps_install=workers_inherit(),
         )
         if self.warm_pool is not None and self.start_method == "spawn":
             from ferroelastic.multiprocessing._warm_process import WarmProcess

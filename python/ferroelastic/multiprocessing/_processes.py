@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from typing import TYPE_CHECKING, Any
 
 from ferroelastic._engine import get_engine
+from ferroelastic._exec import worker_environment
 from ferroelastic._process import open_files_of_workers
 from ferroelastic._wait import wait_for_event
 from ferroelastic.multiprocessing._debuggers import with_debugger
@@ -65,7 +65,7 @@ def make_command(
     executed = with_debugger(argv)
     command = _rust.Command(
         executed if terminal is None else terminal.command(executed),
-        {**os.environ, **env},
+        {**worker_environment(), **env},
         stdout=stdout or None,
         stderr=stderr or None,
         cpus=cpus_for(local_rank, numa_options),

@@ -5,25 +5,30 @@ interpreter itself prepares ``__main__``, reports errors and computes the exit c
 """
 
 import _frozen_importlib_external as _external
-import sys
 
 TYPE_CHECKING = False  # as in `typing`, which a worker may not have loaded
 if TYPE_CHECKING:
     from typing import Any
 
 _FOLDER, _, _ = __file__.rpartition("/")
-_ZYGOTE = f"{_FOLDER.rpartition('/')[0]}/zygote.py"
+_PACKAGE = _FOLDER.removesuffix("/_warm/hook")
+
+
+def _load(name: str) -> "dict[str, Any]":
+    """Execute a file of the package without a trace in ``sys.modules``, and return its names."""
+    path = f"{_PACKAGE}/{name.replace('.', '/')}.py"
+    full_name = f"ferroelastic.{name}"
+    namespace: dict[str, Any] = {"__name__": full_name, "__file__": path}
+    code: Any = _external.SourceFileLoader(full_name, path).get_code(full_name)
+    exec(code, namespace)  # noqa: S102 - see above
+    return namespace
 
 
 def _run() -> bool:
     """Run the zygote; return in a released child. The result is whether a ``sitecustomize`` of the user exists."""
-    sys.path.remove(_FOLDER)
-    sys.path_importer_cache.pop(_FOLDER, None)
-    namespace: dict[str, Any] = {"__name__": "ferroelastic._warm.zygote", "__file__": _ZYGOTE}
-    loader = _external.SourceFileLoader("ferroelastic._warm.zygote", _ZYGOTE)
-    code: Any = loader.get_code(loader.name)
-    exec(code, namespace)  # noqa: S102 - without a trace in sys.modules
-    has_own: bool = namespace["serve"]()
+    shared = _load("_sitecustomize")
+    shared["leave_path"](_FOLDER)
+    has_own: bool = _load("_warm.zygote")["serve"](shared["import_hidden"])
     return has_own
 
 

@@ -170,7 +170,8 @@ class LocalElasticAgent(SimpleElasticAgent):
             # Before the rendezvous, which can take longer than the timeout of a probe.
             self._setup_healthcheck()
             self._activity.attach(self._health_check_server, self._worker_group.spec)
-            return super().run(role)
+            with _leftovers.guarding():
+                return super().run(role)
         finally:
             # A subclass's `_shutdown` may not do it, or may not have been called.
             self._stop_healthcheck()
