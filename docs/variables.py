@@ -187,7 +187,7 @@ VARIABLES: tuple[Variable, ...] = (
     Variable(
         "FERROELASTIC_JOB_END_S",
         "schedulers",
-        "End of the job in seconds since 1970, for the workers. `ferrorun` sets it from `SLURM_JOB_END_TIME` if it is not set.",
+        "End of the job in seconds since 1970, for the workers. `ferrorun` sets it from `SLURM_JOB_END_TIME`, if Slurm sets that.",
     ),
     Variable(
         "SLURM_JOB_ID",
@@ -254,6 +254,7 @@ VARIABLES: tuple[Variable, ...] = (
         "OMPI_COMM_WORLD_SIZE", "schedulers", "Number of processes of `mpirun`: `--nnodes`, in an allocation of Slurm."
     ),
     Variable("OMPI_COMM_WORLD_RANK", "schedulers", "Rank of this node."),
+    Variable("PMIX_NAMESPACE", "schedulers", "Namespace of an `mpirun`: a part of `--rdzv-id`."),
     Variable(
         "OMPI_COMM_WORLD_LOCAL_SIZE", "schedulers", "Processes of `mpirun` on this node. More than one is refused."
     ),

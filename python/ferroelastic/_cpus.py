@@ -21,17 +21,17 @@ def cpu_count(environ: Mapping[str, str] | None = None, root: Path = Path("/")) 
         root: folder that holds ``proc`` and ``sys``.
 
     Raises:
-        UsageError: ``SLURM_CPUS_ON_NODE`` is not a number.
+        ValueError: ``SLURM_CPUS_ON_NODE`` is not a number.
     """
     environ = os.environ if environ is None else environ
     # The kernel applies a cpuset to the affinity.
     counts = [len(os.sched_getaffinity(0)), *map(int, _quotas(root))]
     # Only slurmd sets the node's name: a login node has no CPUs of the job.
-    if environ.get("SLURMD_NODENAME"):
-        from ferroelastic._scheduler.placement import number
-
-        of_job = number(environ, "SLURM_CPUS_ON_NODE")
-        counts += [] if of_job is None else [of_job.value]
+    of_job = environ.get("SLURM_CPUS_ON_NODE") if environ.get("SLURMD_NODENAME") else None
+    if of_job:
+        if not of_job.isdecimal():
+            raise ValueError(f"SLURM_CPUS_ON_NODE={of_job!r} is not a whole number; unset it, or give --nproc-per-node")
+        counts.append(int(of_job))
     return max(1, min(counts))
 
 

@@ -6,6 +6,7 @@ Mirrors the part of ``torch.distributed.elastic.multiprocessing.api`` that has `
 * During a stop (:func:`shielded`) no handler raises either. The signal stays pending until the stop is finished.
 * SIGTERM and SIGHUP never shorten a grace period, because schedulers send signals twice. The second SIGINT or SIGQUIT does, because a
   person sends it.
+* A worker that the same signal ended up to 100 ms before the agent received it has not failed.
 * If other code swallows the exception (``logging``, a destructor), the next wait raises it again.
 
 Intended differences from torch: the previous handlers are restored; a SIGHUP that was ignored when the agent started stays ignored
@@ -23,6 +24,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from ferroelastic._compat import TorchCompatible
+from ferroelastic._exit_codes import SIGNAL_BASE, exit_code
 
 if TYPE_CHECKING:
     import logging
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from typing_extensions import Self
+
+    from ferroelastic import _rust
 
 __all__ = [
     "DEFAULT_SIGNALS",
@@ -45,6 +49,7 @@ __all__ = [
     "report",
     "resume",
     "shielded",
+    "wait_for_same_signal",
     "was_before_signal",
 ]
 
@@ -56,6 +61,7 @@ SIGNALS_ENV = "TORCHELASTIC_SIGNALS_TO_HANDLE"
 _INTERRUPTS = frozenset({signal.SIGINT, signal.SIGQUIT})
 _INTERRUPTS_THAT_KILL = 2
 _RESEND_DELAY_S = 0.001
+_ONE_INSTANT_NS = 100_000_000
 
 # Left out: SIGCHLD, SIGCONT, SIGURG and SIGWINCH, whose default action does not terminate; the stop signals of a terminal; the signals of
 # faults in the process, after which it cannot continue; SIGPIPE and SIGXFSZ, which the interpreter ignores.
@@ -345,13 +351,44 @@ def received() -> SignalException | None:
     return None if _state.first is None or not _active else _exception(_state.first)
 
 
-def was_before_signal(at_ns: int) -> bool:
+def was_before_signal(at_ns: int, returncode: int | None = 0) -> bool:
     """Return whether an event happened before the first terminating signal was received.
+
+    The end of a worker by the same signal up to 100 ms before does not count: schedulers signal workers and agent at one instant.
 
     Args:
         at_ns: time of the event, ``CLOCK_MONOTONIC`` in nanoseconds.
+        returncode: exit code of the worker if the event is its end, ``-n`` for signal n.
     """
-    return _state.first is None or at_ns < _state.first_at_ns
+    first = _state.first
+    if first is None:
+        return True
+    return at_ns < _state.first_at_ns - (_ONE_INSTANT_NS if _signal_of(returncode) == first else 0)
+
+
+def wait_for_same_signal(exits: Iterable[_rust.Exit]) -> None:
+    """If a terminating signal has ended a worker, wait up to 100 ms after that for the same signal to this process.
+
+    Schedulers signal all processes of a step at one instant, and the end of a worker may be seen first. It is then no failure.
+
+    Args:
+        exits: the ends of workers so far.
+
+    Raises:
+        SignalException: the signal was received.
+    """
+    if threading.current_thread() is not threading.main_thread() or _state.first is not None:
+        return
+    for ended in exits:
+        number = 0 if ended.stopped else _signal_of(ended.returncode)
+        if number and signal.getsignal(number) is _terminate_process_handler:
+            time.sleep(max(0, ended.monotonic_ns + _ONE_INSTANT_NS - time.monotonic_ns()) / 1e9)
+
+
+def _signal_of(returncode: int | None) -> int:
+    """Return the signal that ended a worker, or a child of its shell (128+n); 0 for another exit code."""
+    number = exit_code(returncode) - SIGNAL_BASE
+    return number if 0 < number < signal.NSIG else 0
 
 
 def conclude() -> None:

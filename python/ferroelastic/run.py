@@ -365,10 +365,11 @@ def _ask_scheduler(args: Namespace) -> None:
     # A program that fills a namespace itself has decided.
     if given is None or args.standalone or args.no_scheduler or given & _RENDEZVOUS_OPTIONS:
         return
-    if any(variable in os.environ for variable in _SCHEDULERS):
+    nodes = parse_min_max_nnodes(args.nnodes) if "nnodes" in given else None
+    if (nodes is None or nodes[1] > 1) and any(variable in os.environ for variable in _SCHEDULERS):
         from ferroelastic._scheduler.take import take
 
-        take(args, given, parse_min_max_nnodes(args.nnodes) if "nnodes" in given else None)
+        take(args, given, nodes)
 
 
 def run(args: Namespace) -> None:

@@ -56,6 +56,18 @@ DIFFERENCES: dict[str, Difference] = {
         "ends the workers of that node by its guard process, then continues with the other nodes",
         "the job does not wait for a lost node, and no rank runs twice",
     ),
+    "scheduler": Difference(
+        "run, without options of the rendezvous, in a step of Slurm with two nodes",
+        "runs a job with one worker on each node",
+        "runs one job of both nodes, with one worker per GPU of the step; --no-scheduler does as torch",
+        "the scheduler knows the nodes, and srun ferrorun train.py is the whole command",
+    ),
+    "cpu-limit": Difference(
+        "run --nproc-per-node=cpu, with a limit of a control group or SLURM_CPUS_ON_NODE below the number of CPUs",
+        "starts one worker per CPU of the affinity mask",
+        "starts no more workers than the limit allows",
+        "workers above the limit only slow each other down",
+    ),
     "standalone-alone": Difference(
         "run --standalone --nnodes=2",
         "waits for a second node, which cannot join",

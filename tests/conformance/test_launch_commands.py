@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -196,6 +197,40 @@ def test_a_job_on_this_node_alone_that_waits_for_others(
 
     assert is_refused() == impl.expect("standalone-alone", torch=False, ours=True)
     assert bool(launched) == impl.is_torch
+
+
+def test_a_step_of_slurm(impl: Implementation, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    launched: list[tuple[int, int, str, str]] = []
+
+    def launch(config: Any, **_: Any) -> Any:
+        launched.append((config.max_nodes, config.nproc_per_node, config.rdzv_endpoint, config.run_id))
+        return lambda *_: None
+
+    monkeypatch.setattr(impl.run, "elastic_launch", launch, raising=False)
+    monkeypatch.setattr("torch.multiprocessing._set_thread_name", lambda _: None)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    step = {
+        "JOB_ID": "7",
+        "STEP_ID": "0",
+        "STEP_NUM_NODES": "2",
+        "STEP_NODELIST": "n[1-2]",
+        "NODEID": "1",
+        "GPUS_ON_NODE": "4",
+    }
+    for name, value in {**step, "CPUS_ON_NODE": "1"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("SLURMD_NODENAME", "n2")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+    impl.run.main([f"--log-dir={tmp_path}", SCRIPT])
+    nodes = launched[0] if launched[0][0] > 1 else launched[0][:2]
+    assert nodes == impl.expect("scheduler", torch=(1, 1), ours=(2, 4, "n1:20007", "7.0"))
+    if not impl.is_torch:
+        impl.run.main([f"--log-dir={tmp_path}", "--no-scheduler", SCRIPT])
+        assert launched[-1][:2] == (1, 1)
+    impl.run.main([f"--log-dir={tmp_path}", "--standalone", "--nproc-per-node=cpu", SCRIPT])
+    cpus = len(os.sched_getaffinity(0))
+    assert launched[-1][1] == impl.expect("cpu-limit", torch=cpus, ours=1)
 
 
 @pytest.mark.parametrize("line", [["--use-env"], []], ids=["with --use-env", "without"])

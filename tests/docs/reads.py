@@ -16,7 +16,7 @@ __all__ = ["Read", "reads_of_python", "reads_of_rust", "sources_below", "strings
 _ENVIRONMENTS = ("environ", "environment")
 _METHODS = ("get", "pop", "setdefault")
 _NAMED = re.compile(
-    r"(?:TORCH|TORCHELASTIC|TORCH_ELASTIC|FERROELASTIC|PET|SLURM|SLURMD|SKYPILOT|DSTACK|FLUX|OMPI)_[A-Z0-9_]+|JOB_COMPLETION_INDEX"
+    r"(?:TORCH|TORCHELASTIC|TORCH_ELASTIC|FERROELASTIC|PET|SLURM|SLURMD|SKYPILOT|DSTACK|FLUX|OMPI|PMIX)_[A-Z0-9_]+|JOB_COMPLETION_INDEX"
 )
 _RUST_READ = re.compile(r"\b(?:env::var(?:_os)?|secure_getenv|getenv)\s*\(\s*([^),]*)")
 

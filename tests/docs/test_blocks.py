@@ -26,6 +26,7 @@ _SHELL = [*_SESSIONS, *(block for block in _ALL if block.language in ("bash", "i
 
 # Options of other programs that the text names.
 _FOREIGN = {
+    "--cpus-per-task",
     "--gpus",
     "--help",
     "--kill-on-bad-exit",

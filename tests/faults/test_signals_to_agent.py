@@ -23,6 +23,7 @@ from ferroelastic.agent.server import LocalElasticAgent, WorkerSpec
 from ferroelastic.multiprocessing import DefaultLogsSpecs, PContext, SignalException, start_processes
 from ferroelastic.multiprocessing.errors import ProcessFailure
 from ferroelastic.multiprocessing.tail_log import TailLog
+from ferroelastic.utils.process_state import read_proc_state
 
 pytestmark = pytest.mark.engine
 
@@ -30,6 +31,7 @@ NEVER_LOOKS = "--monitor-interval=600"
 NEVER_KILLS = "--shutdown-timeout=600"
 ENDING = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT]
 MOMENTS = 30
+STARTED = '"torchelastic.worker.status.START"'
 
 # A handler could be called for just before a pause, and then not until the next signal: these take theirs from the mask.
 DEAF = """
@@ -73,6 +75,38 @@ def test_workers_get_the_signal_that_the_agent_got(launch: Launcher, number: sig
     job.send(number)
     assert job.end() == 128 + number
     assert job.lines(2) == [number.name] * 2
+
+
+@pytest.mark.parametrize("restarts", [0, 1])
+@pytest.mark.parametrize("first", ["workers", "agent"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_workers_that_die_of_the_signal_at_the_same_instant_have_not_failed(
+    launch: Launcher, number: signal.Signals, first: str, restarts: int
+) -> None:
+    """Slurm signals all processes of a step at one instant."""
+    job = launch(NEVER_LOOKS, f"--max-restarts={restarts}", *launch.shell("echo $$; exec sleep 600"))
+    workers = [job.watch(int(pid)) for pid in job.lines(2)]
+    job.settle(2)
+    job.send(signal.SIGSTOP)
+    assert eventually(lambda: read_proc_state(job.process.pid) == "T")
+    targets = [job.process.pid, *(worker.pid for worker in workers)]
+    for pid in targets if first == "agent" else reversed(targets):
+        os.kill(pid, number)
+    # Zombies: the agent sees the ends of the workers and its own signal together.
+    assert eventually(lambda: [read_proc_state(worker.pid) for worker in workers] == ["Z", "Z"])
+    job.send(signal.SIGCONT)
+    assert job.end() == 128 + number
+    assert job.errors.count(STARTED) == 2
+    assert f"Received {int(number)} death signal" in job.errors
+    assert "Root Cause" not in job.errors
+
+
+def test_a_signal_to_the_workers_alone_is_a_failure(launch: Launcher) -> None:
+    job = launch(NEVER_LOOKS, "--max-restarts=1", *launch.shell("echo $$; exec sleep 600"))
+    os.kill(int(job.lines(2)[0]), signal.SIGTERM)
+    job.settle(4)
+    job.send(signal.SIGTERM)
+    assert job.end() == 128 + signal.SIGTERM
 
 
 def test_a_signal_that_is_not_handled_by_default_ends_the_job_if_asked_to(launch: Launcher) -> None:

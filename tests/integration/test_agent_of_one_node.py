@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
@@ -15,6 +16,7 @@ from tests.support.function_workers import is_held
 from tests.support.rendezvous_handlers import GrowingRendezvous
 from tests.support.waiting import eventually
 
+from ferroelastic import _signals
 from ferroelastic.agent.server import LocalElasticAgent, RunResult, WorkerSpec, WorkerState
 from ferroelastic.agent.server import local_elastic_agent as module
 from ferroelastic.multiprocessing import DefaultLogsSpecs, PContext, SignalException, Std
@@ -101,6 +103,18 @@ def test_an_exit_is_noticed_long_before_the_monitor_interval(make: Callable[...,
     assert not shell(make, "exit 0", monitor_interval=600).run().is_failed()
     assert shell(make, "exit 3", monitor_interval=600).run().is_failed()
     assert time.monotonic() - start < SOON_S
+
+
+def test_a_signal_to_worker_and_agent_restarts_nothing(
+    make: Callable[..., LocalElasticAgent], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The end of the worker is seen first. The agent waits for its own signal before it restarts the workers."""
+    signals = SimpleNamespace(monotonic_ns=time.monotonic_ns, sleep=lambda _: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(_signals, "time", signals)
+    agent = shell(make, f"echo >> {tmp_path}/started; kill -TERM $$$$", nproc=1, max_restarts=3)
+    with pytest.raises(SignalException):
+        agent.run()
+    assert (tmp_path / "started").read_text() == "\n"
 
 
 def test_only_the_worker_that_failed_is_a_failure(make: Callable[..., LocalElasticAgent]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from typing import TYPE_CHECKING
@@ -106,7 +107,18 @@ def test_a_shell_of_an_allocation_waits_for_no_other_node(tmp_path: Path) -> Non
     ((code, errors),) = ended([started(shell, str(script), str(tmp_path))])
     assert code == 0
     assert json.loads((tmp_path / "0.0").read_text())["WORLD_SIZE"] == "1"
-    assert "runs on this node alone, but job 7 has 2 nodes (SLURM_JOB_NUM_NODES)" in errors
+    assert "job 7 has 2 nodes (SLURM_JOB_NUM_NODES), but this process is not in a step of it" in errors
+    assert "ferrorun runs on this node alone" in errors
+
+
+def test_a_ferrorun_that_a_worker_starts_is_a_job_of_its_own(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    inner = f"{shlex.quote(sys.executable)} -m ferroelastic.run {script} {tmp_path}; exit $$?"
+    outer = {**SLURM_NODES[1], "NODE": "1"}
+    ((code, errors),) = ended([started(outer, "--standalone", "--no-python", "/bin/sh", "-c", inner)])
+    assert (code, errors) == (0, "")
+    assert json.loads((tmp_path / "1.0").read_text())["WORLD_SIZE"] == "1"
 
 
 def test_several_tasks_of_a_node_are_a_usage_error() -> None:

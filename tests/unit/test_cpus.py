@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import pytest
 
 from ferroelastic._cpus import cpu_count
-from ferroelastic._usage import UsageError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -79,5 +78,5 @@ def test_the_cpus_of_a_slurm_job_count_on_its_nodes(tmp_path: Path, environ: dic
 
 
 def test_a_count_of_slurm_that_is_no_number_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"SLURM_CPUS_ON_NODE='6\(x2\)' is not a whole number"):
+    with pytest.raises(ValueError, match=r"SLURM_CPUS_ON_NODE='6\(x2\)' is not a whole number"):
         cpu_count({"SLURM_CPUS_ON_NODE": "6(x2)", "SLURMD_NODENAME": "n1"}, tmp_path)

@@ -63,6 +63,9 @@ def made() -> Iterator[list[NativeRendezvous]]:
         ({"keep_alive_interval": "2", "heartbeat_timeout": 1, "heartbeat": 3}, {"heartbeat_timeout_s": 1}),
         ({"is_host": "1"}, {"is_host": True, "may_host": True}),
         ({"is_host": "false"}, {"is_host": False, "may_host": False}),
+        ({}, {"node_rank": None}),
+        ({"node_rank": "3"}, {"node_rank": 3}),
+        ({"rank": "3"}, {"node_rank": None}),  # of static
         ({}, {"max_membership_changes": None, "may_host": True}),
         ({"max_membership_changes": "0"}, {"max_membership_changes": 0}),
         ({"max_membership_changes": 3}, {"max_membership_changes": 3}),
@@ -103,6 +106,8 @@ def test_invalid_times(key: str, value: object) -> None:
             "max_membership_changes='x' is not a valid number of membership changes; give",
         ),
         ({"is_host": "maybe"}, "is_host='maybe' is neither true nor false; give 1 or 0"),
+        ({"node_rank": "x"}, "node_rank='x' is not a valid node rank; give a whole number from 0"),
+        ({"node_rank": -1}, "node_rank=-1 is not a valid node rank; give a whole number from 0"),
         ({"is_host": 2}, "is_host=2 is neither true nor false; give 1 or 0"),
         ({"backend": "static"}, "the static rendezvous has no rank of this node; give --node-rank"),
         ({"backend": "static", "rank": "x"}, "rank='x' is not a valid node rank; give --node-rank from 0 to 0"),

@@ -169,10 +169,19 @@ class TestSlurm:
         found = look(environ)
         assert isinstance(found, Incomplete)
         assert found.reason == (
-            "ferrorun runs on this node alone, but job 65541 has 4 nodes (SLURM_JOB_NUM_NODES) and this process is not in a step of it "
-            "(SLURM_STEP_ID); run srun ferrorun for all nodes, or give --standalone"
+            "job 65541 has 4 nodes (SLURM_JOB_NUM_NODES), but this process is not in a step of it (SLURM_STEP_ID)"
         )
+        assert found.remedy == "run srun ferrorun for all nodes, or give --standalone"
         assert found.gpus == Taken(8, "SLURM_GPUS_ON_NODE")
+
+    def test_a_batch_script_does_not_take_the_step_that_submitted_it(self) -> None:
+        """It inherits ``SLURM_STEP_*`` of that step."""
+        submitter = {name: value for name, value in SLURM_STEP.items() if name.startswith("SLURM_STEP")}
+        here = {**SLURM_JOB, **submitter, "SLURM_STEP_TASKS_PER_NODE": "2(x2)"}
+        assert incomplete(here).startswith(
+            "job 65541 has 4 nodes (SLURM_JOB_NUM_NODES), but this process is not in a step"
+        )
+        assert incomplete({**here, "SLURM_JOB_NUM_NODES": "1"}) == ""
 
     def test_a_shell_of_a_job_of_one_node_has_nothing_to_report(self) -> None:
         assert incomplete({**SLURM_JOB, "SLURM_JOB_NUM_NODES": "1"}) == ""
@@ -203,8 +212,8 @@ class TestSlurm:
             ({"SLURM_GPUS_ON_NODE": "a100:8"}, "SLURM_GPUS_ON_NODE='a100:8' is not a whole number"),
             ({"SLURM_STEP_RESV_PORTS": "12a"}, "SLURM_STEP_RESV_PORTS='12a' is not a list of ports"),
             (
-                {"SLURMD_NODENAME": "tux03"},
-                "SLURMD_NODENAME=tux03, but node 1 (SLURM_NODEID) of SLURM_STEP_NODELIST is tux02; run srun ferrorun in this job",
+                {"SLURMD_NODENAME": "tux01"},
+                "SLURMD_NODENAME=tux01, but node 1 (SLURM_NODEID) of SLURM_STEP_NODELIST is tux02; run srun ferrorun in this job",
             ),
         ],
     )
@@ -215,7 +224,7 @@ class TestSlurm:
 
     def test_a_step_without_its_rank_says_which_variable_is_missing(self) -> None:
         reason = incomplete(without(SLURM_STEP, "SLURM_NODEID"))
-        assert reason.startswith("the variables of Slurm are incomplete: SLURM_NODEID not set; ")
+        assert reason == "the variables of Slurm are incomplete: SLURM_NODEID not set"
 
 
 class TestSkyPilot:
@@ -231,7 +240,7 @@ class TestSkyPilot:
     )
     def test_a_missing_variable_is_named(self, name: str) -> None:
         reason = incomplete(without(SKYPILOT, name))
-        assert reason == f"the variables of SkyPilot are incomplete: {name} not set; give --rdzv-endpoint"
+        assert reason == f"the variables of SkyPilot are incomplete: {name} not set"
 
 
 class TestDstack:
@@ -249,7 +258,7 @@ class TestDstack:
     )
     def test_a_missing_variable_is_named(self, name: str) -> None:
         reason = incomplete(without(DSTACK, name))
-        assert reason == f"the variables of dstack are incomplete: {name} not set; give --rdzv-endpoint"
+        assert reason == f"the variables of dstack are incomplete: {name} not set"
 
     def test_a_rank_outside_of_the_nodes_is_refused(self) -> None:
         assert refused({**DSTACK, "DSTACK_NODE_RANK": "2"}).startswith("DSTACK_NODE_RANK=2 is not a rank of 2 nodes")
@@ -286,7 +295,9 @@ class TestKubernetes:
         )
 
     def test_without_nnodes_the_number_of_pods_is_missing(self) -> None:
-        assert "give --nnodes with the job's completions" in incomplete(KUBERNETES, **POD)
+        found = look(KUBERNETES)
+        assert isinstance(found, Incomplete)
+        assert found.remedy == "give --nnodes with the job's completions, or --standalone"
 
     def test_without_a_subdomain_the_service_is_missing(self) -> None:
         reason = incomplete(KUBERNETES, nodes=2, hostname="train-1", fqdn="train-1")
@@ -301,9 +312,6 @@ class TestKubernetes:
             "JOB_COMPLETION_INDEX=4 is not a rank of 2 nodes (--nnodes)"
         )
 
-    def test_one_node_has_nothing_to_report(self) -> None:
-        assert incomplete({"JOB_COMPLETION_INDEX": "4"}, nodes=1, **POD) == ""
-
 
 class TestOpenMpi:
     def test_in_an_allocation_the_host_list_has_the_first_node(self) -> None:
@@ -315,6 +323,11 @@ class TestOpenMpi:
         on_first = {**SLURM_JOB, **OPEN_MPI, "OMPI_COMM_WORLD_RANK": "0"}
         on_third = {**SLURM_STEP, **OPEN_MPI}
         assert placed(on_first)[0::2] == placed(on_third)[0::2]
+
+    def test_several_mpiruns_of_an_allocation_have_different_ids(self) -> None:
+        found = look({**SLURM_STEP, **OPEN_MPI, "PMIX_NAMESPACE": "prterun-tux00-4711@1"})
+        assert isinstance(found, Placement)
+        assert found.run_id == Taken("65541.prterun-tux00-4711@1", "SLURM_JOB_ID, PMIX_NAMESPACE")
 
     def test_another_number_of_nodes_is_refused_with_both(self) -> None:
         message = refused({**SLURM_JOB, **OPEN_MPI, "OMPI_COMM_WORLD_SIZE": "3"})
@@ -368,7 +381,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """The environment of this process, without a scheduler and without options."""
     monkeypatch.setattr(os, "environ", os.environ.copy())
     for name in list(os.environ):
-        if name.startswith(("PET_", "SLURM", "CUDA_", "HIP_", "ROCR_", "OMPI_", "FERROELASTIC_")):
+        if name.startswith(("PET_", "SLURM", "CUDA_", "HIP_", "ROCR_", "OMPI_", "FERROELASTIC_", "TORCHELASTIC_")):
             del os.environ[name]
     return monkeypatch
 
@@ -414,6 +427,7 @@ class TestCommandLine:
             "--node-rank=0",
             "--master-addr=127.0.0.1",
             "--master_port=29500",
+            "--nnodes=1",
         ],
     )
     @pytest.mark.parametrize("way", ["option", "variable"])
@@ -443,15 +457,36 @@ class TestCommandLine:
         ):
             settled("--nnodes=4")
 
+    def test_a_shell_without_a_step_reports_that_it_runs_alone(self, caplog: pytest.LogCaptureFixture) -> None:
+        os.environ.update(SLURM_JOB)
+        args = settled()
+        assert (args.nnodes, args.rdzv_backend, args.nproc_per_node) == ("1:1", "static", "8")
+        alone, gpus = [record.getMessage() for record in caplog.records]
+        assert alone == (
+            "Slurm: job 65541 has 4 nodes (SLURM_JOB_NUM_NODES), but this process is not in a step of it (SLURM_STEP_ID): "
+            "ferrorun runs on this node alone; run srun ferrorun for all nodes, or give --standalone"
+        )
+        assert gpus == "Slurm: --nproc-per-node=8 (SLURM_GPUS_ON_NODE); --no-scheduler ignores these values"
+
+    def test_a_shell_without_a_step_does_not_wait_for_other_nodes(self) -> None:
+        os.environ.update(SLURM_JOB)
+        with pytest.raises(UsageError) as raised:
+            settled("--nnodes=2:4")
+        assert str(raised.value) == (
+            "--nnodes='2:4' waits for other nodes, but their place is unknown: job 65541 has 4 nodes (SLURM_JOB_NUM_NODES), but this "
+            "process is not in a step of it (SLURM_STEP_ID); run srun ferrorun for all nodes, or give --standalone"
+        )
+
     def test_one_node_uses_a_local_rendezvous(self) -> None:
         os.environ.update({**SLURM_STEP, "SLURM_STEP_NODELIST": "tux01", "SLURM_STEP_NUM_NODES": "1"})
         os.environ.update(SLURM_NODEID="0", SLURMD_NODENAME="tux01", SLURM_STEP_TASKS_PER_NODE="1")
         args = settled()
         assert (args.nnodes, args.rdzv_backend, args.rdzv_endpoint, args.nproc_per_node) == ("1:1", "static", "", "8")
 
-    def test_the_user_may_want_one_node(self) -> None:
-        os.environ.update(SLURM_STEP)
-        assert settled("--nnodes=1").rdzv_backend == "static"
+    def test_a_job_that_a_worker_submitted_is_placed(self) -> None:
+        """It inherits the variables of the worker."""
+        os.environ.update(SLURM_STEP, TORCHELASTIC_RUN_ID="65540.0")
+        assert settled().rdzv_id == "65541.0"
 
     def test_options_of_the_user_win(self) -> None:
         os.environ.update(SLURM_STEP)
@@ -459,10 +494,11 @@ class TestCommandLine:
         assert (args.nproc_per_node, args.rdzv_conf) == ("3", "is_host=0,node_rank=1,is_host=1")
         assert run._late("_parse_rendezvous_config")(args.rdzv_conf)["is_host"] == "1"
 
-    def test_the_end_that_the_user_sets_is_kept(self) -> None:
-        os.environ.update(SLURM_STEP, SLURM_JOB_END_TIME="1795900000", FERROELASTIC_JOB_END_S="7")
+    @pytest.mark.parametrize(("of_slurm", "end"), [("1795900000", "1795900000"), ("", "7")])
+    def test_the_end_that_the_user_sets_is_kept_unless_slurm_sets_it(self, of_slurm: str, end: str) -> None:
+        os.environ.update(SLURM_STEP, SLURM_JOB_END_TIME=of_slurm, FERROELASTIC_JOB_END_S="7")
         settled()
-        assert os.environ[END_VARIABLE] == "7"
+        assert os.environ[END_VARIABLE] == end
 
     @pytest.mark.parametrize(
         ("visible", "count"),

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
@@ -189,6 +189,63 @@ def test_was_before_signal_compares_times() -> None:
         signal.raise_signal(signal.SIGTERM)
     assert _signals.was_before_signal(earlier)
     assert not _signals.was_before_signal(time.monotonic_ns())
+
+
+@pytest.mark.usefixtures("handling")
+@pytest.mark.parametrize(
+    ("returncode", "before_ms", "was_before"),
+    [
+        (-signal.SIGTERM, 50, False),
+        (128 + signal.SIGTERM, 50, False),
+        (-signal.SIGTERM, 200, True),
+        (-signal.SIGKILL, 50, True),
+        (-signal.SIGINT, 50, True),
+        (1, 50, True),
+        (0, 50, True),
+        (None, 50, True),
+        (1, -1, False),
+    ],
+)
+def test_a_worker_that_the_same_signal_ended_at_that_instant_belongs_to_the_stop(
+    returncode: int | None, before_ms: int, was_before: bool
+) -> None:
+    with pytest.raises(SignalException):
+        signal.raise_signal(signal.SIGTERM)
+    at_ns = _signals._state.first_at_ns - before_ms * 1_000_000
+    assert _signals.was_before_signal(at_ns, returncode) == was_before
+
+
+class Ended(NamedTuple):
+    """What the wait reads of the end of a worker."""
+
+    returncode: int | None
+    stopped: bool = False
+    monotonic_ns: int = 1 << 62
+    """Later than any clock, so a wait ends with a signal only."""
+
+
+@pytest.mark.usefixtures("handling")
+def test_the_end_of_a_worker_by_a_signal_waits_for_the_signal_to_the_agent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "sleep", lambda _: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(SignalException):
+        _signals.wait_for_same_signal([Ended(1), Ended(-signal.SIGTERM)])  # type: ignore[list-item]  # what it reads
+
+
+@pytest.mark.usefixtures("handling")
+@pytest.mark.parametrize(
+    "ended",
+    [
+        Ended(1),
+        Ended(0),
+        Ended(None),
+        Ended(-signal.SIGKILL),
+        Ended(-signal.SIGSEGV),
+        Ended(-signal.SIGTERM, stopped=True),
+        Ended(-signal.SIGTERM, monotonic_ns=0),
+    ],
+)
+def test_another_end_of_a_worker_waits_for_nothing(ended: Ended) -> None:
+    _signals.wait_for_same_signal([ended])  # type: ignore[list-item]  # what it reads
 
 
 def test_a_new_outermost_one_begins_with_nothing_received() -> None:

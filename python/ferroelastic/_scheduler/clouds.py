@@ -38,9 +38,13 @@ def place_by_skypilot(environ: Mapping[str, str], _: Surroundings) -> Placement 
         return None
     if nodes is None or rank is None or addresses is None or task is None:
         reason = missing(
-            "SkyPilot", environ, "SKYPILOT_NUM_NODES", "SKYPILOT_NODE_RANK", "SKYPILOT_NODE_IPS", "SKYPILOT_TASK_ID"
+            "SkyPilot",
+            SKYPILOT_NUM_NODES=nodes,
+            SKYPILOT_NODE_RANK=rank,
+            SKYPILOT_NODE_IPS=addresses,
+            SKYPILOT_TASK_ID=task,
         )
-        return Incomplete("SkyPilot", f"{reason}; give --rdzv-endpoint", _is_first(rank), gpus=gpus)
+        return Incomplete("SkyPilot", reason, "give --rdzv-endpoint", _is_first(rank), gpus=gpus)
     check_rank(rank, nodes)
     listed = addresses.value.split()
     if len(listed) != nodes.value:
@@ -74,9 +78,14 @@ def place_by_dstack(environ: Mapping[str, str], _: Surroundings) -> Placement | 
     if nodes is not None and nodes.value == 1:
         return Incomplete("dstack", gpus=gpus)
     if nodes is None or rank is None or host is None or run_id is None:
-        names = ["DSTACK_NODES_NUM", "DSTACK_NODE_RANK", "DSTACK_MASTER_NODE_IP"]
-        reason = missing("dstack", environ, *names, *([] if run_id else ["DSTACK_RUN_NAME"]))
-        return Incomplete("dstack", f"{reason}; give --rdzv-endpoint", _is_first(rank), gpus=gpus)
+        reason = missing(
+            "dstack",
+            DSTACK_NODES_NUM=nodes,
+            DSTACK_NODE_RANK=rank,
+            DSTACK_MASTER_NODE_IP=host,
+            DSTACK_RUN_NAME=run_id,
+        )
+        return Incomplete("dstack", reason, "give --rdzv-endpoint", _is_first(rank), gpus=gpus)
     check_rank(rank, nodes)
     port = Taken(port_of_name(run_id.value), "from the id")
     return Placement("dstack", nodes, rank, run_id, host, port, gpus)

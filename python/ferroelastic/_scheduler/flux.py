@@ -42,8 +42,8 @@ def place(environ: Mapping[str, str], surroundings: Surroundings) -> Placement |
         return None
     nodes, rank = number(environ, "FLUX_JOB_NNODES"), number(environ, "FLUX_TASK_RANK")
     if nodes is None or rank is None:
-        reason = missing("Flux", environ, "FLUX_JOB_NNODES", "FLUX_TASK_RANK")
-        return Incomplete("Flux", f"{reason}; give --rdzv-endpoint", rank is None or rank.value == 0)
+        reason = missing("Flux", FLUX_JOB_NNODES=nodes, FLUX_TASK_RANK=rank)
+        return Incomplete("Flux", reason, "give --rdzv-endpoint", rank is None or rank.value == 0)
     tasks = number(environ, "FLUX_JOB_SIZE")
     if tasks is not None and tasks.value > nodes.value:
         raise UsageError(
@@ -57,8 +57,8 @@ def place(environ: Mapping[str, str], surroundings: Surroundings) -> Placement |
     try:
         hosts = expand(surroundings.flux_hosts().strip())
     except (OSError, ValueError) as error:
-        reason = f"the first node is unknown: {command}: {error}; give --rdzv-endpoint"
-        return Incomplete("Flux", reason, rank.value == 0, nodes, rank)
+        reason = f"the first node is unknown: {command}: {error}"
+        return Incomplete("Flux", reason, "give --rdzv-endpoint", rank.value == 0, nodes, rank)
     if len(hosts) != nodes.value:
         raise UsageError(
             f"{nodes.source}={nodes.value}, but {command} has {len(hosts)} hosts; give --rdzv-endpoint, {REMEDY}"

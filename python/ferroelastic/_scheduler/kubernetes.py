@@ -28,26 +28,22 @@ def place(environ: Mapping[str, str], surroundings: Surroundings) -> Placement |
         return None
     nodes = surroundings.nodes
     if nodes is None:
-        reason = (
-            f"{index.source}={index.value} is an index of an Indexed Job, whose number of pods is not in the environment: this pod runs "
-            "alone; give --nnodes with the job's completions, or --standalone"
-        )
-        return Incomplete("Kubernetes", reason, index.value == 0)
-    if nodes.value == 1:
-        return Incomplete("Kubernetes")
+        reason = f"{index.source}={index.value} is an index of an Indexed Job, whose number of pods is not in the environment"
+        remedy = "give --nnodes with the job's completions, or --standalone"
+        return Incomplete("Kubernetes", reason, remedy, index.value == 0)
     check_rank(index, nodes)
     name = surroundings.hostname().partition(".")[0]
     job = name.removesuffix(f"-{index.value}")
     if job == name:
-        reason = f"the host name {name!r} does not end with -{index.value} ({index.source}), so the first pod is unknown; give --rdzv-endpoint"
-        return Incomplete("Kubernetes", reason, index.value == 0)
+        reason = (
+            f"the host name {name!r} does not end with -{index.value} ({index.source}), so the first pod is unknown"
+        )
+        return Incomplete("Kubernetes", reason, "give --rdzv-endpoint", index.value == 0)
     domain = surroundings.fqdn().partition(".")[2]
     if not domain:
-        reason = (
-            f"the pod {name!r} has no subdomain, so other pods cannot find it; add a headless service and spec.subdomain with its name, "
-            "or give --rdzv-endpoint"
-        )
-        return Incomplete("Kubernetes", reason, index.value == 0)
+        reason = f"the pod {name!r} has no subdomain, so other pods cannot find it"
+        remedy = "add a headless service and spec.subdomain with its name, or give --rdzv-endpoint"
+        return Incomplete("Kubernetes", reason, remedy, index.value == 0)
     return Placement(
         scheduler="Kubernetes",
         nodes=nodes,

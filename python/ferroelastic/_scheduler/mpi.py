@@ -16,7 +16,7 @@ from ferroelastic._scheduler.placement import (
     Taken,
     check_rank,
     number,
-    port_of_number,
+    port_of_name,
     text,
 )
 from ferroelastic._usage import UsageError
@@ -59,17 +59,20 @@ def place(environ: Mapping[str, str], _: Surroundings) -> Placement | Incomplete
     listed = None if job is None else _hosts(environ, nodes, rank)
     if job is None or listed is None:
         reason = (
-            f"Open MPI has {nodes.value} processes ({nodes.source}), but no variable has the address of the first one: this node runs "
-            "alone; give --nnodes, --rdzv-backend=c10d and --rdzv-endpoint"
+            f"Open MPI has {nodes.value} processes ({nodes.source}), but no variable has the address of the first one"
         )
-        return Incomplete("Open MPI", reason, rank.value == 0, nodes, rank, gpus)
+        remedy = "give --nnodes, --rdzv-backend=c10d and --rdzv-endpoint"
+        return Incomplete("Open MPI", reason, remedy, rank.value == 0, nodes, rank, gpus)
+    # An allocation may have several mpiruns. PMIx gives each a namespace.
+    namespace = text(environ, "PMIX_NAMESPACE") or Taken("mpi", "")
+    run_id = Taken(f"{job.value}.{namespace.value}", ", ".join(filter(None, (job.source, namespace.source))))
     return Placement(
         scheduler="Open MPI in Slurm",
         nodes=nodes,
         rank=rank,
-        run_id=Taken(f"{job.value}.mpi", job.source),
+        run_id=run_id,
         host=Taken(listed.value[0], f"the first node of {listed.source}"),
-        port=Taken(port_of_number(job.value), "from the id"),
+        port=Taken(port_of_name(run_id.value), "from the id"),
         gpus=gpus,
         end_s=number(environ, "SLURM_JOB_END_TIME"),
     )

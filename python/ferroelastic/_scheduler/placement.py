@@ -71,7 +71,9 @@ class Incomplete:
 
     scheduler: str
     reason: str = ""
-    """The missing part, and the action to take. Empty if this node is the whole job."""
+    """The missing part. Empty if this node is the whole job."""
+    remedy: str = ""
+    """The action to take."""
     is_first: bool = True
     """Whether this is the node that reports the reason to the console."""
     nodes: Taken[int] | None = None
@@ -118,11 +120,14 @@ def number(environ: Mapping[str, str], *env_names: str) -> Taken[int] | None:
     return Taken(int(found.value), found.source)
 
 
-def missing(scheduler: str, environ: Mapping[str, str], *env_names: str) -> str:
-    """Return a text that names the variables that are not set. Empty if all are set."""
-    absent = [env_name for env_name in env_names if not environ.get(env_name)]
-    if not absent:
-        return ""
+def missing(scheduler: str, **values: object) -> str:
+    """Return a text that names the variables without a value.
+
+    Args:
+        scheduler: name of the scheduler.
+        values: the variables with their values, ``None`` for one that is not set.
+    """
+    absent = [env_name for env_name, value in values.items() if value is None]
     return f"the variables of {scheduler} are incomplete: {', '.join(absent)} not set"
 
 

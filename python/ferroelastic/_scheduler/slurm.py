@@ -47,20 +47,18 @@ def place(environ: Mapping[str, str], _: Surroundings) -> Placement | Incomplete
     # Only slurmd sets the node's name: a shell of salloc on a login node has no GPUs of the job.
     is_on_node = bool(environ.get("SLURMD_NODENAME"))
     gpus = number(environ, "SLURM_GPUS_ON_NODE") if is_on_node else None
-    if step is None or step.value >= _FIRST_SPECIAL_STEP:
-        return Incomplete("Slurm", _outside_of_step(environ, job), gpus=gpus, end_s=end_s)
+    listed = hosts(environ, "SLURM_STEP_NODELIST", *_JOB_HOSTS)
+    if step is None or step.value >= _FIRST_SPECIAL_STEP or _is_elsewhere(environ, listed):
+        reason = _outside_of_step(environ, job)
+        return Incomplete(
+            "Slurm", reason, "run srun ferrorun for all nodes, or give --standalone", gpus=gpus, end_s=end_s
+        )
     _check_tasks(environ)
     nodes = number(environ, "SLURM_STEP_NUM_NODES", "SLURM_NNODES", "SLURM_JOB_NUM_NODES")
     rank = number(environ, "SLURM_NODEID")
-    listed = hosts(environ, "SLURM_STEP_NODELIST", *_JOB_HOSTS)
     if nodes is None or rank is None or listed is None:
-        names = [
-            "" if nodes else "SLURM_STEP_NUM_NODES",
-            "" if rank else "SLURM_NODEID",
-            "" if listed else "SLURM_STEP_NODELIST",
-        ]
-        reason = missing("Slurm", environ, *filter(None, names))
-        return Incomplete("Slurm", f"{reason}; run srun ferrorun, or give --rdzv-endpoint", gpus=gpus, end_s=end_s)
+        reason = missing("Slurm", SLURM_STEP_NUM_NODES=nodes, SLURM_NODEID=rank, SLURM_STEP_NODELIST=listed)
+        return Incomplete("Slurm", reason, "run srun ferrorun, or give --rdzv-endpoint", gpus=gpus, end_s=end_s)
     check_rank(rank, nodes)
     _check_hosts(environ, listed, nodes, rank)
     restarts = number(environ, "SLURM_RESTART_COUNT")
@@ -107,14 +105,17 @@ def hosts(environ: Mapping[str, str], *env_names: str) -> Taken[list[str]] | Non
         ) from None
 
 
+def _is_elsewhere(environ: Mapping[str, str], listed: Taken[list[str]] | None) -> bool:
+    """Return whether the step does not have this node. A batch script that a step submitted inherits the variables of that step."""
+    name = environ.get("SLURMD_NODENAME")
+    return bool(name) and listed is not None and name not in listed.value
+
+
 def _outside_of_step(environ: Mapping[str, str], job: Taken[int]) -> str:
     nodes = number(environ, "SLURM_JOB_NUM_NODES", "SLURM_NNODES")
     if nodes is None or nodes.value == 1:
         return ""
-    return (
-        f"ferrorun runs on this node alone, but job {job.value} has {nodes.value} nodes ({nodes.source}) and this process is not in a "
-        "step of it (SLURM_STEP_ID); run srun ferrorun for all nodes, or give --standalone"
-    )
+    return f"job {job.value} has {nodes.value} nodes ({nodes.source}), but this process is not in a step of it (SLURM_STEP_ID)"
 
 
 def _check_tasks(environ: Mapping[str, str]) -> None:

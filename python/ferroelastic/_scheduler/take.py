@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["END_VARIABLE", "find", "take"]
 
+# Name of an agent's process in /proc, of this package and of torch.
+_AGENT_NAME = "pt_elastic"
 END_VARIABLE = "FERROELASTIC_JOB_END_S"
 """Environment variable of the workers: the end of the job in seconds since 1970."""
 
@@ -76,11 +78,13 @@ def take(args: Namespace, given: Collection[str], nodes: tuple[int, int] | None)
     Args:
         args: the parsed command line. Modified in place.
         given: names of the options that the user gave.
-        nodes: smallest and largest number of nodes, if the user gave ``--nnodes``.
+        nodes: smallest and largest number of nodes, if the user gave ``--nnodes`` for several nodes.
 
     Raises:
         UsageError: a variable has an invalid value, two schedulers disagree, or ``--nnodes`` needs more nodes than the scheduler has.
     """
+    if _is_in_worker():
+        return  # a job of its own
     user = None if nodes is None else Taken(nodes[1], "--nnodes")
     found = find(os.environ, Surroundings(user, socket.gethostname, socket.getfqdn, flux.host_list))
     if found is None:
@@ -90,24 +94,56 @@ def take(args: Namespace, given: Collection[str], nodes: tuple[int, int] | None)
         _take_rendezvous(args, found, nodes, taken)
         is_first = found.rank.value == 0
     else:
+        _check_alone(args, found, nodes)
         is_first = found.is_first
     if "nproc_per_node" not in given:
         _take_gpus(args, found.gpus, taken)
     if found.end_s is not None:
-        os.environ.setdefault(END_VARIABLE, str(found.end_s.value))
+        os.environ[END_VARIABLE] = str(found.end_s.value)
     logger = get_logger(__name__)
     # One node speaks for all.
     log = logger.warning if is_first else logger.info
     if isinstance(found, Incomplete) and found.reason:
-        log("%s: %s", found.scheduler, found.reason)
+        log("%s: %s: ferrorun runs on this node alone; %s", found.scheduler, found.reason, found.remedy)
     if taken:
         log("%s: %s; --no-scheduler ignores these values", found.scheduler, ", ".join(taken))
+
+
+def _is_in_worker() -> bool:
+    """Return whether a worker of another agent started this process.
+
+    The variables of a worker are not enough: a job that a worker submits inherits them.
+    """
+    pid = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else 0
+    while pid > 0:
+        try:
+            with open(f"/proc/{pid}/stat", errors="replace") as file:
+                stat = file.read()
+        except OSError:
+            return False
+        name, _, rest = stat.partition("(")[2].rpartition(")")
+        if name == _AGENT_NAME:
+            return True
+        pid = int(rest.split()[1])
+    return False
+
+
+def _check_alone(args: Namespace, found: Incomplete, nodes: tuple[int, int] | None) -> None:
+    """Check that a node without a place does not wait for others.
+
+    Raises:
+        UsageError: it would.
+    """
+    if nodes is not None and nodes[0] > 1 and found.reason:
+        raise UsageError(
+            f"{named('nnodes', args.nnodes)} waits for other nodes, but their place is unknown: {found.reason}; {found.remedy}"
+        )
 
 
 def _take_rendezvous(args: Namespace, placement: Placement, nodes: tuple[int, int] | None, taken: list[str]) -> None:
     most = placement.nodes.value if nodes is None else nodes[1]
     if most == 1:
-        return  # run() uses a local rendezvous
+        return  # the launcher uses a local rendezvous
     if nodes is None:
         args.nnodes = str(placement.nodes.value)
         taken.append(f"--nnodes={args.nnodes} ({placement.nodes.source})")

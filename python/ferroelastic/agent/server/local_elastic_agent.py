@@ -290,7 +290,7 @@ class LocalElasticAgent(SimpleElasticAgent):
         worker_group = self._worker_group
         if group is None or self._has_left_exit_barrier or worker_group.state == WorkerState.STOPPED:
             return None
-        exits = [ended for ended in group.exits() if _signals.was_before_signal(ended.monotonic_ns)]
+        exits = [one for one in group.exits() if _signals.was_before_signal(one.monotonic_ns, one.returncode)]
         has_failed = any(ended.returncode != 0 and not ended.stopped for ended in exits)
         # A success counts only for programs: the return values of functions were already deleted.
         has_succeeded = (
@@ -534,6 +534,7 @@ class LocalElasticAgent(SimpleElasticAgent):
         group = self._native_group()
         self._seen_generation = 0 if group is None else group.generation
         self._seen_context = weakref.ref(context)
+        _signals.wait_for_same_signal([] if group is None else group.exits())
         checked_ns = time.monotonic_ns()
         with self._activity.allowing(
             longest_stop_s(self._shutdown_timeout)
