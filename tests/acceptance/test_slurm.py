@@ -1,10 +1,12 @@
-"""Jobs on a real Slurm, with one agent on each node of a cluster on this machine: ``srun ferrorun train.py``."""
+"""Jobs on a real Slurm, with one agent on each node of a cluster on this machine: ``srun ferrorun train.py``.
+
+The batch scripts of the documentation are in ``tests/docs/test_slurm_recipes.py``.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import shlex
 import signal
 import sys
@@ -13,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from tests.support.harness import FERRORUN, ROOT, Job, Launcher
-from tests.support.slurm import NODES, Cluster, slurm
+from tests.support.slurm import NODES, Batch, Cluster, slurm
 from tests.support.waiting import LONG_S, eventually
 
 if TYPE_CHECKING:
@@ -60,13 +62,6 @@ if os.environ["RANK"] == "1":
 select.select([], [], [])
 """
 
-WAIT = """
-import os, select
-os.write(1, "{SLURMD_NODENAME} is {RANK} of {WORLD_SIZE}\\n".format(**os.environ).encode())
-while not os.path.exists(os.environ["DIR"] + "/finish"):
-    select.select([], [], [], 0.01)
-"""
-
 # bash handles a signal while it waits, and the wait is over then.
 FORWARDING = """
     #!/bin/bash
@@ -76,34 +71,6 @@ FORWARDING = """
     while wait $step; code=$?; kill -0 $step 2> /dev/null; do :; done
     exit $code
 """
-
-ELASTIC = """
-    #!/bin/bash
-    srun --no-kill --kill-on-bad-exit=0 --wait=0 {command}
-"""
-
-
-class Batch:
-    """A batch job of a launcher. The command ``sbatch`` ends with the job; what the job prints goes to a file."""
-
-    def __init__(self, launch: Launcher, cluster: Cluster, script: str, *options: str, **env: str) -> None:
-        number = len(launch.jobs)
-        path = launch.write(f"{number}.sbatch", textwrap.dedent(script).lstrip())
-        self._output = launch.folder / f"out.{number}"
-        options = ("--ntasks-per-node=1", f"--output={self._output}", "--open-mode=append", *options)
-        self.job = launch.start("sbatch", "--wait", *options, path, env={**cluster.environment, **env})
-
-    @property
-    def output(self) -> str:
-        return self._output.read_text() if self._output.exists() else ""
-
-    def wait_for(self, *lines: str) -> None:
-        """Wait for lines of the output, in any order."""
-        assert eventually(lambda: set(lines) <= set(self.output.splitlines()), LONG_S), self.story
-
-    @property
-    def story(self) -> str:
-        return f"{self.output[-3000:]}\n{self.job.story}"
 
 
 def ferrorun(*arguments: str) -> tuple[str, ...]:
@@ -165,9 +132,18 @@ def test_time_limits_and_their_warnings_lose_no_save(launch: Launcher, slurm: Cl
     options = [("--nodes=2", "--time=1", f"--job-name={folder.name}") for folder in folders]
     limit = srun(launch, slurm, *options[0], *command, DIR=str(folders[0]), SAVE_ON="SIGTERM")
     warning = srun(launch, slurm, *options[1], "--signal=USR1@10", *command, DIR=str(folders[1]), SAVE_ON="SIGUSR1")
-    script = FORWARDING.format(command=shlex.join(command))
+    script = textwrap.dedent(FORWARDING.format(command=shlex.join(command))).lstrip()
     batches = [
-        Batch(launch, slurm, script, *options[at], f"--signal={which}", DIR=str(folders[at]), SAVE_ON="SIGUSR1")
+        Batch(
+            launch,
+            slurm,
+            script,
+            "--ntasks-per-node=1",
+            *options[at],
+            f"--signal={which}",
+            DIR=str(folders[at]),
+            SAVE_ON="SIGUSR1",
+        )
         for at, which in ((2, "USR1@10"), (3, "B:USR1@10"))
     ]
     assert limit.lines(4) == warning.lines(4) == READY
@@ -179,35 +155,6 @@ def test_time_limits_and_their_warnings_lose_no_save(launch: Launcher, slurm: Cl
     stories = "\n".join([limit.story, warning.story, *(batch.story for batch in batches)])
     assert [saved(folder) for folder in folders] == [ALL_SAVED] * 4, stories
     assert codes == [ENDED_BY_SIGTERM, 0, 0, 0], stories
-
-
-def test_a_job_goes_on_without_a_lost_node(launch: Launcher, slurm: Cluster) -> None:
-    script = ELASTIC.format(command=shlex.join(ferrorun("--nnodes=2:4", launch.write("wait.py", WAIT))))
-    batch = Batch(launch, slurm, script, "--nodelist=n[3-6]", "--nodes=4", "--no-kill")
-    batch.wait_for(*(f"n{rank + 3} is {rank} of 4" for rank in range(4)))
-    slurm.lose("n6")
-    try:
-        batch.wait_for(*(f"n{rank + 3} is {rank} of 3" for rank in range(3)))
-        slurm.mark_down("n6")
-        assert eventually(lambda: "Node failure on n6" in batch.output, LONG_S), batch.story
-        (launch.folder / "finish").touch()
-        assert batch.job.end() == 0, batch.story
-    finally:
-        slurm.bring_back("n6")
-
-
-def test_a_requeued_job_runs_again(launch: Launcher, slurm: Cluster) -> None:
-    script = f"#!/bin/bash\nsrun {shlex.join(ferrorun(launch.write('wait.py', WAIT)))}\n"
-    batch = Batch(launch, slurm, script, "--nodes=2", "--job-name=requeued", "--requeue")
-    lines = ["n1 is 0 of 2", "n2 is 1 of 2"]
-    batch.wait_for(*lines)
-    number = slurm.job_id("requeued")
-    slurm.requeue(number)
-    assert eventually(
-        lambda: sorted(re.findall(r"^n\d is .*", batch.output, re.MULTILINE)) == sorted(lines * 2), LONG_S
-    ), batch.story
-    (launch.folder / "finish").touch()
-    assert batch.job.end() == 0, batch.story
 
 
 def test_no_process_of_a_cluster_outlives_a_killed_test_run(launch: Launcher, slurm: Cluster) -> None:

@@ -22,6 +22,8 @@ from tests.support.waiting import LONG_S, eventually
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from tests.support.harness import Launcher
+
 SLURM = ROOT / "target" / "slurm"
 REQUIRED_ENV = "FERROELASTIC_TEST_SLURM"
 """``require``: a test without Slurm fails. Otherwise it is skipped."""
@@ -147,9 +149,8 @@ class Cluster:
         """Move the end of the job's time limit to now."""
         self.run("scontrol", "update", f"JobId={job_id}", "EndTime=now+1")
 
-    def requeue(self, job_id: str) -> None:
-        """Requeue a job, and let it begin at once: Slurm waits for two minutes otherwise."""
-        self.run("scontrol", "requeue", job_id)
+    def begin_at_once(self, job_id: str) -> None:
+        """Wait until a job is requeued, and let it begin. Slurm waits for two minutes otherwise."""
         waiting = ("squeue", "--noheader", "--format=%i", f"--jobs={job_id}", "--states=PENDING")
         assert eventually(lambda: bool(self.run(*waiting).strip()), LONG_S), self.run("squeue")
         self.run("scontrol", "update", f"JobId={job_id}", "StartTime=now")
@@ -221,6 +222,29 @@ class Cluster:
                 if marks & set(Path(f"/proc/{name}/environ").read_bytes().split(b"\0")):
                     found.append(int(name))
         return found
+
+
+class Batch:
+    """A batch job. The command ``sbatch`` ends with the job, and the output of the job goes to a file."""
+
+    def __init__(self, launch: Launcher, cluster: Cluster, script: str, *options: str, **env: str) -> None:
+        number = len(launch.jobs)
+        self._output = launch.folder / f"out.{number}"
+        options = (f"--output={self._output}", "--open-mode=append", f"--chdir={launch.folder}", *options)
+        path = launch.write(f"{number}.sbatch", script)
+        self.job = launch.start("sbatch", "--wait", *options, path, env={**cluster.environment, **env})
+
+    @property
+    def output(self) -> str:
+        return self._output.read_text() if self._output.exists() else ""
+
+    @property
+    def story(self) -> str:
+        return f"{self.output[-3000:]}\n{self.job.story}"
+
+    def wait_for(self, *lines: str) -> None:
+        """Wait for lines of the output, in any order."""
+        assert eventually(lambda: set(lines) <= set(self.output.splitlines()), LONG_S), self.story
 
 
 @functools.cache
