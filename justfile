@@ -38,6 +38,10 @@ docs: setup
 docs-links: setup
     {{ bin }}/python -m sphinx --quiet --builder linkcheck --doctree-dir target/doctrees docs target/docs-links
 
+# Slurm for the tests, unpacked in target/slurm and not installed. The tests get it themselves.
+slurm:
+    tests/support/unpack_slurm.sh target/slurm
+
 # every test: the engine without Python, then the package, then what depends on pidfds once more without them
 test: setup
     cargo test --locked --quiet
