@@ -22,6 +22,10 @@ class Difference(NamedTuple):
     """Behaviour of this package."""
     why: str
     """Reason for the difference."""
+    since: str = ""
+    """First version of torch that differs. Empty if all supported versions do."""
+    fixed_in: str = ""
+    """First version of torch that behaves as this package. Empty if there is none."""
 
 
 DIFFERENCES: dict[str, Difference] = {
@@ -115,6 +119,20 @@ DIFFERENCES: dict[str, Difference] = {
         "ends the line of the exit code with a blank, and does not indent text messages",
         "writes no trailing blank and indents text messages",
         "the report is for people; parsers that skip white space accept both",
+    ),
+    "quiet-shutdown": Difference(
+        "launch_agent",
+        "raises an exception of the final shutdown of the rendezvous",
+        "logs it",
+        "it would replace the exception or the result of the job",
+        fixed_in="2.15",
+    ),
+    "older-handlers": Difference(
+        "record, with an error handler without the hooks of torch 2.15",
+        "raises AttributeError",
+        "calls the hooks that the handler has",
+        "handlers for older versions of torch keep working",
+        since="2.15",
     ),
     # ---- stopping and restarting workers
     "grace-everywhere": Difference(
@@ -286,6 +304,13 @@ DIFFERENCES: dict[str, Difference] = {
         "copies a last line without a newline unchanged, so lines of two ranks mix",
         "adds the newline",
         "output is copied in complete lines",
+    ),
+    "last-lines": Difference(
+        "tail_logfile",
+        "loses lines that are written between its last read and its check of the event",
+        "copies all lines that are written before the event is set",
+        "the last lines of a failed worker have the cause",
+        fixed_in="2.15",
     ),
     "tail-makes-files": Difference(
         "TailLog", "waits until a file exists", "creates it", "an existing file can be followed without polling"

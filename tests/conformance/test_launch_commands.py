@@ -8,6 +8,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from tests.support.torch_versions import has
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -165,6 +166,7 @@ LINES: dict[str, list[str]] = {
     "run path": ["--run-path", SCRIPT, "a"],
     "others": ["--start-method=fork", "--signals-to-handle=SIGTERM", "--virtual-local-rank", "--local-addr=me", SCRIPT],
     "numa": ["--numa-binding=exclusive", SCRIPT],
+    **({"prefix": ["--log-line-prefix-template=${hostname}", SCRIPT]} if has("hostname-in-prefixes") else {}),
     "underscores": ["--nproc_per_node=3", "--max_restarts=1", "--event_log_handler=console", SCRIPT, "--", "-x"],
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -263,6 +264,11 @@ AGENTS = {
             {"virtual_local_rank": True},
             [{"LOCAL_RANK": "0", "CUDA_VISIBLE_DEVICES": device} for device in ("0", "1")],
         ),
+        (
+            {"HIP_VISIBLE_DEVICES": "", "CUDA_VISIBLE_DEVICES": "4,5"},
+            {"virtual_local_rank": True},
+            [{"LOCAL_RANK": "0", "CUDA_VISIBLE_DEVICES": device, "HIP_VISIBLE_DEVICES": ""} for device in ("4", "5")],
+        ),
     ],
 )
 def test_the_environment_of_a_program(
@@ -273,7 +279,7 @@ def test_the_environment_of_a_program(
     fields: dict[str, Any],
     added: list[dict[str, str]],
 ) -> None:
-    for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"):
+    for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
     for name, value in outer.items():
         monkeypatch.setenv(name, value)
@@ -318,6 +324,34 @@ def test_more_ranks_than_devices(make_local_agent: Callable[..., Any], monkeypat
     agent = make_local_agent("/bin/true", virtual_local_rank=True)
     with pytest.raises(ValueError, match="local_rank 2 exceeds available GPUs in CUDA_VISIBLE_DEVICES=4,5"):
         agent._set_local_rank_env({}, 2, agent.get_worker_group().spec)
+
+
+def test_devices_of_rocm(
+    impl: Implementation, make_local_agent: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    monkeypatch.setenv("HIP_VISIBLE_DEVICES", "6, 7")
+    agent = make_local_agent("/bin/true", virtual_local_rank=True)
+    spec = agent.get_worker_group().spec
+    environment: dict[str, str] = {}
+    agent._set_local_rank_env(environment, 1, spec)
+    assert environment == impl.by_version(
+        "hip-visible-devices",
+        before={"LOCAL_RANK": "0", "CUDA_VISIBLE_DEVICES": "5"},
+        since={"LOCAL_RANK": "0", "CUDA_VISIBLE_DEVICES": "7", "HIP_VISIBLE_DEVICES": "7"},
+    )
+    variable = impl.by_version(
+        "hip-visible-devices", before="CUDA_VISIBLE_DEVICES=4,5", since="HIP_VISIBLE_DEVICES=6, 7"
+    )
+    with pytest.raises(ValueError, match=f"local_rank 2 exceeds available GPUs in {variable}"):
+        agent._set_local_rank_env({}, 2, spec)
+
+
+@pytest.mark.needs("hostname-in-prefixes")
+def test_the_host_in_prefixes(shell: Callable[..., Any], capfd: pytest.CaptureFixture[str]) -> None:
+    agent = {"tee": "OUT", "log_line_prefix_template": "${hostname}:${rank}: "}
+    shell("echo hello", nproc=1, agent=agent).run()
+    assert capfd.readouterr().out == f"{socket.gethostname()}:0: hello\n"
 
 
 def test_macros_in_arguments(make_local_agent: Callable[..., Any], tmp_path: Path) -> None:

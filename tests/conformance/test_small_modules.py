@@ -97,10 +97,22 @@ class TestUtils:
 
     @pytest.mark.parametrize("path", ["utils", "utils.api", "utils.distributed"])
     def test_a_port(self, impl: Implementation, path: str) -> None:
-        with closing(impl(path).get_socket_with_port()) as listener:
-            with closing(socket.create_connection(listener.getsockname()[:2], 10)):
-                pass
-            assert listener.getsockname()[1] > 0
+        with closing(impl(path).get_socket_with_port()) as reserved:
+            host, port = reserved.getsockname()[:2]
+            assert port > 0
+            is_for_all = host in {"::", "0.0.0.0"}
+            listens = bool(reserved.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+            assert (is_for_all, listens) == impl.by_version(
+                "ports-on-all-addresses", before=(False, True), since=(True, False)
+            )
+
+    @pytest.mark.needs("ports-on-all-addresses")
+    @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "::1"])
+    def test_a_reserved_port_is_taken_on_all_addresses(self, impl: Implementation, host: str) -> None:
+        with closing(impl("utils").get_socket_with_port()) as reserved:
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            with closing(socket.socket(family)) as other, pytest.raises(OSError, match=r"Address|address"):
+                other.bind((host, reserved.getsockname()[1]))
 
     def test_a_free_port(self, impl: Implementation) -> None:
         port = impl("utils.distributed").get_free_port()

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
+from tests.support import torch_versions
 
 import ferroelastic
 from ferroelastic import _devices
@@ -150,10 +151,16 @@ def _torchs(host: Host, sysfs: Path, monkeypatch: pytest.MonkeyPatch) -> Callabl
     monkeypatch.setattr(theirs, "os", fake_os)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(properties))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda gpu: properties[gpu])
+    index = "gpu_index"
+    if torch_versions.has("device-index"):
+        index = "device_index"
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+        monkeypatch.setattr(torch.accelerator, "device_count", lambda: len(properties))
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
 
     def compute(gpu: int, mode: str) -> set[int]:
         cpus = theirs._get_logical_cpus_to_bind_to(
-            gpu_index=gpu, numa_options=theirs.NumaOptions(affinity_mode=theirs.AffinityMode(mode))
+            **{index: gpu}, numa_options=theirs.NumaOptions(affinity_mode=theirs.AffinityMode(mode))
         )
         if not cpus:
             raise RuntimeError("Must bind to a non-empty set of CPU indices")

@@ -434,3 +434,26 @@ def test_an_unknown_option_among_those_of_the_launcher() -> None:
 def test_the_common_line_is_parsed_from_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["ferrorun", "t.py", "--mo", "1"])
     assert run.parse_args(None).training_script_args == ["--mo", "1"]
+
+
+@pytest.mark.parametrize(
+    ("line", "variables", "expected"),
+    [
+        ([], {}, None),
+        ([], {"TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "a"}, "a"),
+        ([], {"TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "a", "PET_LOG_LINE_PREFIX_TEMPLATE": "b"}, "b"),
+        (["--log-line-prefix-template=c"], {"PET_LOG_LINE_PREFIX_TEMPLATE": "b"}, "c"),
+        (["--log_line_prefix_template", ""], {"TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "a"}, "a"),
+    ],
+)
+def test_the_prefix_of_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: list[str], variables: dict[str, str], expected: str | None
+) -> None:
+    for name in ("TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE", "PET_LOG_LINE_PREFIX_TEMPLATE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+    config, _, _ = run.config_from_args(run.parse_args(["--log-dir", str(tmp_path), *line, "t.py"]))
+
+    assert config.log_line_prefix_template == expected

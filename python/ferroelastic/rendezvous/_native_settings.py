@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 from typing import TYPE_CHECKING
 
 from ferroelastic._ports import NO_OWNER, port_owner
@@ -26,7 +27,15 @@ DEFAULT_STATIC_TIMEOUT_S = 900
 
 torch has two defaults: 900 s in its launcher (torchrun and ``elastic_launch``) and 600 s in its handler. This package uses 900 s for both.
 """
-_C10D_OPTIONS = ("join_timeout", "last_call_timeout", "close_timeout", "read_timeout", "is_host", "store_type")
+_C10D_OPTIONS = (
+    "join_timeout",
+    "last_call_timeout",
+    "close_timeout",
+    "read_timeout",
+    "is_host",
+    "store_type",
+    "cas_backoff_max_seconds",
+)
 _STATIC_OPTIONS = ("rank", "timeout")
 _COMMON_OPTIONS = (
     "heartbeat_timeout",
@@ -67,6 +76,7 @@ class NativeSettings:
             self.join_timeout_s = _seconds(params, "join_timeout", 600)
             self.connect_timeout_s = _seconds(params, "read_timeout", 60)
             self.may_host = _matches_machine_hostname(host) if self.is_host is None else self.is_host
+            _check_backoff(params)
         self.last_call_s = _seconds(params, "last_call_timeout", 30)
         self.heartbeat_timeout_s = _heartbeat_timeout_s(params)
         _seconds(params, "close_timeout", 1)
@@ -153,6 +163,29 @@ def _heartbeat_timeout_s(params: RendezvousParameters) -> int:
     attempts = _number(params, "keep_alive_max_attempt", 3, 1, "number of attempts; give a whole number from 1")
     keep_alive_s = _seconds(params, "keep_alive_interval", 5) * (attempts or 1)
     return _seconds(params, "heartbeat_timeout", _seconds(params, "heartbeat", keep_alive_s))
+
+
+def _check_backoff(params: RendezvousParameters) -> None:
+    """Check the option ``cas_backoff_max_seconds`` as torch does, and report that it has no effect.
+
+    Raises:
+        ValueError: the option is not a finite number of seconds from 0.
+    """
+    value = params.get("cas_backoff_max_seconds", 0.0)
+    try:
+        backoff_s = float(value)
+    except (TypeError, ValueError):
+        backoff_s = math.nan
+    if not math.isfinite(backoff_s) or backoff_s < 0:
+        raise ValueError(
+            f"the rendezvous option cas_backoff_max_seconds={value!r} is not a valid time; give finite seconds from 0"
+        )
+    if backoff_s > 0:
+        logger.warning(
+            "the rendezvous option cas_backoff_max_seconds=%s has no effect: only the host writes the state of this rendezvous, "
+            "so no write fails and is repeated; remove the option",
+            value,
+        )
 
 
 def _boolean(params: RendezvousParameters, key: str) -> bool | None:

@@ -1,0 +1,86 @@
+"""Differences between the versions of torch. No other module of the tests names a version of torch.
+
+``torch.distributed.elastic`` has changed since 2.6, the oldest version that this package supports. A test with the mark ``needs("id")`` is
+skipped on an implementation that lacks the change. ``impl.by_version("id", before=…, since=…)`` gives the expected value where this package
+follows the installed version.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ferroelastic import _torch
+
+__all__ = ["CHANGES", "OPTIONS", "Change", "has", "is_between", "is_newest", "is_older_than"]
+
+
+class Change(NamedTuple):
+    """A change of torch."""
+
+    since: str
+    """First version with the change."""
+    of: str
+    """The changed name."""
+    text: str
+    """The change."""
+    is_followed: bool = False
+    """Whether this package behaves as the installed version. Otherwise it has the change with each version."""
+
+
+CHANGES: dict[str, Change] = {
+    "enriched-signal-failures": Change(
+        "2.14",
+        "ErrorHandler.maybe_enrich_signal_failure_message",
+        "`ChildFailedError` calls it for each worker that a signal ended",
+    ),
+    "hostname-in-prefixes": Change("2.14", "log_line_prefix_template", "`${hostname}` is replaced"),
+    "device-index": Change(
+        "2.14", "torch.numa.binding, private functions", "`gpu_index` is `device_index`, and any accelerator counts"
+    ),
+    "hooks-of-the-error-handler": Change(
+        "2.15", "ErrorHandler.set_entrypoint_fn_name, ErrorHandler.record_success", "`record` calls them"
+    ),
+    "hip-visible-devices": Change(
+        "2.15",
+        "LocalElasticAgent with virtual_local_rank",
+        "`HIP_VISIBLE_DEVICES` has the devices, if it is set, and is set for the worker",
+        is_followed=True,
+    ),
+    "ports-on-all-addresses": Change(
+        "2.15",
+        "utils.get_socket_with_port",
+        "the socket is bound to all addresses and does not listen; before, it listened on localhost",
+        is_followed=True,
+    ),
+}
+
+OPTIONS: dict[str, str] = {
+    "log_line_prefix_template": "2.14",
+    "print_completion": "2.14",
+}
+"""First version of each option of the command line that the oldest version lacks, by destination."""
+
+
+def _parsed(version: str) -> tuple[int, int]:
+    major, minor = version.split(".")
+    return int(major), int(minor)
+
+
+def is_older_than(version: str) -> bool:
+    """Whether the installed torch is older than a version."""
+    return _torch.is_older_than(*_parsed(version))
+
+
+def is_between(since: str, fixed_in: str) -> bool:
+    """Whether the installed torch is at least ``since`` and older than ``fixed_in``. An empty version is no limit."""
+    return not (since and is_older_than(since)) and (not fixed_in or is_older_than(fixed_in))
+
+
+def has(change: str) -> bool:
+    """Whether the installed torch has a change."""
+    return not is_older_than(CHANGES[change].since)
+
+
+def is_newest() -> bool:
+    """Whether the installed torch is at least the newest version that this package knows."""
+    return not _torch.is_older_than(*_torch.NEWEST_VERSION)

@@ -1,0 +1,54 @@
+"""Runs the tests that use torch on another version of torch.
+
+    python tests/torch_version.py 2.15 [PYTEST_OPTION ...]
+
+The version has an environment of its own, ``target/torch-2.15``, which is made once. The package is that of the running environment. Its native
+module must be built.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+TOOLS = ("numpy", "prometheus-client", "psutil", "pytest", "pyyaml")
+
+
+def environment(version: str) -> Path:
+    """Return the interpreter of a version's environment. Make the environment if it is missing or incomplete."""
+    folder = ROOT / "target" / f"torch-{version}"
+    python, complete = folder / "bin" / "python", folder / "complete"
+    if not complete.exists():
+        subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
+        # A plain version also matches a local one, such as that of a wheel for CPUs.
+        packages = [f"torch=={version}.*", *TOOLS]
+        subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-compile", *packages], check=True)
+        # As an editable installation does: processes of the tests find the package, whatever their environment is.
+        site = sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)})
+        Path(site, "ferroelastic.pth").write_text(f"{ROOT / 'python'}\n")
+        complete.touch()
+    return python
+
+
+def tests() -> list[Path]:
+    """Return the conformance suite, and the other tests that compare with torch."""
+    others = [
+        path for folder in ("unit", "integration") for path in sorted((ROOT / "tests" / folder).glob("test_*.py"))
+    ]
+    return [ROOT / "tests" / "conformance", *(path for path in others if 'importorskip("torch' in path.read_text())]
+
+
+def main() -> int:
+    """Run the tests and return pytest's exit code."""
+    version, *options = sys.argv[1:]
+    command = [environment(version), "-m", "pytest", *(options or ["-q"])]
+    if not any(option.startswith("tests/") for option in options):
+        command += tests()
+    return subprocess.run(command, check=False, cwd=ROOT).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
