@@ -44,9 +44,9 @@ def tests() -> list[Path]:
 def main() -> int:
     """Run the tests and return pytest's exit code."""
     version, *options = sys.argv[1:]
-    command = [environment(version), "-m", "pytest", *(options or ["-q"])]
+    command = [str(environment(version)), "-m", "pytest", *(options or ["-q"])]
     if not any(option.startswith("tests/") for option in options):
-        command += tests()
+        command += map(str, tests())
     return subprocess.run(command, check=False, cwd=ROOT).returncode
 
 

@@ -181,7 +181,8 @@ DIFFERENCES: dict[str, Difference] = {
         "SimpleElasticAgent._shutdown",
         "must accept a timeout",
         "may accept fewer arguments",
-        "subclasses for torch before 2.9 have no timeout argument",
+        "subclasses for torch before 2.12 have no timeout argument",
+        since="2.12",
     ),
     "clean-handlers": Difference(
         "MultiprocessContext with start method fork",

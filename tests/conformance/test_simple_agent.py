@@ -464,7 +464,7 @@ def test_the_wait_between_looks(impl: Implementation, make: Callable[..., Any], 
 
 
 def test_a_shutdown_without_arguments(impl: Implementation, make: Callable[..., Any]) -> None:
-    """Subclasses written before torch 2.9 have no ``timeout``."""
+    """Subclasses for torch before 2.12 have no ``timeout``."""
     agent = make([succeeded(impl, 1)])
     calls = []
 

@@ -268,6 +268,15 @@ def test_cpus_for_worker(this_host: frozenset[int], mode: Any) -> None:
     assert binding.cpus_for_worker(1, NumaOptions(mode)) == sorted(this_host)
 
 
+def test_any_accelerator_counts_on_a_host_without_gpus(
+    this_host: frozenset[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices = [gpu._replace(vendor="other") for gpu in _devices.visible_gpus()]
+    monkeypatch.setattr(_devices, "visible_gpus", list)
+    monkeypatch.setattr(_devices, "other_accelerators", lambda: devices)
+    assert binding.cpus_for_worker(1, NumaOptions(AffinityMode.NODE)) == sorted(this_host)
+
+
 def test_torchs_options_will_do(this_host: frozenset[int]) -> None:
     theirs = pytest.importorskip("torch.numa.binding")
 
