@@ -8,6 +8,7 @@ module must be built.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import sysconfig
@@ -41,14 +42,15 @@ def tests() -> list[Path]:
     return [ROOT / "tests" / "conformance", *(path for path in others if 'importorskip("torch' in path.read_text())]
 
 
-def main() -> int:
-    """Run the tests and return pytest's exit code."""
+def main() -> None:
+    """Replace this process by pytest."""
     version, *options = sys.argv[1:]
     command = [str(environment(version)), "-m", "pytest", *(options or ["-q"])]
     if not any(option.startswith("tests/") for option in options):
         command += map(str, tests())
-    return subprocess.run(command, check=False, cwd=ROOT).returncode
+    os.chdir(ROOT)
+    os.execv(command[0], command)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
