@@ -46,6 +46,7 @@ def launched(impl: Implementation, monkeypatch: pytest.MonkeyPatch, store: Any) 
 
 
 class TestLaunchAgent:
+    @pytest.mark.needs("shared-health-server")
     def test_arguments_of_the_agent(self, launched: Launched, tmp_path: Path) -> None:
         impl = launched.impl
         chosen = stubs.launch_config(
@@ -183,6 +184,7 @@ class TestLaunchAgent:
         is_logged = "Error shutting down rendezvous handler" in caplog.text
         assert is_logged == launched.impl.expect("quiet-shutdown", torch=False, ours=True)
 
+    @pytest.mark.needs("shared-health-server")
     def test_a_given_health_server(self, launched: Launched, tmp_path: Path) -> None:
         proxy = launched.impl("agent.server.local_elastic_agent")._AliveCallbackProxy()
         server = launched.impl("agent.server.health_check_server").HealthCheckServer(proxy, 1, 60)

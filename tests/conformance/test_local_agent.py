@@ -44,6 +44,7 @@ def is_gone(pid: int) -> bool:
 # ---- runs
 
 
+@pytest.mark.needs("exit-codes-of-events")
 def test_programs(
     impl: Implementation, shell: Callable[..., Any], tmp_path: Path, event_log: Any, metric_log: Any
 ) -> None:
@@ -102,6 +103,7 @@ def test_restarts_of_a_second_run(impl: Implementation, shell: Callable[..., Any
     assert counts == impl.expect("restarts-of-a-run", torch=["0", "1", "1"], ours=["0", "1", "0", "1"])
 
 
+@pytest.mark.needs("exit-codes-of-events")
 def test_a_failure(impl: Implementation, shell: Callable[..., Any], event_log: Any) -> None:
     error = '{"message": {"message": "boom", "extraInfo": {"py_callstack": "trace", "timestamp": "17"}}}'
     agent = shell(
@@ -254,20 +256,23 @@ AGENTS = {
                 for rank in range(2)
             ],
         ),
-        (
+        pytest.param(
             {"CUDA_VISIBLE_DEVICES": "4, GPU-5"},
             {"virtual_local_rank": True},
             [{"LOCAL_RANK": "0", "CUDA_VISIBLE_DEVICES": device} for device in ("4", "GPU-5")],
+            marks=pytest.mark.needs("virtual-local-rank"),
         ),
-        (
+        pytest.param(
             {},
             {"virtual_local_rank": True},
             [{"LOCAL_RANK": "0", "CUDA_VISIBLE_DEVICES": device} for device in ("0", "1")],
+            marks=pytest.mark.needs("virtual-local-rank"),
         ),
-        (
+        pytest.param(
             {"HIP_VISIBLE_DEVICES": "", "CUDA_VISIBLE_DEVICES": "4,5"},
             {"virtual_local_rank": True},
             [{"LOCAL_RANK": "0", "CUDA_VISIBLE_DEVICES": device, "HIP_VISIBLE_DEVICES": ""} for device in ("4", "5")],
+            marks=pytest.mark.needs("virtual-local-rank"),
         ),
     ],
 )
@@ -319,6 +324,7 @@ def test_the_environment_of_a_function(
         }
 
 
+@pytest.mark.needs("virtual-local-rank")
 def test_more_ranks_than_devices(make_local_agent: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
     agent = make_local_agent("/bin/true", virtual_local_rank=True)
@@ -326,6 +332,7 @@ def test_more_ranks_than_devices(make_local_agent: Callable[..., Any], monkeypat
         agent._set_local_rank_env({}, 2, agent.get_worker_group().spec)
 
 
+@pytest.mark.needs("virtual-local-rank")
 def test_devices_of_rocm(
     impl: Implementation, make_local_agent: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -366,6 +373,7 @@ def pcontext(pids: dict[int, int]) -> Any:
     return mock.Mock(**{"pids.return_value": pids, "wait.return_value": None})
 
 
+@pytest.mark.needs("shutdown-timeout")
 def test_stopping_hands_the_timeout_on(impl: Implementation, make_local_agent: Callable[..., Any]) -> None:
     agent = make_local_agent("/bin/true", agent={"shutdown_timeout": 150})
     agent._pcontext = pcontext({})
@@ -395,6 +403,7 @@ def test_before_the_workers_are_started(make_local_agent: Callable[..., Any]) ->
         agent._start_workers(agent.get_worker_group())
 
 
+@pytest.mark.needs("uninterruptible-state")
 @pytest.mark.parametrize(
     ("explicit", "variable", "expected"),
     [(None, None, 0), (None, "2.5", 2.5), (None, "x", 0), (None, "-1", 0), (3, "2.5", 3), (0, "2.5", 0), (-2, None, 0)],
@@ -409,6 +418,7 @@ def test_where_the_limit_of_uninterruptible_sleep_comes_from(
     assert (found, type(found)) == (expected, float)
 
 
+@pytest.mark.needs("uninterruptible-state")
 def test_a_worker_that_is_stuck(
     impl: Implementation, make_local_agent: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -428,6 +438,7 @@ def test_a_worker_that_is_stuck(
     assert sorted(result.failures) == impl.expect("stuck-is-failed", torch=[], ours=[11])
 
 
+@pytest.mark.needs("uninterruptible-state")
 def test_dwell_is_forgotten(
     impl: Implementation, make_local_agent: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

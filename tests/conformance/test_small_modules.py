@@ -147,11 +147,13 @@ class TestUtils:
             get_logger("my.logger")
         assert impl("utils.log_level").get_log_level() == "WARNING"
 
+    @pytest.mark.needs("uninterruptible-state")
     def test_state_of_a_process(self, impl: Implementation) -> None:
         module = impl("utils.process_state")
         assert module.read_proc_state(os.getpid()) in {"R", "S"}
         assert module.read_proc_state(2**22 + 1) is None
 
+    @pytest.mark.needs("uninterruptible-state")
     @pytest.mark.parametrize(
         ("state", "expected"), [("D", True), ("D+", True), ("S", False), ("", False), (None, False)]
     )
@@ -252,6 +254,7 @@ class TestArguments:
 # ---- numa
 
 
+@pytest.mark.needs("numa")
 class TestNuma:
     def test_options(self, impl: Implementation) -> None:
         module = impl("numa.binding")

@@ -131,12 +131,14 @@ class TestTailLog:
         starts = {line.partition("line")[0] for line in dst.getvalue().splitlines()}
         assert starts == {"<0>", "[writer1]:", ""}
 
+    @pytest.mark.needs("filtered-files")
     def test_only_lines_that_pass(self, impl: Implementation, files: dict[int, str]) -> None:
         dst = io.StringIO()
         tail_log = impl("multiprocessing.tail_log").TailLog
         tail_log("writer", files, dst, log_line_filter=lambda line: " 77 " in line).start().stop()
         assert sorted(dst.getvalue().splitlines()) == [f"[writer{rank}]:line 77 of {rank}" for rank in files]
 
+    @pytest.mark.needs("filtered-files")
     def test_lines_that_are_written_until_the_end(self, impl: Implementation, tmp_path: Path) -> None:
         """A worker writes its last lines and ends, just before the event is read."""
         log, dst = tmp_path / "log", io.StringIO()
@@ -164,6 +166,7 @@ class TestTailLog:
         lost = impl.expect("last-lines", torch="> first\n", ours="> first\n> last\n")
         assert dst.getvalue() == lost
 
+    @pytest.mark.needs("filtered-files")
     def test_a_file_that_is_made_just_before_the_end(self, impl: Implementation, tmp_path: Path) -> None:
         log, dst = tmp_path / "log", io.StringIO()
 
@@ -320,6 +323,7 @@ class TestSubprocessHandler:
         with pytest.raises(FileNotFoundError):
             make(entrypoint="/nonexistent")
 
+    @pytest.mark.needs("numa")
     def test_binding_to_cpus(
         self, impl: Implementation, make: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
