@@ -355,7 +355,7 @@ def get_args_parser() -> ArgumentParser:
         action=PrintCompletion,
         choices=Shells(),
         metavar="SHELL",
-        help="Print a script that completes the options of ferrorun in a shell (bash, zsh or tcsh), and exit. Needs the package shtab.",
+        help="Print a script that completes the options of ferrorun in a shell, e.g. bash, zsh or tcsh, and exit. Needs the package shtab.",
     )
     parser.add_argument("training_script", type=str, help="Script, module or command to run in each worker.")
     parser.add_argument("training_script_args", nargs=REMAINDER, help="Arguments of the script.")
