@@ -537,6 +537,7 @@ ABSENT: dict[str, str] = {
     "rendezvous.registry:_register_out_of_tree_handlers": "torch's registry loads plug-ins if a backend is unknown here",
     "rendezvous.utils:_PeriodicTimer": "keep-alives are sent by torch's handlers",
     "rendezvous.utils:_delay": "keep-alives are sent by torch's handlers",
+    "run:_PrintCompletionAction": _OWN_WORKINGS,
     "timer.file_based_local_timer:FileTimerClient._open_non_blocking": _OWN_WORKINGS,
     "timer.file_based_local_timer:FileTimerServer._get_requests": "the pipe is read natively",
     "timer.file_based_local_timer:FileTimerServer._run_watchdog": "timers expire in the native engine, not in a loop",
