@@ -2,13 +2,13 @@
 
     python tests/torch_version.py 2.15 [PYTEST_OPTION ...]
 
-The version has an environment of its own, ``target/torch-2.15``, which is made once. The package is that of the running environment. Its native
-module must be built.
+The version has an environment of its own, ``target/torch-2.15``, which is made once. The package is the editable one of the running environment.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -27,9 +27,11 @@ def environment(version: str) -> Path:
         # A plain version also matches a local one, such as that of a wheel for CPUs.
         packages = [f"torch=={version}.*", *TOOLS]
         subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-compile", *packages], check=True)
-        # As an editable installation does: processes of the tests find the package, whatever their environment is.
         site = sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)})
-        Path(site, "ferroelastic.pth").write_text(f"{ROOT / 'python'}\n")
+        # The editable installation of the running environment: the path of the package, and its metadata.
+        for path in Path(sysconfig.get_path("purelib")).glob("ferroelastic*"):
+            copy = shutil.copytree if path.is_dir() else shutil.copy
+            copy(path, Path(site, path.name))
         complete.touch()
     return python
 
