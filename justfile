@@ -48,6 +48,10 @@ test: setup
     {{ bin }}/python -m pytest
     FERROELASTIC_PIDFD=0 {{ bin }}/python -m pytest -m engine tests/integration tests/faults
 
+# the tests that use torch on another version of it, in an environment of its own: just test-torch 2.15
+test-torch version *options: setup
+    {{ bin }}/python tests/torch_version.py {{ version }} {{ options }}
+
 # the one abi3 wheel on the interpreters given, or on every CPython on PATH: the tests that need no torch
 test-wheel *interpreters: setup
     rm -rf target/wheels

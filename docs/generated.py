@@ -15,7 +15,17 @@ if TYPE_CHECKING:
     from docutils.nodes import Node
     from sphinx.application import Sphinx
 
-__all__ = ["PAGES", "SECTIONS", "differences", "missing_names", "options", "setup", "variables", "worker_variables"]
+__all__ = [
+    "PAGES",
+    "SECTIONS",
+    "differences",
+    "missing_names",
+    "options",
+    "setup",
+    "torch_versions",
+    "variables",
+    "worker_variables",
+]
 
 SECTIONS: dict[str, str] = {
     "nnodes": "Size of the job",
@@ -97,8 +107,28 @@ def differences() -> Iterator[str]:
     """Markdown for the intended differences to torch."""
     from tests.conformance.differences import DIFFERENCES
 
-    rows = [(_plain(one.of), _plain(one.torch), _plain(one.ours), _plain(one.why)) for one in DIFFERENCES.values()]
-    yield _table(("name", "torch 2.13", "ferroelastic", "reason"), rows)
+    rows = [
+        (_plain(one.of), _plain(one.torch + _versions(one.since, one.fixed_in)), _plain(one.ours), _plain(one.why))
+        for one in DIFFERENCES.values()
+    ]
+    yield _table(("name", "torch", "ferroelastic", "reason"), rows)
+
+
+def _versions(since: str, fixed_in: str) -> str:
+    """Text for the versions of torch that differ, empty for all."""
+    limits = [f"since {since}"] * bool(since) + [f"before {fixed_in}"] * bool(fixed_in)
+    return f" ({' and '.join(limits)})" if limits else ""
+
+
+def torch_versions() -> Iterator[str]:
+    """Markdown for the changes of torch between the supported versions."""
+    from tests.support.torch_versions import CHANGES
+
+    behaviour = {True: "follows the installed version", False: "has the change with each version"}
+    yield _table(
+        ("since", "name", "change", "ferroelastic"),
+        [(one.since, _plain(one.of), one.text, behaviour[one.is_followed]) for one in CHANGES.values()],
+    )
 
 
 def missing_names() -> Iterator[str]:
@@ -126,6 +156,7 @@ _PARTS: dict[str, Callable[[], Iterator[str]]] = {
     "worker-variables": worker_variables,
     "differences": differences,
     "missing-names": missing_names,
+    "torch-versions": torch_versions,
 }
 
 

@@ -126,7 +126,8 @@ VARIABLES: tuple[Variable, ...] = (
     Variable(
         "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE",
         "logs",
-        "Prefix of teed lines. `${role_name}`, `${rank}` and `${local_rank}` are replaced.",
+        "Prefix of teed lines. `${role_name}`, `${rank}`, `${local_rank}` and `${hostname}` (the short name of this host) are replaced. "
+        "`--log-line-prefix-template` wins over it.",
         "`[${role_name}${rank}]:`",
     ),
     Variable(
@@ -181,7 +182,7 @@ VARIABLES: tuple[Variable, ...] = (
     Variable(
         "HIP_VISIBLE_DEVICES",
         "devices",
-        "The same for AMD GPUs. `CUDA_VISIBLE_DEVICES` counts where it is not set.",
+        "The same for AMD GPUs. `CUDA_VISIBLE_DEVICES` counts where it is not set. With `--virtual-local-rank` and torch 2.15, workers get both.",
         "all GPUs",
     ),
     Variable(

@@ -6,6 +6,7 @@ from argparse import OPTIONAL, PARSER, REMAINDER, Action, ArgumentError, Argumen
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from ferroelastic._completion import PrintCompletion, Shells
 from ferroelastic._signals import DEFAULT_SIGNALS
 from ferroelastic.argparse_util import check_env, env
 
@@ -162,11 +163,12 @@ class _Parser(ArgumentParser):
 
 
 def comma_separated_list(value: str) -> list[str]:
+    """Split a value at its commas. Two commas stand for a comma within an item."""
     placeholder = "\0"
     return [item.replace(placeholder, ",") for item in value.replace(",,", placeholder).split(",")]
 
 
-def get_args_parser() -> ArgumentParser:
+def get_args_parser() -> ArgumentParser:  # noqa: PLR0915 - one statement per option
     """Return the parser of the command line. The defaults are the current values of the ``PET_*`` variables.
 
     Raises:
@@ -265,6 +267,13 @@ def get_args_parser() -> ArgumentParser:
         "0:3,1:2 is both for local rank 0 and stderr for local rank 1.",
     )
     option("-t", "--tee", type=str, default="0", help="As --redirects, but both to log files and to the console.")
+    option(
+        "--log-line-prefix-template",
+        type=str,
+        default="",
+        help="Prefix of each teed line on the console. ${role_name}, ${local_rank}, ${rank} and ${hostname} are replaced. "
+        "Default $TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE, else [${role_name}${local_rank}]:.",
+    )
     option(
         "--local-ranks-filter",
         type=str,
@@ -391,6 +400,14 @@ def get_args_parser() -> ArgumentParser:
         default=False,
         help="Run a program that calls torch's launcher, e.g. ferrorun --exec accelerate launch train.py: its jobs run under the agent of "
         "ferrorun. Must be the first argument. All that follows is the program and its arguments. Not in torchrun.",
+    )
+    parser.add_argument(
+        "--print-completion",
+        "--print_completion",
+        action=PrintCompletion,
+        choices=Shells(),
+        metavar="SHELL",
+        help="Print a script that completes the options of ferrorun in a shell, e.g. bash, zsh or tcsh, and exit. Needs the package shtab.",
     )
     parser.add_argument("training_script", type=str, help="Script, module or command to run in each worker.")
     parser.add_argument("training_script_args", nargs=REMAINDER, help="Arguments of the script.")

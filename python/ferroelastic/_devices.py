@@ -2,7 +2,8 @@
 
 NVIDIA GPUs are found through NVML, which creates no CUDA context and keeps forking possible, else in
 ``/proc/driver/nvidia/gpus``. AMD GPUs are found in the kernel's KFD topology. ``CUDA_VISIBLE_DEVICES``,
-``HIP_VISIBLE_DEVICES`` and ``ROCR_VISIBLE_DEVICES`` are interpreted as by ``torch.cuda.device_count``.
+``HIP_VISIBLE_DEVICES`` and ``ROCR_VISIBLE_DEVICES`` are interpreted as by ``torch.cuda.device_count``. Other accelerators are found in
+sysfs, for the NUMA binding only.
 
 Indexes are in PCI order, as in NVML. CUDA uses the same order with ``CUDA_DEVICE_ORDER=PCI_BUS_ID`` and if all GPUs are
 of one model. With mixed models CUDA's default order starts with the fastest GPU, which only CUDA can determine.
@@ -21,7 +22,7 @@ from ferroelastic._cpus import cpu_count
 class Gpu(NamedTuple):
     """One GPU of this host."""
 
-    vendor: Literal["nvidia", "amd"]
+    vendor: Literal["nvidia", "amd", "other"]
     uuid: str
     """``GPU-…`` as the driver reports it (``MIG-…`` for a MIG instance), or ``""`` if it cannot be read."""
     pci_address: str
@@ -80,6 +81,21 @@ def visible_gpus(environ: Mapping[str, str] | None = None, sources: Sources = HO
         amd = _select(amd, environ["ROCR_VISIBLE_DEVICES"])
     chosen = environ.get("HIP_VISIBLE_DEVICES", environ.get("CUDA_VISIBLE_DEVICES"))
     return amd if chosen is None else _select(amd, chosen)
+
+
+def other_accelerators(sources: Sources = HOST) -> list[Gpu]:
+    """Return the PCI devices that sysfs shows as accelerators and that are no GPU of NVIDIA or AMD, in PCI order.
+
+    They are the GPUs of Intel, or without one the devices of the kernel's class ``accel``. Visibility variables of their drivers are not
+    interpreted.
+
+    Args:
+        sources: sources of device information.
+    """
+    classes = sources.root / "sys/class"
+    intel = [device for device in (classes / "drm").glob("renderD*/device") if _is_intel(device / "vendor")]
+    found = {device.resolve().name for device in intel or (classes / "accel").glob("accel*/device")}
+    return [Gpu("other", "", address) for address in sorted(found)]
 
 
 def parse_visible_devices(text: str | None) -> list[int] | list[str]:

@@ -1,4 +1,4 @@
-"""The only module that imports torch. Each function imports torch when it is called.
+"""The only module that imports torch, and the only one that knows its version. Each function does so when it is called.
 
 The rest of the package recognises torch's objects by duck typing and with :mod:`ferroelastic._compat`. Special cases for torch's
 rendezvous handlers are in :mod:`ferroelastic.rendezvous._torch_handlers`.
@@ -6,17 +6,48 @@ rendezvous handlers are in :mod:`ferroelastic.rendezvous._torch_handlers`.
 
 from __future__ import annotations
 
+import functools
 import importlib
+import re
+import sys
 from typing import Any
 
 __all__ = [
+    "NEWEST_VERSION",
     "accelerator_count",
     "cuda_device_count",
     "custom_device_count",
+    "installed_version",
+    "is_older_than",
     "load",
     "start_worker_server",
     "xpu_device_count",
 ]
+
+
+NEWEST_VERSION = (2, 15)
+"""Newest version of torch that the conformance suite has run on."""
+
+
+@functools.cache
+def installed_version() -> tuple[int, int] | None:
+    """Return major and minor version of the installed torch without importing it; ``None`` if torch is not installed."""
+    text = getattr(sys.modules.get("torch"), "__version__", None)
+    if text is None:
+        from importlib import metadata
+
+        try:
+            text = metadata.version("torch")
+        except metadata.PackageNotFoundError:
+            return None
+    found = re.match(r"(\d+)\.(\d+)", str(text))
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def is_older_than(major: int, minor: int) -> bool:
+    """Return whether the installed torch is older than a version. Without torch the package behaves as with the newest one."""
+    installed = installed_version()
+    return installed is not None and installed < (major, minor)
 
 
 def load(name: str, purpose: str) -> Any:

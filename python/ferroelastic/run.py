@@ -265,7 +265,9 @@ def config_from_args(args: Namespace) -> tuple["LaunchConfig", Callable[..., Any
         max_restarts=args.max_restarts,
         monitor_interval=args.monitor_interval,
         start_method=args.start_method,
-        log_line_prefix_template=os.getenv("TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE"),
+        # Parsers of torch before 2.14 lack the option.
+        log_line_prefix_template=getattr(args, "log_line_prefix_template", "")
+        or os.getenv("TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE"),
         local_addr=args.local_addr,
         logs_specs=logs_specs,
         event_log_handler=args.event_log_handler,

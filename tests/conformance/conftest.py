@@ -14,6 +14,7 @@ import pytest
 from tests.conformance import stubs
 from tests.conformance.implementations import OURS, TORCH, Implementation
 from tests.support.leaks import HANDLED_SIGNALS, children, descriptors
+from tests.support.torch_versions import CHANGES, has
 from tests.support.waiting import eventually
 
 if TYPE_CHECKING:
@@ -30,6 +31,10 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers", "uses_torch: torch's implementation is at work, which leaves threads and files behind"
     )
     config.addinivalue_line(
+        "markers",
+        "needs(change): the test needs this entry of torch_versions.CHANGES, which older versions of torch lack",
+    )
+    config.addinivalue_line(
         "markers", "defect(reason): ours does not do yet what torch does; whoever mends it strikes this"
     )
 
@@ -44,6 +49,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         defect = item.get_closest_marker("defect")
         if defect is not None and implementation in {OURS, None}:
             item.add_marker(pytest.mark.xfail(strict=True, reason=defect.args[0]))
+        for needed in item.iter_markers("needs"):
+            (change,) = needed.args
+            one = CHANGES[change]
+            if not has(change) and (implementation != OURS or one.is_followed):
+                item.add_marker(pytest.mark.skip(reason=f"since torch {one.since}: {one.of}: {one.text}"))
         if implementation == TORCH:
             item.add_marker("uses_torch")
             # torch closes the log files of a program only if it had to stop the program.

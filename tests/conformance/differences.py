@@ -22,6 +22,10 @@ class Difference(NamedTuple):
     """Behaviour of this package."""
     why: str
     """Reason for the difference."""
+    since: str = ""
+    """First version of torch that differs. Empty if all supported versions do."""
+    fixed_in: str = ""
+    """First version of torch that behaves as this package. Empty if there is none."""
 
 
 DIFFERENCES: dict[str, Difference] = {
@@ -128,6 +132,20 @@ DIFFERENCES: dict[str, Difference] = {
         "writes no trailing blank and indents text messages",
         "the report is for people; parsers that skip white space accept both",
     ),
+    "quiet-shutdown": Difference(
+        "launch_agent",
+        "raises an exception of the final shutdown of the rendezvous",
+        "logs it",
+        "it would replace the exception or the result of the job",
+        fixed_in="2.15",
+    ),
+    "older-handlers": Difference(
+        "record, with an error handler without the hooks of torch 2.15",
+        "raises AttributeError",
+        "calls the hooks that the handler has",
+        "handlers for older versions of torch keep working",
+        since="2.15",
+    ),
     # ---- stopping and restarting workers
     "grace-everywhere": Difference(
         "LocalElasticAgent._stop_workers",
@@ -175,7 +193,8 @@ DIFFERENCES: dict[str, Difference] = {
         "SimpleElasticAgent._shutdown",
         "must accept a timeout",
         "may accept fewer arguments",
-        "subclasses for torch before 2.9 have no timeout argument",
+        "subclasses for torch before 2.12 have no timeout argument",
+        since="2.12",
     ),
     "clean-handlers": Difference(
         "MultiprocessContext with start method fork",
@@ -298,6 +317,13 @@ DIFFERENCES: dict[str, Difference] = {
         "copies a last line without a newline unchanged, so lines of two ranks mix",
         "adds the newline",
         "output is copied in complete lines",
+    ),
+    "last-lines": Difference(
+        "tail_logfile",
+        "loses lines that are written between its last read and its check of the event",
+        "copies all lines that are written before the event is set",
+        "the last lines of a failed worker have the cause",
+        fixed_in="2.15",
     ),
     "tail-makes-files": Difference(
         "TailLog", "waits until a file exists", "creates it", "an existing file can be followed without polling"
@@ -523,6 +549,7 @@ ABSENT: dict[str, str] = {
     "rendezvous.registry:_register_out_of_tree_handlers": "torch's registry loads plug-ins if a backend is unknown here",
     "rendezvous.utils:_PeriodicTimer": "keep-alives are sent by torch's handlers",
     "rendezvous.utils:_delay": "keep-alives are sent by torch's handlers",
+    "run:_PrintCompletionAction": _OWN_WORKINGS,
     "timer.file_based_local_timer:FileTimerClient._open_non_blocking": _OWN_WORKINGS,
     "timer.file_based_local_timer:FileTimerServer._get_requests": "the pipe is read natively",
     "timer.file_based_local_timer:FileTimerServer._run_watchdog": "timers expire in the native engine, not in a loop",

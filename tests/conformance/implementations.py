@@ -6,6 +6,7 @@ import importlib
 from typing import Any, TypeVar
 
 from tests.conformance.differences import DIFFERENCES
+from tests.support import torch_versions
 
 T = TypeVar("T")
 
@@ -83,4 +84,16 @@ class Implementation:
         """
         assert difference in DIFFERENCES, f"{difference!r} is not in the list of intended differences"
         assert torch != ours, f"{difference!r} is no difference here"
-        return torch if self.is_torch else ours
+        differs = torch_versions.is_between(DIFFERENCES[difference].since, DIFFERENCES[difference].fixed_in)
+        return torch if self.is_torch and differs else ours
+
+    def by_version(self, change: str, *, before: T, since: T) -> T:
+        """Return what both implementations are to do with the installed version of torch.
+
+        Args:
+            change: id of an entry of ``torch_versions.CHANGES``.
+            before: what versions without the change do.
+            since: what versions with the change do.
+        """
+        assert before != since, f"{change!r} changes nothing here"
+        return since if torch_versions.has(change) else before

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from tests.support.torch_versions import has
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -39,7 +41,8 @@ def context(impl: Implementation, name: str, *more: Any) -> Any:
 
 def handler(impl: Implementation) -> Any:
     module = impl("multiprocessing.subprocess_handler")
-    made = module.SubprocessHandler("/bin/true", (), {}, "", "", 0, None)
+    numa_options = (None,) if has("numa") else ()
+    made = module.SubprocessHandler("/bin/true", (), {}, "", "", 0, *numa_options)
     made.proc.wait()
     return made
 
@@ -96,7 +99,6 @@ SAMPLES: dict[str, Callable[[Implementation], Any]] = {
     "multiprocessing.errors.error_handler:ErrorHandler": _make("multiprocessing.errors", "ErrorHandler"),
     "multiprocessing.subprocess_handler.subprocess_handler:SubprocessHandler": handler,
     "multiprocessing.tail_log:TailLog": _make("multiprocessing.tail_log", "TailLog", "x", {}, None),
-    "numa.binding:NumaOptions": lambda impl: impl("numa.binding").NumaOptions(impl("numa.binding").AffinityMode.NODE),
     "rendezvous.api:RendezvousClosedError": _make("rendezvous", "RendezvousClosedError", "closed"),
     "rendezvous.api:RendezvousConnectionError": _make("rendezvous", "RendezvousConnectionError", "lost"),
     "rendezvous.api:RendezvousError": _make("rendezvous", "RendezvousError", "failed", 5),
@@ -114,3 +116,7 @@ SAMPLES: dict[str, Callable[[Implementation], Any]] = {
     "timer.local_timer:LocalTimerServer": _make("timer", "LocalTimerServer", None),
     "timer.local_timer:MultiprocessingRequestQueue": _make("timer.local_timer", "MultiprocessingRequestQueue", None),
 }
+if has("numa"):
+    SAMPLES["numa.binding:NumaOptions"] = lambda impl: impl("numa.binding").NumaOptions(
+        impl("numa.binding").AffinityMode.NODE
+    )

@@ -93,7 +93,7 @@ def agent_class(impl: Implementation) -> Any:
             self.calls.append("start")
             return {worker.local_rank: worker.global_rank + 1000 for worker in worker_group.workers}
 
-        def _stop_workers(self, worker_group: Any) -> None:
+        def _stop_workers(self, worker_group: Any, **_older_options: Any) -> None:
             self.calls.append("stop")
 
         def _monitor_workers(self, worker_group: Any) -> Any:

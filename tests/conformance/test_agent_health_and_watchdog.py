@@ -70,6 +70,7 @@ def test_no_health_server_without_a_port(
     assert agent._health_check_server is None
 
 
+@pytest.mark.needs("shared-health-server")
 def test_a_given_health_server_is_stopped(make_local_agent: Callable[..., Any]) -> None:
     calls: list[str] = []
     agent = make_local_agent("/bin/true", agent={"health_check_server": HealthServer(calls)})
@@ -78,6 +79,7 @@ def test_a_given_health_server_is_stopped(make_local_agent: Callable[..., Any]) 
     assert agent._health_check_server is None
 
 
+@pytest.mark.needs("shared-health-server")
 def test_alive_time(
     impl: Implementation, make_local_agent: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -94,6 +96,7 @@ def test_alive_time(
     assert proxy() == 1000
 
 
+@pytest.mark.needs("shared-health-server")
 def test_a_loop_that_is_stuck_is_not_alive(
     impl: Implementation, make_local_agent: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,6 +180,7 @@ def test_workers_get_the_pipe_also_without_a_watchdog(
     assert envs == {0: {"TORCHELASTIC_TIMER_FILE": "/tmp/pipe"}}
 
 
+@pytest.mark.needs("event-log-handler")
 def test_actions_of_the_watchdog_are_events(make_local_agent: Callable[..., Any], event_log: Any) -> None:
     agent = make_local_agent("/bin/true", event_log_handler=event_log.name)
     request = mock.Mock(worker_pid=12, scope_id="step", expiration_time=3.5, signal=9)

@@ -6,12 +6,12 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pytest
 from tests.conformance.contexts import content, finished
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import pytest
     from tests.conformance.implementations import Implementation
 
 
@@ -69,6 +69,7 @@ def test_only_some_ranks_are_shown(
     assert (shown.out, shown.err) == ("[worker1]:out of 1\n", "err of 1\n")
 
 
+@pytest.mark.needs("filtered-files")
 def test_filtered_lines_of_all_ranks(
     impl: Implementation, shell: Callable[..., Any], capfd: pytest.CaptureFixture[str]
 ) -> None:

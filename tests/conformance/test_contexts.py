@@ -34,6 +34,7 @@ def test_programs_that_succeed(impl: Implementation, shell: Callable[..., Any]) 
     assert (result.stdouts, result.stderrs) == ({0: "", 1: ""}, {0: "", 1: ""})
 
 
+@pytest.mark.needs("filtered-files")
 def test_attributes_of_a_context(shell: Callable[..., Any]) -> None:
     context = shell("exec sleep 1000", "exec sleep 1000", name="trainer")
     assert (context.name, context.entrypoint, context.nprocs) == ("trainer", "/bin/sh", 2)

@@ -8,6 +8,7 @@ import signal
 import socket
 import time
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import pytest
 
@@ -185,6 +186,39 @@ Root Cause (first observed failure):
         assert width == 60
         assert lines[3:6] == ["~" * 60, "Failures:", "  <NO_OTHER_FAILURES>"]
         assert f"  traceback : {DOCS}" in lines
+
+    @pytest.mark.needs("enriched-signal-failures")
+    @pytest.mark.parametrize(("code", "is_asked"), [(-11, True), (1, False)])
+    def test_the_handler_enriches_the_report_of_a_signal(
+        self, impl: Implementation, make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, code: int, is_asked: bool
+    ) -> None:
+        handler = mock.Mock()
+        handler.maybe_enrich_signal_failure_message.side_effect = lambda message, _file: (
+            f"{message} (GPU 3: page fault)"
+        )
+        monkeypatch.setattr(impl.errors, "get_error_handler", lambda: handler)
+        failure = make(exitcode=code)
+        text = str(impl.errors.ChildFailedError("x", {0: failure}))
+        assert ("(GPU 3: page fault)" in text) == is_asked
+        if is_asked:
+            handler.maybe_enrich_signal_failure_message.assert_called_with(failure.message, failure.error_file)
+            assert f"  traceback : {failure.message} (GPU 3: page fault)\n" in text
+
+    @pytest.mark.needs("enriched-signal-failures")
+    def test_a_handler_that_fails_to_enrich_is_a_warning(
+        self,
+        impl: Implementation,
+        make: Callable[..., Any],
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        handler = mock.Mock()
+        handler.maybe_enrich_signal_failure_message.side_effect = ZeroDivisionError
+        monkeypatch.setattr(impl.errors, "get_error_handler", lambda: handler)
+        failure = make(exitcode=-11)
+        assert f"  traceback : {failure.message}\n" in str(impl.errors.ChildFailedError("x", {0: failure}))
+        (record,) = caplog.records
+        assert (record.levelname, record.getMessage()) == ("WARNING", "Failed to enrich signal failure message")
 
     def test_text_that_looks_like_a_template(self, impl: Implementation, make: Callable[..., Any]) -> None:
         text = str(impl.errors.ChildFailedError("$name ${title}", {0: make({"message": "cost: $5", "timestamp": 1})}))

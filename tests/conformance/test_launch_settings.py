@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 
 class TestLaunchConfig:
+    @pytest.mark.needs("shutdown-timeout")
     def test_defaults(self, impl: Implementation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
         made = impl.launcher.api.LaunchConfig(1, 2, 3)
@@ -66,6 +67,7 @@ class TestLaunchConfig:
     ) -> None:
         assert stubs.launch_config(impl, tmp_path, **fields).rdzv_configs == expected
 
+    @pytest.mark.needs("shutdown-timeout")
     @pytest.mark.parametrize(
         ("explicit", "variable", "expected"),
         [(None, None, 30), (None, "7", 7), (5, "7", 5), (0, "7", 0), (None, "0", 0)],
@@ -83,6 +85,7 @@ class TestLaunchConfig:
             monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", variable)
         assert stubs.launch_config(impl, tmp_path, shutdown_timeout=explicit).shutdown_timeout == expected
 
+    @pytest.mark.needs("filtered-files")
     def test_filters_that_are_no_list(self, impl: Implementation, tmp_path: Path) -> None:
         def is_refused() -> bool:
             try:
@@ -93,10 +96,12 @@ class TestLaunchConfig:
 
         assert is_refused() == impl.expect("filters-are-lists", torch=False, ours=True)
 
+    @pytest.mark.needs("shutdown-timeout")
     def test_negative_shutdown_timeout(self, impl: Implementation, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="shutdown_timeout must be non-negative, got -1"):
             stubs.launch_config(impl, tmp_path, shutdown_timeout=-1)
 
+    @pytest.mark.needs("shutdown-timeout")
     def test_shutdown_timeout_that_is_no_number(
         self, impl: Implementation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -106,6 +111,7 @@ class TestLaunchConfig:
         names_it = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT" in str(raised.value)
         assert names_it == impl.expect("named-values", torch=False, ours=True)
 
+    @pytest.mark.needs("shutdown-timeout")
     def test_negative_shutdown_timeout_in_the_environment(
         self, impl: Implementation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

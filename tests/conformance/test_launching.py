@@ -46,6 +46,7 @@ def launched(impl: Implementation, monkeypatch: pytest.MonkeyPatch, store: Any) 
 
 
 class TestLaunchAgent:
+    @pytest.mark.needs("shared-health-server")
     def test_arguments_of_the_agent(self, launched: Launched, tmp_path: Path) -> None:
         impl = launched.impl
         chosen = stubs.launch_config(
@@ -157,6 +158,33 @@ class TestLaunchAgent:
         assert launched.recorded == [(launched.agent.get_event_failed(), "null")]
         assert launched.handler.is_shut_down
 
+    @pytest.mark.parametrize("error", [None, KeyError("the cause")])
+    def test_an_error_of_the_final_shutdown(
+        self,
+        launched: Launched,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+        error: Exception | None,
+    ) -> None:
+        """It replaces neither the result nor the error of the job."""
+        monkeypatch.setattr(launched.handler, "shutdown", mock.Mock(side_effect=ZeroDivisionError("of the shutdown")))
+        if error is not None:
+            launched.agent.run.side_effect = error
+
+        def outcome() -> str:
+            try:
+                launched.api.launch_agent(stubs.launch_config(launched.impl, tmp_path), "/bin/true", [])
+            except (KeyError, ZeroDivisionError) as raised:
+                return type(raised).__name__
+            return "success"
+
+        expected = "success" if error is None else "KeyError"
+        assert outcome() == launched.impl.expect("quiet-shutdown", torch="ZeroDivisionError", ours=expected)
+        is_logged = "Error shutting down rendezvous handler" in caplog.text
+        assert is_logged == launched.impl.expect("quiet-shutdown", torch=False, ours=True)
+
+    @pytest.mark.needs("shared-health-server")
     def test_a_given_health_server(self, launched: Launched, tmp_path: Path) -> None:
         proxy = launched.impl("agent.server.local_elastic_agent")._AliveCallbackProxy()
         server = launched.impl("agent.server.health_check_server").HealthCheckServer(proxy, 1, 60)

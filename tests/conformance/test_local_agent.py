@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,6 +44,7 @@ def is_gone(pid: int) -> bool:
 # ---- runs
 
 
+@pytest.mark.needs("exit-codes-of-events")
 def test_programs(
     impl: Implementation, shell: Callable[..., Any], tmp_path: Path, event_log: Any, metric_log: Any
 ) -> None:
@@ -101,6 +103,7 @@ def test_restarts_of_a_second_run(impl: Implementation, shell: Callable[..., Any
     assert counts == impl.expect("restarts-of-a-run", torch=["0", "1", "1"], ours=["0", "1", "0", "1"])
 
 
+@pytest.mark.needs("exit-codes-of-events")
 def test_a_failure(impl: Implementation, shell: Callable[..., Any], event_log: Any) -> None:
     error = '{"message": {"message": "boom", "extraInfo": {"py_callstack": "trace", "timestamp": "17"}}}'
     agent = shell(
@@ -253,15 +256,23 @@ AGENTS = {
                 for rank in range(2)
             ],
         ),
-        (
+        pytest.param(
             {"CUDA_VISIBLE_DEVICES": "4, GPU-5"},
             {"virtual_local_rank": True},
             [{"LOCAL_RANK": "0", "CUDA_VISIBLE_DEVICES": device} for device in ("4", "GPU-5")],
+            marks=pytest.mark.needs("virtual-local-rank"),
         ),
-        (
+        pytest.param(
             {},
             {"virtual_local_rank": True},
             [{"LOCAL_RANK": "0", "CUDA_VISIBLE_DEVICES": device} for device in ("0", "1")],
+            marks=pytest.mark.needs("virtual-local-rank"),
+        ),
+        pytest.param(
+            {"HIP_VISIBLE_DEVICES": "", "CUDA_VISIBLE_DEVICES": "4,5"},
+            {"virtual_local_rank": True},
+            [{"LOCAL_RANK": "0", "CUDA_VISIBLE_DEVICES": device, "HIP_VISIBLE_DEVICES": ""} for device in ("4", "5")],
+            marks=pytest.mark.needs("virtual-local-rank"),
         ),
     ],
 )
@@ -273,7 +284,7 @@ def test_the_environment_of_a_program(
     fields: dict[str, Any],
     added: list[dict[str, str]],
 ) -> None:
-    for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"):
+    for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
     for name, value in outer.items():
         monkeypatch.setenv(name, value)
@@ -313,11 +324,41 @@ def test_the_environment_of_a_function(
         }
 
 
+@pytest.mark.needs("virtual-local-rank")
 def test_more_ranks_than_devices(make_local_agent: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
     agent = make_local_agent("/bin/true", virtual_local_rank=True)
     with pytest.raises(ValueError, match="local_rank 2 exceeds available GPUs in CUDA_VISIBLE_DEVICES=4,5"):
         agent._set_local_rank_env({}, 2, agent.get_worker_group().spec)
+
+
+@pytest.mark.needs("virtual-local-rank")
+def test_devices_of_rocm(
+    impl: Implementation, make_local_agent: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    monkeypatch.setenv("HIP_VISIBLE_DEVICES", "6, 7")
+    agent = make_local_agent("/bin/true", virtual_local_rank=True)
+    spec = agent.get_worker_group().spec
+    environment: dict[str, str] = {}
+    agent._set_local_rank_env(environment, 1, spec)
+    assert environment == impl.by_version(
+        "hip-visible-devices",
+        before={"LOCAL_RANK": "0", "CUDA_VISIBLE_DEVICES": "5"},
+        since={"LOCAL_RANK": "0", "CUDA_VISIBLE_DEVICES": "7", "HIP_VISIBLE_DEVICES": "7"},
+    )
+    variable = impl.by_version(
+        "hip-visible-devices", before="CUDA_VISIBLE_DEVICES=4,5", since="HIP_VISIBLE_DEVICES=6, 7"
+    )
+    with pytest.raises(ValueError, match=f"local_rank 2 exceeds available GPUs in {variable}"):
+        agent._set_local_rank_env({}, 2, spec)
+
+
+@pytest.mark.needs("hostname-in-prefixes")
+def test_the_host_in_prefixes(shell: Callable[..., Any], capfd: pytest.CaptureFixture[str]) -> None:
+    agent = {"tee": "OUT", "log_line_prefix_template": "${hostname}:${rank}: "}
+    shell("echo hello", nproc=1, agent=agent).run()
+    assert capfd.readouterr().out == f"{socket.gethostname()}:0: hello\n"
 
 
 def test_macros_in_arguments(make_local_agent: Callable[..., Any], tmp_path: Path) -> None:
@@ -332,6 +373,7 @@ def pcontext(pids: dict[int, int]) -> Any:
     return mock.Mock(**{"pids.return_value": pids, "wait.return_value": None})
 
 
+@pytest.mark.needs("shutdown-timeout")
 def test_stopping_hands_the_timeout_on(impl: Implementation, make_local_agent: Callable[..., Any]) -> None:
     agent = make_local_agent("/bin/true", agent={"shutdown_timeout": 150})
     agent._pcontext = pcontext({})
@@ -361,6 +403,7 @@ def test_before_the_workers_are_started(make_local_agent: Callable[..., Any]) ->
         agent._start_workers(agent.get_worker_group())
 
 
+@pytest.mark.needs("uninterruptible-state")
 @pytest.mark.parametrize(
     ("explicit", "variable", "expected"),
     [(None, None, 0), (None, "2.5", 2.5), (None, "x", 0), (None, "-1", 0), (3, "2.5", 3), (0, "2.5", 0), (-2, None, 0)],
@@ -375,6 +418,7 @@ def test_where_the_limit_of_uninterruptible_sleep_comes_from(
     assert (found, type(found)) == (expected, float)
 
 
+@pytest.mark.needs("uninterruptible-state")
 def test_a_worker_that_is_stuck(
     impl: Implementation, make_local_agent: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -394,6 +438,7 @@ def test_a_worker_that_is_stuck(
     assert sorted(result.failures) == impl.expect("stuck-is-failed", torch=[], ours=[11])
 
 
+@pytest.mark.needs("uninterruptible-state")
 def test_dwell_is_forgotten(
     impl: Implementation, make_local_agent: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

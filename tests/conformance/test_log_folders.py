@@ -103,6 +103,7 @@ class TestLogsSpecs:
             impl.mp.LogsSpecs()
 
 
+@pytest.mark.needs("filtered-files")
 def test_a_destination_without_values(impl: Implementation) -> None:
     dest = impl.mp.LogsDest()
     assert (dest.stdouts, dest.stderrs, dest.tee_stdouts, dest.tee_stderrs, dest.error_files) == ({},) * 5
@@ -124,6 +125,7 @@ class TestDefaultLogsSpecs:
             for rank in range(3)
         }
 
+    @pytest.mark.needs("filtered-files")
     def test_paths(self, impl: Implementation, tmp_path: Path, envs: dict[int, dict[str, str]]) -> None:
         std = impl.mp.Std
         specs = impl.mp.DefaultLogsSpecs(str(tmp_path), {0: std.OUT, 1: std.ALL}, {1: std.OUT, 2: std.ERR})
@@ -212,6 +214,7 @@ class TestDefaultLogsSpecs:
         assert (dest.stdouts, dest.stderrs, dest.error_files) == ({}, {}, {})
         assert "Empty envs map" in caplog.text
 
+    @pytest.mark.needs("filtered-files")
     def test_the_null_device(self, impl: Implementation, envs: dict[int, dict[str, str]]) -> None:
         std = impl.mp.Std
         dest = impl.mp.DefaultLogsSpecs(os.devnull, std.ALL, std.ALL, {0}).reify(envs)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import sys
 import time
@@ -23,8 +25,8 @@ def error_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-class Handler:
-    """An error handler that keeps what it is told."""
+class OldHandler:
+    """An error handler that keeps what it is told, with the methods that torch 2.6 calls."""
 
     def __init__(self) -> None:
         self.calls: list[Any] = []
@@ -37,6 +39,36 @@ class Handler:
 
     def dump_error_file(self, rootcause_error_file: str, error_code: int = 0) -> None:
         self.calls.append((rootcause_error_file, error_code))
+
+
+class Handler(OldHandler):
+    """The same for the newest version of torch, without a note of its hooks."""
+
+    def set_entrypoint_fn_name(self, fn_name: str | None) -> None:
+        pass
+
+    def record_success(self) -> None:
+        pass
+
+
+class HandlerWithHooks(OldHandler):
+    """The same, with notes of its hooks."""
+
+    def __init__(self, *, fails: bool = False) -> None:
+        super().__init__()
+        self.fails = fails
+
+    def set_entrypoint_fn_name(self, fn_name: str | None) -> None:
+        self.calls.append(("name", fn_name))
+
+    def record_success(self) -> None:
+        self.calls.append("success")
+        if self.fails:
+            raise ZeroDivisionError("of the hook")
+
+
+def main_of_nothing() -> str:
+    return "done"
 
 
 def read(path: Path) -> Any:
@@ -159,8 +191,61 @@ class TestRecord:
         impl.errors.record(len)([])
         assert handler.calls == ["initialize"]
 
+    def test_a_handler_without_hooks(self, impl: Implementation) -> None:
+        def outcome() -> Any:
+            try:
+                return impl.errors.record(main_of_nothing, OldHandler())()
+            except AttributeError:
+                return AttributeError
+
+        assert outcome() == impl.expect("older-handlers", torch=AttributeError, ours="done")
+
+    @pytest.mark.needs("hooks-of-the-error-handler")
+    def test_the_hooks_of_a_success(self, impl: Implementation) -> None:
+        handler = HandlerWithHooks()
+        assert impl.errors.record(main_of_nothing, handler)() == "done"
+        assert handler.calls == [("name", "main_of_nothing"), "initialize", "success"]
+
+    @pytest.mark.needs("hooks-of-the-error-handler")
+    def test_a_function_without_a_name(self, impl: Implementation) -> None:
+        handler = HandlerWithHooks()
+        impl.errors.record(functools.partial(main_of_nothing), handler)()
+        assert handler.calls == [("name", None), "initialize", "success"]
+
+    @pytest.mark.needs("hooks-of-the-error-handler")
+    @pytest.mark.parametrize("error", [ValueError("boom"), SystemExit(3), SystemExit(0), KeyboardInterrupt()])
+    def test_no_success_after_an_exception(self, impl: Implementation, error: BaseException) -> None:
+        def main() -> None:
+            raise error
+
+        handler = HandlerWithHooks()
+        with contextlib.suppress(BaseException):
+            impl.errors.record(main, handler)()
+        assert "success" not in handler.calls
+
+    @pytest.mark.needs("hooks-of-the-error-handler")
+    def test_an_exception_of_the_hook_is_none_of_the_function(self, impl: Implementation) -> None:
+        handler = HandlerWithHooks(fails=True)
+        with pytest.raises(ZeroDivisionError, match="of the hook"):
+            impl.errors.record(main_of_nothing, handler)()
+        assert [call for call in handler.calls if isinstance(call, BaseException)] == []
+
 
 class TestErrorHandler:
+    @pytest.mark.needs("hooks-of-the-error-handler")
+    def test_the_hooks_of_the_default(
+        self, impl: Implementation, error_file: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """They change nothing, and write nothing that a user sees."""
+        handler = impl.errors.ErrorHandler()
+        assert handler._fn_name is None
+        handler.set_entrypoint_fn_name("train.main")
+        assert handler._fn_name == "train.main"
+        assert handler.record_success() is None
+        assert handler.maybe_enrich_signal_failure_message("text", "file") == "text"
+        assert not error_file.exists()
+        assert not caplog.records
+
     def test_the_default(self, impl: Implementation) -> None:
         assert type(impl.errors.get_error_handler()) is impl.errors.ErrorHandler
         assert impl("multiprocessing.errors.handlers").get_error_handler is impl.errors.get_error_handler

@@ -34,6 +34,7 @@ def failure(impl: Implementation, rank: int = 0, exitcode: int = 3) -> Any:
     return impl.errors.ProcessFailure(rank, 1000 + rank, exitcode, "/nonexistent")
 
 
+@pytest.mark.needs("shutdown-timeout")
 def test_a_new_agent(impl: Implementation, make: Callable[..., Any]) -> None:
     agent = make(max_restarts=5)
     assert agent.get_worker_group() is agent._worker_group
@@ -142,6 +143,7 @@ def test_workers_that_were_not_started(make: Callable[..., Any]) -> None:
         agent.run()
 
 
+@pytest.mark.needs("shutdown-timeout")
 @pytest.mark.parametrize("hook", ["_monitor_workers", "_initialize_workers", "_rendezvous", "_assign_worker_ranks"])
 def test_an_exception_in_a_hook(make: Callable[..., Any], hook: str) -> None:
     error = RuntimeError("broken")
@@ -171,6 +173,7 @@ def test_an_exception_in_a_restart(impl: Implementation, make: Callable[..., Any
     assert agent._remaining_restarts == 2
 
 
+@pytest.mark.needs("shutdown-timeout")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("where", ["monitoring", "meeting"])
 def test_a_signal(impl: Implementation, make: Callable[..., Any], number: signal.Signals, where: str) -> None:
@@ -184,6 +187,7 @@ def test_a_signal(impl: Implementation, make: Callable[..., Any], number: signal
     assert [call for call in agent.calls if call != "start"] == [("shutdown", number, 12)]
 
 
+@pytest.mark.needs("shutdown-timeout")
 def test_a_second_signal_while_shutting_down(impl: Implementation, make: Callable[..., Any]) -> None:
     first = impl.mp.SignalException("first", signal.SIGTERM)
     second = impl.mp.SignalException("second", signal.SIGINT)
@@ -342,6 +346,7 @@ def test_a_stuck_worker_counts_as_a_failed_run(impl: Implementation, make: Calla
     assert counted["flakiness"] == impl.expect("stuck-is-failed", torch=0, ours=100)
 
 
+@pytest.mark.needs("exit-codes-of-events")
 def test_events_of_a_failed_run(impl: Implementation, make: Callable[..., Any], event_log: Any, tmp_path: Any) -> None:
     error_file = tmp_path / "error.json"
     error = {"message": {"message": "boom", "extraInfo": {"py_callstack": "trace", "timestamp": "17"}}}
@@ -390,6 +395,7 @@ def test_events_of_a_failed_run(impl: Implementation, make: Callable[..., Any], 
     assert stopped["metadata"]["metadata"]["exit_code"] == [None]
 
 
+@pytest.mark.needs("event-log-handler")
 def test_events_of_a_run_that_succeeded(impl: Implementation, make: Callable[..., Any], event_log: Any) -> None:
     agent = make(
         [in_state(impl, "FAILED"), succeeded(impl, "a", "b")], local_world_size=2, event_log_handler=event_log.name
@@ -419,6 +425,7 @@ def test_events_of_the_agent_itself(impl: Implementation, make: Callable[..., An
     assert isinstance(event, impl("events").Event)
 
 
+@pytest.mark.needs("event-log-handler")
 def test_durations_are_recorded_also_after_an_error(make: Callable[..., Any], event_log: Any) -> None:
     agent = make(event_log_handler=event_log.name)
     with pytest.raises(KeyError), agent.record_duration("MY_STEP"):
@@ -463,8 +470,9 @@ def test_the_wait_between_looks(impl: Implementation, make: Callable[..., Any], 
     assert slept == [0.25, 0.25]
 
 
+@pytest.mark.needs("shutdown-timeout")
 def test_a_shutdown_without_arguments(impl: Implementation, make: Callable[..., Any]) -> None:
-    """Subclasses written before torch 2.9 have no ``timeout``."""
+    """Subclasses for torch before 2.12 have no ``timeout``."""
     agent = make([succeeded(impl, 1)])
     calls = []
 

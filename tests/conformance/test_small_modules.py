@@ -97,10 +97,22 @@ class TestUtils:
 
     @pytest.mark.parametrize("path", ["utils", "utils.api", "utils.distributed"])
     def test_a_port(self, impl: Implementation, path: str) -> None:
-        with closing(impl(path).get_socket_with_port()) as listener:
-            with closing(socket.create_connection(listener.getsockname()[:2], 10)):
-                pass
-            assert listener.getsockname()[1] > 0
+        with closing(impl(path).get_socket_with_port()) as reserved:
+            host, port = reserved.getsockname()[:2]
+            assert port > 0
+            is_for_all = host in {"::", "0.0.0.0"}
+            listens = bool(reserved.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+            assert (is_for_all, listens) == impl.by_version(
+                "ports-on-all-addresses", before=(False, True), since=(True, False)
+            )
+
+    @pytest.mark.needs("ports-on-all-addresses")
+    @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "::1"])
+    def test_a_reserved_port_is_taken_on_all_addresses(self, impl: Implementation, host: str) -> None:
+        with closing(impl("utils").get_socket_with_port()) as reserved:
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            with closing(socket.socket(family)) as other, pytest.raises(OSError, match=r"Address|address"):
+                other.bind((host, reserved.getsockname()[1]))
 
     def test_a_free_port(self, impl: Implementation) -> None:
         port = impl("utils.distributed").get_free_port()
@@ -135,11 +147,13 @@ class TestUtils:
             get_logger("my.logger")
         assert impl("utils.log_level").get_log_level() == "WARNING"
 
+    @pytest.mark.needs("uninterruptible-state")
     def test_state_of_a_process(self, impl: Implementation) -> None:
         module = impl("utils.process_state")
         assert module.read_proc_state(os.getpid()) in {"R", "S"}
         assert module.read_proc_state(2**22 + 1) is None
 
+    @pytest.mark.needs("uninterruptible-state")
     @pytest.mark.parametrize(
         ("state", "expected"), [("D", True), ("D+", True), ("S", False), ("", False), (None, False)]
     )
@@ -240,6 +254,7 @@ class TestArguments:
 # ---- numa
 
 
+@pytest.mark.needs("numa")
 class TestNuma:
     def test_options(self, impl: Implementation) -> None:
         module = impl("numa.binding")

@@ -131,11 +131,55 @@ class TestTailLog:
         starts = {line.partition("line")[0] for line in dst.getvalue().splitlines()}
         assert starts == {"<0>", "[writer1]:", ""}
 
+    @pytest.mark.needs("filtered-files")
     def test_only_lines_that_pass(self, impl: Implementation, files: dict[int, str]) -> None:
         dst = io.StringIO()
         tail_log = impl("multiprocessing.tail_log").TailLog
         tail_log("writer", files, dst, log_line_filter=lambda line: " 77 " in line).start().stop()
         assert sorted(dst.getvalue().splitlines()) == [f"[writer{rank}]:line 77 of {rank}" for rank in files]
+
+    @pytest.mark.needs("filtered-files")
+    def test_lines_that_are_written_until_the_end(self, impl: Implementation, tmp_path: Path) -> None:
+        """A worker writes its last lines and ends, just before the event is read."""
+        log, dst = tmp_path / "log", io.StringIO()
+        log.write_text("first\n")
+
+        class Finished(threading.Event):
+            def finish(self) -> None:
+                if not super().is_set():
+                    with log.open("a") as file:
+                        file.write("last\n")
+                    self.set()
+
+            def is_set(self) -> bool:
+                if dst.getvalue():
+                    self.finish()
+                return super().is_set()
+
+            def wait(self, timeout: float | None = None) -> bool:
+                assert eventually(lambda: bool(dst.getvalue()))
+                self.finish()
+                return super().wait(timeout)
+
+        keep_all: dict[str, Any] = {"log_line_filter": lambda _line: True}
+        impl("multiprocessing.tail_log").tail_logfile("> ", str(log), dst, Finished(), 0.01, **keep_all)
+        lost = impl.expect("last-lines", torch="> first\n", ours="> first\n> last\n")
+        assert dst.getvalue() == lost
+
+    @pytest.mark.needs("filtered-files")
+    def test_a_file_that_is_made_just_before_the_end(self, impl: Implementation, tmp_path: Path) -> None:
+        log, dst = tmp_path / "log", io.StringIO()
+
+        class Finished(threading.Event):
+            def is_set(self) -> bool:
+                if not super().is_set():
+                    log.write_text("only\n")
+                    self.set()
+                return True
+
+        keep_all: dict[str, Any] = {"log_line_filter": lambda _line: True}
+        impl("multiprocessing.tail_log").tail_logfile("> ", str(log), dst, Finished(), 0.01, **keep_all)
+        assert dst.getvalue() == impl.expect("last-lines", torch="", ours="> only\n")
 
     def test_a_file_that_comes_later(self, impl: Implementation, tmp_path: Path) -> None:
         dst = io.StringIO()
@@ -279,6 +323,7 @@ class TestSubprocessHandler:
         with pytest.raises(FileNotFoundError):
             make(entrypoint="/nonexistent")
 
+    @pytest.mark.needs("numa")
     def test_binding_to_cpus(
         self, impl: Implementation, make: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 
 class TestWorkerSpec:
+    @pytest.mark.needs("virtual-local-rank")
     def test_defaults(self, impl: Implementation) -> None:
         spec = impl.agent.WorkerSpec("trainer", 2, None, entrypoint="script.py")
         values = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}

@@ -1,13 +1,16 @@
 """The command line's options, held against torch's where torch is installed."""
 
 import argparse
+import importlib
 import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
+from tests.support import torch_versions
 
 import ferroelastic
 from ferroelastic import argparse_util
@@ -33,6 +36,7 @@ VARIABLES = {
     "PET_REDIRECTS": "3",
     "PET_TEE": "0:1",
     "PET_LOCAL_RANKS_FILTER": "0,1",
+    "PET_LOG_LINE_PREFIX_TEMPLATE": "${rank}",
     "PET_DUPLICATE_STDOUT_FILTERS": "a,,b,c",
     "PET_DUPLICATE_STDERR_FILTERS": "d",
     "PET_NODE_RANK": "1",
@@ -111,6 +115,7 @@ def _facts(parser: argparse.ArgumentParser) -> list[dict[str, Any]]:
             "action": type(action).__name__,
         }
         for action in parser._actions
+        if action.dest != "print_completion"  # an action of each package
     ]
 
 
@@ -122,6 +127,8 @@ def test_every_option_is_torchs() -> None:
     added = {fact["dest"]: fact["default"] for fact in ours if fact["dest"] in ADDED}
     ours = [fact for fact in ours if fact["dest"] not in ADDED]
 
+    ours = [fact for fact in ours if torch_versions.has_option(fact["dest"])]
+
     assert [fact["dest"] for fact in ours] == [fact["dest"] for fact in theirs]
     for mine, its in zip(ours, theirs, strict=True):
         assert mine == its
@@ -129,11 +136,68 @@ def test_every_option_is_torchs() -> None:
 
 
 @pytest.mark.usefixtures("_environment")
-@pytest.mark.parametrize("line", COMMAND_LINES, ids=" ".join)
+@pytest.mark.parametrize("line", [line for line in COMMAND_LINES if torch_versions.knows(line)], ids=" ".join)
 def test_a_command_line_means_the_same_as_to_torch(line: list[str]) -> None:
     torch_run = pytest.importorskip("torch.distributed.run")
 
-    assert vars(parse_args(line)) == {**vars(torch_run.parse_args(line)), **ADDED}
+    known = {name: value for name, value in vars(parse_args(line)).items() if torch_versions.has_option(name)}
+    assert known == {**vars(torch_run.parse_args(line)), **ADDED}
+
+
+@pytest.fixture
+def shtab(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A package shtab with one more shell than usual."""
+    module = mock.Mock(SUPPORTED_SHELLS=["bash", "zsh", "tcsh", "fish"])
+    module.complete.side_effect = lambda parser, shell: f"completes {parser.prog} in {shell}"
+    monkeypatch.setitem(sys.modules, "shtab", module)
+    return module
+
+
+def test_a_completion_script_is_printed(shtab: mock.Mock, capsys: pytest.CaptureFixture[str]) -> None:
+    for option in ("--print-completion", "--print_completion"):
+        with pytest.raises(SystemExit) as exit_:
+            parse_args([option, "fish"])
+        assert exit_.value.code == 0
+        assert capsys.readouterr() == ("completes ferrorun in fish\n", "")
+
+
+@pytest.mark.usefixtures("shtab")
+def test_shtab_knows_the_shells(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        parse_args(["--print-completion", "cmd"])
+    assert exit_.value.code == 2
+    assert "'cmd' (choose from " in capsys.readouterr().err
+
+
+def test_without_shtab_one_line_names_the_package(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    with pytest.raises(SystemExit) as exit_:
+        parse_args(["--print-completion", "bash"])
+    assert exit_.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "--print-completion needs the package shtab, which is not installed: pip install shtab"
+
+
+def test_a_launch_does_not_import_shtab(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "shtab", raising=False)
+    monkeypatch.setattr(importlib, "import_module", lambda name: pytest.fail(f"{name} is imported"))
+    assert parse_args(["train.py"]).print_completion is None
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_the_completion_script_has_the_options(shell: str) -> None:
+    pytest.importorskip("shtab")
+    done = subprocess.run(
+        [sys.executable, "-m", "ferroelastic.run", "--print-completion", shell],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "ferrorun" in done.stdout
+    assert "warm-workers" in done.stdout
+    assert done.stderr == ""
 
 
 def test_the_numa_choices_are_the_modes() -> None:

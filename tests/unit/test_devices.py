@@ -259,6 +259,28 @@ def test_worker_count(nvml: FakeNvml, tmp_path: Path, monkeypatch: pytest.Monkey
     assert _devices.worker_count("npu", {}, without) is None
 
 
+def _pci_device(root: Path, kind: str, address: str, vendor: str) -> None:
+    folder = root / "sys/devices/pci0000:00" / address
+    folder.mkdir(parents=True)
+    (folder / "vendor").write_text(f"{vendor}\n")
+    (root / "sys/class" / kind).mkdir(parents=True)
+    (root / "sys/class" / kind / "device").symlink_to(folder)
+
+
+def test_other_accelerators_are_those_of_sysfs(tmp_path: Path) -> None:
+    sources = _devices.Sources(tmp_path, _no_nvml)
+    assert _devices.other_accelerators(sources) == []
+    _pci_device(tmp_path, "accel/accel0", "0000:9a:00.0", "0x1da3")
+    _pci_device(tmp_path, "accel/accel1", "0000:1a:00.0", "0x1da3")
+    _pci_device(tmp_path, "drm/renderD128", "0000:02:00.0", "0x1a03")  # a console, which is no accelerator
+    found = _devices.other_accelerators(sources)
+    assert [device.pci_address for device in found] == ["0000:1a:00.0", "0000:9a:00.0"]
+    _pci_device(tmp_path, "drm/renderD130", "0000:4d:00.0", "0x8086")
+    _pci_device(tmp_path, "drm/renderD129", "0000:29:00.0", "0x8086")
+    found = _devices.other_accelerators(sources)
+    assert [device.pci_address for device in found] == ["0000:29:00.0", "0000:4d:00.0"]
+
+
 def test_nothing_but_a_sign_of_one_makes_torch_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_devices, "_has_private_backend", lambda: False)
     vendor = tmp_path / "sys/class/drm/renderD128/device/vendor"

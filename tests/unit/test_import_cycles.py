@@ -31,7 +31,7 @@ AT_MODULE_LEVEL, IN_A_FUNCTION, FOR_TYPES = "at module level", "in a function", 
 # Each module looks up a name on its package, because that is where programs written for torch replace it.
 LOOKED_UP = [
     {f"{PACKAGE}.events", f"{PACKAGE}.events._record"},
-    {f"{PACKAGE}.multiprocessing.errors", f"{PACKAGE}.multiprocessing.errors._record"},
+    {f"{PACKAGE}.multiprocessing.errors{module}" for module in ("", "._failures", "._record")},
 ]
 
 KNOWN: dict[str, list[set[str]]] = {AT_MODULE_LEVEL: [], IN_A_FUNCTION: LOOKED_UP, FOR_TYPES: LOOKED_UP}

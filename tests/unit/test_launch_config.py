@@ -12,6 +12,7 @@ from unittest.mock import Mock
 
 import pytest
 
+from ferroelastic import _torch
 from ferroelastic.agent.server.api import RunResult, WorkerState
 from ferroelastic.launcher import LaunchConfig, api, elastic_launch, launch_agent
 from ferroelastic.multiprocessing import SignalException
@@ -355,3 +356,21 @@ def test_torchs_configuration_will_do() -> None:
     theirs = pytest.importorskip("torch.distributed.launcher.api")
 
     assert launch_agent(theirs.LaunchConfig(1, 1, 2, logs_specs=Mock(), run_id="job"), "true", []) == {0: "a", 1: "b"}
+
+
+@pytest.mark.parametrize(
+    ("version", "level", "reports"),
+    [((2, 15), "INFO", 0), ((2, 16), "INFO", 1), ((3, 0), "INFO", 1), (None, "INFO", 0), ((2, 16), "WARNING", 0)],
+)
+def test_a_torch_newer_than_any_known_version_is_reported_at_info(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    version: tuple[int, int] | None,
+    level: str,
+    reports: int,
+) -> None:
+    monkeypatch.setattr(_torch, "installed_version", lambda: version)
+    with caplog.at_level(level, api.logger.name):
+        api._log_config(_config(), "train.py")
+    found = [record for record in caplog.records if "is newer than 2.15" in record.getMessage()]
+    assert [record.levelname for record in found] == ["INFO"] * reports

@@ -143,6 +143,25 @@ def test_a_time_may_be_as_long_as_you_like(made: list[NativeRendezvous], value: 
     assert handler.next_rendezvous().world_size == 1
 
 
+@pytest.mark.parametrize("value", ["x", None, "nan", "inf", -0.5, "-1"])
+def test_an_invalid_backoff_is_refused(value: Any) -> None:
+    with pytest.raises(
+        ValueError, match=rf"cas_backoff_max_seconds={value!r} is not a valid time; give finite seconds"
+    ):
+        NativeRendezvous(parameters(cas_backoff_max_seconds=value))
+
+
+@pytest.mark.parametrize(("value", "reports"), [("0.5", 1), (3, 1), (0, 0), ("0.0", 0)])
+def test_a_backoff_has_no_effect_which_is_reported_once(
+    made: list[NativeRendezvous], caplog: pytest.LogCaptureFixture, value: Any, reports: int
+) -> None:
+    made.append(NativeRendezvous(parameters(cas_backoff_max_seconds=value)))
+    assert made[0].next_rendezvous().world_size == 1
+    found = [record.getMessage() for record in caplog.records]
+    assert len(found) == reports
+    assert all(f"cas_backoff_max_seconds={value} has no effect" in text for text in found)
+
+
 def test_of_an_unknown_option_it_is_warned(made: list[NativeRendezvous], caplog: pytest.LogCaptureFixture) -> None:
     made.append(NativeRendezvous(parameters(join_timeot="3", timeout=900, store_type="tcp")))
     (record,) = caplog.records

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
+from tests.support import torch_versions
 
 import ferroelastic
 from ferroelastic import _devices
@@ -150,10 +151,16 @@ def _torchs(host: Host, sysfs: Path, monkeypatch: pytest.MonkeyPatch) -> Callabl
     monkeypatch.setattr(theirs, "os", fake_os)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(properties))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda gpu: properties[gpu])
+    index = "gpu_index"
+    if torch_versions.has("device-index"):
+        index = "device_index"
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+        monkeypatch.setattr(torch.accelerator, "device_count", lambda: len(properties))
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
 
     def compute(gpu: int, mode: str) -> set[int]:
         cpus = theirs._get_logical_cpus_to_bind_to(
-            gpu_index=gpu, numa_options=theirs.NumaOptions(affinity_mode=theirs.AffinityMode(mode))
+            **{index: gpu}, numa_options=theirs.NumaOptions(affinity_mode=theirs.AffinityMode(mode))
         )
         if not cpus:
             raise RuntimeError("Must bind to a non-empty set of CPU indices")
@@ -259,6 +266,15 @@ def test_no_options_are_no_binding() -> None:
 @pytest.mark.parametrize("mode", [AffinityMode.NODE, "node"])
 def test_cpus_for_worker(this_host: frozenset[int], mode: Any) -> None:
     assert binding.cpus_for_worker(1, NumaOptions(mode)) == sorted(this_host)
+
+
+def test_any_accelerator_counts_on_a_host_without_gpus(
+    this_host: frozenset[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices = [gpu._replace(vendor="other") for gpu in _devices.visible_gpus()]
+    monkeypatch.setattr(_devices, "visible_gpus", list)
+    monkeypatch.setattr(_devices, "other_accelerators", lambda: devices)
+    assert binding.cpus_for_worker(1, NumaOptions(AffinityMode.NODE)) == sorted(this_host)
 
 
 def test_torchs_options_will_do(this_host: frozenset[int]) -> None:

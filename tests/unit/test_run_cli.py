@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.support import torch_versions
 from tests.support.fake_launch import Launch
 
 from ferroelastic import _usage, run
@@ -85,13 +86,13 @@ def _comparable(config: Any, logs: Any) -> dict[str, Any]:
     assert not fields.pop("warm_workers", 0)  # not in torch, nor the next two
     assert tuple(fields.pop("warm_imports", ("torch",))) == ("torch",)
     assert not fields.pop("preload", False)
-    numa = fields.pop("numa_options")
+    numa = fields.pop("numa_options", None)
     fields["numa"] = numa and (numa.affinity_mode.value, numa.should_fall_back_if_binding_fails)
     fields["logs"] = (logs._root_log_dir, logs._redirects, logs._tee, logs._local_ranks_filter)
     return fields
 
 
-@pytest.mark.parametrize("line", LINES, ids=" ".join)
+@pytest.mark.parametrize("line", [line for line in LINES if torch_versions.knows(line)], ids=" ".join)
 def test_a_configuration_is_torchs(line: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     theirs = pytest.importorskip("torch.distributed.run")
     monkeypatch.setenv("TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE", "[${rank}]: ")
@@ -100,7 +101,9 @@ def test_a_configuration_is_torchs(line: list[str], tmp_path: Path, monkeypatch:
     config, entrypoint, arguments = run.config_from_args(run.parse_args(line))
     expected, its_entrypoint, its_arguments = theirs.config_from_args(theirs.parse_args(line))
 
-    assert _comparable(config, config.logs_specs) == _comparable(expected, expected.logs_specs)
+    found, wanted = _comparable(config, config.logs_specs), _comparable(expected, expected.logs_specs)
+    # Older versions of torch have fewer fields.
+    assert {name: found[name] for name in wanted} == wanted
     assert arguments == its_arguments
     if "--run-path" in line:
         assert entrypoint is run.run_script_path
@@ -434,3 +437,26 @@ def test_an_unknown_option_among_those_of_the_launcher() -> None:
 def test_the_common_line_is_parsed_from_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["ferrorun", "t.py", "--mo", "1"])
     assert run.parse_args(None).training_script_args == ["--mo", "1"]
+
+
+@pytest.mark.parametrize(
+    ("line", "variables", "expected"),
+    [
+        ([], {}, None),
+        ([], {"TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "a"}, "a"),
+        ([], {"TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "a", "PET_LOG_LINE_PREFIX_TEMPLATE": "b"}, "b"),
+        (["--log-line-prefix-template=c"], {"PET_LOG_LINE_PREFIX_TEMPLATE": "b"}, "c"),
+        (["--log_line_prefix_template", ""], {"TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "a"}, "a"),
+    ],
+)
+def test_the_prefix_of_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: list[str], variables: dict[str, str], expected: str | None
+) -> None:
+    for name in ("TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE", "PET_LOG_LINE_PREFIX_TEMPLATE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+    config, _, _ = run.config_from_args(run.parse_args(["--log-dir", str(tmp_path), *line, "t.py"]))
+
+    assert config.log_line_prefix_template == expected

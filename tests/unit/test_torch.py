@@ -1,12 +1,17 @@
 from __future__ import annotations
 
-from typing import Any
+import importlib.metadata
+import sys
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import pytest
 
 from ferroelastic import _torch
 from ferroelastic.rendezvous import RendezvousParameters, _torch_handlers
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 torch = pytest.importorskip("torch")
 
@@ -81,3 +86,45 @@ def test_a_module_that_torch_lacks_is_not_taken_for_torch() -> None:
         pytest.raises(ModuleNotFoundError, match="no etcd"),
     ):
         _torch_handlers.create_handler(RendezvousParameters("etcd", "", "run", 1, 1))
+
+
+@pytest.fixture
+def without_a_cached_version() -> Iterator[None]:
+    _torch.installed_version.cache_clear()
+    yield
+    _torch.installed_version.cache_clear()
+
+
+@pytest.mark.usefixtures("without_a_cached_version")
+@pytest.mark.parametrize(
+    ("text", "version", "is_older"),
+    [
+        ("2.15.0+cu132", (2, 15), False),
+        ("2.9.1", (2, 9), True),
+        ("2.16.0a0+gitd0f2af8", (2, 16), False),
+        ("3.0.0.dev20270101", (3, 0), False),
+        ("unknown", None, False),
+    ],
+)
+def test_the_version_is_read(text: str, version: tuple[int, int] | None, is_older: bool) -> None:
+    with mock.patch.object(torch, "__version__", text):
+        assert _torch.installed_version() == version
+        assert _torch.is_older_than(2, 15) == is_older
+
+
+@pytest.mark.usefixtures("without_a_cached_version")
+def test_the_version_is_read_without_an_import() -> None:
+    with mock.patch.dict(sys.modules), mock.patch("importlib.metadata.version", return_value="2.9.0") as version:
+        del sys.modules["torch"]
+        assert _torch.installed_version() == (2, 9)
+        assert "torch" not in sys.modules
+    version.assert_called_once_with("torch")
+
+
+@pytest.mark.usefixtures("without_a_cached_version")
+def test_without_torch_the_package_behaves_as_with_the_newest() -> None:
+    missing = importlib.metadata.PackageNotFoundError
+    with mock.patch.dict(sys.modules), mock.patch("importlib.metadata.version", side_effect=missing):
+        del sys.modules["torch"]
+        assert _torch.installed_version() is None
+        assert not _torch.is_older_than(99, 0)

@@ -11,6 +11,7 @@ from unittest import mock
 import pytest
 
 import ferroelastic
+from ferroelastic import _torch
 from ferroelastic.utils import get_env_variable_or_raise, get_socket_with_port, macros
 from ferroelastic.utils.distributed import get_free_port
 from ferroelastic.utils.logging import _derive_module_name, get_logger
@@ -31,22 +32,42 @@ def test_a_socket_has_its_port() -> None:
     assert get_free_port() > 0
 
 
-def test_an_address_family_that_the_kernel_has_not_is_passed_over() -> None:
+@pytest.mark.parametrize(("is_older", "host"), [(True, "localhost"), (False, "0.0.0.0")])
+def test_an_address_family_that_the_kernel_has_not_is_passed_over(is_older: bool, host: str) -> None:
     addresses = [
         (socket.AF_INET6, socket.SOCK_STREAM, 0, "", ("::1", 0)),
         (socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", 0)),
     ]
     usable = mock.Mock()
     with (
+        mock.patch.object(_torch, "is_older_than", return_value=is_older),
         mock.patch("socket.getaddrinfo", return_value=addresses),
         mock.patch("socket.socket", side_effect=[OSError("unsupported"), usable]),
     ):
         assert get_socket_with_port() is usable
-    usable.bind.assert_called_once_with(("localhost", 0))
+    usable.bind.assert_called_once_with((host, 0))
+    assert usable.listen.called == is_older
 
 
-def test_without_any_address_there_is_no_socket() -> None:
-    with mock.patch("socket.getaddrinfo", return_value=[]), pytest.raises(RuntimeError, match="Failed to create"):
+def test_an_address_that_cannot_be_bound_leaves_no_socket() -> None:
+    refused, usable = mock.Mock(), mock.Mock()
+    refused.bind.side_effect = OSError("no IPv6 addresses")
+    with (
+        mock.patch.object(_torch, "is_older_than", return_value=False),
+        mock.patch("socket.socket", side_effect=[refused, usable]),
+    ):
+        assert get_socket_with_port() is usable
+    refused.close.assert_called_once_with()
+
+
+@pytest.mark.parametrize("is_older", [True, False])
+def test_without_any_address_there_is_no_socket(is_older: bool) -> None:
+    with (
+        mock.patch.object(_torch, "is_older_than", return_value=is_older),
+        mock.patch("socket.getaddrinfo", return_value=[]),
+        mock.patch("socket.socket", side_effect=OSError("unsupported")),
+        pytest.raises(RuntimeError, match="Failed to create"),
+    ):
         get_socket_with_port()
 
 

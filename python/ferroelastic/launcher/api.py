@@ -5,9 +5,11 @@ Mirrors ``torch.distributed.launcher.api``. Intended differences:
 * Neither torch nor CUDA is imported or initialised.
 * If the agent gives up because workers are stuck and none of them has failed, an exception is raised. torch returns ``{}``.
 * ``TORCH_ELASTIC_SHUTDOWN_TIMEOUT`` is validated.
+* An exception from the final shutdown of the rendezvous is logged and not raised. torch does so since 2.15.
 * A ``LaunchConfig`` of torch 2.6 or later is accepted in place of :class:`LaunchConfig`.
 """
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -15,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ferroelastic.rendezvous.registry as rdzv_registry
-from ferroelastic import _signals, events, metrics
+from ferroelastic import _signals, _torch, events, metrics
 from ferroelastic._checks import (
     check_iterable,
     check_logs_specs,
@@ -67,8 +69,8 @@ class LaunchConfig:
         max_restarts: maximum number of restarts after failures.
         monitor_interval: maximum time between two checks of the workers, in seconds.
         start_method: start method of ``multiprocessing`` for function entrypoints: ``spawn``, ``fork`` or ``forkserver``.
-        log_line_prefix_template: prefix of the workers' lines on the console, with ``${role_name}``, ``${rank}`` and
-            ``${local_rank}``.
+        log_line_prefix_template: prefix of the workers' lines on the console, with ``${role_name}``, ``${rank}``, ``${local_rank}`` and
+            ``${hostname}``.
         metrics_cfg: parameters for the metrics.
         local_addr: address of this node for the other nodes. ``None`` detects it.
         event_log_handler: name of the handler for the agent's events.
@@ -366,7 +368,17 @@ def _run_agent(
         raise
     finally:
         if shutdown_rdzv:
-            spec.rdzv_handler.shutdown()
+            _shut_down(spec.rdzv_handler)
+
+
+def _shut_down(handler: Any) -> None:
+    """Shut a rendezvous handler down. Its exception is logged, because it would replace the exception or the result of the job."""
+    try:
+        handler.shutdown()
+    except family(SignalException):
+        raise
+    except Exception:
+        logger.exception("Error shutting down rendezvous handler")
 
 
 def _outputs(agent: LocalElasticAgent, config: LaunchConfig, entrypoint_name: str) -> dict[int, Any]:
@@ -415,3 +427,9 @@ def _log_config(config: LaunchConfig, entrypoint_name: str) -> None:
     }
     lines = "\n".join(f"  {name:<24} : {value}" for name, value in values.items())
     logger.info("starting the agent with this configuration:\n%s", lines)
+    # Reading the version takes milliseconds, so it is read only for a message that is shown.
+    if logger.isEnabledFor(logging.INFO) and (_torch.installed_version() or ()) > _torch.NEWEST_VERSION:
+        logger.info(
+            "torch %d.%d is newer than %d.%d, the newest version that ferroelastic was tested with; the job uses it all the same",
+            *(*(_torch.installed_version() or ()), *_torch.NEWEST_VERSION),
+        )

@@ -6,6 +6,8 @@ Intended differences:
 * In ``socket`` mode, NUMA nodes without usable CPUs are skipped. torch fails.
 * An error names the value that cannot be read, and a remedy.
 
+On a host without GPUs of NVIDIA and AMD, the devices are the accelerators that sysfs shows.
+
 Worker ``n`` must use visible GPU ``n`` in PCI order (``CUDA_DEVICE_ORDER=PCI_BUS_ID``). On a host with GPUs of several models, CUDA's
 default order may differ: set that variable there.
 """
@@ -122,12 +124,12 @@ _cached_gpus: tuple[tuple[str | None, ...], list[Any]] | None = None
 
 
 def _visible_gpus(*variables: str | None) -> list[Any]:
-    """Return the visible GPUs. The result is cached for all workers, because the start of NVML takes tens of milliseconds."""
+    """Return the visible GPUs, or other accelerators on a host without. The result is cached for all workers, because the start of NVML takes tens of milliseconds."""
     global _cached_gpus  # noqa: PLW0603 - a cache of one entry
     if _cached_gpus is None or _cached_gpus[0] != variables:
         from ferroelastic import _devices
 
-        _cached_gpus = (variables, _devices.visible_gpus())
+        _cached_gpus = (variables, _devices.visible_gpus() or _devices.other_accelerators())
     return _cached_gpus[1]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 from typing import TYPE_CHECKING
 
 from ferroelastic._ports import NO_OWNER, port_owner
@@ -34,6 +35,7 @@ _C10D_OPTIONS = (
     "is_host",
     "node_rank",
     "store_type",
+    "cas_backoff_max_seconds",
 )
 _STATIC_OPTIONS = ("rank", "timeout")
 _COMMON_OPTIONS = (
@@ -77,6 +79,7 @@ class NativeSettings:
             self.join_timeout_s = _seconds(params, "join_timeout", 600)
             self.connect_timeout_s = _seconds(params, "read_timeout", 60)
             self.may_host = _matches_machine_hostname(host) if self.is_host is None else self.is_host
+            _check_backoff(params)
         self.last_call_s = _seconds(params, "last_call_timeout", 30)
         self.heartbeat_timeout_s = _heartbeat_timeout_s(params)
         _seconds(params, "close_timeout", 1)
@@ -163,6 +166,29 @@ def _heartbeat_timeout_s(params: RendezvousParameters) -> int:
     attempts = _number(params, "keep_alive_max_attempt", 3, 1, "number of attempts; give a whole number from 1")
     keep_alive_s = _seconds(params, "keep_alive_interval", 5) * (attempts or 1)
     return _seconds(params, "heartbeat_timeout", _seconds(params, "heartbeat", keep_alive_s))
+
+
+def _check_backoff(params: RendezvousParameters) -> None:
+    """Check the option ``cas_backoff_max_seconds`` as torch does, and report that it has no effect.
+
+    Raises:
+        ValueError: the option is not a finite number of seconds from 0.
+    """
+    value = params.get("cas_backoff_max_seconds", 0.0)
+    try:
+        backoff_s = float(value)
+    except (TypeError, ValueError):
+        backoff_s = math.nan
+    if not math.isfinite(backoff_s) or backoff_s < 0:
+        raise ValueError(
+            f"the rendezvous option cas_backoff_max_seconds={value!r} is not a valid time; give finite seconds from 0"
+        )
+    if backoff_s > 0:
+        logger.warning(
+            "the rendezvous option cas_backoff_max_seconds=%s has no effect: only the host writes the state of this rendezvous, "
+            "so no write fails and is repeated; remove the option",
+            value,
+        )
 
 
 def _boolean(params: RendezvousParameters, key: str) -> bool | None:

@@ -7,6 +7,8 @@ import socket
 from string import Template
 from typing import Any
 
+from ferroelastic import _torch
+
 __all__ = ["get_env_variable_or_raise", "get_socket_with_port", "macros"]
 
 
@@ -26,29 +28,40 @@ def get_env_variable_or_raise(env_name: str) -> str:
 
 
 def get_socket_with_port() -> socket.socket:
-    """Return a socket that listens on a free port of localhost.
+    """Return a socket that is bound to a free port. The port stays reserved until the caller closes the socket.
 
-    The port stays reserved until the caller closes the socket.
+    The socket is bound to all addresses of this host, IPv4 and IPv6 if the kernel has both, because the port must be free on each address
+    that its user may bind. It does not listen: a peer must not connect to it instead of that user. With torch before 2.15 it listens on
+    localhost, as torch's.
 
     Raises:
-        RuntimeError: no address of localhost could be bound.
+        RuntimeError: no address could be bound.
     """
+    listens = _torch.is_older_than(2, 15)
     last_error: OSError | None = None
-    for family, kind, proto, _, _ in socket.getaddrinfo("localhost", None, socket.AF_UNSPEC, socket.SOCK_STREAM):
+    for family, host in _localhost_addresses() if listens else ((socket.AF_INET6, "::"), (socket.AF_INET, "0.0.0.0")):  # noqa: S104
         try:
-            listener = socket.socket(family, kind, proto)
+            reserved = socket.socket(family, socket.SOCK_STREAM)
         except OSError as error:  # the kernel does not support the address family
             last_error = error
             continue
         try:
-            listener.bind(("localhost", 0))
-            listener.listen(0)
+            if host == "::":
+                reserved.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+            reserved.bind((host, 0))
+            if listens:
+                reserved.listen(0)
         except OSError as error:
-            listener.close()
+            reserved.close()
             last_error = error
         else:
-            return listener
+            return reserved
     raise RuntimeError("Failed to create a socket") from last_error
+
+
+def _localhost_addresses() -> list[tuple[int, str]]:
+    found = socket.getaddrinfo("localhost", None, socket.AF_UNSPEC, socket.SOCK_STREAM)
+    return [(family, "localhost") for family, *_ in found]
 
 
 class macros:  # noqa: N801 - torch's name

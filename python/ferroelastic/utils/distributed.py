@@ -15,12 +15,12 @@ __all__ = ["barrier", "get_free_port", "get_logger", "get_socket_with_port"]
 
 
 def get_free_port() -> int:
-    """Return a free port of localhost. Mirrors torch's ``get_free_port``.
+    """Return a free port. Mirrors torch's ``get_free_port``. :func:`get_socket_with_port` has the addresses on which it is free.
 
     The port is not reserved: another process may use it first. If the listener can report its port, bind port 0 instead.
 
     Raises:
-        RuntimeError: no address of localhost could be bound.
+        RuntimeError: no address could be bound.
     """
     with closing(get_socket_with_port()) as listener:
         port: int = listener.getsockname()[1]

@@ -1,16 +1,19 @@
-"""Environment variables of workers."""
+"""Environment variables of workers, and the prefix of their lines on the console."""
 
 from __future__ import annotations
 
 import os
+import socket
+from string import Template
 from typing import TYPE_CHECKING
 
+from ferroelastic import _torch
 from ferroelastic._compat import newer
 
 if TYPE_CHECKING:
     from ferroelastic.agent.server._workers import Worker, WorkerGroup, WorkerSpec
 
-__all__ = ["set_local_rank", "worker_environment"]
+__all__ = ["log_line_prefix", "set_local_rank", "worker_environment"]
 
 _INHERITED = "OMP_NUM_THREADS"
 
@@ -47,9 +50,11 @@ def worker_environment(worker_group: WorkerGroup, worker: Worker, restart_count:
 
 
 def set_local_rank(env: dict[str, str], local_rank: int, spec: WorkerSpec) -> None:
-    """Set ``LOCAL_RANK`` and ``CUDA_VISIBLE_DEVICES``.
+    """Set ``LOCAL_RANK`` and the variables that select the visible devices.
 
-    With ``spec.virtual_local_rank`` a worker sees only its own device, as device 0, and has ``LOCAL_RANK`` 0.
+    With ``spec.virtual_local_rank`` a worker sees only its own device, as device 0, and has ``LOCAL_RANK`` 0. The agent's devices are those
+    of ``HIP_VISIBLE_DEVICES`` (ROCm), if it is set, else those of ``CUDA_VISIBLE_DEVICES``. The worker gets both variables in the first
+    case. torch before 2.15 ignores ``HIP_VISIBLE_DEVICES``, and so does this function if such a version is installed.
 
     Args:
         env: variables of the worker, changed in place.
@@ -57,17 +62,35 @@ def set_local_rank(env: dict[str, str], local_rank: int, spec: WorkerSpec) -> No
         spec: specification of the worker, of this package's or of torch's class.
 
     Raises:
-        ValueError: ``CUDA_VISIBLE_DEVICES`` of the agent has no device for this rank.
+        ValueError: the variable of the agent has no device for this rank.
     """
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    variable = "CUDA_VISIBLE_DEVICES"
+    visible = os.environ.get(variable)
     if not newer(spec, "virtual_local_rank", False):
         env["LOCAL_RANK"] = str(local_rank)
         if visible is not None:
-            env["CUDA_VISIBLE_DEVICES"] = visible
+            env[variable] = visible
         return
     env["LOCAL_RANK"] = "0"
+    hip = os.environ.get("HIP_VISIBLE_DEVICES")
+    if hip and not _torch.is_older_than(2, 15):
+        variable, visible = "HIP_VISIBLE_DEVICES", hip
     devices = [str(local_rank)] if visible is None else visible.split(",")
     position = 0 if visible is None else local_rank
     if position >= len(devices):
-        raise ValueError(f"local_rank {local_rank} exceeds available GPUs in CUDA_VISIBLE_DEVICES={visible}")
-    env["CUDA_VISIBLE_DEVICES"] = devices[position].strip()
+        raise ValueError(f"local_rank {local_rank} exceeds available GPUs in {variable}={visible}")
+    env[variable] = env["CUDA_VISIBLE_DEVICES"] = devices[position].strip()
+
+
+def log_line_prefix(template: str, role: str, worker: Worker) -> str:
+    """Return the prefix of a worker's lines on the console.
+
+    Args:
+        template: text with ``${role_name}``, ``${rank}``, ``${local_rank}`` and ``${hostname}``. Other names stay unchanged.
+        role: role of the worker.
+        worker: the worker.
+    """
+    # The short name: a qualified one takes space in each line, and may be a record of the reverse lookup.
+    return Template(template).safe_substitute(
+        role_name=role, rank=worker.global_rank, local_rank=worker.local_rank, hostname=socket.gethostname()
+    )

@@ -48,7 +48,7 @@ def shut_down(
 
 
 def _call(shutdown: Callable[..., None], death_sig: signal.Signals | None, timeout: int) -> None:
-    """Call ``_shutdown`` with the arguments that it accepts: subclasses for torch before 2.9 have no ``timeout``."""
+    """Call ``_shutdown`` with the arguments that it accepts: subclasses for torch before 2.12 have no ``timeout``."""
     import inspect
 
     signature = inspect.signature(shutdown)

@@ -17,7 +17,6 @@ import os
 import signal
 import time
 import weakref
-from string import Template
 from typing import TYPE_CHECKING, Any
 
 from ferroelastic import _leftovers, _signals
@@ -27,7 +26,7 @@ from ferroelastic._wait import wait_for_event
 from ferroelastic._warm import warm_workers_of
 from ferroelastic.agent.server import _stuck, _watchdog
 from ferroelastic.agent.server._detached import end_helpers, report_helpers
-from ferroelastic.agent.server._environment import set_local_rank, worker_environment
+from ferroelastic.agent.server._environment import log_line_prefix, set_local_rank, worker_environment
 from ferroelastic.agent.server._events import watchdog_event
 from ferroelastic.agent.server.api import (
     DEFAULT_ROLE,
@@ -114,7 +113,8 @@ class LocalElasticAgent(SimpleElasticAgent):
         logs_specs: destination of the workers' output.
         start_method: ``spawn``, ``fork`` or ``forkserver``, for function entrypoints.
         exit_barrier_timeout: seconds to wait at the end for the agents of other hosts.
-        log_line_prefix_template: prefix of teed lines, with ``${role_name}``, ``${rank}`` and ``${local_rank}``.
+        log_line_prefix_template: prefix of teed lines, with ``${role_name}``, ``${rank}``, ``${local_rank}`` and ``${hostname}``, the short
+            name of this host.
         shutdown_timeout: grace period in seconds between the stop signal and SIGKILL.
         health_check_server: a started server, used instead of a new one on ``$TORCHELASTIC_HEALTH_CHECK_PORT``. The agent stops it.
         uninterruptible_state_timeout: seconds that a worker may be in uninterruptible sleep before the job is ended. 0 means no limit,
@@ -341,9 +341,7 @@ class LocalElasticAgent(SimpleElasticAgent):
             envs[local_rank] = self._worker_env(worker_group, worker)
             args[local_rank] = self._worker_args(spec, worker)
             if self._log_line_prefix_template and log_line_prefixes is not None:
-                log_line_prefixes[local_rank] = Template(self._log_line_prefix_template).safe_substitute(
-                    role_name=spec.role, rank=worker.global_rank, local_rank=local_rank
-                )
+                log_line_prefixes[local_rank] = log_line_prefix(self._log_line_prefix_template, spec.role, worker)
 
         self._setup_local_watchdog(envs=envs)
         self._setup_healthcheck()

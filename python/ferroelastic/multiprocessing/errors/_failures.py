@@ -171,6 +171,24 @@ def _extra_info(message: object) -> Mapping[str, Any]:
     return info if isinstance(info, dict) else {}
 
 
+def _enriched(message: str, error_file: str) -> str:
+    """Return the text that the error handler of this process gives for a worker that a signal ended.
+
+    Args:
+        message: the text of this package, also the result if the handler lacks the hook (torch before 2.14) or fails.
+        error_file: path of the worker's error file.
+    """
+    # Looked up in the package, because programs replace it there.
+    from ferroelastic.multiprocessing import errors
+
+    try:
+        hook = newer(errors.get_error_handler(), "maybe_enrich_signal_failure_message", None)
+        return message if hook is None else str(hook(message, error_file))
+    except Exception:
+        logger.warning("Failed to enrich signal failure message", exc_info=True)
+        return message
+
+
 def _time_of(failure: ProcessFailure) -> str:
     try:
         return failure.timestamp_isoformat()
@@ -245,6 +263,8 @@ class ChildFailedError(TorchCompatible, Exception):
         message: object = failure.message
         if isinstance(message, dict):
             message = _extra_info(message).get("py_callstack") or message.get("message", NOT_AVAILABLE)
+        if failure.exitcode < 0:
+            message = _enriched(str(message), failure.error_file)
         ended_by = failure.signal_name()
         lines = [
             f"[{idx}]:",

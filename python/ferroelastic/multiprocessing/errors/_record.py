@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import wraps
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
-from ferroelastic._compat import family
+from ferroelastic._compat import family, newer
 from ferroelastic.multiprocessing.errors._failures import NOT_AVAILABLE, ChildFailedError
 from ferroelastic.utils.logging import get_logger
 
@@ -26,6 +26,8 @@ def record(fn: Callable[P, R], error_handler: ErrorHandler | None = None) -> Cal
     ``error_handler`` writes an exception to the error file, then the exception is raised again. For a :class:`ChildFailedError` the error
     file of the child that failed first is copied instead. ``sys.exit(0)`` becomes a return of ``None``.
 
+    A handler may lack the hooks ``set_entrypoint_fn_name`` and ``record_success``, which torch before 2.15 does not have.
+
     Use the decorator once per process, on the outermost function. Mirrors ``torch.distributed.elastic.multiprocessing.errors.record``.
 
     Args:
@@ -44,9 +46,10 @@ def record(fn: Callable[P, R], error_handler: ErrorHandler | None = None) -> Cal
 
     @wraps(fn)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R | None:
+        newer(handler, "set_entrypoint_fn_name", _ignore)(getattr(fn, "__qualname__", None))
         handler.initialize()
         try:
-            return fn(*args, **kwargs)
+            result = fn(*args, **kwargs)
         except SystemExit as exit_request:
             if exit_request.code == 0:
                 return None
@@ -65,5 +68,12 @@ def record(fn: Callable[P, R], error_handler: ErrorHandler | None = None) -> Cal
         except Exception as error:
             handler.record_exception(error)
             raise
+        # Outside of the try block: an exception of the hook is none of the function.
+        newer(handler, "record_success", _ignore)()
+        return result
 
     return wrapper
+
+
+def _ignore(*_: object) -> None:
+    """Stand in for a hook that the handler lacks."""

@@ -29,8 +29,21 @@ class ErrorHandler:
     """Writes exceptions as JSON to the file in the environment variable ``TORCHELASTIC_ERROR_FILE``.
 
     Mirrors ``torch.distributed.elastic.multiprocessing.errors.error_handler.ErrorHandler``. If the variable is not set, nothing is written.
-    Subclasses may override :meth:`initialize` and :meth:`record_exception`.
+    Subclasses may override each public method. ``record`` and :class:`ChildFailedError` call them.
+
+    Attributes:
+        _fn_name: qualified name of the decorated function, ``None`` if it is unknown. torch's subclasses read it.
     """
+
+    _fn_name: str | None = None
+
+    def set_entrypoint_fn_name(self, fn_name: str | None) -> None:
+        """Store the name of the function that ``record`` decorates. Called before :meth:`initialize`.
+
+        Args:
+            fn_name: qualified name of the function; ``None`` for a callable without one.
+        """
+        self._fn_name = fn_name
 
     def _get_error_file_path(self) -> str | None:
         """Return the path of the error file; ``None`` writes no file."""
@@ -60,6 +73,8 @@ class ErrorHandler:
         Args:
             e: the exception.
         """
+        if self._fn_name:
+            logger.debug("recording an exception of %s", self._fn_name)
         file_path = self._get_error_file_path()
         if not file_path:
             return
@@ -75,6 +90,21 @@ class ErrorHandler:
             }
         }
         self._write_error_file(file_path, json.dumps(data))
+
+    def record_success(self) -> None:
+        """Called when the decorated function has returned. Its exceptions are not recorded as exceptions of the function."""
+        if self._fn_name:
+            logger.debug("%s has returned", self._fn_name)
+
+    def maybe_enrich_signal_failure_message(self, message: str, error_file: str) -> str:
+        """Return the text for the report of a worker that a signal ended. Subclasses may add facts, such as a fault of its device.
+
+        Args:
+            message: the text without such facts.
+            error_file: path of the worker's error file, ``"<N/A>"`` without one.
+        """
+        del error_file
+        return message
 
     def override_error_code_in_rootcause_data(
         self,

@@ -1,0 +1,127 @@
+"""Differences between the versions of torch. No other module of the tests names a version of torch.
+
+``torch.distributed.elastic`` has changed since 2.6, the oldest version that this package supports. A test with the mark ``needs("id")`` is
+skipped on an implementation that lacks the change. ``impl.by_version("id", before=…, since=…)`` gives the expected value where this package
+follows the installed version.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from ferroelastic import _torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["CHANGES", "OPTIONS", "Change", "has", "has_option", "is_between", "is_newest", "is_older_than", "knows"]
+
+
+class Change(NamedTuple):
+    """A change of torch."""
+
+    since: str
+    """First version with the change."""
+    of: str
+    """The changed name."""
+    text: str
+    """The change."""
+    is_followed: bool = False
+    """Whether this package behaves as the installed version. Otherwise it has the change with each version."""
+
+
+CHANGES: dict[str, Change] = {
+    "event-log-handler": Change("2.8", "WorkerSpec, LaunchConfig", "`event_log_handler` is a field"),
+    "numa": Change("2.9", "torch.numa", "the module exists. `numa_options` is a field and an argument"),
+    "filtered-files": Change(
+        "2.10",
+        "duplicate_stdout_filters, duplicate_stderr_filters",
+        "they exist, and `filtered_stdout`, `filtered_stderr` of `LogsDest`",
+    ),
+    "virtual-local-rank": Change("2.10", "WorkerSpec, LaunchConfig", "`virtual_local_rank` is a field"),
+    "signals-to-handle": Change("2.10", "LaunchConfig", "`signals_to_handle` is a field"),
+    "exit-codes-of-events": Change(
+        "2.10", "SimpleElasticAgent, its events", "they have the exit code and the pid of the worker"
+    ),
+    "shutdown-timeout": Change(
+        "2.12", "SimpleElasticAgent, LaunchConfig", "`shutdown_timeout` is an argument and a field"
+    ),
+    "shared-health-server": Change("2.12", "LocalElasticAgent, elastic_launch", "`health_check_server` is an argument"),
+    "uninterruptible-state": Change("2.13", "LocalElasticAgent", "`uninterruptible_state_timeout` is an argument"),
+    "enriched-signal-failures": Change(
+        "2.14",
+        "ErrorHandler.maybe_enrich_signal_failure_message",
+        "`ChildFailedError` calls it for each worker that a signal ended",
+    ),
+    "hostname-in-prefixes": Change("2.14", "log_line_prefix_template", "`${hostname}` is replaced"),
+    "device-index": Change(
+        "2.14", "torch.numa.binding, private functions", "`gpu_index` is `device_index`, and any accelerator counts"
+    ),
+    "hooks-of-the-error-handler": Change(
+        "2.15", "ErrorHandler.set_entrypoint_fn_name, ErrorHandler.record_success", "`record` calls them"
+    ),
+    "hip-visible-devices": Change(
+        "2.15",
+        "LocalElasticAgent with virtual_local_rank",
+        "`HIP_VISIBLE_DEVICES` has the devices, if it is set, and is set for the worker",
+        is_followed=True,
+    ),
+    "ports-on-all-addresses": Change(
+        "2.15",
+        "utils.get_socket_with_port",
+        "the socket is bound to all addresses and does not listen; before, it listened on localhost",
+        is_followed=True,
+    ),
+}
+
+OPTIONS: dict[str, str] = {
+    "event_log_handler": "2.8",
+    "numa_binding": "2.9",
+    "duplicate_stderr_filters": "2.10",
+    "duplicate_stdout_filters": "2.10",
+    "signals_to_handle": "2.10",
+    "virtual_local_rank": "2.10",
+    "shutdown_timeout": "2.12",
+    "log_line_prefix_template": "2.14",
+    "print_completion": "2.14",
+}
+"""First version of each option of the command line that the oldest version lacks, by destination."""
+
+
+_OLDEST = "2.6"
+
+
+def _parsed(version: str) -> tuple[int, int]:
+    major, minor = version.split(".")
+    return int(major), int(minor)
+
+
+def is_older_than(version: str) -> bool:
+    """Whether the installed torch is older than a version."""
+    return _torch.is_older_than(*_parsed(version))
+
+
+def has_option(destination: str) -> bool:
+    """Whether the installed torch has an option of the newest version."""
+    return not is_older_than(OPTIONS.get(destination, _OLDEST))
+
+
+def knows(line: Sequence[str]) -> bool:
+    """Whether the installed torch has all options of a command line."""
+    names = {argument.partition("=")[0].lstrip("-").replace("-", "_") for argument in line}
+    return all(has_option(name) for name in names)
+
+
+def is_between(since: str, fixed_in: str) -> bool:
+    """Whether the installed torch is at least ``since`` and older than ``fixed_in``. An empty version is no limit."""
+    return not (since and is_older_than(since)) and (not fixed_in or is_older_than(fixed_in))
+
+
+def has(change: str) -> bool:
+    """Whether the installed torch has a change."""
+    return not is_older_than(CHANGES[change].since)
+
+
+def is_newest() -> bool:
+    """Whether the installed torch is at least the newest version that this package knows."""
+    return not _torch.is_older_than(*_torch.NEWEST_VERSION)
