@@ -72,6 +72,13 @@ def test_the_job_has_one_agent_on_each_node(address: str, folder: Path, code: in
     assert sorted(path.name for path in folder.glob("started.*")) == ["started.0.2", "started.1.2"]
 
 
+def test_the_script_needs_arguments_of_ferrorun(folder: Path) -> None:
+    command = [sys.executable, "-W", "ignore", str(ROOT / "examples" / "ray_agents.py"), "--nodes", "2"]
+    ended = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=LONG_S)
+    assert ended.returncode == 2
+    assert "the following arguments are required: arguments" in ended.stderr
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_gives_workers_time_to_save(address: str, folder: Path, number: signal.Signals) -> None:
     with start(address, folder, "wait") as job:
