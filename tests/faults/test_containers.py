@@ -92,7 +92,8 @@ def test_a_detached_process_ends_with_the_container_after_a_success(launch: Laun
     job = start(launch, _DETACHES)
     assert job.end() == 0, job.story
     assert eventually(lambda: not job.processes()), job.story
-    assert "detached" in job.errors
+    assert "end with the container: " in job.errors
+    assert "keep running" not in job.errors
 
 
 def test_a_batch_that_fits_into_dev_shm_is_shared(launch: Launcher) -> None:
