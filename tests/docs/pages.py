@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 import shlex
 import textwrap
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 from ferroelastic._arguments import EXEC
 
-__all__ = ["ROOT", "Block", "blocks", "commands", "ferrorun_arguments", "name_of", "pages", "slugs"]
+__all__ = ["ROOT", "Block", "blocks", "captioned", "commands", "ferrorun_arguments", "name_of", "pages", "slugs"]
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 _IN_ROOT = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")
@@ -66,6 +67,13 @@ def blocks(page: Path) -> list[Block]:
         )
         index = end + 1
     return found
+
+
+@cache
+def captioned(caption: str) -> Block:
+    """The block that shows the file with this name."""
+    (block,) = (one for page in pages() for one in blocks(page) if one.caption == caption)
+    return block
 
 
 def commands(block: Block) -> tuple[list[str], list[str]]:

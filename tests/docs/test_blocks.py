@@ -27,11 +27,14 @@ _SHELL = [*_SESSIONS, *(block for block in _ALL if block.language in ("bash", "i
 # Options of other programs that the text names.
 _FOREIGN = {
     "--cpus-per-task",
+    "--env",
     "--gpus",
     "--help",
     "--kill-on-bad-exit",
+    "--max_retries",
     "--network",
     "--no-kill",
+    "--rdzv_port",
     "--requeue",
     "--shm-size",
     "--side",

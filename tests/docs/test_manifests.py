@@ -1,182 +1,200 @@
-"""The files in the recipes are well-formed: batch scripts, manifests, an image, a unit."""
+"""The manifests in the recipes satisfy the published schemas, and their parts fit."""
 
 from __future__ import annotations
 
-import configparser
 import json
-import re
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from tests.docs.pages import ROOT, Block, blocks, ferrorun_arguments, pages
+from jsonschema import Draft202012Validator
+from referencing import Registry, Resource
+from tests.docs.pages import captioned, ferrorun_arguments
 
 from ferroelastic.run import get_args_parser
 
-_FILES = {block.caption: block for page in pages() for block in blocks(page) if block.caption}
+_SCHEMAS = [json.loads(path.read_text()) for path in Path(__file__).with_name("schemas").glob("*.json")]
+_REGISTRY = Registry().with_resources(
+    [(schema["$id"], Resource.from_contents(schema)) for schema in _SCHEMAS if "$id" in schema]
+)
+_KUBERNETES = "https://kubernetes.io/api/_definitions.json#/$defs/io.k8s.api"
+_KINDS = {
+    "Service": ("v1", f"{_KUBERNETES}.core.v1.Service"),
+    "Job": ("batch/v1", f"{_KUBERNETES}.batch.v1.Job"),
+    "JobSet": ("jobset.x-k8s.io/v1alpha2", "https://jobset.sigs.k8s.io/jobset.json#/$defs/JobSet"),
+    "TrainingRuntime": (
+        "trainer.kubeflow.org/v1alpha1",
+        "https://trainer.kubeflow.org/trainer.json#/$defs/TrainingRuntime",
+    ),
+    "TrainJob": ("trainer.kubeflow.org/v1alpha1", "https://trainer.kubeflow.org/trainer.json#/$defs/TrainJob"),
+}
 _GRACE_S = 30
-
-_METADATA = {"name": str}
-_PORT = {"name": str, "port?": int, "containerPort?": int}
-_PROBE = {
-    "httpGet": {"path": str, "port": str},
-    "initialDelaySeconds?": int,
-    "periodSeconds?": int,
-    "failureThreshold?": int,
+_ENUMERATED = {
+    "completionMode": {"Indexed", "NonIndexed"},
+    "restartPolicy": {"Always", "Never", "OnFailure"},
+    "action": {"Ignore", "FailJob", "FailIndex", "Count", "FailJobSet", "Restart", "RestartAllContainers"},
+    "operator": {"In", "NotIn"},
+    "onJobFailureReasons": {"PodFailurePolicy"},
+    "medium": {"", "Memory"},
 }
-_CONTAINER = {
-    "name": str,
-    "image": str,
-    "command": [str],
-    "env": [{"name": str, "value": str}],
-    "ports": [_PORT],
-    "livenessProbe": _PROBE,
-    "readinessProbe": _PROBE,
-    "resources": {"limits": {"nvidia.com/gpu": int}},
-    "volumeMounts": [{"name": str, "mountPath": str}],
-}
-_POD = {
-    "subdomain": str,
-    "restartPolicy": str,
-    "terminationGracePeriodSeconds": int,
-    "containers": [_CONTAINER],
-    "volumes": [{"name": str, "emptyDir": {"medium": str, "sizeLimit": str}}],
-}
-_KINDS: dict[str, Any] = {
-    "Service": {
-        "apiVersion": str,
-        "kind": str,
-        "metadata": _METADATA,
-        "spec": {"clusterIP": str, "publishNotReadyAddresses": bool, "selector": {"job-name": str}, "ports": [_PORT]},
-    },
-    "Job": {
-        "apiVersion": str,
-        "kind": str,
-        "metadata": _METADATA,
-        "spec": {
-            "completions": int,
-            "parallelism": int,
-            "completionMode": str,
-            "backoffLimit": int,
-            "template": {"spec": _POD},
-        },
-    },
-}
-"""The fields of the Kubernetes API that the recipe uses, with their types. ``?`` marks those that may be left out."""
+"""Values that the API server checks and the schemas do not."""
 
 
-def faults(value: Any, schema: Any, path: str = "") -> list[str]:
+def objects(caption: str) -> dict[str, Any]:
+    return {one["kind"]: one for one in yaml.safe_load_all(captioned(caption).text)}
+
+
+def faults(value: Any, schema: str) -> list[str]:
     """Where a value is not as a schema says."""
-    if isinstance(schema, type):
-        return [] if type(value) is schema else [f"{path}: {value!r} is no {schema.__name__}"]
-    if isinstance(schema, list):
-        if not isinstance(value, list):
-            return [f"{path}: {value!r} is no list"]
-        return [fault for index, one in enumerate(value) for fault in faults(one, schema[0], f"{path}[{index}]")]
-    if not isinstance(value, dict):
-        return [f"{path}: {value!r} is no mapping"]
-    known = {key.removesuffix("?"): one for key, one in schema.items()}
-    found = [f"{path}.{key} is not known" for key in value.keys() - known.keys()]
-    found += [f"{path}.{key} is missing" for key in schema if not key.endswith("?") and key not in value]
-    return found + [
-        fault for key in value.keys() & known.keys() for fault in faults(value[key], known[key], f"{path}.{key}")
-    ]
+    validator = Draft202012Validator({"$ref": schema}, registry=_REGISTRY)
+    return [f"{error.json_path}: {error.message}" for error in validator.iter_errors(value)]
 
 
-def manifests() -> dict[str, Any]:
-    return {one["kind"]: one for one in yaml.safe_load_all(_FILES["train.yaml"].text)}
+def job_of(caption: str) -> Any:
+    """The specification of the Job that makes the pods."""
+    found = objects(caption)
+    if "Job" in found:
+        return found["Job"]["spec"]
+    jobs = found["JobSet"]["spec"] if "JobSet" in found else found["TrainingRuntime"]["spec"]["template"]["spec"]
+    (job,) = jobs["replicatedJobs"]
+    return job["template"]["spec"]
 
 
-@pytest.mark.parametrize("kind", _KINDS)
-def test_a_manifest_has_the_fields_of_its_kind(kind: str) -> None:
-    assert faults(manifests()[kind], _KINDS[kind]) == []
+def container_of(job: Any) -> Any:
+    (container,) = job["template"]["spec"]["containers"]
+    return container
 
 
-def test_the_check_of_manifests_finds_faults() -> None:
-    schema = {"a": int, "b?": [str]}
-    assert faults({}, schema) == [".a is missing"]
-    assert faults({"a": 1, "c": 2}, schema) == [".c is not known"]
-    assert faults({"a": 1, "b": [1]}, schema) == [".b[0]: 1 is no str"]
-    assert faults({"a": "1"}, schema) == [".a: '1' is no int"]
+@pytest.mark.parametrize("caption", ["train.yaml", "jobset.yaml", "trainjob.yaml"])
+def test_a_manifest_satisfies_the_schemas(caption: str) -> None:
+    for kind, one in objects(caption).items():
+        version, schema = _KINDS[kind]
+        assert one["apiVersion"] == version
+        assert faults(one, schema) == []
 
 
-def test_the_parts_of_the_manifests_fit() -> None:
-    service, job = manifests()["Service"], manifests()["Job"]
-    pod = job["spec"]["template"]["spec"]
-    (container,) = pod["containers"]
-    (arguments,) = ferrorun_arguments(container["command"][-1])
-    parsed = get_args_parser().parse_args(arguments)
-    name, port = job["metadata"]["name"], service["spec"]["ports"][0]["port"]
-    assert service["spec"]["clusterIP"] == "None"
-    assert service["spec"]["selector"] == {"job-name": name}
-    assert pod["subdomain"] == service["metadata"]["name"]
-    assert parsed.rdzv_endpoint == f"{name}-0.{service['metadata']['name']}:{port}"
-    assert parsed.nnodes == str(job["spec"]["completions"]) == str(job["spec"]["parallelism"])
-    assert parsed.nproc_per_node == str(container["resources"]["limits"]["nvidia.com/gpu"])
+def test_the_task_for_skypilot_satisfies_the_schema() -> None:
+    (schema,) = (one for one in _SCHEMAS if "$id" not in one)
+    task = yaml.safe_load(captioned("train.sky.yaml").text)
+    assert list(Draft202012Validator(schema).iter_errors(task)) == []
+    assert list(Draft202012Validator(schema).iter_errors({**task, "nodes": 2})) != []
+
+
+def test_the_task_for_dstack_is_one() -> None:
+    task = yaml.safe_load(captioned("train.dstack.yml").text)
+    assert task.keys() == {"type", "name", "nodes", "python", "repos", "commands", "resources"}
+    models = pytest.importorskip("dstack._internal.core.models.configurations")
+    assert models.parse_run_configuration(task).nodes == 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "caption", "path"),
+    [
+        ("Job", "train.yaml", ("spec", "template", "spec", "containers", 0, "livenessProbe", "httpGet")),
+        ("JobSet", "jobset.yaml", ("spec", "failurePolicy")),
+        ("JobSet", "jobset.yaml", ("spec", "replicatedJobs", 0, "template", "spec", "podFailurePolicy")),
+        ("TrainingRuntime", "trainjob.yaml", ("spec", "template", "spec", "replicatedJobs", 0)),
+        ("TrainJob", "trainjob.yaml", ("spec", "trainer")),
+    ],
+)
+def test_the_check_finds_fields_that_do_not_exist(kind: str, caption: str, path: tuple[str | int, ...]) -> None:
+    one = objects(caption)[kind]
+    inner = one
+    for key in path:
+        inner = inner[key]
+    inner["unknown"] = 1
+    found = faults(one, _KINDS[kind][1])
+    assert any("'unknown' was unexpected" in fault for fault in found), found
+
+
+@pytest.mark.parametrize("caption", ["train.yaml", "jobset.yaml", "trainjob.yaml", "in-place.yaml"])
+def test_enumerated_values_exist(caption: str) -> None:
+    def walk(value: Any) -> None:
+        if isinstance(value, list):
+            for one in value:
+                walk(one)
+        elif isinstance(value, dict):
+            for key, one in value.items():
+                if key in _ENUMERATED:
+                    assert set(one if isinstance(one, list) else [one]) <= _ENUMERATED[key]
+                walk(one)
+
+    for one in yaml.safe_load_all(captioned(caption).text):
+        walk(one)
+
+
+@pytest.mark.parametrize("caption", ["train.yaml", "jobset.yaml", "trainjob.yaml"])
+def test_a_pod_has_probes_and_time_to_end(caption: str) -> None:
+    job = job_of(caption)
+    pod, container = job["template"]["spec"], container_of(job)
     assert pod["terminationGracePeriodSeconds"] > _GRACE_S
+    assert pod["restartPolicy"] == "Never"  # podFailurePolicy does not allow another one
+    assert job["backoffLimit"] == 0
+    assert {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget"}]} in job["podFailurePolicy"]["rules"]
+    for rule in job["podFailurePolicy"]["rules"]:
+        assert rule.get("onExitCodes", {}).get("containerName", container["name"]) == container["name"]
     ports = {one["name"]: one["containerPort"] for one in container["ports"]}
     environment = {one["name"]: one["value"] for one in container["env"]}
     assert environment["TORCHELASTIC_HEALTH_CHECK_PORT"] == str(ports["health"])
-    assert {container[probe]["httpGet"]["port"] for probe in ("livenessProbe", "readinessProbe")} == {"health"}
-    assert ports["rendezvous"] == port
+    assert environment["TORCHELASTIC_HEALTH_CHECK_HOST"] == "0.0.0.0"
+    assert container["livenessProbe"]["httpGet"] == {"path": "/livez", "port": "health"}
+    assert container["readinessProbe"]["httpGet"] == {"path": "/readyz", "port": "health"}
     assert {one["name"] for one in container["volumeMounts"]} == {one["name"] for one in pod["volumes"]}
+
+
+@pytest.mark.parametrize(
+    ("caption", "host"), [("train.yaml", "train-0.train"), ("jobset.yaml", "train-node-0-0.train")]
+)
+def test_the_command_fits_the_pods(caption: str, host: str) -> None:
+    job = job_of(caption)
+    container = container_of(job)
+    (arguments,) = ferrorun_arguments(container["command"][-1])
+    parsed = get_args_parser().parse_args(arguments)
+    ports = {one["name"]: one["containerPort"] for one in container["ports"]}
+    assert parsed.rdzv_endpoint == f"{host}:{ports['rendezvous']}"
+    assert parsed.nnodes == str(job["completions"]) == str(job["parallelism"])
+    assert parsed.nproc_per_node == str(container["resources"]["limits"]["nvidia.com/gpu"])
     subprocess.run(["sh", "-n", "-c", container["command"][-1]], check=True)
 
 
-@pytest.mark.parametrize("caption", ["train.sbatch", "explicit.sbatch", "elastic.sbatch"])
-def test_a_batch_script_is_well_formed(caption: str) -> None:
-    block: Block = _FILES[caption]
-    subprocess.run(["bash", "-n", "-c", block.text], check=True)
-    values = {
-        "job-name": r"\w+",
-        "nodes": r"\d+(-\d+)?",
-        "ntasks-per-node": "1",
-        "gpus-per-node": r"\d+",
-        "cpus-per-task": r"\d+",
-        "time": r"\d+:\d\d:\d\d",
-        "no-kill": "",
+def test_the_service_names_the_pods() -> None:
+    found = objects("train.yaml")
+    service, job = found["Service"], found["Job"]
+    assert service["spec"]["clusterIP"] == "None"
+    assert service["spec"]["selector"] == {"job-name": job["metadata"]["name"]}
+    assert job["spec"]["template"]["spec"]["subdomain"] == service["metadata"]["name"]
+    assert {one["port"] for one in service["spec"]["ports"]} <= {
+        one["containerPort"] for one in container_of(job["spec"])["ports"]
     }
-    options = re.findall(r"^#SBATCH --([a-z-]+)=?(.*)$", block.text, re.MULTILINE)
-    assert len(options) == block.text.count("#SBATCH")
-    for name, value in options:
-        assert re.fullmatch(values[name], value), (name, value)
-    (arguments,) = ferrorun_arguments(block.text)
-    parsed = get_args_parser().parse_args(arguments)
-    # Otherwise Slurm gives the number of workers.
-    assert "nproc_per_node" not in parsed.given or parsed.nproc_per_node == dict(options)["gpus-per-node"]
 
 
-def test_the_image_is_well_formed() -> None:
-    lines = [line.split(maxsplit=1) for line in _FILES["Dockerfile"].text.splitlines()]
-    assert {word for word, _ in lines} <= {"FROM", "RUN", "WORKDIR", "COPY", "ENTRYPOINT", "CMD"}
-    values = dict(reversed(lines))
-    assert json.loads(values["ENTRYPOINT"]) == ["ferrorun"]
-    parsed = get_args_parser().parse_args(json.loads(values["CMD"]))
-    assert parsed.training_script in values["COPY"]
+def test_the_names_of_the_jobset_are_those_of_its_endpoint() -> None:
+    jobset = objects("jobset.yaml")["JobSet"]
+    (job,) = jobset["spec"]["replicatedJobs"]
+    name = jobset["metadata"]["name"]
+    assert f"{name}-{job['name']}-0-0.{name}:29400" in container_of(job_of("jobset.yaml"))["command"][-1]
 
 
-def test_the_unit_is_well_formed() -> None:
-    unit = configparser.ConfigParser(interpolation=None)
-    unit.optionxform = str  # type: ignore[assignment,method-assign]
-    unit.read_string(_FILES["train.service"].text)
-    assert set(unit["Service"]) == {
-        *("WorkingDirectory", "ExecStart", "Environment", "KillMode", "TimeoutStopSec", "Delegate", "Restart")
-    }
-    assert int(unit["Service"]["TimeoutStopSec"]) > _GRACE_S
-    assert unit["Service"]["KillMode"] in ("control-group", "mixed", "process", "none")
+def test_the_trainjob_uses_its_runtime() -> None:
+    found = objects("trainjob.yaml")
+    runtime, trainjob = found["TrainingRuntime"], found["TrainJob"]
+    (job,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
+    assert trainjob["spec"]["runtimeRef"] == {"kind": "TrainingRuntime", "name": runtime["metadata"]["name"]}
+    assert job["name"] == container_of(job_of("trainjob.yaml"))["name"] == "node"
+    assert job["template"]["metadata"]["labels"] == {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}
+    trainer = trainjob["spec"]["trainer"]
+    assert trainer["numProcPerNode"] == trainer["resourcesPerNode"]["limits"]["nvidia.com/gpu"]
+    assert trainer["command"][0] == "ferrorun"
+    get_args_parser().parse_args(trainer["command"][1:])
 
 
-def test_the_release_workflow_is_pinned() -> None:
-    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "release.yml").read_text())
-    steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
-    assert {one["machine"] for one in workflow["jobs"]["wheel"]["strategy"]["matrix"]["include"]} == {
-        "x86_64",
-        "aarch64",
-    }
-    for step in steps:
-        assert ("uses" in step) != ("run" in step)
-        if "uses" in step:
-            assert re.fullmatch(r"[\w-]+/[\w-]+@v\d+\.\d+\.\d+", step["uses"])
-        else:
-            subprocess.run(["bash", "-n", "-c", re.sub(r"\$\{\{.*?\}\}", "1", step["run"])], check=True)
+@pytest.mark.parametrize("caption", ["train.yaml", "jobset.yaml"])
+def test_the_rules_for_restarts_in_place_fit_a_pod(caption: str) -> None:
+    job = job_of(caption)
+    (rules,) = yaml.safe_load(captioned("in-place.yaml").text)["containers"]
+    container = container_of(job)
+    assert rules["name"] == container["name"]
+    container.update(rules)
+    assert faults(job, f"{_KUBERNETES}.batch.v1.JobSpec") == []

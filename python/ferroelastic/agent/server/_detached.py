@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,7 @@ _MIN_GRACE_S = 1.0
 
 
 def report_helpers(run: _leftovers.Run, sessions: Sequence[int], *, are_native: bool) -> None:
-    """Log helpers that keep running after a success.
+    """Log helpers that run after a success. They go on, or end with ferrorun if it is the first process of a container.
 
     Args:
         run: the run of this process.
@@ -30,7 +31,14 @@ def report_helpers(run: _leftovers.Run, sessions: Sequence[int], *, are_native: 
         are_native: whether the engine started the workers; see :meth:`_leftovers.Run.find_detached`.
     """
     found = run.find_detached(sessions, are_native=are_native)
-    if found:
+    if not found:
+        return
+    if os.getpid() == 1:  # the kernel ends the whole pid namespace with its first process
+        logger.warning(
+            "Helper processes that left their worker's process group end with the container: %s; wait for them in the script",
+            _leftovers.describe(found),
+        )
+    else:
         logger.warning(
             "Helper processes that left their worker's process group keep running: %s; --end-detached ends them",
             _leftovers.describe(found),
