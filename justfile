@@ -90,6 +90,10 @@ stops *options: setup
 bench-restarts *options: setup
     {{ bin }}/python benches/restarts.py {{ options }}
 
+# starts and restarts on a real Slurm: torchrun, ferrorun and scontrol requeue, in one run
+bench-slurm *options: setup
+    {{ bin }}/python benches/slurm.py {{ options }}
+
 # the watchdog side by side with torch's, in one run
 bench-timer *options: setup
     {{ bin }}/python benches/against_torch_timer.py {{ options }}

@@ -11,6 +11,7 @@ Needs root and Debian's packages of Slurm. Prints a Markdown table: median and r
 
 from __future__ import annotations
 
+import compileall
 import os
 import subprocess
 import sys
@@ -137,6 +138,8 @@ def measure_restart(cluster: Cluster, side: str) -> dict[str, list[float]]:
 
 def main() -> None:
     """Measure on a cluster of its own."""
+    # pip also compiles the packages that it installs, including torch.
+    compileall.compile_dir(ROOT / "python", quiet=1)
     with tempfile.TemporaryDirectory() as name:
         cluster = Cluster(Path(name))
         try:

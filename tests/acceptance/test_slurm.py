@@ -151,7 +151,7 @@ def test_time_limits_and_their_warnings_lose_no_save(launch: Launcher, slurm: Cl
         batch.wait_for(*READY)
     slurm.end_time_limit(slurm.job_id("limit"))
     jobs = [limit, warning, *(batch.job for batch in batches)]
-    codes = [job.end() for job in jobs]
+    codes = [job.end(timeout_s=2 * LONG_S) for job in jobs]
     stories = "\n".join([limit.story, warning.story, *(batch.story for batch in batches)])
     assert [saved(folder) for folder in folders] == [ALL_SAVED] * 4, stories
     assert codes == [ENDED_BY_SIGTERM, 0, 0, 0], stories
