@@ -221,8 +221,9 @@ def test_the_program_has_the_signals_of_a_new_process(launch: Launcher) -> None:
     assert int(job.output.split()[1], 16) == 0
 
 
-def test_arguments_reach_the_program_unchanged(launch: Launcher) -> None:
-    job = launch.start(*EXEC, "printf", "%s|", "--nnodes", "--", "--exec", "-h", "")
+@pytest.mark.parametrize("separator", [[], ["--"]])
+def test_arguments_reach_the_program_unchanged(launch: Launcher, separator: list[str]) -> None:
+    job = launch.start(*EXEC, *separator, "printf", "%s|", "--nnodes", "--", "--exec", "-h", "")
     assert job.end() == 0
     assert job.output == b"--nnodes|--|--exec|-h||"
 
