@@ -325,7 +325,7 @@ class TestSubprocessHandler:
         with pytest.raises(FileNotFoundError):
             make(entrypoint="/nonexistent")
 
-    @pytest.mark.needs("numa")
+    @pytest.mark.needs("numa-functions")
     def test_binding_to_cpus(
         self, impl: Implementation, make: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

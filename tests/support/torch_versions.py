@@ -42,8 +42,9 @@ CHANGES: dict[str, Change] = {
         "2.10", "ProcessFailure.error_file_data", "`errorTraits` is there for an exit code without an error file"
     ),
     "signal-names": Change(
-        "2.10", "ChildFailedError.format_msg", "the line of the exit code has the name of the signal"
+        "2.12", "ChildFailedError.format_msg", "the line of the exit code has the name of the signal"
     ),
+    "numa-functions": Change("2.10", "torch.numa.binding, private functions", "commands are wrapped in numactl"),
     "exit-barrier-flag": Change("2.12", "SimpleElasticAgent._in_exit_barrier", "the attribute exists"),
     "free-static-port": Change(
         "2.12", "run, the static rendezvous of one node", "the default port is chosen when the job starts"
