@@ -520,6 +520,7 @@ NUMBERS = [b"", b"0", b"1", b"2", b" 3x", b"-4"]
 QUEUES = [b"q", b"r"]
 
 
+@pytest.mark.needs("store-protocol")
 @pytest.mark.uses_torch
 @pytest.mark.parametrize("seed", range(6))
 def test_random_requests(seed: int) -> None:
