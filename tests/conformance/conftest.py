@@ -188,8 +188,9 @@ def make_local_agent(impl: Implementation, store: Any, tmp_path: Path) -> Iterat
         return agents[-1]
 
     yield build
+    timeout = [5] if has("shutdown-timeout") or not impl.is_torch else []
     for one in agents:
-        one._shutdown(signal.SIGKILL, 5)
+        one._shutdown(signal.SIGKILL, *timeout)
         one._pcontext = None
 
 

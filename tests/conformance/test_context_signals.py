@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tests.support.waiting import WhenWaiting
 
 
+@pytest.mark.needs("signals-to-handle")
 @pytest.mark.parametrize(
     ("variable", "expected"),
     [

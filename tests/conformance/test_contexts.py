@@ -77,6 +77,7 @@ def test_a_program_that_does_not_exist(start: Callable[..., Any]) -> None:
         start("/nonexistent/program", ())
 
 
+@pytest.mark.needs("stopped-are-failures")
 def test_only_real_failures_are_failures(impl: Implementation, shell: Callable[..., Any]) -> None:
     context = shell("exec sleep 1000", "exit 7", "exec sleep 1000")
     pids = context.pids()
@@ -143,6 +144,7 @@ def test_a_worker_that_ignores_the_signal_is_killed_after_the_timeout(
     assert context.subprocess_handlers[0].proc.poll() == -signal.SIGKILL
 
 
+@pytest.mark.needs("stopped-are-failures")
 def test_the_peers_of_a_failed_worker_have_time(
     impl: Implementation, shell: Callable[..., Any], tmp_path: Path
 ) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 from tests.conformance.differences import ABSENT, DIFFERENCES
+from tests.support.torch_versions import CHANGES
 
 
 def used_ids() -> dict[str, list[str]]:
@@ -26,6 +28,12 @@ def test_every_difference_that_is_used_is_listed() -> None:
 
 def test_every_difference_that_is_listed_is_tested() -> None:
     assert set(DIFFERENCES) - set(used_ids()) == set()
+
+
+def test_every_change_of_torch_is_used() -> None:
+    sources = "".join(path.read_text() for path in Path(__file__).parent.parent.rglob("*.py"))
+    unused = [name for name in CHANGES if not re.search(rf'(needs|has|by_version)\(\s*"{name}"', sources)]
+    assert unused == []
 
 
 def test_differences_are_explained() -> None:

@@ -40,6 +40,7 @@ def error(text: str = "boom", timestamp: Any = "1234", **extra: Any) -> dict[str
 
 
 class TestProcessFailure:
+    @pytest.mark.needs("error-traits")
     def test_no_error_file(self, make: Callable[..., Any]) -> None:
         before = int(time.time())
         failure = make()
@@ -62,6 +63,7 @@ class TestProcessFailure:
         assert failure.signal_name() == "<N/A>"
         assert failure.message == "Signal 200 (<N/A>) received by PID 997"
 
+    @pytest.mark.needs("error-traits")
     def test_failures_do_not_share_their_messages(self, impl: Implementation, make: Callable[..., Any]) -> None:
         make()
         later = make(exitcode=-9)
@@ -81,6 +83,7 @@ class TestProcessFailure:
         failure = make({"message": "out of memory", "timestamp": 12})
         assert (failure.message, failure.timestamp) == ("out of memory", 12)
 
+    @pytest.mark.needs("error-traits")
     def test_an_empty_message(self, make: Callable[..., Any]) -> None:
         failure = make({"message": "", "timestamp": 12})
         assert (failure.message, failure.timestamp) == (DOCS, 12)
@@ -140,6 +143,7 @@ class TestChildFailedError:
         failures = {rank: make(error(timestamp="30")) for rank in (3, 1, 2)}
         assert impl.errors.ChildFailedError("train.py", failures).get_first_failure()[0] == 3
 
+    @pytest.mark.needs("signal-names")
     def test_the_report(self, impl: Implementation, make: Callable[..., Any]) -> None:
         failures = {
             8: make(error(timestamp="30"), exitcode=1, local_rank=0, pid=100),

@@ -45,6 +45,7 @@ def launched(impl: Implementation, monkeypatch: pytest.MonkeyPatch, store: Any) 
     return Launched(impl, monkeypatch, store)
 
 
+@pytest.mark.needs("event-log-handler")
 class TestLaunchAgent:
     @pytest.mark.needs("shared-health-server")
     def test_arguments_of_the_agent(self, launched: Launched, tmp_path: Path) -> None:

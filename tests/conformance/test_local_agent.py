@@ -382,6 +382,7 @@ def test_stopping_hands_the_timeout_on(impl: Implementation, make_local_agent: C
     agent._pcontext.close.assert_called_once_with(signal.SIGTERM, grace_s)
 
 
+@pytest.mark.needs("shutdown-timeout")
 def test_shutting_down_hands_signal_and_timeout_on(make_local_agent: Callable[..., Any]) -> None:
     agent = make_local_agent("/bin/true")
     agent._pcontext = pcontext({})

@@ -143,7 +143,6 @@ class OlderSpec:
     master_port: int | None = None
     master_addr: str | None = None
     local_addr: str | None = None
-    event_log_handler: str = "null"
 
     def get_entrypoint_name(self) -> str:
         return "older"

@@ -135,6 +135,7 @@ class TestTwoNodes:
             infos = stubs.call_in_threads([one.next_rendezvous, follow])
             assert sorted(info.rank for info in infos) == [0, 1]
 
+    @pytest.mark.needs("store-operations")
     def test_keys_of_workers_in_the_second_round(self, impl: Implementation) -> None:
         torch = pytest.importorskip("torch.distributed")
         with meeting(impl, "c10d", 2) as handlers:

@@ -160,6 +160,7 @@ def test_an_exception_in_a_hook(make: Callable[..., Any], hook: str) -> None:
     assert agent.calls.count(agent.calls[-1]) == 1
 
 
+@pytest.mark.needs("restart-flag")
 def test_an_exception_in_a_restart(impl: Implementation, make: Callable[..., Any]) -> None:
     error = RuntimeError("cannot be stopped")
 
@@ -226,6 +227,7 @@ def test_a_rendezvous_that_fails(impl: Implementation, make: Callable[..., Any],
     assert raised.value is error
 
 
+@pytest.mark.needs("exit-barrier-flag")
 def test_other_agents_that_do_not_come_to_the_exit(impl: Implementation, store: Any, make: Callable[..., Any]) -> None:
     agent = make(
         [succeeded(impl, None)],
@@ -250,6 +252,7 @@ def test_an_error_in_the_exit_barrier(impl: Implementation, make: Callable[..., 
     assert agent.run().return_values == {0: 5}
 
 
+@pytest.mark.needs("exit-barrier-flag")
 def test_a_signal_in_the_exit_barrier(impl: Implementation, make: Callable[..., Any]) -> None:
     def lose_the_store(agent: Any) -> Any:
         agent._store = BrokenStore(lambda text: impl.mp.SignalException(text, signal.SIGTERM))

@@ -275,6 +275,7 @@ class TestNuma:
 
 
 class TestHealthCheckServer:
+    @pytest.mark.needs("alive-callback")
     def test_what_it_is_told(self, impl: Implementation) -> None:
         module = impl("agent.server.health_check_server")
         server = module.create_healthcheck_server(alive_callback=int, port=1234, timeout=60)

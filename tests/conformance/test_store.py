@@ -215,6 +215,7 @@ class TestWaiting:
                     store.wait([f"k{number}"], AT_ONCE)
                 assert store.add("count", 1) == number + 1
 
+    @pytest.mark.needs("store-operations")
     def test_a_queue(self, port: int, meanwhile: Meanwhile) -> None:
         pops = [meanwhile(connect(port).queue_pop, "q") for _ in range(8)]
         store = connect(port)
@@ -223,6 +224,7 @@ class TestWaiting:
         assert sorted(pop.result() for pop in pops) == [str(number).encode() for number in range(8)]
         assert store.queue_len("q") == 0
 
+    @pytest.mark.needs("store-operations")
     def test_a_barrier(self, port: int, meanwhile: Meanwhile) -> None:
         barriers = [meanwhile(connect(port).barrier, "b", 16, PATIENCE) for _ in range(16)]
         assert [barrier.result() for barrier in barriers] == [None] * 16
@@ -247,6 +249,7 @@ class TestOneByOne:
         assert store.get("k") == largest.encode()
         assert store.compare_set("k", largest, "small") == b"small"
 
+    @pytest.mark.needs("store-operations")
     def test_many_keys(self, port: int) -> None:
         store = connect(port)
         names = [f"key/{number}" for number in range(2000)]
@@ -255,6 +258,7 @@ class TestOneByOne:
         assert store.num_keys() == 2000
         assert sorted(store.list_keys()) == sorted(names)
 
+    @pytest.mark.needs("store-operations")
     def test_workers_are_counted(self, port: int) -> None:
         from torch.distributed import TCPStore
 
@@ -267,6 +271,7 @@ class TestOneByOne:
             # It is counted as a key, and is none of the client's.
             assert (store.num_keys(), store.list_keys()) == (1, [])
 
+    @pytest.mark.needs("store-operations")
     def test_a_clone_is_a_client_of_its_own(self, port: int, meanwhile: Meanwhile) -> None:
         store = connect(port)
         clone = store.clone()

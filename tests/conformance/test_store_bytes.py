@@ -137,6 +137,7 @@ STREAM = b"".join(asked for _, asked, _ in CONVERSATION)
 REPLIES = b"".join(reply for _, _, reply in CONVERSATION)
 
 
+@pytest.mark.needs("store-protocol")
 class TestConversation:
     def test_one_after_the_other(self, connect: Connections) -> None:
         client = connect()
@@ -295,6 +296,7 @@ class TestLimits:
         assert other.ask(request(GET_NUM_KEYS), 8) == i64(expected)
 
 
+@pytest.mark.needs("store-protocol")
 class TestWait:
     def test_a_reply_comes_when_everything_is_there(self, connect: Connections) -> None:
         client, other = connect(), connect()
@@ -381,6 +383,7 @@ class TestWait:
         assert client.fence() == impl.expect("store-new-wait", torch=b"", ours=STOP_WAITING)
 
 
+@pytest.mark.needs("store-protocol")
 class TestQueue:
     def test_one_waiting_client_is_answered(self, connect: Connections) -> None:
         first, second, pusher = connect(), connect(), connect()
@@ -434,6 +437,7 @@ class TestQueue:
         assert client.fence() == impl.expect("store-woken-queue", torch=STOP_WAITING, ours=b"")
 
 
+@pytest.mark.needs("store-protocol")
 class TestBarrier:
     def enter(self, client: RawClient, world_size: int) -> bytes:
         client.send(request(BARRIER, sized(b"b"), i64(world_size)))
@@ -516,6 +520,7 @@ NUMBERS = [b"", b"0", b"1", b"2", b" 3x", b"-4"]
 QUEUES = [b"q", b"r"]
 
 
+@pytest.mark.needs("store-protocol")
 @pytest.mark.uses_torch
 @pytest.mark.parametrize("seed", range(6))
 def test_random_requests(seed: int) -> None:

@@ -208,12 +208,14 @@ class TestTailLog:
         impl("multiprocessing.tail_log").TailLog("x", {0: str(tmp_path / "log")}, dst).start().stop()
         assert dst.getvalue() == "[x0]:a\ufffdb\n"
 
+    @pytest.mark.needs("filtered-files")
     def test_the_function(self, impl: Implementation, files: dict[int, str]) -> None:
         dst, finished = io.StringIO(), threading.Event()
         finished.set()
         impl("multiprocessing.tail_log").tail_logfile("> ", files[0], dst, finished, 0.01, lambda line: "7 " in line)
         assert dst.getvalue().splitlines() == [f"> line {n} of 0" for n in range(7, 100, 10)]
 
+    @pytest.mark.needs("filtered-files")
     def test_the_function_without_a_filter(self, impl: Implementation, files: dict[int, str]) -> None:
         dst, finished = io.StringIO(), threading.Event()
         finished.set()
@@ -323,7 +325,7 @@ class TestSubprocessHandler:
         with pytest.raises(FileNotFoundError):
             make(entrypoint="/nonexistent")
 
-    @pytest.mark.needs("numa")
+    @pytest.mark.needs("numa-functions")
     def test_binding_to_cpus(
         self, impl: Implementation, make: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

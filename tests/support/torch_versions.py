@@ -27,11 +27,29 @@ class Change(NamedTuple):
     text: str
     """The change."""
     is_followed: bool = False
-    """Whether this package behaves as the installed version. Otherwise it has the change with each version."""
+    """Whether the installed version decides for this package too. Otherwise this package has the change with each version."""
 
 
 CHANGES: dict[str, Change] = {
+    "restart-flag": Change("2.8", "SimpleElasticAgent._stop_workers", "it has no argument `is_restart`"),
     "event-log-handler": Change("2.8", "WorkerSpec, LaunchConfig", "`event_log_handler` is a field"),
+    "store-operations": Change(
+        "2.10", "TCPStore, its client", "queues, barriers, `list_keys` and `clone` are there", is_followed=True
+    ),
+    "store-protocol": Change("2.10", "TCPStore, its server", "the requests of these operations are known"),
+    "stopped-are-failures": Change("2.10", "RunProcsResult.failures", "the workers that were stopped are there too"),
+    "error-traits": Change(
+        "2.10", "ProcessFailure.error_file_data", "`errorTraits` is there for an exit code without an error file"
+    ),
+    "signal-names": Change(
+        "2.12", "ChildFailedError.format_msg", "the line of the exit code has the name of the signal"
+    ),
+    "numa-functions": Change("2.10", "torch.numa.binding, private functions", "commands are wrapped in numactl"),
+    "exit-barrier-flag": Change("2.12", "SimpleElasticAgent._in_exit_barrier", "the attribute exists"),
+    "free-static-port": Change(
+        "2.12", "run, the static rendezvous of one node", "the default port is chosen when the job starts"
+    ),
+    "alive-callback": Change("2.13", "HealthCheckServer.alive_callback", "the property exists"),
     "numa": Change("2.9", "torch.numa", "the module exists. `numa_options` is a field and an argument"),
     "filtered-files": Change(
         "2.10",

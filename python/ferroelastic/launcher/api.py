@@ -31,6 +31,7 @@ from ferroelastic._compat import family, newer
 from ferroelastic._exit_codes import exit_code
 from ferroelastic._signals import DEFAULT_SIGNALS, SIGNALS_ENV, SignalException
 from ferroelastic._text import entrypoint_name
+from ferroelastic.agent.server._events import event_log_handler_of
 from ferroelastic.agent.server.api import RunResult, WorkerSpec
 from ferroelastic.agent.server.health_check_server import HealthCheckServer, create_healthcheck_server
 from ferroelastic.agent.server.local_elastic_agent import LocalElasticAgent
@@ -321,7 +322,7 @@ def _launch(
         master_addr=master_addr,
         master_port=master_port,
         local_addr=config.local_addr,
-        event_log_handler=config.event_log_handler,
+        event_log_handler=event_log_handler_of(config),
         numa_options=newer(config, "numa_options", None),
         duplicate_stdout_filters=newer(config, "duplicate_stdout_filters", None),
         duplicate_stderr_filters=newer(config, "duplicate_stderr_filters", None),
@@ -361,10 +362,10 @@ def _run_agent(
         notifier = notifier_of(spec.rdzv_handler)
         if notifier is not None:
             notifier.leave(f"its agent was ended by {error.sigval.name}", exit_code(-error.sigval))
-        events.record(agent.get_event_failed(), config.event_log_handler)
+        events.record(agent.get_event_failed(), event_log_handler_of(config))
         raise
     except Exception:
-        events.record(agent.get_event_failed(), config.event_log_handler)
+        events.record(agent.get_event_failed(), event_log_handler_of(config))
         raise
     finally:
         if shutdown_rdzv:
@@ -385,7 +386,7 @@ def _outputs(agent: LocalElasticAgent, config: LaunchConfig, entrypoint_name: st
     metrics.initialize_metrics(metrics.MetricsConfig(config.metrics_cfg))
     result = agent.run()
     # The event is about the agent, which succeeded even if its workers failed.
-    events.record(agent.get_event_succeeded(), config.event_log_handler)
+    events.record(agent.get_event_succeeded(), event_log_handler_of(config))
     if result.is_failed():
         error = _failure_of(result, entrypoint_name)
         # If workers of several nodes fail, all nodes exit with the code of the first one.
@@ -417,7 +418,7 @@ def _log_config(config: LaunchConfig, entrypoint_name: str) -> None:
         "monitor_interval": config.monitor_interval,
         "log_dir": getattr(config.logs_specs, "root_log_dir", None),
         "metrics_cfg": config.metrics_cfg,
-        "event_log_handler": config.event_log_handler,
+        "event_log_handler": event_log_handler_of(config),
         "numa_options": newer(config, "numa_options", None),
         "signals_to_handle": newer(config, "signals_to_handle", DEFAULT_SIGNALS),
         "signals_to_forward": newer(config, "signals_to_forward", ""),

@@ -68,6 +68,11 @@ class FileTimerRequest(TimerRequest):
         pid: int = self.worker_id
         return pid
 
+    @worker_pid.setter
+    def worker_pid(self, pid: int) -> None:
+        # Copies restore it, because it is a slot of torch's class before 2.10.
+        self.worker_id = pid
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, FileTimerRequest):
             return False

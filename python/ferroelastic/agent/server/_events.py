@@ -5,12 +5,23 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from ferroelastic._compat import newer
 from ferroelastic.events import Event, EventSource
 
 if TYPE_CHECKING:
     from ferroelastic.agent.server._workers import Worker, WorkerGroup
 
-__all__ = ["status_event", "watchdog_event"]
+__all__ = ["event_log_handler_of", "status_event", "watchdog_event"]
+
+
+def event_log_handler_of(settings: Any) -> str:
+    """Return the name of the handler for events.
+
+    Args:
+        settings: a specification of workers or a configuration, of this package's or of torch's class. Before 2.8 torch's have no handler.
+    """
+    name: str = newer(settings, "event_log_handler", "null")
+    return name
 
 
 def status_event(

@@ -34,7 +34,7 @@ from ferroelastic._signals import SignalException
 from ferroelastic._text import format_traceback
 from ferroelastic.agent.server._activity import Activity, cause_of, exit_code_of, failed_first_at_ns
 from ferroelastic.agent.server._elastic_agent import DEFAULT_ROLE, ElasticAgent
-from ferroelastic.agent.server._events import status_event
+from ferroelastic.agent.server._events import event_log_handler_of, status_event
 from ferroelastic.agent.server._exit_barrier import wait_in_store
 from ferroelastic.agent.server._ranks import assign_ranks
 from ferroelastic.agent.server._shutdown import shut_down
@@ -201,7 +201,7 @@ class SimpleElasticAgent(ElasticAgent):
             [worker.global_rank for worker in workers],
             [worker.role_world_size for worker in workers],
             [worker.world_size for worker in workers],
-            spec.event_log_handler,
+            event_log_handler_of(spec),
         )
 
     def _notifier(self) -> NotifyingRendezvous | None:
@@ -246,7 +246,7 @@ class SimpleElasticAgent(ElasticAgent):
         for local_rank, worker_id in ids.items():
             worker = worker_group.workers[local_rank]
             worker.id = worker_id
-            record(self._construct_event("START", EventSource.WORKER, worker), spec.event_log_handler)
+            record(self._construct_event("START", EventSource.WORKER, worker), event_log_handler_of(spec))
         worker_group.state = WorkerState.HEALTHY
         self._activity.started(worker_group.workers)
 
@@ -346,7 +346,7 @@ class SimpleElasticAgent(ElasticAgent):
                 exit_code=failure.exitcode if failure else None,
                 worker_pid=failure.pid if failure else None,
             )
-            record(event, self._worker_group.spec.event_log_handler)
+            record(event, event_log_handler_of(self._worker_group.spec))
 
     def _get_worker_state(self, worker: Worker, result: RunResult) -> str:
         if worker.global_rank in result.failures or worker.global_rank in result.return_values:
@@ -368,7 +368,7 @@ class SimpleElasticAgent(ElasticAgent):
         finally:
             duration_ms = (time.perf_counter() - start) * 1000
             event = self._construct_event(state=state, source=EventSource.AGENT, duration_ms=duration_ms)
-            record(event, self._worker_group.spec.event_log_handler)
+            record(event, event_log_handler_of(self._worker_group.spec))
 
     def _construct_event(
         self,
@@ -388,7 +388,7 @@ class SimpleElasticAgent(ElasticAgent):
             worker,
             exit_code=exit_code,
             worker_pid=worker_pid,
-            hostname=_hostname_for(spec.event_log_handler),
+            hostname=_hostname_for(event_log_handler_of(spec)),
             total_run_time=self._total_execution_time,
             remaining_restarts=self._remaining_restarts,
             raw_error=raw_error,

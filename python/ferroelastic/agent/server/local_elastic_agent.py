@@ -27,7 +27,7 @@ from ferroelastic._warm import warm_workers_of
 from ferroelastic.agent.server import _stuck, _watchdog
 from ferroelastic.agent.server._detached import end_helpers, report_helpers
 from ferroelastic.agent.server._environment import log_line_prefix, set_local_rank, worker_environment
-from ferroelastic.agent.server._events import watchdog_event
+from ferroelastic.agent.server._events import event_log_handler_of, watchdog_event
 from ferroelastic.agent.server.api import (
     DEFAULT_ROLE,
     RunResult,
@@ -273,7 +273,7 @@ class LocalElasticAgent(SimpleElasticAgent):
             total_run_time=self._total_execution_time,
             remaining_restarts=self._remaining_restarts,
         )
-        record(event, spec.event_log_handler)
+        record(event, event_log_handler_of(spec))
 
     def _native_group(self) -> _rust.Group | None:
         """Return the engine's group of the workers; ``None`` without workers, or for a context of torch's class."""
