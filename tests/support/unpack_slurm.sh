@@ -17,13 +17,13 @@ work=$(mktemp --directory --tmpdir slurm.XXXXXX)
 trap 'rm -rf "$work"' EXIT
 mkdir -p "$work"/lists/partial "$work"/cache/archives/partial "$work/root" "$folder"
 apt=(apt-get --quiet=2 --option Dir::State::Lists="$work/lists" --option Dir::Cache="$work/cache" --option Debug::NoLocking=1
-    --option APT::Sandbox::User="$(id -un)")
+    --option Acquire::Retries=5 --option APT::Sandbox::User="$(id -un)")
 get() {
     # A mirror that does not answer matters only if it has the packages.
     "${apt[@]}" update || true
     "${apt[@]}" install --download-only --reinstall --yes --no-install-recommends "${packages[@]}"
 }
-for delay in 2 10 20 0; do # seconds: a mirror may answer late
+for delay in 2 10 20 40 60 60 0; do # seconds: a mirror may answer late
     ! get >&2 || break
     sleep "$delay"
 done
