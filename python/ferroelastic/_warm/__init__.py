@@ -15,20 +15,7 @@ if TYPE_CHECKING:
 
     from ferroelastic._warm.pool import WarmWorkers
 
-__all__ = ["ColdError", "warm_workers_of"]
-
-
-class ColdError(Exception):
-    """Workers cannot be warm.
-
-    Args:
-        reason: the reason, as a fragment of a sentence.
-        is_logged: whether the engine has already logged the reason.
-    """
-
-    def __init__(self, reason: str, *, is_logged: bool = False) -> None:
-        super().__init__(reason)
-        self.is_logged = is_logged
+__all__ = ["warm_workers_of"]
 
 
 def warm_workers_of(spec: Any, on_refusal: Callable[[str], object]) -> WarmWorkers | None:

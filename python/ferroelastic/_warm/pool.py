@@ -14,7 +14,7 @@ from ferroelastic import _leftovers
 from ferroelastic._engine import get_engine
 from ferroelastic._process import open_files_of_workers
 from ferroelastic._wait import wait_for_event
-from ferroelastic._warm import ColdError
+from ferroelastic._warm.cold import ColdError
 from ferroelastic.utils.logging import get_logger
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ferroelastic._exec import worker_environment
 from ferroelastic._process import open_files_of_workers
-from ferroelastic._warm import ColdError
+from ferroelastic._warm.cold import ColdError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
