@@ -149,6 +149,17 @@ def test_a_fork_server_has_the_imports_that_do_not_fail(tmp_path: Path) -> None:
     assert lines == [f"ferroelastic: the workers start without no_such_module: {error}"]
 
 
+def test_a_fork_server_whose_imports_start_a_thread_lives_where_warnings_are_errors(tmp_path: Path) -> None:
+    (tmp_path / "threaded.py").write_text(
+        "import threading\nthreading.Thread(target=threading.Event().wait, daemon=True).start()\n"
+    )
+    script = tmp_path / "job.py"
+    script.write_text(FORK_SERVER)
+    command = [sys.executable, "-W", "error", str(script), MODULE, "threaded"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LONG_S, check=False)
+    assert done.stdout == "{0: True, 1: True}\n", done.stderr
+
+
 @pytest.mark.parametrize("parked", [1, 2])
 def test_a_restart_has_the_imports(make: Callable[..., LocalElasticAgent], tmp_path: Path, parked: int) -> None:
     """With fewer parked processes than workers, the others start cold."""

@@ -50,4 +50,7 @@ def _import_all(names: str) -> None:
 
 
 if _ENV in os.environ:
+    from ferroelastic._text import ignore_fork_warning
+
     _import_all(os.environ.pop(_ENV))
+    ignore_fork_warning()  # an import may have started a thread, and a warning that is an error would end the fork server
