@@ -5,8 +5,8 @@ A worker sees each import of this module in ``sys.modules``. So the module impor
 even ``__future__``.
 """
 
-import _signal  # type: ignore[import-not-found]  # `signal` is not loaded in every interpreter
-import io
+import _io  # `io` is not loaded in every interpreter
+import _signal  # type: ignore[import-not-found]  # nor is `signal`
 import os
 import sys
 import time
@@ -394,21 +394,21 @@ def _renew_streams() -> None:
     whether they are seekable.
     """
     for number, mode, stream in ((0, "r", sys.__stdin__), (1, "w", sys.__stdout__), (2, "w", sys.__stderr__)):
-        if isinstance(stream, io.TextIOWrapper) and not stream.closed:
+        if isinstance(stream, _io.TextIOWrapper) and not stream.closed:
             _renew_stream(stream, number, mode)
 
 
-def _renew_stream(stream: io.TextIOWrapper, number: int, mode: str) -> None:
+def _renew_stream(stream: _io.TextIOWrapper, number: int, mode: str) -> None:
     buffer: Any = stream.buffer
     is_unbuffered = stream.write_through  # no attribute of `sys.flags` tells it
-    raw: Any = io.FileIO(number, mode, closefd=False)
+    raw: Any = _io.FileIO(number, mode, closefd=False)
     raw.name = stream.name
-    if isinstance(buffer, io.FileIO):
+    if isinstance(buffer, _io.FileIO):
         buffer = raw
     else:
         size = raw._blksize  # noqa: SLF001 - as `open` does
         if sys.version_info >= (3, 14):
-            size = max(min(size, 8 * 1024 * 1024), io.DEFAULT_BUFFER_SIZE)
+            size = max(min(size, 8 * 1024 * 1024), _io.DEFAULT_BUFFER_SIZE)
         buffer.__init__(raw, size)
     is_line_buffered = stream.line_buffering or (not is_unbuffered and (raw.isatty() or number == 2))  # noqa: PLR2004
     arguments = (buffer, stream.encoding, stream.errors, "\n", is_line_buffered, is_unbuffered)

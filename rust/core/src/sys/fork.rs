@@ -60,7 +60,8 @@ fn described_thread_id() -> Option<*mut c_int> {
     Some(descriptor.wrapping_add(field.offset as usize).cast())
 }
 
-/// The address that the kernel clears when the calling thread ends. Before glibc 2.43 it is the address of the cached id.
+/// The address that the kernel clears when the calling thread ends. With glibc 2.36 it is the address of the cached id, with glibc 2.43
+/// another one in a process that has not been forked.
 ///
 /// Fails without `CONFIG_CHECKPOINT_RESTORE` (Linux 3.5).
 fn registered_thread_id() -> io::Result<*mut c_int> {
