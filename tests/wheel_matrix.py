@@ -154,7 +154,10 @@ def main() -> int:
     failed = 0
     for place, interpreter in chosen:
         print(f"== {interpreter}", flush=True)
-        passed, line = run_tests(place, interpreter, Path(wheel).resolve())
+        try:
+            passed, line = run_tests(place, interpreter, Path(wheel).resolve())
+        except subprocess.CalledProcessError as error:
+            passed, line = False, f"cannot prepare the environment: {error}"
         lines.append(f"{interpreter}: {line}")
         failed += not passed
     print("\n".join(lines))

@@ -245,6 +245,13 @@ def _descriptors() -> dict[int, str]:
     return found
 
 
+def _loaded_files() -> set[str]:
+    """Return the files of programs and libraries that are mapped into this process."""
+    with open("/proc/self/maps") as maps:
+        mappings = [line.rstrip("\n").split(maxsplit=5) for line in maps]
+    return {path[0] for _, permissions, _, _, _, *path in mappings if path and "x" in permissions}
+
+
 def _check_state(descriptors: dict[int, str], folder: os.stat_result) -> None:
     """Check that a fork has the state that a new process with these imports has.
 
@@ -257,7 +264,8 @@ def _check_state(descriptors: dict[int, str], folder: os.stat_result) -> None:
         if module is not None and module.is_initialized():
             raise Refusal(f"the imports have initialised {device}, which a forked process cannot use")
     for number, target in _descriptors().items():
-        if descriptors.get(number) != target:
+        # libffi, which `ctypes` loads, may keep its own file open to map it again. Nobody reads from such a descriptor.
+        if descriptors.get(number) != target and target not in _loaded_files():
             raise Refusal(f"the imports have left descriptor {number} open ({target})")
     _check_processes()
     tools = getattr(sys, "monitoring", None)
