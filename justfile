@@ -52,10 +52,11 @@ test: setup
 test-torch version *options: setup
     {{ bin }}/python tests/torch_version.py {{ version }} {{ options }}
 
-# the one abi3 wheel on the interpreters given, or on every CPython on PATH: the tests that need no torch
+# the one abi3 wheel on the interpreters given, or on CPython 3.10 to 3.15 (PATH, pyenv, or Debian's unstable archive in target/sid): the tests that need no torch
 test-wheel *interpreters: setup
     rm -rf target/wheels
     {{ bin }}/pip wheel --quiet --no-deps --wheel-dir target/wheels .
+    cargo build --release --quiet --locked --package ferroelastic-zoo
     {{ bin }}/python tests/wheel_matrix.py target/wheels/*.whl {{ interpreters }}
 
 # latencies of the engine

@@ -18,6 +18,11 @@ if sys.platform != "linux":
         f"ferroelastic supports Linux only and cannot run on {sys.platform!r}: "
         "use torchrun (python -m torch.distributed.run) instead"
     )
+if "t" in sys.abiflags:
+    raise ImportError(
+        f"ferroelastic cannot run on the free-threaded build of CPython {sys.version_info[0]}.{sys.version_info[1]}, "
+        "which cannot load its native module (stable ABI abi3): use the build with the GIL, or torchrun"
+    )
 
 __all__ = ["__version__", "install", "uninstall"]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 import warnings
 from contextlib import suppress
 from typing import TYPE_CHECKING
@@ -15,7 +16,17 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["describe_error", "endpoint_text", "entrypoint_name", "format_traceback", "message_of", "origin_of", "warn"]
+__all__ = [
+    "describe_error",
+    "endpoint_text",
+    "entrypoint_name",
+    "format_current_traceback",
+    "format_traceback",
+    "ignore_fork_warning",
+    "message_of",
+    "origin_of",
+    "warn",
+]
 
 _MAX_FRAMES = 200
 
@@ -53,6 +64,12 @@ def format_traceback(error: BaseException) -> str:
         return "".join([*lines, f"(the rest of the traceback could not be formatted: {describe_error(failure)})\n"])
 
 
+def format_current_traceback() -> str:
+    """Return the traceback of the exception that is being handled, as ``traceback.format_exc`` does."""
+    error = sys.exc_info()[1]
+    return "NoneType: None\n" if error is None else format_traceback(error)
+
+
 def _frames(error: BaseException) -> Iterator[str]:
     """Yield the lines of the traceback's frames, without source lines, whose loading can fail."""
     entry = error.__traceback__
@@ -73,6 +90,15 @@ def warn(text: str) -> None:
         from ferroelastic.utils.logging import get_logger
 
         get_logger(__name__).warning("%s", text)
+
+
+def ignore_fork_warning() -> None:
+    """Let ``os.fork`` not warn of other threads, in the current warning filters.
+
+    Where warnings are errors, CPython 3.15 raises this warning in the parent after the fork, and the child runs on unknown to the parent.
+    """
+    text = r"This process \(pid=\d+\) is multi-threaded, use of fork\(\)"
+    warnings.filterwarnings("ignore", text, DeprecationWarning)
 
 
 def origin_of(entrypoint: Callable[..., object]) -> object:

@@ -12,6 +12,7 @@ from contextlib import ExitStack, closing, suppress
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from tests.support.forking import fork
 from tests.support.harness import Gate
 from tests.support.rendezvous_handlers import AloneRendezvous
 
@@ -121,7 +122,7 @@ def test_a_worker_that_fails_while_its_peers_are_started_ends_the_attempt(
 def outcome_in_child(body: Callable[[], Any]) -> Any:
     """What ``body`` returns in a forked child, which then ends without cleaning up after its parent."""
     read_fd, write_fd = os.pipe()
-    pid = os.fork()
+    pid = fork()
     if pid == 0:
         try:
             outcome = json.dumps(body())

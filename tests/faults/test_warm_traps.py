@@ -132,6 +132,17 @@ def test_a_preload_that_fails_lets_the_job_go_on(launch: Launcher, light: str, r
     assert len(cold_lines(job)) == 1, cold_lines(job)
 
 
+def test_a_descriptor_of_a_loaded_library_is_no_reason_for_a_cold_start(launch: Launcher) -> None:
+    light = """
+import os
+library = next(line.split()[-1] for line in open("/proc/self/maps") if "r-xp" in line and ".so" in line)
+os.open(library, os.O_RDONLY)  # as libffi does
+"""
+    job = start_warm(launch, "--preload", light=light, restarts=0)
+    assert job.lines(1) == ["0 warm"], job.story
+    assert job.end() == 0
+
+
 def test_without_pidfds_the_job_starts_cold(launch: Launcher) -> None:
     job = start_warm(launch, "--preload", light="", restarts=0, env={"FERROELASTIC_PIDFD": "0"})
     assert job.lines(1) == ["0 cold"]

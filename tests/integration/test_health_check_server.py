@@ -8,10 +8,10 @@ import subprocess
 import sys
 import threading
 import time
-import warnings
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from tests.support.forking import fork
 from tests.support.health_probes import PATIENCE_S, alive, ask, error_lines, health_threads, now, port_of
 from tests.support.leaks import descriptors
 from tests.support.waiting import eventually
@@ -264,9 +264,7 @@ def test_a_forked_child_does_not_keep_the_port(serve: Callable[..., HealthCheckS
     assert board is not None
     assert len(listeners(port)) == 1
     read_fd, write_fd = os.pipe()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        pid = os.fork()
+    pid = fork()
     if pid == 0:
         try:
             forked = "none"

@@ -48,9 +48,13 @@ HEAVY = {
     *("torch", "typing_extensions", "unittest", "urllib", "uuid", "xml", "zipfile"),
 }
 """What no launch of a script has a use for."""
+if sys.version_info >= (3, 15):
+    HEAVY.remove("pathlib")  # `traceback` imports it, and `logging` imports `traceback`
 
 NEEDED_LATER = {"ferroelastic._rust", "inspect", "json", "logging", "socket", "tempfile"}
 """What ``--help`` does without, besides."""
+if sys.version_info[:2] == (3, 14):
+    NEEDED_LATER.remove("inspect")  # `argparse` imports it for its colors
 
 
 class Launched(NamedTuple):

@@ -7,6 +7,7 @@ import os
 import time
 
 import pytest
+from tests.support.forking import fork
 from tests.support.native_nodes import Nodes, told
 from tests.support.waiting import LONG_S, eventually
 
@@ -126,11 +127,10 @@ class TestTheEnd:
         with pytest.raises(RendezvousClosedError, match="the rendezvous 'job' is closed"):
             joining.result(LONG_S)
 
-    @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
     def test_a_forked_child_shuts_nothing_down(self, nodes: Nodes) -> None:
         host = nodes.host((1, 1))
         host.next_rendezvous()
-        pid = os.fork()
+        pid = fork()
         if pid == 0:
             os._exit(0 if host.shutdown() else 1)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0

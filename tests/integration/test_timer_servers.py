@@ -15,6 +15,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from tests.support.forking import fork
 from tests.support.waiting import eventually
 
 pytest.importorskip("ferroelastic._rust")
@@ -422,7 +423,7 @@ def test_a_process_that_ends_removes_the_pipe(path: str, way: str, daemon: bool)
 
 def test_a_forked_process_cannot_stop_the_server(serve: Callable[..., FileTimerServer], path: str) -> None:
     server = serve()
-    child = os.fork()
+    child = fork()
     if child == 0:
         with suppress(BaseException):
             server.stop()
@@ -486,7 +487,7 @@ def test_a_heartbeat_belongs_to_the_process_that_made_it(serve: Callable[..., Fi
     server = serve()
     with timer.heartbeat("steps", 1000, client=FileTimerClient(path)) as heart:
         assert eventually(lambda: len(server._timers) == 1)
-        child = os.fork()
+        child = fork()
         if child == 0:
             code = 1
             with suppress(BaseException):

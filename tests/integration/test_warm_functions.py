@@ -149,6 +149,43 @@ def test_a_fork_server_has_the_imports_that_do_not_fail(tmp_path: Path) -> None:
     assert lines == [f"ferroelastic: the workers start without no_such_module: {error}"]
 
 
+def test_a_fork_server_that_runs_already_gives_one_line(tmp_path: Path) -> None:
+    """CPython 3.14 and later start it for each process of ``multiprocessing``, unless the program chooses another start method."""
+    script = tmp_path / "job.py"
+    main = "if __name__ == '__main__':\n    from multiprocessing import forkserver\n    forkserver.ensure_running()\n"
+    script.write_text(f"{main}{FORK_SERVER}    print(elastic_launch(config, imported)())\n")
+    done = subprocess.run(
+        [sys.executable, str(script), MODULE], capture_output=True, text=True, timeout=LONG_S, check=True
+    )
+    assert done.stdout == "{0: False, 1: False}\n" * 2
+    reason = "the fork server of this process was started before; start the agent before other processes"
+    assert [line.partition("imports: ")[2] for line in done.stderr.splitlines() if "warm imports" in line] == [
+        reason,
+        reason,
+    ]
+
+
+def test_a_second_agent_with_the_same_imports_uses_the_fork_server(tmp_path: Path) -> None:
+    script = tmp_path / "job.py"
+    script.write_text(f"{FORK_SERVER}    print(elastic_launch(config, imported)())\n")
+    done = subprocess.run(
+        [sys.executable, str(script), MODULE], capture_output=True, text=True, timeout=LONG_S, check=True
+    )
+    assert done.stdout == "{0: True, 1: True}\n" * 2
+    assert "warm imports" not in done.stderr
+
+
+def test_a_fork_server_whose_imports_start_a_thread_lives_where_warnings_are_errors(tmp_path: Path) -> None:
+    (tmp_path / "threaded.py").write_text(
+        "import threading\nthreading.Thread(target=threading.Event().wait, daemon=True).start()\n"
+    )
+    script = tmp_path / "job.py"
+    script.write_text(FORK_SERVER)
+    command = [sys.executable, "-W", "error", str(script), MODULE, "threaded"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LONG_S, check=False)
+    assert done.stdout == "{0: True, 1: True}\n", done.stderr
+
+
 @pytest.mark.parametrize("parked", [1, 2])
 def test_a_restart_has_the_imports(make: Callable[..., LocalElasticAgent], tmp_path: Path, parked: int) -> None:
     """With fewer parked processes than workers, the others start cold."""

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import json
+import linecache
 import logging
 import socket
 import sys
 import threading
 import types
+import warnings
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -154,6 +156,27 @@ def test_a_rendezvous_event_names_the_node_and_the_step() -> None:
     assert running.error_trace == ""
     assert failed.name == "test_events.py:step"
     assert "ValueError: reason" in failed.error_trace
+
+
+def test_a_warning_that_is_an_error_does_not_lose_the_event(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CPython 3.15 warns while it formats the traceback of a spawned process, which may be an agent."""
+    lazycache = linecache.lazycache
+
+    def warn_and_go_on(*arguments: Any) -> Any:
+        warnings.warn("Module globals have no loader", DeprecationWarning, stacklevel=1)
+        return lazycache(*arguments)
+
+    monkeypatch.setattr(linecache, "lazycache", warn_and_go_on)
+    with (
+        mock.patch("ferroelastic.events.record_rdzv_event") as record,
+        mock.patch("ferroelastic.events.get_logging_handler", return_value=logging.StreamHandler()),
+    ):
+        try:
+            raise ValueError("reason")
+        except ValueError:
+            events.construct_and_record_rdzv_event("run", "text", NodeState.FAILED, hostname="host")
+    (failed,) = (call.args[0] for call in record.call_args_list)
+    assert failed.error_trace.endswith("ValueError: reason\n")
 
 
 def test_the_host_name_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -109,6 +109,15 @@ def test_other_systems_are_sent_to_torchrun() -> None:
     assert "ImportError: ferroelastic supports Linux only and cannot run on 'darwin': use torchrun" in done.stderr
 
 
+def test_free_threaded_builds_are_refused() -> None:
+    program = "import sys; sys.abiflags = 't'; import ferroelastic"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    version = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    assert done.returncode == 1
+    assert f"ImportError: ferroelastic cannot run on the free-threaded build of CPython {version}, which" in done.stderr
+    assert done.stderr.endswith("use the build with the GIL, or torchrun\n")
+
+
 def test_the_version_is_that_of_the_distribution() -> None:
     with mock.patch("importlib.metadata.version", return_value="1.2.3") as version:
         assert ferroelastic.__version__ == "1.2.3"

@@ -5,11 +5,11 @@ import signal
 import socket
 import threading
 import time
-import warnings
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from tests.support.forking import fork
 from tests.support.waiting import LONG_S
 
 from ferroelastic import _engine, _wait
@@ -176,9 +176,7 @@ def test_another_thread_waits_without_touching_signals() -> None:
 def test_a_forked_child_has_its_own_engine_and_pipe() -> None:
     parent_engine = _engine.get_engine()
     group = spawn("sleep", "1000")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # the engine's thread never runs in the child
-        pid = os.fork()
+    pid = fork()
     if pid == 0:
         status = 1
         try:

@@ -16,17 +16,25 @@ __all__ = ["preload"]
 _ENV = "FERROELASTIC_FORK_SERVER_IMPORTS"
 
 
-def preload(imports: tuple[str, ...]) -> None:
-    """Let the next fork server of this process import modules and call functions, as ``package.module:function``.
+_preloaded: tuple[int, tuple[str, ...]] | None = None
+"""Pid of the fork server that was started here, and its imports."""
 
-    A fork server that runs already is not changed.
+
+def preload(imports: tuple[str, ...]) -> bool:
+    """Start the fork server of this process. It imports modules and calls functions, as ``package.module:function``.
+
+    Returns:
+        Whether the fork server has these imports. One that runs already is not changed.
     """
+    global _preloaded  # noqa: PLW0603 - a process has one fork server
     import multiprocessing.forkserver as module
 
     server: Any = module._forkserver  # noqa: SLF001 - the public function replaces the list of the user
     modules = list(server._preload_modules)  # noqa: SLF001
     if __name__ not in modules:
-        module.set_forkserver_preload([*modules, __name__])
+        options = {"on_error": server._preload_on_error} if hasattr(server, "_preload_on_error") else {}  # noqa: SLF001
+        module.set_forkserver_preload([*modules, __name__], **options)
+    former_server = server._forkserver_pid  # noqa: SLF001
     former = os.environ.get(_ENV)
     os.environ[_ENV] = ",".join(imports)
     try:
@@ -37,6 +45,9 @@ def preload(imports: tuple[str, ...]) -> None:
             del os.environ[_ENV]
         else:
             os.environ[_ENV] = former
+    if server._forkserver_pid != former_server:  # noqa: SLF001
+        _preloaded = server._forkserver_pid, imports  # noqa: SLF001
+    return _preloaded == (server._forkserver_pid, imports)  # noqa: SLF001
 
 
 def _import_all(names: str) -> None:
@@ -53,4 +64,7 @@ def _import_all(names: str) -> None:
 
 
 if _ENV in os.environ:
+    from ferroelastic._text import ignore_fork_warning
+
     _import_all(os.environ.pop(_ENV))
+    ignore_fork_warning()  # an import may have started a thread, and a warning that is an error would end the fork server

@@ -208,12 +208,14 @@ class WarmWorkers:
         self._is_first = False
         if start_method != "forkserver":
             reason = f"function workers of the start method {start_method} cannot be warm; use forkserver or spawn"
-            logger.warning("The workers start without warm imports: %s", reason)
-            self._on_refusal(reason)
-            return
-        from ferroelastic._warm.fork_server import preload
+        else:
+            from ferroelastic._warm.fork_server import preload
 
-        preload(self._imports)
+            if preload(self._imports):
+                return
+            reason = "the fork server of this process was started before; start the agent before other processes"
+        logger.warning("The workers start without warm imports: %s", reason)
+        self._on_refusal(reason)
 
     def started(self, group: _rust.Group | None) -> None:
         """Note the started workers. Start a zygote in the background if none runs.

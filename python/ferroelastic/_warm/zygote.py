@@ -5,8 +5,8 @@ A worker sees each import of this module in ``sys.modules``. So the module impor
 even ``__future__``.
 """
 
-import _signal  # type: ignore[import-not-found]  # `signal` is not loaded in every interpreter
-import io
+import _io  # `io` is not loaded in every interpreter
+import _signal  # type: ignore[import-not-found]  # nor is `signal`
 import os
 import sys
 import time
@@ -236,6 +236,13 @@ def _descriptors() -> dict[int, str]:
     return found
 
 
+def _loaded_files() -> set[str]:
+    """Return the files of programs and libraries that are mapped into this process."""
+    with open("/proc/self/maps") as maps:
+        mappings = [line.rstrip("\n").split(maxsplit=5) for line in maps]
+    return {path[0] for _, permissions, _, _, _, *path in mappings if path and "x" in permissions}
+
+
 def _check_state(descriptors: dict[int, str], folder: os.stat_result) -> None:
     """Check that a fork has the state that a new process with these imports has.
 
@@ -248,7 +255,8 @@ def _check_state(descriptors: dict[int, str], folder: os.stat_result) -> None:
         if module is not None and module.is_initialized():
             raise Refusal(f"the imports have initialised {device}, which a forked process cannot use")
     for number, target in _descriptors().items():
-        if descriptors.get(number) != target:
+        # libffi, which `ctypes` loads, may keep its own file open to map it again. Nobody reads from such a descriptor.
+        if descriptors.get(number) != target and target not in _loaded_files():
             raise Refusal(f"the imports have left descriptor {number} open ({target})")
     _check_processes()
     tools = getattr(sys, "monitoring", None)
@@ -397,21 +405,21 @@ def _renew_streams() -> None:
     whether they are seekable.
     """
     for number, mode, stream in ((0, "r", sys.__stdin__), (1, "w", sys.__stdout__), (2, "w", sys.__stderr__)):
-        if isinstance(stream, io.TextIOWrapper) and not stream.closed:
+        if isinstance(stream, _io.TextIOWrapper) and not stream.closed:
             _renew_stream(stream, number, mode)
 
 
-def _renew_stream(stream: io.TextIOWrapper, number: int, mode: str) -> None:
+def _renew_stream(stream: _io.TextIOWrapper, number: int, mode: str) -> None:
     buffer: Any = stream.buffer
     is_unbuffered = stream.write_through  # no attribute of `sys.flags` tells it
-    raw: Any = io.FileIO(number, mode, closefd=False)
+    raw: Any = _io.FileIO(number, mode, closefd=False)
     raw.name = stream.name
-    if isinstance(buffer, io.FileIO):
+    if isinstance(buffer, _io.FileIO):
         buffer = raw
     else:
         size = raw._blksize  # noqa: SLF001 - as `open` does
         if sys.version_info >= (3, 14):
-            size = max(min(size, 8 * 1024 * 1024), io.DEFAULT_BUFFER_SIZE)
+            size = max(min(size, 8 * 1024 * 1024), _io.DEFAULT_BUFFER_SIZE)
         buffer.__init__(raw, size)
     is_line_buffered = stream.line_buffering or (not is_unbuffered and (raw.isatty() or number == 2))  # noqa: PLR2004
     arguments = (buffer, stream.encoding, stream.errors, "\n", is_line_buffered, is_unbuffered)

@@ -8,6 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from ferroelastic._compat import torch_module
+from ferroelastic._text import format_current_traceback
 from ferroelastic.events.api import NodeState, RdzvEvent
 from ferroelastic.utils._hostname import hostname_for_report
 from ferroelastic.utils.log_level import chosen_log_level
@@ -98,11 +99,7 @@ def construct_and_record_rdzv_event(
         return
 
     caller = sys._getframe(1).f_code  # noqa: SLF001 - inspect.stack() would read every source file on the stack
-    trace = ""
-    if node_state == NodeState.FAILED:
-        import traceback
-
-        trace = traceback.format_exc()
+    trace = format_current_traceback() if node_state == NodeState.FAILED else ""
     event = RdzvEvent(
         name=f"{os.path.basename(caller.co_filename)}:{name or caller.co_name}",
         run_id=run_id,

@@ -12,7 +12,7 @@ from ferroelastic._engine import get_engine
 from ferroelastic._exec import as_worker
 from ferroelastic._install import workers_inherit
 from ferroelastic._process import open_files_of_workers
-from ferroelastic._text import describe_error, entrypoint_name, origin_of
+from ferroelastic._text import describe_error, entrypoint_name, ignore_fork_warning, origin_of
 from ferroelastic.multiprocessing._context import PContext, RunProcsResult
 from ferroelastic.multiprocessing._entry import Task, _wrap, load_return_value
 from ferroelastic.multiprocessing._hold import Hold
@@ -153,9 +153,7 @@ class MultiprocessContext(PContext):
         with warnings.catch_warnings():
             # Python 3.12+ warns that a fork of a multi-threaded process may deadlock in the child. The threads of this package are safe:
             # the engine's thread holds no Python lock, the watchdog's thread only logs, and `logging` holds its locks during a fork.
-            warnings.filterwarnings(
-                "ignore", r"This process \(pid=\d+\) is multi-threaded, use of fork\(\)", DeprecationWarning
-            )
+            ignore_fork_warning()
             # Block signals until the child has replaced the agent's signal handlers. Python ignores exceptions of handlers that run
             # during fork hooks, so an early signal would be lost.
             blocked = signal.valid_signals() if self.start_method == "fork" else set()

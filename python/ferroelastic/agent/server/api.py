@@ -31,7 +31,7 @@ from ferroelastic._checks import check_number
 from ferroelastic._compat import family
 from ferroelastic._exit_codes import exit_code as _exit_code
 from ferroelastic._signals import SignalException
-from ferroelastic._text import format_traceback
+from ferroelastic._text import format_current_traceback
 from ferroelastic.agent.server._activity import Activity, cause_of, exit_code_of, failed_first_at_ns
 from ferroelastic.agent.server._elastic_agent import DEFAULT_ROLE, ElasticAgent
 from ferroelastic.agent.server._events import event_log_handler_of, status_event
@@ -325,11 +325,7 @@ class SimpleElasticAgent(ElasticAgent):
 
     def get_event_failed(self) -> Event:
         """Return the event for a failed agent, with the traceback of the exception being handled."""
-        error = sys.exc_info()[1]
-        raw_error = (
-            "NoneType: None\n" if error is None else format_traceback(error)
-        )  # as traceback.format_exc() without exception
-        return self._construct_event(state="FAILED", source=EventSource.AGENT, raw_error=raw_error)
+        return self._construct_event(state="FAILED", source=EventSource.AGENT, raw_error=format_current_traceback())
 
     def get_event_succeeded(self) -> Event:
         """Return the event for an agent that has completed its run."""

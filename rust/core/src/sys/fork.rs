@@ -22,18 +22,53 @@ pub enum Forked {
 /// `PR_GET_TID_ADDRESS`, for which libc has no constant.
 const PR_GET_TID_ADDRESS: c_int = 40;
 
-/// The address at which glibc caches the id of the calling thread. The kernel knows it as the address to clear when the thread ends.
+/// The address at which glibc caches the id of the calling thread.
 ///
-/// Fails without `CONFIG_CHECKPOINT_RESTORE` (Linux 3.5), and if the value there is not the thread's id.
+/// Fails if no address is known whose value is the thread's id.
 fn cached_thread_id() -> io::Result<*mut c_int> {
+    let address = match described_thread_id() {
+        Some(address) => address,
+        None => registered_thread_id()?,
+    };
+    // SAFETY: the C library gave the address: it is in the descriptor of this thread, which lives.
+    if address.is_null() || unsafe { *address != libc::gettid() } {
+        let reason = "the C library does not tell where it keeps the id of a thread";
+        return Err(io::Error::new(io::ErrorKind::Unsupported, reason));
+    }
+    Ok(address)
+}
+
+/// The address of the cached id by the description of a thread that glibc exports for debuggers; `None` without it (before glibc 2.34).
+fn described_thread_id() -> Option<*mut c_int> {
+    /// `DB_DEFINE_FIELD` of `nptl_db`.
+    #[repr(C)]
+    struct Field {
+        bits: u32,
+        elements: u32,
+        offset: u32,
+    }
+
+    // SAFETY: the name ends with NUL.
+    let field = unsafe { libc::dlsym(libc::RTLD_DEFAULT, c"_thread_db_pthread_tid".as_ptr()) }.cast::<Field>();
+    // SAFETY: glibc exports a constant of this type by this name.
+    let field = unsafe { field.as_ref() }?;
+    if (field.bits, field.elements) != (c_int::BITS, 1) {
+        return None;
+    }
+    // SAFETY: the function always succeeds. In glibc its result is the address of the thread's descriptor.
+    let descriptor = unsafe { libc::pthread_self() } as *mut u8;
+    Some(descriptor.wrapping_add(field.offset as usize).cast())
+}
+
+/// The address that the kernel clears when the calling thread ends. With glibc 2.36 it is the address of the cached id, with glibc 2.43
+/// another one in a process that has not been forked.
+///
+/// Fails without `CONFIG_CHECKPOINT_RESTORE` (Linux 3.5).
+fn registered_thread_id() -> io::Result<*mut c_int> {
     let mut address: *mut c_int = std::ptr::null_mut();
     // SAFETY: the kernel writes a pointer to `address`.
     if unsafe { libc::prctl(PR_GET_TID_ADDRESS, &raw mut address) } < 0 {
         return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the C library has registered the address: it is in the descriptor of this thread, which lives.
-    if address.is_null() || unsafe { *address != libc::gettid() } {
-        return Err(io::ErrorKind::Unsupported.into());
     }
     Ok(address)
 }
