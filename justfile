@@ -5,6 +5,7 @@ set shell := ["bash", "-euo", "pipefail", "-c"]
 venv := ".venv"
 python := env("PYTHON", "python3")
 bin := justfile_directory() / venv / "bin"
+programs := justfile_directory() / "target/programs/main"
 
 _list:
     @just --list --unsorted
@@ -43,6 +44,13 @@ test: setup
     cargo test --locked --quiet
     {{ bin }}/python -m pytest
     FERROELASTIC_PIDFD=0 {{ bin }}/python -m pytest -m engine tests/integration tests/faults
+
+# programs that use torch's launcher, under torch's agent and under this package, at pinned versions: a table
+test-programs *options: setup
+    test -x {{ programs }}/bin/python || {{ python }} -m venv {{ programs }}
+    {{ programs }}/bin/pip install --quiet --no-deps --requirement tests/programs/requirements.txt
+    {{ programs }}/bin/pip install --quiet --no-deps --editable .
+    {{ bin }}/python -m pytest tests/programs {{ options }}
 
 # the one abi3 wheel on the interpreters given, or on every CPython on PATH: the tests that need no torch
 test-wheel *interpreters: setup

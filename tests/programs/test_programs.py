@@ -1,0 +1,106 @@
+"""Programs that use torch's launcher do the same under torch's agent and under the agent of this package."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from tests.programs.programs import BIN, ENVIRONMENT, PROGRAMS, SIDES, WORKERS, Program, Side
+from tests.programs.table import NOT_APPLICABLE, Table
+from tests.support.waiting import eventually
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tests.support.harness import Job, Launcher
+
+_LIMIT_S = 180.0  # the imports of two ranks take most of it on a loaded machine
+
+both = pytest.mark.parametrize("side", SIDES)
+each = pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.name.replace(" ", "-"))
+
+
+def _start(programs: Launcher, program: Program, side: Side, task: str, restarts: int = 0) -> Job:
+    assert (BIN / "python").exists(), "the environment is missing: run 'just test-programs'"
+    env = {
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(WORKERS),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTHONWARNINGS": "ignore",
+        "PROGRAMS_TASK": task,
+        "PROGRAMS_FOLDER": str(programs.folder),
+        "PROGRAMS_AGENT": side,
+        "PROGRAMS_RESTARTS": str(restarts),
+        "DS_ACCELERATOR": "cpu",
+        "TORCH_EXTENSIONS_DIR": str(ENVIRONMENT.parent / "extensions"),
+        "HF_HUB_OFFLINE": "1",
+    }
+    return programs.start(*program.command(side, restarts), env=env)
+
+
+def _reports(programs: Launcher, pattern: str) -> dict[str, Any]:
+    return {path.name: json.loads(path.read_text()) for path in sorted(programs.folder.glob(pattern))}
+
+
+def _check_sums(programs: Launcher, program: Program, attempt: int) -> None:
+    for rank in program.ranks:
+        assert _reports(programs, f"sum.{rank}.{attempt}")[f"sum.{rank}.{attempt}"]["total"] == len(program.ranks)
+
+
+@both
+@each
+def test_one_node(programs: Launcher, table: Table, program: Program, side: Side) -> None:
+    with table.cell(program, "one node", side) as cell:
+        job = _start(programs, program, side, "sum")
+        assert job.end(timeout_s=_LIMIT_S) == 0, job.story
+        _check_sums(programs, program, 0)
+        assert set(_reports(programs, "done.*")) == {f"done.{rank}.0" for rank in program.ranks}
+        assert {report["agent"] for report in _reports(programs, "start.*").values()} == {side}
+        cell.result = "yes"
+
+
+@both
+@each
+def test_a_killed_rank_comes_back(programs: Launcher, table: Table, program: Program, side: Side) -> None:
+    with table.cell(program, "killed rank comes back", side) as cell:
+        if not program.restarts:
+            cell.result = NOT_APPLICABLE
+            pytest.skip("the program does not start workers again")
+        job = _start(programs, program, side, "killed", restarts=3)
+        assert job.end(timeout_s=_LIMIT_S) == 0, job.story
+        assert "done.1.1" in _reports(programs, "done.1.*")
+        cell.result = "yes"
+
+
+@both
+@each
+def test_the_exit_code_of_a_failed_worker(programs: Launcher, table: Table, program: Program, side: Side) -> None:
+    with table.cell(program, "exit code", side) as cell:
+        job = _start(programs, program, side, "exit3")
+        code = job.end(timeout_s=_LIMIT_S)
+        cell.result = str(code)
+        assert code == program.exit_codes[side], job.story
+
+
+@both
+@each
+def test_sigterm_lets_workers_save_and_leaves_no_process(
+    programs: Launcher, table: Table, program: Program, side: Side
+) -> None:
+    with table.cell(program, "clean end", side) as cell:
+        job = _start(programs, program, side, "held")
+
+        def all_report(prefix: str) -> Callable[[], bool]:
+            return lambda: len(_reports(programs, f"{prefix}.*")) == len(program.ranks)
+
+        assert eventually(lambda: all_report("held")() or job.agent.is_gone(), _LIMIT_S), job.story
+        assert not job.agent.is_gone(), job.story
+        job.send(signal.SIGTERM)
+        job.end(timeout_s=_LIMIT_S)
+        saved = all_report("saved")()
+        left = len(job.clean_up())
+        cell.result = "yes" if saved and not left else f"{'saved' if saved else 'not saved'}, {left} processes left"
+        assert cell.result in program.clean_ends[side], job.story

@@ -1,0 +1,95 @@
+"""The common part of all workers: reports, and the three ways to end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+FOLDER = Path(os.environ["PROGRAMS_FOLDER"])
+TASK = os.environ["PROGRAMS_TASK"]
+
+
+def name() -> str:
+    """The name of this rank in reports. A replica group of torchft has a number of its own, and ranks that begin with 0."""
+    return os.environ.get("REPLICA_GROUP_ID") or os.environ["RANK"]
+
+
+def agent() -> str:
+    """The agent that started this process: ``ferroelastic`` if an ancestor has the thread of its engine."""
+    pid = os.getppid()
+    while pid > 1:
+        try:
+            names = {path.read_text().strip() for path in Path(f"/proc/{pid}/task").glob("*/comm")}
+            status = Path(f"/proc/{pid}/status").read_text()
+        except OSError:  # it has ended
+            break
+        if "ferro-sup" in names:
+            return "ferroelastic"
+        pid = int(status.split("PPid:")[1].split()[0])
+    return "torch"
+
+
+def attempt() -> int:
+    """The number of starts of this rank before this one."""
+    return len(list(FOLDER.glob(f"start.{name()}.*")))
+
+
+def begin() -> int:
+    """Report the start of this rank, and return the number of its attempt."""
+    number = attempt()
+    report = {
+        "pid": os.getpid(),
+        "agent": agent(),
+        "restarts": os.environ.get("TORCHELASTIC_RESTART_COUNT"),
+        "at_ns": time.monotonic_ns(),
+    }
+    write(f"start.{name()}.{number}", report)
+    return number
+
+
+def end(number: int, total: float) -> None:
+    """Carry out the task after the collective call whose result is ``total``."""
+    rank = name()
+    write(f"sum.{rank}.{number}", {"total": total, "world": int(os.environ["WORLD_SIZE"])})
+    if rank == "1" and TASK == "killed" and number == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if rank == "1" and TASK == "exit3":
+        sys.stdout.flush()
+        os._exit(3)
+    if TASK == "held":
+        hold(rank)
+    if TASK in ("killed", "exit3") and rank != "1" and number == 0:
+        time.sleep(600)  # the agent ends this rank
+    write(f"done.{rank}.{number}", {})
+
+
+def hold(rank: str) -> None:
+    """Wait for SIGTERM, save for a while, and end with 0."""
+
+    def save(_number: int, _frame: object) -> None:
+        time.sleep(0.3)
+        write(f"saved.{rank}", {})
+        os._exit(0)
+
+    signal.signal(signal.SIGTERM, save)
+    write(f"held.{rank}", {})
+    time.sleep(600)
+
+
+def write(name: str, content: dict[str, object]) -> None:
+    """Write a report in one step."""
+    part = FOLDER / f".{name}"
+    part.write_text(json.dumps(content))
+    part.rename(FOLDER / name)
+
+
+def free_port() -> int:
+    """Return a port of the loopback interface that was free a moment ago, for programs that take no port 0."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
