@@ -17,12 +17,12 @@ _TABLE = pytest.StashKey[Table]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[_TABLE] = Table(ENVIRONMENT.parent / "results.json")
+    config.stash[_TABLE] = Table(ENVIRONMENT.parent / "results")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     table = config.stash[_TABLE]
-    if table.cells:
+    if not table.is_empty():
         terminalreporter.section("programs under torch's agent and under ferroelastic")
         terminalreporter.write_line(table.write(ENVIRONMENT.parent / "table.md"))
 

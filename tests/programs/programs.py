@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from tests.support.harness import ROOT
+from tests.support.ports import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,11 +30,10 @@ class Program:
     """The command line for a side and a number of restarts."""
     exit_codes: dict[Side, int] = field(default_factory=lambda: {"torch": 1, "ferroelastic": 3})
     """The exit code after a worker that exits with 3."""
-    restarts: bool = True
-    """Whether the program can start its workers again."""
+    restarts: tuple[Side, ...] = SIDES
+    """The sides on which the program can start its workers again."""
     clean_ends: dict[Side, tuple[str, ...]] = field(default_factory=lambda: dict.fromkeys(SIDES, ("yes",)))
     """The possible results of SIGTERM to the program. ``yes``: the workers save, and no process is left."""
-    ranks: tuple[str, ...] = ("0", "1")
 
 
 def _script(name: str) -> str:
@@ -96,18 +96,27 @@ def _torchx(side: Side, restarts: int) -> list[str]:
     return _exec(side, "torchx", "run", *options)
 
 
+def _deepspeed(side: Side, restarts: int) -> list[str]:
+    if side == "ferroelastic":
+        return _torchrun("with_deepspeed.py")(side, restarts)
+    return [str(BIN / "deepspeed"), "--num_gpus=2", f"--master_port={free_port()}", _script("with_deepspeed.py")]
+
+
+_ONE = dict.fromkeys(SIDES, 1)
+_NEVER: tuple[Side, ...] = ()
+
 PROGRAMS = (
     Program("accelerate launch", "accelerate", _accelerate),
-    Program("accelerate notebook_launcher", "accelerate", _python("notebook.py"), exit_codes=dict.fromkeys(SIDES, 1)),
-    Program("fabric run", "lightning", _fabric, restarts=False),
+    Program("accelerate notebook_launcher", "accelerate", _python("notebook.py"), exit_codes=_ONE),
+    Program("fabric run", "lightning", _fabric, restarts=_NEVER),
     Program("Lightning Trainer", "lightning", _torchrun("with_lightning.py")),
     Program("transformers Trainer", "transformers", _torchrun("with_transformers.py")),
-    Program("DeepSpeed engine", "deepspeed", _torchrun("with_deepspeed.py")),
-    Program(
-        "torchrunx", "torchrunx", _python_exec("with_torchrunx.py"), exit_codes=dict.fromkeys(SIDES, 1), restarts=False
-    ),
-    Program("submitit local", "submitit", _python_exec("with_submitit.py"), exit_codes=dict.fromkeys(SIDES, 1)),
-    Program("torchft replica groups", "torchft", _python_exec("replica_groups.py")),
-    Program("TorchX local_cwd dist.ddp", "torchx", _torchx, restarts=False),
-    Program("HyperPod", "hyperpod-elastic-agent", _python_exec("hyperpod.py"), restarts=False),
+    Program("deepspeed launcher / ferrorun", "deepspeed", _deepspeed, restarts=("ferroelastic",)),
+    Program("torchrunx", "torchrunx", _python_exec("with_torchrunx.py"), exit_codes=_ONE, restarts=_NEVER),
+    Program("submitit, local executor", "submitit", _python_exec("with_submitit.py"), exit_codes=_ONE),
+    Program("torchft, two replica groups", "torchft", _python("replica_groups.py")),
+    Program("TorchX local_cwd, dist.ddp", "torchx", _torchx, exit_codes=_ONE, restarts=_NEVER),
 )
+
+NOT_STARTING = {"HyperPod": "hyperpod-elastic-agent", "DLRover": "dlrover"}
+"""Programs whose newest version does not start with this version of torch, with their distributions."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tests.programs.programs import BIN, PROGRAMS, SIDES, Program, Side
+from tests.programs.programs import BIN, NOT_STARTING, PROGRAMS, SIDES, Program, Side
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,9 +27,8 @@ class Cell:
 class Table:
     """Results, by program, check and side."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self.cells: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
 
     @contextmanager
     def cell(self, program: Program, check: str, side: Side) -> Iterator[Cell]:
@@ -42,18 +40,30 @@ class Table:
             self._put(program, check, side, cell.result)
 
     def _put(self, program: Program, check: str, side: Side, result: str) -> None:
-        self.cells[f"{program.name}/{check}/{side}"] = result
-        self._path.write_text(json.dumps(self.cells, indent=1))
+        path = self._path(program.name, check, side)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(result)
+
+    def _get(self, program: Program, check: str, side: Side) -> str:
+        path = self._path(program.name, check, side)
+        return path.read_text() if path.exists() else "?"
+
+    def _path(self, *names: str) -> Path:
+        return self._folder / "-".join(names).replace(" ", "-")
+
+    def is_empty(self) -> bool:
+        """Return whether no check has a result."""
+        return not self._folder.exists()
 
     def write(self, path: Path) -> str:
         """Write the table as Markdown, and return it."""
         lines = [f"| program | version | {' | '.join(CHECKS)} |", "| --- " * (2 + len(CHECKS)) + "|"]
         for program in PROGRAMS:
-            cells = [
-                " / ".join(self.cells.get(f"{program.name}/{check}/{side}", "?") for side in SIDES) for check in CHECKS
-            ]
+            cells = [" / ".join(self._get(program, check, side) for side in SIDES) for check in CHECKS]
             cells = [NOT_APPLICABLE if set(cell.split(" / ")) == {NOT_APPLICABLE} else cell for cell in cells]
             lines.append(f"| {program.name} | {_version(program.package)} | {' | '.join(cells)} |")
+        for name, package in NOT_STARTING.items():
+            lines.append(f"| {name} | {_version(package)} |{' does not start with torch 2.13 |' * len(CHECKS)}")
         text = "\n".join(lines) + "\n"
         path.write_text(text)
         return text

@@ -8,7 +8,7 @@ import signal
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from tests.programs.programs import BIN, ENVIRONMENT, PROGRAMS, SIDES, WORKERS, Program, Side
+from tests.programs.programs import BIN, ENVIRONMENT, NOT_STARTING, PROGRAMS, SIDES, WORKERS, Program, Side
 from tests.programs.table import NOT_APPLICABLE, Table
 from tests.support.waiting import eventually
 
@@ -19,13 +19,19 @@ if TYPE_CHECKING:
 
 _LIMIT_S = 180.0  # the imports of two ranks take most of it on a loaded machine
 
+_RANKS = ("0", "1")
+
 both = pytest.mark.parametrize("side", SIDES)
 each = pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.name.replace(" ", "-"))
 
 
 def _start(programs: Launcher, program: Program, side: Side, task: str, restarts: int = 0) -> Job:
+    return programs.start(*program.command(side, restarts), env=_environment(programs, side, task, restarts))
+
+
+def _environment(programs: Launcher, side: Side, task: str, restarts: int = 0) -> dict[str, str]:
     assert (BIN / "python").exists(), "the environment is missing: run 'just test-programs'"
-    env = {
+    return {
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": str(WORKERS),
         "PYTHONDONTWRITEBYTECODE": "1",
@@ -38,16 +44,15 @@ def _start(programs: Launcher, program: Program, side: Side, task: str, restarts
         "TORCH_EXTENSIONS_DIR": str(ENVIRONMENT.parent / "extensions"),
         "HF_HUB_OFFLINE": "1",
     }
-    return programs.start(*program.command(side, restarts), env=env)
 
 
 def _reports(programs: Launcher, pattern: str) -> dict[str, Any]:
     return {path.name: json.loads(path.read_text()) for path in sorted(programs.folder.glob(pattern))}
 
 
-def _check_sums(programs: Launcher, program: Program, attempt: int) -> None:
-    for rank in program.ranks:
-        assert _reports(programs, f"sum.{rank}.{attempt}")[f"sum.{rank}.{attempt}"]["total"] == len(program.ranks)
+def _check_sums(programs: Launcher, attempt: int) -> None:
+    for rank in _RANKS:
+        assert _reports(programs, f"sum.{rank}.{attempt}")[f"sum.{rank}.{attempt}"]["total"] == len(_RANKS)
 
 
 @both
@@ -56,8 +61,8 @@ def test_one_node(programs: Launcher, table: Table, program: Program, side: Side
     with table.cell(program, "one node", side) as cell:
         job = _start(programs, program, side, "sum")
         assert job.end(timeout_s=_LIMIT_S) == 0, job.story
-        _check_sums(programs, program, 0)
-        assert set(_reports(programs, "done.*")) == {f"done.{rank}.0" for rank in program.ranks}
+        _check_sums(programs, 0)
+        assert set(_reports(programs, "done.*")) == {f"done.{rank}.0" for rank in _RANKS}
         assert {report["agent"] for report in _reports(programs, "start.*").values()} == {side}
         cell.result = "yes"
 
@@ -66,7 +71,7 @@ def test_one_node(programs: Launcher, table: Table, program: Program, side: Side
 @each
 def test_a_killed_rank_comes_back(programs: Launcher, table: Table, program: Program, side: Side) -> None:
     with table.cell(program, "killed rank comes back", side) as cell:
-        if not program.restarts:
+        if side not in program.restarts:
             cell.result = NOT_APPLICABLE
             pytest.skip("the program does not start workers again")
         job = _start(programs, program, side, "killed", restarts=3)
@@ -94,7 +99,7 @@ def test_sigterm_lets_workers_save_and_leaves_no_process(
         job = _start(programs, program, side, "held")
 
         def all_report(prefix: str) -> Callable[[], bool]:
-            return lambda: len(_reports(programs, f"{prefix}.*")) == len(program.ranks)
+            return lambda: len(_reports(programs, f"{prefix}.*")) == len(_RANKS)
 
         assert eventually(lambda: all_report("held")() or job.agent.is_gone(), _LIMIT_S), job.story
         assert not job.agent.is_gone(), job.story
@@ -104,3 +109,24 @@ def test_sigterm_lets_workers_save_and_leaves_no_process(
         left = len(job.clean_up())
         cell.result = "yes" if saved and not left else f"{'saved' if saved else 'not saved'}, {left} processes left"
         assert cell.result in program.clean_ends[side], job.story
+
+
+@pytest.mark.parametrize(
+    ("command", "reason"),
+    [
+        (["hyperpodrun", "train.py"], "conflicting option string: --shutdown-timeout"),
+        (["dlrover-run", "--standalone", "train.py"], "missing 1 required positional argument: 'numa_options'"),
+    ],
+    ids=NOT_STARTING,
+)
+def test_a_version_that_does_not_start_with_torchs_agent(programs: Launcher, command: list[str], reason: str) -> None:
+    job = programs.start(str(BIN / command[0]), *command[1:], env=_environment(programs, "torch", "sum"))
+    assert job.end(timeout_s=_LIMIT_S) == 1
+    assert reason in job.errors
+
+
+def test_torchx_writes_torchrun_into_jobs_of_slurm(programs: Launcher) -> None:
+    options = ["--dryrun", "-s", "slurm", "dist.ddp", "-j", "2x2", "--script", "train.py"]
+    job = programs.start(str(BIN / "torchx"), "run", *options, env=_environment(programs, "torch", "sum"))
+    assert job.end(timeout_s=_LIMIT_S) == 0, job.story
+    assert b"torchrun --rdzv_backend c10d" in job.output
