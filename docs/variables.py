@@ -44,6 +44,12 @@ VARIABLES: tuple[Variable, ...] = (
         "Do not set it. `--keep-detached` lets helpers outlive the run.",
     ),
     Variable(
+        "FERROELASTIC_EXEC",
+        "run",
+        "The interpreter of `ferrorun --exec`, which sets it for [the program](../programs.md). Without it the hook in `PYTHONPATH` has no effect. "
+        "Workers do not have it.",
+    ),
+    Variable(
         "FERROELASTIC_CGROUP",
         "run",
         "`0`: make no cgroup for the workers. Detached helpers are found by their session and by `FERROELASTIC_RUN` only.",
@@ -189,6 +195,16 @@ VARIABLES: tuple[Variable, ...] = (
         "An active virtual environment. `ferrorun` warns if it is not the environment of the workers' interpreter.",
     ),
     Variable("CONDA_PREFIX", "system", "The same for an active conda environment."),
+    Variable(
+        "PATH",
+        "system",
+        "`ferrorun --exec` puts a folder with a `torchrun` first, and the agent removes the folder for its workers.",
+    ),
+    Variable(
+        "PYTHONPATH",
+        "system",
+        "The same with a folder that has the hook of `ferrorun --exec`. The zygote of warm workers has another one.",
+    ),
     Variable("PWD", "system", "Names the working directory in the message that it was deleted."),
     Variable(
         "TMPDIR",

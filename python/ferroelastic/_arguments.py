@@ -25,7 +25,7 @@ class _Exec(Action):
 
     def __call__(self, parser: ArgumentParser, *_: Any) -> NoReturn:
         parser.error(
-            f"{EXEC} must be the first argument, and only the program and its arguments follow it: ferrorun {EXEC} PROGRAM ...; "
+            "--exec must be the first argument, and only the program and its arguments follow it: ferrorun --exec PROGRAM ...; "
             "the program takes the options of its own launcher"
         )
 

@@ -16,7 +16,7 @@ __all__ = ["EXEC_ENV", "import_hidden", "leave_path", "remove_exec"]
 EXEC_ENV = "FERROELASTIC_EXEC"
 """Environment variable: the interpreter of the ``ferrorun --exec`` that has started this process or an ancestor."""
 
-_EXEC_FOLDERS = {"PATH": "/ferroelastic/_exec/bin", "PYTHONPATH": "/ferroelastic/_exec/hook"}
+_EXEC_FOLDERS = ("/ferroelastic/_exec/bin", "/ferroelastic/_exec/hook")
 
 
 def leave_path(folder: str) -> None:
@@ -43,10 +43,10 @@ def remove_exec(environment: "MutableMapping[str, str]") -> None:
     if EXEC_ENV not in environment:
         return
     del environment[EXEC_ENV]
-    for name, suffix in _EXEC_FOLDERS.items():
+    for name in ("PATH", "PYTHONPATH"):
         # Of any environment: an inner `ferrorun --exec` may be that of another one.
         entries = environment.get(name, "").split(os.pathsep)
-        others = [entry for entry in entries if not entry.endswith(suffix)]
+        others = [entry for entry in entries if not entry.endswith(_EXEC_FOLDERS)]
         if others:
             environment[name] = os.pathsep.join(others)
         else:

@@ -34,6 +34,11 @@ sys.exit(int(os.environ.get("CODE", "0")))
 """
 OURS = "True []"
 
+WARM_WORKER = """
+import sys, sitecustomize
+print(getattr(sys, "_ferroelastic_warm", "cold"), sitecustomize.marks, "ferroelastic._install" in sys.modules, flush=True)
+"""
+
 # A program that knows torch only.
 PROGRAM = """
 import sys
@@ -124,7 +129,7 @@ def test_a_killed_program_takes_the_children_of_its_workers_with_it(launch: Laun
     job = launch.start(*EXEC, sys.executable, launch.write("program.py", program), "/bin/sh", script)
     assert eventually((launch.folder / "pid").exists, 60), job.story
     (child,) = launch.pids("pid")
-    assert len(job.guards()) == 1
+    assert eventually(lambda: len(job.guards()) == 1), job.story  # an executed guard has its name after a while
     job.send(signal.SIGKILL)
     job.end()
     assert eventually(lambda: not is_alive(child))
@@ -144,9 +149,9 @@ def test_the_guard_of_a_program_ends_with_its_agent(launch: Launcher) -> None:
 
 def test_a_shell_script_that_calls_torchrun(launch: Launcher) -> None:
     worker = launch.write("worker.py", WORKER)
-    script = launch.write("script.sh", f"torchrun --standalone --nproc-per-node=2 {worker}\n")
+    script = launch.write("script.sh", f"torchrun --standalone --nproc-per-node=1 {worker}\n")
     job = launch.start(*EXEC, "/bin/sh", script, env={"CODE": "7"})
-    assert job.lines(2) == [OURS, OURS], job.story
+    assert job.lines(1) == [OURS], job.story
     assert job.end() == 7, job.story
 
 
@@ -172,11 +177,27 @@ def test_ferrorun_within_ferrorun_within_exec(launch: Launcher) -> None:
     worker = launch.write("worker.py", WORKER)
     job = launch.start(
         *(*EXEC, *FERRORUN, "--standalone", "--no-python", "--nproc-per-node=1"),
-        *(*FERRORUN, "--standalone", "--nproc-per-node=2", worker),
+        *(*FERRORUN, "--standalone", "--nproc-per-node=1", worker),
         env={"CODE": "5"},
     )
-    assert job.lines(2) == [OURS, OURS], job.story
+    assert job.lines(1) == [OURS], job.story
     assert job.end() == 5, job.story
+
+
+@pytest.mark.parametrize("inherits", [False, True])
+def test_the_hook_and_warm_workers_leave_the_users_sitecustomize(launch: Launcher, *, inherits: bool) -> None:
+    """A zygote and the hook both take the place of ``sitecustomize``."""
+    launch.write("sitecustomize.py", "marks = globals().get('marks', 0) + 1")
+    program = f"""
+import ferroelastic
+ferroelastic.install(workers={inherits})
+from ferroelastic.run import main
+main(["--standalone", "--nproc-per-node=2", "--preload", "--warm-imports=json", {launch.write("worker.py", WARM_WORKER)!r}])
+"""
+    path = os.pathsep.join([str(launch.folder), *sys.path])
+    job = launch.start(*EXEC, sys.executable, launch.write("program.py", program), env={"PYTHONPATH": path})
+    assert job.lines(2) == [f"worker 1 {inherits}"] * 2, job.story
+    assert job.end() == 0, job.story
 
 
 def test_exec_within_exec_has_the_hook_once(launch: Launcher) -> None:

@@ -8,6 +8,8 @@ import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
+from ferroelastic._arguments import EXEC
+
 __all__ = ["ROOT", "Block", "blocks", "commands", "ferrorun_arguments", "name_of", "pages", "slugs"]
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -86,7 +88,8 @@ def ferrorun_arguments(text: str) -> list[list[str]]:
                 continue
             rest = words[start + 1 :]
             stop = next((at for at, one in enumerate(rest) if _SHELL_OPERATORS.fullmatch(one)), len(rest))
-            found.append(rest[:stop])
+            if rest[0] != EXEC:  # another program, with its own options
+                found.append(rest[:stop])
     return found
 
 

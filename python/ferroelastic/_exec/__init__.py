@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn
 
 from ferroelastic import _install
-from ferroelastic._arguments import EXEC
 from ferroelastic._sitecustomize import EXEC_ENV, remove_exec
 
 if TYPE_CHECKING:
@@ -35,10 +34,10 @@ def execute(words: list[str]) -> NoReturn:
     """
     words = words[1:] if words[:1] == ["--"] else words
     if not words:
-        _fail(2, f"{EXEC} needs a program, for example: ferrorun {EXEC} accelerate launch train.py")
+        _fail(2, "--exec needs a program, for example: ferrorun --exec accelerate launch train.py")
     program = words[0]
     if program.startswith("-"):
-        _fail(2, f"{EXEC}: {program!r} is an option; write the program right after {EXEC}, and its options after it")
+        _fail(2, f"--exec: {program!r} is an option; write the program right after --exec, and its options after it")
     environment = dict(os.environ)
     _warn_of_other_torchrun(environment.get("PATH", os.defpath))
     _add(environment)
@@ -46,11 +45,17 @@ def execute(words: list[str]) -> NoReturn:
     try:
         os.execvpe(program, words, environment)  # noqa: S606 - no shell is wanted
     except FileNotFoundError:
-        where = "does not exist" if "/" in program else "is not in PATH"
-        _fail(_NOT_FOUND, f"{EXEC}: program {program!r} {where}, or the interpreter of its first line is missing")
+        if "/" in program:
+            _fail(
+                _NOT_FOUND,
+                f"--exec: program {program!r} does not exist, or the interpreter of its first line is missing",
+            )
+        _fail(
+            _NOT_FOUND, f"--exec: program {program!r} is not in PATH, or the interpreter of its first line is missing"
+        )
     except OSError as error:
         _fail(
-            _NOT_EXECUTABLE, f"{EXEC}: program {program!r} cannot be executed: {os.strerror(error.errno or 0).lower()}"
+            _NOT_EXECUTABLE, f"--exec: program {program!r} cannot be executed: {os.strerror(error.errno or 0).lower()}"
         )
 
 
@@ -61,7 +66,7 @@ def _warn_of_other_torchrun(path: str) -> None:
     python = None if found is None else interpreter_of(found)
     if python is not None and os.path.dirname(python) != os.path.dirname(sys.executable):
         _write(
-            f"ferrorun: warning: {EXEC}: torchrun runs {sys.executable} instead of {python}, the interpreter of {found}"
+            f"ferrorun: warning: --exec: torchrun runs {sys.executable} instead of {python}, the interpreter of {found}"
         )
 
 
@@ -101,10 +106,13 @@ def _set(environment: MutableMapping[str, str], values: Mapping[str, str | None]
 def _add(environment: dict[str, str]) -> None:
     remove_exec(environment)
     environment[EXEC_ENV] = sys.executable
-    for name, folder in (("PYTHONPATH", "hook"), ("PATH", "bin")):
-        rest = environment.get(name) or (os.defpath if name == "PATH" else "")
-        path = os.path.join(_FOLDER, folder)
-        environment[name] = f"{path}{os.pathsep}{rest}" if rest else path
+    environment["PATH"] = _prepend("bin", environment.get("PATH") or os.defpath)
+    environment["PYTHONPATH"] = _prepend("hook", environment.get("PYTHONPATH", ""))
+
+
+def _prepend(folder: str, path: str) -> str:
+    own = os.path.join(_FOLDER, folder)
+    return f"{own}{os.pathsep}{path}" if path else own
 
 
 def _restore_signals() -> None:

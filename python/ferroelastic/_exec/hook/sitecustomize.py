@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 _FOLDER, _, _ = __file__.rpartition("/")
 _PACKAGE = _FOLDER.removesuffix("/_exec/hook")
+_ENV = "FERROELASTIC_EXEC"
 
 
 def _load_shared() -> "dict[str, Any]":
@@ -45,7 +46,7 @@ def _give_up(error: Exception) -> None:
 
 _shared = _load_shared()
 _shared["leave_path"](_FOLDER)
-if _shared["EXEC_ENV"] in os.environ:
+if _ENV in os.environ:
     _install()
 if not _shared["import_hidden"]():
     # `site` ignores exactly this error, and the import system removes this module.
