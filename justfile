@@ -45,11 +45,14 @@ test: setup
     {{ bin }}/python -m pytest
     FERROELASTIC_PIDFD=0 {{ bin }}/python -m pytest -m engine tests/integration tests/faults
 
-# programs that use torch's launcher, under torch's agent and under this package, at pinned versions: a table
-test-programs *options: setup
+# the environment of the programs that use torch's launcher, at pinned versions
+_programs: setup
     test -x {{ programs }}/bin/python || {{ python }} -m venv {{ programs }}
     {{ programs }}/bin/pip install --quiet --no-deps --requirement tests/programs/requirements.txt
     {{ programs }}/bin/pip install --quiet --no-deps --editable .
+
+# programs that use torch's launcher, under torch's agent and under this package: prints a table
+test-programs *options: _programs
     {{ bin }}/python -m pytest tests/programs {{ options }}
 
 # the one abi3 wheel on the interpreters given, or on every CPython on PATH: the tests that need no torch
@@ -89,6 +92,10 @@ stops *options: setup
 # restarts of real trainings that come back, under both launchers
 bench-restarts *options: setup
     {{ bin }}/python benches/restarts.py {{ options }}
+
+# launches by accelerate, with torch's agent and under ferrorun --exec
+bench-accelerate *options: _programs
+    {{ bin }}/python benches/against_accelerate.py {{ options }}
 
 # the watchdog side by side with torch's, in one run
 bench-timer *options: setup
