@@ -22,7 +22,7 @@ def test_a_killed_rank_of_a_submitit_job_comes_back(launch: Launcher) -> None:
         "PROGRAMS_RESTARTS": "1",
     }
     job = launch.start(*FERRORUN, "--exec", sys.executable, str(_WORKERS / "with_submitit.py"), env=env)
-    assert job.end(timeout_s=3 * LONG_S) == 0, job.story  # submitit looks for the end of a job at growing intervals
+    assert job.end(timeout_s=3 * LONG_S) == 0, job.story
     assert {path.name for path in launch.folder.glob("done.*")} == {"done.0.1", "done.1.1"}
     starts = [json.loads(path.read_text()) for path in launch.folder.glob("start.*")]
     assert [start["agent"] for start in starts] == ["ferroelastic"] * 4
