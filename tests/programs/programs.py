@@ -106,7 +106,7 @@ _ONE = dict.fromkeys(SIDES, 1)
 _NEVER: tuple[Side, ...] = ()
 
 PROGRAMS = (
-    Program("accelerate launch", "accelerate", _accelerate),
+    Program("accelerate launch", "accelerate", _accelerate, exit_codes=_ONE),
     Program("accelerate notebook_launcher", "accelerate", _python("notebook.py"), exit_codes=_ONE),
     Program("fabric run", "lightning", _fabric, restarts=_NEVER),
     Program("Lightning Trainer", "lightning", _torchrun("with_lightning.py")),

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from tests.support.harness import Job, Launcher
 
-_LIMIT_S = 180.0  # the imports of two ranks take most of it on a loaded machine
+_LIMIT_S = 150.0  # on a loaded machine the imports of two ranks take most of it
 
 _RANKS = ("0", "1")
 
@@ -105,7 +105,7 @@ def test_sigterm_lets_workers_save_and_leaves_no_process(
         assert not job.agent.is_gone(), job.story
         job.send(signal.SIGTERM)
         job.end(timeout_s=_LIMIT_S)
-        saved = all_report("saved")()
+        saved = eventually(all_report("saved"))  # a program may end before its workers
         left = len(job.clean_up())
         cell.result = "yes" if saved and not left else f"{'saved' if saved else 'not saved'}, {left} processes left"
         assert cell.result in program.clean_ends[side], job.story

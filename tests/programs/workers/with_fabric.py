@@ -10,8 +10,7 @@ from work import begin, end
 def main() -> None:
     """Train two steps, then sum a number over all ranks."""
     number = begin()
-    fabric = Fabric()
-    fabric.launch()
+    fabric = Fabric()  # `fabric run` has set the strategy and launched the ranks
     model = torch.nn.Linear(2, 1)
     model, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
     for _ in range(2):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import sys
+
 import torchrunx
 
 
@@ -18,6 +21,7 @@ def train() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))  # the launcher then stops its agents
     torchrunx.Launcher(
         hostnames=["localhost"],
         workers_per_host=2,
