@@ -50,6 +50,8 @@ _programs: setup
     test -x {{ programs }}/bin/python || {{ python }} -m venv {{ programs }}
     {{ programs }}/bin/pip install --quiet --no-deps --requirement tests/programs/requirements.txt
     {{ programs }}/bin/pip install --quiet --no-deps --editable .
+    # DeepSpeed compiles this operator at its first use on CPUs, for minutes
+    PATH={{ programs }}/bin:$PATH DS_ACCELERATOR=cpu TORCH_EXTENSIONS_DIR={{ programs }}/../extensions {{ programs }}/bin/python -c 'from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder; ShareMemCommBuilder().load(verbose=False)'
 
 # programs that use torch's launcher, under torch's agent and under this package: prints a table
 test-programs *options: _programs
