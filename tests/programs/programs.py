@@ -108,7 +108,7 @@ _NEVER: tuple[Side, ...] = ()
 PROGRAMS = (
     Program("accelerate launch", "accelerate", _accelerate, exit_codes=_ONE),
     Program("accelerate notebook_launcher", "accelerate", _python("notebook.py"), exit_codes=_ONE),
-    Program("fabric run", "lightning", _fabric, restarts=_NEVER),
+    Program("fabric run", "lightning", _fabric, exit_codes=_ONE, restarts=_NEVER),
     Program("Lightning Trainer", "lightning", _torchrun("with_lightning.py")),
     Program("transformers Trainer", "transformers", _torchrun("with_transformers.py")),
     Program("deepspeed launcher / ferrorun", "deepspeed", _deepspeed, restarts=("ferroelastic",)),

@@ -19,18 +19,20 @@ def name() -> str:
 
 
 def agent() -> str:
-    """The agent that started this process: ``ferroelastic`` if an ancestor has the thread of its engine."""
+    """Return the agent that started this process: ``ferroelastic`` if an ancestor in this job has the thread of its engine."""
     pid = os.getppid()
-    while pid > 1:
+    while True:
+        process = Path(f"/proc/{pid}")
         try:
-            names = {path.read_text().strip() for path in Path(f"/proc/{pid}/task").glob("*/comm")}
-            status = Path(f"/proc/{pid}/status").read_text()
+            if f"PROGRAMS_FOLDER={FOLDER}".encode() not in (process / "environ").read_bytes().split(b"\0"):
+                return "torch"  # the process that started the job
+            names = {path.read_text().strip() for path in process.glob("task/*/comm")}
+            status = (process / "status").read_text()
         except OSError:  # it has ended
-            break
+            return "torch"
         if "ferro-sup" in names:
             return "ferroelastic"
         pid = int(status.split("PPid:")[1].split()[0])
-    return "torch"
 
 
 def attempt() -> int:
