@@ -46,7 +46,7 @@ class Table:
 
     def _get(self, program: Program, check: str, side: Side) -> str:
         path = self._path(program.name, check, side)
-        return path.read_text() if path.exists() else "?"
+        return path.read_text() if path.exists() else "not run"
 
     def _path(self, *names: str) -> Path:
         return self._folder / "-".join(names).replace(" ", "-")
