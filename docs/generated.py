@@ -25,6 +25,7 @@ SECTIONS: dict[str, str] = {
     "log_dir": "Output and logs",
     "node_rank": "Static rendezvous",
     "logs_specs": "Plug-ins, devices and signals",
+    "exec": "Other programs",
     "training_script": "Script",
 }
 """Headings of the command line reference, by the first option below each."""

@@ -88,9 +88,8 @@ class _Finder:
         if name not in _MODULES:
             return None
         for finder in list(sys.meta_path):
-            if finder is _finder:
-                continue
-            spec = finder.find_spec(name, path, target)
+            find = getattr(finder, "find_spec", None)
+            spec: ModuleSpec | None = None if find is None or finder is _finder else find(name, path, target)
             if spec is not None:
                 _hook(spec.loader)
                 return spec
@@ -101,8 +100,8 @@ _finder: Any = _Finder()
 
 
 def _hook(loader: Any) -> None:
-    if isinstance(loader, type):
-        return  # a class that loads many modules, such as those of the interpreter itself
+    if loader is None or isinstance(loader, type):
+        return  # a namespace, or a class that loads modules of the interpreter
 
     def execute(module: ModuleType) -> None:
         del loader.exec_module  # its own method is visible again
@@ -218,7 +217,7 @@ def _loaded(name: str) -> ModuleType | None:
 
 
 def _is_importing(module: ModuleType) -> bool:
-    return bool(getattr(module.__spec__, "_initializing", False))
+    return bool(getattr(getattr(module, "__spec__", None), "_initializing", False))
 
 
 def _is_ready(name: str, executed: str | None) -> bool:

@@ -56,11 +56,13 @@ class Run:
 
     Attributes:
         agents: number of agents in this run, for an embedded one.
+        pid: id of the process that has made this object.
         zygote_sessions: process ids of the zygotes. Each is also the id of the zygote's session.
     """
 
     def __init__(self, *, keep_detached: bool, end_detached: bool, is_embedded: bool = False) -> None:
         self.token = os.urandom(16).hex()
+        self.pid = os.getpid()
         self.keep_detached = keep_detached
         self.agents = 0
         self.is_embedded = is_embedded
@@ -218,7 +220,7 @@ def guarding() -> Iterator[None]:
         yield
         return
     with _lock:
-        if _current is None:
+        if _current is None or _current.pid != os.getpid():  # a forked child of an agent
             _current = Run(keep_detached=True, end_detached=False, is_embedded=True)
             _current.start_guard()
         run = _current

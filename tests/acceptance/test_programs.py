@@ -65,6 +65,28 @@ def test_a_program_runs_our_agent_and_its_workers_do_not_inherit_the_hook(launch
     assert job.end() == 0, job.story
 
 
+@pytest.mark.parametrize("start_method", ["spawn", "forkserver"])
+def test_function_workers_do_not_inherit_the_hook(launch: Launcher, start_method: str) -> None:
+    pytest.importorskip("torch")
+    program = f"""
+from pathlib import Path
+from torch.distributed.launcher.api import LaunchConfig, launch_agent
+
+def work():
+    return "/_exec/" in Path("/proc/self/environ").read_text()
+
+if __name__ == "__main__":
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=1, rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id="demo",
+        start_method={start_method!r},
+    )
+    print("/_exec/" in Path("/proc/self/environ").read_text(), launch_agent(config, work, []))
+"""
+    job = launch.start(*EXEC, sys.executable, launch.write("program.py", program))
+    assert job.end() == 0, job.story
+    assert job.output == b"True {0: False}\n"
+
+
 def test_torchs_launcher_as_a_module_runs_our_agent(launch: Launcher) -> None:
     pytest.importorskip("torch")
     worker = launch.write("worker.py", WORKER)
@@ -82,6 +104,21 @@ def test_a_program_that_installs_before_it_imports_torch(launch: Launcher) -> No
     job = launch.start(sys.executable, program, launch.write("worker.py", WORKER))
     assert job.lines(2) == [OURS, OURS], job.story
     assert job.end() == 0, job.story
+
+
+def test_the_classes_of_torch_that_are_defined_under_the_hook_have_torchs_bases(launch: Launcher) -> None:
+    pytest.importorskip("torch")
+    program = """
+import ferroelastic
+ferroelastic.install()
+import torch.distributed.run
+ferroelastic.uninstall()
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+print({base.__module__.partition(".")[0] for base in LocalElasticAgent.__mro__} - {"abc", "builtins"})
+"""
+    job = launch.start(sys.executable, launch.write("program.py", program))
+    assert job.end() == 0, job.story
+    assert job.output == b"{'torch'}\n"
 
 
 def test_a_thread_that_installs_during_the_import_of_torch_has_the_names(launch: Launcher) -> None:
@@ -221,8 +258,9 @@ def test_the_program_has_the_signals_of_a_new_process(launch: Launcher) -> None:
     assert int(job.output.split()[1], 16) == 0
 
 
-def test_arguments_reach_the_program_unchanged(launch: Launcher) -> None:
-    job = launch.start(*EXEC, "printf", "%s|", "--nnodes", "--", "--exec", "-h", "")
+@pytest.mark.parametrize("separator", [[], ["--"]])
+def test_arguments_reach_the_program_unchanged(launch: Launcher, separator: list[str]) -> None:
+    job = launch.start(*EXEC, *separator, "printf", "%s|", "--nnodes", "--", "--exec", "-h", "")
     assert job.end() == 0
     assert job.output == b"--nnodes|--|--exec|-h||"
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ferroelastic import _install
 from ferroelastic._signals import forget_in_child
+from ferroelastic._sitecustomize import remove_exec
 from ferroelastic._text import entrypoint_name, format_traceback, message_of
 from ferroelastic.multiprocessing._std import get_std_cm
 
@@ -53,6 +54,7 @@ def _wrap(task: Task) -> None:
     _become_worker(task)
     if not task.keeps_install:
         _install.leave_worker()
+        remove_exec(os.environ)  # a fork server of the program has it
     from ferroelastic.multiprocessing.errors import record
     from ferroelastic.multiprocessing.redirects import redirect_stderr, redirect_stdout
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 _FOLDER, _, _ = __file__.rpartition("/")
-_PACKAGE = _FOLDER.removesuffix("/_exec/hook")
+_PACKAGE = _FOLDER[: -len("/_exec/hook")]  # a program may run an old Python
 _ENV = "FERROELASTIC_EXEC"
 
 
