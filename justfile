@@ -5,6 +5,7 @@ set shell := ["bash", "-euo", "pipefail", "-c"]
 venv := ".venv"
 python := env("PYTHON", "python3")
 bin := justfile_directory() / venv / "bin"
+programs := justfile_directory() / "target/programs/main"
 
 _list:
     @just --list --unsorted
@@ -52,6 +53,18 @@ test: setup
 test-torch version *options: setup
     {{ bin }}/python tests/torch_version.py {{ version }} {{ options }}
 
+# the environment of the programs that use torch's launcher, at pinned versions
+_programs: setup
+    test -x {{ programs }}/bin/python || {{ python }} -m venv {{ programs }}
+    {{ programs }}/bin/pip install --quiet --no-deps --requirement tests/programs/requirements.txt
+    {{ programs }}/bin/pip install --quiet --no-deps --editable .
+    # DeepSpeed compiles this operator at its first use on CPUs, for minutes
+    PATH={{ programs }}/bin:$PATH DS_ACCELERATOR=cpu TORCH_EXTENSIONS_DIR={{ programs }}/../extensions {{ programs }}/bin/python -c 'from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder; ShareMemCommBuilder().load(verbose=False)'
+
+# programs that use torch's launcher, under torch's agent and under this package: prints a table
+test-programs *options: _programs
+    {{ bin }}/python -m pytest tests/programs {{ options }}
+
 # the one abi3 wheel on the interpreters given, or on CPython 3.10 to 3.15 (PATH, pyenv, or Debian's unstable archive in target/sid): the tests that need no torch
 test-wheel *interpreters: setup
     rm -rf target/wheels
@@ -94,6 +107,10 @@ bench-restarts *options: setup
 # starts and restarts on a real Slurm: torchrun, ferrorun and scontrol requeue, in one run
 bench-slurm *options: setup
     {{ bin }}/python benches/slurm.py {{ options }}
+
+# launches by accelerate, with torch's agent and under ferrorun --exec
+bench-accelerate *options: _programs
+    {{ bin }}/python benches/against_accelerate.py {{ options }}
 
 # the watchdog side by side with torch's, in one run
 bench-timer *options: setup
