@@ -117,7 +117,7 @@ def test_a_session_is_shell(block: Block) -> None:
 def test_the_options_of_a_call_exist(block: Block) -> None:
     for arguments in ferrorun_arguments(block.text):
         if arguments[0] == "--print-completion":
-            with pytest.raises(SystemExit, match="^0$"):
+            with pytest.raises(SystemExit, match=r"^0$"):
                 get_args_parser().parse_args(arguments)
         else:
             parsed = get_args_parser().parse_args(arguments)
