@@ -56,8 +56,8 @@ fn described_thread_id() -> Option<*mut c_int> {
         return None;
     }
     // SAFETY: the function always succeeds. In glibc its result is the address of the thread's descriptor.
-    let descriptor = unsafe { libc::pthread_self() } as *mut u8;
-    Some(descriptor.wrapping_add(field.offset as usize).cast())
+    let descriptor = unsafe { libc::pthread_self() } as *mut c_int;
+    Some(descriptor.wrapping_byte_add(field.offset as usize))
 }
 
 /// The address that the kernel clears when the calling thread ends. With glibc 2.36 it is the address of the cached id, with glibc 2.43
