@@ -45,6 +45,8 @@ class Table:
         path.write_text(result)
 
     def _get(self, program: Program, check: str, side: Side) -> str:
+        if check == "killed rank comes back" and side not in program.restarts:
+            return NOT_APPLICABLE
         path = self._path(program.name, check, side)
         return path.read_text() if path.exists() else "not run"
 
