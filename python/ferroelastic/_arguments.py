@@ -6,7 +6,7 @@ from argparse import OPTIONAL, PARSER, REMAINDER, Action, ArgumentError, Argumen
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from ferroelastic._completion import PrintCompletion, Shells
+from ferroelastic._completion import PrintCompletion
 from ferroelastic._signals import DEFAULT_SIGNALS
 from ferroelastic.argparse_util import check_env, env
 
@@ -405,7 +405,6 @@ def get_args_parser() -> ArgumentParser:  # noqa: PLR0915 - one statement per op
         "--print-completion",
         "--print_completion",
         action=PrintCompletion,
-        choices=Shells(),
         metavar="SHELL",
         help="Print a script that completes the options of ferrorun in a shell, e.g. bash, zsh or tcsh, and exit. Needs the package shtab.",
     )

@@ -37,6 +37,16 @@ class Shells(Collection[str]):
 class PrintCompletion(Action):
     """Print a completion script for ``ferrorun`` and end the process: with code 0, or with 1 if shtab is not installed."""
 
+    # A property, because argparse reads the choices among the attributes for --help, which would import shtab.
+    @property
+    def choices(self) -> Shells:
+        """The supported shells."""
+        return Shells()
+
+    @choices.setter
+    def choices(self, _: object) -> None:
+        """Ignore the value of ``add_argument``."""
+
     def __call__(
         self, parser: ArgumentParser, namespace: Namespace, values: Any, option_string: str | None = None
     ) -> None:
