@@ -18,7 +18,6 @@ __all__ = [
     "CHANGES",
     "OPTIONS",
     "REMOVED",
-    "REMOVED",
     "Change",
     "has",
     "has_option",
