@@ -38,7 +38,7 @@ def _paths() -> list[str]:
 
 
 def is_absent_on_purpose(name: str) -> bool:
-    patterns = [*ABSENT, *([] if torch_versions.has("filtered-files") else torch_versions.REMOVED)]
+    patterns = [*ABSENT, *(torch_versions.REMOVED if torch_versions.is_older_than("2.13") else [])]
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 

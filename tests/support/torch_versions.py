@@ -127,8 +127,10 @@ REMOVED: tuple[str, ...] = (
     "agent.server.*:*ElasticAgent._stop_workers",
     "events.api:EventMetadataValue",
     "multiprocessing.api:*Context._std*_tail",
+    "multiprocessing.subprocess_handler.subprocess_handler:maybe_*",
+    "numa.binding:maybe_*",
 )
-"""Names that versions before 2.10 have, or have with other arguments, as patterns of ``module:name`` and ``module:Class.member``."""
+"""Names that versions before 2.13 have, or have with other arguments, as patterns of ``module:name`` and ``module:Class.member``."""
 
 _OLDEST = "2.6"
 
