@@ -7,6 +7,7 @@ import importlib.util
 from pathlib import Path
 
 from tests.conformance.differences import ABSENT
+from tests.support import torch_versions
 
 _TREES = ["distributed/elastic", "distributed/launcher", "numa"]
 _FILES = ["distributed/run.py", "distributed/launch.py", "distributed/argparse_util.py"]
@@ -37,7 +38,8 @@ def _paths() -> list[str]:
 
 
 def is_absent_on_purpose(name: str) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in ABSENT)
+    patterns = [*ABSENT, *(torch_versions.REMOVED if torch_versions.is_older_than("2.13") else [])]
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 PATHS = _paths()

@@ -129,6 +129,7 @@ class Call:
         return replies
 
 
+@pytest.mark.needs("store-operations")
 @pytest.mark.uses_torch
 @pytest.mark.parametrize("seed", range(4))
 def test_random_calls(seed: int) -> None:

@@ -286,6 +286,7 @@ def sleeper() -> Iterator[subprocess.Popen[bytes]]:
         process.kill()
 
 
+@pytest.mark.needs("timer-server")
 class TestFileTimerServer:
     def test_a_process_that_hangs(self, file_timer: FileTimer, sleeper: subprocess.Popen[bytes]) -> None:
         file_timer.server.start()
@@ -566,6 +567,7 @@ with timer.expires(after=0.1 if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" 
 """
 
 
+@pytest.mark.needs("timer-server")
 def test_an_agent_whose_worker_hangs(impl: Implementation, tmp_path: Path) -> None:
     (tmp_path / "worker.py").write_text(WORKER)
     command = [sys.executable, "-c", AGENT, impl.name, str(tmp_path / "worker.py"), str(tmp_path / "logs")]

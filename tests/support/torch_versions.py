@@ -14,7 +14,18 @@ from ferroelastic import _torch
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["CHANGES", "OPTIONS", "Change", "has", "has_option", "is_between", "is_newest", "is_older_than", "knows"]
+__all__ = [
+    "CHANGES",
+    "OPTIONS",
+    "REMOVED",
+    "Change",
+    "has",
+    "has_option",
+    "is_between",
+    "is_newest",
+    "is_older_than",
+    "knows",
+]
 
 
 class Change(NamedTuple):
@@ -31,6 +42,11 @@ class Change(NamedTuple):
 
 
 CHANGES: dict[str, Change] = {
+    "timer-server": Change(
+        "2.7",
+        "FileTimerServer",
+        "it opens its pipe before `start` returns, and its thread survives the end of the pipe",
+    ),
     "restart-flag": Change("2.8", "SimpleElasticAgent._stop_workers", "it has no argument `is_restart`"),
     "event-log-handler": Change("2.8", "WorkerSpec, LaunchConfig", "`event_log_handler` is a field"),
     "store-operations": Change(
@@ -105,6 +121,16 @@ OPTIONS: dict[str, str] = {
 }
 """First version of each option of the command line that the oldest version lacks, by destination."""
 
+
+REMOVED: tuple[str, ...] = (
+    "agent.server.*:*ElasticAgent._shutdown",
+    "agent.server.*:*ElasticAgent._stop_workers",
+    "events.api:EventMetadataValue",
+    "multiprocessing.api:*Context._std*_tail",
+    "multiprocessing.subprocess_handler.subprocess_handler:maybe_*",
+    "numa.binding:maybe_*",
+)
+"""Names that versions before 2.13 have, or have with other arguments, as patterns of ``module:name`` and ``module:Class.member``."""
 
 _OLDEST = "2.6"
 
