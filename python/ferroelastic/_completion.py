@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
     from collections.abc import Iterator, Sequence
 
-__all__ = ["PrintCompletion", "Shells"]
+__all__ = ["PrintCompletion"]
 
 
 class Shells(Collection[str]):
