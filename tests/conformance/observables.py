@@ -300,7 +300,7 @@ def process() -> dict[str, Any]:
     seen["parent"] = Path(f"/proc/{os.getppid()}/comm").read_text().strip()
     seen["tasks"] = len(os.listdir("/proc/self/task"))
     seen["children"] = Path(f"/proc/self/task/{own}/children").read_text().split()
-    seen["usage of children"] = list(resource.getrusage(resource.RUSAGE_CHILDREN))
+    seen["had children"] = any(resource.getrusage(resource.RUSAGE_CHILDREN))
     mapped = re.findall(r"(/\S+)$", Path("/proc/self/maps").read_text(), re.MULTILINE)
     seen["mapped"] = sorted({os.path.basename(path) for path in mapped})
     seen["program name"] = ctypes.c_char_p.in_dll(libc, "program_invocation_name").value.decode()  # type: ignore[union-attr]

@@ -65,11 +65,15 @@ DIFFERENCES: dict[str, Difference] = {
     ),
     "interpreter.attributes": Difference(_WARM, "sys._ferroelastic_warm is for ferroelastic.warm"),
     "main_module.modules": Difference(_WARM, "the warm imports are loaded before the script runs"),
+    "process.had children": Difference(
+        _WARM, "processes that the imports start, such as ldconfig of torch 2.15, are children of the zygote"
+    ),
     "process.mapped": Difference(_WARM, "the native module of the zygote stays mapped"),
 }
 _SOMETIMES = {
     "process.parent",  # the name of the test's own process, which an agent in it may have renamed
     "process.proc.cgroup",  # the agent may create a cgroup
+    "process.had children",  # imports that start processes
     "interpreter.gc.frozen",  # CPython 3.12 freezes objects of its own
 }
 
