@@ -8,6 +8,7 @@ The figures begin with the command. The first line of a worker reads the clock; 
 
 from __future__ import annotations
 
+import compileall
 import os
 import subprocess
 import tempfile
@@ -60,5 +61,6 @@ def measure(side: str) -> dict[str, list[float]]:
 
 
 if __name__ == "__main__":
+    compileall.compile_dir(Path(__file__).resolve().parent.parent / "python", quiet=1)
     measure(PLAIN)  # the first import of accelerate reads its files from disk
     compare(SIDES, {"launch": (measure, 10)}, __doc__ or "")
