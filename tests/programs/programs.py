@@ -68,7 +68,7 @@ def _accelerate(side: Side, restarts: int) -> list[str]:
 
 
 def _fabric(side: Side, _restarts: int) -> list[str]:
-    options = ["--accelerator=cpu", "--devices=2", "--strategy=ddp", "--main-port=0"]
+    options = ["--accelerator=cpu", "--devices=2", "--strategy=ddp", f"--main-port={free_port()}"]
     return _exec(side, "fabric", "run", *options, _script("with_fabric.py"))
 
 
@@ -111,7 +111,14 @@ PROGRAMS = (
     Program("fabric run", "lightning", _fabric, exit_codes=_ONE, restarts=_NEVER),
     Program("Lightning Trainer", "lightning", _torchrun("with_lightning.py")),
     Program("transformers Trainer", "transformers", _torchrun("with_transformers.py")),
-    Program("deepspeed launcher / ferrorun", "deepspeed", _deepspeed, restarts=("ferroelastic",)),
+    # DeepSpeed's own launcher hands on the code of the failed rank.
+    Program(
+        "deepspeed launcher / ferrorun",
+        "deepspeed",
+        _deepspeed,
+        exit_codes=dict.fromkeys(SIDES, 3),
+        restarts=("ferroelastic",),
+    ),
     Program("torchrunx", "torchrunx", _python_exec("with_torchrunx.py"), exit_codes=_ONE, restarts=_NEVER),
     Program("submitit, local executor", "submitit", _python_exec("with_submitit.py"), exit_codes=_ONE),
     Program("torchft, two replica groups", "torchft", _python("replica_groups.py")),
