@@ -111,13 +111,14 @@ PROGRAMS = (
     Program("fabric run", "lightning", _fabric, exit_codes=_ONE, restarts=_NEVER),
     Program("Lightning Trainer", "lightning", _torchrun("with_lightning.py")),
     Program("transformers Trainer", "transformers", _torchrun("with_transformers.py")),
-    # DeepSpeed's own launcher hands on the code of the failed rank.
+    # DeepSpeed's own launcher hands on the code of the failed rank. It ends at SIGTERM, and its workers run on.
     Program(
         "deepspeed launcher / ferrorun",
         "deepspeed",
         _deepspeed,
         exit_codes=dict.fromkeys(SIDES, 3),
         restarts=("ferroelastic",),
+        clean_ends={"torch": ("not saved, 3 processes left",), "ferroelastic": ("yes",)},
     ),
     Program("torchrunx", "torchrunx", _python_exec("with_torchrunx.py"), exit_codes=_ONE, restarts=_NEVER),
     Program("submitit, local executor", "submitit", _python_exec("with_submitit.py"), exit_codes=_ONE),
