@@ -33,6 +33,7 @@ def _environment(programs: Launcher, side: Side, task: str, restarts: int = 0) -
     assert (BIN / "python").exists(), "the environment is missing: run 'just test-programs'"
     return {
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+        "TORCHRUNX_LOG_DIR": "",  # no files in the working directory
         "PYTHONPATH": str(WORKERS),
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONWARNINGS": "ignore",

@@ -10,6 +10,7 @@ from ferroelastic._scheduler.placement import (
     Placement,
     Taken,
     check_rank,
+    is_first,
     missing,
     number,
     port_of_name,
@@ -44,7 +45,7 @@ def place_by_skypilot(environ: Mapping[str, str], _: Surroundings) -> Placement 
             SKYPILOT_NODE_IPS=addresses,
             SKYPILOT_TASK_ID=task,
         )
-        return Incomplete("SkyPilot", reason, "give --rdzv-endpoint", _is_first(rank), gpus=gpus)
+        return Incomplete("SkyPilot", reason, "give --rdzv-endpoint", is_first(rank), gpus=gpus)
     check_rank(rank, nodes)
     listed = addresses.value.split()
     if len(listed) != nodes.value:
@@ -85,11 +86,7 @@ def place_by_dstack(environ: Mapping[str, str], _: Surroundings) -> Placement | 
             DSTACK_MASTER_NODE_IP=host,
             DSTACK_RUN_NAME=run_id,
         )
-        return Incomplete("dstack", reason, "give --rdzv-endpoint", _is_first(rank), gpus=gpus)
+        return Incomplete("dstack", reason, "give --rdzv-endpoint", is_first(rank), gpus=gpus)
     check_rank(rank, nodes)
     port = Taken(port_of_name(run_id.value), "from the id")
     return Placement("dstack", nodes, rank, run_id, host, port, gpus)
-
-
-def _is_first(rank: Taken[int] | None) -> bool:
-    return rank is None or rank.value == 0

@@ -11,6 +11,7 @@ from ferroelastic._scheduler.placement import (
     Placement,
     Taken,
     check_rank,
+    is_first,
     missing,
     number,
     port_of_name,
@@ -43,7 +44,7 @@ def place(environ: Mapping[str, str], surroundings: Surroundings) -> Placement |
     nodes, rank = number(environ, "FLUX_JOB_NNODES"), number(environ, "FLUX_TASK_RANK")
     if nodes is None or rank is None:
         reason = missing("Flux", FLUX_JOB_NNODES=nodes, FLUX_TASK_RANK=rank)
-        return Incomplete("Flux", reason, "give --rdzv-endpoint", rank is None or rank.value == 0)
+        return Incomplete("Flux", reason, "give --rdzv-endpoint", is_first(rank))
     tasks = number(environ, "FLUX_JOB_SIZE")
     if tasks is not None and tasks.value > nodes.value:
         raise UsageError(

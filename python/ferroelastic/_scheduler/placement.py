@@ -19,6 +19,7 @@ __all__ = [
     "Surroundings",
     "Taken",
     "check_rank",
+    "is_first",
     "missing",
     "number",
     "port_of_name",
@@ -142,6 +143,11 @@ def check_rank(rank: Taken[int], nodes: Taken[int]) -> None:
             f"{rank.source}={rank.value} is not a rank of {nodes.value} nodes ({nodes.source}); "
             f"start one ferrorun per node with the launcher of the scheduler, {REMEDY}"
         )
+
+
+def is_first(rank: Taken[int] | None) -> bool:
+    """Return whether a node reports for all: the first one, or each one if the ranks are unknown."""
+    return rank is None or rank.value == 0
 
 
 def port_of_number(job: int, step: int = 0) -> int:
