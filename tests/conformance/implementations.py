@@ -88,12 +88,12 @@ class Implementation:
         return torch if self.is_torch and differs else ours
 
     def by_version(self, change: str, *, before: T, since: T) -> T:
-        """Return what both implementations are to do with the installed version of torch.
+        """Return the expected behaviour with the installed version of torch.
 
         Args:
             change: id of an entry of ``torch_versions.CHANGES``.
-            before: what versions without the change do.
-            since: what versions with the change do.
+            before: the behaviour of versions without the change.
+            since: the behaviour of versions with the change.
         """
         assert before != since, f"{change!r} changes nothing here"
         return since if torch_versions.has(change) else before

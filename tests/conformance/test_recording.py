@@ -26,7 +26,7 @@ def error_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 class OldHandler:
-    """An error handler that keeps what it is told, with the methods that torch 2.6 calls."""
+    """An error handler that records its calls, with the methods that torch 2.6 calls."""
 
     def __init__(self) -> None:
         self.calls: list[Any] = []

@@ -228,7 +228,7 @@ class Ended(NamedTuple):
 def test_the_end_of_a_worker_by_a_signal_waits_for_the_signal_to_the_agent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "sleep", lambda _: signal.raise_signal(signal.SIGTERM))
     with pytest.raises(SignalException):
-        _signals.wait_for_same_signal([Ended(1), Ended(-signal.SIGTERM)])  # type: ignore[list-item]  # what it reads
+        _signals.wait_for_same_signal([Ended(1), Ended(-signal.SIGTERM)])  # type: ignore[list-item]  # the attributes that it reads
 
 
 @pytest.mark.usefixtures("handling")
@@ -245,7 +245,7 @@ def test_the_end_of_a_worker_by_a_signal_waits_for_the_signal_to_the_agent(monke
     ],
 )
 def test_another_end_of_a_worker_waits_for_nothing(ended: Ended) -> None:
-    _signals.wait_for_same_signal([ended])  # type: ignore[list-item]  # what it reads
+    _signals.wait_for_same_signal([ended])  # type: ignore[list-item]  # the attributes that it reads
 
 
 def test_a_new_outermost_one_begins_with_nothing_received() -> None:

@@ -34,7 +34,7 @@ _HEAD_BYTES = 4096
 
 
 class _ScriptError(Exception):
-    """The command cannot do what it was asked for. The text is for the user."""
+    """The command cannot be carried out. The text is for the user."""
 
 
 def main(args: Sequence[str] | None = None) -> int:
