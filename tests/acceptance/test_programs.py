@@ -36,7 +36,9 @@ OURS = "True []"
 
 WARM_WORKER = """
 import sys, sitecustomize
-print(getattr(sys, "_ferroelastic_warm", "cold"), sitecustomize.marks, "ferroelastic._install" in sys.modules, flush=True)
+kind = getattr(sys, "_ferroelastic_warm", "cold")
+# One write, so that the lines of two workers do not mix.
+sys.stdout.write(f"{kind} {sitecustomize.marks} {'ferroelastic._install' in sys.modules}\n")
 """
 
 # A program that knows torch only.

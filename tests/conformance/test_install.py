@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import signal
 import sys
 import threading
 from typing import TYPE_CHECKING, Any
@@ -282,7 +283,10 @@ def test_a_subclass_of_torchs_context_works_under_our_agent(store: Any, tmp_path
     agent = Derived(spec, torchs.mp.DefaultLogsSpecs(str(tmp_path)), exit_barrier_timeout=5)
     result = agent.run()
     assert result.is_failed() == (script != "exit 0")
-    assert {failure.exitcode for failure in result.failures.values()} <= {3}
+    exit_codes = {failure.exitcode for failure in result.failures.values()}
+    # torch's context also lists a peer that it has stopped.
+    assert exit_codes <= {3, -signal.SIGTERM}
+    assert (3 in exit_codes) == result.is_failed()
     assert agent._pcontext.closed > 0
 
 

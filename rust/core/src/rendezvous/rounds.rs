@@ -231,6 +231,8 @@ pub struct Rounds {
     ever_waited: HashSet<u64>,
     /// Contenders: agents whose node rank another agent holds. They wait until that agent sends a message or is lost.
     contenders: Vec<(Id, Introduction)>,
+    /// Warnings for the host's agent from the time before it is a member, at most [`MAX_NAMES`].
+    early_warnings: Vec<String>,
     /// When waiting agents are told the reason if it has changed.
     explain_at: Option<Instant>,
     last_step: Instant,
@@ -257,6 +259,7 @@ impl Rounds {
             finished_departed: HashMap::new(),
             ever_waited: HashSet::new(),
             contenders: Vec::new(),
+            early_warnings: Vec::new(),
             explain_at: None,
             last_step: now,
             due: None,

@@ -72,6 +72,16 @@ fn an_agent_that_does_not_fit_the_job_is_told_the_reason() {
 }
 
 #[test]
+fn the_host_is_warned_of_events_before_its_own_entry() {
+    let mut table = Table::new(settings(2, 2));
+    let text = "a foreign peer came".to_owned();
+    assert_eq!(table.step(HostEvent::ForeignPeer(text.clone())), []);
+    table.enter(2, (2, 2));
+    let warned = remarks(&table.enter(1, (2, 2)));
+    assert_eq!(warned, [(1, text)]);
+}
+
+#[test]
 fn a_failure_ends_the_round_for_all_and_the_last_one_back_begins_the_next() {
     let mut table = Table::running(2, 3);
     let ended = over(&table.fail(2, 0, 50));

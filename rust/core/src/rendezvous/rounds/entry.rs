@@ -73,6 +73,9 @@ impl Rounds {
         self.members.insert(id, member);
         self.send(id, HostMessage::Welcome { silence: self.settings.silence });
         if let Some(host) = host {
+            for text in std::mem::take(&mut self.early_warnings) {
+                self.send(id, HostMessage::Warning { text });
+            }
             self.refuse_mismatched(now, &host);
         }
         self.actions.extend(end.map(|message| HostAction::Send(id, message)));

@@ -9,11 +9,13 @@ use crate::rendezvous::message::HostMessage;
 const EXPLAIN_AFTER: Duration = Duration::from_secs(10);
 
 impl Rounds {
-    /// Sends a warning for the user to the host's agent.
+    /// Sends a warning for the user to the host's agent. A warning from before that agent is a member is kept for it.
     pub(super) fn warn_host(&mut self, text: &str) {
-        let hosts = self.members.iter().filter(|(_, member)| member.agent.is_host).map(|(id, _)| *id);
-        let warnings = hosts.map(|id| HostAction::Send(id, HostMessage::Warning { text: text.to_owned() }));
-        self.actions.extend(warnings);
+        match self.members.iter().find(|(_, member)| member.agent.is_host) {
+            Some((id, _)) => self.send(*id, HostMessage::Warning { text: text.to_owned() }),
+            None if self.early_warnings.len() < MAX_NAMES => self.early_warnings.push(text.to_owned()),
+            None => {}
+        }
     }
 
     /// Schedules the message with the reason to agents that wait.
