@@ -38,7 +38,7 @@ WARM_WORKER = """
 import sys, sitecustomize
 kind = getattr(sys, "_ferroelastic_warm", "cold")
 # One write, so that the lines of two workers do not mix.
-sys.stdout.write(f"{kind} {sitecustomize.marks} {'ferroelastic._install' in sys.modules}\n")
+sys.stdout.write(f"{kind} {sitecustomize.marks} {'ferroelastic._install' in sys.modules}\\n")
 """
 
 # A program that knows torch only.
