@@ -187,7 +187,7 @@ def test_a_node_that_comes_and_one_that_goes_are_no_failures(job: Job) -> None:
     assert re.fullmatch(r"127\.0\.0\.1 \(agent \d+\) joins", restarts["last"]["reason"])
     assert host.restarts() == {"failure": 0, "membership": 1}
     # To the newcomer it is the first round.
-    assert guest.runs_round(1)["restarts"] == {"failure": 0, "membership": 0, "last": None}
+    assert guest.runs_round(1)["restarts"] == {"failure": 0, "membership": 0, "last": None, "last_decision": None}
     assert guest.restarts() == {"failure": 0, "membership": 0}
 
     guest.handler.leave("its machine is needed")

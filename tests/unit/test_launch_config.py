@@ -59,6 +59,8 @@ def test_the_fields_are_torchs() -> None:
         "warm_workers",
         "warm_imports",
         "preload",
+        "restart_settings",
+        "restart_policy",
     ]
 
 

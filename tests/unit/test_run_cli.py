@@ -86,6 +86,7 @@ def _comparable(config: Any, logs: Any) -> dict[str, Any]:
     assert not fields.pop("warm_workers", 0)  # not in torch, nor the next two
     assert tuple(fields.pop("warm_imports", ("torch",))) == ("torch",)
     assert not fields.pop("preload", False)
+    assert (fields.pop("restart_settings", None), fields.pop("restart_policy", None)) == (None, None)
     numa = fields.pop("numa_options", None)
     fields["numa"] = numa and (numa.affinity_mode.value, numa.should_fall_back_if_binding_fails)
     fields["logs"] = (logs._root_log_dir, logs._redirects, logs._tee, logs._local_ranks_filter)

@@ -32,6 +32,7 @@ from ferroelastic._exit_codes import exit_code
 from ferroelastic._signals import DEFAULT_SIGNALS, SIGNALS_ENV, SignalException
 from ferroelastic._text import entrypoint_name
 from ferroelastic.agent.server._events import event_log_handler_of
+from ferroelastic.agent.server._policy import RestartPolicy, RestartSettings
 from ferroelastic.agent.server.api import RunResult, WorkerSpec
 from ferroelastic.agent.server.health_check_server import HealthCheckServer, create_healthcheck_server
 from ferroelastic.agent.server.local_elastic_agent import LocalElasticAgent
@@ -88,6 +89,8 @@ class LaunchConfig:
         warm_workers: see :class:`ferroelastic.agent.server.WorkerSpec`. Not in torch.
         warm_imports: see :class:`ferroelastic.agent.server.WorkerSpec`. Not in torch.
         preload: see :class:`ferroelastic.agent.server.WorkerSpec`. Not in torch.
+        restart_settings: see :class:`ferroelastic.agent.server.WorkerSpec`. Not in torch.
+        restart_policy: see :class:`ferroelastic.agent.server.WorkerSpec`. Not in torch.
 
     Raises:
         ValueError: ``interactive_rank`` is not a local rank, or the shutdown timeout (argument or variable) is not a whole number >= 0.
@@ -122,6 +125,8 @@ class LaunchConfig:
     warm_workers: int = 0
     warm_imports: Sequence[str] = ("torch",)
     preload: bool = False
+    restart_settings: RestartSettings | None = None
+    restart_policy: RestartPolicy | None = None
 
     def __post_init__(self) -> None:
         """Check the values and set defaults that depend on other fields or on the environment."""
@@ -171,6 +176,12 @@ def _warm_settings(config: Any) -> dict[str, Any]:
     if not newer(config, "warm_workers", 0) and not newer(config, "preload", False):
         return {}
     return {name: getattr(config, name) for name in names}
+
+
+def _restart_settings(config: Any) -> dict[str, Any]:
+    """Return the restart policy for a ``WorkerSpec``. Empty for the default: the class may be replaced by torch's."""
+    values = {name: newer(config, name, None) for name in ("restart_settings", "restart_policy")}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _resolve_shutdown_timeout(argument_s: int | None) -> int:
@@ -328,6 +339,7 @@ def _launch(
         duplicate_stderr_filters=newer(config, "duplicate_stderr_filters", None),
         virtual_local_rank=newer(config, "virtual_local_rank", False),
         **_warm_settings(config),
+        **_restart_settings(config),
     )
     interactive_rank = newer(config, "interactive_rank", None)
     agent = LocalElasticAgent(

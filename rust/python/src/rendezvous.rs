@@ -14,6 +14,7 @@ use pyo3::prelude::*;
 use crate::convert::span;
 use crate::errors::{detached, to_python};
 use crate::group::wait_detached;
+use crate::policy::{Decision, FailureFacts};
 
 /// A place in a round.
 #[pyclass(frozen, get_all, module = "ferroelastic._rust")]
@@ -28,6 +29,7 @@ pub(crate) struct Place {
     role_world_size: u64,
     address: Option<String>,
     failures: u64,
+    restarts_used: u64,
     membership_changes: u64,
     cause: Option<Cause>,
 }
@@ -44,6 +46,7 @@ impl From<message::Place> for Place {
             role_world_size: place.role_world_size,
             address: place.address,
             failures: place.failures,
+            restarts_used: place.restarts_used,
             membership_changes: place.membership_changes,
             cause: place.cause.map(Cause::from),
         }
@@ -75,6 +78,7 @@ pub(crate) struct Membership {
     cause: Option<Cause>,
     text: String,
     exit_code: Option<i32>,
+    decision: Option<Decision>,
 }
 
 impl From<member::MembershipState> for Membership {
@@ -86,21 +90,26 @@ impl From<member::MembershipState> for Membership {
             S::Over(place, cause) => (Some(place.clone()), Some(cause.clone())),
             _ => (None, None),
         };
-        let exit_code = if let S::Closed { code, .. } = &state { Some(*code) } else { None };
+        let (exit_code, decision) = match &state {
+            S::Closed { code, decision, .. } => (Some(*code), decision.as_ref()),
+            S::Over(_, cause) => (None, cause.decision.as_deref()),
+            _ => (None, None),
+        };
+        let decision = decision.cloned().map(Decision::from);
         let (state, text) = match state {
             S::Idle => ("idle", String::new()),
             S::Joining => ("joining", String::new()),
             S::Placed(_) => ("placed", String::new()),
             S::Over(_, cause) => ("over", cause.text),
             S::Released => ("released", String::new()),
-            S::Closed { text, code: 0 } => ("spare", text),
+            S::Closed { text, code: 0, .. } => ("spare", text),
             S::Closed { text, .. } => ("closed", text),
             S::Failed(Failure::TimedOut(text)) => ("timed out", text),
             S::Failed(Failure::Unreachable(text)) => ("unreachable", text),
             S::Failed(Failure::Refused(text)) => ("refused", text),
             S::Failed(Failure::Late(text)) => ("late", text),
         };
-        Self { state, place: place.map(Place::from), cause: cause.map(Cause::from), text, exit_code }
+        Self { state, place: place.map(Place::from), cause: cause.map(Cause::from), text, exit_code, decision }
     }
 }
 
@@ -139,8 +148,19 @@ impl RendezvousClient {
         self.call(py, Call::Join { role, local_world_size, timeout })
     }
 
-    fn fail(&self, py: Python<'_>, at_ns: u64, text: String, exit_code: i32, is_final: bool) -> PyResult<()> {
-        self.call(py, Call::Failed { at_ns, text, code: exit_code, is_final })
+    fn fail(
+        &self,
+        py: Python<'_>,
+        at_ns: u64,
+        text: String,
+        exit_code: i32,
+        facts: Bound<'_, FailureFacts>,
+    ) -> PyResult<()> {
+        self.call(py, Call::Failed { at_ns, text, code: exit_code, facts: facts.get().0.clone() })
+    }
+
+    fn progress(&self, py: Python<'_>) -> PyResult<()> {
+        self.call(py, Call::Progressed)
     }
 
     fn finish(&self, py: Python<'_>) -> PyResult<()> {

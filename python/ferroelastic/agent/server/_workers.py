@@ -22,6 +22,7 @@ from ferroelastic._text import entrypoint_name
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from ferroelastic.agent.server._policy import RestartPolicy, RestartSettings
     from ferroelastic.multiprocessing.errors import ProcessFailure
     from ferroelastic.numa.binding import NumaOptions
     from ferroelastic.rendezvous import RendezvousHandler
@@ -55,6 +56,8 @@ class WorkerSpec(TorchCompatible):
         warm_imports: modules that parked workers have imported, and functions that they have called as ``package.module:function``. Not in
             torch.
         preload: whether the first start also waits for the imports and uses parked workers. Not in torch.
+        restart_settings: settings of the restart policy, equal on all nodes; ``None`` for the defaults. Not in torch.
+        restart_policy: the program's own restart policy. Not in torch.
 
     Raises:
         AssertionError: a number is out of range, or the entrypoint is missing.
@@ -81,6 +84,8 @@ class WorkerSpec(TorchCompatible):
     warm_workers: int = field(default=0, repr=False)
     warm_imports: Sequence[str] = field(default=("torch",), repr=False)
     preload: bool = field(default=False, repr=False)
+    restart_settings: RestartSettings | None = field(default=None, repr=False)
+    restart_policy: RestartPolicy | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         """Check the values."""

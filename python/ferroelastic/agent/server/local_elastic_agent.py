@@ -420,7 +420,7 @@ class LocalElasticAgent(SimpleElasticAgent):
     def _worker_env(self, worker_group: WorkerGroup, worker: Worker) -> dict[str, str]:
         """Return the environment variables of one worker."""
         spec = worker_group.spec
-        env = worker_environment(worker_group, worker, spec.max_restarts - self._remaining_restarts)
+        env = worker_environment(worker_group, worker, self._restart_count())
         self._set_local_rank_env(env, worker.local_rank, spec)
         return env
 
@@ -562,7 +562,8 @@ class LocalElasticAgent(SimpleElasticAgent):
         if interruption is None or interruption.is_failure:
             workers = self._worker_group.workers
             rank = next(worker.global_rank for worker in workers if worker.local_rank == failure.local_rank)
-            self._report_failure(RunResult(state=WorkerState.FAILED, failures={rank: failure}))
+            result = RunResult(state=WorkerState.FAILED, failures={rank: failure})
+            self._report_failure(result, self._restarts.facts(result, self._remaining_restarts))
 
     def _explain_expiries(self, role: str, failures: dict[int, ProcessFailure]) -> None:
         """Add the expired timer to the failures of workers that the watchdog ended."""

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use link::Link;
 
 use super::message::{AgentMessage, Cause, HostMessage, Join, MAX_TEXT_BYTES, Place};
+use super::policy::{Decision, FailureFacts};
 use crate::sys::clock::{ENDLESS, later};
 use crate::text::bounded;
 use crate::vocabulary::RestartCause;
@@ -52,9 +53,11 @@ pub enum Call {
         text: String,
         /// Exit code of the job if this failure ends it.
         code: i32,
-        /// No restart is left.
-        is_final: bool,
+        /// The facts for the restart policy.
+        facts: FailureFacts,
     },
+    /// The workers have made progress in this round.
+    Progressed,
     /// All workers have succeeded.
     Finished,
     /// End the job: no further round begins.
@@ -137,6 +140,8 @@ pub enum MembershipState {
         text: String,
         /// Exit code of the job; 0 if this node was a spare of a job that has succeeded.
         code: i32,
+        /// The decision of the restart policy, if a failure ended the job.
+        decision: Option<Decision>,
     },
     /// It cannot take part.
     Failed(Failure),
@@ -304,9 +309,15 @@ impl Member {
                     Link::Pausing { .. } | Link::Connecting | Link::Entering { .. } => {}
                 }
             }
-            Call::Failed { at_ns, text, code, is_final } => {
+            Call::Failed { at_ns, text, code, facts } => {
                 if let Some(round) = self.last_round {
-                    self.send(AgentMessage::Failed { round, at_ns, text: bounded_text(&text), code, is_final });
+                    let (text, facts) = (bounded_text(&text), facts.shortened());
+                    self.send(AgentMessage::Failed { round, at_ns, text, code, facts });
+                }
+            }
+            Call::Progressed => {
+                if let Some(round) = self.last_round {
+                    self.send(AgentMessage::Progressed { round });
                 }
             }
             Call::Finished => {
@@ -394,8 +405,7 @@ impl Member {
                 self.not_connected(now, text, false);
             }
         } else if let MembershipState::Placed(place) = &self.state {
-            let cause =
-                Cause { kind: RestartCause::Membership, node: String::new(), at_ns: None, text: description, code: 1 };
+            let cause = Cause::new(RestartCause::Membership, description);
             self.state = MembershipState::Over(place.clone(), cause);
         } else if let Some(pending_join) = &mut self.pending_join {
             if was_up {
@@ -456,12 +466,12 @@ impl Member {
                     self.state = MembershipState::Released;
                 }
             }
-            HostMessage::Closed { text, code } => {
+            HostMessage::Closed { text, code, decision } => {
                 self.pending_join = None;
                 if self.state != MembershipState::Released {
                     // The workers of this node have not succeeded, so this node must not report success.
                     let code = if code == 0 && self.has_running_workers() { 1 } else { code };
-                    self.state = MembershipState::Closed { text, code };
+                    self.state = MembershipState::Closed { text, code, decision };
                 }
             }
             HostMessage::Late { text } => {
@@ -551,7 +561,7 @@ pub(crate) fn lapsed_cause(endpoint: &str) -> Cause {
     let text = format!(
         "the host of the rendezvous at {endpoint} has not answered for too long (heartbeat_timeout): this node stops its workers before others take their ranks"
     );
-    Cause { kind: RestartCause::Membership, node: String::new(), at_ns: None, text, code: 1 }
+    Cause::new(RestartCause::Membership, text)
 }
 
 /// Shortens a text to the limit of a message.

@@ -10,11 +10,12 @@ use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Deserializer, Serialize, de::DeserializeOwned};
 
-use crate::text::printable;
+use super::policy::{Decision, FailureFacts};
+use crate::text::{printable, printable_string};
 use crate::vocabulary::RestartCause;
 
 /// Version of the messages. Agents of another version are refused.
-pub const PROTOCOL: u32 = 2;
+pub const PROTOCOL: u32 = 3;
 
 /// Maximum length of a frame. The longest message carries the cause of a failure.
 pub const MAX_FRAME_BYTES: usize = 64 * 1024;
@@ -104,8 +105,13 @@ pub enum AgentMessage {
         text: String,
         /// Exit code of the job if this failure ends it.
         code: i32,
-        /// No restart is left.
-        is_final: bool,
+        /// The facts for the restart policy.
+        facts: FailureFacts,
+    },
+    /// The workers of this agent have made progress in this round.
+    Progressed {
+        /// The round.
+        round: u64,
     },
     /// All workers of this agent have succeeded in this round.
     Finished {
@@ -154,6 +160,8 @@ pub struct Place {
     pub address: Option<String>,
     /// Number of rounds that ended because a worker failed.
     pub failures: u64,
+    /// Number of restarts that count against the limit.
+    pub restarts_used: u64,
     /// Number of rounds that ended because nodes joined, left or were lost.
     pub membership_changes: u64,
     /// Why the round before this one ended.
@@ -175,9 +183,17 @@ pub struct Cause {
     pub text: String,
     /// Exit code of the job if this ends it.
     pub code: i32,
+    /// The decision of the restart policy on a failure.
+    pub decision: Option<Box<Decision>>,
 }
 
 impl Cause {
+    /// A cause without a node and a time. Its exit code is 1.
+    #[must_use]
+    pub fn new(kind: RestartCause, text: String) -> Self {
+        Self { kind, node: String::new(), at_ns: None, text, code: 1, decision: None }
+    }
+
     /// Whether this cause has a timestamp that precedes `other`'s. A cause without a timestamp counts as later.
     #[must_use]
     pub fn is_before(&self, other: &Self) -> bool {
@@ -220,6 +236,8 @@ pub enum HostMessage {
         text: String,
         /// Exit code of the job; 0 for a spare of a job that has succeeded.
         code: i32,
+        /// The decision of the restart policy, if a failure ended the job.
+        decision: Option<Decision>,
     },
     /// The job had ended, or was about to end, when the agent came.
     Late {
@@ -289,11 +307,6 @@ pub fn decode<M: DeserializeOwned>(frames: &mut Vec<u8>) -> Result<Option<M>, In
     let message = serde_json::from_slice(frame)?;
     frames.drain(..4 + length);
     Ok(Some(message))
-}
-
-/// Makes text of another process printable, because it is shown to the user.
-fn printable_string<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
-    String::deserialize(deserializer).map(|text| printable(&text))
 }
 
 fn printable_strings<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {

@@ -1,0 +1,61 @@
+"""Progress of the workers of one node: a file that changes."""
+
+from __future__ import annotations
+
+import glob
+import os
+from itertools import islice
+
+from ferroelastic.agent.server._policy import TimedOut, call_with_timeout
+from ferroelastic.utils.logging import get_logger
+
+__all__ = ["ProgressFiles"]
+
+logger = get_logger(__name__)
+
+_MAX_FILES = 10_000
+_TIMEOUT_S = 5.0
+
+
+class ProgressFiles:
+    """The files that match a pattern.
+
+    Args:
+        pattern: pattern of :func:`glob.glob`, with ``**`` for folders at any depth.
+    """
+
+    def __init__(self, pattern: str) -> None:
+        self._pattern = pattern
+        self._before: dict[str, tuple[int, int]] | None = None
+
+    def begin_round(self) -> None:
+        """Note the current state of the files."""
+        self._before = self._state()
+
+    def have_changed(self) -> bool:
+        """Return whether a file was created or modified since the round began. ``False`` if the file system does not answer."""
+        now = self._state()
+        return (
+            now is not None
+            and self._before is not None
+            and any(self._before.get(path) != at for path, at in now.items())
+        )
+
+    def _state(self) -> dict[str, tuple[int, int]] | None:
+        try:
+            return call_with_timeout(self._read, "ferro-progress", _TIMEOUT_S)
+        except TimedOut:
+            logger.warning("the files %r (--progress-file) could not be read within %g s", self._pattern, _TIMEOUT_S)
+        except OSError as error:
+            logger.warning("the files %r (--progress-file) cannot be read: %s", self._pattern, error)
+        return None
+
+    def _read(self) -> dict[str, tuple[int, int]]:
+        state = {}
+        for path in islice(glob.iglob(self._pattern, recursive=True), _MAX_FILES):
+            try:
+                status = os.stat(path)
+            except FileNotFoundError:
+                continue
+            state[path] = (status.st_mtime_ns, status.st_size)
+        return state
