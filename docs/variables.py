@@ -92,6 +92,12 @@ VARIABLES: tuple[Variable, ...] = (
         "`30`",
     ),
     Variable(
+        "TORCH_ELASTIC_EXIT_BARRIER_TIMEOUT",
+        "workers",
+        "Seconds that an agent waits at the end for the agents of the other nodes. `--exit-barrier-timeout` wins over it.",
+        "`300`",
+    ),
+    Variable(
         "TORCH_ELASTIC_WORKER_IDENTICAL",
         "workers",
         "`1`: all nodes have the same number of workers, and an agent computes its ranks without the numbers of the others. As in torch. "

@@ -354,6 +354,13 @@ def get_args_parser() -> ArgumentParser:  # noqa: PLR0915 - one statement per op
         "Default $TORCH_ELASTIC_SHUTDOWN_TIMEOUT, else 30.",
     )
     option(
+        "--exit-barrier-timeout",
+        type=float,
+        default=None,
+        help="Seconds that ferrorun waits for the other nodes after its own workers have succeeded. "
+        "Default $TORCH_ELASTIC_EXIT_BARRIER_TIMEOUT, else 300. Not yet in torchrun.",
+    )
+    option(
         "--interactive-rank",
         type=int,
         default=None,

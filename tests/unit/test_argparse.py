@@ -78,6 +78,7 @@ ADDED: dict[str, Any] = {
     "warm_workers": "0",
     "warm_imports": ["torch"],
     "preload": False,
+    "exit_barrier_timeout": None,
     "keep_detached": False,
     "end_detached": False,
     "no_scheduler": False,

@@ -32,6 +32,7 @@ from ferroelastic._compat import family
 from ferroelastic._exit_codes import exit_code as _exit_code
 from ferroelastic._signals import SignalException
 from ferroelastic._text import format_current_traceback
+from ferroelastic._timeouts import exit_barrier_timeout_s
 from ferroelastic.agent.server._activity import Activity, cause_of, exit_code_of, failed_first_at_ns
 from ferroelastic.agent.server._elastic_agent import DEFAULT_ROLE, ElasticAgent
 from ferroelastic.agent.server._events import event_log_handler_of, status_event
@@ -88,25 +89,26 @@ class SimpleElasticAgent(ElasticAgent):
 
     Args:
         spec: specification of the workers.
-        exit_barrier_timeout: seconds to wait for the other agents after the workers of this node have succeeded.
+        exit_barrier_timeout: seconds to wait for the other agents after the workers of this node have succeeded. ``None`` uses
+            ``$TORCH_ELASTIC_EXIT_BARRIER_TIMEOUT``, else 300.
         shutdown_timeout: grace period in seconds between the stop signal and SIGKILL.
 
     Raises:
         TypeError: a timeout is not a number.
+        ValueError: the timeout of the exit barrier (argument or variable) is negative or not a number.
 
     Attributes:
         job_exit_code: exit code of the job, equal on all nodes, after a failure without a restart left. ``None`` if the rendezvous reports
             none. Not in torch.
     """
 
-    def __init__(self, spec: WorkerSpec, exit_barrier_timeout: float = 300, shutdown_timeout: int = 30) -> None:
-        check_number("exit_barrier_timeout", exit_barrier_timeout)
+    def __init__(self, spec: WorkerSpec, exit_barrier_timeout: float | None = None, shutdown_timeout: int = 30) -> None:
         check_number("shutdown_timeout", shutdown_timeout)
         self._worker_group = WorkerGroup(spec)
         self._remaining_restarts = spec.max_restarts
         self.job_exit_code: int | None = None
         self._store: Store | None = None
-        self._exit_barrier_timeout = exit_barrier_timeout
+        self._exit_barrier_timeout = exit_barrier_timeout_s(exit_barrier_timeout)
         self._shutdown_timeout = shutdown_timeout
         self._total_execution_time = 0
         self._in_exit_barrier = False

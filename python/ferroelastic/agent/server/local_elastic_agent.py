@@ -112,7 +112,7 @@ class LocalElasticAgent(SimpleElasticAgent):
         spec: specification of the workers.
         logs_specs: destination of the workers' output.
         start_method: ``spawn``, ``fork`` or ``forkserver``, for function entrypoints.
-        exit_barrier_timeout: seconds to wait at the end for the agents of other hosts.
+        exit_barrier_timeout: seconds to wait at the end for the agents of other hosts; ``None`` as for :class:`SimpleElasticAgent`.
         log_line_prefix_template: prefix of teed lines, with ``${role_name}``, ``${rank}``, ``${local_rank}`` and ``${hostname}``, the short
             name of this host.
         shutdown_timeout: grace period in seconds between the stop signal and SIGKILL.
@@ -130,7 +130,7 @@ class LocalElasticAgent(SimpleElasticAgent):
         spec: WorkerSpec,
         logs_specs: LogsSpecs,
         start_method: str = "spawn",
-        exit_barrier_timeout: float = 300,
+        exit_barrier_timeout: float | None = None,
         log_line_prefix_template: str | None = None,
         shutdown_timeout: int = 30,
         health_check_server: HealthCheckServer | None = None,
