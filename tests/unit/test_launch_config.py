@@ -60,6 +60,7 @@ def test_the_fields_are_torchs() -> None:
         "warm_imports",
         "preload",
         "exit_barrier_timeout",
+        "grace_signal_target",
     ]
 
 
@@ -411,3 +412,13 @@ def test_a_torch_newer_than_any_known_version_is_reported_at_info(
         api._log_config(_config(), "train.py")
     found = [record for record in caplog.records if "is newer than 2.15" in record.getMessage()]
     assert [record.levelname for record in found] == ["INFO"] * reports
+
+
+def test_the_target_of_the_stop_signal(launched: Launched) -> None:
+    target: Any = "children"
+    with pytest.raises(ValueError, match="grace_signal_target='children' is unknown; give 'group' or 'leader'"):
+        _config(grace_signal_target=target)
+    launch_agent(_config(), "true", [])
+    assert "grace_signal_target" not in launched.agent_kwargs  # the class may be torch's
+    launch_agent(_config(grace_signal_target="leader"), "true", [])
+    assert launched.agent_kwargs["grace_signal_target"] == "leader"

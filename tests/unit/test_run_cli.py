@@ -87,6 +87,7 @@ def _comparable(config: Any, logs: Any) -> dict[str, Any]:
     assert tuple(fields.pop("warm_imports", ("torch",))) == ("torch",)
     assert not fields.pop("preload", False)
     assert fields.pop("exit_barrier_timeout", 300) == 300  # not in torch yet
+    assert fields.pop("grace_signal_target", "group") == "group"  # not in torch
     numa = fields.pop("numa_options", None)
     fields["numa"] = numa and (numa.affinity_mode.value, numa.should_fall_back_if_binding_fails)
     fields["logs"] = (logs._root_log_dir, logs._redirects, logs._tee, logs._local_ranks_filter)

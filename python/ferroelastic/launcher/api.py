@@ -23,6 +23,7 @@ from ferroelastic._checks import (
     check_iterable,
     check_logs_specs,
     check_number,
+    check_signal_target,
     check_strings,
     check_type,
     check_warm_workers,
@@ -31,6 +32,7 @@ from ferroelastic._checks import (
 from ferroelastic._compat import family, newer
 from ferroelastic._exit_codes import exit_code
 from ferroelastic._signals import DEFAULT_SIGNALS, SIGNALS_ENV, SignalException
+from ferroelastic._stop_notice import SignalTarget
 from ferroelastic._text import entrypoint_name
 from ferroelastic._timeouts import exit_barrier_timeout_s, shutdown_timeout_s
 from ferroelastic.agent.server._events import event_log_handler_of
@@ -89,9 +91,12 @@ class LaunchConfig:
         preload: see :class:`ferroelastic.agent.server.WorkerSpec`. Not in torch.
         exit_barrier_timeout: seconds to wait at the end for the agents of the other nodes. Default
             ``$TORCH_ELASTIC_EXIT_BARRIER_TIMEOUT``, else 300. As planned for torch.
+        grace_signal_target: receivers of the stop signal: ``"group"`` for the worker's process group, as in torch, or ``"leader"`` for the
+            worker alone. The rest of the group then gets SIGTERM after the worker has ended. Not in torch.
 
     Raises:
-        ValueError: ``interactive_rank`` is not a local rank, or a timeout (argument or variable) is negative or not a number.
+        ValueError: ``interactive_rank`` is not a local rank, a timeout (argument or variable) is negative or not a number, or
+            ``grace_signal_target`` is unknown.
         TypeError: a value has the wrong type.
     """
 
@@ -124,6 +129,7 @@ class LaunchConfig:
     warm_imports: Sequence[str] = ("torch",)
     preload: bool = False
     exit_barrier_timeout: float | None = None
+    grace_signal_target: SignalTarget = "group"
 
     def __post_init__(self) -> None:
         """Check the values and set defaults that depend on other fields or on the environment."""
@@ -165,6 +171,7 @@ def _check_types(config: Any) -> None:
         check_type("numa_options", numa_options, NumaOptions, "NumaOptions or None")
     for name in ("duplicate_stdout_filters", "duplicate_stderr_filters"):
         check_strings(name, newer(config, name, None))
+    check_signal_target(newer(config, "grace_signal_target", "group"))
     check_warm_workers(newer(config, "warm_workers", 0), newer(config, "warm_imports", ()))
 
 
@@ -314,7 +321,12 @@ def _launch(
         virtual_local_rank=newer(config, "virtual_local_rank", False),
         **_warm_settings(config),
     )
-    interactive_rank = newer(config, "interactive_rank", None)
+    # Only if set: a class that replaces the agent may have torch's parameters.
+    added = {
+        name: newer(config, name, default)
+        for name, default in (("interactive_rank", None), ("grace_signal_target", "group"))
+        if newer(config, name, default) != default
+    }
     agent = LocalElasticAgent(
         spec=spec,
         logs_specs=config.logs_specs,  # type: ignore[arg-type]  # __post_init__ has set it
@@ -323,8 +335,7 @@ def _launch(
         exit_barrier_timeout=exit_barrier_timeout_s(newer(config, "exit_barrier_timeout", None)),
         shutdown_timeout=shutdown_timeout_s(newer(config, "shutdown_timeout", None)),
         health_check_server=health_check_server,
-        # Only if set: a class that replaces the agent may have torch's parameters.
-        **({} if interactive_rank is None else {"interactive_rank": interactive_rank}),
+        **added,
     )
     if health_check_server is not None:
         # A server that was started before the agent was created has a proxy as callback, ours or torch's.
@@ -410,6 +421,7 @@ def _log_config(config: LaunchConfig, entrypoint_name: str) -> None:
         "signals_to_forward": newer(config, "signals_to_forward", ""),
         "interactive_rank": newer(config, "interactive_rank", None),
         "exit_barrier_timeout": newer(config, "exit_barrier_timeout", None),
+        "grace_signal_target": newer(config, "grace_signal_target", "group"),
         "duplicate_stdout_filters": newer(config, "duplicate_stdout_filters", None),
         "duplicate_stderr_filters": newer(config, "duplicate_stderr_filters", None),
     }

@@ -23,7 +23,7 @@ import sys
 import time
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import ferroelastic.utils.store as store_util
 from ferroelastic import _signals
@@ -62,6 +62,7 @@ from ferroelastic.utils.logging import get_logger
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from ferroelastic._stop_notice import StopReason
     from ferroelastic.rendezvous import RendezvousInfo
     from ferroelastic.rendezvous._notifying import Interruption, NotifyingRendezvous
     from ferroelastic.utils._store_types import Store
@@ -150,11 +151,12 @@ class SimpleElasticAgent(ElasticAgent):
         """
         time.sleep(timeout_s)
 
-    def _begin_stop(self, death_sig: signal.Signals, within_s: float | None = None) -> None:
+    def _begin_stop(self, death_sig: signal.Signals, reason: StopReason, within_s: float | None = None) -> None:
         """Send the stop signal to the workers without waiting for them, if the agent supports it. The shutdown follows later.
 
         Args:
             death_sig: the signal.
+            reason: reason of the stop, for the workers.
             within_s: seconds within which the workers must have ended; ``None`` leaves them the grace period.
         """
 
@@ -295,7 +297,7 @@ class SimpleElasticAgent(ElasticAgent):
             notifier = self._notifier()
             if notifier is not None:
                 notifier.say_farewell(f"its agent was ended by {error.sigval.name}", _exit_code(-error.sigval))
-            self._begin_stop(error.sigval)
+            self._begin_stop(error.sigval, "signal")
             logger.warning("Received %s death signal, shutting down workers", death_sig)
         finally:
             interruption = shut_down(self._shutdown, death_sig, self._shutdown_timeout, self._activity)
@@ -500,6 +502,7 @@ class SimpleElasticAgent(ElasticAgent):
             return
         waiting = spec.rdzv_handler.num_nodes_waiting()
         if waiting > 0:
+            self._begin_stop(signal.SIGTERM, "membership")
             logger.info(
                 "[%s] Detected %s new nodes from group_rank=%s; will restart worker group",
                 spec.role,
@@ -526,9 +529,10 @@ class SimpleElasticAgent(ElasticAgent):
         if interruption.is_failure and self._remaining_restarts <= 0:
             text = f"the job has ended: {interruption.text}, and no restart is left"
             raise JobFailedError(text, interruption.exit_code)
-        self._begin_stop(signal.SIGTERM, interruption.stop_within_s)
+        cause: Literal["failure", "membership"] = "failure" if interruption.is_failure else "membership"
+        self._begin_stop(signal.SIGTERM, cause, interruption.stop_within_s)
         logger.warning("[%s] %s; will restart worker group", role, interruption.text)
-        self._activity.restarting("failure" if interruption.is_failure else "membership", interruption.text)
+        self._activity.restarting(cause, interruption.text)
         self._restart_workers(self._worker_group)
 
     def _report_failure(self, result: RunResult) -> None:
