@@ -84,6 +84,10 @@ bench-torchrun *options: setup
 bench-warm *options: setup
     {{ bin }}/python benches/warm.py {{ options }}
 
+# time from the end of the last worker to the report of a failure
+bench-failure-box *options: setup
+    {{ bin }}/python benches/failure_box.py {{ options }}
+
 # the end of a job whose standard error is full, and of one whose standard error is read
 bench-full-console *options: setup
     {{ bin }}/python benches/full_console.py {{ options }}

@@ -843,7 +843,7 @@ class RendezvousClient:
             timeout_s: seconds to wait for the start of the round.
         """
 
-    def fail(self, at_ns: int, text: str, exit_code: int, is_final: bool) -> None:
+    def fail(self, at_ns: int, text: str, exit_code: int, is_final: bool, *, detail: str = "") -> None:
         """Report a failed worker. This ends the round on all nodes.
 
         Args:
@@ -851,6 +851,8 @@ class RendezvousClient:
             text: the failure: worker and exit status.
             exit_code: exit code of the job if this failure ends it.
             is_final: whether the failure ends the job.
+            detail: the explanation of the failure for the report on all nodes, up to 32 KiB. A longer one is not sent. It is not
+                interpreted.
         """
 
     def finish(self) -> None:
@@ -923,6 +925,10 @@ class Membership:
     """The reason as text. If ``timed out``: the joined nodes, as far as they are known, and the end of the previous round."""
     exit_code: int | None
     """Exit code of the job if the state is ``closed`` or ``spare``."""
+    detail: str
+    """Explanation of the failure that ended the job or the round, as :meth:`RendezvousClient.fail` got it on its node. Empty without one."""
+    is_loss: bool
+    """Whether the loss or the departure of a node ended the job or the round."""
 
 @final
 class Place:
@@ -965,6 +971,8 @@ class Cause:
     """Description of the event."""
     exit_code: int
     """Exit code of the job if this event ends it."""
+    is_loss: bool
+    """Whether a node was lost or has left."""
 
 @final
 class WarmState:

@@ -226,11 +226,6 @@ class PContext(_compat.TorchVirtual, ABC):
     def _close(self, death_sig: signal.Signals, timeout: float = 30) -> None:
         """Stop the workers that still run."""
 
-    @property
-    def stopped(self) -> dict[int, ProcessFailure]:
-        """The workers that ended after the agent sent them a stop signal, by local rank. Not in torch."""
-        return self._stopped
-
     def stderr_tail(self, local_rank: int) -> bytes:
         """Return the last bytes, up to 64 KiB, of a worker's standard error in this round. Not in torch.
 
