@@ -92,6 +92,12 @@ VARIABLES: tuple[Variable, ...] = (
         "`30`",
     ),
     Variable(
+        "FERROELASTIC_EVENT_FILE",
+        "logs",
+        "File to which `--event-log-handler=jsonl` appends events. It is created if it is missing.",
+        "`events.jsonl` in the log folder of the run",
+    ),
+    Variable(
         "FERROELASTIC_STOP_FILE",
         "workers",
         "File in which a worker reads the deadline of its stop, see [how a job ends](../stopping.md). The agent sets it for each worker. Do not set it.",

@@ -238,7 +238,7 @@ def get_args_parser() -> ArgumentParser:  # noqa: PLR0915 - one statement per op
         "--event-log-handler",
         type=str,
         default="null",
-        help="Handler for the agent's events: null, console or a registered one.",
+        help="Handler for the agent's events: null, console, jsonl (a file in the log folder) or a registered one.",
     )
     option("--role", type=str, default="default", help="Role of the workers, for logs and events.")
 

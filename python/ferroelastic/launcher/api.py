@@ -38,6 +38,7 @@ from ferroelastic.agent.server._events import event_log_handler_of
 from ferroelastic.agent.server.api import RunResult, WorkerSpec
 from ferroelastic.agent.server.health_check_server import HealthCheckServer, create_healthcheck_server
 from ferroelastic.agent.server.local_elastic_agent import LocalElasticAgent
+from ferroelastic.events import handlers as event_handlers
 from ferroelastic.multiprocessing import DefaultLogsSpecs, LogsSpecs
 from ferroelastic.multiprocessing.errors import ChildFailedError
 from ferroelastic.numa.binding import NumaOptions
@@ -286,7 +287,10 @@ def launch_agent(
     # For code that installs its own handlers when it starts workers.
     os.environ[SIGNALS_ENV] = names
     with _signals.Handling(names, forward=newer(config, "signals_to_forward", "")):
-        return _launch(config, entrypoint, args, rdzv_parameters, entrypoint_name, health_check_server)
+        try:
+            return _launch(config, entrypoint, args, rdzv_parameters, entrypoint_name, health_check_server)
+        finally:
+            event_handlers.finish()
 
 
 def _launch(

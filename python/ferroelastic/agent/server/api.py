@@ -39,6 +39,7 @@ from ferroelastic.agent.server._events import event_log_handler_of, is_read, sta
 from ferroelastic.agent.server._exit_barrier import wait_in_store
 from ferroelastic.agent.server._explaining import Explainer
 from ferroelastic.agent.server._ranks import assign_ranks
+from ferroelastic.agent.server._reports import AgentReports
 from ferroelastic.agent.server._shutdown import shut_down
 from ferroelastic.agent.server._workers import (
     RunResult,
@@ -262,8 +263,7 @@ class SimpleElasticAgent(ElasticAgent):
     def _restart_workers(self, worker_group: WorkerGroup) -> None:
         """Stop the workers, run a rendezvous and start the workers again."""
         logger.info("[%s] Stopping worker group", worker_group.spec.role)
-        self._activity.busy("stopping")
-        with self._activity.phase("stop"):
+        with self._activity.stopping():
             self._stop_workers(worker_group)
         worker_group.state = WorkerState.STOPPED
         self._initialize_workers(worker_group)
@@ -272,7 +272,8 @@ class SimpleElasticAgent(ElasticAgent):
     def run(self, role: str = DEFAULT_ROLE) -> RunResult:
         """Run the workers until they end, and restart them when they fail. See :meth:`ElasticAgent.run`."""
         begin_look_up()
-        with _signals.Handling(os.environ.get(_signals.SIGNALS_ENV, _signals.DEFAULT_SIGNALS)):
+        names = os.environ.get(_signals.SIGNALS_ENV, _signals.DEFAULT_SIGNALS)
+        with _signals.Handling(names), self._activity.observed_by(AgentReports(self)):
             try:
                 return self._explainer.explained(self, partial(self._run, role))
             finally:
@@ -306,6 +307,7 @@ class SimpleElasticAgent(ElasticAgent):
         finally:
             interruption = shut_down(self._shutdown, death_sig, self._shutdown_timeout, self._activity)
             self._activity.idle()
+            self._activity.took("total", time.monotonic() - start)
             # Also after an exception, whose event contains the time.
             self._total_execution_time = int(time.monotonic() - start)
             if interruption is not None and not is_unwinding:
@@ -473,8 +475,8 @@ class SimpleElasticAgent(ElasticAgent):
             return True
         self._report_failure(result)
         if self._remaining_restarts <= 0:
-            self._activity.busy("stopping")
-            self._stop_workers(group)
+            with self._activity.stopping():
+                self._stop_workers(group)
             _signals.conclude()  # the outcome is final: signals do not change it
             notifier = self._notifier()
             interruption = None if notifier is None else notifier.verdict()
@@ -484,6 +486,7 @@ class SimpleElasticAgent(ElasticAgent):
             # Workers of another node may have failed earlier.
             self.job_exit_code = None if interruption is None else interruption.exit_code
             self._explainer.judged(interruption)
+            self._activity.giving_up(cause_of(result))
             group.state = WorkerState.FAILED
             return False
         logger.info(

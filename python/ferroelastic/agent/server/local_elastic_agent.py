@@ -42,7 +42,7 @@ from ferroelastic.agent.server.health_check_server import (
     _AliveCallbackProxy,  # noqa: F401 - a name of torch's module
     create_healthcheck_server,
 )
-from ferroelastic.events import record
+from ferroelastic.events import handlers, record
 from ferroelastic.metrics.api import prof
 from ferroelastic.multiprocessing import LogsSpecs, PContext, ProcessFailure, _debuggers, start_processes
 from ferroelastic.multiprocessing._stopping import longest_stop_s
@@ -359,6 +359,7 @@ class LocalElasticAgent(SimpleElasticAgent):
                 grace_signal_target=self._grace_signal_target, interactive_rank=self._interactive_rank, warm_pool=pool
             ),
         )
+        handlers.use_folder(newer(self._logs_specs, "_run_log_dir", None))
         if self._warm is not None:
             group = self._native_group()
             self._warm.started(group)
@@ -433,6 +434,7 @@ class LocalElasticAgent(SimpleElasticAgent):
             if self._pcontext:
                 with self._activity.allowing(longest_stop_s(timeout)):
                     self._pcontext.close(death_sig, timeout)
+                self._activity.ended(self._native_group(), self._worker_group.workers)
             if not self._stopping_workers_only:
                 self._handle_detached(has_succeeded=self._worker_group.state == WorkerState.SUCCEEDED)
         finally:

@@ -11,8 +11,8 @@ pub(super) fn line(notice: StopNotice, at: Moment) -> String {
         || ("null".to_owned(), "null".to_owned()),
         |left| {
             let left_ns = u64::try_from(left.as_nanos()).unwrap_or(u64::MAX);
-            let wall_ns = at.realtime_ns.saturating_add(left_ns);
-            let wall_s = format!("{}.{:06}", wall_ns / 1_000_000_000, wall_ns % 1_000_000_000 / 1_000);
+            let realtime_ns = at.realtime_ns.saturating_add(left_ns);
+            let wall_s = format!("{}.{:06}", realtime_ns / 1_000_000_000, realtime_ns % 1_000_000_000 / 1_000);
             (wall_s, at.monotonic_ns.saturating_add(left_ns).to_string())
         },
     );
