@@ -389,6 +389,14 @@ def get_args_parser() -> ArgumentParser:  # noqa: PLR0915 - one statement per op
         help="The first start also uses parked processes and waits for them: all workers of the node share one import. Implies "
         "--warm-workers. Not in torchrun.",
     )
+    option(
+        "--summary",
+        type=str,
+        default="full",
+        choices=["full", "short", "json"],
+        help="Form of the report of a failed job on standard error: full is a box with all facts, short has at most 5 lines, json is one "
+        "line of JSON. Not in torchrun.",
+    )
     flag(
         "--virtual-local-rank",
         help="Give every worker LOCAL_RANK=0 and only its own GPU in CUDA_VISIBLE_DEVICES.",

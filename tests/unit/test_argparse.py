@@ -75,6 +75,7 @@ COMMAND_LINES = [
 ADDED: dict[str, Any] = {
     "signals_to_forward": "",
     "interactive_rank": None,
+    "summary": "full",
     "warm_workers": "0",
     "warm_imports": ["torch"],
     "preload": False,

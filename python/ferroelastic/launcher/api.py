@@ -11,7 +11,6 @@ Mirrors ``torch.distributed.launcher.api``. Intended differences:
 
 import logging
 import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,7 +29,7 @@ from ferroelastic._checks import (
 from ferroelastic._compat import family, newer
 from ferroelastic._exit_codes import exit_code
 from ferroelastic._signals import DEFAULT_SIGNALS, SIGNALS_ENV, SignalException
-from ferroelastic._text import entrypoint_name
+from ferroelastic._text import launched_name
 from ferroelastic.agent.server._events import event_log_handler_of
 from ferroelastic.agent.server.api import RunResult, WorkerSpec
 from ferroelastic.agent.server.health_check_server import HealthCheckServer, create_healthcheck_server
@@ -225,11 +224,7 @@ class elastic_launch:  # noqa: N801 - torch's name
 
 def _get_entrypoint_name(entrypoint: Callable[..., Any] | str | None, args: list[Any]) -> str:
     """Return the name for reports: of the function, of the script that this interpreter runs, or of the program."""
-    if callable(entrypoint):
-        return str(getattr(entrypoint, "__name__", None) or entrypoint_name(entrypoint))
-    if entrypoint == sys.executable:
-        return next((str(arg) for arg in args if str(arg)[:1] not in ("", "-")), "")
-    return entrypoint or ""
+    return launched_name(entrypoint, args)
 
 
 def _get_addr_and_port(rdzv_parameters: RendezvousParameters) -> tuple[str | None, int | None]:
@@ -391,6 +386,7 @@ def _outputs(agent: LocalElasticAgent, config: LaunchConfig, entrypoint_name: st
         error = _failure_of(result, entrypoint_name)
         # If workers of several nodes fail, all nodes exit with the code of the first one.
         error.exit_code = newer(agent, "job_exit_code", None)  # type: ignore[attr-defined]  # for ferrorun
+        error.job_failure = newer(agent, "job_failure", None)  # type: ignore[attr-defined]  # for the report of ferrorun
         raise error
     return result.return_values
 

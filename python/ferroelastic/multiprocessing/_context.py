@@ -17,6 +17,7 @@ from ferroelastic import _compat, _signals
 from ferroelastic._signals import SignalException
 from ferroelastic._wait import wait_for_event
 from ferroelastic.multiprocessing._std import _validate_full_rank
+from ferroelastic.multiprocessing._stderr_tail import read_end
 from ferroelastic.multiprocessing._stopping import kill_wait_s, stop_group
 from ferroelastic.multiprocessing.errors import ProcessFailure
 from ferroelastic.multiprocessing.errors._failures import failed_at_ns
@@ -216,6 +217,22 @@ class PContext(_compat.TorchVirtual, ABC):
     @abstractmethod
     def _close(self, death_sig: signal.Signals, timeout: float = 30) -> None:
         """Stop the workers that still run."""
+
+    @property
+    def stopped(self) -> dict[int, ProcessFailure]:
+        """The workers that ended after the agent sent them a stop signal, by local rank. Not in torch."""
+        return self._stopped
+
+    def stderr_tail(self, local_rank: int) -> bytes:
+        """Return the last bytes, up to 64 KiB, of a worker's standard error in this round. Not in torch.
+
+        Args:
+            local_rank: local rank of the worker.
+
+        Returns:
+            The bytes; ``b""`` if there are none, or if the stream does not go to a file.
+        """
+        return read_end(self.stderrs.get(local_rank, ""))
 
     def wait(self, timeout: float = -1, period: float = 1) -> RunProcsResult | None:
         """Wait until all workers have succeeded or one has failed. After a failure the other workers are stopped.

@@ -34,8 +34,9 @@ from ferroelastic._signals import SignalException
 from ferroelastic._text import format_current_traceback
 from ferroelastic.agent.server._activity import Activity, cause_of, exit_code_of, failed_first_at_ns
 from ferroelastic.agent.server._elastic_agent import DEFAULT_ROLE, ElasticAgent
-from ferroelastic.agent.server._events import event_log_handler_of, status_event
+from ferroelastic.agent.server._events import event_log_handler_of, is_read, status_event
 from ferroelastic.agent.server._exit_barrier import wait_in_store
+from ferroelastic.agent.server._explaining import Explainer
 from ferroelastic.agent.server._ranks import assign_ranks
 from ferroelastic.agent.server._shutdown import shut_down
 from ferroelastic.agent.server._workers import (
@@ -47,7 +48,6 @@ from ferroelastic.agent.server._workers import (
     _RoleInstanceInfo,  # noqa: F401 - a name of torch's module
 )
 from ferroelastic.events import Event, EventSource, record
-from ferroelastic.events._record import has_listener
 from ferroelastic.metrics import prof, put_metric
 from ferroelastic.multiprocessing.errors import ProcessFailure
 from ferroelastic.numa.binding import NumaOptions
@@ -61,6 +61,7 @@ from ferroelastic.utils.logging import get_logger
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from ferroelastic._failure.model import Failure
     from ferroelastic.rendezvous import RendezvousInfo
     from ferroelastic.rendezvous._notifying import Interruption, NotifyingRendezvous
     from ferroelastic.utils._store_types import Store
@@ -97,6 +98,7 @@ class SimpleElasticAgent(ElasticAgent):
     Attributes:
         job_exit_code: exit code of the job, equal on all nodes, after a failure without a restart left. ``None`` if the rendezvous reports
             none. Not in torch.
+        job_failure: the explained failure of the job; ``None`` if it has not failed. Not in torch.
     """
 
     def __init__(self, spec: WorkerSpec, exit_barrier_timeout: float = 300, shutdown_timeout: int = 30) -> None:
@@ -105,6 +107,7 @@ class SimpleElasticAgent(ElasticAgent):
         self._worker_group = WorkerGroup(spec)
         self._remaining_restarts = spec.max_restarts
         self.job_exit_code: int | None = None
+        self.job_failure: Failure | None = None
         self._store: Store | None = None
         self._exit_barrier_timeout = exit_barrier_timeout
         self._shutdown_timeout = shutdown_timeout
@@ -113,6 +116,7 @@ class SimpleElasticAgent(ElasticAgent):
         self._has_left_exit_barrier = False
         self._has_run = False
         self._activity = Activity()
+        self._explainer = Explainer(self._worker_group, self._activity)
         # Keeps the workers' store alive if this node hosts one outside of the handler.
         self._rdzv_info: RendezvousInfo | None = None
 
@@ -266,7 +270,7 @@ class SimpleElasticAgent(ElasticAgent):
         begin_look_up()
         with _signals.Handling(os.environ.get(_signals.SIGNALS_ENV, _signals.DEFAULT_SIGNALS)):
             try:
-                return self._run(role)
+                return self._explainer.explained(self, partial(self._run, role))
             finally:
                 _signals.conclude()
 
@@ -384,7 +388,9 @@ class SimpleElasticAgent(ElasticAgent):
             worker,
             exit_code=exit_code,
             worker_pid=worker_pid,
-            hostname=_hostname_for(event_log_handler_of(spec)),
+            # Without a listener the DNS lookup is skipped, which may take seconds.
+            hostname=_get_fq_hostname() if is_read(event_log_handler_of(spec)) else socket.gethostname(),
+            failure=self.job_failure if source == EventSource.AGENT else None,
             total_run_time=self._total_execution_time,
             remaining_restarts=self._remaining_restarts,
             raw_error=raw_error,
@@ -531,6 +537,8 @@ class SimpleElasticAgent(ElasticAgent):
 
     def _report_failure(self, result: RunResult) -> None:
         """Report failed workers of this node to the other nodes, if the rendezvous supports it."""
+        if self._remaining_restarts <= 0:
+            self._explainer.collect(result)
         notifier = self._notifier()
         if notifier is not None:
             notifier.report_failure(
@@ -580,12 +588,3 @@ class SimpleElasticAgent(ElasticAgent):
             logger.exception("Error waiting on exit barrier. Elapsed: %s seconds", time.monotonic() - start)
         finally:
             self._in_exit_barrier = False
-
-
-def _hostname_for(destination: str) -> str:
-    """Return the name of this host for an event. Without a listener the DNS lookup is skipped, which may take seconds."""
-    try:
-        is_read = has_listener(destination)
-    except KeyError:
-        is_read = True  # recording the event raises the error
-    return _get_fq_hostname() if is_read else socket.gethostname()

@@ -371,6 +371,7 @@ class LocalElasticAgent(SimpleElasticAgent):
         watchdog = _watchdog.as_worker_watchdog(self._worker_watchdog)
         if watchdog is not None:
             watchdog.set_workers(_watchdog.workers_with_folders(self._pcontext, worker_group.workers))
+        self._explainer.started(self._pcontext, self._worker_watchdog, self._rdzv_info)
         return self._pcontext.pids()
 
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
