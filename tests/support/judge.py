@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
 
     from tests.support.failing import Cause
 
-_REPORT = re.compile(r"^=+\n(?:(?!=+$).*\n)*?.*FAILED.*\n(?:(?!=+$).*\n)*=+$", re.MULTILINE)
+_EDGE = re.compile(r"={20,}")
 _ROOT_CAUSE = "Root Cause"
 _RANK = re.compile(r"\b(?:local_)?rank\W{1,12}(\d+)\b")
 _PREFIX = re.compile(r"^\[rank(\d+)\]:", re.MULTILINE)
@@ -30,13 +31,19 @@ class Verdict(NamedTuple):
 
 def report_of(console: str) -> str:
     """Return the last report on a console, an empty text if there is none."""
-    found = _REPORT.findall(console)
+    found = reports_of(console)
     return found[-1] if found else ""
 
 
 def reports_of(console: str) -> list[str]:
-    """Return all reports on a console."""
-    return _REPORT.findall(console)
+    """Return all reports on a console: the lines between two edges, the first of which says that the job has failed."""
+    lines = console.splitlines()
+    edges = [number for number, line in enumerate(lines) if _EDGE.fullmatch(line)]
+    return [
+        "\n".join(lines[start : end + 1])
+        for start, end in itertools.pairwise(edges)
+        if " FAILED" in lines[start + 1]
+    ]
 
 
 def judge(cause: Cause, console: str, everything: str) -> Verdict:
