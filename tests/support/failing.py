@@ -263,9 +263,9 @@ CASES: dict[str, Case] = {
         139,
     ),
     "aborted": Case(
-        "The C library aborts rank 1",
+        "An assertion in C aborts rank 1",
         "aborted.py",
-        Cause("signal", 1, signal="SIGABRT", texts=(r"SIGABRT", r"free\(\): invalid pointer"), senders=("unknown",)),
+        Cause("signal", 1, signal="SIGABRT", texts=(r"SIGABRT", r"ring\.c:41: push: Assertion"), senders=("unknown",)),
         134,
     ),
     "exit-3": Case("`sys.exit(3)` in rank 1", "exit_3.py", Cause("exit", 1, 3, texts=(r"(?i)exit.?code\W+3\b",)), 3),

@@ -40,9 +40,7 @@ def reports_of(console: str) -> list[str]:
     lines = console.splitlines()
     edges = [number for number, line in enumerate(lines) if _EDGE.fullmatch(line)]
     return [
-        "\n".join(lines[start : end + 1])
-        for start, end in itertools.pairwise(edges)
-        if " FAILED" in lines[start + 1]
+        "\n".join(lines[start : end + 1]) for start, end in itertools.pairwise(edges) if " FAILED" in lines[start + 1]
     ]
 
 
