@@ -354,6 +354,21 @@ def get_args_parser() -> ArgumentParser:  # noqa: PLR0915 - one statement per op
         "Default $TORCH_ELASTIC_SHUTDOWN_TIMEOUT, else 30.",
     )
     option(
+        "--grace-signal-target",
+        type=str,
+        choices=["group", "leader"],
+        default="group",
+        help="Receivers of the signal that stops a worker: the whole process group of the worker, or the worker (leader) alone, so that "
+        "its data loaders run until it has saved. The rest of the group gets SIGTERM after the worker. Not in torchrun.",
+    )
+    option(
+        "--exit-barrier-timeout",
+        type=float,
+        default=None,
+        help="Seconds that ferrorun waits for the other nodes after its own workers have succeeded. "
+        "Default $TORCH_ELASTIC_EXIT_BARRIER_TIMEOUT, else 300. Not yet in torchrun.",
+    )
+    option(
         "--interactive-rank",
         type=int,
         default=None,

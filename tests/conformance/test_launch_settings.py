@@ -28,6 +28,8 @@ class TestLaunchConfig:
         assert not values.pop("warm_workers", 0)  # not in torch, nor the next two
         assert values.pop("warm_imports", ("torch",)) == ("torch",)
         assert not values.pop("preload", False)
+        assert values.pop("exit_barrier_timeout", 300) == 300  # not in torch yet
+        assert values.pop("grace_signal_target", "group") == "group"  # not in torch
         assert values == {
             "min_nodes": 1,
             "max_nodes": 2,

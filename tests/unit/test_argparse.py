@@ -79,6 +79,8 @@ ADDED: dict[str, Any] = {
     "warm_workers": "0",
     "warm_imports": ["torch"],
     "preload": False,
+    "exit_barrier_timeout": None,
+    "grace_signal_target": "group",
     "keep_detached": False,
     "end_detached": False,
     "no_scheduler": False,

@@ -11,6 +11,7 @@ mod group;
 mod guard;
 mod handle;
 mod health;
+mod notice;
 mod order;
 mod orphans;
 mod pool;
