@@ -83,9 +83,10 @@ def _comparable(config: Any, logs: Any) -> dict[str, Any]:
     del fields["logs_specs"]
     assert fields.pop("signals_to_forward", "") == ""  # not in torch
     assert fields.pop("interactive_rank", None) is None  # not in torch
-    assert not fields.pop("warm_workers", 0)  # not in torch, nor the next two
+    assert not fields.pop("warm_workers", 0)  # not in torch, nor the next three
     assert tuple(fields.pop("warm_imports", ("torch",))) == ("torch",)
     assert not fields.pop("preload", False)
+    assert fields.pop("log_options", None) is None
     numa = fields.pop("numa_options", None)
     fields["numa"] = numa and (numa.affinity_mode.value, numa.should_fall_back_if_binding_fails)
     fields["logs"] = (logs._root_log_dir, logs._redirects, logs._tee, logs._local_ranks_filter)

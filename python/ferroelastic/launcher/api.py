@@ -36,6 +36,7 @@ from ferroelastic.agent.server.api import RunResult, WorkerSpec
 from ferroelastic.agent.server.health_check_server import HealthCheckServer, create_healthcheck_server
 from ferroelastic.agent.server.local_elastic_agent import LocalElasticAgent
 from ferroelastic.multiprocessing import DefaultLogsSpecs, LogsSpecs
+from ferroelastic.multiprocessing._log_options import LogOptions
 from ferroelastic.multiprocessing.errors import ChildFailedError
 from ferroelastic.numa.binding import NumaOptions
 from ferroelastic.rendezvous import RendezvousParameters
@@ -70,8 +71,8 @@ class LaunchConfig:
         max_restarts: maximum number of restarts after failures.
         monitor_interval: maximum time between two checks of the workers, in seconds.
         start_method: start method of ``multiprocessing`` for function entrypoints: ``spawn``, ``fork`` or ``forkserver``.
-        log_line_prefix_template: prefix of the workers' lines on the console, with ``${role_name}``, ``${rank}``, ``${local_rank}`` and
-            ``${hostname}``.
+        log_line_prefix_template: prefix of the workers' lines on the console, see
+            :class:`ferroelastic.agent.server.LocalElasticAgent`.
         metrics_cfg: parameters for the metrics.
         local_addr: address of this node for the other nodes. ``None`` detects it.
         event_log_handler: name of the handler for the agent's events.
@@ -88,6 +89,7 @@ class LaunchConfig:
         warm_workers: see :class:`ferroelastic.agent.server.WorkerSpec`. Not in torch.
         warm_imports: see :class:`ferroelastic.agent.server.WorkerSpec`. Not in torch.
         preload: see :class:`ferroelastic.agent.server.WorkerSpec`. Not in torch.
+        log_options: options for the lines of the workers. ``None`` for torch's behaviour. Not in torch.
 
     Raises:
         ValueError: ``interactive_rank`` is not a local rank, or the shutdown timeout (argument or variable) is not a whole number >= 0.
@@ -122,6 +124,7 @@ class LaunchConfig:
     warm_workers: int = 0
     warm_imports: Sequence[str] = ("torch",)
     preload: bool = False
+    log_options: LogOptions | None = None
 
     def __post_init__(self) -> None:
         """Check the values and set defaults that depend on other fields or on the environment."""
@@ -329,7 +332,7 @@ def _launch(
         virtual_local_rank=newer(config, "virtual_local_rank", False),
         **_warm_settings(config),
     )
-    interactive_rank = newer(config, "interactive_rank", None)
+    additions = {name: newer(config, name, None) for name in ("interactive_rank", "log_options")}
     agent = LocalElasticAgent(
         spec=spec,
         logs_specs=config.logs_specs,  # type: ignore[arg-type]  # __post_init__ has set it
@@ -338,7 +341,7 @@ def _launch(
         shutdown_timeout=_resolve_shutdown_timeout(newer(config, "shutdown_timeout", None)),
         health_check_server=health_check_server,
         # Only if set: a class that replaces the agent may have torch's parameters.
-        **({} if interactive_rank is None else {"interactive_rank": interactive_rank}),
+        **{name: value for name, value in additions.items() if value is not None},
     )
     if health_check_server is not None:
         # A server that was started before the agent was created has a proxy as callback, ours or torch's.

@@ -4,7 +4,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::progress::{GroupProgress, Leftover, StopReport, Survivor};
+use super::progress::{GroupProgress, Leftover, LogFailure, StopReport, Survivor};
 use crate::supervise::{Exit, GroupAction, GroupEvent, GroupState, Stopped};
 use crate::sys::clock::Moment;
 use crate::sys::process::ProcessHandle;
@@ -42,6 +42,8 @@ pub(super) struct GroupEntry {
     /// Processes that outlived the linger time of the stop.
     overdue: Vec<Leftover>,
     is_stopped: bool,
+    /// Workers that have failed because of a line in their log.
+    log_failed: Vec<usize>,
 }
 
 impl GroupEntry {
@@ -54,6 +56,7 @@ impl GroupEntry {
             released: false,
             overdue: Vec::new(),
             is_stopped: false,
+            log_failed: Vec::new(),
         }
     }
 
@@ -97,6 +100,21 @@ impl GroupEntry {
                 }
             }
         }
+    }
+
+    /// Handles a log line that makes a worker a failed one. The first line of each worker counts.
+    ///
+    /// During a stop no further worker fails: its peers may log errors because of the stop. A worker that has failed gets the line as an
+    /// explanation.
+    pub(super) fn fail_by_log(&mut self, now: Instant, failure: LogFailure) {
+        let index = failure.index;
+        if self.log_failed.contains(&index) || (self.state.is_stopping() && !self.state.has_failed(index)) {
+            return;
+        }
+        self.log_failed.push(index);
+        // The failure is published before the exit that it causes.
+        self.progress.publish_log_failure(failure);
+        self.step(now, GroupEvent::Fail { index });
     }
 
     /// Carries out an action that sends a signal or precedes one; `false` for other actions.
