@@ -52,7 +52,7 @@ pub(crate) struct LogMatch {
 }
 
 /// Lines of one chunk that match one rule.
-struct Found {
+struct MatchedLines {
     rule: usize,
     lines: u64,
     first: Vec<u8>,
@@ -161,7 +161,7 @@ impl Scans {
             }
             let (is_final, rules) = (!scan.finishing.is_empty(), &scan.rules);
             for stream in scan.streams.iter_mut().filter(|stream| stream.dirty) {
-                for Found { rule, lines, first } in stream.search_chunk(rules, is_final, scratch) {
+                for MatchedLines { rule, lines, first } in stream.search_chunk(rules, is_final, scratch) {
                     let (file, rule) = (stream.spec.clone(), rules.rules()[rule].clone());
                     self.matches.push(LogMatch { group: scan.group, file, rule, lines, first });
                 }
@@ -192,7 +192,7 @@ impl Scan {
 }
 
 impl ScanStream {
-    fn search_chunk(&mut self, rules: &LogRules, is_final: bool, scratch: &mut Vec<u8>) -> Vec<Found> {
+    fn search_chunk(&mut self, rules: &LogRules, is_final: bool, scratch: &mut Vec<u8>) -> Vec<MatchedLines> {
         if self.file.is_none() {
             self.file = open_log(&self.spec.path).ok();
         }
@@ -227,8 +227,8 @@ impl ScanStream {
 }
 
 /// Searches the lines of `text`.
-fn search(rules: &LogRules, text: &[u8]) -> Vec<Found> {
-    let mut found: Vec<Found> = Vec::new();
+fn search(rules: &LogRules, text: &[u8]) -> Vec<MatchedLines> {
+    let mut found: Vec<MatchedLines> = Vec::new();
     if text.is_empty() || !rules.may_match(text) {
         return found;
     }
@@ -240,7 +240,7 @@ fn search(rules: &LogRules, text: &[u8]) -> Vec<Found> {
             for rule in rules.matches(line) {
                 match found.iter_mut().find(|found| found.rule == rule) {
                     Some(found) => found.lines += 1,
-                    None => found.push(Found { rule, lines: 1, first: line[..end.min(KEPT_LINE)].to_vec() }),
+                    None => found.push(MatchedLines { rule, lines: 1, first: line[..end.min(KEPT_LINE)].to_vec() }),
                 }
             }
         }
