@@ -395,6 +395,21 @@ def get_args_parser() -> ArgumentParser:  # noqa: PLR0915 - one statement per op
         "Default $TORCH_ELASTIC_SHUTDOWN_TIMEOUT, else 30.",
     )
     option(
+        "--grace-signal-target",
+        type=str,
+        choices=["group", "leader"],
+        default="group",
+        help="Receivers of the signal that stops a worker: the whole process group of the worker, or the worker (leader) alone, so that "
+        "its data loaders run until it has saved. The rest of the group gets SIGTERM after the worker. Not in torchrun.",
+    )
+    option(
+        "--exit-barrier-timeout",
+        type=float,
+        default=None,
+        help="Seconds that ferrorun waits for the other nodes after its own workers have succeeded. "
+        "Default $TORCH_ELASTIC_EXIT_BARRIER_TIMEOUT, else 300. Not yet in torchrun.",
+    )
+    option(
         "--interactive-rank",
         type=int,
         default=None,
@@ -429,6 +444,14 @@ def get_args_parser() -> ArgumentParser:  # noqa: PLR0915 - one statement per op
         "--preload",
         help="The first start also uses parked processes and waits for them: all workers of the node share one import. Implies "
         "--warm-workers. Not in torchrun.",
+    )
+    option(
+        "--summary",
+        type=str,
+        default="full",
+        choices=["full", "short", "json"],
+        help="Form of the report of a failed job on standard error: full is a box with all facts, short has at most 5 lines, json is one "
+        "line of JSON. Not in torchrun.",
     )
     flag(
         "--virtual-local-rank",

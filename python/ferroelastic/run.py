@@ -282,6 +282,8 @@ def config_from_args(args: Namespace) -> tuple["LaunchConfig", Callable[..., Any
         duplicate_stderr_filters=args.duplicate_stderr_filters,
         virtual_local_rank=args.virtual_local_rank,
         shutdown_timeout=args.shutdown_timeout,
+        exit_barrier_timeout=args.exit_barrier_timeout,
+        grace_signal_target=args.grace_signal_target,
         interactive_rank=args.interactive_rank,
         **_usage.parse_warm_workers(args, nproc_per_node),
         **_usage_logs.log_settings(log_options),

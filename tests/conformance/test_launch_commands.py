@@ -283,6 +283,8 @@ def as_data(module: Any, line: list[str]) -> Any:
     assert tuple(fields.pop("warm_imports", ("torch",))) == ("torch",)
     assert not fields.pop("preload", False)
     assert fields.pop("log_options", None) is None
+    assert fields.pop("exit_barrier_timeout", 300) == 300  # not in torch yet
+    assert fields.pop("grace_signal_target", "group") == "group"  # not in torch
     options = fields.get("numa_options")
     fields["numa_options"] = options and (options.affinity_mode.value, options.should_fall_back_if_binding_fails)
     return fields, getattr(entrypoint, "__name__", entrypoint), arguments

@@ -29,6 +29,8 @@ class TestLaunchConfig:
         assert values.pop("warm_imports", ("torch",)) == ("torch",)
         assert not values.pop("preload", False)
         assert values.pop("log_options", None) is None
+        assert values.pop("exit_barrier_timeout", 300) == 300  # not in torch yet
+        assert values.pop("grace_signal_target", "group") == "group"  # not in torch
         assert values == {
             "min_nodes": 1,
             "max_nodes": 2,

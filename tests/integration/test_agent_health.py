@@ -17,7 +17,7 @@ from tests.support.waiting import eventually
 
 from ferroelastic.agent.server import HealthCheckServer, LocalElasticAgent, WorkerSpec, WorkerState
 from ferroelastic.agent.server import local_elastic_agent as module
-from ferroelastic.agent.server.local_elastic_agent import _AliveCallbackProxy
+from ferroelastic.agent.server.health_check_server import _AliveCallbackProxy
 from ferroelastic.multiprocessing import DefaultLogsSpecs, Std
 
 pytest.importorskip("ferroelastic._rust")

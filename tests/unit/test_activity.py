@@ -19,6 +19,9 @@ class Clock:
     def monotonic(self) -> float:
         return self.now
 
+    def time_ns(self) -> int:
+        return int(self.now * 1e9)
+
 
 class Board:
     """Stands for the native server."""

@@ -75,6 +75,7 @@ COMMAND_LINES = [
 ADDED: dict[str, Any] = {
     "signals_to_forward": "",
     "interactive_rank": None,
+    "summary": "full",
     "warm_workers": "0",
     "warm_imports": ["torch"],
     "preload": False,
@@ -82,6 +83,8 @@ ADDED: dict[str, Any] = {
     "log_format": "text",
     "fail_on_log": [],
     "warn_on_log": [],
+    "exit_barrier_timeout": None,
+    "grace_signal_target": "group",
     "keep_detached": False,
     "end_detached": False,
     "no_scheduler": False,

@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from ferroelastic import _compat, _signals
 from ferroelastic._signals import SignalException
+from ferroelastic._stop_notice import STOP_FILE_ENV
 from ferroelastic._wait import wait_for_event
 from ferroelastic.multiprocessing._line_heads import global_ranks, json_heads, with_pids
 from ferroelastic.multiprocessing._log_options import LogOptions
 from ferroelastic.multiprocessing._log_rules import LogWatch, describe
 from ferroelastic.multiprocessing._std import _validate_full_rank
-from ferroelastic.multiprocessing._stopping import kill_wait_s, stop_group
+from ferroelastic.multiprocessing._stderr_tail import read_end
+from ferroelastic.multiprocessing._stopping import kill_wait_s, make_stop_file, stop_group
 from ferroelastic.multiprocessing.errors import ProcessFailure
 from ferroelastic.multiprocessing.errors._failures import NOT_AVAILABLE, failed_at_ns
 from ferroelastic.multiprocessing.tail_log import TailLog
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from ferroelastic import _rust
+    from ferroelastic._stop_notice import SignalTarget, StopReason
     from ferroelastic.multiprocessing._logs import LogsSpecs
     from ferroelastic.multiprocessing._terminal import Terminal
 
@@ -92,6 +95,9 @@ class PContext(_compat.TorchVirtual, ABC):
     Attributes:
         shutdown_timeout: after a failure, the grace period in seconds between SIGTERM and SIGKILL for the other workers. After a success,
             the time in seconds for processes that the workers left in their process groups. Set it before :meth:`start`. Not in torch.
+        grace_signal_target: receivers of the stop signal: ``"group"`` for the worker's process group, or ``"leader"`` for the worker alone.
+            The rest of the group then gets SIGTERM after the worker has ended. SIGKILL always goes to the group. Set it before
+            :meth:`start`. Not in torch.
         interactive_rank: local rank that gets the terminal of standard input; ``None`` for no rank. Set it before :meth:`start`.
             Not in torch.
         warm_pool: parked children that become the first workers, which run a program or have the start method ``spawn``; ``None`` starts all
@@ -102,6 +108,7 @@ class PContext(_compat.TorchVirtual, ABC):
     """
 
     shutdown_timeout: float = 30
+    grace_signal_target: SignalTarget = "group"
     interactive_rank: int | None = None
     warm_pool: _rust.WarmPool | None = None
     log_options: LogOptions | None = None
@@ -147,6 +154,7 @@ class PContext(_compat.TorchVirtual, ABC):
         self._terminal: Terminal | None = None
         self._log_watch: LogWatch | None = None
         self._log_line_prefixes = log_line_prefixes
+        self._stop_file: _rust.StopFile | None = None
         self._tail_logs = [
             TailLog(name, logs_dest.tee_stdouts, sys.stdout, log_line_prefixes),
             TailLog(name, logs_dest.tee_stderrs, sys.stderr, log_line_prefixes),
@@ -208,6 +216,7 @@ class PContext(_compat.TorchVirtual, ABC):
 
             self._terminal = Terminal()
             self._terminal.start()
+        self._stop_file = make_stop_file()
         self._start()
         self._follow_logs()
 
@@ -259,6 +268,22 @@ class PContext(_compat.TorchVirtual, ABC):
     @abstractmethod
     def _close(self, death_sig: signal.Signals, timeout: float = 30) -> None:
         """Stop the workers that still run."""
+
+    @property
+    def stopped(self) -> dict[int, ProcessFailure]:
+        """The workers that ended after the agent sent them a stop signal, by local rank. Not in torch."""
+        return self._stopped
+
+    def stderr_tail(self, local_rank: int) -> bytes:
+        """Return the last bytes, up to 64 KiB, of a worker's standard error in this round. Not in torch.
+
+        Args:
+            local_rank: local rank of the worker.
+
+        Returns:
+            The bytes; ``b""`` if there are none, or if the stream does not go to a file.
+        """
+        return read_end(self.stderrs.get(local_rank, ""))
 
     def wait(self, timeout: float = -1, period: float = 1) -> RunProcsResult | None:
         """Wait until all workers have succeeded or one has failed. After a failure the other workers are stopped.
@@ -343,17 +368,24 @@ class PContext(_compat.TorchVirtual, ABC):
     def _terminal_of(self, local_rank: int) -> Terminal | None:
         return self._terminal if local_rank == self.interactive_rank else None
 
-    def begin_stop(self, death_sig: signal.Signals, timeout: float) -> None:
+    def _env_of(self, local_rank: int) -> dict[str, str]:
+        """Return the variables of a worker, with the path of its stop file."""
+        env = self.envs[local_rank]
+        return env if self._stop_file is None else {**env, STOP_FILE_ENV: self._stop_file.path}
+
+    def begin_stop(self, death_sig: signal.Signals, timeout: float, reason: StopReason = "shutdown") -> None:
         """Send the stop signal to the workers and return without waiting. Call :meth:`close` afterwards. Not in torch.
 
         Args:
             death_sig: stop signal.
             timeout: grace period in seconds between the stop signal and SIGKILL.
+            reason: reason of the stop, for the workers. See :class:`ferroelastic.StopNotice`.
         """
         if self.native_group is not None:
             # A stop that is in progress keeps its deadline.
             self._grace_s = self.shutdown_timeout if self._failures else timeout
-            self.native_group.stop(death_sig, timeout, kill_wait_s(timeout))
+            target = self.grace_signal_target
+            self.native_group.stop(death_sig, timeout, kill_wait_s(timeout), target=target, reason=reason)
 
     def _stop_tail(self, tail_log: TailLog) -> None:
         """Let a tail write its remaining lines. All tails share one deadline for a stalled console."""
@@ -379,12 +411,15 @@ class PContext(_compat.TorchVirtual, ABC):
 
     def _arm(self, group: _rust.Group) -> None:
         """Let the engine stop the peers of the first worker that fails, without waiting for Python."""
-        group.stop_on_failure(signal.SIGTERM, self.shutdown_timeout, kill_wait_s(self.shutdown_timeout))
+        timeout, target = self.shutdown_timeout, self.grace_signal_target
+        group.stop_on_failure(signal.SIGTERM, timeout, kill_wait_s(timeout), target=target)
 
     def _stop_group(self, group: _rust.Group, death_sig: signal.Signals, timeout: float) -> None:
         """Stop all process groups and wait until they are empty or the last deadline has passed."""
         grace_s = timeout if self._linger_s == 0 else min(timeout, _MAX_OVERDUE_GRACE_S)
-        report = stop_group(group, death_sig, grace_s, linger_s=self._linger_s)
+        reason: StopReason = "shutdown" if self._linger_s == 0 else "success"
+        target = self.grace_signal_target
+        report = stop_group(group, death_sig, grace_s, linger_s=self._linger_s, target=target, reason=reason)
         if self._grace_s is None:
             self._grace_s = self.shutdown_timeout if self._failures else grace_s
         self._report_stop(report, self._grace_s)

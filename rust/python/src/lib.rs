@@ -46,7 +46,7 @@ mod _rust {
     #[pymodule_export]
     use super::errors::{ForkedError, SpawnError};
     #[pymodule_export]
-    use super::group::{Exit, Group, Leftover, StopReport, Survivor};
+    use super::group::{Exit, Group, Leftover, StopFile, StopReport, Survivor};
     #[pymodule_export]
     use super::guard::{Guard, create_cgroup, find_detached, remove_cgroup, stand_guard};
     #[pymodule_export]

@@ -36,6 +36,8 @@ class Activity:
         self._measured_s: float | None = None
         self._has_released = False
         self._detect_s: float | None = None
+        # Index, cause and time (nanoseconds since the epoch) of each restart, for the report of a failure.
+        self.restarts: list[tuple[int, str, int]] = []
 
     def stalled_s(self) -> float:
         """Return the seconds since the last progress, 0 while the loop waits."""
@@ -114,6 +116,7 @@ class Activity:
             cause: a failed worker, or a change of the membership.
             reason: the event, as text.
         """
+        self.restarts.append((len(self.restarts), reason, time.time_ns()))
         self._report("note_restart", cause, reason)
         self._is_restarting = True
         detect_s, self._detect_s = self._detect_s, None

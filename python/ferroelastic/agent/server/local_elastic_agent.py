@@ -20,7 +20,7 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 from ferroelastic import _leftovers, _signals
-from ferroelastic._checks import check_logs_specs
+from ferroelastic._checks import check_logs_specs, check_signal_target
 from ferroelastic._compat import newer
 from ferroelastic._wait import wait_for_event
 from ferroelastic._warm import warm_workers_of
@@ -36,7 +36,11 @@ from ferroelastic.agent.server.api import (
     WorkerSpec,
     WorkerState,
 )
-from ferroelastic.agent.server.health_check_server import HealthCheckServer, create_healthcheck_server
+from ferroelastic.agent.server.health_check_server import (
+    HealthCheckServer,
+    _AliveCallbackProxy,  # noqa: F401 - a name of torch's module
+    create_healthcheck_server,
+)
 from ferroelastic.events import record
 from ferroelastic.metrics.api import prof
 from ferroelastic.multiprocessing import LogsSpecs, PContext, ProcessFailure, _debuggers, start_processes
@@ -49,9 +53,8 @@ from ferroelastic.utils.logging import get_logger
 from ferroelastic.utils.process_state import is_uninterruptible_state, read_proc_state
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from ferroelastic import _rust
+    from ferroelastic._stop_notice import SignalTarget, StopReason
     from ferroelastic.multiprocessing._log_options import LogOptions
 
 __all__ = [
@@ -82,22 +85,9 @@ _resolve_uninterruptible_state_timeout = _stuck.resolve_timeout_s  # torch's nam
 _read_wait_channel = _stuck.read_wait_channel
 
 
-def _without_none(**arguments: Any) -> dict[str, Any]:
-    return {name: value for name, value in arguments.items() if value is not None}
-
-
-class _AliveCallbackProxy:
-    """An alive callback for a server that is created before the agent. Mirrors torch's ``_AliveCallbackProxy``."""
-
-    def __init__(self) -> None:
-        self._delegate: Callable[[], int] | None = None
-
-    def __call__(self) -> int:
-        return int(time.time()) if self._delegate is None else self._delegate()
-
-    def set_delegate(self, delegate: Callable[[], int]) -> None:
-        """Call ``delegate`` from now on."""
-        self._delegate = delegate
+def _added(**arguments: Any) -> dict[str, Any]:
+    """Return the arguments that differ from their defaults."""
+    return {name: value for name, value in arguments.items() if value not in (None, "group")}
 
 
 class LocalElasticAgent(SimpleElasticAgent):
@@ -112,7 +102,7 @@ class LocalElasticAgent(SimpleElasticAgent):
         spec: specification of the workers.
         logs_specs: destination of the workers' output.
         start_method: ``spawn``, ``fork`` or ``forkserver``, for function entrypoints.
-        exit_barrier_timeout: seconds to wait at the end for the agents of other hosts.
+        exit_barrier_timeout: seconds to wait at the end for the agents of other hosts; ``None`` as for :class:`SimpleElasticAgent`.
         log_line_prefix_template: prefix of teed lines, with ``${role_name}``, ``${rank}``, ``${local_rank}``, ``${hostname}`` (the short
             name). Not in torch: ``${pid}``, ``${round}`` (number of restarts after failures), ``${time}`` (of the line; ISO 8601, UTC).
         shutdown_timeout: grace period in seconds between the stop signal and SIGKILL.
@@ -121,9 +111,11 @@ class LocalElasticAgent(SimpleElasticAgent):
             ``None`` uses ``$TORCHELASTIC_UNINTERRUPTIBLE_STATE_TIMEOUT``.
         interactive_rank: local rank of the worker with the terminal as standard input, ``None`` for no worker. Not in torch.
         log_options: options for the lines of the workers. ``None`` for torch's behaviour. Not in torch.
+        grace_signal_target: receivers of the stop signal: ``"group"`` or ``"leader"``, see :class:`PContext`. Not in torch.
 
     Raises:
         TypeError: a value has the wrong type.
+        ValueError: a value is out of range.
     """
 
     def __init__(
@@ -131,7 +123,7 @@ class LocalElasticAgent(SimpleElasticAgent):
         spec: WorkerSpec,
         logs_specs: LogsSpecs,
         start_method: str = "spawn",
-        exit_barrier_timeout: float = 300,
+        exit_barrier_timeout: float | None = None,
         log_line_prefix_template: str | None = None,
         shutdown_timeout: int = 30,
         health_check_server: HealthCheckServer | None = None,
@@ -139,6 +131,7 @@ class LocalElasticAgent(SimpleElasticAgent):
         *,
         interactive_rank: int | None = None,
         log_options: LogOptions | None = None,
+        grace_signal_target: SignalTarget = "group",
     ) -> None:
         super().__init__(spec, exit_barrier_timeout, shutdown_timeout)
         if logs_specs is not None:  # None is valid for a subclass that starts its workers itself
@@ -156,6 +149,8 @@ class LocalElasticAgent(SimpleElasticAgent):
         self._logs_specs = logs_specs
         self._interactive_rank = interactive_rank
         self._log_options = log_options
+        check_signal_target(grace_signal_target)
+        self._grace_signal_target = grace_signal_target
         self._health_check_server = health_check_server
         # Invalid value of the port variable that was already reported.
         self._refused_health_check_port: str | None = None
@@ -282,11 +277,11 @@ class LocalElasticAgent(SimpleElasticAgent):
         context: object = self._pcontext
         return context.native_group if isinstance(context, PContext) else None
 
-    def _begin_stop(self, death_sig: signal.Signals, within_s: float | None = None) -> None:
+    def _begin_stop(self, death_sig: signal.Signals, reason: StopReason, within_s: float | None = None) -> None:
         if isinstance(self._pcontext, PContext):
             # The deadline is final: a later shutdown does not change it.
             limit_s = self._shutdown_timeout if within_s is None else max(0.0, within_s - _KILL_TIME_S)
-            self._pcontext.begin_stop(death_sig, min(self._shutdown_timeout, limit_s))
+            self._pcontext.begin_stop(death_sig, min(self._shutdown_timeout, limit_s), reason)
 
     def _outcome_before_signal(self) -> RunResult | None:
         group = self._native_group()
@@ -360,7 +355,12 @@ class LocalElasticAgent(SimpleElasticAgent):
             duplicate_stderr_filters=newer(spec, "duplicate_stderr_filters", None),
             shutdown_timeout=self._shutdown_timeout,
             # Only if set: a program may have replaced the function by one with torch's parameters.
-            **_without_none(interactive_rank=self._interactive_rank, warm_pool=pool, log_options=self._log_options),
+            **_added(
+                grace_signal_target=self._grace_signal_target,
+                interactive_rank=self._interactive_rank,
+                warm_pool=pool,
+                log_options=self._log_options,
+            ),
         )
         if self._warm is not None:
             group = self._native_group()
@@ -371,6 +371,7 @@ class LocalElasticAgent(SimpleElasticAgent):
         watchdog = _watchdog.as_worker_watchdog(self._worker_watchdog)
         if watchdog is not None:
             watchdog.set_workers(_watchdog.workers_with_folders(self._pcontext, worker_group.workers))
+        self._explainer.started(self._pcontext, self._worker_watchdog, self._rdzv_info)
         return self._pcontext.pids()
 
     def _rendezvous(self, worker_group: WorkerGroup) -> None:

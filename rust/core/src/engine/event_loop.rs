@@ -12,7 +12,7 @@ use super::order::{EngineOrder, Observed, PoolOrder, StartedGroup};
 use super::orphans::Orphans;
 use super::pool::{PoolHost, WarmTokens};
 use super::pools::Pools;
-use super::processes::{GroupEntry, Process, Reaper};
+use super::processes::{GroupEntry, Process, Reaper, SharedFile};
 use super::warnings::Warnings;
 use crate::error::{Error, Result};
 use crate::health;
@@ -270,12 +270,12 @@ impl EventLoop {
 
     fn handle(&mut self, order: EngineOrder) {
         match order {
-            EngineOrder::Spawn { commands, pool, reply } => {
-                let _ = reply.send(self.spawn_group(&commands, pool));
+            EngineOrder::Spawn { commands, pool, stop_file, reply } => {
+                let _ = reply.send(self.spawn_group(&commands, pool, stop_file));
             }
             EngineOrder::Pool(order) => self.handle_pool_order(order),
-            EngineOrder::Observe { processes, reply } => {
-                let _ = reply.send(self.observe_group(processes));
+            EngineOrder::Observe { processes, stop_file, reply } => {
+                let _ = reply.send(self.observe_group(processes, stop_file));
             }
             EngineOrder::GroupEvent { group, event } => {
                 if let Some(group) = self.groups.get_mut(&group) {
@@ -372,16 +372,15 @@ impl EventLoop {
 
     fn kill_all(&mut self, kill_wait: Duration) {
         let now = Instant::now();
-        let plan = StopPlan { linger: Duration::ZERO, signal: libc::SIGKILL, grace: Duration::ZERO, kill_wait };
         self.warm.close_all();
         for group in self.groups.values_mut() {
-            group.step(now, GroupEvent::Stop(plan));
+            group.step(now, GroupEvent::Stop(StopPlan::kill(kill_wait)));
             group.step(now, GroupEvent::EndGrace);
         }
     }
 
     /// Starts a group. Commands become warm workers as long as `pool` has parked children.
-    fn spawn_group(&mut self, commands: &[Command], pool: Option<u64>) -> Result<StartedGroup> {
+    fn spawn_group(&mut self, commands: &[Command], pool: Option<u64>, stop_file: SharedFile) -> Result<StartedGroup> {
         let mut processes = Vec::with_capacity(commands.len());
         let mut warm = Vec::new();
         for (index, command) in commands.iter().enumerate() {
@@ -406,10 +405,10 @@ impl EventLoop {
                 }
             }
         }
-        Ok(StartedGroup { warm, ..self.register_group(GroupEntry::new(processes, Reaper::Engine))? })
+        Ok(StartedGroup { warm, ..self.register_group(GroupEntry::new(processes, Reaper::Engine, stop_file))? })
     }
 
-    fn observe_group(&mut self, observed: Vec<Observed>) -> Result<StartedGroup> {
+    fn observe_group(&mut self, observed: Vec<Observed>, stop_file: SharedFile) -> Result<StartedGroup> {
         let mut processes = Vec::with_capacity(observed.len());
         for Observed { pid, sentinel } in observed {
             let opened = ProcessHandle::open(pid, self.support);
@@ -422,7 +421,7 @@ impl EventLoop {
                 sentinel: sentinel.filter(|_| !is_child),
             });
         }
-        let started = self.register_group(GroupEntry::new(processes, Reaper::Program))?;
+        let started = self.register_group(GroupEntry::new(processes, Reaper::Program, stop_file))?;
         Ok(StartedGroup { warm: self.warm.observed(&started.pids), ..started })
     }
 

@@ -12,6 +12,7 @@ mod guard;
 mod handle;
 mod health;
 mod log_rules;
+mod notice;
 mod order;
 mod orphans;
 mod pool;

@@ -5,6 +5,7 @@ use std::os::fd::{OwnedFd, RawFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::processes::SharedFile;
 use super::progress::GroupProgress;
 use crate::error::Result;
 use crate::health::HealthOrder;
@@ -99,11 +100,13 @@ pub(super) enum EngineOrder {
     Spawn {
         commands: Vec<Command>,
         pool: Option<u64>,
+        stop_file: SharedFile,
         reply: Reply<Result<StartedGroup>>,
     },
     Pool(PoolOrder),
     Observe {
         processes: Vec<Observed>,
+        stop_file: SharedFile,
         reply: Reply<Result<StartedGroup>>,
     },
     /// An event for the state machine of a group.

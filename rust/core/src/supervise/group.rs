@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use super::exit::Exit;
-use super::teardown::{GroupAction, StopPlan, Teardown};
+use super::teardown::{GroupAction, StopNotice, StopPlan, Teardown};
 use crate::sys::wait::ExitStatus;
 
 /// An event of a group.
@@ -86,6 +86,12 @@ impl GroupState {
     #[must_use]
     pub fn next_tick(&self) -> Option<Instant> {
         self.teardown.as_ref().and_then(Teardown::next_tick)
+    }
+
+    /// The notice of the current stop to the workers; `None` before its first signal.
+    #[must_use]
+    pub fn notice(&self) -> Option<StopNotice> {
+        self.teardown.as_ref().and_then(Teardown::notice)
     }
 
     /// Handles an event and returns the actions to carry out.
