@@ -200,6 +200,20 @@ class Group:
     """Indices of the processes that were parked in a :class:`WarmPool`, ascending."""
     generation: int
     """Event counter of the group: it increases with every exit and when a stop finishes."""
+    def scan_logs(self, files: Sequence[tuple[str, int, str]], rules: LogRules) -> LogScan:
+        """Search growing files for lines that match ``rules``.
+
+        A worker that fails gets SIGKILL if it runs. If it has ended with success, the stop of :meth:`stop_on_failure` starts. During a
+        stop, a line fails no further worker. A warning is in :meth:`Engine.take_warnings`, at most one per minute and rule.
+
+        Args:
+            files: path, index of the worker, and a description of the stream for messages. Missing files are created.
+            rules: the rules.
+        """
+
+    def log_failures(self) -> list[LogFailure]:
+        """Return the workers that have failed because of a line in their log, at most one failure of each worker."""
+
     def exits(self, since: int = 0) -> list[Exit]:
         """Return the exits in the order in which the kernel reported them, without the first ``since``."""
 
@@ -273,6 +287,49 @@ class Group:
 
     def stop_report(self) -> StopReport | None:
         """Return the outcome of the stop. ``None`` while it is in progress or if there was none."""
+
+@final
+class LogRules:
+    """Compiled rules for log lines. Immutable.
+
+    The patterns are those of the regex crate: no backreference and no look-around. The search takes time linear in the length of the text.
+    ``^`` and ``$`` match at the ends of a line. A pattern matches a part of a line.
+
+    Args:
+        fail: pairs of a pattern and a reason. A line with the pattern makes its worker a failed one.
+        warn: pairs of a pattern and a reason. A line with the pattern causes a warning.
+
+    Raises:
+        ValueError: a pattern is invalid or matches every line. The arguments are the fault and the pattern.
+    """
+
+    def __new__(cls, fail: Sequence[tuple[str, str]] = (), warn: Sequence[tuple[str, str]] = ()) -> LogRules: ...
+
+@final
+class LogFailure:
+    """A worker that has failed because of a line in its log."""
+
+    index: int
+    """Index of the worker in its group."""
+    reason: str
+    """Reason of the rule."""
+    stream: str
+    """Description of the file."""
+    line: str
+    """The beginning of the line, without control characters."""
+    realtime_ns: int
+    """Nanoseconds since the epoch when the engine found the line."""
+
+@final
+class LogScan:
+    """Searches the log files of a group until it is dropped. See :meth:`Group.scan_logs`."""
+
+    def finish(self, timeout_s: float) -> bool:
+        """Search the rest of the files, last lines without an end included. Failures are known before the return.
+
+        Returns:
+            Whether the search was complete within ``timeout_s`` seconds.
+        """
 
 @final
 class TailReport:
@@ -376,8 +433,11 @@ class Engine:
         console_fd: int,
         only_lines_with: Sequence[str] = (),
         whole_lines_only: bool = False,
+        is_json: bool = False,
     ) -> Tail:
         """Follow ``files`` (path, line prefix) from their start. Missing files are created.
+
+        ``${time}`` in a prefix becomes the time at which the engine read the line: ISO 8601 in UTC with milliseconds.
 
         Opening a file is retried until :meth:`Tail.finish`. :attr:`TailReport.unread` names the files that could never be opened.
 
@@ -386,7 +446,10 @@ class Engine:
             console_fd: descriptor that the lines are written to. It is duplicated.
             only_lines_with: if not empty, copy only lines that contain one of these strings.
             whole_lines_only: write a line only when it is complete. Otherwise the start of a line (a prompt, progress dots) is written
-                after 100 ms and continued in place if no other output came in between. ``only_lines_with`` implies complete lines.
+                after 100 ms and continued in place if no other output came in between. ``only_lines_with`` and ``is_json`` imply
+                complete lines.
+            is_json: write each line as a JSON object. Its prefix begins the object, up to the opening quote of the last string. The content
+                of the line follows, with U+FFFD for bytes that are not UTF-8, and the end of the object.
 
         Raises:
             OSError: the console cannot be opened.
