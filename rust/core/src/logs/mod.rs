@@ -4,10 +4,18 @@
 //! for the reader of the console, and the files are complete even if the agent is killed. The files are also the buffer: a blocked console
 //! uses no memory and loses no lines.
 
+mod last;
 mod lines;
+mod log_thread;
+mod relay;
+mod relay_handle;
 mod tail;
 mod tails;
 
+pub use last::KEPT;
 pub use lines::{Formatted, LineFormat, MAX_LINE};
+pub(crate) use log_thread::LogThread;
+pub use relay::RelayReport;
+pub use relay_handle::Relay;
 pub use tail::{TailReport, TailSpec};
 pub(crate) use tails::Tails;
