@@ -100,7 +100,8 @@ fn restart(nodes: u32, rounds: u64) {
     for round in 0..rounds {
         let failed = Instant::now();
         let text = "rank 0 exited with code 1".into();
-        agents[0].send(&AgentMessage::Failed { round, at_ns: 1, text, code: 1, facts: FailureFacts::default() });
+        let (facts, detail) = (FailureFacts::default(), String::new());
+        agents[0].send(&AgentMessage::Failed { round, at_ns: 1, text, code: 1, facts, detail });
         for agent in &mut agents {
             assert!(matches!(agent.receive(), HostMessage::Over { round: ended, .. } if ended == round));
         }

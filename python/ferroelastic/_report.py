@@ -3,13 +3,18 @@
 import errno
 import os
 import re
+import sys
 from argparse import Namespace
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from ferroelastic._exit_codes import FAILURE, SIGNAL_BASE, exit_code
 from ferroelastic._ports import port_owner
 from ferroelastic._text import format_traceback, message_of
 from ferroelastic._usage import UsageError, named, working_directory
+
+if TYPE_CHECKING:
+    from ferroelastic._failure.model import Failure
 
 _USAGE = 2
 
@@ -30,16 +35,31 @@ def report(error: BaseException, args: Namespace | None) -> int:
     signal = getattr(error, "sigval", None)
     if signal is not None:  # SignalException: the agent has already logged it
         return SIGNAL_BASE + int(signal)
+    failure: Failure | None = getattr(error, "job_failure", None)
+    if failure is not None:
+        _show(failure, getattr(args, "summary", "full"))
+        return failure.job.exit_code
     first_failure = getattr(error, "get_first_failure", None)
     if first_failure is not None:  # ChildFailedError
-        _, failure = first_failure()
+        _, first = first_failure()
         _print(message_of(error).strip("\n"))
-        return getattr(error, "exit_code", None) or exit_code(failure.exitcode)
+        return getattr(error, "exit_code", None) or exit_code(first.exitcode)
     if not isinstance(error, UsageError) and os.environ.get("LOGLEVEL", "").upper() == "DEBUG":
         _print(format_traceback(error).rstrip("\n"))
     _print(f"ferrorun: error: {' '.join(_describe(error, args).split())}")
     code: int | None = getattr(error, "exit_code", None)  # JobFailedError
     return code or (_USAGE if isinstance(error, ValueError) else FAILURE)
+
+
+def _show(failure: "Failure", form: str) -> None:
+    from ferroelastic._failure.box import render
+    from ferroelastic._failure.save import report_of
+
+    stream = sys.stderr
+    has_colour = (
+        stream is not None and stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    )
+    _print(render(failure, form, has_colour=has_colour, file=report_of(failure)))
 
 
 def _print(text: str) -> None:

@@ -14,7 +14,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
 __all__ = [
     "describe_error",
@@ -23,6 +23,7 @@ __all__ = [
     "format_current_traceback",
     "format_traceback",
     "ignore_fork_warning",
+    "launched_name",
     "message_of",
     "origin_of",
     "warn",
@@ -122,3 +123,17 @@ def entrypoint_name(entrypoint: Callable[..., object] | str) -> str:
         return os.path.basename(entrypoint)
     name: str = getattr(origin_of(entrypoint), "__qualname__")  # noqa: B009 - any object
     return name
+
+
+def launched_name(entrypoint: Callable[..., object] | str | None, args: Sequence[object]) -> str:
+    """Return the name of a launched entrypoint for reports: of the function, of the script that this interpreter runs, or of the program.
+
+    Args:
+        entrypoint: a function, or the path of a program.
+        args: arguments of the entrypoint.
+    """
+    if callable(entrypoint):
+        return str(getattr(entrypoint, "__name__", None) or entrypoint_name(entrypoint))
+    if entrypoint == sys.executable:
+        return next((str(arg) for arg in args if str(arg)[:1] not in ("", "-")), "")
+    return entrypoint or ""

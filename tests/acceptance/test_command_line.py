@@ -223,7 +223,9 @@ def test_every_attempt_has_a_folder(launch: Launcher) -> None:
     script = launch.write("fail.py", "import os, sys; print(os.environ['TORCHELASTIC_RESTART_COUNT']); sys.exit(4)")
     job = launch(f"--log-dir={launch.folder}/logs", "-r", "1", "--max-restarts=2", script, nproc=1)
     assert job.end() == 4
-    assert contents(run_folder(launch)) == {f"attempt_{n}/0/stdout.log": f"{n}\n" for n in range(3)}
+    files = contents(run_folder(launch))
+    assert json.loads(files.pop("failure.json"))["first"]["exit_code"] == 4
+    assert files == {f"attempt_{n}/0/stdout.log": f"{n}\n" for n in range(3)}
 
 
 # ---- what it says

@@ -24,6 +24,7 @@ from ferroelastic._rust import (
     FailureFacts,
     ForkedError,
     Guard,
+    LogRules,
     RendezvousClient,
     StoreClient,
     StoreServer,
@@ -167,6 +168,7 @@ HARMLESS = {
     "Group": {"pids", "warm"},
     "Guard": {"pid", "forked"},
     "HealthServer": {"host", "port", "close"},
+    "Relay": {"is_terminal"},
     "StoreServer": {"port"},
     "Watchdog": {"path"},
 }
@@ -174,6 +176,8 @@ ONE = [(0, "scope", 1.0, 0)]
 USES: dict[str, dict[str, Callable[[Any], Any]]] = {
     "Group": {
         "generation": lambda group: group.generation,
+        "scan_logs": lambda group: group.scan_logs([], LogRules()),
+        "log_failures": lambda group: group.log_failures(),
         "exits": lambda group: group.exits(),
         "wait": lambda group: group.wait(0, 60.0),
         "signal": lambda group: group.signal(0, 9),
@@ -183,7 +187,15 @@ USES: dict[str, dict[str, Callable[[Any], Any]]] = {
         "stop_report": lambda group: group.stop_report(),
     },
     "Tail": {"finish": lambda tail: tail.finish(1.0)},
+    "LogScan": {"finish": lambda scan: scan.finish(1.0)},
+    "Relay": {
+        "worker_end": lambda relay: relay.worker_end(0),
+        "last": lambda relay: relay.last(0),
+        "flush": lambda relay: relay.flush(1.0),
+        "finish": lambda relay: relay.finish(1.0),
+    },
     "Engine": {
+        "relay": lambda engine: engine.relay(1, console_fd=2),
         "spawn": lambda engine: engine.spawn([]),
         "observe": lambda engine: engine.observe([os.getpid()]),
         "tail": lambda engine: engine.tail([("/dev/null", "")], console_fd=1),
@@ -290,6 +302,8 @@ def test_a_forked_child_cannot_use_objects_of_its_parent(tmp_path: Path) -> None
             "Engine": parent.engine,
             "Group": parent.group,
             "Tail": parent.tail,
+            "LogScan": parent.group.scan_logs([], LogRules()),
+            "Relay": parent.engine.relay(1, console_fd=2),
             **pools,
             "StoreServer": server,
             "StoreClient": StoreClient("127.0.0.1", server.port, 60.0),

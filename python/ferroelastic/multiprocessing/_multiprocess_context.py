@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
 
     from ferroelastic import _rust
+    from ferroelastic._stop_notice import StopReason
     from ferroelastic.multiprocessing._logs import LogsSpecs
+    from ferroelastic.multiprocessing._stderr import ConsoleStreams
     from ferroelastic.numa.binding import NumaOptions
 
 __all__ = ["MultiprocessContext"]
@@ -113,22 +115,24 @@ class MultiprocessContext(PContext):
         context = multiprocessing.get_context(self.start_method)
         self._return_folder = tempfile.mkdtemp(prefix="ferroelastic_")
         self._hold = hold = Hold(self.nprocs)
-        self._pc = _ProcessSet([self._make_process(context, rank, hold) for rank in range(self.nprocs)])
+        streams = self._open_console_streams()
+        self._pc = _ProcessSet([self._make_process(context, rank, hold, streams) for rank in range(self.nprocs)])
         with as_worker():
             self._start_processes(self._pc.processes)
         self._observe(self._pc.processes)
 
-    def _make_process(self, context: BaseContext, rank: int, hold: Hold) -> BaseProcess:
+    def _make_process(self, context: BaseContext, rank: int, hold: Hold, streams: ConsoleStreams) -> BaseProcess:
         terminal = self._terminal_of(rank)
         task = Task(
             fn=self.entrypoint,
             args=self.args[rank],
-            env=self.envs[rank],
+            env=self._env_of(rank),
             stdout=self.stdouts[rank],
             stderr=self.stderrs[rank],
             return_file=os.path.join(str(self._return_folder), f"{rank}.pickle"),
             hold=hold,
             terminal=None if terminal is None else (terminal.path, terminal.descriptors),
+            console=streams.path_of(rank),
             parent_pid=None if self.start_method == "forkserver" else os.getpid(),
             cpus=cpus_for(rank, self._numa_options),
             forked=self.start_method == "fork",
@@ -179,7 +183,7 @@ class MultiprocessContext(PContext):
             sentinels = [process.sentinel for process in observed]
             try:
                 # One call into C, see `_processes.spawn`.
-                self._groups.extend(map(get_engine().observe, (pids,), (sentinels,)))
+                self._groups.extend(map(get_engine().observe, (pids,), (sentinels,), (self._stop_file,)))
             except OSError:
                 if all(processes[rank].exitcode is None for rank in self._observed_ranks):
                     raise
@@ -219,6 +223,7 @@ class MultiprocessContext(PContext):
         if self._pc is None:
             raise AssertionError("the workers were not started; call start() first")
         self._capture_exits()
+        self._record_log_failures()
         if self._running_local_ranks and not self._failures:
             return None
         self._notify_first_failure()
@@ -262,9 +267,9 @@ class MultiprocessContext(PContext):
             raise AssertionError("the workers were not started; call start() first")
         return dict(enumerate(self._pc.pids()))
 
-    def begin_stop(self, death_sig: signal.Signals, timeout: float) -> None:
+    def begin_stop(self, death_sig: signal.Signals, timeout: float, reason: StopReason = "shutdown") -> None:
         """Send the stop signal, release waiting workers and return without waiting; see :meth:`PContext.begin_stop`."""
-        super().begin_stop(death_sig, timeout)
+        super().begin_stop(death_sig, timeout, reason)
         if self._hold is not None:
             self._hold.release()
 

@@ -30,6 +30,10 @@ class Interruption(NamedTuple):
     """Exit code of the job if this event ends it."""
     stop_within_s: float | None = None
     """Time in seconds to stop the workers of this node. Other nodes reuse their ranks afterwards. ``None`` for no deadline."""
+    detail: str = ""
+    """Explanation of a worker's failure that ends the job, as :meth:`NotifyingRendezvous.report_failure` got it on its node."""
+    is_loss: bool = False
+    """True if a node was lost or has left."""
     decision: _rust.Decision | None = None
     """Decision of the restart policy on a failure. ``None`` for other events."""
 
@@ -80,7 +84,9 @@ class NotifyingRendezvous(Protocol):
     def interruption(self) -> Interruption | None:
         """Return the event that ended the round; ``None`` while the round lasts."""
 
-    def report_failure(self, at_ns: int, text: str, *, exit_code: int = 1, facts: _rust.FailureFacts) -> None:
+    def report_failure(
+        self, at_ns: int, text: str, *, exit_code: int = 1, facts: _rust.FailureFacts, detail: str = ""
+    ) -> None:
         """Report a failed worker to all agents.
 
         Args:
@@ -88,6 +94,7 @@ class NotifyingRendezvous(Protocol):
             text: description of the worker and its failure.
             exit_code: exit code of the job if this failure ends it.
             facts: facts for the restart policy of the job.
+            detail: explanation of a failure that may be final, for the report on all nodes.
         """
 
     def report_progress(self) -> None:

@@ -53,11 +53,15 @@ class JobFailedError(RendezvousClosedError):
     Args:
         text: first failure and its node.
         exit_code: exit code of the job, the same on all nodes.
+        detail: the explained failure, as the node of the failure reported it.
+        is_loss: whether the loss of a node has ended the job.
     """
 
-    def __init__(self, text: str, exit_code: int = 1) -> None:
+    def __init__(self, text: str, exit_code: int = 1, *, detail: str = "", is_loss: bool = False) -> None:
         super().__init__(text)
         self.exit_code = exit_code
+        self.detail = detail
+        self.is_loss = is_loss
 
 
 class RendezvousTimeoutError(RendezvousError):

@@ -5,8 +5,8 @@
 use std::time::{Duration, Instant};
 
 use ferroelastic_core::rendezvous::member::{self, Call, Failure, Member, MemberAction, MemberEvent, MembershipState};
-use ferroelastic_core::rendezvous::message::{self, AgentMessage, Cause, HostMessage, Place, encode};
-use ferroelastic_core::rendezvous::policy::FailureFacts;
+use ferroelastic_core::rendezvous::message::{self, AgentMessage, Cause, HostMessage, MAX_DETAIL_BYTES, Place, encode};
+use ferroelastic_core::rendezvous::policy::{FailureFacts, RestartVerdict};
 use ferroelastic_core::vocabulary::RestartCause;
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -73,8 +73,18 @@ fn the_reason_of_an_earlier_attempt_stays_if_the_last_one_has_no_time() {
 #[test]
 fn texts_of_an_agent_fit_into_a_message() {
     let long = "x".repeat(1 << 20);
+    let (causes, verdict) = (vec![long.clone(); 100], RestartVerdict::Final(long.clone()));
+    let facts = FailureFacts { causes, verdict, ..FailureFacts::default() };
     let calls = [
-        Call::Failed { at_ns: 1, text: long.clone(), code: 1, facts: FailureFacts::default() },
+        // Text within text needs an escape for each quotation mark.
+        Call::Failed {
+            at_ns: 1,
+            text: long.clone(),
+            code: 1,
+            facts: facts.clone(),
+            detail: "\"".repeat(MAX_DETAIL_BYTES),
+        },
+        Call::Failed { at_ns: 1, text: long.clone(), code: 1, facts, detail: long.clone() },
         Call::Close { text: long.clone(), code: 1 },
         Call::Leave(long),
     ];
@@ -156,8 +166,8 @@ fn the_lease_goes_on_while_the_agent_is_suspended() {
         let now = start + pause * SECOND;
         // Its workers were killed meanwhile: that is no failure.
         let text = "rank 0 was killed".into();
-        let actions = member
-            .step(now, MemberEvent::Call(Call::Failed { at_ns: 1, text, code: 137, facts: FailureFacts::default() }));
+        let (facts, detail) = (FailureFacts::default(), String::new());
+        let actions = member.step(now, MemberEvent::Call(Call::Failed { at_ns: 1, text, code: 137, facts, detail }));
         let has_told = actions.iter().any(|action| matches!(action, MemberAction::Send(AgentMessage::Failed { .. })));
         assert_eq!((has_told, matches!(member.state(), MembershipState::Over(..))), (!is_over, is_over), "{pause}");
     }
@@ -291,8 +301,10 @@ fn only_an_agent_that_has_finished_is_released() {
     member.step(now, MemberEvent::Received(HostMessage::Released));
     assert!(matches!(member.state(), MembershipState::Placed(_)));
     let text = String::from("the job has succeeded");
-    member.step(now, MemberEvent::Received(HostMessage::Closed { text: text.clone(), code: 0, decision: None }));
-    assert_eq!(*member.state(), MembershipState::Closed { text, code: 1, decision: None });
+    let (detail, is_loss, decision) = (String::new(), false, None);
+    let end = HostMessage::Closed { text: text.clone(), code: 0, detail: detail.clone(), is_loss, decision };
+    member.step(now, MemberEvent::Received(end));
+    assert_eq!(*member.state(), MembershipState::Closed { text, code: 1, detail, is_loss, decision: None });
 }
 
 #[test]
@@ -303,7 +315,7 @@ fn another_host_has_rounds_of_its_own() {
     member.step(now, MemberEvent::Disconnected("it broke".into()));
     member.step(now, MemberEvent::Connected);
     member.step(now, MemberEvent::Received(HostMessage::Welcome { silence: SILENCE }));
-    let cause = Cause::new(RestartCause::Membership, "it is another one".into());
+    let cause = Cause::membership(String::new(), "it is another one".into());
     member.step(now, MemberEvent::Received(HostMessage::Over { round: 4, cause }));
     member.step(now, join());
     let place = Place { round: 0, ..place() };

@@ -1,8 +1,9 @@
 //! `Engine` and `Command`.
 
 use std::collections::HashMap;
-use std::os::fd::{OwnedFd, RawFd};
+use std::os::fd::{AsFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use ferroelastic_core::logs::TailSpec;
 use ferroelastic_core::sys::fd;
@@ -15,13 +16,32 @@ use pyo3::prelude::*;
 
 use crate::convert::{c_string, environment, span};
 use crate::errors::{detached, os, to_python};
-use crate::group::Group;
+use crate::group::{Group, StopFile};
 use crate::guard::Guard;
 use crate::health::HealthServer;
+use crate::relay::{Relay, WorkerEnd};
 use crate::rendezvous::RendezvousClient;
 use crate::tail::Tail;
 use crate::warm::WarmPool;
 use crate::watchdog::Watchdog;
+
+/// Destination of a standard stream.
+#[derive(FromPyObject)]
+enum Destination {
+    #[pyo3(transparent, annotation = "WorkerEnd")]
+    WorkerEnd(Py<WorkerEnd>),
+    #[pyo3(transparent, annotation = "path")]
+    File(PathBuf),
+}
+
+impl From<Destination> for Stdio {
+    fn from(destination: Destination) -> Self {
+        match destination {
+            Destination::File(path) => Self::File(path),
+            Destination::WorkerEnd(end) => Self::Fd(Arc::clone(&end.get().0)),
+        }
+    }
+}
 
 /// The specification of a process to start.
 #[pyclass(frozen, module = "ferroelastic._rust")]
@@ -34,8 +54,8 @@ impl Command {
     fn new(
         argv: Vec<PathBuf>,
         env: HashMap<PathBuf, PathBuf>,
-        stdout: Option<PathBuf>,
-        stderr: Option<PathBuf>,
+        stdout: Option<Destination>,
+        stderr: Option<Destination>,
         cwd: Option<PathBuf>,
         cpus: Option<Vec<usize>>,
         open_files: Option<u64>,
@@ -46,7 +66,7 @@ impl Command {
         if cpus.as_ref().is_some_and(Vec::is_empty) {
             return Err(PyValueError::new_err("cpus must name a CPU or be None, got an empty sequence"));
         }
-        let stdio = |path: Option<PathBuf>| path.map_or(Stdio::Inherit, Stdio::File);
+        let stdio = |destination: Option<Destination>| destination.map_or(Stdio::Inherit, Stdio::from);
         Ok(Self(spawn::Command {
             argv: argv.into_iter().map(|word| c_string("argv", word)).collect::<PyResult<_>>()?,
             env: environment(env)?,
@@ -84,14 +104,17 @@ impl Engine {
         if self.0.support().pidfd { "pidfd" } else { "thread" }
     }
 
-    #[pyo3(signature = (commands, pool=None))]
-    fn spawn(&self, py: Python<'_>, commands: Vec<Py<Command>>, pool: Option<&WarmPool>) -> PyResult<Group> {
+    #[pyo3(signature = (commands, pool=None, stop_file=None))]
+    fn spawn(
+        &self,
+        py: Python<'_>,
+        commands: Vec<Py<Command>>,
+        pool: Option<&WarmPool>,
+        stop_file: Option<&StopFile>,
+    ) -> PyResult<Group> {
         let commands = commands.into_iter().map(|command| command.get().0.clone()).collect();
-        let started = detached(py, || match pool {
-            Some(pool) => self.0.spawn_warm(commands, &pool.0),
-            None => self.0.spawn(commands),
-        });
-        started.map(Group::new)
+        let stop_file = stop_file.map(StopFile::share);
+        detached(py, || self.0.start_group(commands, pool.map(|pool| &pool.0), stop_file)).map(Group::new)
     }
 
     #[pyo3(signature = (command, configuration, *, children, timeout_s))]
@@ -108,18 +131,25 @@ impl Engine {
         detached(py, || self.0.warm_pool(spec)).map(WarmPool)
     }
 
-    #[pyo3(signature = (pids, sentinels=None))]
-    fn observe(&self, py: Python<'_>, pids: Vec<i32>, sentinels: Option<Vec<RawFd>>) -> PyResult<Group> {
+    #[pyo3(signature = (pids, sentinels=None, stop_file=None))]
+    fn observe(
+        &self,
+        py: Python<'_>,
+        pids: Vec<i32>,
+        sentinels: Option<Vec<RawFd>>,
+        stop_file: Option<&StopFile>,
+    ) -> PyResult<Group> {
         let mut processes: Vec<(i32, Option<OwnedFd>)> = pids.into_iter().map(|pid| (pid, None)).collect();
         for (process, sentinel) in processes.iter_mut().zip(sentinels.into_iter().flatten()) {
             process.1 = Some(duplicate(py, "sentinel", sentinel)?);
         }
-        detached(py, || self.0.observe(processes)).map(Group::new)
+        let stop_file = stop_file.map(StopFile::share);
+        detached(py, || self.0.observe(processes, stop_file)).map(Group::new)
     }
 
     #[pyo3(
-        signature = (files, *, console_fd, only_lines_with=vec![], whole_lines_only=false),
-        text_signature = "($self, files, *, console_fd, only_lines_with=(), whole_lines_only=False)"
+        signature = (files, *, console_fd, only_lines_with=vec![], whole_lines_only=false, is_json=false),
+        text_signature = "($self, files, *, console_fd, only_lines_with=(), whole_lines_only=False, is_json=False)"
     )]
     fn tail(
         &self,
@@ -128,14 +158,22 @@ impl Engine {
         console_fd: RawFd,
         only_lines_with: Vec<String>,
         whole_lines_only: bool,
+        is_json: bool,
     ) -> PyResult<Tail> {
         let spec = TailSpec {
             files: files.into_iter().map(|(path, prefix)| (path, prefix.into_bytes())).collect(),
             console: duplicate(py, "console_fd", console_fd)?,
             only_lines_with: only_lines_with.into_iter().map(String::into_bytes).collect(),
             whole_lines_only,
+            is_json,
         };
         detached(py, || self.0.tail(spec)).map(Tail::new)
+    }
+
+    #[pyo3(signature = (streams, *, console_fd))]
+    fn relay(&self, py: Python<'_>, streams: usize, console_fd: RawFd) -> PyResult<Relay> {
+        let console = duplicate(py, "console_fd", console_fd)?;
+        detached(py, || self.0.relay(console.as_fd(), streams)).map(Relay::new)
     }
 
     #[pyo3(signature = (path, *, evidence_s=0.0, py_spy=None))]

@@ -62,11 +62,13 @@ pub(crate) struct Cause {
     at_ns: Option<u64>,
     text: String,
     exit_code: i32,
+    is_loss: bool,
 }
 
 impl From<message::Cause> for Cause {
     fn from(cause: message::Cause) -> Self {
-        Self { kind: cause.kind.name(), node: cause.node, at_ns: cause.at_ns, text: cause.text, exit_code: cause.code }
+        let message::Cause { node, at_ns, text, code: exit_code, is_loss, .. } = cause;
+        Self { kind: cause.kind.name(), node, at_ns, text, exit_code, is_loss }
     }
 }
 
@@ -79,6 +81,8 @@ pub(crate) struct Membership {
     text: String,
     exit_code: Option<i32>,
     decision: Option<Decision>,
+    detail: String,
+    is_loss: bool,
 }
 
 impl From<member::MembershipState> for Membership {
@@ -90,10 +94,12 @@ impl From<member::MembershipState> for Membership {
             S::Over(place, cause) => (Some(place.clone()), Some(cause.clone())),
             _ => (None, None),
         };
-        let (exit_code, decision) = match &state {
-            S::Closed { code, decision, .. } => (Some(*code), decision.as_ref()),
-            S::Over(_, cause) => (None, cause.decision.as_deref()),
-            _ => (None, None),
+        let (exit_code, decision, detail, is_loss) = match &state {
+            S::Closed { code, decision, detail, is_loss, .. } => {
+                (Some(*code), decision.as_deref(), detail.clone(), *is_loss)
+            }
+            S::Over(_, cause) => (None, cause.decision.as_deref(), cause.detail.clone(), cause.is_loss),
+            _ => (None, None, String::new(), false),
         };
         let decision = decision.cloned().map(Decision::from);
         let (state, text) = match state {
@@ -109,7 +115,8 @@ impl From<member::MembershipState> for Membership {
             S::Failed(Failure::Refused(text)) => ("refused", text),
             S::Failed(Failure::Late(text)) => ("late", text),
         };
-        Self { state, place: place.map(Place::from), cause: cause.map(Cause::from), text, exit_code, decision }
+        let (place, cause) = (place.map(Place::from), cause.map(Cause::from));
+        Self { state, place, cause, text, exit_code, decision, detail, is_loss }
     }
 }
 
@@ -148,6 +155,7 @@ impl RendezvousClient {
         self.call(py, Call::Join { role, local_world_size, timeout })
     }
 
+    #[pyo3(signature = (at_ns, text, exit_code, facts, *, detail=String::new()))]
     fn fail(
         &self,
         py: Python<'_>,
@@ -155,8 +163,9 @@ impl RendezvousClient {
         text: String,
         exit_code: i32,
         facts: Bound<'_, FailureFacts>,
+        detail: String,
     ) -> PyResult<()> {
-        self.call(py, Call::Failed { at_ns, text, code: exit_code, facts: facts.get().0.clone() })
+        self.call(py, Call::Failed { at_ns, text, code: exit_code, facts: facts.get().0.clone(), detail })
     }
 
     fn progress(&self, py: Python<'_>) -> PyResult<()> {

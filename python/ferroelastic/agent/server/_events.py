@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from ferroelastic._compat import newer
 from ferroelastic.events import Event, EventSource
+from ferroelastic.events._record import has_listener
 from ferroelastic.utils.logging import get_logger
 
 if TYPE_CHECKING:
+    from ferroelastic._failure.model import Failure
     from ferroelastic.agent.server._workers import Worker, WorkerGroup
 
-__all__ = ["event_log_handler_of", "log_round", "status_event", "watchdog_event"]
+__all__ = ["event_log_handler_of", "is_read", "log_round", "status_event", "watchdog_event"]
 
 logger = get_logger("ferroelastic.agent.server.api")
 
@@ -25,6 +27,18 @@ def event_log_handler_of(settings: Any) -> str:
     """
     name: str = newer(settings, "event_log_handler", "null")
     return name
+
+
+def is_read(destination: str) -> bool:
+    """Return whether events for a destination reach a reader.
+
+    Args:
+        destination: name of a handler.
+    """
+    try:
+        return has_listener(destination)
+    except KeyError:
+        return True  # recording the event raises the error
 
 
 def log_round(group: WorkerGroup, restart_count: int) -> None:
@@ -64,6 +78,7 @@ def status_event(
     exit_code: int | None,
     worker_pid: int | None,
     duration_ms: float | None,
+    failure: Failure | None = None,
     **common: Any,
 ) -> Event:
     """Return an event about the state of the agent or of one worker.
@@ -76,6 +91,7 @@ def status_event(
         exit_code: exit code of a failed worker.
         worker_pid: process id of a failed worker.
         duration_ms: duration in milliseconds, if the event has one.
+        failure: the explained failure of the job. ``metadata`` has it as ``failure``.
         common: see :func:`_metadata`.
     """
     details: dict[str, Any] = {
@@ -89,6 +105,10 @@ def status_event(
         details["role_world_size"] = (worker.role_world_size,)
         details["exit_code"] = (exit_code,)
         details["worker_pid"] = (worker_pid,)
+    if failure is not None:
+        from ferroelastic._failure.model import to_dict
+
+        details["failure"] = to_dict(failure)
     metadata = _metadata(group, worker, state=state, details=details, **common)
     metadata["duration_ms"] = duration_ms
     return Event(name=f"torchelastic.worker.status.{state}", source=source, metadata=metadata)

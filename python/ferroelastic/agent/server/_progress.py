@@ -1,20 +1,50 @@
-"""Progress of the workers of one node: a file that changes."""
+"""Progress of the workers of one node: a file that changes, or heartbeats."""
 
 from __future__ import annotations
 
 import glob
 import os
+import time
 from itertools import islice
+from typing import TYPE_CHECKING
 
+from ferroelastic._compat import newer
 from ferroelastic.agent.server._policy import TimedOut, call_with_timeout
 from ferroelastic.utils.logging import get_logger
 
-__all__ = ["ProgressFiles"]
+if TYPE_CHECKING:
+    from ferroelastic import _rust
+
+__all__ = ["Heartbeats", "ProgressFiles"]
 
 logger = get_logger(__name__)
 
 _MAX_FILES = 10_000
 _TIMEOUT_S = 5.0
+_LATER_S = 1.0
+
+
+class Heartbeats:
+    """The heartbeats and timers of the workers: one that is later than the first of its process is progress."""
+
+    def __init__(self) -> None:
+        self._first: dict[int, float] = {}
+
+    def have_come(self, group: _rust.Group | None, watchdog: object) -> bool:
+        """Return whether a worker has sent a heartbeat, or set a timer, after its first one.
+
+        Args:
+            group: the workers; ``None`` without workers.
+            watchdog: the server of their timers; ``None`` without one.
+        """
+        age_s = newer(watchdog, "last_request_age_s", None)
+        if group is None or age_s is None:
+            return False
+        now = time.monotonic()
+        ages_s = {pid: age_s(pid) for pid in group.pids}
+        times = {pid: now - age_s for pid, age_s in ages_s.items() if age_s is not None}
+        self._first = {pid: self._first.get(pid, at) for pid, at in times.items()}
+        return any(at - self._first[pid] >= _LATER_S for pid, at in times.items())
 
 
 class ProgressFiles:

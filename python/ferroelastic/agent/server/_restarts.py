@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ferroelastic._compat import newer
 from ferroelastic.agent.server._activity import cause_of, first_failure
-from ferroelastic.agent.server._policy import FailedRound, RestartSettings, Verdict, ask
+from ferroelastic.agent.server._policy import NO_RESTART_EXIT_CODE, FailedRound, RestartSettings, Verdict, ask
 from ferroelastic.agent.server._progress import ProgressFiles
 from ferroelastic.utils.logging import get_logger
 
@@ -18,9 +18,8 @@ if TYPE_CHECKING:
     from ferroelastic import _rust
     from ferroelastic.agent.server._policy import RestartPolicy
     from ferroelastic.agent.server._workers import RunResult, WorkerSpec
-    from ferroelastic.multiprocessing.errors import ProcessFailure
 
-__all__ = ["Restarts", "kind_of", "log_decision"]
+__all__ = ["Restarts", "log_decision"]
 
 logger = get_logger("ferroelastic.agent.server.api")
 
@@ -43,26 +42,23 @@ def log_decision(role: str, decision: _rust.Decision, cause: str) -> None:
     logger.log(logging.INFO if decision.reason in _QUIET else logging.WARNING, "[%s] %s", role, text)
 
 
-def kind_of(failure: ProcessFailure) -> list[str]:
-    """Return the kind of a failure from its exit status."""
-    return ["exit" if failure.exitcode >= 0 else "signal"]
-
-
 class Restarts:
     """The restart policy at one agent.
 
     Args:
         spec: specification of the workers.
+        explain: function that returns the kind and the known causes of a failure.
 
     Attributes:
-        causes_of: function that returns the kind and the known causes of a failed worker.
         have_beaten: function that returns whether a worker has sent a heartbeat in this round.
+        may_be_final: whether the last failure may end the job.
         given_back: number of restarts that a healthy round has given back.
     """
 
-    def __init__(self, spec: WorkerSpec) -> None:
+    def __init__(self, spec: WorkerSpec, explain: Callable[[RunResult], list[str]]) -> None:
         self._spec = spec
-        self.causes_of: Callable[[ProcessFailure], list[str]] = kind_of
+        self._explain = explain
+        self.may_be_final = False
         self.have_beaten: Callable[[], bool] = lambda: False
         settings: RestartSettings | None = newer(spec, "restart_settings", None)
         self.settings = RestartSettings() if settings is None else settings
@@ -106,11 +102,13 @@ class Restarts:
         from ferroelastic import _rust
 
         failure = first_failure(result)
-        causes = ["agent"] if failure is None else self.causes_of(failure[1])
+        causes = self._causes(result)
         if self._verdict is None:
-            self._verdict = (
-                Verdict() if self._hook is None else ask(self._hook, self._failed_round(result, remaining, causes))
-            )
+            failed = self._failed_round(result, remaining, causes)
+            self._verdict = Verdict() if self._hook is None else ask(self._hook, failed)
+        is_default = self.settings == RestartSettings() and self._verdict.final_reason is None
+        is_kept = is_default and result.state.value == "FAILED" and remaining > 0
+        self.may_be_final = not is_kept or (failure is not None and failure[1].exitcode == NO_RESTART_EXIT_CODE)
         return _rust.FailureFacts(
             None if failure is None else failure[1].exitcode,
             causes,
@@ -120,6 +118,24 @@ class Restarts:
             final_reason=self._verdict.final_reason,
             delay_s=self._verdict.delay_s,
         )
+
+    def _causes(self, result: RunResult) -> list[str]:
+        """Return the kind and the known causes of a failure. The search for causes takes time, so they are only read if they matter."""
+        failure = first_failure(result)
+        if failure is None:
+            return ["agent"]
+        if result.state.value == "UNHEALTHY":
+            return ["stuck"]
+        if self._hook is not None or self.settings.fatal_causes != RestartSettings().fatal_causes:
+            return self._explain(result)
+        return ["exit" if failure[1].exitcode >= 0 else "signal"]
+
+    def text_of(self, decision: _rust.Decision) -> str:
+        """Return the reason of a decision for the report of the job."""
+        if decision.reason != "max_restarts":
+            return decision.text
+        maximum = self._spec.max_restarts
+        return f"no restart is {'left' if maximum else 'allowed'} (--max-restarts={maximum})"
 
     def _failed_round(self, result: RunResult, remaining: int, causes: Sequence[str]) -> FailedRound:
         failure = first_failure(result)
@@ -171,16 +187,18 @@ class Restarts:
         Args:
             notifier: the rendezvous handler.
         """
-        if self._reports_progress() and time.monotonic() >= self._next_look:
+        if not self._has_reported_progress and time.monotonic() >= self._next_look:
             self._next_look = time.monotonic() + _PROGRESS_INTERVAL_S
             if self.has_progressed():
                 self._has_reported_progress = True
                 notifier.report_progress()
 
-    def next_look_s(self) -> float | None:
-        """Return the seconds until the next call of :meth:`report_progress`; ``None`` if no more is needed."""
-        return max(0.0, self._next_look - time.monotonic()) if self._reports_progress() else None
+    def next_look_s(self, *, has_watchdog: bool) -> float | None:
+        """Return the seconds until the next call of :meth:`report_progress`; ``None`` if none is needed.
 
-    def _reports_progress(self) -> bool:
-        is_needed = self._files is not None or self.settings.restarts_without_progress is not None
-        return is_needed and not self._has_reported_progress
+        Args:
+            has_watchdog: whether the workers can send heartbeats.
+        """
+        if self._has_reported_progress or not (has_watchdog or self._files is not None):
+            return None
+        return max(0.0, self._next_look - time.monotonic())

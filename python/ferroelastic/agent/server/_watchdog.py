@@ -28,6 +28,7 @@ __all__ = [
     "explain",
     "generate_timer_file",
     "renew",
+    "stack_of",
     "start_server",
     "workers_with_folders",
 ]
@@ -239,6 +240,14 @@ def explain(failure: ProcessFailure, expiry: Expiry) -> None:
     if failure.error_file == NOT_AVAILABLE:
         # A new dictionary, because failures of torch's class share one.
         failure.error_file_data = {**failure.error_file_data, "message": failure.message}
+
+
+def stack_of(expiry: Expiry) -> str:
+    """Return the Python stack of the worker at the expiry of its timer, ``""`` without one."""
+    paths = [os.fspath(path) for path in expiry.evidence]
+    own = [path for path in paths if os.path.dirname(path) == os.path.dirname(paths[0])]
+    stacks = [_stack(path)[1:] for path in own if os.path.basename(path).startswith("stacks.")]
+    return "\n".join(line for stack in stacks for line in stack)
 
 
 def _details(evidence: Sequence[str]) -> list[str]:

@@ -23,7 +23,7 @@ import sys
 import time
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import ferroelastic.utils.store as store_util
 from ferroelastic import _signals
@@ -32,11 +32,14 @@ from ferroelastic._compat import family
 from ferroelastic._exit_codes import exit_code as _exit_code
 from ferroelastic._signals import SignalException
 from ferroelastic._text import format_current_traceback
+from ferroelastic._timeouts import exit_barrier_timeout_s
 from ferroelastic.agent.server._activity import Activity, cause_of, exit_code_of, failed_first_at_ns
 from ferroelastic.agent.server._elastic_agent import DEFAULT_ROLE, ElasticAgent
-from ferroelastic.agent.server._events import event_log_handler_of, log_round, status_event
+from ferroelastic.agent.server._events import event_log_handler_of, is_read, log_round, status_event
 from ferroelastic.agent.server._exit_barrier import wait_in_store
+from ferroelastic.agent.server._explaining import Explainer
 from ferroelastic.agent.server._ranks import assign_ranks
+from ferroelastic.agent.server._reports import AgentReports
 from ferroelastic.agent.server._restarts import Restarts, log_decision
 from ferroelastic.agent.server._shutdown import shut_down
 from ferroelastic.agent.server._workers import (
@@ -48,7 +51,6 @@ from ferroelastic.agent.server._workers import (
     _RoleInstanceInfo,  # noqa: F401 - a name of torch's module
 )
 from ferroelastic.events import Event, EventSource, record
-from ferroelastic.events._record import has_listener
 from ferroelastic.metrics import prof, put_metric
 from ferroelastic.multiprocessing.errors import ProcessFailure
 from ferroelastic.numa.binding import NumaOptions
@@ -63,6 +65,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from ferroelastic import _rust
+    from ferroelastic._failure.model import Failure
+    from ferroelastic._stop_notice import StopReason
     from ferroelastic.rendezvous import RendezvousInfo
     from ferroelastic.rendezvous._notifying import Interruption, NotifyingRendezvous
     from ferroelastic.utils._store_types import Store
@@ -90,33 +94,37 @@ class SimpleElasticAgent(ElasticAgent):
 
     Args:
         spec: specification of the workers.
-        exit_barrier_timeout: seconds to wait for the other agents after the workers of this node have succeeded.
+        exit_barrier_timeout: seconds to wait for the other agents after the workers of this node have succeeded. ``None`` uses
+            ``$TORCH_ELASTIC_EXIT_BARRIER_TIMEOUT``, else 300.
         shutdown_timeout: grace period in seconds between the stop signal and SIGKILL.
 
     Raises:
         TypeError: a timeout is not a number.
+        ValueError: the timeout of the exit barrier (argument or variable) is negative or not a number.
 
     Attributes:
         job_exit_code: exit code of the job, equal on all nodes, after a failure without a restart left. ``None`` if the rendezvous reports
             none. Not in torch.
         restart_decision: reason of the last decision of the restart policy; ``None`` before a failure. Not in torch.
+        job_failure: the explained failure of the job; ``None`` if it has not failed. Not in torch.
     """
 
-    def __init__(self, spec: WorkerSpec, exit_barrier_timeout: float = 300, shutdown_timeout: int = 30) -> None:
-        check_number("exit_barrier_timeout", exit_barrier_timeout)
+    def __init__(self, spec: WorkerSpec, exit_barrier_timeout: float | None = None, shutdown_timeout: int = 30) -> None:
         check_number("shutdown_timeout", shutdown_timeout)
         self._worker_group = WorkerGroup(spec)
         self._remaining_restarts = spec.max_restarts
         self.job_exit_code: int | None = None
+        self.job_failure: Failure | None = None
         self._store: Store | None = None
-        self._exit_barrier_timeout = exit_barrier_timeout
+        self._exit_barrier_timeout = exit_barrier_timeout_s(exit_barrier_timeout)
         self._shutdown_timeout = shutdown_timeout
         self._total_execution_time = 0
         self._in_exit_barrier = False
         self._has_left_exit_barrier = False
         self._has_run = False
         self._activity = Activity()
-        self._restarts = Restarts(spec)
+        self._explainer = Explainer(self._worker_group, self._activity)
+        self._restarts = Restarts(spec, self._explainer.causes)
         self.restart_decision: str | None = None
         self._restart_delay_s = 0.0
         # Keeps the workers' store alive if this node hosts one outside of the handler.
@@ -154,11 +162,12 @@ class SimpleElasticAgent(ElasticAgent):
         """
         time.sleep(timeout_s)
 
-    def _begin_stop(self, death_sig: signal.Signals, within_s: float | None = None) -> None:
+    def _begin_stop(self, death_sig: signal.Signals, reason: StopReason, within_s: float | None = None) -> None:
         """Send the stop signal to the workers without waiting for them, if the agent supports it. The shutdown follows later.
 
         Args:
             death_sig: the signal.
+            reason: reason of the stop, for the workers.
             within_s: seconds within which the workers must have ended; ``None`` leaves them the grace period.
         """
 
@@ -250,8 +259,7 @@ class SimpleElasticAgent(ElasticAgent):
     def _restart_workers(self, worker_group: WorkerGroup) -> None:
         """Stop the workers, run a rendezvous and start the workers again."""
         logger.info("[%s] Stopping worker group", worker_group.spec.role)
-        self._activity.busy("stopping")
-        with self._activity.phase("stop"):
+        with self._activity.stopping():
             self._stop_workers(worker_group)
         worker_group.state = WorkerState.STOPPED
         delay_s, self._restart_delay_s = self._restart_delay_s, 0.0
@@ -264,9 +272,10 @@ class SimpleElasticAgent(ElasticAgent):
     def run(self, role: str = DEFAULT_ROLE) -> RunResult:
         """Run the workers until they end, and restart them when they fail. See :meth:`ElasticAgent.run`."""
         begin_look_up()
-        with _signals.Handling(os.environ.get(_signals.SIGNALS_ENV, _signals.DEFAULT_SIGNALS)):
+        names = os.environ.get(_signals.SIGNALS_ENV, _signals.DEFAULT_SIGNALS)
+        with _signals.Handling(names), self._activity.observed_by(AgentReports(self)):
             try:
-                return self._run(role)
+                return self._explainer.explained(self, partial(self._run, role))
             finally:
                 _signals.conclude()
 
@@ -293,11 +302,12 @@ class SimpleElasticAgent(ElasticAgent):
             notifier = self._notifier()
             if notifier is not None:
                 notifier.say_farewell(f"its agent was ended by {error.sigval.name}", _exit_code(-error.sigval))
-            self._begin_stop(error.sigval)
+            self._begin_stop(error.sigval, "signal")
             logger.warning("Received %s death signal, shutting down workers", death_sig)
         finally:
             interruption = shut_down(self._shutdown, death_sig, self._shutdown_timeout, self._activity)
             self._activity.idle()
+            self._activity.took("total", time.monotonic() - start)
             # Also after an exception, whose event contains the time.
             self._total_execution_time = int(time.monotonic() - start)
             if interruption is not None and not is_unwinding:
@@ -385,7 +395,9 @@ class SimpleElasticAgent(ElasticAgent):
             worker,
             exit_code=exit_code,
             worker_pid=worker_pid,
-            hostname=_hostname_for(event_log_handler_of(spec)),
+            # Without a listener the DNS lookup is skipped, which may take seconds.
+            hostname=_get_fq_hostname() if is_read(event_log_handler_of(spec)) else socket.gethostname(),
+            failure=self.job_failure if source == EventSource.AGENT else None,
             total_run_time=self._total_execution_time,
             remaining_restarts=self._remaining_restarts,
             raw_error=raw_error,
@@ -464,7 +476,7 @@ class SimpleElasticAgent(ElasticAgent):
         facts = self._restarts.facts(result, self._remaining_restarts)
         if (notifier := self._notifier()) is not None:
             self._report_failure(result, facts)
-            self._begin_stop(signal.SIGTERM)
+            self._begin_stop(signal.SIGTERM, "failure")
             if self._remaining_restarts <= 0:
                 _signals.conclude()  # very likely final
             interruption = notifier.verdict()
@@ -480,6 +492,8 @@ class SimpleElasticAgent(ElasticAgent):
             self._stop_workers(group)
             _signals.conclude()  # the outcome is final: signals do not change it
             self.job_exit_code = None if interruption is None else interruption.exit_code
+            self._explainer.judged(interruption)
+            self._activity.giving_up(cause_of(result))
             group.state = WorkerState.FAILED
             return False
         logger.info(
@@ -496,9 +510,9 @@ class SimpleElasticAgent(ElasticAgent):
     def _note_decision(self, decision: _rust.Decision | None, cause: str) -> None:
         """Log and count a decision of the restart policy."""
         if decision is not None:
-            self.restart_decision = decision.text
+            self.restart_decision = self._restarts.text_of(decision)
             log_decision(self._worker_group.spec.role, decision, cause)
-            self._activity.decided(decision)
+            self._activity.note_decision(decision)
 
     def _check_other_nodes(self) -> None:
         """Restart the running workers if another node reports an event. Such a restart does not count."""
@@ -514,6 +528,7 @@ class SimpleElasticAgent(ElasticAgent):
             return
         waiting = spec.rdzv_handler.num_nodes_waiting()
         if waiting > 0:
+            self._begin_stop(signal.SIGTERM, "membership")
             logger.info(
                 "[%s] Detected %s new nodes from group_rank=%s; will restart worker group",
                 *(spec.role, waiting, group.group_rank),
@@ -536,17 +551,20 @@ class SimpleElasticAgent(ElasticAgent):
         role = self._worker_group.spec.role
         self._note_decision(interruption.decision, interruption.text)
         if interruption.is_final:
-            raise JobFailedError(f"the job has ended: {interruption.text}", interruption.exit_code)
-        self._begin_stop(signal.SIGTERM, interruption.stop_within_s)
+            text = f"the job has ended: {interruption.text}"
+            raise JobFailedError(text, interruption.exit_code, detail=interruption.detail, is_loss=interruption.is_loss)
+        cause: Literal["failure", "membership"] = "failure" if interruption.is_failure else "membership"
+        self._begin_stop(signal.SIGTERM, cause, interruption.stop_within_s)
         logger.warning("[%s] %s; will restart worker group", role, interruption.text)
-        self._activity.restarting("failure" if interruption.is_failure else "membership", interruption.text)
+        self._activity.restarting(cause, interruption.text)
         self._restart_workers(self._worker_group)
 
     def _report_failure(self, result: RunResult, facts: _rust.FailureFacts) -> None:
         """Report failed workers of this node to the other nodes, if the rendezvous supports it."""
         if (notifier := self._notifier()) is not None:
-            at_ns = failed_first_at_ns(result) or time.time_ns()
-            notifier.report_failure(at_ns, cause_of(result), exit_code=exit_code_of(result), facts=facts)
+            at_ns, cause = failed_first_at_ns(result) or time.time_ns(), cause_of(result)
+            detail = self._explainer.detail(result) if self._restarts.may_be_final else ""
+            notifier.report_failure(at_ns, cause, exit_code=exit_code_of(result), facts=facts, detail=detail)
 
     def _exit_barrier(self) -> None:
         """Wait until the agents of all nodes have reached the barrier, or the timeout has passed.
@@ -588,12 +606,3 @@ class SimpleElasticAgent(ElasticAgent):
             logger.exception("Error waiting on exit barrier. Elapsed: %s seconds", time.monotonic() - start)
         finally:
             self._in_exit_barrier = False
-
-
-def _hostname_for(destination: str) -> str:
-    """Return the name of this host for an event. Without a listener the DNS lookup is skipped, which may take seconds."""
-    try:
-        is_read = has_listener(destination)
-    except KeyError:
-        is_read = True  # recording the event raises the error
-    return _get_fq_hostname() if is_read else socket.gethostname()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ferroelastic._compat import TorchCompatible, newer
+from ferroelastic._failure.error_file import read_error_file
 from ferroelastic.utils._hostname import hostname_for_report
 from ferroelastic.utils.logging import get_logger
 
@@ -46,6 +45,7 @@ class ProcessFailure(TorchCompatible):
     Attributes:
         error_file_data: content of the error file.
         message: description of the failure, or the ``message`` object of the error file.
+        error_file_problem: why the error file is not usable, ``""`` if it is or does not exist. Not in torch.
         timestamp: time of the failure in seconds since the epoch.
     """
 
@@ -56,6 +56,7 @@ class ProcessFailure(TorchCompatible):
     error_file_data: JSON = field(init=False)
     message: str | JSON = field(init=False)
     timestamp: int = field(init=False)
+    error_file_problem: str = field(init=False, default="", compare=False, repr=False)
     exit: Exit | None = field(default=None, compare=False, repr=False, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -63,10 +64,7 @@ class ProcessFailure(TorchCompatible):
         self.error_file_data = {"message": _NO_MESSAGE}
         self.message = ""
         self.timestamp = int(time.time()) if self.exit is None else self.exit.realtime_ns // _NS_PER_S
-        if os.path.isfile(self.error_file):
-            self._read_error_file()
-        else:
-            self.error_file = NOT_AVAILABLE
+        self._read_error_file()
         if not self.message:
             self.message = self._describe_exit()
             if self.exitcode >= 0:
@@ -76,23 +74,21 @@ class ProcessFailure(TorchCompatible):
                 }
 
     def _read_error_file(self) -> None:
-        try:
-            with open(self.error_file, "rb") as file:
-                data = json.loads(file.read())
-            message: Any = data.get("message") if isinstance(data, dict) else None
-            reason = "" if isinstance(message, str | dict) else "it has no message"
-        except (OSError, ValueError, RecursionError) as error:  # the process may have ended during the write
-            reason = str(error)
+        data, reason = read_error_file(self.error_file)
         if reason:
+            self.error_file_problem = f"{self.error_file}: {reason}"
             logger.warning("error file %s of pid %d is not usable: %s", self.error_file, self.pid, reason)
             self.message = (
                 f"{self._describe_exit()}\nIts error file {self.error_file} is not usable ({reason}): "
                 "the process may have ended while writing the file"
             )
             return
+        if data is None:
+            self.error_file = NOT_AVAILABLE
+            return
         logger.debug("User process failed with error data: %s", data)
         self.error_file_data = data
-        self.message = message
+        self.message = message = data["message"]
         stamp = data.get("timestamp") if isinstance(message, str) else _extra_info(message).get("timestamp")
         if stamp is None:
             return

@@ -17,6 +17,7 @@ import time
 from contextlib import suppress
 from typing import Any
 
+from ferroelastic._failure.error_file import read_json
 from ferroelastic._text import describe_error, format_traceback, warn
 from ferroelastic.utils.logging import get_logger
 
@@ -143,9 +144,8 @@ class ErrorHandler:
             error_code: exit code of the child; 0 if unknown.
         """
         try:
-            with open(rootcause_error_file) as file:
-                rootcause_error = json.load(file)
-        except (OSError, ValueError) as error:
+            rootcause_error = read_json(rootcause_error_file)
+        except (OSError, ValueError, RecursionError) as error:
             logger.warning("failed to copy the child error file %s: %s", rootcause_error_file, error)
             return
         if error_code and isinstance(rootcause_error, dict):

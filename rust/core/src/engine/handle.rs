@@ -1,6 +1,6 @@
 //! The handle of the engine.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,12 +14,13 @@ use super::warm::WarmPool;
 use super::warnings::Warnings;
 use super::watchdog::Watchdog;
 use crate::error::{Error, Result};
-use crate::logs::TailSpec;
+use crate::logs::{LogThread, Relay, TailSpec};
 use crate::sys::cgroup;
 use crate::sys::guard::{Guard, Program};
 use crate::sys::lease::LeasePage;
 use crate::sys::probe::{self, Support};
 use crate::sys::spawn::Command;
+use crate::sys::stop_file::StopFile;
 use crate::thread::{CloseOutcome, NativeThread};
 use crate::warm::WarmSpec;
 use crate::watchdog::Config;
@@ -33,6 +34,7 @@ pub struct Engine {
     line: Arc<Line>,
     support: Support,
     warnings: Warnings,
+    log_thread: Arc<LogThread>,
 }
 
 impl Engine {
@@ -46,7 +48,8 @@ impl Engine {
         let warnings = Warnings::default();
         let thread_warnings = warnings.clone();
         let line = NativeThread::start("ferro-sup", |inbox| EventLoop::new(inbox, support, thread_warnings))?;
-        Ok(Self { line: Arc::new(line), support, warnings })
+        let log_thread = Arc::new(LogThread::start()?);
+        Ok(Self { line: Arc::new(line), support, warnings, log_thread })
     }
 
     /// The kernel features that the engine uses.
@@ -57,26 +60,34 @@ impl Engine {
 
     /// Starts all commands in order. If one fails to start, the started ones are killed and reaped.
     pub fn spawn(&self, commands: Vec<Command>) -> Result<Group> {
-        self.start_group(commands, None)
+        self.start_group(commands, None, None)
     }
 
     /// As [`Engine::spawn`], but parked children of the pool become the first workers. Further commands start new processes.
     pub fn spawn_warm(&self, commands: Vec<Command>, pool: &WarmPool) -> Result<Group> {
-        self.start_group(commands, Some(pool.id()))
+        self.start_group(commands, Some(pool), None)
     }
 
-    fn start_group(&self, commands: Vec<Command>, pool: Option<u64>) -> Result<Group> {
-        let started = self.line.ask(|reply| EngineOrder::Spawn { commands, pool, reply })??;
+    /// As [`Engine::spawn`] or [`Engine::spawn_warm`]. The workers can read the deadline of their stop in `stop_file`.
+    pub fn start_group(
+        &self,
+        commands: Vec<Command>,
+        pool: Option<&WarmPool>,
+        stop_file: Option<Arc<StopFile>>,
+    ) -> Result<Group> {
+        let pool = pool.map(WarmPool::id);
+        let started = self.line.ask(|reply| EngineOrder::Spawn { commands, pool, stop_file, reply })??;
         Ok(Group::new(&self.line, started))
     }
 
     /// Supervises processes that the caller started and reaps. The engine observes their exits and does not reap them.
     ///
     /// Each process may come with a sentinel, a descriptor that becomes readable when the process ends. The engine uses the sentinel on
-    /// kernels without pidfds if the process is not a child of this process.
-    pub fn observe(&self, processes: Vec<(i32, Option<OwnedFd>)>) -> Result<Group> {
+    /// kernels without pidfds if the process is not a child of this process. The processes can read the deadline of their stop in
+    /// `stop_file`.
+    pub fn observe(&self, processes: Vec<(i32, Option<OwnedFd>)>, stop_file: Option<Arc<StopFile>>) -> Result<Group> {
         let processes = processes.into_iter().map(|(pid, sentinel)| Observed { pid, sentinel }).collect();
-        let started = self.line.ask(|reply| EngineOrder::Observe { processes, reply })??;
+        let started = self.line.ask(|reply| EngineOrder::Observe { processes, stop_file, reply })??;
         Ok(Group::new(&self.line, started))
     }
 
@@ -88,6 +99,11 @@ impl Engine {
     /// Follows growing files.
     pub fn tail(&self, spec: TailSpec) -> Result<Tail> {
         Tail::open(&self.line, spec)
+    }
+
+    /// Copies streams of workers to a console. Workers get their ends of the streams with [`Stdio::Fd`](crate::sys::spawn::Stdio::Fd).
+    pub fn relay(&self, console: BorrowedFd<'_>, streams: usize) -> Result<Relay> {
+        Relay::open(&self.log_thread, console, streams)
     }
 
     /// Creates the named pipe of a watchdog. Requests are served after [`Watchdog::start`].
@@ -138,6 +154,8 @@ impl Engine {
     /// Ends the thread; running workers get SIGKILL. `false` if the thread has not ended within `timeout`. Idempotent.
     pub fn close(&self, timeout: Duration) -> Result<bool> {
         let ended = self.line.close(EngineOrder::Close { kill_wait: timeout }, Some(timeout + CLOSE_MARGIN))?;
+        // Last, because the workers may write until they are killed.
+        self.log_thread.close(CLOSE_MARGIN)?;
         // The waiters already have the error of a failed thread.
         Ok(matches!(ended, CloseOutcome::Ended(_)))
     }

@@ -7,11 +7,10 @@ use std::time::{Duration, Instant};
 
 use link::Link;
 
-use super::message::{AgentMessage, Cause, HostMessage, Join, MAX_TEXT_BYTES, Place};
+use super::message::{AgentMessage, Cause, HostMessage, Join, MAX_DETAIL_BYTES, MAX_TEXT_BYTES, Place};
 use super::policy::{Decision, FailureFacts};
 use crate::sys::clock::{ENDLESS, later};
 use crate::text::bounded;
-use crate::vocabulary::RestartCause;
 
 pub use link::Lease;
 
@@ -55,6 +54,8 @@ pub enum Call {
         code: i32,
         /// The facts for the restart policy.
         facts: FailureFacts,
+        /// The explanation of the failure. One that is longer than a message allows is not sent.
+        detail: String,
     },
     /// The workers have made progress in this round.
     Progressed,
@@ -141,7 +142,11 @@ pub enum MembershipState {
         /// Exit code of the job; 0 if this node was a spare of a job that has succeeded.
         code: i32,
         /// The decision of the restart policy, if a failure ended the job.
-        decision: Option<Decision>,
+        decision: Option<Box<Decision>>,
+        /// The explanation of the worker's failure that ended the job, or empty.
+        detail: String,
+        /// Whether the loss of a node ended the job.
+        is_loss: bool,
     },
     /// It cannot take part.
     Failed(Failure),
@@ -309,10 +314,11 @@ impl Member {
                     Link::Pausing { .. } | Link::Connecting | Link::Entering { .. } => {}
                 }
             }
-            Call::Failed { at_ns, text, code, facts } => {
+            Call::Failed { at_ns, text, code, facts, detail } => {
                 if let Some(round) = self.last_round {
                     let (text, facts) = (bounded_text(&text), facts.shortened());
-                    self.send(AgentMessage::Failed { round, at_ns, text, code, facts });
+                    let detail = if detail.len() > MAX_DETAIL_BYTES { String::new() } else { detail };
+                    self.send(AgentMessage::Failed { round, at_ns, text, code, facts, detail });
                 }
             }
             Call::Progressed => {
@@ -405,7 +411,7 @@ impl Member {
                 self.not_connected(now, text, false);
             }
         } else if let MembershipState::Placed(place) = &self.state {
-            let cause = Cause::new(RestartCause::Membership, description);
+            let cause = Cause::loss(String::new(), description);
             self.state = MembershipState::Over(place.clone(), cause);
         } else if let Some(pending_join) = &mut self.pending_join {
             if was_up {
@@ -466,12 +472,12 @@ impl Member {
                     self.state = MembershipState::Released;
                 }
             }
-            HostMessage::Closed { text, code, decision } => {
+            HostMessage::Closed { text, code, decision, detail, is_loss } => {
                 self.pending_join = None;
                 if self.state != MembershipState::Released {
                     // The workers of this node have not succeeded, so this node must not report success.
                     let code = if code == 0 && self.has_running_workers() { 1 } else { code };
-                    self.state = MembershipState::Closed { text, code, decision };
+                    self.state = MembershipState::Closed { text, code, decision, detail, is_loss };
                 }
             }
             HostMessage::Late { text } => {
@@ -561,7 +567,7 @@ pub(crate) fn lapsed_cause(endpoint: &str) -> Cause {
     let text = format!(
         "the host of the rendezvous at {endpoint} has not answered for too long (heartbeat_timeout): this node stops its workers before others take their ranks"
     );
-    Cause::new(RestartCause::Membership, text)
+    Cause::loss(String::new(), text)
 }
 
 /// Shortens a text to the limit of a message.

@@ -21,7 +21,6 @@ pub use super::seating::Id;
 use super::seating::{self, Candidate, Round};
 use crate::sys::clock::ENDLESS;
 use crate::text::bounded;
-use crate::vocabulary::RestartCause;
 
 /// Maximum number of node names in one message.
 const MAX_NAMES: usize = 32;
@@ -136,7 +135,11 @@ enum RoundPhase {
         /// Exit code of the job.
         code: i32,
         /// The decision of the restart policy, if a failure ended the job.
-        decision: Option<Decision>,
+        decision: Option<Box<Decision>>,
+        /// The explanation of the worker's failure that ended the job, or empty.
+        detail: String,
+        /// Whether the loss of a node ended the job.
+        is_loss: bool,
     },
 }
 
@@ -216,11 +219,11 @@ impl Rounds {
                 self.note_heard(now, id);
                 self.join(now, id, join);
             }
-            HostEvent::Failed { id, round, at_ns, text, code, facts } => {
+            HostEvent::Failed { id, round, at_ns, text, code, facts, detail } => {
                 self.note_heard(now, id);
                 let node = self.members.get(&id).map(|member| member.agent.name.clone()).unwrap_or_default();
                 let text = format!("{} on {node}", bounded(&text, MAX_TEXT_BYTES));
-                let cause = Cause { node, at_ns: Some(at_ns), code, ..Cause::new(RestartCause::Failure, text) };
+                let cause = Cause { at_ns: Some(at_ns), code, detail, ..Cause::failure(node, text) };
                 self.fail(now, id, round, cause, &facts);
             }
             HostEvent::Finished(id, round) => {
@@ -230,7 +233,7 @@ impl Rounds {
             HostEvent::Closed(id, text, code) => {
                 if let Some(member) = self.members.get(&id) {
                     let text = format!("{}: {}", member.label(), bounded(&text, MAX_TEXT_BYTES));
-                    self.close(&text, code, None);
+                    self.close(Cause { code, ..Cause::failure(String::new(), text) });
                 }
             }
             HostEvent::Left(id, text) => {
@@ -242,7 +245,7 @@ impl Rounds {
                 self.send(id, HostMessage::Beat { number });
             }
             HostEvent::FailureAnnounced { text, grace } => {
-                self.schedule_round_end(now, now + grace, Cause::new(RestartCause::Failure, text), None);
+                self.schedule_round_end(now, now + grace, Cause::failure(String::new(), text), None);
             }
             HostEvent::ForeignPeer(text) => self.warn_host(&text),
             HostEvent::ProbeChecked(id, is_acknowledged) => self.probe_checked(now, id, is_acknowledged),
@@ -299,7 +302,7 @@ impl Rounds {
             }
             Seat::Running(_) | Seat::Finished(_) => {
                 let text = format!("{} restarts its workers", member.label());
-                let cause = Cause { node: member.agent.name.clone(), ..Cause::new(RestartCause::Failure, text) };
+                let cause = Cause::failure(member.agent.name.clone(), text);
                 let (cause, decision) = match self.pending.take() {
                     Some(PendingEnd { cause, decision: Some(decision), .. }) => (cause, decision),
                     _ => (cause, self.policy.decide(now, &FailureFacts::of_agent())),
@@ -330,7 +333,7 @@ impl Rounds {
             RoundPhase::Running if self.has_room() => {
                 let text = format!("{label} joins");
                 let node = self.members[&id].agent.name.clone();
-                self.end_round(now, &Cause { node, ..Cause::new(RestartCause::Membership, text) });
+                self.end_round(now, &Cause::membership(node, text));
             }
             RoundPhase::Running => {
                 if let Some(member) = self.members.get_mut(&id) {
@@ -398,7 +401,7 @@ impl Rounds {
                         self.set_seat(id, Seat::Returning);
                     }
                     let text = "its connection ended before its workers".to_owned();
-                    let loss = Cause::new(RestartCause::Membership, text);
+                    let loss = Cause::loss(String::new(), text);
                     let cause = self.cause.clone().unwrap_or(loss);
                     return self.send(id, HostMessage::Over { round, cause });
                 }
@@ -414,7 +417,7 @@ impl Rounds {
             return;
         }
         if self.tally.running == 0 {
-            return self.end("the job has succeeded", 0, None);
+            return self.end(Cause { code: 0, ..Cause::failure(String::new(), "the job has succeeded".into()) });
         }
         if let Some(timeout) = self.policy.settings().early_exit {
             let at = *self.early_exit_at.get_or_insert(self.last_step + timeout);
@@ -428,7 +431,7 @@ impl Rounds {
         };
         self.tally.subtract(&member.seat);
         let text = format!("{} {reason}", member.label());
-        let loss = Cause { node: member.agent.name.clone(), ..Cause::new(RestartCause::Membership, text) };
+        let loss = Cause::loss(member.agent.name.clone(), text);
         match (&self.phase, member.seat) {
             (RoundPhase::Running, Seat::Running(_)) => self.handle_loss(now, &loss, departure),
             // Its workers have succeeded, so the round goes on without it.

@@ -6,7 +6,9 @@ use ferroelastic_core::rendezvous::message::Place;
 use ferroelastic_core::rendezvous::rounds::HostEvent;
 use ferroelastic_core::vocabulary::RestartCause;
 
-use crate::table::{LOSS_GRACE, MOMENT, SECOND, SILENCE, Table, begun, closed, introduction, last, over};
+use crate::table::{
+    LOSS_GRACE, MOMENT, SECOND, SILENCE, Table, begun, detail, end, explained, introduction, last, over,
+};
 
 #[test]
 fn a_note_of_a_worker_in_the_store_is_a_failure() {
@@ -202,6 +204,7 @@ fn of_two_last_failures_the_first_is_named_whichever_is_heard_first() {
                 text: format!("rank {id} fell"),
                 code: 7,
                 facts: last(),
+                detail: detail(id),
             });
         }
         table.pass(SECOND, &[1, 2]);
@@ -212,8 +215,7 @@ fn of_two_last_failures_the_first_is_named_whichever_is_heard_first() {
 #[test]
 fn a_job_of_one_node_ends_at_once() {
     let mut table = Table::running(1, 1);
-    let text = "rank 1 exited with 1 on node1, and no restart is left".into();
-    assert_eq!(closed(&table.fail_for_good(1, 0)), [(1, text, 7)]);
+    assert_eq!(explained(&table.fail_for_good(1, 0)), [end(1, "rank 1 exited with 1 on node1", 1)]);
 }
 
 #[test]

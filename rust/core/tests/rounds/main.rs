@@ -10,8 +10,8 @@ use ferroelastic_core::rendezvous::message::{HostMessage, Introduction, Join};
 use ferroelastic_core::rendezvous::rounds::{HostAction, HostEvent, HostSettings, Id};
 use ferroelastic_core::vocabulary::RestartCause;
 use table::{
-    JOIN_TIMEOUT, LOSS_GRACE, MOMENT, SECOND, SILENCE, Table, begun, closed, introduction, over, refused, remarks,
-    settings,
+    JOIN_TIMEOUT, LOSS_GRACE, MOMENT, SECOND, SILENCE, Table, begun, closed, end, explained, introduction, over,
+    refused, remarks, settings,
 };
 
 #[test]
@@ -229,8 +229,7 @@ fn a_failure_without_a_restart_left_closes_the_job_for_all() {
     // It might be explained by a node that is lost.
     assert_eq!(table.fail_for_good(2, 0), []);
     let actions = table.pass(LOSS_GRACE, &[1, 2]);
-    let text = "rank 2 exited with 1 on node2, and no restart is left".to_owned();
-    assert_eq!(closed(&actions), [1, 2].map(|id| (id, text.clone(), 7)));
+    assert_eq!(explained(&actions), [1, 2].map(|id| end(id, "rank 2 exited with 1 on node2", 2)));
 }
 
 #[test]
@@ -420,9 +419,8 @@ fn all_nodes_hear_of_the_failure_and_its_exit_code() {
     // Its workers have succeeded, which changes nothing.
     table.step(HostEvent::Finished(1, 0));
     table.fail_for_good(2, 0);
-    let text = "rank 2 exited with 1 on node2, and no restart is left".to_owned();
-    let told = [1, 2, 3, 4].map(|id| (id, text.clone(), 7));
-    assert_eq!(closed(&table.pass(LOSS_GRACE, &[1, 2, 3, 4])), told);
+    let told = [1, 2, 3, 4].map(|id| end(id, "rank 2 exited with 1 on node2", 2));
+    assert_eq!(explained(&table.pass(LOSS_GRACE, &[1, 2, 3, 4])), told);
 }
 
 #[test]

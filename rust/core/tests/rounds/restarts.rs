@@ -9,7 +9,15 @@ use ferroelastic_core::vocabulary::RestartCause;
 use crate::table::{JOIN_TIMEOUT, LOSS_GRACE, MOMENT, SECOND, Table, begun, closed, introduction, over, refused};
 
 fn fail_with(table: &mut Table, id: Id, round: u64, facts: FailureFacts) -> Vec<HostAction> {
-    table.step(HostEvent::Failed { id, round, at_ns: 1, text: format!("rank {id} fell"), code: 7, facts })
+    table.step(HostEvent::Failed {
+        id,
+        round,
+        at_ns: 1,
+        text: format!("rank {id} fell"),
+        code: 7,
+        facts,
+        detail: String::new(),
+    })
 }
 
 fn status(status: i32) -> FailureFacts {

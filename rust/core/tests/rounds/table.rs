@@ -83,6 +83,7 @@ impl Table {
             text: format!("rank {id} exited with 1"),
             code: 7,
             facts: FailureFacts::default(),
+            detail: String::new(),
         })
     }
 
@@ -94,6 +95,7 @@ impl Table {
             text: format!("rank {id} exited with 1"),
             code: 7,
             facts: last(),
+            detail: detail(id),
         })
     }
 
@@ -184,4 +186,25 @@ pub(crate) fn refused(actions: &[HostAction]) -> Option<String> {
         HostAction::Send(_, HostMessage::Refused { text }) => Some(text.clone()),
         _ => None,
     })
+}
+
+/// The explanation that an agent sends with its last failure.
+pub(crate) fn detail(id: Id) -> String {
+    format!("{{\"rank\":{id}}}")
+}
+
+/// As [`closed`], with the explanation.
+pub(crate) fn explained(actions: &[HostAction]) -> Vec<(Id, String, i32, String)> {
+    let closed = actions.iter().filter_map(|action| match action {
+        HostAction::Send(id, HostMessage::Closed { text, code, detail, .. }) => {
+            Some((*id, text.clone(), *code, detail.clone()))
+        }
+        _ => None,
+    });
+    closed.collect()
+}
+
+/// The end of the job at agent `id` after the last failure of agent `failed`.
+pub(crate) fn end(id: Id, failure: &str, failed: Id) -> (Id, String, i32, String) {
+    (id, format!("{failure}, and no restart is left"), 7, detail(failed))
 }

@@ -14,7 +14,7 @@ pub(super) struct Decisions {
     /// The round that is over, when it ended and the decision.
     over: Option<(u64, Instant, Option<Box<Decision>>)>,
     /// The decisions with which the job has ended, as each agent was told.
-    ends: Vec<Option<Decision>>,
+    ends: Vec<Option<Box<Decision>>>,
     /// The restarts that were used when the last round began.
     used: u64,
     /// The delays of all restarts.
@@ -46,7 +46,7 @@ impl Job {
             HostMessage::Closed { decision, .. } => {
                 self.decisions.ends.push(decision.clone());
                 assert!(self.decisions.ends.iter().all(|end| end == decision));
-                assert!(decision.as_ref().is_none_or(Decision::is_final));
+                assert!(decision.as_ref().is_none_or(|decision| decision.is_final()));
             }
             _ => {}
         }

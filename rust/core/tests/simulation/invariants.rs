@@ -48,3 +48,12 @@ impl Job {
         );
     }
 }
+
+/// The failure of a worker in these jobs, and its explanation.
+pub(super) const FAILURE: &str = "rank 0 exited with 1";
+pub(super) const DETAIL: &str = r#"{"rank":0}"#;
+
+/// An agent has heard the end of the job: with the explanation if a worker's failure ended it.
+pub(super) fn check_end(text: &str, detail: &str) {
+    assert_eq!(detail, if text.starts_with(FAILURE) { DETAIL } else { "" }, "{text}");
+}

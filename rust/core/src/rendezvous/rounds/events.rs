@@ -46,6 +46,8 @@ pub enum HostEvent {
         code: i32,
         /// The facts for the restart policy.
         facts: FailureFacts,
+        /// The explanation of the failure.
+        detail: String,
     },
     /// All workers of an agent have succeeded in this round.
     Finished(Id, u64),
@@ -94,8 +96,8 @@ impl HostEvent {
         match message {
             AgentMessage::Enter(agent) => Self::Entered(id, agent),
             AgentMessage::Join(join) => Self::Joined(id, join),
-            AgentMessage::Failed { round, at_ns, text, code, facts } => {
-                Self::Failed { id, round, at_ns, text, code, facts }
+            AgentMessage::Failed { round, at_ns, text, code, facts, detail } => {
+                Self::Failed { id, round, at_ns, text, code, facts, detail }
             }
             AgentMessage::Progressed { round } => Self::Progressed(id, round),
             AgentMessage::Finished { round } => Self::Finished(id, round),

@@ -49,7 +49,7 @@ impl Rounds {
             && known.kind == RestartCause::Failure
         {
             if let Some(decision) = self.policy.fatal(facts) {
-                return self.close_after_failure(&cause, decision);
+                return self.close_after_failure(cause, decision);
             }
             // This failure happened first but was reported later.
             if cause.is_before(known) {
@@ -73,7 +73,7 @@ impl Rounds {
     /// Applies a decision of the policy.
     pub(super) fn apply(&mut self, now: Instant, cause: Cause, decision: Decision) {
         if decision.is_final() {
-            self.close_after_failure(&cause, decision);
+            self.close_after_failure(cause, decision);
         } else {
             self.end_round(now, &Cause { decision: Some(Box::new(decision)), ..cause });
         }
@@ -104,7 +104,7 @@ impl Rounds {
         let is_silent = self.silent_until().is_some();
         if let Some(pending) = self.pending.take_if(|pending| now >= pending.at && !(pending.is_final() && is_silent)) {
             match pending.decision {
-                Some(decision) => self.close_after_failure(&pending.cause, decision),
+                Some(decision) => self.close_after_failure(pending.cause, decision),
                 None => self.settle(now, pending.cause, &FailureFacts::of_agent()),
             }
         }
@@ -125,7 +125,7 @@ impl Rounds {
             names(running).join(", "),
             timeout.as_secs_f64()
         );
-        Some(Cause::new(RestartCause::Failure, text))
+        Some(Cause::failure(String::new(), text))
     }
 
     /// A node of the running round has left or was lost. A loss explains a failure within [`LOSS_GRACE`], and no other.
@@ -152,7 +152,7 @@ impl Rounds {
     /// Ends the job because of a lost node.
     pub(super) fn close_after_node_failure(&mut self, loss: &Cause) {
         let text = "the job ends with any of its nodes (--on-node-failure=exit)".to_owned();
-        self.close_after_failure(loss, Decision { reason: RestartReason::NodeFailure, text, after: None });
+        self.close_after_failure(loss.clone(), Decision { reason: RestartReason::NodeFailure, text, after: None });
     }
 
     pub(super) fn end_round(&mut self, now: Instant, cause: &Cause) {
@@ -197,26 +197,28 @@ impl Rounds {
         }
         if self.settings.max_membership_changes.is_some_and(|max| self.membership_changes > max) {
             let text = format!("{}, after {} membership changes", cause.text, self.membership_changes - 1);
-            self.close(&text, cause.code, None);
+            self.close(Cause { text, ..cause });
             return false;
         }
         self.cause = Some(cause);
         true
     }
 
-    pub(super) fn close_after_failure(&mut self, cause: &Cause, decision: Decision) {
-        self.close(&format!("{}, and {}", cause.text, decision.text), cause.code, Some(decision));
+    pub(super) fn close_after_failure(&mut self, cause: Cause, decision: Decision) {
+        let text = format!("{}, and {}", cause.text, decision.text);
+        self.close(Cause { text, decision: Some(Box::new(decision)), ..cause });
     }
 
     /// Ends the job as failed, unless it has ended already. The exit code is never 0.
-    pub(super) fn close(&mut self, text: &str, code: i32, decision: Option<Decision>) {
+    pub(super) fn close(&mut self, cause: Cause) {
         if self.closed().is_none() {
-            self.end(text, if code == 0 { 1 } else { code }, decision);
+            self.end(Cause { code: if cause.code == 0 { 1 } else { cause.code }, ..cause });
         }
     }
 
-    pub(super) fn end(&mut self, text: &str, code: i32, decision: Option<Decision>) {
-        self.phase = RoundPhase::Closed { why: text.into(), code, decision };
+    pub(super) fn end(&mut self, cause: Cause) {
+        let Cause { text: why, code, decision, detail, is_loss, .. } = cause;
+        self.phase = RoundPhase::Closed { why, code, decision, detail, is_loss };
         self.pending = None;
         self.explain_at = None;
         let messages = self.members.iter().map(|(id, member)| HostAction::Send(*id, self.end_message(member)));
@@ -227,7 +229,9 @@ impl Rounds {
 
     /// The message that tells an agent the end of the job.
     pub(super) fn end_message(&self, member: &Participant) -> HostMessage {
-        let RoundPhase::Closed { why, code, decision } = &self.phase else { return HostMessage::Released };
+        let RoundPhase::Closed { why, code, decision, detail, is_loss } = &self.phase else {
+            return HostMessage::Released;
+        };
         let membership = member.agent.membership;
         let has_finished = matches!(member.seat, Seat::Finished(_)) || self.finished_departed.contains_key(&membership);
         if *code == 0 && has_finished {
@@ -236,7 +240,8 @@ impl Rounds {
         if member.is_late || !self.ever_waited.contains(&membership) {
             return HostMessage::Late { text: why.clone() };
         }
-        HostMessage::Closed { text: why.clone(), code: *code, decision: decision.clone() }
+        let (text, decision, detail) = (why.clone(), decision.clone(), detail.clone());
+        HostMessage::Closed { text, code: *code, decision, detail, is_loss: *is_loss }
     }
 
     /// A node is lost from a round that has just ended. If a worker's failure ended the round, the loss is its cause.
