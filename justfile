@@ -104,6 +104,10 @@ warm-campaign *options: setup
 stops *options: setup
     {{ bin }}/python -m tests.faults.stopping {{ options }}
 
+# twenty failing scripts under ferrorun and torchrun: writes docs/failures-gallery.md
+failures-table *options: setup
+    {{ bin }}/python -m tests.acceptance.gallery {{ options }}
+
 # restarts of real trainings that come back, under both launchers
 bench-restarts *options: setup
     {{ bin }}/python benches/restarts.py {{ options }}

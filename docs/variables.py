@@ -92,6 +92,23 @@ VARIABLES: tuple[Variable, ...] = (
         "`30`",
     ),
     Variable(
+        "FERROELASTIC_EVENT_FILE",
+        "logs",
+        "File to which `--event-log-handler=jsonl` appends events. It is created if it is missing.",
+        "`events.jsonl` in the log folder of the run",
+    ),
+    Variable(
+        "FERROELASTIC_STOP_FILE",
+        "workers",
+        "File in which a worker reads the deadline of its stop, see [how a job ends](../stopping.md). The agent sets it for each worker. Do not set it.",
+    ),
+    Variable(
+        "TORCH_ELASTIC_EXIT_BARRIER_TIMEOUT",
+        "workers",
+        "Seconds that an agent waits at the end for the agents of the other nodes. `--exit-barrier-timeout` wins over it.",
+        "`300`",
+    ),
+    Variable(
         "TORCH_ELASTIC_WORKER_IDENTICAL",
         "workers",
         "`1`: all nodes have the same number of workers, and an agent computes its ranks without the numbers of the others. As in torch. "
@@ -320,5 +337,9 @@ WORKER_VARIABLES: tuple[tuple[str, str], ...] = (
         "The one GPU of the worker with `--virtual-local-rank`. Otherwise the value of `ferrorun`'s own environment.",
     ),
     ("FERROELASTIC_RUN", "The mark of the run."),
+    (
+        "FERROELASTIC_STOP_FILE",
+        "File with the deadline of a stop, empty before it. [`ferroelastic.stop_deadline()`](../stopping.md) reads it.",
+    ),
     ("FERROELASTIC_JOB_END_S", "End of the job in seconds since 1970, where the scheduler tells it."),
 )

@@ -18,9 +18,17 @@ use ferroelastic_core::sys::clock::Moment;
 use ferroelastic_core::sys::probe::Support;
 use ferroelastic_core::sys::spawn::Command;
 use ferroelastic_core::sys::wait::ExitStatus;
+use ferroelastic_core::vocabulary::{SignalTarget, StopReason};
 
 const TIMEOUT: Duration = Duration::from_secs(10);
-const PLAN: StopPlan = StopPlan { linger: Duration::ZERO, signal: 15, grace: TIMEOUT, kill_wait: TIMEOUT };
+const PLAN: StopPlan = StopPlan {
+    linger: Duration::ZERO,
+    signal: 15,
+    target: SignalTarget::Group,
+    grace: TIMEOUT,
+    kill_wait: TIMEOUT,
+    reason: StopReason::Signal,
+};
 const KILLED: ExitStatus = ExitStatus::Signalled { signal: 9, core_dumped: false };
 
 fn sleeper() -> Command {
@@ -114,6 +122,7 @@ fn tail(engine: &Engine, rounds: usize) {
             console: writer.into(),
             only_lines_with: Vec::new(),
             whole_lines_only: false,
+            is_json: false,
         };
         let tail = engine.tail(spec).expect("tail");
         let reading = std::thread::spawn(move || {

@@ -6,6 +6,7 @@ entrypoints and for torch's own rendezvous handlers. If torch is already loaded,
 classes too.
 
 :func:`install` puts the agent of this package under programs that call torch's launcher, and :func:`uninstall` takes it away again.
+:func:`stop_deadline` tells a worker the deadline of its stop.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ if "t" in sys.abiflags:
         "which cannot load its native module (stable ABI abi3): use the build with the GIL, or torchrun"
     )
 
-__all__ = ["__version__", "install", "uninstall"]
+__all__ = ["StopNotice", "__version__", "install", "stop_deadline", "uninstall"]
 
 if TYPE_CHECKING:
     from ferroelastic._install import install, uninstall
+    from ferroelastic._stop_notice import StopNotice, stop_deadline
 
     __version__: str
 else:
@@ -42,4 +44,8 @@ else:
             from ferroelastic import _install
 
             return getattr(_install, name)
+        if name in ("StopNotice", "stop_deadline"):
+            from ferroelastic import _stop_notice
+
+            return getattr(_stop_notice, name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -21,6 +21,18 @@ class _OptionalValue(env):
         super().__init__(dest, nargs=OPTIONAL, **kwargs)
 
 
+class _Repeated(env):
+    """Option that may be given several times. Its value is the list of texts. ``PET_<DEST>`` has one text per line."""
+
+    def __init__(self, dest: str, **kwargs: Any) -> None:
+        super().__init__(dest, type=str.splitlines, default=[], **kwargs)
+
+    def __call__(self, parser: ArgumentParser, namespace: Namespace, values: Any, _option: str | None = None) -> None:
+        del parser
+        given = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, values if given is self.default else [*given, *values])
+
+
 class CommandLine(Namespace):
     """A parsed command line."""
 
@@ -238,7 +250,7 @@ def get_args_parser() -> ArgumentParser:  # noqa: PLR0915 - one statement per op
         "--event-log-handler",
         type=str,
         default="null",
-        help="Handler for the agent's events: null, console or a registered one.",
+        help="Handler for the agent's events: null, console, jsonl (a file in the log folder) or a registered one.",
     )
     option("--role", type=str, default="default", help="Role of the workers, for logs and events.")
 
@@ -271,7 +283,8 @@ def get_args_parser() -> ArgumentParser:  # noqa: PLR0915 - one statement per op
         "--log-line-prefix-template",
         type=str,
         default="",
-        help="Prefix of each teed line on the console. ${role_name}, ${local_rank}, ${rank} and ${hostname} are replaced. "
+        help="Prefix of each teed line on the console. ${role_name}, ${local_rank}, ${rank}, ${hostname}, and not in "
+        "torchrun ${time}, ${pid} and ${round}, are replaced. "
         "Default $TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE, else [${role_name}${local_rank}]:.",
     )
     option(
@@ -279,6 +292,34 @@ def get_args_parser() -> ArgumentParser:  # noqa: PLR0915 - one statement per op
         type=str,
         default="",
         help="Show only the output of these local ranks, e.g. 0,1. Log files contain the output of all ranks.",
+    )
+    option(
+        "--ranks-filter",
+        type=str,
+        default="",
+        metavar="RANKS",
+        help="Show only the output of these global ranks, e.g. 0,8-15. Log files contain the output of all ranks. Not in torchrun.",
+    )
+    option(
+        "--log-format",
+        type=str,
+        default="text",
+        choices=["text", "json"],
+        help="Format of the console: text, or json for one JSON object per line with time, rank, local_rank, host, stream, round and "
+        "message. With json, all output that would go to the console directly is teed. Not in torchrun.",
+    )
+    option(
+        "--fail-on-log",
+        action=_Repeated,
+        metavar="PATTERN=REASON",
+        help="Fail a worker whose output has a line that matches the regular expression PATTERN. The reason begins after the last '='. "
+        "All output that would go to the console directly is teed. May be repeated. Not in torchrun.",
+    )
+    option(
+        "--warn-on-log",
+        action=_Repeated,
+        metavar="PATTERN=REASON",
+        help="As --fail-on-log, but log a warning, at most one per minute and pattern. Not in torchrun.",
     )
     option(
         "--duplicate-stdout-filters",
@@ -352,6 +393,21 @@ def get_args_parser() -> ArgumentParser:  # noqa: PLR0915 - one statement per op
         default=None,
         help="Grace period of the workers in seconds: the time from the signal that stops them to SIGKILL. "
         "Default $TORCH_ELASTIC_SHUTDOWN_TIMEOUT, else 30.",
+    )
+    option(
+        "--grace-signal-target",
+        type=str,
+        choices=["group", "leader"],
+        default="group",
+        help="Receivers of the signal that stops a worker: the whole process group of the worker, or the worker (leader) alone, so that "
+        "its data loaders run until it has saved. The rest of the group gets SIGTERM after the worker. Not in torchrun.",
+    )
+    option(
+        "--exit-barrier-timeout",
+        type=float,
+        default=None,
+        help="Seconds that ferrorun waits for the other nodes after its own workers have succeeded. "
+        "Default $TORCH_ELASTIC_EXIT_BARRIER_TIMEOUT, else 300. Not yet in torchrun.",
     )
     option(
         "--interactive-rank",

@@ -15,6 +15,7 @@ __all__ = [
     "check_iterable",
     "check_logs_specs",
     "check_number",
+    "check_signal_target",
     "check_strings",
     "check_type",
     "check_warm_workers",
@@ -53,6 +54,16 @@ def check_number(what: str, value: Any, expected: str = "a number of seconds") -
         value >= 0, value + 0
     except TypeError:
         raise _error(what, value, expected) from None
+
+
+def check_signal_target(value: object) -> None:
+    """Check the receivers of the signal that starts the grace period.
+
+    Raises:
+        ValueError: the value is neither ``"group"`` nor ``"leader"``.
+    """
+    if value not in ("group", "leader"):
+        raise ValueError(f"grace_signal_target={value!r} is unknown; give 'group' or 'leader'")
 
 
 def check_whole_number(what: str, value: Any) -> None:

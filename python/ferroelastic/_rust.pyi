@@ -16,6 +16,8 @@ from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Literal, final
 
+from ferroelastic._stop_notice import SignalTarget, StopReason
+
 __all__ = [
     "BeatSlot",
     "Cause",
@@ -33,6 +35,7 @@ __all__ = [
     "Place",
     "RendezvousClient",
     "SpawnError",
+    "StopFile",
     "StopReport",
     "StoreClient",
     "StoreServer",
@@ -167,6 +170,24 @@ class StopReport:
     """Processes that SIGKILL did not end. Empty if every process group was verified empty."""
 
 @final
+class StopFile:
+    """A file in memory in which the processes of a group read the deadline of their stop. Empty before a stop.
+
+    Before a signal is sent, the engine appends one line of JSON: ``version`` (1), ``reason``, ``signal`` (a number), ``deadline_s`` (wall
+    clock, seconds since the epoch) and ``deadline_monotonic_ns`` (``CLOCK_MONOTONIC``). The deadline is the time of SIGKILL, ``null`` if
+    none is planned. A deadline that moves is another line; the last line counts.
+
+    Other processes cannot delete or shorten the file. It disappears with this object and the groups that use it.
+
+    Raises:
+        OSError: the kernel refuses a ``memfd_create(2)``.
+    """
+
+    path: str
+    """An entry of ``/proc/PID/fd``, for processes of this user in this PID namespace."""
+    def __new__(cls) -> StopFile: ...
+
+@final
 class Group:
     """Processes that were started together, each the leader of its own session and process group.
 
@@ -179,6 +200,20 @@ class Group:
     """Indices of the processes that were parked in a :class:`WarmPool`, ascending."""
     generation: int
     """Event counter of the group: it increases with every exit and when a stop finishes."""
+    def scan_logs(self, files: Sequence[tuple[str, int, str]], rules: LogRules) -> LogScan:
+        """Search growing files for lines that match ``rules``.
+
+        A worker that fails gets SIGKILL if it runs. If it has ended with success, the stop of :meth:`stop_on_failure` starts. During a
+        stop, a line fails no further worker. A warning is in :meth:`Engine.take_warnings`, at most one per minute and rule.
+
+        Args:
+            files: path, index of the worker, and a description of the stream for messages. Missing files are created.
+            rules: the rules.
+        """
+
+    def log_failures(self) -> list[LogFailure]:
+        """Return the workers that have failed because of a line in their log, at most one failure of each worker."""
+
     def exits(self, since: int = 0) -> list[Exit]:
         """Return the exits in the order in which the kernel reported them, without the first ``since``."""
 
@@ -208,7 +243,16 @@ class Group:
     def signal(self, index: int, signal: int, *, leader_only: bool = False) -> bool:
         """Send ``signal`` to the process group of one worker (or to its leader alone). ``False`` if no process received it."""
 
-    def stop(self, signal: int, grace_s: float, kill_wait_s: float, *, linger_s: float = 0.0) -> None:
+    def stop(
+        self,
+        signal: int,
+        grace_s: float,
+        kill_wait_s: float,
+        *,
+        linger_s: float = 0.0,
+        target: SignalTarget = "group",
+        reason: StopReason = "shutdown",
+    ) -> None:
         """Start to stop all processes of the group in parallel, under one deadline. Returns at once.
 
         Each process group gets ``signal`` first. Stopped processes then get SIGCONT. After ``grace_s`` the group gets SIGKILL, even if its
@@ -221,10 +265,18 @@ class Group:
             grace_s: grace period: seconds from ``signal`` to SIGKILL.
             kill_wait_s: seconds from SIGKILL to giving up on processes that the kernel does not end.
             linger_s: seconds before ``signal`` is sent, in which the child processes of successful workers may finish.
+            target: ``"group"`` sends ``signal`` to each process group. ``"leader"`` sends it to each worker alone; when the worker has
+                ended, the rest of its group gets SIGTERM. The deadline and SIGKILL are the same.
+            reason: ``"signal"``, ``"failure"``, ``"membership"``, ``"success"`` or ``"shutdown"``. Workers read it in the stop file.
+
+        Raises:
+            ValueError: ``target`` or ``reason`` has another value, or a time is negative or not a number.
         """
 
-    def stop_on_failure(self, signal: int, grace_s: float, kill_wait_s: float) -> None:
-        """Let the engine call ``stop(signal, grace_s, kill_wait_s)`` at the first exit with another code than 0.
+    def stop_on_failure(
+        self, signal: int, grace_s: float, kill_wait_s: float, *, target: SignalTarget = "group"
+    ) -> None:
+        """Let the engine call ``stop`` with these arguments and the reason ``"failure"`` at the first exit with another code than 0.
 
         The engine thread signals the peers, independently of Python. If a failure was already detected, the stop
         starts at once. An exit with an unknown status does not count as a failure.
@@ -235,6 +287,49 @@ class Group:
 
     def stop_report(self) -> StopReport | None:
         """Return the outcome of the stop. ``None`` while it is in progress or if there was none."""
+
+@final
+class LogRules:
+    """Compiled rules for log lines. Immutable.
+
+    The patterns are those of the regex crate: no backreference and no look-around. The search takes time linear in the length of the text.
+    ``^`` and ``$`` match at the ends of a line. A pattern matches a part of a line.
+
+    Args:
+        fail: pairs of a pattern and a reason. A line with the pattern makes its worker a failed one.
+        warn: pairs of a pattern and a reason. A line with the pattern causes a warning.
+
+    Raises:
+        ValueError: a pattern is invalid or matches every line. The arguments are the fault and the pattern.
+    """
+
+    def __new__(cls, fail: Sequence[tuple[str, str]] = (), warn: Sequence[tuple[str, str]] = ()) -> LogRules: ...
+
+@final
+class LogFailure:
+    """A worker that has failed because of a line in its log."""
+
+    index: int
+    """Index of the worker in its group."""
+    reason: str
+    """Reason of the rule."""
+    stream: str
+    """Description of the file."""
+    line: str
+    """The beginning of the line, without control characters."""
+    realtime_ns: int
+    """Nanoseconds since the epoch when the engine found the line."""
+
+@final
+class LogScan:
+    """Searches the log files of a group until it is dropped. See :meth:`Group.scan_logs`."""
+
+    def finish(self, timeout_s: float) -> bool:
+        """Search the rest of the files, last lines without an end included. Failures are known before the return.
+
+        Returns:
+            Whether the search was complete within ``timeout_s`` seconds.
+        """
 
 @final
 class TailReport:
@@ -288,12 +383,15 @@ class Engine:
     def __new__(cls, *, pidfd: bool = True) -> Engine: ...
     backend: Literal["pidfd", "thread"]
     """How exits are detected on this system."""
-    def spawn(self, commands: Sequence[Command], pool: WarmPool | None = None) -> Group:
+    def spawn(
+        self, commands: Sequence[Command], pool: WarmPool | None = None, stop_file: StopFile | None = None
+    ) -> Group:
         """Start all commands, in order, with ``vfork`` semantics.
 
         Args:
             commands: the commands.
             pool: its parked processes become the first workers, see :attr:`Group.warm`. Further commands start new processes.
+            stop_file: gets a notice before each signal of a stop, see :class:`StopFile`.
 
         Raises:
             SpawnError: a command could not be started. The processes already started were killed.
@@ -313,13 +411,16 @@ class Engine:
             OSError: the channel cannot be created, or the kernel has no pidfds.
         """
 
-    def observe(self, pids: Sequence[int], sentinels: Sequence[int] | None = None) -> Group:
+    def observe(
+        self, pids: Sequence[int], sentinels: Sequence[int] | None = None, stop_file: StopFile | None = None
+    ) -> Group:
         """Supervise processes that Python started and reaps (``multiprocessing``): the engine detects exits but does not reap.
 
         Args:
             pids: the processes, by index.
             sentinels: for each process a descriptor that becomes readable when it ends (``multiprocessing.Process.sentinel``). The
                 descriptors are duplicated. They are used for processes that are no children of this one (``forkserver``), without pidfds.
+            stop_file: as for :meth:`spawn`.
 
         Raises:
             OSError: a pid does not exist.
@@ -332,8 +433,11 @@ class Engine:
         console_fd: int,
         only_lines_with: Sequence[str] = (),
         whole_lines_only: bool = False,
+        is_json: bool = False,
     ) -> Tail:
         """Follow ``files`` (path, line prefix) from their start. Missing files are created.
+
+        ``${time}`` in a prefix becomes the time at which the engine read the line: ISO 8601 in UTC with milliseconds.
 
         Opening a file is retried until :meth:`Tail.finish`. :attr:`TailReport.unread` names the files that could never be opened.
 
@@ -342,7 +446,10 @@ class Engine:
             console_fd: descriptor that the lines are written to. It is duplicated.
             only_lines_with: if not empty, copy only lines that contain one of these strings.
             whole_lines_only: write a line only when it is complete. Otherwise the start of a line (a prompt, progress dots) is written
-                after 100 ms and continued in place if no other output came in between. ``only_lines_with`` implies complete lines.
+                after 100 ms and continued in place if no other output came in between. ``only_lines_with`` and ``is_json`` imply
+                complete lines.
+            is_json: write each line as a JSON object. Its prefix begins the object, up to the opening quote of the last string. The content
+                of the line follows, with U+FFFD for bytes that are not UTF-8, and the end of the object.
 
         Raises:
             OSError: the console cannot be opened.

@@ -1,5 +1,6 @@
 """Checks of the command line before ``ferrorun`` starts any process."""
 
+import math
 import os
 import sys
 from argparse import Namespace
@@ -43,6 +44,11 @@ def check_numbers(args: Namespace) -> None:
         raise UsageError(
             f"{named('shutdown_timeout', args.shutdown_timeout)} must be non-negative; "
             "give whole seconds, 0 to kill the workers at once"
+        )
+    if args.exit_barrier_timeout is not None and not 0 <= args.exit_barrier_timeout < math.inf:
+        raise UsageError(
+            f"{named('exit_barrier_timeout', args.exit_barrier_timeout)} must be non-negative; "
+            "give seconds, 0 to end without a wait for the other nodes"
         )
 
 

@@ -89,15 +89,16 @@ if __name__ == "__main__":
     assert job.output == b"True {0: False}\n"
 
 
-def test_torchs_launcher_as_a_module_runs_our_agent(launch: Launcher) -> None:
-    pytest.importorskip("torch")
-    worker = launch.write("worker.py", WORKER)
-    for module in ("torch.distributed.run", "torch.distributed.launch"):
-        options = ("--standalone", "--nproc-per-node=1", *(["--use-env"] if module.endswith("launch") else []))
-        job = launch.start(*EXEC, sys.executable, "-m", module, *options, worker, env={"CODE": "3"})
-        assert job.lines(1) == [OURS], job.story
-        assert job.end() == 1, job.story
-        assert "exitcode  : 3" in job.errors
+@pytest.mark.parametrize(
+    "options", [["-m", "torch.distributed.run"], ["-u", "-Bm", "torch.distributed.launch", "--use-env"]]
+)
+def test_torchs_launcher_as_a_module_is_ferrorun(launch: Launcher, options: list[str]) -> None:
+    job = launch.start(
+        *(*EXEC, sys.executable, *options, "--standalone", "--nproc-per-node=1", launch.write("worker.py", WORKER)),
+        env={"CODE": "3"},
+    )
+    assert job.lines(1) == [OURS], job.story
+    assert job.end() == 3, job.story
 
 
 def test_a_program_that_installs_before_it_imports_torch(launch: Launcher) -> None:

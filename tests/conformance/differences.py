@@ -146,6 +146,12 @@ DIFFERENCES: dict[str, Difference] = {
         "handlers for older versions of torch keep working",
         since="2.15",
     ),
+    "more-events": Difference(
+        "events and metrics of an agent",
+        "has events for the rendezvous and the states of agents and workers",
+        "also has the events ferroelastic.phase, ferroelastic.decision and ferroelastic.exit, and the metrics phase.*",
+        "they have the durations of all phases, the causes of restarts and the exit of each worker in each round",
+    ),
     # ---- stopping and restarting workers
     "grace-everywhere": Difference(
         "LocalElasticAgent._stop_workers",

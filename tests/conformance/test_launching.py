@@ -99,6 +99,7 @@ class TestLaunchAgent:
             "duplicate_stderr_filters": ["b"],
             "virtual_local_rank": True,
         }
+        assert options.pop("exit_barrier_timeout", 300) == 300  # not in torch yet
         assert options == {
             "logs_specs": chosen.logs_specs,
             "start_method": "forkserver",

@@ -153,7 +153,8 @@ def incompatibilities(theirs: Any, ours: Any) -> list[str]:
             continue
         if own.kind != parameter.kind:
             problems.append(f"{parameter.name} is {own.kind.description}, not {parameter.kind.description}")
-        if not is_same_default(parameter.default, own.default):
+        is_resolved_later = parameter.name in _RESOLVED_LATER and own.default is None
+        if not is_resolved_later and not is_same_default(parameter.default, own.default):
             problems.append(f"{parameter.name}={own.default!r}, not {parameter.default!r}")
         place = list(inspect.signature(ours).parameters).index(parameter.name)
         if place != position and parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
@@ -163,6 +164,10 @@ def incompatibilities(theirs: Any, ours: Any) -> list[str]:
         f"{own.name} has no default" for own in found.values() if own.default is _EMPTY and own.kind not in variable
     ]
     return problems
+
+
+# As planned for torch: None reads an environment variable, and torch's present default is the last resort.
+_RESOLVED_LATER = {"exit_barrier_timeout"}
 
 
 def is_same_default(theirs: Any, ours: Any) -> bool:

@@ -17,7 +17,7 @@ from tests.support.waiting import eventually
 
 from ferroelastic.agent.server import HealthCheckServer, LocalElasticAgent, WorkerSpec, WorkerState
 from ferroelastic.agent.server import local_elastic_agent as module
-from ferroelastic.agent.server.local_elastic_agent import _AliveCallbackProxy
+from ferroelastic.agent.server.health_check_server import _AliveCallbackProxy
 from ferroelastic.multiprocessing import DefaultLogsSpecs, Std
 
 pytest.importorskip("ferroelastic._rust")
@@ -354,6 +354,7 @@ def test_metrics_are_read_by_prometheus(make: Callable[..., LocalElasticAgent]) 
         ("ferroelastic_warm_parked", "gauge", ""),
         ("ferroelastic_warm_used", "counter", ""),
         ("ferroelastic_warm_refused", "counter", ""),
+        ("ferroelastic_log_matches", "counter", ""),
         ("ferroelastic_restart_phase_seconds", "histogram", "seconds"),
     }
     assert all(family.documentation.endswith(".") for family in families.values())

@@ -475,8 +475,8 @@ def interrupt(pids):
         os.kill(os.getpid(), number)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, both)
 
-def spawn(commands, groups, pool):
-    real_spawn(commands, groups, pool)
+def spawn(commands, groups, *rest):
+    real_spawn(commands, groups, *rest)
     interrupt(groups[0].pids)
 
 def start(self, processes):

@@ -248,13 +248,21 @@ class Batch:
 
 
 @functools.cache
+def _failure_to_unpack() -> str:
+    """Unpack the packages. The reason if that fails, which later modules need not wait for; empty otherwise."""
+    script = str(Path(__file__).with_name("unpack_slurm.sh"))
+    # Less than the timeout of a test: without a mirror the tests are skipped.
+    done = subprocess.run(["timeout", "150", script, str(SLURM)], check=False, capture_output=True, text=True)
+    if done.returncode == 0:
+        return ""
+    return " | ".join(done.stderr.strip().splitlines()[-3:]) or f"exit code {done.returncode} of {script}"
+
+
 def _unpacked() -> Path:
     """The folder of the unpacked packages."""
-    done = subprocess.run(
-        [str(Path(__file__).with_name("unpack_slurm.sh")), str(SLURM)], check=False, capture_output=True, text=True
-    )
-    if done.returncode != 0:
-        raise NoSlurmError(" | ".join(done.stderr.strip().splitlines()[-3:]))
+    failure = _failure_to_unpack()
+    if failure:
+        raise NoSlurmError(failure)
     return SLURM / "root"
 
 

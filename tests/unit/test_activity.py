@@ -31,10 +31,10 @@ class Board:
         self.failure: Exception | None = None
 
     def __getattr__(self, method: str) -> Any:
-        def tell(*arguments: Any) -> None:
+        def tell(*arguments: Any, **options: Any) -> None:
             if self.failure is not None:
                 raise self.failure
-            self.told.append((method, *arguments))
+            self.told.append((method, *arguments, *options.values()))
 
         return tell
 
@@ -146,6 +146,33 @@ def test_phases_are_those_of_a_restart(clock: Clock) -> None:
         ("observe_phase", "rendezvous", 3.0),
         ("set_workers", []),
         ("set_state", "running"),
+    ]
+
+
+def test_an_observer_gets_each_measurement(clock: Clock) -> None:
+    activity, observer = Activity(), Board()
+    observed: Any = observer
+    with activity.observed_by(observed):
+        with activity.phase("rendezvous"):
+            clock.now += 1
+        with activity.phase("spawn"):
+            clock.now += 2
+            activity.released()
+        activity.detected(-0.25)
+        with activity.phase("stop"):
+            clock.now += 3
+            activity.measured(1.5)
+        activity.giving_up("rank 1")
+        activity.took("total", 9.0)
+        activity.ended(None, [])
+    activity.took("total", 10.0)
+    assert observer.told == [
+        ("took", "rendezvous", 1.0),
+        ("took", "release", 2.0),
+        ("took", "detect", 0.0),
+        ("took", "stop", 1.5),
+        ("decided", "failure", "rank 1", False),
+        ("took", "total", 9.0),
     ]
 
 

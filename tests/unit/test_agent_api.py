@@ -9,7 +9,7 @@ import threading
 import warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import pytest
@@ -27,9 +27,13 @@ from ferroelastic.agent.server import (
     WorkerState,
     create_healthcheck_server,
 )
-from ferroelastic.multiprocessing import SignalException
+from ferroelastic.agent.server.local_elastic_agent import LocalElasticAgent
+from ferroelastic.multiprocessing import DefaultLogsSpecs, SignalException
 from ferroelastic.rendezvous import RendezvousGracefulExitError
 from ferroelastic.utils.store import DistStoreError
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 class TestRanks:
@@ -350,6 +354,17 @@ def test_a_spec_may_be_a_mock_of_torchs_kind() -> None:
     agent = Agent(made, exit_barrier_timeout=450, shutdown_timeout=180)
     assert (agent._exit_barrier_timeout, agent._shutdown_timeout, agent._remaining_restarts) == (450, 180, 3)
     assert (Agent(made)._exit_barrier_timeout, Agent(made)._shutdown_timeout) == (300, 30)
+
+
+@pytest.mark.parametrize("kind", [Agent, LocalElasticAgent])
+def test_the_timeout_of_the_exit_barrier(kind: type[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    logs = {"logs_specs": DefaultLogsSpecs(str(tmp_path))} if kind is LocalElasticAgent else {}
+    monkeypatch.setenv("TORCH_ELASTIC_EXIT_BARRIER_TIMEOUT", "750")
+    agents = kind(spec(), **logs), kind(spec(), exit_barrier_timeout=200, **logs)
+    assert [agent._exit_barrier_timeout for agent in agents] == [750.0, 200.0]
+    assert all(isinstance(agent._exit_barrier_timeout, float) for agent in agents)
+    with pytest.raises(ValueError, match="exit_barrier_timeout must be non-negative, got -1"):
+        kind(spec(), exit_barrier_timeout=-1, **logs)
 
 
 def test_a_health_check_server_is_made_without_being_started() -> None:

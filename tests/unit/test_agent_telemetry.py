@@ -39,10 +39,15 @@ def collector() -> Iterator[Collector]:
     logging.getLogger("torchelastic-events-test").handlers.clear()
 
 
+def torchs(collector: Collector) -> list[dict[str, Any]]:
+    """The events that torch has too."""
+    return [event for event in collector.events if event["name"].startswith("torchelastic.")]
+
+
 class TestEvents:
     def test_a_run_is_recorded(self, collector: Collector) -> None:
         Agent(spec(event_log_handler="test"), S.SUCCEEDED).run()
-        assert [event["metadata"]["state"] for event in collector.events] == [
+        assert [event["metadata"]["state"] for event in torchs(collector)] == [
             "RENDEZVOUS",
             "ASSIGN_WORKER_RANKS",
             "START",
@@ -50,7 +55,10 @@ class TestEvents:
             "SUCCEEDED",
             "SUCCEEDED",
         ]
-        worker = collector.events[-1]
+        phases = [event["metadata"] for event in collector.events if event["name"] == "ferroelastic.phase"]
+        assert [phase["phase"] for phase in phases] == ["rendezvous", "spawn", "exit_barrier", "total"]
+        assert all(phase["duration_ms"] >= 0 and phase["round"] == 1 for phase in phases)
+        worker = torchs(collector)[-1]
         assert (worker["name"], worker["source"]) == ("torchelastic.worker.status.SUCCEEDED", "WORKER")
         assert worker["metadata"] | {"total_run_time": 0} == {
             "run_id": "run",
@@ -80,7 +88,7 @@ class TestEvents:
 
     def test_failed_and_terminated_workers_are_distinguished(self, collector: Collector) -> None:
         Agent(spec(event_log_handler="test", max_restarts=0), S.FAILED).run()
-        failed, terminated = collector.events[-2:]
+        failed, terminated = torchs(collector)[-2:]
         assert (failed["metadata"]["state"], terminated["metadata"]["state"]) == ("FAILED", "TERMINATED")
         assert json.loads(failed["metadata"]["metadata"])["exit_code"] == [1]
         assert json.loads(failed["metadata"]["metadata"])["worker_pid"] == [999]

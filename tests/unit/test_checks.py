@@ -30,7 +30,10 @@ class Whole:
     ("name", "value"),
     [
         *[(name, "2") for name in ("min_nodes", "max_nodes", "nproc_per_node", "max_restarts", "monitor_interval")],
-        *[(name, "2") for name in ("rdzv_timeout", "shutdown_timeout", "logs_specs", "numa_options")],
+        *[
+            (name, "2")
+            for name in ("rdzv_timeout", "shutdown_timeout", "exit_barrier_timeout", "logs_specs", "numa_options")
+        ],
         ("nproc_per_node", 1.5),
         ("monitor_interval", None),
         *[(name, 5) for name in ("run_id", "role", "rdzv_backend", "local_addr", "log_line_prefix_template")],
@@ -86,7 +89,7 @@ def test_of_a_specification(name: str, value: Any) -> None:
     ("name", "value"),
     [
         ("shutdown_timeout", "3"),
-        ("exit_barrier_timeout", None),
+        ("exit_barrier_timeout", "3"),
         ("logs_specs", "logs"),
         ("log_line_prefix_template", 5),
     ],

@@ -302,6 +302,13 @@ def raised(kind: str, message: str) -> FirstFailure:
         (raised("torch.OutOfMemoryError", "CUDA out of memory. Tried to allocate 20.00 MiB."), "cuda_out_of_memory"),
         (raised("OSError", "[Errno 28] No space left on device: '/dev/shm/psm_1'"), "shm_full"),
         (raised("RuntimeError", "unable to write to file </torch_12_34_0>: No space left on device (28)"), "shm_full"),
+        (
+            raised(
+                "RuntimeError",
+                "unable to allocate shared memory(shm) for file </torch_12_34_0>: No space left on device (28)",
+            ),
+            "shm_full",
+        ),
         (replace(FIRST, exception=None, exit_code=None, signal="SIGBUS", reason=SHM_FULL), "shm_full"),
         (
             replace(

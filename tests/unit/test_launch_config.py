@@ -59,6 +59,9 @@ def test_the_fields_are_torchs() -> None:
         "warm_workers",
         "warm_imports",
         "preload",
+        "log_options",
+        "exit_barrier_timeout",
+        "grace_signal_target",
     ]
 
 
@@ -109,6 +112,38 @@ def test_a_bad_shutdown_timeout_in_the_environment_is_named(monkeypatch: pytest.
 def test_a_negative_shutdown_timeout_is_refused() -> None:
     with pytest.raises(ValueError, match="shutdown_timeout must be non-negative, got -3"):
         _config(shutdown_timeout=-3)
+
+
+@pytest.mark.parametrize(
+    ("given", "variable", "expected"),
+    [(None, None, 300), (None, "900", 900), (None, "0.5", 0.5), (120, "900", 120), (0, "900", 0), (0, "x", 0)],
+)
+def test_the_timeout_of_the_exit_barrier(
+    monkeypatch: pytest.MonkeyPatch, given: float | None, variable: str | None, expected: float
+) -> None:
+    if variable is not None:
+        monkeypatch.setenv("TORCH_ELASTIC_EXIT_BARRIER_TIMEOUT", variable)
+
+    resolved = _config(exit_barrier_timeout=given).exit_barrier_timeout
+    assert (resolved, type(resolved)) == (expected, float)
+
+
+@pytest.mark.parametrize("variable", ["x", "-1", "nan", "inf", ""])
+def test_a_bad_timeout_of_the_exit_barrier_in_the_environment_is_named(
+    monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    monkeypatch.setenv("TORCH_ELASTIC_EXIT_BARRIER_TIMEOUT", variable)
+
+    with pytest.raises(
+        ValueError, match=f"TORCH_ELASTIC_EXIT_BARRIER_TIMEOUT='{variable}' is not a timeout; give seconds"
+    ):
+        _config()
+
+
+@pytest.mark.parametrize("value", [-1, float("nan"), float("inf")])
+def test_a_bad_timeout_of_the_exit_barrier_is_refused(value: float) -> None:
+    with pytest.raises(ValueError, match=f"exit_barrier_timeout must be non-negative, got {value}"):
+        _config(exit_barrier_timeout=value)
 
 
 def _train() -> None:
@@ -214,6 +249,7 @@ def test_success_returns_the_values_of_the_workers(launched: Launched) -> None:
         signals_to_handle="SIGTERM",
         virtual_local_rank=True,
         shutdown_timeout=4,
+        exit_barrier_timeout=6,
         start_method="fork",
         log_line_prefix_template="[$rank]",
         duplicate_stdout_filters=["x"],
@@ -235,6 +271,7 @@ def test_success_returns_the_values_of_the_workers(launched: Launched) -> None:
         "logs_specs": config.logs_specs,
         "start_method": "fork",
         "log_line_prefix_template": "[$rank]",
+        "exit_barrier_timeout": 6,
         "shutdown_timeout": 4,
         "health_check_server": None,
     }
@@ -335,6 +372,7 @@ def test_a_health_server_learns_about_the_agent(launched: Launched) -> None:
 
 def test_a_configuration_of_an_older_torch_will_do(launched: Launched) -> None:
     newer = {
+        "exit_barrier_timeout",
         "numa_options",
         "signals_to_handle",
         "duplicate_stdout_filters",
@@ -348,6 +386,7 @@ def test_a_configuration_of_an_older_torch_will_do(launched: Launched) -> None:
     assert launch_agent(old, "true", []) == {0: "a", 1: "b"}
 
     assert launched.agent_kwargs["shutdown_timeout"] == 30
+    assert launched.agent_kwargs["exit_barrier_timeout"] == 300
     assert os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] == "SIGTERM,SIGINT,SIGHUP,SIGQUIT"
 
 
@@ -374,3 +413,13 @@ def test_a_torch_newer_than_any_known_version_is_reported_at_info(
         api._log_config(_config(), "train.py")
     found = [record for record in caplog.records if "is newer than 2.15" in record.getMessage()]
     assert [record.levelname for record in found] == ["INFO"] * reports
+
+
+def test_the_target_of_the_stop_signal(launched: Launched) -> None:
+    target: Any = "children"
+    with pytest.raises(ValueError, match="grace_signal_target='children' is unknown; give 'group' or 'leader'"):
+        _config(grace_signal_target=target)
+    launch_agent(_config(), "true", [])
+    assert "grace_signal_target" not in launched.agent_kwargs  # the class may be torch's
+    launch_agent(_config(grace_signal_target="leader"), "true", [])
+    assert launched.agent_kwargs["grace_signal_target"] == "leader"

@@ -83,9 +83,12 @@ def _comparable(config: Any, logs: Any) -> dict[str, Any]:
     del fields["logs_specs"]
     assert fields.pop("signals_to_forward", "") == ""  # not in torch
     assert fields.pop("interactive_rank", None) is None  # not in torch
-    assert not fields.pop("warm_workers", 0)  # not in torch, nor the next two
+    assert not fields.pop("warm_workers", 0)  # not in torch, nor the next three
     assert tuple(fields.pop("warm_imports", ("torch",))) == ("torch",)
     assert not fields.pop("preload", False)
+    assert fields.pop("log_options", None) is None
+    assert fields.pop("exit_barrier_timeout", 300) == 300  # not in torch yet
+    assert fields.pop("grace_signal_target", "group") == "group"  # not in torch
     numa = fields.pop("numa_options", None)
     fields["numa"] = numa and (numa.affinity_mode.value, numa.should_fall_back_if_binding_fails)
     fields["logs"] = (logs._root_log_dir, logs._redirects, logs._tee, logs._local_ranks_filter)
@@ -136,6 +139,9 @@ BAD = [
     ("--monitor-interval=-1", "--monitor-interval=-1.0 must be > 0"),
     ("--monitor-interval=nan", "--monitor-interval=nan must be > 0"),
     ("--shutdown-timeout=-1", "--shutdown-timeout=-1 must be non-negative; give whole seconds"),
+    ("--exit-barrier-timeout=-1", "--exit-barrier-timeout=-1.0 must be non-negative; give seconds"),
+    ("--exit-barrier-timeout=nan", "--exit-barrier-timeout=nan must be non-negative"),
+    ("--exit-barrier-timeout=inf", "--exit-barrier-timeout=inf must be non-negative"),
     ("--tee=4", "--tee='4' is neither one of 0 (none), 1 (stdout), 2 (stderr), 3 (both) nor a list"),
     ("--redirects=0:3,x", "--redirects='0:3,x' is neither"),
     ("--local-ranks-filter=0,x", "--local-ranks-filter='0,x' must be a comma-separated list of integers"),

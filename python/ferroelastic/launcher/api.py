@@ -5,6 +5,7 @@ Mirrors ``torch.distributed.launcher.api``. Intended differences:
 * Neither torch nor CUDA is imported or initialised.
 * If the agent gives up because workers are stuck and none of them has failed, an exception is raised. torch returns ``{}``.
 * ``TORCH_ELASTIC_SHUTDOWN_TIMEOUT`` is validated.
+* ``exit_barrier_timeout`` and ``TORCH_ELASTIC_EXIT_BARRIER_TIMEOUT``, which are planned for torch, set the timeout of the exit barrier.
 * An exception from the final shutdown of the rendezvous is logged and not raised. torch does so since 2.15.
 * A ``LaunchConfig`` of torch 2.6 or later is accepted in place of :class:`LaunchConfig`.
 """
@@ -21,6 +22,7 @@ from ferroelastic._checks import (
     check_iterable,
     check_logs_specs,
     check_number,
+    check_signal_target,
     check_strings,
     check_type,
     check_warm_workers,
@@ -29,12 +31,16 @@ from ferroelastic._checks import (
 from ferroelastic._compat import family, newer
 from ferroelastic._exit_codes import exit_code
 from ferroelastic._signals import DEFAULT_SIGNALS, SIGNALS_ENV, SignalException
+from ferroelastic._stop_notice import SignalTarget
 from ferroelastic._text import launched_name
+from ferroelastic._timeouts import exit_barrier_timeout_s, shutdown_timeout_s
 from ferroelastic.agent.server._events import event_log_handler_of
 from ferroelastic.agent.server.api import RunResult, WorkerSpec
 from ferroelastic.agent.server.health_check_server import HealthCheckServer, create_healthcheck_server
 from ferroelastic.agent.server.local_elastic_agent import LocalElasticAgent
+from ferroelastic.events import handlers as event_handlers
 from ferroelastic.multiprocessing import DefaultLogsSpecs, LogsSpecs
+from ferroelastic.multiprocessing._log_options import LogOptions
 from ferroelastic.multiprocessing.errors import ChildFailedError
 from ferroelastic.numa.binding import NumaOptions
 from ferroelastic.rendezvous import RendezvousParameters
@@ -46,9 +52,6 @@ from ferroelastic.utils.logging import get_logger
 __all__ = ["LaunchConfig", "create_healthcheck_server", "elastic_launch", "launch_agent"]
 
 logger = get_logger(__name__)
-
-_SHUTDOWN_TIMEOUT_VARIABLE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
-_DEFAULT_SHUTDOWN_TIMEOUT_S = 30
 
 
 @dataclass
@@ -69,8 +72,8 @@ class LaunchConfig:
         max_restarts: maximum number of restarts after failures.
         monitor_interval: maximum time between two checks of the workers, in seconds.
         start_method: start method of ``multiprocessing`` for function entrypoints: ``spawn``, ``fork`` or ``forkserver``.
-        log_line_prefix_template: prefix of the workers' lines on the console, with ``${role_name}``, ``${rank}``, ``${local_rank}`` and
-            ``${hostname}``.
+        log_line_prefix_template: prefix of the workers' lines on the console, see
+            :class:`ferroelastic.agent.server.LocalElasticAgent`.
         metrics_cfg: parameters for the metrics.
         local_addr: address of this node for the other nodes. ``None`` detects it.
         event_log_handler: name of the handler for the agent's events.
@@ -87,9 +90,15 @@ class LaunchConfig:
         warm_workers: see :class:`ferroelastic.agent.server.WorkerSpec`. Not in torch.
         warm_imports: see :class:`ferroelastic.agent.server.WorkerSpec`. Not in torch.
         preload: see :class:`ferroelastic.agent.server.WorkerSpec`. Not in torch.
+        log_options: options for the lines of the workers. ``None`` for torch's behaviour. Not in torch.
+        exit_barrier_timeout: seconds to wait at the end for the agents of the other nodes. Default
+            ``$TORCH_ELASTIC_EXIT_BARRIER_TIMEOUT``, else 300. As planned for torch.
+        grace_signal_target: receivers of the stop signal: ``"group"`` for the worker's process group, as in torch, or ``"leader"`` for the
+            worker alone. The rest of the group then gets SIGTERM after the worker has ended. Not in torch.
 
     Raises:
-        ValueError: ``interactive_rank`` is not a local rank, or the shutdown timeout (argument or variable) is not a whole number >= 0.
+        ValueError: ``interactive_rank`` is not a local rank, a timeout (argument or variable) is negative or not a number, or
+            ``grace_signal_target`` is unknown.
         TypeError: a value has the wrong type.
     """
 
@@ -121,6 +130,9 @@ class LaunchConfig:
     warm_workers: int = 0
     warm_imports: Sequence[str] = ("torch",)
     preload: bool = False
+    log_options: LogOptions | None = None
+    exit_barrier_timeout: float | None = None
+    grace_signal_target: SignalTarget = "group"
 
     def __post_init__(self) -> None:
         """Check the values and set defaults that depend on other fields or on the environment."""
@@ -135,7 +147,8 @@ class LaunchConfig:
             raise ValueError(
                 f"interactive_rank={self.interactive_rank} is not a local rank; give 0 to {self.nproc_per_node - 1}"
             )
-        self.shutdown_timeout = _resolve_shutdown_timeout(self.shutdown_timeout)
+        self.shutdown_timeout = shutdown_timeout_s(self.shutdown_timeout)
+        self.exit_barrier_timeout = exit_barrier_timeout_s(self.exit_barrier_timeout)
 
 
 def _check_types(config: Any) -> None:
@@ -161,6 +174,7 @@ def _check_types(config: Any) -> None:
         check_type("numa_options", numa_options, NumaOptions, "NumaOptions or None")
     for name in ("duplicate_stdout_filters", "duplicate_stderr_filters"):
         check_strings(name, newer(config, name, None))
+    check_signal_target(newer(config, "grace_signal_target", "group"))
     check_warm_workers(newer(config, "warm_workers", 0), newer(config, "warm_imports", ()))
 
 
@@ -170,24 +184,6 @@ def _warm_settings(config: Any) -> dict[str, Any]:
     if not newer(config, "warm_workers", 0) and not newer(config, "preload", False):
         return {}
     return {name: getattr(config, name) for name in names}
-
-
-def _resolve_shutdown_timeout(argument_s: int | None) -> int:
-    if argument_s is not None:
-        check_number("shutdown_timeout", argument_s)
-        if argument_s < 0:
-            raise ValueError(f"shutdown_timeout must be non-negative, got {argument_s}; give whole seconds >= 0")
-        return argument_s
-    text = os.environ.get(_SHUTDOWN_TIMEOUT_VARIABLE, str(_DEFAULT_SHUTDOWN_TIMEOUT_S))
-    try:
-        timeout_s = int(text)
-    except ValueError:
-        timeout_s = -1
-    if timeout_s < 0:
-        raise ValueError(
-            f"{_SHUTDOWN_TIMEOUT_VARIABLE}={text!r} is not a timeout; give whole seconds >= 0, or unset it"
-        )
-    return timeout_s
 
 
 class elastic_launch:  # noqa: N801 - torch's name
@@ -294,7 +290,10 @@ def launch_agent(
     # For code that installs its own handlers when it starts workers.
     os.environ[SIGNALS_ENV] = names
     with _signals.Handling(names, forward=newer(config, "signals_to_forward", "")):
-        return _launch(config, entrypoint, args, rdzv_parameters, entrypoint_name, health_check_server)
+        try:
+            return _launch(config, entrypoint, args, rdzv_parameters, entrypoint_name, health_check_server)
+        finally:
+            event_handlers.finish()
 
 
 def _launch(
@@ -324,16 +323,21 @@ def _launch(
         virtual_local_rank=newer(config, "virtual_local_rank", False),
         **_warm_settings(config),
     )
-    interactive_rank = newer(config, "interactive_rank", None)
+    # Only if set: a class that replaces the agent may have torch's parameters.
+    added = {
+        name: newer(config, name, default)
+        for name, default in (("interactive_rank", None), ("grace_signal_target", "group"), ("log_options", None))
+        if newer(config, name, default) != default
+    }
     agent = LocalElasticAgent(
         spec=spec,
         logs_specs=config.logs_specs,  # type: ignore[arg-type]  # __post_init__ has set it
         start_method=config.start_method,
         log_line_prefix_template=config.log_line_prefix_template,
-        shutdown_timeout=_resolve_shutdown_timeout(newer(config, "shutdown_timeout", None)),
+        exit_barrier_timeout=exit_barrier_timeout_s(newer(config, "exit_barrier_timeout", None)),
+        shutdown_timeout=shutdown_timeout_s(newer(config, "shutdown_timeout", None)),
         health_check_server=health_check_server,
-        # Only if set: a class that replaces the agent may have torch's parameters.
-        **({} if interactive_rank is None else {"interactive_rank": interactive_rank}),
+        **added,
     )
     if health_check_server is not None:
         # A server that was started before the agent was created has a proxy as callback, ours or torch's.
@@ -419,6 +423,8 @@ def _log_config(config: LaunchConfig, entrypoint_name: str) -> None:
         "signals_to_handle": newer(config, "signals_to_handle", DEFAULT_SIGNALS),
         "signals_to_forward": newer(config, "signals_to_forward", ""),
         "interactive_rank": newer(config, "interactive_rank", None),
+        "exit_barrier_timeout": newer(config, "exit_barrier_timeout", None),
+        "grace_signal_target": newer(config, "grace_signal_target", "group"),
         "duplicate_stdout_filters": newer(config, "duplicate_stdout_filters", None),
         "duplicate_stderr_filters": newer(config, "duplicate_stderr_filters", None),
     }

@@ -5,17 +5,26 @@ from __future__ import annotations
 import signal
 from typing import TYPE_CHECKING, Any
 
-from ferroelastic._checks import check_entrypoint, check_environments, check_iterable, check_logs_specs, check_number
+from ferroelastic._checks import (
+    check_entrypoint,
+    check_environments,
+    check_iterable,
+    check_logs_specs,
+    check_number,
+    check_signal_target,
+)
 from ferroelastic._compat import family
 from ferroelastic._signals import SignalException
-from ferroelastic.multiprocessing._logs import InteractiveLogsSpecs
+from ferroelastic.multiprocessing._logs_of_ranks import FilteredLogsSpecs, InteractiveLogsSpecs
 from ferroelastic.multiprocessing._std import _validate_full_rank
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ferroelastic import _rust
+    from ferroelastic._stop_notice import SignalTarget
     from ferroelastic.multiprocessing._context import PContext
+    from ferroelastic.multiprocessing._log_options import LogOptions
     from ferroelastic.multiprocessing._logs import LogsSpecs
     from ferroelastic.numa.binding import NumaOptions
 
@@ -35,8 +44,10 @@ def start_processes(
     duplicate_stderr_filters: list[str] | None = None,
     *,
     shutdown_timeout: float = 30,
+    grace_signal_target: SignalTarget = "group",
     interactive_rank: int | None = None,
     warm_pool: _rust.WarmPool | None = None,
+    log_options: LogOptions | None = None,
 ) -> PContext:
     """Start one worker for each entry of ``args`` and ``envs``. Mirrors torch's ``start_processes``.
 
@@ -54,17 +65,19 @@ def start_processes(
         duplicate_stderr_filters: the same for standard error and ``filtered_stderr.log``.
         shutdown_timeout: after a failure, the grace period in seconds between SIGTERM and SIGKILL for the other workers. After a success,
             the time in seconds for processes that the workers left in their process groups. Not in torch.
+        grace_signal_target: receivers of the stop signal: ``"group"`` or ``"leader"``, see :class:`PContext`. Not in torch.
         interactive_rank: local rank that gets the terminal on standard input of this process as its controlling terminal. No stream of
             this rank is written to a file. ``None`` for no rank. Not in torch.
         warm_pool: for programs and the start method ``spawn``, parked children that become the first workers; ``None`` starts all workers
             anew. Not in torch.
+        log_options: options for the lines of the workers. ``None`` for torch's behaviour. Not in torch.
 
     Returns:
         The running workers: a ``SubprocessContext`` or a ``MultiprocessContext``.
 
     Raises:
         RuntimeError: ``args`` and ``envs`` do not have the same local ranks, or the ranks have a gap.
-        ValueError: ``interactive_rank`` is not a local rank, or standard input is not a terminal.
+        ValueError: ``interactive_rank`` is not a local rank, standard input is not a terminal, or ``grace_signal_target`` is unknown.
         TypeError: an argument has the wrong type.
         OSError: a worker cannot be started, or a log file cannot be created. All started workers are stopped first.
     """
@@ -74,9 +87,12 @@ def start_processes(
     check_entrypoint("entrypoint", entrypoint)
     check_logs_specs("logs_specs", logs_specs)
     check_number("shutdown_timeout", shutdown_timeout)
+    check_signal_target(grace_signal_target)
     for rank, arguments in args.items():
         check_iterable(f"args[{rank}]", arguments, "a tuple of arguments")
     check_environments(envs)
+    if log_options is not None and log_options.ranks:
+        logs_specs = FilteredLogsSpecs(logs_specs, log_options)
     if interactive_rank is not None:
         if interactive_rank not in args:
             raise ValueError(f"interactive_rank={interactive_rank} is not a local rank; give 0 to {nprocs - 1}")
@@ -102,7 +118,9 @@ def start_processes(
         context = MultiprocessContext(entrypoint=entrypoint, start_method=start_method, **common)
     context.warm_pool = warm_pool
     context.shutdown_timeout = shutdown_timeout
+    context.grace_signal_target = grace_signal_target
     context.interactive_rank = interactive_rank
+    context.log_options = log_options
     interrupting: tuple[type[BaseException], ...] = (*family(SignalException), KeyboardInterrupt)
     try:
         context.start()

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
 
     from ferroelastic import _rust
+    from ferroelastic._stop_notice import StopReason
     from ferroelastic.multiprocessing._logs import LogsSpecs
     from ferroelastic.numa.binding import NumaOptions
 
@@ -123,7 +124,7 @@ class MultiprocessContext(PContext):
         task = Task(
             fn=self.entrypoint,
             args=self.args[rank],
-            env=self.envs[rank],
+            env=self._env_of(rank),
             stdout=self.stdouts[rank],
             stderr=self.stderrs[rank],
             return_file=os.path.join(str(self._return_folder), f"{rank}.pickle"),
@@ -179,7 +180,7 @@ class MultiprocessContext(PContext):
             sentinels = [process.sentinel for process in observed]
             try:
                 # One call into C, see `_processes.spawn`.
-                self._groups.extend(map(get_engine().observe, (pids,), (sentinels,)))
+                self._groups.extend(map(get_engine().observe, (pids,), (sentinels,), (self._stop_file,)))
             except OSError:
                 if all(processes[rank].exitcode is None for rank in self._observed_ranks):
                     raise
@@ -219,6 +220,7 @@ class MultiprocessContext(PContext):
         if self._pc is None:
             raise AssertionError("the workers were not started; call start() first")
         self._capture_exits()
+        self._record_log_failures()
         if self._running_local_ranks and not self._failures:
             return None
         self._notify_first_failure()
@@ -262,9 +264,9 @@ class MultiprocessContext(PContext):
             raise AssertionError("the workers were not started; call start() first")
         return dict(enumerate(self._pc.pids()))
 
-    def begin_stop(self, death_sig: signal.Signals, timeout: float) -> None:
+    def begin_stop(self, death_sig: signal.Signals, timeout: float, reason: StopReason = "shutdown") -> None:
         """Send the stop signal, release waiting workers and return without waiting; see :meth:`PContext.begin_stop`."""
-        super().begin_stop(death_sig, timeout)
+        super().begin_stop(death_sig, timeout, reason)
         if self._hold is not None:
             self._hold.release()
 

@@ -74,8 +74,15 @@ def make_command(
     return argv, command
 
 
-def spawn(commands: Sequence[_rust.Command], groups: list[_rust.Group], pool: _rust.WarmPool | None = None) -> None:
+def spawn(
+    commands: Sequence[_rust.Command],
+    groups: list[_rust.Group],
+    pool: _rust.WarmPool | None = None,
+    stop_file: _rust.StopFile | None = None,
+) -> None:
     """Start all commands as one group and append the group to ``groups``. Parked children of ``pool`` become the first workers.
+
+    The workers can read the deadline of their stop in ``stop_file``.
 
     Raises:
         OSError: a command cannot be started. All started processes are ended first. The subclass matches the errno, as in ``subprocess``.
@@ -85,7 +92,7 @@ def spawn(commands: Sequence[_rust.Command], groups: list[_rust.Group], pool: _r
     try:
         # One call into C starts the processes and stores their group. A signal handler that raised between two steps would leave
         # processes without an owner.
-        groups.extend(map(get_engine().spawn, (commands,), (pool,)))
+        groups.extend(map(get_engine().spawn, (commands,), (pool,), (stop_file,)))
     except _rust.SpawnError as error:
         raise OSError(error.errno, str(error)) from error
 

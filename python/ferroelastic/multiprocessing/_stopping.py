@@ -13,8 +13,9 @@ from ferroelastic.utils.logging import get_logger
 
 if TYPE_CHECKING:
     from ferroelastic import _rust
+    from ferroelastic._stop_notice import SignalTarget, StopReason
 
-__all__ = ["kill_wait_s", "longest_stop_s", "stop_group"]
+__all__ = ["kill_wait_s", "longest_stop_s", "make_stop_file", "stop_group"]
 
 logger = get_logger(__name__)
 
@@ -24,7 +25,13 @@ _INTERRUPTS_TO_KILL = 2
 
 
 def stop_group(
-    group: _rust.Group, death_sig: signal.Signals, grace_s: float, *, linger_s: float = 0.0
+    group: _rust.Group,
+    death_sig: signal.Signals,
+    grace_s: float,
+    *,
+    linger_s: float = 0.0,
+    target: SignalTarget = "group",
+    reason: StopReason = "shutdown",
 ) -> _rust.StopReport:
     """Stop all process groups, and wait until they are empty or the last deadline has passed.
 
@@ -35,6 +42,8 @@ def stop_group(
         death_sig: stop signal.
         grace_s: grace period in seconds between ``death_sig`` and SIGKILL.
         linger_s: delay in seconds before ``death_sig``.
+        target: receivers of ``death_sig``, see ``_rust.Group.stop``.
+        reason: reason of the stop, see ``_rust.Group.stop``.
 
     Returns:
         The outcome of the stop.
@@ -54,7 +63,8 @@ def stop_group(
         try:
             if not begun:
                 running = _running_pids(group)
-                group.stop(death_sig, grace_s, kill_wait_s(grace_s), linger_s=linger_s)
+                wait_s = kill_wait_s(grace_s)
+                group.stop(death_sig, grace_s, wait_s, linger_s=linger_s, target=target, reason=reason)
                 begun = True
                 # Logged after the signal, because a log handler may block.
                 for pid in running if linger_s == 0 else ():
@@ -71,6 +81,17 @@ def stop_group(
     if interruption is not None and not isinstance(handled, interrupting):
         raise interruption
     return report
+
+
+def make_stop_file() -> _rust.StopFile | None:
+    """Return the file in which workers read the deadline of their stop; ``None`` if the kernel refuses it, which is logged."""
+    from ferroelastic import _rust
+
+    try:
+        return _rust.StopFile()
+    except OSError as error:
+        logger.warning("The workers cannot read the deadline of a stop: %s", error)
+        return None
 
 
 def kill_wait_s(grace_s: float) -> float:

@@ -82,7 +82,7 @@ class SubprocessContext(PContext):
                 make_command(
                     self.entrypoint,
                     self.args[rank],
-                    self.envs[rank],
+                    self._env_of(rank),
                     self.stdouts[rank],
                     self.stderrs[rank],
                     rank,
@@ -95,7 +95,7 @@ class SubprocessContext(PContext):
         )
         # The context outlives the workers, and the pool has descriptors.
         pool, self.warm_pool = self.warm_pool, None
-        spawn(commands, self._groups, pool)
+        spawn(commands, self._groups, pool, self._stop_file)
         group = self._groups[0]
         self._arm(group)
         self.subprocess_handlers = {rank: SubprocessHandler.of_group(group, rank, argvs[rank]) for rank in ranks}
@@ -110,6 +110,7 @@ class SubprocessContext(PContext):
     def _poll(self) -> RunProcsResult | None:
         done: set[int] = set()
         self._capture_process_failures(done)
+        self._record_log_failures()
         if self._running_local_ranks and not self._failures:
             return None
         self._notify_first_failure()

@@ -107,6 +107,30 @@ named_values! {
 }
 
 named_values! {
+    /// The receivers of the signal that requests the end of a worker.
+    SignalTarget, "signal target":
+    /// The worker and all other processes of its process group.
+    Group = "group",
+    /// The worker alone. The rest of its process group gets SIGTERM after the worker has ended.
+    Leader = "leader",
+}
+
+named_values! {
+    /// Why the workers are stopped.
+    StopReason, "reason for a stop":
+    /// The agent got a signal that ends the job.
+    Signal = "signal",
+    /// A worker failed, on this node or on another one.
+    Failure = "failure",
+    /// A node joined, left or was lost.
+    Membership = "membership",
+    /// All workers of the node have succeeded. Processes that they left behind are stopped.
+    Success = "success",
+    /// The program that embeds the agent ends the workers.
+    Shutdown = "shutdown",
+}
+
+named_values! {
     /// Why the health server closed a connection.
     DropReason, "reason to drop a connection":
     /// The connection limit was reached and a newer connection took its place.
@@ -130,6 +154,15 @@ named_values! {
     Stopped = "stopped",
     /// It ended, but the engine cannot get its exit status.
     Ended = "ended",
+}
+
+named_values! {
+    /// The effect of a log line that matches a pattern.
+    LogEffect, "effect of a log line":
+    /// The worker has failed.
+    Fail = "fail",
+    /// A warning.
+    Warn = "warn",
 }
 
 #[cfg(test)]

@@ -4,13 +4,20 @@
 
 use std::time::{Duration, Instant};
 
-use ferroelastic_core::supervise::{Exit, GroupAction, GroupEvent, GroupState, StopPlan};
+use ferroelastic_core::supervise::{Exit, GroupAction, GroupEvent, GroupState, StopNotice, StopPlan};
 use ferroelastic_core::sys::clock::Moment;
 use ferroelastic_core::sys::wait::{ExitStatus, Usage};
+use ferroelastic_core::vocabulary::{SignalTarget, StopReason};
 use proptest::prelude::*;
 
-const PLAN: StopPlan =
-    StopPlan { linger: Duration::ZERO, signal: 15, grace: Duration::from_secs(30), kill_wait: Duration::from_secs(5) };
+const PLAN: StopPlan = StopPlan {
+    linger: Duration::ZERO,
+    signal: 15,
+    target: SignalTarget::Group,
+    grace: Duration::from_secs(30),
+    kill_wait: Duration::from_secs(5),
+    reason: StopReason::Signal,
+};
 /// From the SIGKILL of the leaders to that of their groups.
 const GROUP_KILL_DELAY: Duration = Duration::from_millis(100);
 
@@ -65,6 +72,32 @@ fn success_and_a_lost_status_are_no_failures() {
     group.step(now, GroupEvent::StopOnFailure(PLAN));
     let both = vec![ended(0, ExitStatus::Exited(0)), ended(1, ExitStatus::Unknown)];
     assert_eq!(group.step(now, GroupEvent::Ended(both)), []);
+}
+
+#[test]
+fn a_worker_that_fails_for_another_reason_is_killed_and_its_exit_is_the_failure() {
+    let mut group = GroupState::new(2);
+    let now = Instant::now();
+    group.step(now, GroupEvent::StopOnFailure(PLAN));
+    assert_eq!(group.step(now, GroupEvent::Fail { index: 1 }), [GroupAction::KillLeader { index: 1 }]);
+    assert!(!group.is_stopping());
+    let killed = ExitStatus::Signalled { signal: 9, core_dumped: false };
+    group.step(now, GroupEvent::Ended(vec![ended(1, killed)]));
+    assert!(group.is_stopping() && group.has_failed(1) && !group.exits()[0].stopped);
+    assert_eq!(group.step(now, GroupEvent::Fail { index: 0 }), [], "its stop goes on");
+}
+
+#[test]
+fn a_worker_that_has_ended_with_success_can_still_fail() {
+    let mut group = GroupState::new(2);
+    let now = Instant::now();
+    group.step(now, GroupEvent::StopOnFailure(PLAN));
+    group.step(now, GroupEvent::Ended(vec![ended(0, ExitStatus::Exited(0))]));
+    let actions = group.step(now, GroupEvent::Fail { index: 0 });
+    assert!(actions.iter().any(|action| matches!(action, GroupAction::Terminate { index: 1, .. })), "{actions:?}");
+    let mut alone = GroupState::new(1);
+    alone.step(now, GroupEvent::Ended(vec![ended(0, ExitStatus::Exited(0))]));
+    assert_eq!(alone.step(now, GroupEvent::Fail { index: 0 }), [], "without a plan nothing is stopped");
 }
 
 #[test]
@@ -177,6 +210,58 @@ fn survivors_of_the_last_deadline_are_named() {
     assert_eq!(stopped.elapsed, PLAN.grace + PLAN.kill_wait);
 }
 
+#[test]
+fn the_children_of_a_leader_are_signalled_after_its_end() {
+    let start = Instant::now();
+    let plan = StopPlan { signal: 2, target: SignalTarget::Leader, ..PLAN };
+    let mut group = GroupState::new(3);
+    group.step(start, GroupEvent::Ended(vec![ended(2, ExitStatus::Exited(0))]));
+    let actions = group.step(start, GroupEvent::Stop(plan));
+    let asked = [
+        GroupAction::TerminateLeader { index: 0, signal: 2 },
+        GroupAction::TerminateLeader { index: 1, signal: 2 },
+        GroupAction::Terminate { index: 2, signal: 2 },
+    ];
+    assert!(actions.starts_with(&asked), "{actions:?}");
+    let actions = group.step(start, GroupEvent::Ended(vec![ended(0, ExitStatus::Exited(0))]));
+    assert!(actions.contains(&GroupAction::Terminate { index: 0, signal: 15 }), "{actions:?}");
+    group.step(start, GroupEvent::MembersChecked { index: 0, has_members: true });
+    let actions = group.step(start + plan.grace, GroupEvent::Tick);
+    assert!(actions.contains(&GroupAction::Kill { index: 0 }), "{actions:?}");
+    assert!(actions.contains(&GroupAction::KillLeader { index: 1 }), "{actions:?}");
+    let killed = ended(1, ExitStatus::Signalled { signal: 9, core_dumped: false });
+    let actions = group.step(start + plan.grace, GroupEvent::Ended(vec![killed]));
+    assert_eq!(actions, [GroupAction::CheckMembers { index: 1 }], "the group is killed soon");
+}
+
+#[test]
+fn the_notice_has_the_time_of_sigkill() {
+    let start = Instant::now();
+    let notice = |kill_at| Some(StopNotice { reason: PLAN.reason, signal: PLAN.signal, kill_at });
+    let mut group = GroupState::new(1);
+    assert_eq!(group.notice(), None);
+    group.step(start, GroupEvent::Stop(StopPlan { linger: Duration::from_secs(1), ..PLAN }));
+    assert_eq!(group.notice(), None, "no signal was sent yet");
+    let signalled = start + Duration::from_secs(1);
+    group.step(signalled, GroupEvent::Tick);
+    assert_eq!(group.notice(), notice(Some(signalled + PLAN.grace)));
+    group.step(signalled, GroupEvent::Stop(StopPlan { grace: Duration::ZERO, ..PLAN }));
+    assert_eq!(group.notice(), notice(Some(signalled + PLAN.grace)), "a second stop changes nothing");
+    let hurried = signalled + Duration::from_secs(2);
+    group.step(hurried, GroupEvent::EndGrace);
+    assert_eq!(group.notice(), notice(Some(hurried)));
+    group.step(hurried + PLAN.kill_wait, GroupEvent::Tick);
+    assert_eq!(group.notice(), notice(Some(hurried)));
+
+    let mut group = GroupState::new(1);
+    group.step(start, GroupEvent::Stop(StopPlan { grace: Duration::MAX, ..PLAN }));
+    assert_eq!(group.notice(), notice(None));
+    let mut group = GroupState::new(1);
+    group.step(start, GroupEvent::Stop(PLAN));
+    group.step(start + PLAN.grace + Duration::from_secs(1), GroupEvent::Tick);
+    assert_eq!(group.notice(), notice(Some(start + PLAN.grace)), "a late SIGKILL does not move the deadline");
+}
+
 /// A worker as the simulation plays it: when it obeys, when its orphans go, whether SIGKILL helps. Milliseconds.
 #[derive(Clone, Debug)]
 struct Actor {
@@ -204,6 +289,7 @@ proptest! {
     fn a_stop_always_ends_and_never_kills_early(
         actors in prop::collection::vec(actor(), 1..6),
         linger in prop::sample::select(vec![0u64, 2_000]),
+        target in prop::sample::select(SignalTarget::ALL.to_vec()),
     ) {
         let start = Instant::now();
         let at = |ms: u64| start + Duration::from_millis(ms);
@@ -215,8 +301,9 @@ proptest! {
         let mut leader_killed_at: Vec<Option<u64>> = vec![None; actors.len()];
         let mut killed_at: Vec<Option<u64>> = vec![None; actors.len()];
         let mut empty: Vec<bool> = vec![false; actors.len()];
-        let mut queue = group.step(start, GroupEvent::Stop(StopPlan { linger: Duration::from_millis(linger), ..PLAN }));
+        let mut queue = group.step(start, GroupEvent::Stop(StopPlan { linger: Duration::from_millis(linger), target, ..PLAN }));
         let mut asked = vec![0; actors.len()];
+        let mut orphans_asked = vec![0; actors.len()];
         let mut finished = None;
         for now in 0u64..=40_000 {
             loop {
@@ -226,8 +313,19 @@ proptest! {
                             prop_assert_eq!(now, linger);
                             prop_assert!(!empty[index]);
                         }
+                        GroupAction::TerminateLeader { index, signal } => {
+                            prop_assert_eq!((signal, now, target), (15, linger, SignalTarget::Leader));
+                            prop_assert!(leader_gone[index].is_none());
+                            asked[index] += 1;
+                        }
+                        GroupAction::Terminate { index, signal } if asked[index] == 1 => {
+                            prop_assert_eq!((signal, target), (15, SignalTarget::Leader));
+                            prop_assert!(leader_gone[index] == Some(now) && now < grace_over);
+                            orphans_asked[index] += 1;
+                        }
                         GroupAction::Terminate { index, signal } => {
                             prop_assert_eq!((signal, now), (15, linger));
+                            prop_assert!(target == SignalTarget::Group || leader_gone[index].is_some());
                             asked[index] += 1;
                         }
                         GroupAction::KillLeader { index } => {
@@ -273,7 +371,7 @@ proptest! {
             }
         }
         let (now, stopped) = finished.expect("every stop ends");
-        prop_assert!(asked.iter().all(|times| *times <= 1));
+        prop_assert!(asked.iter().chain(&orphans_asked).all(|times| *times <= 1));
         if linger == 0 {
             prop_assert_eq!(asked, vec![1; actors.len()]);
         }

@@ -2,8 +2,10 @@
 
 use std::collections::HashMap;
 use std::ffi::CString;
+use std::fmt::Display;
 use std::os::unix::ffi::OsStringExt;
 use std::path::PathBuf;
+use std::str::FromStr;
 use std::time::Duration;
 
 use pyo3::exceptions::PyValueError;
@@ -42,4 +44,9 @@ pub(crate) fn c_string(name: &str, text: PathBuf) -> PyResult<CString> {
     let bytes = text.into_os_string().into_vec();
     CString::new(bytes)
         .map_err(|error| PyValueError::new_err(format!("{name} holds a NUL byte at position {}", error.nul_position())))
+}
+
+/// Parses a named value of the core.
+pub(crate) fn named_value<T: FromStr<Err: Display>>(text: &str) -> PyResult<T> {
+    text.parse().map_err(|error: T::Err| PyValueError::new_err(error.to_string()))
 }

@@ -15,7 +15,7 @@ use pyo3::prelude::*;
 
 use crate::convert::{c_string, environment, span};
 use crate::errors::{detached, os, to_python};
-use crate::group::Group;
+use crate::group::{Group, StopFile};
 use crate::guard::Guard;
 use crate::health::HealthServer;
 use crate::rendezvous::RendezvousClient;
@@ -84,14 +84,17 @@ impl Engine {
         if self.0.support().pidfd { "pidfd" } else { "thread" }
     }
 
-    #[pyo3(signature = (commands, pool=None))]
-    fn spawn(&self, py: Python<'_>, commands: Vec<Py<Command>>, pool: Option<&WarmPool>) -> PyResult<Group> {
+    #[pyo3(signature = (commands, pool=None, stop_file=None))]
+    fn spawn(
+        &self,
+        py: Python<'_>,
+        commands: Vec<Py<Command>>,
+        pool: Option<&WarmPool>,
+        stop_file: Option<&StopFile>,
+    ) -> PyResult<Group> {
         let commands = commands.into_iter().map(|command| command.get().0.clone()).collect();
-        let started = detached(py, || match pool {
-            Some(pool) => self.0.spawn_warm(commands, &pool.0),
-            None => self.0.spawn(commands),
-        });
-        started.map(Group::new)
+        let stop_file = stop_file.map(StopFile::share);
+        detached(py, || self.0.start_group(commands, pool.map(|pool| &pool.0), stop_file)).map(Group::new)
     }
 
     #[pyo3(signature = (command, configuration, *, children, timeout_s))]
@@ -108,18 +111,25 @@ impl Engine {
         detached(py, || self.0.warm_pool(spec)).map(WarmPool)
     }
 
-    #[pyo3(signature = (pids, sentinels=None))]
-    fn observe(&self, py: Python<'_>, pids: Vec<i32>, sentinels: Option<Vec<RawFd>>) -> PyResult<Group> {
+    #[pyo3(signature = (pids, sentinels=None, stop_file=None))]
+    fn observe(
+        &self,
+        py: Python<'_>,
+        pids: Vec<i32>,
+        sentinels: Option<Vec<RawFd>>,
+        stop_file: Option<&StopFile>,
+    ) -> PyResult<Group> {
         let mut processes: Vec<(i32, Option<OwnedFd>)> = pids.into_iter().map(|pid| (pid, None)).collect();
         for (process, sentinel) in processes.iter_mut().zip(sentinels.into_iter().flatten()) {
             process.1 = Some(duplicate(py, "sentinel", sentinel)?);
         }
-        detached(py, || self.0.observe(processes)).map(Group::new)
+        let stop_file = stop_file.map(StopFile::share);
+        detached(py, || self.0.observe(processes, stop_file)).map(Group::new)
     }
 
     #[pyo3(
-        signature = (files, *, console_fd, only_lines_with=vec![], whole_lines_only=false),
-        text_signature = "($self, files, *, console_fd, only_lines_with=(), whole_lines_only=False)"
+        signature = (files, *, console_fd, only_lines_with=vec![], whole_lines_only=false, is_json=false),
+        text_signature = "($self, files, *, console_fd, only_lines_with=(), whole_lines_only=False, is_json=False)"
     )]
     fn tail(
         &self,
@@ -128,12 +138,14 @@ impl Engine {
         console_fd: RawFd,
         only_lines_with: Vec<String>,
         whole_lines_only: bool,
+        is_json: bool,
     ) -> PyResult<Tail> {
         let spec = TailSpec {
             files: files.into_iter().map(|(path, prefix)| (path, prefix.into_bytes())).collect(),
             console: duplicate(py, "console_fd", console_fd)?,
             only_lines_with: only_lines_with.into_iter().map(String::into_bytes).collect(),
             whole_lines_only,
+            is_json,
         };
         detached(py, || self.0.tail(spec)).map(Tail::new)
     }

@@ -1,18 +1,24 @@
 //! `Group` and its reports.
 
 use std::os::fd::{AsFd, RawFd};
+use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use ferroelastic_core::engine;
+use ferroelastic_core::logs::ScanFile;
 use ferroelastic_core::published::{CallerFds, Wake};
 use ferroelastic_core::supervise::{self, StopPlan};
 use ferroelastic_core::sys::fd::duplicate;
+use ferroelastic_core::sys::stop_file;
 use ferroelastic_core::sys::wait::ExitStatus;
+use ferroelastic_core::vocabulary::StopReason;
 use pyo3::exceptions::PyIndexError;
 use pyo3::prelude::*;
 
-use crate::convert::{duration, span};
+use crate::convert::{duration, named_value, span};
 use crate::errors::{detached, os, to_python};
+use crate::log_rules::{LogFailure, LogRules, LogScan};
 
 /// How one process ended.
 #[pyclass(frozen, get_all, module = "ferroelastic._rust")]
@@ -148,13 +154,30 @@ pub(crate) fn wait_detached(
     Ok(woken.name())
 }
 
-fn plan(signal: i32, grace_s: f64, kill_wait_s: f64, linger_s: f64) -> PyResult<StopPlan> {
-    Ok(StopPlan {
-        linger: span("linger_s", linger_s)?,
-        signal,
-        grace: span("grace_s", grace_s)?,
-        kill_wait: span("kill_wait_s", kill_wait_s)?,
-    })
+/// The file in which workers read the deadline of their stop.
+#[pyclass(frozen, module = "ferroelastic._rust")]
+pub(crate) struct StopFile(Arc<stop_file::StopFile>);
+
+impl StopFile {
+    pub(crate) fn share(&self) -> Arc<stop_file::StopFile> {
+        Arc::clone(&self.0)
+    }
+}
+
+#[pymethods]
+impl StopFile {
+    #[new]
+    fn new(py: Python<'_>) -> PyResult<Self> {
+        let created = stop_file::StopFile::create();
+        created
+            .map(|file| Self(Arc::new(file)))
+            .map_err(|source| to_python(py, os("create", "a stop file".to_owned(), source)))
+    }
+
+    #[getter]
+    fn path(&self) -> String {
+        self.0.path().display().to_string()
+    }
 }
 
 #[pymethods]
@@ -172,6 +195,17 @@ impl Group {
     #[getter]
     fn generation(&self, py: Python<'_>) -> PyResult<u64> {
         self.0.generation().map_err(|error| to_python(py, error))
+    }
+
+    fn scan_logs(&self, py: Python<'_>, files: Vec<(PathBuf, usize, String)>, rules: &LogRules) -> PyResult<LogScan> {
+        let files = files.into_iter().map(|(path, worker, label)| ScanFile { path, worker, label });
+        let (files, rules) = (files.collect(), Arc::clone(&rules.0));
+        detached(py, || self.0.scan_logs(files, rules)).map(LogScan)
+    }
+
+    fn log_failures(&self, py: Python<'_>) -> PyResult<Vec<LogFailure>> {
+        let failures = self.0.log_failures().map_err(|error| to_python(py, error))?;
+        Ok(failures.into_iter().map(LogFailure::from).collect())
     }
 
     #[pyo3(signature = (since=0))]
@@ -200,14 +234,46 @@ impl Group {
         detached(py, || self.0.signal(index, signal, leader_only))
     }
 
-    #[pyo3(signature = (signal, grace_s, kill_wait_s, *, linger_s=0.0))]
-    fn stop(&self, py: Python<'_>, signal: i32, grace_s: f64, kill_wait_s: f64, linger_s: f64) -> PyResult<()> {
-        let plan = plan(signal, grace_s, kill_wait_s, linger_s)?;
+    #[pyo3(signature = (signal, grace_s, kill_wait_s, *, linger_s=0.0, target="group", reason="shutdown"))]
+    #[allow(clippy::too_many_arguments, reason = "the signature is Python's")]
+    fn stop(
+        &self,
+        py: Python<'_>,
+        signal: i32,
+        grace_s: f64,
+        kill_wait_s: f64,
+        linger_s: f64,
+        target: &str,
+        reason: &str,
+    ) -> PyResult<()> {
+        let plan = StopPlan {
+            linger: span("linger_s", linger_s)?,
+            signal,
+            target: named_value(target)?,
+            grace: span("grace_s", grace_s)?,
+            kill_wait: span("kill_wait_s", kill_wait_s)?,
+            reason: named_value(reason)?,
+        };
         detached(py, || self.0.stop(plan))
     }
 
-    fn stop_on_failure(&self, py: Python<'_>, signal: i32, grace_s: f64, kill_wait_s: f64) -> PyResult<()> {
-        let plan = plan(signal, grace_s, kill_wait_s, 0.0)?;
+    #[pyo3(signature = (signal, grace_s, kill_wait_s, *, target="group"))]
+    fn stop_on_failure(
+        &self,
+        py: Python<'_>,
+        signal: i32,
+        grace_s: f64,
+        kill_wait_s: f64,
+        target: &str,
+    ) -> PyResult<()> {
+        let plan = StopPlan {
+            linger: Duration::ZERO,
+            signal,
+            target: named_value(target)?,
+            grace: span("grace_s", grace_s)?,
+            kill_wait: span("kill_wait_s", kill_wait_s)?,
+            reason: StopReason::Failure,
+        };
         detached(py, || self.0.stop_on_failure(plan))
     }
 

@@ -2,10 +2,9 @@
 
 use ferroelastic_core::engine;
 use ferroelastic_core::health::status::{Started, Update};
-use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
-use crate::convert::span;
+use crate::convert::{named_value, span};
 use crate::errors::{detached, to_python};
 
 /// Answers health checks over HTTP.
@@ -20,11 +19,6 @@ impl HealthServer {
     fn update(&self, py: Python<'_>, update: Update) -> PyResult<()> {
         self.0.update(update).map_err(|error| to_python(py, error))
     }
-}
-
-/// Parses a named value of the core.
-fn named_value<T: std::str::FromStr<Err: std::fmt::Display>>(text: &str) -> PyResult<T> {
-    text.parse().map_err(|error: T::Err| PyValueError::new_err(error.to_string()))
 }
 
 #[pymethods]

@@ -9,6 +9,7 @@ mod errors;
 mod group;
 mod guard;
 mod health;
+mod log_rules;
 mod rendezvous;
 mod store;
 mod sys;
@@ -45,11 +46,13 @@ mod _rust {
     #[pymodule_export]
     use super::errors::{ForkedError, SpawnError};
     #[pymodule_export]
-    use super::group::{Exit, Group, Leftover, StopReport, Survivor};
+    use super::group::{Exit, Group, Leftover, StopFile, StopReport, Survivor};
     #[pymodule_export]
     use super::guard::{Guard, create_cgroup, find_detached, remove_cgroup, stand_guard};
     #[pymodule_export]
     use super::health::HealthServer;
+    #[pymodule_export]
+    use super::log_rules::{LogFailure, LogRules, LogScan};
     #[pymodule_export]
     use super::rendezvous::{Cause, Membership, Place, RendezvousClient};
     #[pymodule_export]

@@ -6,7 +6,7 @@ use std::io::Write;
 use std::process::exit;
 
 const USAGE: &str = "usage: zoo exit N | signal N | sleep | deaf | stop | exit-at MONOTONIC_NS N \
-    | orphan N | deaf-orphan N | escape N | regroup N | cleaner FILE | finisher FILE | flood LINES WIDTH | facts | executor | worker FOLDER FAILURES";
+    | orphan N | deaf-orphan N | loader | escape N | regroup N | cleaner FILE | finisher FILE | flood LINES WIDTH | facts | executor | worker FOLDER FAILURES";
 
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -35,6 +35,7 @@ fn main() {
         }
         ["orphan", code] => exit_with_orphan(number(code), Orphan::Default),
         ["deaf-orphan", code] => exit_with_orphan(number(code), Orphan::IgnoresSigterm),
+        ["loader"] => loader(),
         ["escape", code] => exit_with_orphan(number(code), Orphan::OwnSession),
         ["regroup", code] => exit_with_orphan(number(code), Orphan::OwnGroup),
         ["cleaner", file] => cleaner(file),
@@ -100,6 +101,16 @@ fn cleaner(file: &str) -> ! {
     sys::fork_ready(|| (), || create_when_orphaned(parent, file, 0));
     print_line("ready");
     pause()
+}
+
+/// Starts a child that SIGTERM ends, prints its pid, and waits for SIGTERM. Exits with code 0 if the child still runs then, else with 1.
+fn loader() -> ! {
+    let child = sys::fork_ready(|| (), || pause());
+    sys::block(libc::SIGTERM);
+    print_line(&child.to_string());
+    sys::wait_for_signal(libc::SIGTERM);
+    let stat = std::fs::read_to_string(format!("/proc/{child}/stat")).unwrap_or_default();
+    exit(i32::from(stat.is_empty() || stat.contains(") Z ")))
 }
 
 /// Starts a helper that creates `file` 50 ms after the end of this process, unless SIGTERM ends it, and exits with code 0.

@@ -2,12 +2,18 @@
 
 mod support;
 
+use std::ffi::CString;
+use std::sync::Arc;
 use std::time::Duration;
 
 use ferroelastic_core::Engine;
 use ferroelastic_core::supervise::StopPlan;
+use ferroelastic_core::sys::clock::Moment;
 use ferroelastic_core::sys::procfs;
+use ferroelastic_core::sys::spawn::Command;
+use ferroelastic_core::sys::stop_file::StopFile;
 use ferroelastic_core::sys::wait::ExitStatus;
+use ferroelastic_core::vocabulary::SignalTarget;
 use support::{Lines, PATIENCE, all_exits, eventually, is_alive, on_each_backend, plan, stopped, zoo};
 
 const KILLED: ExitStatus = ExitStatus::Signalled { signal: 9, core_dumped: false };
@@ -96,6 +102,79 @@ fn a_suspended_worker_takes_the_signal(engine: &Engine) {
     group.stop(plan(PATIENCE)).expect("stop");
     assert!(stopped(&group).killed.is_empty());
     assert_eq!(all_exits(&group)[0].status, TERMINATED);
+}
+
+on_each_backend!(children_of_a_worker_may_be_signalled_after_it);
+fn children_of_a_worker_may_be_signalled_after_it(engine: &Engine) {
+    let folder = tempfile::tempdir().expect("tempdir");
+    let mut lines = Lines::new(folder.path(), "pid");
+    let group = engine.spawn(vec![lines.of(zoo(&["loader"]))]).expect("spawn");
+    let child: i32 = lines.next().parse().expect("a pid");
+    group.stop(StopPlan { target: SignalTarget::Leader, ..plan(PATIENCE) }).expect("stop");
+    let report = stopped(&group);
+    assert!(report.killed.is_empty() && report.survivors.is_empty(), "{report:?}");
+    assert_eq!(all_exits(&group)[0].status, ExitStatus::Exited(0), "the child ran as long as its worker");
+    assert!(!is_alive(child));
+}
+
+on_each_backend!(a_deaf_worker_is_killed_with_its_children);
+fn a_deaf_worker_is_killed_with_its_children(engine: &Engine) {
+    let folder = tempfile::tempdir().expect("tempdir");
+    let mut lines = Lines::new(folder.path(), "ready");
+    let group = engine.spawn(vec![lines.of(zoo(&["deaf"])), lines.of(zoo(&["deaf-orphan", "0"]))]).expect("spawn");
+    let seen = [lines.next(), lines.next()];
+    let orphan: i32 = seen.iter().find_map(|line| line.parse().ok()).expect("a pid");
+    support::wait_for(&group, |group| (group.exits(0).ok()?.len() == 1).then_some(()));
+    group.stop(StopPlan { target: SignalTarget::Leader, ..plan(Duration::from_millis(200)) }).expect("stop");
+    assert_eq!(stopped(&group).killed, [0, 1]);
+    assert!(!is_alive(orphan));
+}
+
+on_each_backend!(workers_read_the_deadline_before_the_signal);
+fn workers_read_the_deadline_before_the_signal(engine: &Engine) {
+    let folder = tempfile::tempdir().expect("tempdir");
+    let mut lines = Lines::new(folder.path(), "ready");
+    let file = Arc::new(StopFile::create().expect("a file"));
+    let notice = folder.path().join("notice");
+    let script = format!(
+        "trap 'cat {} > {}; exit 0' TERM; echo ready; while :; do sleep 0.01; done",
+        file.path().display(),
+        notice.display()
+    );
+    let argv = ["/bin/sh", "-c", &script].map(|word| CString::new(word).expect("no NUL")).to_vec();
+    let command = lines.of(Command { argv, ..Command::default() });
+    let group = engine.start_group(vec![command], None, Some(Arc::clone(&file))).expect("spawn");
+    assert_eq!(lines.next(), "ready");
+    assert_eq!(std::fs::read_to_string(file.path()).expect("readable"), "");
+    let before = Moment::now().monotonic_ns;
+    group.stop(plan(PATIENCE)).expect("stop");
+    stopped(&group);
+    let text = std::fs::read_to_string(&notice).expect("the worker has read it");
+    assert_eq!(text.lines().count(), 1, "{text}");
+    assert!(text.contains("\"reason\": \"signal\", \"signal\": 15"), "{text}");
+    let deadline_ns: u64 =
+        text.trim_end().trim_end_matches('}').rsplit(' ').next().and_then(|ns| ns.parse().ok()).expect("a number");
+    let patience_ns = u64::try_from(PATIENCE.as_nanos()).expect("small");
+    assert!(deadline_ns >= before + patience_ns && deadline_ns <= Moment::now().monotonic_ns + patience_ns, "{text}");
+    group.end_grace().expect("a stop that is over");
+    assert_eq!(std::fs::read_to_string(file.path()).expect("readable"), text, "nothing is announced after the end");
+}
+
+on_each_backend!(a_deadline_that_moves_is_announced_again);
+fn a_deadline_that_moves_is_announced_again(engine: &Engine) {
+    let folder = tempfile::tempdir().expect("tempdir");
+    let mut lines = Lines::new(folder.path(), "ready");
+    let file = Arc::new(StopFile::create().expect("a file"));
+    let deaf = lines.of(zoo(&["deaf"]));
+    let group = engine.start_group(vec![deaf], None, Some(Arc::clone(&file))).expect("spawn");
+    assert_eq!(lines.next(), "ready");
+    group.stop(plan(Duration::MAX)).expect("stop");
+    group.end_grace().expect("hurry");
+    stopped(&group);
+    let text = std::fs::read_to_string(file.path()).expect("readable");
+    let (first, second) = text.split_once('\n').expect("two lines");
+    assert!(first.ends_with("\"deadline_s\": null, \"deadline_monotonic_ns\": null}"), "{text}");
+    assert!(!second.contains("null") && second.ends_with("}\n"), "{text}");
 }
 
 on_each_backend!(a_helper_in_a_session_of_its_own_does_not_count_as_a_survivor);

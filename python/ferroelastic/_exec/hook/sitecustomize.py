@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 _FOLDER, _, _ = __file__.rpartition("/")
 _PACKAGE = _FOLDER[: -len("/_exec/hook")]  # a program may run an old Python
 _ENV = "FERROELASTIC_EXEC"
+_COMMANDS = {"torch.distributed.run": "ferroelastic.run", "torch.distributed.launch": "ferroelastic.launch"}
+"""Torch's launchers as commands (``python -m``), with the commands of this package. ``runpy`` executes their source, not their names."""
 
 
 def _load_shared() -> "dict[str, Any]":
@@ -29,8 +31,20 @@ def _install() -> None:
         import ferroelastic
 
         ferroelastic.install()
+        _replace_command()
     except Exception as error:  # noqa: BLE001 - the program must run
         _give_up(error)
+
+
+def _replace_command() -> None:
+    """Run the launcher of this package if this process is a launcher of torch, with the same options of the interpreter."""
+    if sys.argv[:1] != ["-m"]:
+        return
+    words = list(sys.orig_argv)
+    place = len(words) - len(sys.argv)  # of the module's name
+    if words[place] in _COMMANDS:
+        words[place] = _COMMANDS[words[place]]
+        os.execv(sys.executable, [sys.executable, *words[1:]])  # noqa: S606 - no shell is wanted
 
 
 def _give_up(error: Exception) -> None:

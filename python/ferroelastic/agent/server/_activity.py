@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from ferroelastic._exit_codes import exit_code
 from ferroelastic.agent.server.health_check_server import HealthCheckServer
@@ -15,9 +15,28 @@ if TYPE_CHECKING:
     from ferroelastic import _rust
     from ferroelastic.agent.server._workers import RunResult, Worker, WorkerSpec
 
-__all__ = ["Activity", "cause_of", "exit_code_of", "failed_first_at_ns"]
+__all__ = ["Activity", "Observer", "cause_of", "exit_code_of", "failed_first_at_ns"]
 
 _WAITING = None
+
+
+class Observer(Protocol):
+    """Gets the measurements of an agent's loop, which are also those of ``/metrics``."""
+
+    def took(self, phase: str, duration_s: float) -> None:
+        """Handle the end of a phase and its duration in seconds."""
+
+    def decided(self, cause: str, reason: str, *, restarts: bool) -> None:
+        """Handle the decision to restart the workers or to end the job.
+
+        Args:
+            cause: ``failure`` or ``membership``.
+            reason: the event, as text.
+            restarts: whether the workers are restarted.
+        """
+
+    def ended(self, exits: list[_rust.Exit], workers: list[Worker]) -> None:
+        """Handle the exits of a round's workers."""
 
 
 class Activity:
@@ -36,8 +55,18 @@ class Activity:
         self._measured_s: float | None = None
         self._has_released = False
         self._detect_s: float | None = None
+        self._observer: Observer | None = None
         # Index, cause and time (nanoseconds since the epoch) of each restart, for the report of a failure.
         self.restarts: list[tuple[int, str, int]] = []
+
+    @contextmanager
+    def observed_by(self, observer: Observer) -> Iterator[None]:
+        """Report all measurements to an observer in a ``with`` block."""
+        self._observer = observer
+        try:
+            yield
+        finally:
+            self._observer = None
 
     def stalled_s(self) -> float:
         """Return the seconds since the last progress, 0 while the loop waits."""
@@ -70,10 +99,13 @@ class Activity:
         """
         self.idle()
         self._enter(state)
+        start = time.monotonic()
         try:
             yield
         finally:
             self.busy()
+            if state == "exit barrier":
+                self.took("exit_barrier", time.monotonic() - start)
 
     @contextmanager
     def allowing(self, allowance_s: float) -> Iterator[None]:
@@ -108,6 +140,7 @@ class Activity:
     def detected(self, latency_s: float) -> None:
         """Record how many seconds after the exit a failure was detected."""
         self._detect_s = max(0.0, latency_s)
+        self.took("detect", self._detect_s)
 
     def restarting(self, cause: Literal["failure", "membership"], reason: str) -> None:
         """Report the start of a restart.
@@ -118,21 +151,47 @@ class Activity:
         """
         self.restarts.append((len(self.restarts), reason, time.time_ns()))
         self._report("note_restart", cause, reason)
+        if self._observer is not None:
+            self._observer.decided(cause, reason, restarts=True)
         self._is_restarting = True
         detect_s, self._detect_s = self._detect_s, None
         if detect_s is not None and cause == "failure":
             self._report("observe_phase", "detect", detect_s)
 
+    def giving_up(self, reason: str) -> None:
+        """Report that the job ends because of a failure. ``reason`` is the event, as text."""
+        if self._observer is not None:
+            self._observer.decided("failure", reason, restarts=False)
+
+    def ended(self, group: _rust.Group | None, workers: list[Worker]) -> None:
+        """Report the exits of a round's workers to the observer. ``None`` for workers that the engine does not supervise."""
+        if self._observer is not None and group is not None:
+            self._observer.ended(group.exits(), workers)
+
+    def took(self, phase: str, duration_s: float) -> None:
+        """Report the duration of a phase in seconds to the observer. It may be no phase of a restart."""
+        if self._observer is not None:
+            self._observer.took(phase, duration_s)
+
+    @contextmanager
+    def stopping(self) -> Iterator[None]:
+        """Mark and measure a ``with`` block in which the workers are stopped."""
+        self.busy("stopping")
+        with self.phase("stop"):
+            yield
+
     @contextmanager
     def phase(self, name: Literal["stop", "rendezvous", "spawn"]) -> Iterator[None]:
-        """Report the duration of a ``with`` block as a phase of the restart. Without a restart nothing is reported."""
+        """Report the duration of a ``with`` block as a phase. The health server gets the phases of restarts only."""
         self._measured_s = None
         self._has_released = False
         start = time.monotonic()
         yield
+        duration_s = time.monotonic() - start if self._measured_s is None else self._measured_s
+        reported = "release" if self._has_released else name
+        self.took(reported, duration_s)
         if self._is_restarting:
-            duration_s = time.monotonic() - start if self._measured_s is None else self._measured_s
-            self._report("observe_phase", "release" if self._has_released else name, duration_s)
+            self._report("observe_phase", reported, duration_s)
 
     def measured(self, duration_s: float) -> None:
         """Set a more exact duration of the current phase, in seconds."""

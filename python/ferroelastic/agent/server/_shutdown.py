@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from ferroelastic._compat import family
@@ -39,7 +40,8 @@ def shut_down(
     while True:
         try:
             activity.busy("stopping")
-            _call(shutdown, death_sig, timeout)
+            with nullcontext() if death_sig is None else activity.phase("stop"):
+                _call(shutdown, death_sig, timeout)
         except family(SignalException) as error:  # noqa: PERF203 - a loop over interruptions
             logger.warning("Received %s death signal while shutting down", error.sigval)
             interruption = error

@@ -23,7 +23,7 @@ import sys
 import time
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import ferroelastic.utils.store as store_util
 from ferroelastic import _signals
@@ -32,12 +32,14 @@ from ferroelastic._compat import family
 from ferroelastic._exit_codes import exit_code as _exit_code
 from ferroelastic._signals import SignalException
 from ferroelastic._text import format_current_traceback
+from ferroelastic._timeouts import exit_barrier_timeout_s
 from ferroelastic.agent.server._activity import Activity, cause_of, exit_code_of, failed_first_at_ns
 from ferroelastic.agent.server._elastic_agent import DEFAULT_ROLE, ElasticAgent
 from ferroelastic.agent.server._events import event_log_handler_of, is_read, status_event
 from ferroelastic.agent.server._exit_barrier import wait_in_store
 from ferroelastic.agent.server._explaining import Explainer
 from ferroelastic.agent.server._ranks import assign_ranks
+from ferroelastic.agent.server._reports import AgentReports
 from ferroelastic.agent.server._shutdown import shut_down
 from ferroelastic.agent.server._workers import (
     RunResult,
@@ -62,6 +64,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from ferroelastic._failure.model import Failure
+    from ferroelastic._stop_notice import StopReason
     from ferroelastic.rendezvous import RendezvousInfo
     from ferroelastic.rendezvous._notifying import Interruption, NotifyingRendezvous
     from ferroelastic.utils._store_types import Store
@@ -89,11 +92,13 @@ class SimpleElasticAgent(ElasticAgent):
 
     Args:
         spec: specification of the workers.
-        exit_barrier_timeout: seconds to wait for the other agents after the workers of this node have succeeded.
+        exit_barrier_timeout: seconds to wait for the other agents after the workers of this node have succeeded. ``None`` uses
+            ``$TORCH_ELASTIC_EXIT_BARRIER_TIMEOUT``, else 300.
         shutdown_timeout: grace period in seconds between the stop signal and SIGKILL.
 
     Raises:
         TypeError: a timeout is not a number.
+        ValueError: the timeout of the exit barrier (argument or variable) is negative or not a number.
 
     Attributes:
         job_exit_code: exit code of the job, equal on all nodes, after a failure without a restart left. ``None`` if the rendezvous reports
@@ -101,15 +106,14 @@ class SimpleElasticAgent(ElasticAgent):
         job_failure: the explained failure of the job; ``None`` if it has not failed. Not in torch.
     """
 
-    def __init__(self, spec: WorkerSpec, exit_barrier_timeout: float = 300, shutdown_timeout: int = 30) -> None:
-        check_number("exit_barrier_timeout", exit_barrier_timeout)
+    def __init__(self, spec: WorkerSpec, exit_barrier_timeout: float | None = None, shutdown_timeout: int = 30) -> None:
         check_number("shutdown_timeout", shutdown_timeout)
         self._worker_group = WorkerGroup(spec)
         self._remaining_restarts = spec.max_restarts
         self.job_exit_code: int | None = None
         self.job_failure: Failure | None = None
         self._store: Store | None = None
-        self._exit_barrier_timeout = exit_barrier_timeout
+        self._exit_barrier_timeout = exit_barrier_timeout_s(exit_barrier_timeout)
         self._shutdown_timeout = shutdown_timeout
         self._total_execution_time = 0
         self._in_exit_barrier = False
@@ -152,11 +156,12 @@ class SimpleElasticAgent(ElasticAgent):
         """
         time.sleep(timeout_s)
 
-    def _begin_stop(self, death_sig: signal.Signals, within_s: float | None = None) -> None:
+    def _begin_stop(self, death_sig: signal.Signals, reason: StopReason, within_s: float | None = None) -> None:
         """Send the stop signal to the workers without waiting for them, if the agent supports it. The shutdown follows later.
 
         Args:
             death_sig: the signal.
+            reason: reason of the stop, for the workers.
             within_s: seconds within which the workers must have ended; ``None`` leaves them the grace period.
         """
 
@@ -258,8 +263,7 @@ class SimpleElasticAgent(ElasticAgent):
     def _restart_workers(self, worker_group: WorkerGroup) -> None:
         """Stop the workers, run a rendezvous and start the workers again."""
         logger.info("[%s] Stopping worker group", worker_group.spec.role)
-        self._activity.busy("stopping")
-        with self._activity.phase("stop"):
+        with self._activity.stopping():
             self._stop_workers(worker_group)
         worker_group.state = WorkerState.STOPPED
         self._initialize_workers(worker_group)
@@ -268,7 +272,8 @@ class SimpleElasticAgent(ElasticAgent):
     def run(self, role: str = DEFAULT_ROLE) -> RunResult:
         """Run the workers until they end, and restart them when they fail. See :meth:`ElasticAgent.run`."""
         begin_look_up()
-        with _signals.Handling(os.environ.get(_signals.SIGNALS_ENV, _signals.DEFAULT_SIGNALS)):
+        names = os.environ.get(_signals.SIGNALS_ENV, _signals.DEFAULT_SIGNALS)
+        with _signals.Handling(names), self._activity.observed_by(AgentReports(self)):
             try:
                 return self._explainer.explained(self, partial(self._run, role))
             finally:
@@ -297,11 +302,12 @@ class SimpleElasticAgent(ElasticAgent):
             notifier = self._notifier()
             if notifier is not None:
                 notifier.say_farewell(f"its agent was ended by {error.sigval.name}", _exit_code(-error.sigval))
-            self._begin_stop(error.sigval)
+            self._begin_stop(error.sigval, "signal")
             logger.warning("Received %s death signal, shutting down workers", death_sig)
         finally:
             interruption = shut_down(self._shutdown, death_sig, self._shutdown_timeout, self._activity)
             self._activity.idle()
+            self._activity.took("total", time.monotonic() - start)
             # Also after an exception, whose event contains the time.
             self._total_execution_time = int(time.monotonic() - start)
             if interruption is not None and not is_unwinding:
@@ -469,8 +475,8 @@ class SimpleElasticAgent(ElasticAgent):
             return True
         self._report_failure(result)
         if self._remaining_restarts <= 0:
-            self._activity.busy("stopping")
-            self._stop_workers(group)
+            with self._activity.stopping():
+                self._stop_workers(group)
             _signals.conclude()  # the outcome is final: signals do not change it
             notifier = self._notifier()
             interruption = None if notifier is None else notifier.verdict()
@@ -480,6 +486,7 @@ class SimpleElasticAgent(ElasticAgent):
             # Workers of another node may have failed earlier.
             self.job_exit_code = None if interruption is None else interruption.exit_code
             self._explainer.judged(interruption)
+            self._activity.giving_up(cause_of(result))
             group.state = WorkerState.FAILED
             return False
         logger.info(
@@ -505,6 +512,7 @@ class SimpleElasticAgent(ElasticAgent):
             return
         waiting = spec.rdzv_handler.num_nodes_waiting()
         if waiting > 0:
+            self._begin_stop(signal.SIGTERM, "membership")
             logger.info(
                 "[%s] Detected %s new nodes from group_rank=%s; will restart worker group",
                 spec.role,
@@ -532,9 +540,10 @@ class SimpleElasticAgent(ElasticAgent):
         if interruption.is_failure and self._remaining_restarts <= 0:
             text = f"the job has ended: {interruption.text}, and no restart is left"
             raise JobFailedError(text, interruption.exit_code, detail=interruption.detail)
-        self._begin_stop(signal.SIGTERM, interruption.stop_within_s)
+        cause: Literal["failure", "membership"] = "failure" if interruption.is_failure else "membership"
+        self._begin_stop(signal.SIGTERM, cause, interruption.stop_within_s)
         logger.warning("[%s] %s; will restart worker group", role, interruption.text)
-        self._activity.restarting("failure" if interruption.is_failure else "membership", interruption.text)
+        self._activity.restarting(cause, interruption.text)
         self._restart_workers(self._worker_group)
 
     def _report_failure(self, result: RunResult) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import os
 import threading
+import time
 import weakref
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,20 @@ TORCHELASTIC_HEALTH_CHECK_HOST = "TORCHELASTIC_HEALTH_CHECK_HOST"
 _LOOPBACK = "127.0.0.1"
 _JOIN_S = 1.0
 _MAX_PORT = 65535
+
+
+class _AliveCallbackProxy:
+    """An alive callback for a server that is created before the agent. Mirrors torch's ``_AliveCallbackProxy``."""
+
+    def __init__(self) -> None:
+        self._delegate: Callable[[], int] | None = None
+
+    def __call__(self) -> int:
+        return int(time.time()) if self._delegate is None else self._delegate()
+
+    def set_delegate(self, delegate: Callable[[], int]) -> None:
+        """Call ``delegate`` from now on."""
+        self._delegate = delegate
 
 
 class HealthCheckServer:

@@ -20,6 +20,7 @@ use crate::sys::guard::{Guard, Program};
 use crate::sys::lease::LeasePage;
 use crate::sys::probe::{self, Support};
 use crate::sys::spawn::Command;
+use crate::sys::stop_file::StopFile;
 use crate::thread::{CloseOutcome, NativeThread};
 use crate::warm::WarmSpec;
 use crate::watchdog::Config;
@@ -57,26 +58,34 @@ impl Engine {
 
     /// Starts all commands in order. If one fails to start, the started ones are killed and reaped.
     pub fn spawn(&self, commands: Vec<Command>) -> Result<Group> {
-        self.start_group(commands, None)
+        self.start_group(commands, None, None)
     }
 
     /// As [`Engine::spawn`], but parked children of the pool become the first workers. Further commands start new processes.
     pub fn spawn_warm(&self, commands: Vec<Command>, pool: &WarmPool) -> Result<Group> {
-        self.start_group(commands, Some(pool.id()))
+        self.start_group(commands, Some(pool), None)
     }
 
-    fn start_group(&self, commands: Vec<Command>, pool: Option<u64>) -> Result<Group> {
-        let started = self.line.ask(|reply| EngineOrder::Spawn { commands, pool, reply })??;
+    /// As [`Engine::spawn`] or [`Engine::spawn_warm`]. The workers can read the deadline of their stop in `stop_file`.
+    pub fn start_group(
+        &self,
+        commands: Vec<Command>,
+        pool: Option<&WarmPool>,
+        stop_file: Option<Arc<StopFile>>,
+    ) -> Result<Group> {
+        let pool = pool.map(WarmPool::id);
+        let started = self.line.ask(|reply| EngineOrder::Spawn { commands, pool, stop_file, reply })??;
         Ok(Group::new(&self.line, started))
     }
 
     /// Supervises processes that the caller started and reaps. The engine observes their exits and does not reap them.
     ///
     /// Each process may come with a sentinel, a descriptor that becomes readable when the process ends. The engine uses the sentinel on
-    /// kernels without pidfds if the process is not a child of this process.
-    pub fn observe(&self, processes: Vec<(i32, Option<OwnedFd>)>) -> Result<Group> {
+    /// kernels without pidfds if the process is not a child of this process. The processes can read the deadline of their stop in
+    /// `stop_file`.
+    pub fn observe(&self, processes: Vec<(i32, Option<OwnedFd>)>, stop_file: Option<Arc<StopFile>>) -> Result<Group> {
         let processes = processes.into_iter().map(|(pid, sentinel)| Observed { pid, sentinel }).collect();
-        let started = self.line.ask(|reply| EngineOrder::Observe { processes, reply })??;
+        let started = self.line.ask(|reply| EngineOrder::Observe { processes, stop_file, reply })??;
         Ok(Group::new(&self.line, started))
     }
 

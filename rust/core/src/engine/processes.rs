@@ -4,12 +4,15 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::progress::{GroupProgress, Leftover, StopReport, Survivor};
-use crate::supervise::{Exit, GroupAction, GroupEvent, GroupState, Stopped};
+use super::notice;
+use super::progress::{GroupProgress, Leftover, LogFailure, StopReport, Survivor};
+use crate::supervise::{Exit, GroupAction, GroupEvent, GroupState, StopNotice, Stopped};
 use crate::sys::clock::Moment;
 use crate::sys::process::ProcessHandle;
 use crate::sys::procfs;
+use crate::sys::stop_file::StopFile;
 use crate::sys::wait::{Block, Collect, ExitStatus, Usage, reaped_status, wait};
+use crate::vocabulary::SignalTarget;
 
 /// The reaper of a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,6 +36,9 @@ impl Process {
     }
 }
 
+/// Where a group announces its stop; `None` for nowhere.
+pub(super) type SharedFile = Option<Arc<StopFile>>;
+
 pub(super) struct GroupEntry {
     pub(super) state: GroupState,
     pub(super) processes: Vec<Process>,
@@ -42,10 +48,15 @@ pub(super) struct GroupEntry {
     /// Processes that outlived the linger time of the stop.
     overdue: Vec<Leftover>,
     is_stopped: bool,
+    /// Workers that have failed because of a line in their log.
+    log_failed: Vec<usize>,
+    /// Where the workers read the notice of their stop.
+    stop_file: SharedFile,
+    announced: Option<StopNotice>,
 }
 
 impl GroupEntry {
-    pub(super) fn new(processes: Vec<Process>, reaper: Reaper) -> Self {
+    pub(super) fn new(processes: Vec<Process>, reaper: Reaper, stop_file: SharedFile) -> Self {
         Self {
             state: GroupState::new(processes.len()),
             processes,
@@ -54,6 +65,9 @@ impl GroupEntry {
             released: false,
             overdue: Vec::new(),
             is_stopped: false,
+            log_failed: Vec::new(),
+            stop_file,
+            announced: None,
         }
     }
 
@@ -80,6 +94,7 @@ impl GroupEntry {
     pub(super) fn step(&mut self, now: Instant, event: GroupEvent) {
         let published = self.state.exits().len();
         let mut actions = self.state.step(now, event);
+        self.announce();
         // Signals are sent first, and exits are published before the report of the stop that they complete.
         actions.retain(|action| !self.send_signal(action));
         if self.state.exits().len() > published {
@@ -99,11 +114,40 @@ impl GroupEntry {
         }
     }
 
+    /// Handles a log line that makes a worker a failed one. The first line of each worker counts.
+    ///
+    /// During a stop no further worker fails: its peers may log errors because of the stop. A worker that has failed gets the line as an
+    /// explanation.
+    pub(super) fn fail_by_log(&mut self, now: Instant, failure: LogFailure) {
+        let index = failure.index;
+        if self.log_failed.contains(&index) || (self.state.is_stopping() && !self.state.has_failed(index)) {
+            return;
+        }
+        self.log_failed.push(index);
+        // The failure is published before the exit that it causes.
+        self.progress.publish_log_failure(failure);
+        self.step(now, GroupEvent::Fail { index });
+    }
+
+    /// Tells the workers the deadline of their stop. It is in memory when the signal arrives.
+    fn announce(&mut self) {
+        let notice = self.state.notice();
+        if notice == self.announced {
+            return;
+        }
+        self.announced = notice;
+        if let (Some(file), Some(notice)) = (&self.stop_file, notice) {
+            // A worker without the notice still gets the signal.
+            let _ = file.append(&notice::line(notice, Moment::now()));
+        }
+    }
+
     /// Carries out an action that sends a signal or precedes one; `false` for other actions.
     fn send_signal(&mut self, action: &GroupAction) -> bool {
         match *action {
             GroupAction::Overdue { index } => self.record_overdue(index),
-            GroupAction::Terminate { index, signal } => self.terminate(index, signal),
+            GroupAction::Terminate { index, signal } => self.terminate(index, signal, SignalTarget::Group),
+            GroupAction::TerminateLeader { index, signal } => self.terminate(index, signal, SignalTarget::Leader),
             GroupAction::KillLeader { index } => {
                 let _ = self.processes[index].leader.signal(libc::SIGKILL);
             }
@@ -124,10 +168,13 @@ impl GroupEntry {
         }));
     }
 
-    fn terminate(&self, index: usize, signal: i32) {
+    fn terminate(&self, index: usize, signal: i32, target: SignalTarget) {
         let leader = &self.processes[index].leader;
         // The signal precedes SIGCONT, so a stopped process handles it first when it continues.
-        let delivered = leader.signal_group(signal);
+        let delivered = match target {
+            SignalTarget::Group => leader.signal_group(signal),
+            SignalTarget::Leader => leader.signal(signal),
+        };
         if matches!(delivered, Ok(true)) && !self.state.has_ended(index) && leader.is_stopped() {
             let _ = leader.signal_group(libc::SIGCONT);
         }

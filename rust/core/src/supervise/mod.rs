@@ -7,4 +7,4 @@ mod teardown;
 
 pub use exit::Exit;
 pub use group::{GroupEvent, GroupState};
-pub use teardown::{GroupAction, StopPlan, Stopped};
+pub use teardown::{GroupAction, StopNotice, StopPlan, Stopped};

@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use crate::sys::wait::ExitStatus;
+use crate::vocabulary::{SignalTarget, StopReason};
 
 /// How to stop a group.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -11,10 +12,40 @@ pub struct StopPlan {
     pub linger: Duration,
     /// The signal that requests termination. SIGKILL has no grace period.
     pub signal: i32,
+    /// The receivers of that signal.
+    pub target: SignalTarget,
     /// Grace period from that signal to SIGKILL. `Duration::MAX` never kills.
     pub grace: Duration,
     /// Timeout from SIGKILL to giving up on processes that survive it, for example in an uninterruptible system call.
     pub kill_wait: Duration,
+    /// Why the group is stopped.
+    pub reason: StopReason,
+}
+
+impl StopPlan {
+    /// SIGKILL at once.
+    #[must_use]
+    pub fn kill(kill_wait: Duration) -> Self {
+        Self {
+            linger: Duration::ZERO,
+            signal: libc::SIGKILL,
+            target: SignalTarget::Group,
+            grace: Duration::ZERO,
+            kill_wait,
+            reason: StopReason::Shutdown,
+        }
+    }
+}
+
+/// The facts about a stop that help workers to use their grace period.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StopNotice {
+    /// Why the group is stopped.
+    pub reason: StopReason,
+    /// The signal that requests termination.
+    pub signal: i32,
+    /// The time of SIGKILL. `None` if none is planned.
+    pub kill_at: Option<Instant>,
 }
 
 /// Outcome of a finished stop.
@@ -35,6 +66,13 @@ pub struct Stopped {
 pub enum GroupAction {
     /// Send `signal` to the process group of a worker, and SIGCONT if it is stopped.
     Terminate {
+        /// The worker.
+        index: usize,
+        /// The signal.
+        signal: i32,
+    },
+    /// Send `signal` to a worker alone, and SIGCONT to its process group if the worker is stopped.
+    TerminateLeader {
         /// The worker.
         index: usize,
         /// The signal.
@@ -78,7 +116,7 @@ const GROUP_KILL_DELAY: Duration = Duration::from_millis(100);
 enum StopPhase {
     /// No signal was sent yet.
     Linger,
-    /// The signal of the plan was sent to all groups.
+    /// The signal of the plan was sent.
     Grace,
     /// SIGKILL was sent to the leaders. Their groups are sent it at this time.
     KillingLeaders(Instant),
@@ -106,6 +144,7 @@ pub(super) struct Teardown {
     deadline: Option<Instant>,
     workers: Vec<WorkerStop>,
     killed: Vec<usize>,
+    notice: Option<StopNotice>,
 }
 
 impl Teardown {
@@ -113,8 +152,15 @@ impl Teardown {
     pub(super) fn begin(now: Instant, plan: StopPlan, leader_ended: &[bool]) -> (Self, Vec<GroupAction>) {
         let workers =
             leader_ended.iter().map(|ended| if *ended { Self::orphaned() } else { WorkerStop::LeaderAlive }).collect();
-        let mut teardown =
-            Self { plan, phase: StopPhase::Linger, began: now, deadline: None, workers, killed: Vec::new() };
+        let mut teardown = Self {
+            plan,
+            phase: StopPhase::Linger,
+            began: now,
+            deadline: None,
+            workers,
+            killed: Vec::new(),
+            notice: None,
+        };
         let mut actions = if plan.linger.is_zero() {
             teardown.signal(now)
         } else {
@@ -126,7 +172,7 @@ impl Teardown {
         (teardown, actions)
     }
 
-    /// Sends the signal of the plan to all groups that are not empty. The grace period begins.
+    /// Sends the signal of the plan to all groups that are not empty, or to their leaders. The grace period begins.
     fn signal(&mut self, now: Instant) -> Vec<GroupAction> {
         let signal = self.plan.signal;
         if signal == libc::SIGKILL {
@@ -134,13 +180,21 @@ impl Teardown {
         }
         self.phase = StopPhase::Grace;
         self.deadline = now.checked_add(self.plan.grace);
-        self.unfinished().into_iter().map(|index| GroupAction::Terminate { index, signal }).collect()
+        self.notice = Some(StopNotice { reason: self.plan.reason, signal, kill_at: self.deadline });
+        let terminate = |index: usize| match (self.plan.target, self.workers[index]) {
+            (SignalTarget::Leader, WorkerStop::LeaderAlive) => GroupAction::TerminateLeader { index, signal },
+            _ => GroupAction::Terminate { index, signal },
+        };
+        self.unfinished().into_iter().map(terminate).collect()
     }
 
     /// Sends SIGKILL to the leaders, and to the groups whose leader has ended.
     fn kill(&mut self, now: Instant) -> Vec<GroupAction> {
         let delay = GROUP_KILL_DELAY.min(self.plan.kill_wait / 2);
         self.deadline = now.checked_add(self.plan.kill_wait);
+        if self.notice.is_none_or(|notice| notice.kill_at.is_none_or(|at| at > now)) {
+            self.notice = Some(StopNotice { reason: self.plan.reason, signal: self.plan.signal, kill_at: Some(now) });
+        }
         self.killed = self.unfinished();
         if delay.is_zero() {
             self.phase = StopPhase::Killing;
@@ -161,13 +215,22 @@ impl Teardown {
         !(self.phase == StopPhase::Linger || (self.phase == StopPhase::Grace && is_kill))
     }
 
-    /// The leader of a group has ended.
+    /// The facts for the workers; `None` before the first signal.
+    pub(super) fn notice(&self) -> Option<StopNotice> {
+        self.notice
+    }
+
+    /// The leader of a group has ended. In the grace period, the rest of its group gets SIGTERM now if only the leader was signalled.
     pub(super) fn leader_ended(&mut self, index: usize) -> Vec<GroupAction> {
         if self.workers[index] != WorkerStop::LeaderAlive {
             return Vec::new();
         }
         self.workers[index] = Self::orphaned();
-        vec![GroupAction::CheckMembers { index }]
+        let mut actions = vec![GroupAction::CheckMembers { index }];
+        if self.phase == StopPhase::Grace && self.plan.target == SignalTarget::Leader {
+            actions.push(GroupAction::Terminate { index, signal: libc::SIGTERM });
+        }
+        actions
     }
 
     /// The answer to [`GroupAction::CheckMembers`].

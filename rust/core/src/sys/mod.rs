@@ -21,6 +21,7 @@ pub mod procfs;
 pub mod resolve;
 pub mod sigmask;
 pub mod spawn;
+pub mod stop_file;
 pub mod threads;
 pub mod timer;
 pub mod title;

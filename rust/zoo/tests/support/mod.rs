@@ -16,6 +16,7 @@ use ferroelastic_core::supervise::{Exit, StopPlan};
 use ferroelastic_core::sys::probe::{self, Support};
 use ferroelastic_core::sys::procfs;
 use ferroelastic_core::sys::spawn::{Command, Stdio};
+use ferroelastic_core::vocabulary::StopReason;
 
 /// No test waits longer for a fact that must come.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
@@ -125,7 +126,7 @@ impl Lines {
 }
 
 pub(crate) fn plan(grace: Duration) -> StopPlan {
-    StopPlan { linger: Duration::ZERO, signal: 15, grace, kill_wait: PATIENCE }
+    StopPlan { grace, signal: 15, reason: StopReason::Signal, ..StopPlan::kill(PATIENCE) }
 }
 
 /// Waits until `fact` holds. For facts that nothing reports.
