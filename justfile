@@ -84,6 +84,10 @@ bench-torchrun *options: setup
 bench-warm *options: setup
     {{ bin }}/python benches/warm.py {{ options }}
 
+# time from the end of the last worker to the report of a failure
+bench-failure-box *options: setup
+    {{ bin }}/python benches/failure_box.py {{ options }}
+
 # the end of a job whose standard error is full, and of one whose standard error is read
 bench-full-console *options: setup
     {{ bin }}/python benches/full_console.py {{ options }}
@@ -99,6 +103,10 @@ warm-campaign *options: setup
 # a table of jobs that were stopped in every state, by every signal; with --side torchrun the other one
 stops *options: setup
     {{ bin }}/python -m tests.faults.stopping {{ options }}
+
+# twenty failing scripts under ferrorun and torchrun: writes docs/failures-gallery.md
+failures-table *options: setup
+    {{ bin }}/python -m tests.acceptance.gallery {{ options }}
 
 # restarts of real trainings that come back, under both launchers
 bench-restarts *options: setup

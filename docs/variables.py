@@ -140,6 +140,8 @@ VARIABLES: tuple[Variable, ...] = (
         "Level of the log of `ferrorun`: `DEBUG`, `INFO`, `WARNING`, `ERROR` in any case, or a number. `DEBUG` shows tracebacks of `ferrorun` itself.",
         "`WARNING`",
     ),
+    Variable("NO_COLOR", "logs", "A value that is not empty: the report of a failed job has no colours on a terminal."),
+    Variable("TERM", "logs", "`dumb`: the report of a failed job has no colours."),
     Variable(
         "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE",
         "logs",

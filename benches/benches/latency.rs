@@ -122,6 +122,7 @@ fn tail(engine: &Engine, rounds: usize) {
             console: writer.into(),
             only_lines_with: Vec::new(),
             whole_lines_only: false,
+            is_json: false,
         };
         let tail = engine.tail(spec).expect("tail");
         let reading = std::thread::spawn(move || {

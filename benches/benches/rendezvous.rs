@@ -99,7 +99,14 @@ fn restart(nodes: u32, rounds: u64) {
     for round in 0..rounds {
         let failed = Instant::now();
         let text = "rank 0 exited with code 1".into();
-        agents[0].send(&AgentMessage::Failed { round, at_ns: 1, text, code: 1, is_final: false });
+        agents[0].send(&AgentMessage::Failed {
+            round,
+            at_ns: 1,
+            text,
+            code: 1,
+            is_final: false,
+            detail: String::new(),
+        });
         for agent in &mut agents {
             assert!(matches!(agent.receive(), HostMessage::Over { round: ended, .. } if ended == round));
         }

@@ -21,6 +21,18 @@ class _OptionalValue(env):
         super().__init__(dest, nargs=OPTIONAL, **kwargs)
 
 
+class _Repeated(env):
+    """Option that may be given several times. Its value is the list of texts. ``PET_<DEST>`` has one text per line."""
+
+    def __init__(self, dest: str, **kwargs: Any) -> None:
+        super().__init__(dest, type=str.splitlines, default=[], **kwargs)
+
+    def __call__(self, parser: ArgumentParser, namespace: Namespace, values: Any, _option: str | None = None) -> None:
+        del parser
+        given = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, values if given is self.default else [*given, *values])
+
+
 class CommandLine(Namespace):
     """A parsed command line."""
 
@@ -271,7 +283,8 @@ def get_args_parser() -> ArgumentParser:  # noqa: PLR0915 - one statement per op
         "--log-line-prefix-template",
         type=str,
         default="",
-        help="Prefix of each teed line on the console. ${role_name}, ${local_rank}, ${rank} and ${hostname} are replaced. "
+        help="Prefix of each teed line on the console. ${role_name}, ${local_rank}, ${rank}, ${hostname}, and not in "
+        "torchrun ${time}, ${pid} and ${round}, are replaced. "
         "Default $TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE, else [${role_name}${local_rank}]:.",
     )
     option(
@@ -279,6 +292,34 @@ def get_args_parser() -> ArgumentParser:  # noqa: PLR0915 - one statement per op
         type=str,
         default="",
         help="Show only the output of these local ranks, e.g. 0,1. Log files contain the output of all ranks.",
+    )
+    option(
+        "--ranks-filter",
+        type=str,
+        default="",
+        metavar="RANKS",
+        help="Show only the output of these global ranks, e.g. 0,8-15. Log files contain the output of all ranks. Not in torchrun.",
+    )
+    option(
+        "--log-format",
+        type=str,
+        default="text",
+        choices=["text", "json"],
+        help="Format of the console: text, or json for one JSON object per line with time, rank, local_rank, host, stream, round and "
+        "message. With json, all output that would go to the console directly is teed. Not in torchrun.",
+    )
+    option(
+        "--fail-on-log",
+        action=_Repeated,
+        metavar="PATTERN=REASON",
+        help="Fail a worker whose output has a line that matches the regular expression PATTERN. The reason begins after the last '='. "
+        "All output that would go to the console directly is teed. May be repeated. Not in torchrun.",
+    )
+    option(
+        "--warn-on-log",
+        action=_Repeated,
+        metavar="PATTERN=REASON",
+        help="As --fail-on-log, but log a warning, at most one per minute and pattern. Not in torchrun.",
     )
     option(
         "--duplicate-stdout-filters",

@@ -200,6 +200,20 @@ class Group:
     """Indices of the processes that were parked in a :class:`WarmPool`, ascending."""
     generation: int
     """Event counter of the group: it increases with every exit and when a stop finishes."""
+    def scan_logs(self, files: Sequence[tuple[str, int, str]], rules: LogRules) -> LogScan:
+        """Search growing files for lines that match ``rules``.
+
+        A worker that fails gets SIGKILL if it runs. If it has ended with success, the stop of :meth:`stop_on_failure` starts. During a
+        stop, a line fails no further worker. A warning is in :meth:`Engine.take_warnings`, at most one per minute and rule.
+
+        Args:
+            files: path, index of the worker, and a description of the stream for messages. Missing files are created.
+            rules: the rules.
+        """
+
+    def log_failures(self) -> list[LogFailure]:
+        """Return the workers that have failed because of a line in their log, at most one failure of each worker."""
+
     def exits(self, since: int = 0) -> list[Exit]:
         """Return the exits in the order in which the kernel reported them, without the first ``since``."""
 
@@ -273,6 +287,49 @@ class Group:
 
     def stop_report(self) -> StopReport | None:
         """Return the outcome of the stop. ``None`` while it is in progress or if there was none."""
+
+@final
+class LogRules:
+    """Compiled rules for log lines. Immutable.
+
+    The patterns are those of the regex crate: no backreference and no look-around. The search takes time linear in the length of the text.
+    ``^`` and ``$`` match at the ends of a line. A pattern matches a part of a line.
+
+    Args:
+        fail: pairs of a pattern and a reason. A line with the pattern makes its worker a failed one.
+        warn: pairs of a pattern and a reason. A line with the pattern causes a warning.
+
+    Raises:
+        ValueError: a pattern is invalid or matches every line. The arguments are the fault and the pattern.
+    """
+
+    def __new__(cls, fail: Sequence[tuple[str, str]] = (), warn: Sequence[tuple[str, str]] = ()) -> LogRules: ...
+
+@final
+class LogFailure:
+    """A worker that has failed because of a line in its log."""
+
+    index: int
+    """Index of the worker in its group."""
+    reason: str
+    """Reason of the rule."""
+    stream: str
+    """Description of the file."""
+    line: str
+    """The beginning of the line, without control characters."""
+    realtime_ns: int
+    """Nanoseconds since the epoch when the engine found the line."""
+
+@final
+class LogScan:
+    """Searches the log files of a group until it is dropped. See :meth:`Group.scan_logs`."""
+
+    def finish(self, timeout_s: float) -> bool:
+        """Search the rest of the files, last lines without an end included. Failures are known before the return.
+
+        Returns:
+            Whether the search was complete within ``timeout_s`` seconds.
+        """
 
 @final
 class TailReport:
@@ -376,8 +433,11 @@ class Engine:
         console_fd: int,
         only_lines_with: Sequence[str] = (),
         whole_lines_only: bool = False,
+        is_json: bool = False,
     ) -> Tail:
         """Follow ``files`` (path, line prefix) from their start. Missing files are created.
+
+        ``${time}`` in a prefix becomes the time at which the engine read the line: ISO 8601 in UTC with milliseconds.
 
         Opening a file is retried until :meth:`Tail.finish`. :attr:`TailReport.unread` names the files that could never be opened.
 
@@ -386,7 +446,10 @@ class Engine:
             console_fd: descriptor that the lines are written to. It is duplicated.
             only_lines_with: if not empty, copy only lines that contain one of these strings.
             whole_lines_only: write a line only when it is complete. Otherwise the start of a line (a prompt, progress dots) is written
-                after 100 ms and continued in place if no other output came in between. ``only_lines_with`` implies complete lines.
+                after 100 ms and continued in place if no other output came in between. ``only_lines_with`` and ``is_json`` imply
+                complete lines.
+            is_json: write each line as a JSON object. Its prefix begins the object, up to the opening quote of the last string. The content
+                of the line follows, with U+FFFD for bytes that are not UTF-8, and the end of the object.
 
         Raises:
             OSError: the console cannot be opened.
@@ -843,7 +906,7 @@ class RendezvousClient:
             timeout_s: seconds to wait for the start of the round.
         """
 
-    def fail(self, at_ns: int, text: str, exit_code: int, is_final: bool) -> None:
+    def fail(self, at_ns: int, text: str, exit_code: int, is_final: bool, *, detail: str = "") -> None:
         """Report a failed worker. This ends the round on all nodes.
 
         Args:
@@ -851,6 +914,8 @@ class RendezvousClient:
             text: the failure: worker and exit status.
             exit_code: exit code of the job if this failure ends it.
             is_final: whether the failure ends the job.
+            detail: the explanation of the failure for the report on all nodes, up to 32 KiB. A longer one is not sent. It is not
+                interpreted.
         """
 
     def finish(self) -> None:
@@ -923,6 +988,10 @@ class Membership:
     """The reason as text. If ``timed out``: the joined nodes, as far as they are known, and the end of the previous round."""
     exit_code: int | None
     """Exit code of the job if the state is ``closed`` or ``spare``."""
+    detail: str
+    """Explanation of the failure that ended the job or the round, as :meth:`RendezvousClient.fail` got it on its node. Empty without one."""
+    is_loss: bool
+    """Whether the loss or the departure of a node ended the job or the round."""
 
 @final
 class Place:
@@ -965,6 +1034,8 @@ class Cause:
     """Description of the event."""
     exit_code: int
     """Exit code of the job if this event ends it."""
+    is_loss: bool
+    """Whether a node was lost or has left."""
 
 @final
 class WarmState:

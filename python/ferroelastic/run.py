@@ -206,7 +206,7 @@ def config_from_args(args: Namespace) -> tuple["LaunchConfig", Callable[..., Any
         UsageError: a value is invalid.
         OSError: the log folder cannot be created.
     """
-    from ferroelastic import _usage
+    from ferroelastic import _usage, _usage_logs
 
     _add_missing_options(args)
     logger = _late("logger")
@@ -245,14 +245,18 @@ def config_from_args(args: Namespace) -> tuple["LaunchConfig", Callable[..., Any
     _usage.check_endpoint(args, rdzv_endpoint, rdzv_configs)
     _usage.check_event_log_handler(args.event_log_handler)
 
+    log_options = _usage_logs.parse_log_options(args)
     logs_specs_cls = _get_logs_specs_class(args.logs_specs)
     std = _std_class(logs_specs_cls)
+    redirects, tee = (_usage.parse_std(name, getattr(args, name), std) for name in ("redirects", "tee"))
     logs_specs = logs_specs_cls(
-        redirects=_usage.parse_std("redirects", args.redirects, std),
-        tee=_usage.parse_std("tee", args.tee, std),
+        redirects=redirects,
+        tee=_usage_logs.with_files(log_options, redirects, tee, std, nproc_per_node),
         local_ranks_filter=_usage.parse_ranks(args.local_ranks_filter),
         log_dir=args.log_dir,
     )
+    if args.log_dir and hasattr(logs_specs, "link_latest"):
+        logs_specs.link_latest = True
     config: LaunchConfig = _late("LaunchConfig")(
         min_nodes=min_nodes,
         max_nodes=max_nodes,
@@ -282,6 +286,7 @@ def config_from_args(args: Namespace) -> tuple["LaunchConfig", Callable[..., Any
         grace_signal_target=args.grace_signal_target,
         interactive_rank=args.interactive_rank,
         **_usage.parse_warm_workers(args, nproc_per_node),
+        **_usage_logs.log_settings(log_options),
     )
     if nproc_per_node > 1 and "OMP_NUM_THREADS" not in os.environ:
         # Workers inherit it. One thread per CPU in each of several workers would be slower than one thread per worker.
@@ -522,7 +527,7 @@ def _cli(
         _usage.check_log_dir(parsed.log_dir)
         _usage.check_signals(parsed.signals_to_handle, parsed.signals_to_forward)
         _usage.check_detached(parsed)
-        _show_logs()
+        _show_logs(getattr(parsed, "log_format", "text"))
         _process.take_signals(parsed.signals_to_handle, parsed.signals_to_forward, cleanup)
         from ferroelastic import _leftovers as leftovers
 
@@ -540,8 +545,11 @@ def _cli(
     return 0
 
 
-def _show_logs() -> None:
+def _show_logs(log_format: str) -> None:
     """Write the launcher's log to standard error, one line per record, with the level of ``$LOGLEVEL``.
+
+    Args:
+        log_format: ``"text"``, or ``"json"`` for one JSON object per record.
 
     Raises:
         UsageError: the value of ``$LOGLEVEL`` is not a log level.
@@ -559,7 +567,12 @@ def _show_logs() -> None:
         from ferroelastic._console import ConsoleHandler
 
         handler = ConsoleHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s ferrorun[%(process)d] %(levelname)s: %(message)s"))
+        if log_format == "json":
+            from ferroelastic._json_log import JsonFormatter
+
+            handler.setFormatter(JsonFormatter())
+        else:
+            handler.setFormatter(logging.Formatter("%(asctime)s ferrorun[%(process)d] %(levelname)s: %(message)s"))
         logger.addHandler(handler)
 
 

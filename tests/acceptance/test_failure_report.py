@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from tests.support.harness import FERRORUN
+from tests.support.ports import free_port
 from tests.support.waiting import eventually
 
 from ferroelastic._failure import oom
@@ -193,3 +194,80 @@ def test_a_worker_that_the_oom_killer_ends(launch: Launcher, memory_cgroup: Path
     assert failure["advice"]["cause"] == "oom_killer"
     assert "train.py FAILED: rank 1 was killed by the kernel's OOM killer" in shown(job)
     assert failure["job"]["exit_code"] == 137
+
+
+# ---- two nodes
+
+
+def on_two_nodes(launch: Launcher, script: str, *options: str, conf: str = "") -> list[Job]:
+    """Two agents of one job, the host first, each with a log folder of its own."""
+    path, port = launch.write("train.py", script), free_port()
+    shared = ("--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=job", "--nnodes=2", *options)
+    return [
+        launch(
+            *shared,
+            f"--rdzv-conf=is_host={int(node == 0)}{conf}",
+            f"--log-dir={launch.folder}/logs{node}",
+            "--redirects=2",
+            path,
+            launcher=FERRORUN,
+        )
+        for node in range(2)
+    ]
+
+
+def reports(launch: Launcher) -> list[dict[str, Any]]:
+    paths = [*launch.folder.glob("logs0/*/failure.json"), *launch.folder.glob("logs1/*/failure.json")]
+    return [json.loads(path.read_text()) for path in paths]
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_all_nodes_show_the_same_failure(launch: Launcher, rank: int) -> None:
+    script = f"import os, time\nif os.environ['RANK'] == '{rank}':\n    raise ValueError('no data')\ntime.sleep(1000)"
+    jobs = on_two_nodes(launch, script)
+    assert [job.end() for job in jobs] == [1, 1]
+    first, second = reports(launch)
+    assert first["first"] == second["first"]
+    assert (first["first"]["rank"], first["first"]["node_rank"]) == (rank, rank // 2)
+    assert first["first"]["exception"]["message"] == "no data"
+    assert [one["others"]["stopped"] for one in (first, second)] == ([1, 2] if rank == 0 else [2, 1])
+    for job in jobs:
+        assert shown(job).count("Traceback (most recent call last):") == 1, job.story
+        assert f"train.py FAILED: rank {rank} exited with code 1\n" in shown(job)
+        assert "no restart is allowed (--max-restarts=0)" in shown(job)
+
+
+def test_of_failures_on_two_nodes_the_first_is_shown_on_both(launch: Launcher) -> None:
+    script = "import os, sys, time\ntime.sleep(0.5 if os.environ['RANK'] == '0' else 0.6 if os.environ['RANK'] == '2' else 1000)"
+    jobs = on_two_nodes(launch, f"{script}\nsys.exit(10 + int(os.environ['RANK']))")
+    codes = [job.end() for job in jobs]
+    first, second = reports(launch)
+    assert codes == [first["first"]["exit_code"]] * 2
+    assert first["first"] == second["first"]
+    assert first["job"]["exit_code"] == second["job"]["exit_code"] == codes[0]
+
+
+def test_a_lost_node(launch: Launcher) -> None:
+    script = "import os, time\nos.write(1, b'runs\\n')\ntime.sleep(1000)"
+    host, other = on_two_nodes(launch, script, conf=",join_timeout=2")
+    assert host.lines(2) == ["runs"] * 2
+    assert other.lines(2) == ["runs"] * 2
+    other.send(signal.SIGKILL)
+    assert host.end() == 1
+    (failure,) = reports(launch)
+    first = failure["first"]
+    assert (first["kind"], first["rank"], first["exit_code"]) == ("lost_node", None, None)
+    assert "was lost" in first["reason"]
+    assert "train.py FAILED: a node was lost\n" in shown(host)
+
+
+def test_the_host_is_lost(launch: Launcher) -> None:
+    script = "import os, time\nos.write(1, b'runs\\n')\ntime.sleep(1000)"
+    host, other = on_two_nodes(launch, script, conf=",read_timeout=2,join_timeout=4")
+    assert host.lines(2) == ["runs"] * 2
+    assert other.lines(2) == ["runs"] * 2
+    host.send(signal.SIGKILL)
+    assert other.end() == 1
+    (failure,) = reports(launch)
+    assert failure["first"]["kind"] == "lost_node"
+    assert "train.py FAILED: a node was lost\n" in shown(other)

@@ -49,7 +49,7 @@ class TestMain:
         environment = found["1"][1]
         wanted = {"LOCAL_RANK": "1", "WORLD_SIZE": "2", "TORCHELASTIC_MAX_RESTARTS": "7", "OMP_NUM_THREADS": "1"}
         assert {name: environment.get(name) for name in wanted} == wanted
-        assert len(list(tmp_path.glob("logs/*/attempt_0/?/stdout.log"))) == 2
+        assert len(list(tmp_path.glob("logs/*_*/attempt_0/?/stdout.log"))) == 2
 
     def test_variables(
         self, impl: Implementation, script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -279,9 +279,10 @@ def as_data(module: Any, line: list[str]) -> Any:
     }
     assert fields.pop("signals_to_forward", "") == ""  # not in torch
     assert fields.pop("interactive_rank", None) is None  # not in torch
-    assert not fields.pop("warm_workers", 0)  # not in torch, nor the next two
+    assert not fields.pop("warm_workers", 0)  # not in torch, nor the next three
     assert tuple(fields.pop("warm_imports", ("torch",))) == ("torch",)
     assert not fields.pop("preload", False)
+    assert fields.pop("log_options", None) is None
     assert fields.pop("exit_barrier_timeout", 300) == 300  # not in torch yet
     assert fields.pop("grace_signal_target", "group") == "group"  # not in torch
     options = fields.get("numa_options")

@@ -25,9 +25,10 @@ class TestLaunchConfig:
         assert isinstance(values.pop("logs_specs"), impl.mp.DefaultLogsSpecs)
         assert values.pop("signals_to_forward", "") == ""  # not in torch
         assert values.pop("interactive_rank", None) is None  # not in torch
-        assert not values.pop("warm_workers", 0)  # not in torch, nor the next two
+        assert not values.pop("warm_workers", 0)  # not in torch, nor the next three
         assert values.pop("warm_imports", ("torch",)) == ("torch",)
         assert not values.pop("preload", False)
+        assert values.pop("log_options", None) is None
         assert values.pop("exit_barrier_timeout", 300) == 300  # not in torch yet
         assert values.pop("grace_signal_target", "group") == "group"  # not in torch
         assert values == {

@@ -240,7 +240,7 @@ def _end_warm(options: Sequence[str], folder: Path, stdin: bytes = _INPUT) -> En
     job = (*FERRORUN, "--preload", f"--log-dir={logs}", "--redirects=3", *options)
     ended = _end(job, folder, stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert not _WARNING.search(ended.stderr), ended.stderr.decode()
-    (out,), (err,) = logs.glob("*/*/0/stdout.log"), logs.glob("*/*/0/stderr.log")
+    (out,), (err,) = logs.glob("*_*/*/0/stdout.log"), logs.glob("*_*/*/0/stderr.log")
     return Ended(ended.returncode, _read(out), _read(err))
 
 

@@ -23,6 +23,7 @@ from ferroelastic._rust import (
     Engine,
     ForkedError,
     Guard,
+    LogRules,
     RendezvousClient,
     StoreClient,
     StoreServer,
@@ -173,6 +174,8 @@ ONE = [(0, "scope", 1.0, 0)]
 USES: dict[str, dict[str, Callable[[Any], Any]]] = {
     "Group": {
         "generation": lambda group: group.generation,
+        "scan_logs": lambda group: group.scan_logs([], LogRules()),
+        "log_failures": lambda group: group.log_failures(),
         "exits": lambda group: group.exits(),
         "wait": lambda group: group.wait(0, 60.0),
         "signal": lambda group: group.signal(0, 9),
@@ -182,6 +185,7 @@ USES: dict[str, dict[str, Callable[[Any], Any]]] = {
         "stop_report": lambda group: group.stop_report(),
     },
     "Tail": {"finish": lambda tail: tail.finish(1.0)},
+    "LogScan": {"finish": lambda scan: scan.finish(1.0)},
     "Engine": {
         "spawn": lambda engine: engine.spawn([]),
         "observe": lambda engine: engine.observe([os.getpid()]),
@@ -287,6 +291,7 @@ def test_a_forked_child_cannot_use_objects_of_its_parent(tmp_path: Path) -> None
             "Engine": parent.engine,
             "Group": parent.group,
             "Tail": parent.tail,
+            "LogScan": parent.group.scan_logs([], LogRules()),
             **pools,
             "StoreServer": server,
             "StoreClient": StoreClient("127.0.0.1", server.port, 60.0),

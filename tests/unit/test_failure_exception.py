@@ -124,6 +124,17 @@ def test_no_exception(text: str) -> None:
     assert find_exception(text, 1) is None
 
 
+def test_the_message_of_a_data_loader_is_complete() -> None:
+    frames = "".join(f'  File "fetch.py", line {line}, in fetch\n    data = self.fetch()\n' for line in range(40))
+    original = f"Original Traceback (most recent call last):\n{frames}RuntimeError: No space left on device (28)"
+    text = f"Traceback (most recent call last):\n{frames}RuntimeError: Caught RuntimeError in DataLoader worker process 0.\n{original}"
+    found = find_exception(f"{text}\n\n", 1)
+    assert found is not None
+    assert found.message.startswith("Caught RuntimeError in DataLoader worker process 0.")
+    assert found.message.endswith("RuntimeError: No space left on device (28)")
+    assert found.traceback == text
+
+
 def test_an_exception_with_a_long_text_is_shortened() -> None:
     found = find_exception(PLAIN + "x" * 50_000, 1)
     assert found is not None

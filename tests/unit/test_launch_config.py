@@ -59,6 +59,7 @@ def test_the_fields_are_torchs() -> None:
         "warm_workers",
         "warm_imports",
         "preload",
+        "log_options",
         "exit_barrier_timeout",
         "grace_signal_target",
     ]

@@ -3,6 +3,7 @@ from __future__ import annotations
 import logging
 import os
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import pytest
@@ -121,3 +122,44 @@ def test_equality_and_repr(tmp_path: Path) -> None:
 def test_logs_specs_is_abstract() -> None:
     with pytest.raises(TypeError):
         LogsSpecs()  # type: ignore[abstract]  # the point
+
+
+def run_with_link(root: Path) -> str:
+    """Make the folder of a run; return its name."""
+    specs = DefaultLogsSpecs(str(root))
+    specs.link_latest = True
+    names = {os.path.relpath(specs.reify(envs(1)).error_files[0], root).split(os.sep)[0] for _attempt in range(2)}
+    (name,) = names
+    return name
+
+
+def test_a_link_points_to_the_newest_run(tmp_path: Path) -> None:
+    runs = []
+    for _ in range(2):
+        runs.append(run_with_link(tmp_path))
+        assert os.readlink(tmp_path / "latest") == runs[-1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*runs, "latest"])
+
+
+def test_a_broken_link_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "latest").symlink_to("deleted")
+    assert run_with_link(tmp_path) == os.readlink(tmp_path / "latest")
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_a_folder_or_a_file_is_never_replaced_by_the_link(
+    tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    latest = tmp_path / "latest"
+    latest.mkdir() if kind == "folder" else latest.write_text("mine")
+    run = run_with_link(tmp_path)
+    assert not latest.is_symlink()
+    assert {path.name for path in tmp_path.iterdir()} == {run, "latest"}
+    assert f"failed to link {latest} to the log folder of this run, {tmp_path / run}: it exists" in caplog.text
+
+
+def test_jobs_that_start_together_leave_a_link_to_one_of_them(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        runs = list(pool.map(run_with_link, [tmp_path] * 40))
+    assert os.readlink(tmp_path / "latest") in runs
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*runs, "latest"])

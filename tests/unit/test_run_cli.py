@@ -83,9 +83,10 @@ def _comparable(config: Any, logs: Any) -> dict[str, Any]:
     del fields["logs_specs"]
     assert fields.pop("signals_to_forward", "") == ""  # not in torch
     assert fields.pop("interactive_rank", None) is None  # not in torch
-    assert not fields.pop("warm_workers", 0)  # not in torch, nor the next two
+    assert not fields.pop("warm_workers", 0)  # not in torch, nor the next three
     assert tuple(fields.pop("warm_imports", ("torch",))) == ("torch",)
     assert not fields.pop("preload", False)
+    assert fields.pop("log_options", None) is None
     assert fields.pop("exit_barrier_timeout", 300) == 300  # not in torch yet
     assert fields.pop("grace_signal_target", "group") == "group"  # not in torch
     numa = fields.pop("numa_options", None)

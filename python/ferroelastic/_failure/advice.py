@@ -16,7 +16,8 @@ _PORT = re.compile(r"(?:EADDRINUSE|[Aa]ddress already in use)")
 _PORT_NUMBER = re.compile(r"port[: ]+(\d{2,5})\b")
 _SHM = "/dev/shm"  # noqa: S108 - the name of the file system, not of a file
 _SHM_FULL = re.compile(
-    rf"{_SHM}[^\n]*No space left on device|No space left on device[^\n]*{_SHM}|unable to (?:write to|resize) file </torch_[^\n]*No space"
+    rf"{_SHM}[^\n]*No space left on device|No space left on device[^\n]*{_SHM}"
+    r"|unable to (?:write to|resize|allocate shared memory\(shm\) for) file </torch_[^\n]*No space"
     rf"|dataloader's workers are out of shared memory|creating shared memory segment {_SHM}|insufficient shared memory \(shm\)"
 )
 _NCCL_TIMEOUT = re.compile(r"Watchdog caught collective operation timeout: WorkNCCL\([^)\n]*\)")

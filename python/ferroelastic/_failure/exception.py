@@ -37,6 +37,7 @@ _DUMP_LINE = re.compile(
 )
 _MAX_MESSAGE_LINES = 20
 _MAX_MESSAGE = 2000
+_MAX_MESSAGE_LINE = 600
 _MAX_TRACEBACK = 16_000
 _MAX_DUMP_LINES = 80
 _SOURCE_LINES = 4
@@ -109,9 +110,12 @@ def _name_of_syntax(lines: list[str], start: int) -> int | None:
 def _end_of_message(lines: list[str], named: int) -> int:
     """Return the index after the last line of a message that begins on the line ``named``."""
     index = named + 1
-    while index < len(lines) and index - named < _MAX_MESSAGE_LINES and not _NEXT_OUTPUT.match(lines[index]):
+    count = 1
+    while index < len(lines) and count < _MAX_MESSAGE_LINES and not _NEXT_OUTPUT.match(lines[index]):
         if lines[index] == "" and (index + 1 == len(lines) or lines[index + 1] in _LINKS):
             break
+        # The message of torch's DataLoader contains the traceback of its process.
+        count += not lines[index].startswith("  ")
         index += 1
     return index
 
@@ -129,7 +133,9 @@ def _report(lines: list[str], start: int, named: int, end: int) -> ExceptionRepo
     traceback = "\n".join(lines[_first_of_chain(lines, start) : end])
     return ExceptionReport(
         type=shortened(name, 200),
-        message=shortened(message, _MAX_MESSAGE),
+        message=head_and_tail(
+            "\n".join(shortened(line, _MAX_MESSAGE_LINE) for line in message.split("\n")), _MAX_MESSAGE
+        ),
         traceback=head_and_tail(traceback, _MAX_TRACEBACK),
         source="stderr",
     )

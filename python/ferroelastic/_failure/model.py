@@ -31,8 +31,8 @@ __all__ = [
 ]
 
 VERSION = 1
-MAX_DETAIL_BYTES = 20 * 1024
-"""Maximum length of the JSON that travels between nodes. Its escaped form must fit into one message of the rendezvous."""
+MAX_DETAIL_BYTES = 32 * 1024
+"""Maximum length of the JSON that travels between nodes. The native module does not send a longer one."""
 
 Kind: TypeAlias = Literal["exit", "signal", "watchdog", "stuck", "lost_node", "early_exit", "log_pattern", "agent"]
 SenderKind: TypeAlias = Literal["agent", "oom_killer", "process", "unknown"]
@@ -280,25 +280,24 @@ def _fits(cls: type[Any], name: str, annotation: str, value: object) -> bool:
     return False
 
 
-def encode_detail(first: FirstFailure, advice: Advice | None) -> str:
+def encode_detail(first: FirstFailure) -> str:
     """Return the first failure as JSON for the other nodes, shortened to ``MAX_DETAIL_BYTES``."""
     for size in (8192, 4096, 2048, 512, 0):
-        text = json.dumps(to_dict(Failure(first=_shortened(first, size), advice=advice)))
+        text = json.dumps(to_dict(Failure(first=_shortened(first, size))))
         if len(text) <= MAX_DETAIL_BYTES:  # the JSON is ASCII
             return text
     return ""
 
 
-def decode_detail(text: str) -> tuple[FirstFailure, Advice | None] | None:
-    """Return the first failure and the advice that another node reported; ``None`` if the text is not such a report."""
+def decode_detail(text: str) -> FirstFailure | None:
+    """Return the first failure that another node reported; ``None`` if the text is not such a report."""
     try:
         data = json.loads(text)
     except (ValueError, RecursionError):
         return None
     if not isinstance(data, dict) or not isinstance(data.get("first"), dict):
         return None
-    failure = from_dict(data)
-    return failure.first, failure.advice
+    return from_dict(data).first
 
 
 def _shortened(first: FirstFailure, size: int) -> FirstFailure:

@@ -40,6 +40,7 @@ from ferroelastic.agent.server.health_check_server import HealthCheckServer, cre
 from ferroelastic.agent.server.local_elastic_agent import LocalElasticAgent
 from ferroelastic.events import handlers as event_handlers
 from ferroelastic.multiprocessing import DefaultLogsSpecs, LogsSpecs
+from ferroelastic.multiprocessing._log_options import LogOptions
 from ferroelastic.multiprocessing.errors import ChildFailedError
 from ferroelastic.numa.binding import NumaOptions
 from ferroelastic.rendezvous import RendezvousParameters
@@ -71,8 +72,8 @@ class LaunchConfig:
         max_restarts: maximum number of restarts after failures.
         monitor_interval: maximum time between two checks of the workers, in seconds.
         start_method: start method of ``multiprocessing`` for function entrypoints: ``spawn``, ``fork`` or ``forkserver``.
-        log_line_prefix_template: prefix of the workers' lines on the console, with ``${role_name}``, ``${rank}``, ``${local_rank}`` and
-            ``${hostname}``.
+        log_line_prefix_template: prefix of the workers' lines on the console, see
+            :class:`ferroelastic.agent.server.LocalElasticAgent`.
         metrics_cfg: parameters for the metrics.
         local_addr: address of this node for the other nodes. ``None`` detects it.
         event_log_handler: name of the handler for the agent's events.
@@ -89,6 +90,7 @@ class LaunchConfig:
         warm_workers: see :class:`ferroelastic.agent.server.WorkerSpec`. Not in torch.
         warm_imports: see :class:`ferroelastic.agent.server.WorkerSpec`. Not in torch.
         preload: see :class:`ferroelastic.agent.server.WorkerSpec`. Not in torch.
+        log_options: options for the lines of the workers. ``None`` for torch's behaviour. Not in torch.
         exit_barrier_timeout: seconds to wait at the end for the agents of the other nodes. Default
             ``$TORCH_ELASTIC_EXIT_BARRIER_TIMEOUT``, else 300. As planned for torch.
         grace_signal_target: receivers of the stop signal: ``"group"`` for the worker's process group, as in torch, or ``"leader"`` for the
@@ -128,6 +130,7 @@ class LaunchConfig:
     warm_workers: int = 0
     warm_imports: Sequence[str] = ("torch",)
     preload: bool = False
+    log_options: LogOptions | None = None
     exit_barrier_timeout: float | None = None
     grace_signal_target: SignalTarget = "group"
 
@@ -323,7 +326,7 @@ def _launch(
     # Only if set: a class that replaces the agent may have torch's parameters.
     added = {
         name: newer(config, name, default)
-        for name, default in (("interactive_rank", None), ("grace_signal_target", "group"))
+        for name, default in (("interactive_rank", None), ("grace_signal_target", "group"), ("log_options", None))
         if newer(config, name, default) != default
     }
     agent = LocalElasticAgent(

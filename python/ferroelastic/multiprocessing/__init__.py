@@ -4,6 +4,7 @@
 """
 
 from ferroelastic.multiprocessing._launch import start_processes
+from ferroelastic.multiprocessing._log_options import LogOptions
 from ferroelastic.multiprocessing.api import (
     DefaultLogsSpecs,
     LogsDest,
@@ -23,6 +24,7 @@ from ferroelastic.utils.logging import get_logger
 
 __all__ = [
     "DefaultLogsSpecs",
+    "LogOptions",
     "LogsDest",
     "LogsSpecs",
     "MultiprocessContext",

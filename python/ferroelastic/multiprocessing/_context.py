@@ -17,11 +17,14 @@ from ferroelastic import _compat, _signals
 from ferroelastic._signals import SignalException
 from ferroelastic._stop_notice import STOP_FILE_ENV
 from ferroelastic._wait import wait_for_event
+from ferroelastic.multiprocessing._line_heads import global_ranks, json_heads, with_pids
+from ferroelastic.multiprocessing._log_options import LogOptions
+from ferroelastic.multiprocessing._log_rules import LogWatch, describe
 from ferroelastic.multiprocessing._std import _validate_full_rank
 from ferroelastic.multiprocessing._stderr_tail import read_end
 from ferroelastic.multiprocessing._stopping import kill_wait_s, make_stop_file, stop_group
 from ferroelastic.multiprocessing.errors import ProcessFailure
-from ferroelastic.multiprocessing.errors._failures import failed_at_ns
+from ferroelastic.multiprocessing.errors._failures import NOT_AVAILABLE, failed_at_ns
 from ferroelastic.multiprocessing.tail_log import TailLog
 from ferroelastic.utils.logging import get_logger
 
@@ -40,6 +43,10 @@ logger = get_logger(__name__)
 _MAX_OVERDUE_GRACE_S = 5.0
 _CONSOLE_TIMEOUT_S = 0.5
 _MIN_CONSOLE_TIMEOUT_S = 0.05
+_EXPLANATION_TIMEOUT_S = 0.1
+"""Time for the search of the last log lines before the first failure is reported."""
+_LOG_FAILURE_CODE = 1
+"""Exit code of a worker that has ended with 0 and has failed because of a line in its log."""
 
 
 @dataclass
@@ -95,6 +102,7 @@ class PContext(_compat.TorchVirtual, ABC):
             Not in torch.
         warm_pool: parked children that become the first workers, which run a program or have the start method ``spawn``; ``None`` starts all
             workers anew. Set it before :meth:`start`. Not in torch.
+        log_options: options for the lines of the workers; ``None`` for torch's behaviour. Set it before :meth:`start`. Not in torch.
         on_first_failure: callback for the first failure. It is called once, before the other workers have ended: they may use their
             whole grace period. Not in torch.
     """
@@ -103,6 +111,7 @@ class PContext(_compat.TorchVirtual, ABC):
     grace_signal_target: SignalTarget = "group"
     interactive_rank: int | None = None
     warm_pool: _rust.WarmPool | None = None
+    log_options: LogOptions | None = None
     on_first_failure: Callable[[ProcessFailure], object] | None = None
 
     def __init__(
@@ -143,6 +152,8 @@ class PContext(_compat.TorchVirtual, ABC):
         self._handling: _signals.Handling | None = None
         self._tails_deadline: float | None = None
         self._terminal: Terminal | None = None
+        self._log_watch: LogWatch | None = None
+        self._log_line_prefixes = log_line_prefixes
         self._stop_file: _rust.StopFile | None = None
         self._tail_logs = [
             TailLog(name, logs_dest.tee_stdouts, sys.stdout, log_line_prefixes),
@@ -207,8 +218,40 @@ class PContext(_compat.TorchVirtual, ABC):
             self._terminal.start()
         self._stop_file = make_stop_file()
         self._start()
+        self._follow_logs()
+
+    def _follow_logs(self) -> None:
+        """Start to copy and to search the log files."""
+        options = self.log_options or LogOptions()
+        if self._log_line_prefixes:
+            prefixes = with_pids(self._log_line_prefixes, self.pids())
+            for tail_log in self._tail_logs:
+                tail_log.set_headers(prefixes)
+        if options.format == "json":
+            for stream, tail_log in zip(("stdout", "stderr"), self._tail_logs, strict=False):
+                tail_log.set_headers(json_heads(stream, self.envs), is_json=True)
         for tail_log in self._tail_logs:
             tail_log.start()
+        rules = options.rules()
+        if rules is not None and self.native_group is not None:
+            streams = {"stdout": self.stdouts, "stderr": self.stderrs}
+            self._log_watch = LogWatch(rules, streams, global_ranks(self.envs), self.native_group)
+
+    @property
+    def log_failures(self) -> dict[int, str]:
+        """Reasons of workers that have failed because of a line in their log, by local rank. Not in torch."""
+        failures = {} if self._log_watch is None else self._log_watch.update()
+        return {rank: failure.reason for rank, failure in failures.items()}
+
+    def _record_log_failures(self) -> None:
+        """Record workers as failed that have ended with success and have a line in their log that fails them."""
+        if self._log_watch is None:
+            return
+        may_grow = bool(self._running_local_ranks or self._failures)
+        failures = self._log_watch.update() if may_grow else self._log_watch.finish()
+        exits = {ended.index: ended for ended in self.native_group.exits()} if self.native_group is not None else {}
+        for rank in failures.keys() - self._running_local_ranks - self._failures.keys() - self._stopped.keys():
+            self._record_exit(rank, self.pids()[rank], 0, exits.get(rank))
 
     @abstractmethod
     def _start(self) -> None:
@@ -225,11 +268,6 @@ class PContext(_compat.TorchVirtual, ABC):
     @abstractmethod
     def _close(self, death_sig: signal.Signals, timeout: float = 30) -> None:
         """Stop the workers that still run."""
-
-    @property
-    def stopped(self) -> dict[int, ProcessFailure]:
-        """The workers that ended after the agent sent them a stop signal, by local rank. Not in torch."""
-        return self._stopped
 
     def stderr_tail(self, local_rank: int) -> bytes:
         """Return the last bytes, up to 64 KiB, of a worker's standard error in this round. Not in torch.
@@ -303,6 +341,8 @@ class PContext(_compat.TorchVirtual, ABC):
         with _signals.shielded(self._end_grace):
             with ExitStack() as stack:
                 stack.callback(self._close_files)
+                if self._log_watch is not None:
+                    stack.callback(self._log_watch.close)
                 for tail_log in self._tail_logs:
                     stack.callback(self._stop_tail, tail_log)
                 if self._terminal is not None:
@@ -414,6 +454,13 @@ class PContext(_compat.TorchVirtual, ABC):
     def _record_exit(self, local_rank: int, pid: int, exitcode: int, ended: _rust.Exit | None) -> None:
         """Record the exit of one worker as a success, a failure or a stop."""
         was_stopped = ended is not None and ended.stopped
+        log_failure = None
+        if self._log_watch is not None and not was_stopped:
+            # The last lines before a failure may explain it.
+            known = self._log_watch.update() if exitcode == 0 else self._log_watch.finish(_EXPLANATION_TIMEOUT_S)
+            log_failure = known.get(local_rank)
+        if log_failure is not None:
+            exitcode = exitcode or _LOG_FAILURE_CODE
         if exitcode != 0 or was_stopped:
             (self._stopped if was_stopped else self._failures)[local_rank] = ProcessFailure(
                 local_rank=local_rank,
@@ -422,6 +469,8 @@ class PContext(_compat.TorchVirtual, ABC):
                 error_file=self.error_files[local_rank],
                 exit=ended,
             )
+        if log_failure is not None and self._failures[local_rank].error_file == NOT_AVAILABLE:
+            self._failures[local_rank].message = describe(log_failure)
         # Last, because a signal handler may raise before this line. The next poll then records the exit again.
         self._running_local_ranks.discard(local_rank)
 

@@ -15,7 +15,7 @@ from ferroelastic._checks import (
 )
 from ferroelastic._compat import family
 from ferroelastic._signals import SignalException
-from ferroelastic.multiprocessing._logs import InteractiveLogsSpecs
+from ferroelastic.multiprocessing._logs_of_ranks import FilteredLogsSpecs, InteractiveLogsSpecs
 from ferroelastic.multiprocessing._std import _validate_full_rank
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ferroelastic import _rust
     from ferroelastic._stop_notice import SignalTarget
     from ferroelastic.multiprocessing._context import PContext
+    from ferroelastic.multiprocessing._log_options import LogOptions
     from ferroelastic.multiprocessing._logs import LogsSpecs
     from ferroelastic.numa.binding import NumaOptions
 
@@ -46,6 +47,7 @@ def start_processes(
     grace_signal_target: SignalTarget = "group",
     interactive_rank: int | None = None,
     warm_pool: _rust.WarmPool | None = None,
+    log_options: LogOptions | None = None,
 ) -> PContext:
     """Start one worker for each entry of ``args`` and ``envs``. Mirrors torch's ``start_processes``.
 
@@ -68,6 +70,7 @@ def start_processes(
             this rank is written to a file. ``None`` for no rank. Not in torch.
         warm_pool: for programs and the start method ``spawn``, parked children that become the first workers; ``None`` starts all workers
             anew. Not in torch.
+        log_options: options for the lines of the workers. ``None`` for torch's behaviour. Not in torch.
 
     Returns:
         The running workers: a ``SubprocessContext`` or a ``MultiprocessContext``.
@@ -88,6 +91,8 @@ def start_processes(
     for rank, arguments in args.items():
         check_iterable(f"args[{rank}]", arguments, "a tuple of arguments")
     check_environments(envs)
+    if log_options is not None and log_options.ranks:
+        logs_specs = FilteredLogsSpecs(logs_specs, log_options)
     if interactive_rank is not None:
         if interactive_rank not in args:
             raise ValueError(f"interactive_rank={interactive_rank} is not a local rank; give 0 to {nprocs - 1}")
@@ -115,6 +120,7 @@ def start_processes(
     context.shutdown_timeout = shutdown_timeout
     context.grace_signal_target = grace_signal_target
     context.interactive_rank = interactive_rank
+    context.log_options = log_options
     interrupting: tuple[type[BaseException], ...] = (*family(SignalException), KeyboardInterrupt)
     try:
         context.start()

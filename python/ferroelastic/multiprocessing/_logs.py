@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from abc import ABC, abstractmethod
-from copy import copy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -16,11 +16,12 @@ from ferroelastic.utils.logging import get_logger
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-__all__ = ["DefaultLogsSpecs", "InteractiveLogsSpecs", "LogsDest", "LogsSpecs"]
+__all__ = ["CONSOLE", "DefaultLogsSpecs", "LogsDest", "LogsSpecs"]
 
 logger = get_logger(__name__)
 
-_CONSOLE = ""  # a stream with this path is not redirected
+CONSOLE = ""
+"""Path of a stream that is not redirected."""
 
 
 @dataclass
@@ -102,7 +103,13 @@ class DefaultLogsSpecs(LogsSpecs):
         NotADirectoryError: ``log_dir`` is a file.
         TypeError: an argument has the wrong type.
         OSError: the folder cannot be created.
+
+    Attributes:
+        link_latest: whether ``<log_dir>/latest`` becomes a symbolic link to the folder of this run. Set it before :meth:`reify`. Not in
+            torch.
     """
+
+    link_latest: bool = False
 
     def __init__(
         self,
@@ -137,6 +144,8 @@ class DefaultLogsSpecs(LogsSpecs):
         # A run id may contain a path separator.
         run_log_dir = _make_temporary(f"{rdzv_run_id.replace(os.sep, '_')}_", base_log_dir)
         logger.info("log directory set to: %s", run_log_dir)
+        if self.link_latest:
+            _link_latest(run_log_dir)
         return run_log_dir
 
     def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
@@ -183,7 +192,7 @@ class DefaultLogsSpecs(LogsSpecs):
                     if tees[local_rank] & stream and shown:
                         tee_paths[local_rank] = paths[local_rank]
                 else:
-                    paths[local_rank] = _CONSOLE if shown else os.devnull
+                    paths[local_rank] = CONSOLE if shown else os.devnull
             error_file = os.path.join(folder, "error.json")
             dest.error_files[local_rank] = error_file
             envs[local_rank]["TORCHELASTIC_ERROR_FILE"] = error_file
@@ -196,8 +205,8 @@ class DefaultLogsSpecs(LogsSpecs):
         for env in envs.values():
             env["TORCHELASTIC_ERROR_FILE"] = ""
         return LogsDest(
-            stdouts=dict.fromkeys(ranks, _CONSOLE),
-            stderrs=dict.fromkeys(ranks, _CONSOLE),
+            stdouts=dict.fromkeys(ranks, CONSOLE),
+            stderrs=dict.fromkeys(ranks, CONSOLE),
             tee_stdouts=dict.fromkeys(ranks, os.devnull),
             tee_stderrs=dict.fromkeys(ranks, os.devnull),
             error_files=dict.fromkeys(ranks, os.devnull),
@@ -224,33 +233,24 @@ class DefaultLogsSpecs(LogsSpecs):
     __hash__ = None  # type: ignore[assignment]  # mutable and compared by value, as in torch
 
 
-class InteractiveLogsSpecs(LogsSpecs):
-    """Wraps other specs and sends both streams of one local rank to the console instead of a file.
+def _link_latest(run_log_dir: str) -> None:
+    """Let the link ``latest`` next to the folder of a run point to the folder. A failure is logged.
 
-    Args:
-        specs: specs for all other output.
-        local_rank: rank that uses the terminal.
+    The link is replaced atomically: other jobs may use the same root folder.
     """
-
-    def __init__(self, specs: LogsSpecs, local_rank: int) -> None:
-        self._specs = specs
-        self._local_rank = local_rank
-
-    def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
-        """See :meth:`LogsSpecs.reify`."""
-        dest = copy(self._specs.reify(envs))
-        console = {self._local_rank: _CONSOLE}
-        dest.stdouts, dest.stderrs = {**dest.stdouts, **console}, {**dest.stderrs, **console}
-        dest.tee_stdouts, dest.tee_stderrs = map(self._without_rank, (dest.tee_stdouts, dest.tee_stderrs))
-        return dest
-
-    def _without_rank(self, paths: dict[int, str]) -> dict[int, str]:
-        return {local_rank: path for local_rank, path in paths.items() if local_rank != self._local_rank}
-
-    @property
-    def root_log_dir(self) -> str:
-        """Root folder of the logs."""
-        return self._specs.root_log_dir
+    root, name = os.path.split(run_log_dir)
+    link, new = os.path.join(root, "latest"), f"{run_log_dir}.latest"
+    try:
+        if os.path.lexists(link) and not os.path.islink(link):
+            raise FileExistsError(errno.EEXIST, "it exists and is not a symbolic link")
+        os.symlink(name, new)
+        try:
+            os.replace(new, link)
+        except OSError:
+            os.unlink(new)
+            raise
+    except OSError as error:
+        logger.warning("failed to link %s to the log folder of this run, %s: %s", link, run_log_dir, error.strerror)
 
 
 def _attempt_names(name: str) -> Iterator[str]:

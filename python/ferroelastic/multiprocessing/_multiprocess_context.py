@@ -220,6 +220,7 @@ class MultiprocessContext(PContext):
         if self._pc is None:
             raise AssertionError("the workers were not started; call start() first")
         self._capture_exits()
+        self._record_log_failures()
         if self._running_local_ranks and not self._failures:
             return None
         self._notify_first_failure()

@@ -110,6 +110,7 @@ class SubprocessContext(PContext):
     def _poll(self) -> RunProcsResult | None:
         done: set[int] = set()
         self._capture_process_failures(done)
+        self._record_log_failures()
         if self._running_local_ranks and not self._failures:
             return None
         self._notify_first_failure()

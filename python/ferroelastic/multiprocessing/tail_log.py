@@ -101,9 +101,20 @@ class TailLog:
         self._log_line_filter = log_line_filter
         self._only_lines_with = only_lines_with
         self._interval_sec = interval_sec
+        self._is_json = False
         self._threadpool = _LineWriter() if log_files else None
         self._tail: _rust.Tail | None = None
         self._stopped = False
+
+    def set_headers(self, headers: Mapping[int, str], *, is_json: bool = False) -> None:
+        """Set the text before each line by local rank. Call it before :meth:`start`. Not in torch.
+
+        Args:
+            headers: the texts. The time of the line replaces ``${time}``.
+            is_json: each text is the beginning of a JSON object whose last string is the content of the line.
+        """
+        self._log_line_prefixes = headers
+        self._is_json = is_json
 
     def start(self) -> TailLog:
         """Start to copy. An ``OSError`` is logged and not raised, as in torch.
@@ -121,8 +132,9 @@ class TailLog:
                 self._tail = self._threadpool.start(
                     {rank: (path, self._header(rank)) for rank, path in files.items()},
                     self._dst,
-                    self._log_line_filter,
+                    None if self._log_line_filter is _keep_all else self._log_line_filter,
                     self._only_lines_with,
+                    is_json=self._is_json,
                 )
             else:
                 self._dst.flush()
@@ -130,6 +142,7 @@ class TailLog:
                     [(path, self._header(rank)) for rank, path in files.items()],
                     console_fd=console_fd,
                     only_lines_with=self._only_lines_with,
+                    is_json=self._is_json,
                 )
         except OSError as error:
             logger.warning(
@@ -208,17 +221,21 @@ class _LineWriter:
         self,
         files: Mapping[int, tuple[str, str]],
         dst: TextIO,
-        keep: Callable[[str], bool],
+        keep: Callable[[str], bool] | None,
         only_lines_with: Sequence[str],
+        *,
+        is_json: bool,
     ) -> _rust.Tail:
         self._read_fd, self._write_fd = os.pipe()
         try:
-            # The filter gets the line without its prefix. The native prefix is therefore the position of the file.
+            # A filter gets the line without its prefix. The native prefix is then the position of the file.
+            prefixes = [str(position) + ":" if keep else header for position, (_, header) in enumerate(files.values())]
             tail = get_engine().tail(
-                [(path, f"{position}:") for position, (path, _) in enumerate(files.values())],
+                [(path, prefix) for (path, _), prefix in zip(files.values(), prefixes, strict=True)],
                 console_fd=self._write_fd,
                 only_lines_with=only_lines_with,
                 whole_lines_only=True,  # the rest of an unfinished line would have no prefix
+                is_json=is_json,
             )
         except BaseException:
             self._close()
@@ -260,7 +277,7 @@ class _LineWriter:
         os.close(self._write_fd)
         self._read_fd = self._write_fd = -1
 
-    def _run(self, headers: Sequence[str], dst: TextIO, keep: Callable[[str], bool]) -> None:
+    def _run(self, headers: Sequence[str], dst: TextIO, keep: Callable[[str], bool] | None) -> None:
         read, rest, failed = 0, b"", False
         while self._expected is None or read <= self._expected:
             chunk = os.read(self._read_fd, _CHUNK)
@@ -287,12 +304,14 @@ def _has_room(fd: int, timeout_s: float) -> bool:
     return bool(poller.poll(timeout_s * 1000))
 
 
-def _write_lines(lines: Sequence[bytes], headers: Sequence[str], dst: TextIO, keep: Callable[[str], bool]) -> None:
-    kept = []
-    for raw in lines:
+def _write_lines(
+    lines: Sequence[bytes], headers: Sequence[str], dst: TextIO, keep: Callable[[str], bool] | None
+) -> None:
+    kept = [line.decode(errors="replace") + "\n" for line in lines] if keep is None else []
+    for raw in lines if keep is not None else ():
         position, _, content = raw.partition(b":")
         line = content.decode(errors="replace") + "\n"
-        if keep(line):
+        if keep is not None and keep(line):
             kept.append(headers[int(position)] + line)
     if kept:
         dst.write("".join(kept))

@@ -277,7 +277,8 @@ class NativeRendezvous(RendezvousHandler):
 
     def _error(self, membership: _rust.Membership) -> Exception:
         if membership.state == "closed":
-            return JobFailedError(f"the job has ended: {membership.text}", membership.exit_code or 1)
+            text, code = f"the job has ended: {membership.text}", membership.exit_code or 1
+            return JobFailedError(text, code, detail=membership.detail, is_loss=membership.is_loss)
         if membership.state == "spare":
             return RendezvousGracefulExitError(
                 f"this node was a spare, and no worker was started on it: {membership.text}"
@@ -309,15 +310,17 @@ class NativeRendezvous(RendezvousHandler):
         membership = client.membership()
         if membership.state == "over" and membership.cause is not None:
             is_failure, exit_code = membership.cause.kind == "failure", membership.cause.exit_code
-            return Interruption(is_failure, False, membership.text, exit_code, client.stop_within_s)
+            within_s, is_loss = client.stop_within_s, membership.is_loss
+            return Interruption(is_failure, False, membership.text, exit_code, within_s, membership.detail, is_loss)
         if membership.state == "closed":
-            return Interruption(True, True, membership.text, membership.exit_code or 1)
+            code, is_loss = membership.exit_code or 1, membership.is_loss
+            return Interruption(True, True, membership.text, code, None, membership.detail, is_loss)
         return None
 
-    def report_failure(self, at_ns: int, text: str, *, exit_code: int = 1, is_final: bool) -> None:
+    def report_failure(self, at_ns: int, text: str, *, exit_code: int = 1, is_final: bool, detail: str = "") -> None:
         """See :meth:`NotifyingRendezvous.report_failure`."""
         if self._client is not None:
-            self._client.fail(at_ns, text, exit_code, is_final)
+            self._client.fail(at_ns, text, exit_code, is_final, detail=detail)
 
     def verdict(self) -> Interruption | None:
         """See :meth:`NotifyingRendezvous.verdict`.

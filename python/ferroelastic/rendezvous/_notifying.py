@@ -30,6 +30,10 @@ class Interruption(NamedTuple):
     """Exit code of the job if this event ends it."""
     stop_within_s: float | None = None
     """Time in seconds to stop the workers of this node. Other nodes reuse their ranks afterwards. ``None`` for no deadline."""
+    detail: str = ""
+    """Explanation of a worker's failure that ends the job, as :meth:`NotifyingRendezvous.report_failure` got it on its node."""
+    is_loss: bool = False
+    """True if a node was lost or has left."""
 
 
 class PlacedRendezvousInfo(RendezvousInfo):
@@ -75,7 +79,7 @@ class NotifyingRendezvous(Protocol):
     def interruption(self) -> Interruption | None:
         """Return the event that ended the round; ``None`` while the round lasts."""
 
-    def report_failure(self, at_ns: int, text: str, *, exit_code: int = 1, is_final: bool) -> None:
+    def report_failure(self, at_ns: int, text: str, *, exit_code: int = 1, is_final: bool, detail: str = "") -> None:
         """Report a failed worker to all agents.
 
         Args:
@@ -83,6 +87,7 @@ class NotifyingRendezvous(Protocol):
             text: description of the worker and its failure.
             exit_code: exit code of the job if this failure ends it.
             is_final: true if this agent has no restart left.
+            detail: explanation of a final failure, for the report on all nodes.
         """
 
     def verdict(self) -> Interruption | None:

@@ -156,6 +156,15 @@ named_values! {
     Ended = "ended",
 }
 
+named_values! {
+    /// The effect of a log line that matches a pattern.
+    LogEffect, "effect of a log line":
+    /// The worker has failed.
+    Fail = "fail",
+    /// A warning.
+    Warn = "warn",
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -75,6 +75,32 @@ fn success_and_a_lost_status_are_no_failures() {
 }
 
 #[test]
+fn a_worker_that_fails_for_another_reason_is_killed_and_its_exit_is_the_failure() {
+    let mut group = GroupState::new(2);
+    let now = Instant::now();
+    group.step(now, GroupEvent::StopOnFailure(PLAN));
+    assert_eq!(group.step(now, GroupEvent::Fail { index: 1 }), [GroupAction::KillLeader { index: 1 }]);
+    assert!(!group.is_stopping());
+    let killed = ExitStatus::Signalled { signal: 9, core_dumped: false };
+    group.step(now, GroupEvent::Ended(vec![ended(1, killed)]));
+    assert!(group.is_stopping() && group.has_failed(1) && !group.exits()[0].stopped);
+    assert_eq!(group.step(now, GroupEvent::Fail { index: 0 }), [], "its stop goes on");
+}
+
+#[test]
+fn a_worker_that_has_ended_with_success_can_still_fail() {
+    let mut group = GroupState::new(2);
+    let now = Instant::now();
+    group.step(now, GroupEvent::StopOnFailure(PLAN));
+    group.step(now, GroupEvent::Ended(vec![ended(0, ExitStatus::Exited(0))]));
+    let actions = group.step(now, GroupEvent::Fail { index: 0 });
+    assert!(actions.iter().any(|action| matches!(action, GroupAction::Terminate { index: 1, .. })), "{actions:?}");
+    let mut alone = GroupState::new(1);
+    alone.step(now, GroupEvent::Ended(vec![ended(0, ExitStatus::Exited(0))]));
+    assert_eq!(alone.step(now, GroupEvent::Fail { index: 0 }), [], "without a plan nothing is stopped");
+}
+
+#[test]
 fn an_exit_reported_twice_counts_once() {
     let mut group = GroupState::new(1);
     let now = Instant::now();

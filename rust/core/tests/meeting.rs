@@ -139,7 +139,8 @@ fn a_restart_finds_an_empty_store_and_a_new_round() {
     let mut former = worker(port);
     former.write_all(&[&[1][..], &sized(b"/key"), &sized(b"value")].concat()).expect("write");
     assert_eq!(keys(&mut former), 1);
-    let failed = Call::Failed { at_ns: 7, text: "rank 1 exited with 1".into(), code: 1, is_final: false };
+    let failed =
+        Call::Failed { at_ns: 7, text: "rank 1 exited with 1".into(), code: 1, is_final: false, detail: String::new() };
     agents[1].call(failed).expect("call");
     for agent in &agents {
         assert_eq!(over(agent), (RestartCause::Failure, "rank 1 exited with 1 on b".into()));

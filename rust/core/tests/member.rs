@@ -5,7 +5,7 @@
 use std::time::{Duration, Instant};
 
 use ferroelastic_core::rendezvous::member::{self, Call, Failure, Member, MemberAction, MemberEvent, MembershipState};
-use ferroelastic_core::rendezvous::message::{self, AgentMessage, Cause, HostMessage, Place, encode};
+use ferroelastic_core::rendezvous::message::{self, AgentMessage, Cause, HostMessage, MAX_DETAIL_BYTES, Place, encode};
 use ferroelastic_core::vocabulary::RestartCause;
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -73,7 +73,9 @@ fn the_reason_of_an_earlier_attempt_stays_if_the_last_one_has_no_time() {
 fn texts_of_an_agent_fit_into_a_message() {
     let long = "x".repeat(1 << 20);
     let calls = [
-        Call::Failed { at_ns: 1, text: long.clone(), code: 1, is_final: true },
+        // Text within text needs an escape for each quotation mark.
+        Call::Failed { at_ns: 1, text: long.clone(), code: 1, is_final: true, detail: "\"".repeat(MAX_DETAIL_BYTES) },
+        Call::Failed { at_ns: 1, text: long.clone(), code: 1, is_final: true, detail: long.clone() },
         Call::Close { text: long.clone(), code: 1 },
         Call::Leave(long),
     ];
@@ -154,7 +156,10 @@ fn the_lease_goes_on_while_the_agent_is_suspended() {
         let now = start + pause * SECOND;
         // Its workers were killed meanwhile: that is no failure.
         let text = "rank 0 was killed".into();
-        let actions = member.step(now, MemberEvent::Call(Call::Failed { at_ns: 1, text, code: 137, is_final: true }));
+        let actions = member.step(
+            now,
+            MemberEvent::Call(Call::Failed { at_ns: 1, text, code: 137, is_final: true, detail: String::new() }),
+        );
         let has_told = actions.iter().any(|action| matches!(action, MemberAction::Send(AgentMessage::Failed { .. })));
         assert_eq!((has_told, matches!(member.state(), MembershipState::Over(..))), (!is_over, is_over), "{pause}");
     }
@@ -288,8 +293,16 @@ fn only_an_agent_that_has_finished_is_released() {
     member.step(now, MemberEvent::Received(HostMessage::Released));
     assert!(matches!(member.state(), MembershipState::Placed(_)));
     let text = String::from("the job has succeeded");
-    member.step(now, MemberEvent::Received(HostMessage::Closed { text: text.clone(), code: 0 }));
-    assert_eq!(*member.state(), MembershipState::Closed { text, code: 1 });
+    member.step(
+        now,
+        MemberEvent::Received(HostMessage::Closed {
+            text: text.clone(),
+            code: 0,
+            detail: String::new(),
+            is_loss: false,
+        }),
+    );
+    assert_eq!(*member.state(), MembershipState::Closed { text, code: 1, detail: String::new(), is_loss: false });
 }
 
 #[test]
@@ -300,13 +313,7 @@ fn another_host_has_rounds_of_its_own() {
     member.step(now, MemberEvent::Disconnected("it broke".into()));
     member.step(now, MemberEvent::Connected);
     member.step(now, MemberEvent::Received(HostMessage::Welcome { silence: SILENCE }));
-    let cause = Cause {
-        kind: RestartCause::Membership,
-        node: String::new(),
-        at_ns: None,
-        text: "it is another one".into(),
-        code: 1,
-    };
+    let cause = Cause::membership(String::new(), "it is another one".into());
     member.step(now, MemberEvent::Received(HostMessage::Over { round: 4, cause }));
     member.step(now, join());
     let place = Place { round: 0, ..place() };

@@ -128,8 +128,8 @@ impl Engine {
     }
 
     #[pyo3(
-        signature = (files, *, console_fd, only_lines_with=vec![], whole_lines_only=false),
-        text_signature = "($self, files, *, console_fd, only_lines_with=(), whole_lines_only=False)"
+        signature = (files, *, console_fd, only_lines_with=vec![], whole_lines_only=false, is_json=false),
+        text_signature = "($self, files, *, console_fd, only_lines_with=(), whole_lines_only=False, is_json=False)"
     )]
     fn tail(
         &self,
@@ -138,12 +138,14 @@ impl Engine {
         console_fd: RawFd,
         only_lines_with: Vec<String>,
         whole_lines_only: bool,
+        is_json: bool,
     ) -> PyResult<Tail> {
         let spec = TailSpec {
             files: files.into_iter().map(|(path, prefix)| (path, prefix.into_bytes())).collect(),
             console: duplicate(py, "console_fd", console_fd)?,
             only_lines_with: only_lines_with.into_iter().map(String::into_bytes).collect(),
             whole_lines_only,
+            is_json,
         };
         detached(py, || self.0.tail(spec)).map(Tail::new)
     }

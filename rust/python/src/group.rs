@@ -1,10 +1,12 @@
 //! `Group` and its reports.
 
 use std::os::fd::{AsFd, RawFd};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use ferroelastic_core::engine;
+use ferroelastic_core::logs::ScanFile;
 use ferroelastic_core::published::{CallerFds, Wake};
 use ferroelastic_core::supervise::{self, StopPlan};
 use ferroelastic_core::sys::fd::duplicate;
@@ -16,6 +18,7 @@ use pyo3::prelude::*;
 
 use crate::convert::{duration, named_value, span};
 use crate::errors::{detached, os, to_python};
+use crate::log_rules::{LogFailure, LogRules, LogScan};
 
 /// How one process ended.
 #[pyclass(frozen, get_all, module = "ferroelastic._rust")]
@@ -192,6 +195,17 @@ impl Group {
     #[getter]
     fn generation(&self, py: Python<'_>) -> PyResult<u64> {
         self.0.generation().map_err(|error| to_python(py, error))
+    }
+
+    fn scan_logs(&self, py: Python<'_>, files: Vec<(PathBuf, usize, String)>, rules: &LogRules) -> PyResult<LogScan> {
+        let files = files.into_iter().map(|(path, worker, label)| ScanFile { path, worker, label });
+        let (files, rules) = (files.collect(), Arc::clone(&rules.0));
+        detached(py, || self.0.scan_logs(files, rules)).map(LogScan)
+    }
+
+    fn log_failures(&self, py: Python<'_>) -> PyResult<Vec<LogFailure>> {
+        let failures = self.0.log_failures().map_err(|error| to_python(py, error))?;
+        Ok(failures.into_iter().map(LogFailure::from).collect())
     }
 
     #[pyo3(signature = (since=0))]

@@ -9,6 +9,7 @@ mod errors;
 mod group;
 mod guard;
 mod health;
+mod log_rules;
 mod rendezvous;
 mod store;
 mod sys;
@@ -50,6 +51,8 @@ mod _rust {
     use super::guard::{Guard, create_cgroup, find_detached, remove_cgroup, stand_guard};
     #[pymodule_export]
     use super::health::HealthServer;
+    #[pymodule_export]
+    use super::log_rules::{LogFailure, LogRules, LogScan};
     #[pymodule_export]
     use super::rendezvous::{Cause, Membership, Place, RendezvousClient};
     #[pymodule_export]

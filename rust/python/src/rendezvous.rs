@@ -59,11 +59,13 @@ pub(crate) struct Cause {
     at_ns: Option<u64>,
     text: String,
     exit_code: i32,
+    is_loss: bool,
 }
 
 impl From<message::Cause> for Cause {
     fn from(cause: message::Cause) -> Self {
-        Self { kind: cause.kind.name(), node: cause.node, at_ns: cause.at_ns, text: cause.text, exit_code: cause.code }
+        let message::Cause { node, at_ns, text, code: exit_code, is_loss, .. } = cause;
+        Self { kind: cause.kind.name(), node, at_ns, text, exit_code, is_loss }
     }
 }
 
@@ -75,6 +77,8 @@ pub(crate) struct Membership {
     cause: Option<Cause>,
     text: String,
     exit_code: Option<i32>,
+    detail: String,
+    is_loss: bool,
 }
 
 impl From<member::MembershipState> for Membership {
@@ -86,21 +90,26 @@ impl From<member::MembershipState> for Membership {
             S::Over(place, cause) => (Some(place.clone()), Some(cause.clone())),
             _ => (None, None),
         };
-        let exit_code = if let S::Closed { code, .. } = &state { Some(*code) } else { None };
+        let (exit_code, detail, is_loss) = match &state {
+            S::Closed { code, detail, is_loss, .. } => (Some(*code), detail.clone(), *is_loss),
+            S::Over(_, cause) => (None, cause.detail.clone(), cause.is_loss),
+            _ => (None, String::new(), false),
+        };
         let (state, text) = match state {
             S::Idle => ("idle", String::new()),
             S::Joining => ("joining", String::new()),
             S::Placed(_) => ("placed", String::new()),
             S::Over(_, cause) => ("over", cause.text),
             S::Released => ("released", String::new()),
-            S::Closed { text, code: 0 } => ("spare", text),
+            S::Closed { text, code: 0, .. } => ("spare", text),
             S::Closed { text, .. } => ("closed", text),
             S::Failed(Failure::TimedOut(text)) => ("timed out", text),
             S::Failed(Failure::Unreachable(text)) => ("unreachable", text),
             S::Failed(Failure::Refused(text)) => ("refused", text),
             S::Failed(Failure::Late(text)) => ("late", text),
         };
-        Self { state, place: place.map(Place::from), cause: cause.map(Cause::from), text, exit_code }
+        let (place, cause) = (place.map(Place::from), cause.map(Cause::from));
+        Self { state, place, cause, text, exit_code, detail, is_loss }
     }
 }
 
@@ -139,8 +148,17 @@ impl RendezvousClient {
         self.call(py, Call::Join { role, local_world_size, timeout })
     }
 
-    fn fail(&self, py: Python<'_>, at_ns: u64, text: String, exit_code: i32, is_final: bool) -> PyResult<()> {
-        self.call(py, Call::Failed { at_ns, text, code: exit_code, is_final })
+    #[pyo3(signature = (at_ns, text, exit_code, is_final, *, detail=String::new()))]
+    fn fail(
+        &self,
+        py: Python<'_>,
+        at_ns: u64,
+        text: String,
+        exit_code: i32,
+        is_final: bool,
+        detail: String,
+    ) -> PyResult<()> {
+        self.call(py, Call::Failed { at_ns, text, code: exit_code, is_final, detail })
     }
 
     fn finish(&self, py: Python<'_>) -> PyResult<()> {

@@ -28,6 +28,7 @@ fn every_line_of_four_floods_comes_out_whole_and_in_order(engine: &Engine) {
             console: writer,
             only_lines_with: Vec::new(),
             whole_lines_only: false,
+            is_json: false,
         })
         .expect("tail");
     let console = std::thread::spawn(move || {
@@ -66,6 +67,7 @@ fn an_unread_console_costs_no_line_and_delays_no_exit(engine: &Engine) {
         console: writer,
         only_lines_with: Vec::new(),
         whole_lines_only: false,
+        is_json: false,
     };
     let tail = engine.tail(spec).expect("tail");
     let mut command = zoo(&["flood", "100000", "60"]);
@@ -94,6 +96,7 @@ fn a_console_that_never_reads_is_given_up_and_the_rest_is_counted(engine: &Engin
         console: writer,
         only_lines_with: Vec::new(),
         whole_lines_only: false,
+        is_json: false,
     };
     let tail = engine.tail(spec).expect("tail");
     let report = tail.finish(Duration::from_millis(50)).expect("finish");
@@ -113,6 +116,7 @@ fn a_line_without_end_comes_out_when_the_tail_finishes_and_filters_hold(engine: 
         console: console.into(),
         only_lines_with: vec![b"keep".to_vec()],
         whole_lines_only: false,
+        is_json: false,
     };
     let tail = engine.tail(spec).expect("tail");
     std::fs::write(&path, "keep 1\nthrow away\nkeep 2").expect("write");
@@ -144,6 +148,7 @@ fn an_unfinished_line_is_shown_and_goes_on_in_place(engine: &Engine) {
         console,
         only_lines_with: Vec::new(),
         whole_lines_only: false,
+        is_json: false,
     };
     // Two tails that share a console, as those of standard output and standard error do.
     let first = engine.tail(spec(&paths[0], "[a]:", writer)).expect("tail");
@@ -186,6 +191,7 @@ fn a_file_that_cannot_be_opened_hides_no_other(engine: &Engine) {
         console: File::create(&out).expect("create").into(),
         only_lines_with: Vec::new(),
         whole_lines_only: false,
+        is_json: false,
     };
     let tail = engine.tail(spec).expect("tail");
     std::fs::write(&good, "good\n").expect("write");
@@ -205,7 +211,8 @@ fn a_console_whose_reader_is_gone_says_so(engine: &Engine) {
     let (reader, writer) = rustix::pipe::pipe().expect("pipe");
     drop(reader);
     let files = vec![(path, Vec::new())];
-    let spec = TailSpec { files, console: writer, only_lines_with: Vec::new(), whole_lines_only: false };
+    let spec =
+        TailSpec { files, console: writer, only_lines_with: Vec::new(), whole_lines_only: false, is_json: false };
     let report = engine.tail(spec).expect("tail").finish(PATIENCE).expect("finish");
     assert_eq!((report.console_error.as_deref(), report.dropped_bytes), (Some("Broken pipe (os error 32)"), 5));
 }

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
-import socket
-from string import Template
 from typing import TYPE_CHECKING
 
 from ferroelastic import _torch
+from ferroelastic._checks import check_type
 from ferroelastic._compat import newer
+from ferroelastic.multiprocessing._line_heads import MACROS, prefix_of, unknown_macros
+from ferroelastic.utils.logging import get_logger
 
 if TYPE_CHECKING:
     from ferroelastic.agent.server._workers import Worker, WorkerGroup, WorkerSpec
 
-__all__ = ["log_line_prefix", "set_local_rank", "worker_environment"]
+__all__ = ["checked_template", "log_line_prefixes", "set_local_rank", "worker_environment"]
+
+logger = get_logger(__name__)
 
 _INHERITED = "OMP_NUM_THREADS"
 
@@ -82,15 +85,34 @@ def set_local_rank(env: dict[str, str], local_rank: int, spec: WorkerSpec) -> No
     env[variable] = env["CUDA_VISIBLE_DEVICES"] = devices[position].strip()
 
 
-def log_line_prefix(template: str, role: str, worker: Worker) -> str:
-    """Return the prefix of a worker's lines on the console.
+def log_line_prefixes(template: str | None, worker_group: WorkerGroup, restarts: int) -> dict[int, str] | None:
+    """Return the prefixes of the workers' lines on the console by local rank; ``None`` without a template.
 
     Args:
-        template: text with ``${role_name}``, ``${rank}``, ``${local_rank}`` and ``${hostname}``. Other names stay unchanged.
-        role: role of the worker.
-        worker: the worker.
+        template: text with the macros of :class:`ferroelastic.agent.server.LocalElasticAgent`.
+        worker_group: the workers.
+        restarts: number of restarts after failures.
     """
-    # The short name: a qualified one takes space in each line, and may be a record of the reverse lookup.
-    return Template(template).safe_substitute(
-        role_name=role, rank=worker.global_rank, local_rank=worker.local_rank, hostname=socket.gethostname()
-    )
+    if not template:
+        return None
+    return {
+        worker.local_rank: prefix_of(template, worker_group.spec.role, worker.global_rank, worker.local_rank, restarts)
+        for worker in worker_group.workers
+    }
+
+
+def checked_template(template: str | None) -> str | None:
+    """Check a prefix template. Parts that look like a macro and are none are logged. They stay unchanged, as in torch.
+
+    Raises:
+        TypeError: it is neither a string nor ``None``.
+    """
+    check_type("log_line_prefix_template", template, (str, type(None)), "a string or None")
+    unknown = unknown_macros(template) if template else []
+    if unknown:
+        logger.warning(
+            "the prefix template of log lines has unknown macros, which stay unchanged: %s; the macros are %s",
+            ", ".join(unknown),
+            ", ".join(f"${{{name}}}" for name in MACROS),
+        )
+    return template

@@ -6,6 +6,8 @@ The modules of the explanation are loaded at the first start of workers, while t
 from __future__ import annotations
 
 import time
+import weakref
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ferroelastic._compat import family, newer
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from ferroelastic.agent.server._workers import RunResult, WorkerGroup
     from ferroelastic.multiprocessing import PContext, ProcessFailure
     from ferroelastic.rendezvous import RendezvousInfo
+    from ferroelastic.rendezvous._notifying import Interruption
 
 __all__ = ["Explainer"]
 
@@ -45,12 +48,15 @@ class Explainer:
     def __init__(self, group: WorkerGroup, activity: Activity) -> None:
         self._group = group
         self._activity = activity
-        self._context: PContext | None = None
+        # Weak: the context has descriptors, and the agent decides how long it lives.
+        self._context: Callable[[], PContext | None] = _no_context
         self._watchdog: Any = None
         self._round: int | None = None
         self._observation: Observation | None = None
         # The explained failure of a worker, by its process id: it is collected once.
         self._explained: tuple[int, FirstFailure] | None = None
+        # The explanation of the failure that has ended the job, from the node of that failure.
+        self._verdict = ""
 
     def explained(self, agent: Any, run: Callable[[], RunResult]) -> RunResult:
         """Run an agent, and explain the failure of its workers in ``agent.job_failure``.
@@ -61,7 +67,8 @@ class Explainer:
             agent: the agent.
             run: runs it.
         """
-        agent.job_failure = self._explained = self._round = self._context = None
+        agent.job_failure = self._explained = self._round = None
+        self._verdict = ""
         self._activity.restarts.clear()
         try:
             result = run()
@@ -89,7 +96,8 @@ class Explainer:
             from ferroelastic._failure import box  # noqa: F401 - loaded here, because a failure must be shown at once
             from ferroelastic._failure.collect import Observation
 
-            self._context, self._watchdog, self._explained = context, watchdog, None
+            self._context = _no_context if context is None else weakref.ref(context)
+            self._watchdog, self._explained = watchdog, None
             last = -1 if self._round is None else self._round
             self._round = info.place.round if isinstance(info, PlacedRendezvousInfo) else last + 1
             if self._observation is None:
@@ -99,17 +107,29 @@ class Explainer:
         except Exception:
             logger.debug("the workers cannot be observed for the report of a failure", exc_info=True)
 
-    def collect(self, result: RunResult) -> None:
-        """Collect the facts about the first failed worker, if there is one and they are not known yet.
+    def detail(self, result: RunResult) -> str:
+        """Return the explanation of the first failed worker for the other nodes; ``""`` if no worker has failed.
 
         Call it before the watchdog is stopped, which has the facts about an expired timer.
 
         Args:
             result: a failed result.
         """
-        if result.failures:
-            rank, failure = min(result.failures.items(), key=lambda item: failed_at_ns(item[1]))
-            self._first(rank, failure, result)
+        if not result.failures:
+            return ""
+        from ferroelastic._failure.model import encode_detail
+
+        rank, failure = min(result.failures.items(), key=lambda item: failed_at_ns(item[1]))
+        first = self._first(rank, failure, result)
+        return encode_detail(first)
+
+    def judged(self, interruption: Interruption | None) -> None:
+        """Note the event that has ended the job: a worker of another node may have failed first.
+
+        Args:
+            interruption: the event; ``None`` if the rendezvous reports none.
+        """
+        self._verdict = "" if interruption is None else interruption.detail
 
     def _explain(self, result: RunResult, agent: Any) -> Failure:
         """Explain a run whose workers have failed on this node."""
@@ -122,30 +142,44 @@ class Explainer:
             code = exit_code(failure.exitcode)
             first = self._first(rank, failure, result)
             others = self._others(rank, result)
-        decision = newer(agent, "restart_decision", None) or self._decision(result)
+            reported = self._reported(self._verdict)
+            if reported is not None and (reported.host, reported.pid) != (first.host, first.pid):
+                first, others = reported, replace(others, failed=len(result.failures), same_failure=[])
+        decision = self._decision()
+        if result.state.value == "UNHEALTHY":
+            decision = "no restart, because a stuck worker keeps its device or mount"
         return self._conclude(first, others, agent.job_exit_code or code, decision, agent)
 
-    def _decision(self, result: RunResult) -> str:
-        if result.state.value == "UNHEALTHY":
-            return "no restart, because a stuck worker keeps its device or mount"
+    @staticmethod
+    def _reported(detail: str) -> FirstFailure | None:
+        """Return the first failure that a node has reported."""
+        from ferroelastic._failure.model import decode_detail
+
+        return decode_detail(detail)
+
+    def _decision(self) -> str:
         restarts = self._group.spec.max_restarts
         used = "no restart is allowed" if restarts == 0 else "no restart is left"
         return f"{used} (--max-restarts={restarts})"
 
     def _explain_error(self, error: Exception, agent: Any) -> Failure | None:
         """Explain a run that an event on another node, or the loss of one, has ended. ``None`` if no workers had been started."""
-        is_loss = isinstance(error, (*family(RendezvousTimeoutError), *family(RendezvousConnectionError)))
+        is_loss = newer(error, "is_loss", False) or isinstance(
+            error, (*family(RendezvousTimeoutError), *family(RendezvousConnectionError))
+        )
         if self._round is None or not (is_loss or isinstance(error, JobFailedError)):
             return None
         from ferroelastic._failure.collect import iso_time
         from ferroelastic._failure.model import FirstFailure, Others
 
         now = time.time_ns()
-        first = FirstFailure(
-            now, iso_time(now), round=self._round, kind="lost_node" if is_loss else "agent", reason=str(error)
-        )
+        first = self._reported(newer(error, "detail", ""))
+        decision = None if first is None else self._decision()
+        if first is None:
+            kind: Kind = "lost_node" if is_loss else "agent"
+            first = FirstFailure(now, iso_time(now), round=self._round, kind=kind, reason=str(error))
         code: int = newer(error, "exit_code", FAILURE)
-        return self._conclude(first, Others(stopped=self._stopped()), code, None, agent)
+        return self._conclude(first, Others(stopped=self._stopped()), code, decision, agent)
 
     def _conclude(self, first: FirstFailure, others: Others, code: int, decision: str | None, agent: Any) -> Failure:
         """Return the failure of the job, and write it to the log folder."""
@@ -168,7 +202,7 @@ class Explainer:
             advice=advice_for(first),
             others=others,
             restarts=[Restart(*one) for one in self._activity.restarts],
-            decision=decision,
+            decision=newer(agent, "restart_decision", None) or decision,
             logs=folder,
         )
         save(failure, folder)
@@ -216,7 +250,7 @@ class Explainer:
 
     def _judgement(self, failure: ProcessFailure, result: RunResult) -> tuple[Kind | None, str | None]:
         """Return kind and reason of a failure that the agent has declared; ``None`` if the worker ended by itself."""
-        matched: dict[int, str] = newer(self._context, "log_failures", {})
+        matched: dict[int, str] = newer(self._context(), "log_failures", {})
         if failure.local_rank in matched:
             return "log_pattern", matched[failure.local_rank]
         if result.state.value == "UNHEALTHY":
@@ -235,7 +269,7 @@ class Explainer:
         return WatchdogReport(expiry.scope, _watchdog.stack_of(expiry)), _watchdog.describe(expiry, pid)
 
     def _stderr(self, local_rank: int) -> bytes:
-        read = newer(self._context, "stderr_tail", None)
+        read = newer(self._context(), "stderr_tail", None)
         try:
             return b"" if read is None else read(local_rank)
         except Exception:
@@ -243,7 +277,8 @@ class Explainer:
             return b""
 
     def _stopped(self) -> int:
-        return len(newer(self._context, "stopped", ()))
+        group = newer(self._context(), "native_group", None)
+        return 0 if group is None else sum(ended.stopped for ended in group.exits())
 
     def _others(self, first_rank: int, result: RunResult) -> Others:
         from ferroelastic._failure.collect import exception_of
@@ -268,6 +303,10 @@ class Explainer:
             except Exception:
                 logger.debug("the failures cannot be compared", exc_info=True)
         return Others(failed=len(failures), stopped=self._stopped(), same_failure=same)
+
+
+def _no_context() -> None:
+    return None
 
 
 def _unless_raised(explain: Callable[[T, Any], Failure | None], ended: T, agent: Any) -> Failure | None:

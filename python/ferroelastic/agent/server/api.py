@@ -485,6 +485,7 @@ class SimpleElasticAgent(ElasticAgent):
                 return True
             # Workers of another node may have failed earlier.
             self.job_exit_code = None if interruption is None else interruption.exit_code
+            self._explainer.judged(interruption)
             self._activity.giving_up(cause_of(result))
             group.state = WorkerState.FAILED
             return False
@@ -534,10 +535,11 @@ class SimpleElasticAgent(ElasticAgent):
         """
         role = self._worker_group.spec.role
         if interruption.is_final:
-            raise JobFailedError(f"the job has ended: {interruption.text}", interruption.exit_code)
+            text = f"the job has ended: {interruption.text}"
+            raise JobFailedError(text, interruption.exit_code, detail=interruption.detail, is_loss=interruption.is_loss)
         if interruption.is_failure and self._remaining_restarts <= 0:
             text = f"the job has ended: {interruption.text}, and no restart is left"
-            raise JobFailedError(text, interruption.exit_code)
+            raise JobFailedError(text, interruption.exit_code, detail=interruption.detail)
         cause: Literal["failure", "membership"] = "failure" if interruption.is_failure else "membership"
         self._begin_stop(signal.SIGTERM, cause, interruption.stop_within_s)
         logger.warning("[%s] %s; will restart worker group", role, interruption.text)
@@ -546,15 +548,16 @@ class SimpleElasticAgent(ElasticAgent):
 
     def _report_failure(self, result: RunResult) -> None:
         """Report failed workers of this node to the other nodes, if the rendezvous supports it."""
-        if self._remaining_restarts <= 0:
-            self._explainer.collect(result)
+        is_final = self._remaining_restarts <= 0
+        detail = self._explainer.detail(result) if is_final else ""
         notifier = self._notifier()
         if notifier is not None:
             notifier.report_failure(
                 failed_first_at_ns(result) or time.time_ns(),
                 cause_of(result),
                 exit_code=exit_code_of(result),
-                is_final=self._remaining_restarts <= 0,
+                is_final=is_final,
+                detail=detail,
             )
 
     def _exit_barrier(self) -> None:

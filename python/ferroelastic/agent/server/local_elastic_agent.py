@@ -20,13 +20,12 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 from ferroelastic import _leftovers, _signals
-from ferroelastic._checks import check_logs_specs, check_signal_target, check_type
+from ferroelastic._checks import check_logs_specs, check_signal_target
 from ferroelastic._compat import newer
 from ferroelastic._wait import wait_for_event
 from ferroelastic._warm import warm_workers_of
-from ferroelastic.agent.server import _stuck, _watchdog
+from ferroelastic.agent.server import _environment, _stuck, _watchdog
 from ferroelastic.agent.server._detached import end_helpers, report_helpers
-from ferroelastic.agent.server._environment import log_line_prefix, set_local_rank, worker_environment
 from ferroelastic.agent.server._events import event_log_handler_of, watchdog_event
 from ferroelastic.agent.server.api import (
     DEFAULT_ROLE,
@@ -56,6 +55,7 @@ from ferroelastic.utils.process_state import is_uninterruptible_state, read_proc
 if TYPE_CHECKING:
     from ferroelastic import _rust
     from ferroelastic._stop_notice import SignalTarget, StopReason
+    from ferroelastic.multiprocessing._log_options import LogOptions
 
 __all__ = [
     "TORCHELASTIC_ENABLE_FILE_TIMER",
@@ -103,13 +103,14 @@ class LocalElasticAgent(SimpleElasticAgent):
         logs_specs: destination of the workers' output.
         start_method: ``spawn``, ``fork`` or ``forkserver``, for function entrypoints.
         exit_barrier_timeout: seconds to wait at the end for the agents of other hosts; ``None`` as for :class:`SimpleElasticAgent`.
-        log_line_prefix_template: prefix of teed lines, with ``${role_name}``, ``${rank}``, ``${local_rank}`` and ``${hostname}``, the short
-            name of this host.
+        log_line_prefix_template: prefix of teed lines, with ``${role_name}``, ``${rank}``, ``${local_rank}``, ``${hostname}`` (the short
+            name). Not in torch: ``${pid}``, ``${round}`` (number of restarts after failures), ``${time}`` (of the line; ISO 8601, UTC).
         shutdown_timeout: grace period in seconds between the stop signal and SIGKILL.
         health_check_server: a started server, used instead of a new one on ``$TORCHELASTIC_HEALTH_CHECK_PORT``. The agent stops it.
         uninterruptible_state_timeout: seconds that a worker may be in uninterruptible sleep before the job is ended. 0 means no limit,
             ``None`` uses ``$TORCHELASTIC_UNINTERRUPTIBLE_STATE_TIMEOUT``.
         interactive_rank: local rank of the worker with the terminal as standard input, ``None`` for no worker. Not in torch.
+        log_options: options for the lines of the workers. ``None`` for torch's behaviour. Not in torch.
         grace_signal_target: receivers of the stop signal: ``"group"`` or ``"leader"``, see :class:`PContext`. Not in torch.
 
     Raises:
@@ -129,24 +130,25 @@ class LocalElasticAgent(SimpleElasticAgent):
         uninterruptible_state_timeout: float | None = None,
         *,
         interactive_rank: int | None = None,
+        log_options: LogOptions | None = None,
         grace_signal_target: SignalTarget = "group",
     ) -> None:
         super().__init__(spec, exit_barrier_timeout, shutdown_timeout)
         if logs_specs is not None:  # None is valid for a subclass that starts its workers itself
             check_logs_specs("logs_specs", logs_specs)
-        check_type("log_line_prefix_template", log_line_prefix_template, (str, type(None)), "a string or None")
         self._start_method = start_method
         self._pcontext: PContext | None = None
         # Generation of the group and context at the last check. A new context is checked at once.
         self._seen_generation = 0
         self._seen_context: weakref.ref[PContext] | None = None
         self._rdzv_handler = spec.rdzv_handler
-        self._log_line_prefix_template = log_line_prefix_template
+        self._log_line_prefix_template = _environment.checked_template(log_line_prefix_template)
         self._worker_watchdog: Any = None
         self._generated_timer_file: str | None = None
         self._timer_file = ""  # path of the server's pipe
         self._logs_specs = logs_specs
         self._interactive_rank = interactive_rank
+        self._log_options = log_options
         check_signal_target(grace_signal_target)
         self._grace_signal_target = grace_signal_target
         self._health_check_server = health_check_server
@@ -330,14 +332,12 @@ class LocalElasticAgent(SimpleElasticAgent):
 
         args: dict[int, tuple[Any, ...]] = {}
         envs: dict[int, dict[str, str]] = {}
-        log_line_prefixes: dict[int, str] | None = {} if self._log_line_prefix_template else None
         for worker in worker_group.workers:
             local_rank = worker.local_rank
             envs[local_rank] = self._worker_env(worker_group, worker)
             args[local_rank] = self._worker_args(spec, worker)
-            if self._log_line_prefix_template and log_line_prefixes is not None:
-                log_line_prefixes[local_rank] = log_line_prefix(self._log_line_prefix_template, spec.role, worker)
 
+        restarts = spec.max_restarts - self._remaining_restarts
         self._setup_local_watchdog(envs=envs)
         self._setup_healthcheck()
         self._may_have_detached = True
@@ -348,7 +348,7 @@ class LocalElasticAgent(SimpleElasticAgent):
             args=args,
             envs=envs,
             logs_specs=self._logs_specs,
-            log_line_prefixes=log_line_prefixes,
+            log_line_prefixes=_environment.log_line_prefixes(self._log_line_prefix_template, worker_group, restarts),
             start_method=self._start_method,
             numa_options=newer(spec, "numa_options", None),
             duplicate_stdout_filters=newer(spec, "duplicate_stdout_filters", None),
@@ -356,7 +356,10 @@ class LocalElasticAgent(SimpleElasticAgent):
             shutdown_timeout=self._shutdown_timeout,
             # Only if set: a program may have replaced the function by one with torch's parameters.
             **_added(
-                grace_signal_target=self._grace_signal_target, interactive_rank=self._interactive_rank, warm_pool=pool
+                grace_signal_target=self._grace_signal_target,
+                interactive_rank=self._interactive_rank,
+                warm_pool=pool,
+                log_options=self._log_options,
             ),
         )
         handlers.use_folder(newer(self._logs_specs, "_run_log_dir", None))
@@ -419,12 +422,12 @@ class LocalElasticAgent(SimpleElasticAgent):
     def _worker_env(self, worker_group: WorkerGroup, worker: Worker) -> dict[str, str]:
         """Return the environment variables of one worker."""
         spec = worker_group.spec
-        env = worker_environment(worker_group, worker, spec.max_restarts - self._remaining_restarts)
+        env = _environment.worker_environment(worker_group, worker, spec.max_restarts - self._remaining_restarts)
         self._set_local_rank_env(env, worker.local_rank, spec)
         return env
 
     def _set_local_rank_env(self, worker_env: dict[str, str], local_rank: int, spec: WorkerSpec) -> None:
-        set_local_rank(worker_env, local_rank, spec)
+        _environment.set_local_rank(worker_env, local_rank, spec)
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
         """Stop the workers, and at the end of the run also the parked workers, the watchdog and the health server."""

@@ -5,8 +5,9 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::figures::watchdog_figures;
+use super::figures::engine_figures;
 use super::guard::GuardSlot;
+use super::log_rules::LogMatches;
 use super::order::{EngineOrder, Observed, PoolOrder, StartedGroup};
 use super::orphans::Orphans;
 use super::pool::{PoolHost, WarmTokens};
@@ -15,7 +16,6 @@ use super::processes::{GroupEntry, Process, Reaper, SharedFile};
 use super::warnings::Warnings;
 use crate::error::{Error, Result};
 use crate::health;
-use crate::health::status::EngineFigures;
 use crate::logs::Tails;
 use crate::supervise::{Exit, GroupEvent, StopPlan};
 use crate::sys::clock::Moment;
@@ -101,6 +101,7 @@ pub(super) struct EventLoop {
     /// Group and index of each process, by its id in this engine (not its pid).
     processes: HashMap<u64, (u64, usize)>,
     tails: Tails,
+    log_matches: LogMatches,
     watchdogs: BTreeMap<u64, WatchdogServer>,
     health: health::Servers,
     guard: GuardSlot,
@@ -131,6 +132,7 @@ impl EventLoop {
             groups: BTreeMap::new(),
             processes: HashMap::new(),
             tails: Tails::new(Token::Notifier.pack()),
+            log_matches: LogMatches::default(),
             watchdogs: BTreeMap::new(),
             health: health::Servers::new(health::HealthTokens {
                 listener: |server| Token::HealthListener(server).pack(),
@@ -172,9 +174,8 @@ impl EventLoop {
             // An order sent before the request takes effect before the answer.
             self.handle_orders();
         }
-        let (watchdogs, warm, now) = (&self.watchdogs, &self.warm, Moment::now());
-        let figures =
-            |pids: &[i32]| EngineFigures { watchdog: watchdog_figures(watchdogs, pids, now), warm: warm.figures() };
+        let (watchdogs, warm, matches, now) = (&self.watchdogs, self.warm.figures(), &self.log_matches, Moment::now());
+        let figures = |pids: &[i32]| engine_figures(watchdogs, warm, matches, pids, now);
         self.health.respond(now.instant, &self.poller, &figures);
     }
 
@@ -303,14 +304,10 @@ impl EventLoop {
                     self.record_exits(group, vec![ended]);
                 }
             }
-            EngineOrder::Tail { spec, reply } => {
+            EngineOrder::Tail(order) => {
                 let id = self.next_id();
-                let _ = reply.send(self.tails.add(id, &spec, &self.poller).map(|()| id));
+                order.handle(&mut self.tails, &self.poller, id);
             }
-            EngineOrder::FinishTail { tail, timeout, reply } => {
-                self.tails.finish(tail, timeout, Instant::now(), reply);
-            }
-            EngineOrder::DropTail { tail } => self.tails.drop_tail(tail, &self.poller),
             EngineOrder::CreateWatchdog { config, files, reports, reply } => {
                 let id = self.next_id();
                 let clients = Token::TimerClient { watchdog: id, pid: 0 }.pack();
@@ -568,6 +565,10 @@ impl Service for EventLoop {
                 self.groups.values().for_each(|group| group.progress.wake_waiters());
             }
             self.tails.pump(now, &self.poller, |tail| Token::Console(tail).pack());
+            for found in self.tails.scans.take_matches() {
+                self.log_matches.handle(found, &mut self.groups, &self.warnings, now);
+            }
+            self.tails.scans.wake_waiters();
             self.reap_orphans(now);
             // Probes come last, so they do not delay signals, deadlines or log lines.
             self.answer_probes();

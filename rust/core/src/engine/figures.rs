@@ -1,17 +1,25 @@
-//! Figures of the watchdogs, for the health server.
+//! Figures of the engine thread, for the health server.
 
 use std::collections::BTreeMap;
 
-use crate::health::status::WatchdogFigures;
+use super::log_rules::LogMatches;
+use crate::health::status::{EngineFigures, WarmFigures, WatchdogFigures};
 use crate::sys::clock::Moment;
 use crate::watchdog::WatchdogServer;
 
-/// The sums over all watchdogs, and the time since the last request or heartbeat of each process in `pids`.
-pub(super) fn watchdog_figures(
+/// All figures. The ages of heartbeats are of the processes in `pids`.
+pub(super) fn engine_figures(
     watchdogs: &BTreeMap<u64, WatchdogServer>,
+    warm: WarmFigures,
+    matches: &LogMatches,
     pids: &[i32],
     now: Moment,
-) -> WatchdogFigures {
+) -> EngineFigures {
+    EngineFigures { watchdog: watchdog_figures(watchdogs, pids, now), warm, log_matches: matches.figures() }
+}
+
+/// The sums over all watchdogs, and the time since the last request or heartbeat of each process in `pids`.
+fn watchdog_figures(watchdogs: &BTreeMap<u64, WatchdogServer>, pids: &[i32], now: Moment) -> WatchdogFigures {
     let mut figures = WatchdogFigures::default();
     for watchdog in watchdogs.values() {
         let counts = watchdog.counts();

@@ -4,8 +4,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::order::{EngineOrder, Line, StartedGroup};
-use super::progress::{GroupProgress, StopReport};
+use super::progress::{GroupProgress, LogFailure, StopReport};
+use super::tail::LogScan;
 use crate::error::{Error, Result};
+use crate::logs::{LogRules, ScanFile, ScanSpec};
 use crate::published::{CallerFds, Wake};
 use crate::supervise::{Exit, GroupEvent, StopPlan};
 
@@ -52,6 +54,17 @@ impl Group {
     pub fn exits(&self, since: usize) -> Result<Vec<Exit>> {
         self.line.check_owner()?;
         Ok(self.progress.exits(since))
+    }
+
+    /// Searches log files of the workers for lines that match `rules`.
+    pub fn scan_logs(&self, files: Vec<ScanFile>, rules: Arc<LogRules>) -> Result<LogScan> {
+        LogScan::open(&self.line, ScanSpec { group: self.id, files, rules })
+    }
+
+    /// The workers that have failed because of a line in their log, in the order of detection.
+    pub fn log_failures(&self) -> Result<Vec<LogFailure>> {
+        self.line.check_owner()?;
+        Ok(self.progress.log_failures())
     }
 
     /// Blocks until the generation exceeds `generation`, `timeout` has passed (`None`: no limit), or one of `others` is readable.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::notice;
-use super::progress::{GroupProgress, Leftover, StopReport, Survivor};
+use super::progress::{GroupProgress, Leftover, LogFailure, StopReport, Survivor};
 use crate::supervise::{Exit, GroupAction, GroupEvent, GroupState, StopNotice, Stopped};
 use crate::sys::clock::Moment;
 use crate::sys::process::ProcessHandle;
@@ -48,6 +48,8 @@ pub(super) struct GroupEntry {
     /// Processes that outlived the linger time of the stop.
     overdue: Vec<Leftover>,
     is_stopped: bool,
+    /// Workers that have failed because of a line in their log.
+    log_failed: Vec<usize>,
     /// Where the workers read the notice of their stop.
     stop_file: SharedFile,
     announced: Option<StopNotice>,
@@ -63,6 +65,7 @@ impl GroupEntry {
             released: false,
             overdue: Vec::new(),
             is_stopped: false,
+            log_failed: Vec::new(),
             stop_file,
             announced: None,
         }
@@ -109,6 +112,21 @@ impl GroupEntry {
                 }
             }
         }
+    }
+
+    /// Handles a log line that makes a worker a failed one. The first line of each worker counts.
+    ///
+    /// During a stop no further worker fails: its peers may log errors because of the stop. A worker that has failed gets the line as an
+    /// explanation.
+    pub(super) fn fail_by_log(&mut self, now: Instant, failure: LogFailure) {
+        let index = failure.index;
+        if self.log_failed.contains(&index) || (self.state.is_stopping() && !self.state.has_failed(index)) {
+            return;
+        }
+        self.log_failed.push(index);
+        // The failure is published before the exit that it causes.
+        self.progress.publish_log_failure(failure);
+        self.step(now, GroupEvent::Fail { index });
     }
 
     /// Tells the workers the deadline of their stop. It is in memory when the signal arrives.

@@ -45,9 +45,25 @@ pub struct StopReport {
     pub survivors: Vec<Survivor>,
 }
 
+/// A worker that has failed because of a line in its log.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LogFailure {
+    /// Index of the worker.
+    pub index: usize,
+    /// The reason of the rule.
+    pub reason: String,
+    /// Description of the stream.
+    pub stream: String,
+    /// The beginning of the line.
+    pub line: String,
+    /// `CLOCK_REALTIME` in nanoseconds when the engine found the line.
+    pub realtime_ns: u64,
+}
+
 #[derive(Debug, Default)]
 struct Progress {
     exits: Vec<Exit>,
+    log_failures: Vec<LogFailure>,
     report: Option<StopReport>,
     failure: Option<String>,
     closed: bool,
@@ -69,6 +85,14 @@ pub(super) struct GroupProgress(Published<Progress>);
 impl GroupProgress {
     pub(super) fn publish_exits(&self, exits: &[Exit]) {
         self.0.publish(|progress| progress.exits.extend_from_slice(exits));
+    }
+
+    pub(super) fn publish_log_failure(&self, failure: LogFailure) {
+        self.0.publish(|progress| progress.log_failures.push(failure));
+    }
+
+    pub(super) fn log_failures(&self) -> Vec<LogFailure> {
+        self.0.read(|progress| progress.log_failures.clone())
     }
 
     pub(super) fn publish_report(&self, report: StopReport) {

@@ -153,6 +153,13 @@ impl Collector for Snapshot {
         self.encode_watchdog(encoder)?;
         self.encode_warm(encoder)?;
 
+        let help = "Log lines that matched --fail-on-log or --warn-on-log, by effect and reason.";
+        let mut matches = counter(encoder, "log_matches", help, None)?;
+        for ((effect, reason), count) in &self.figures.log_matches {
+            let labels = [("effect", (*effect).to_owned()), ("reason", reason.clone())];
+            encode_count(&mut matches.encode_family(&labels)?, count)?;
+        }
+
         let mut probes = counter(encoder, "health_probes", "Requests answered, by path and status.", None)?;
         for ((path, status), count) in &self.counts.answered {
             let labels = [("path", (*path).to_owned()), ("code", status.code().to_string())];

@@ -1,6 +1,6 @@
 //! The status of the job: reported by the agent and the engine, published as JSON.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::time::{Duration, Instant};
 
@@ -118,6 +118,8 @@ pub struct EngineFigures {
     pub watchdog: WatchdogFigures,
     /// Of its pools of warm workers.
     pub warm: WarmFigures,
+    /// Log lines that matched a rule, by effect and reason of the rule.
+    pub log_matches: BTreeMap<(&'static str, String), u64>,
 }
 
 /// The status of the job.
@@ -262,7 +264,7 @@ impl JobStatus {
         figures: &EngineFigures,
         usage: impl Fn(i32) -> Option<RunningUsage>,
     ) -> Vec<u8> {
-        let EngineFigures { watchdog, warm } = figures;
+        let EngineFigures { watchdog, warm, .. } = figures;
         let since = |at: Instant| now.saturating_duration_since(at).as_secs_f64();
         let last = self.last_restart.as_ref();
         let status = StatusJson {
@@ -458,7 +460,8 @@ mod tests {
             expiries: 2,
             last_beats: HashMap::from([(100, Duration::from_millis(250))]),
         };
-        let figures = EngineFigures { watchdog, warm: WarmFigures { ready_zygotes: 1, parked: 3, used: 4 } };
+        let warm = WarmFigures { ready_zygotes: 1, parked: 3, used: 4 };
+        let figures = EngineFigures { watchdog, warm, ..EngineFigures::default() };
         let usage = |pid| {
             assert_eq!(pid, 100);
             Some(RunningUsage { resident_bytes: 4096, cpu: Duration::from_millis(500) })

@@ -121,7 +121,8 @@ impl HostThread {
 
     /// Tells all agents that the rendezvous has ended with this node.
     pub(super) fn announce_end(&mut self, text: &str) {
-        let message = HostMessage::Closed { text: bounded(text, MAX_TEXT_BYTES).to_owned(), code: 1 };
+        let (text, detail) = (bounded(text, MAX_TEXT_BYTES).to_owned(), String::new());
+        let message = HostMessage::Closed { text, code: 1, detail, is_loss: true };
         for connection in self.connections.values_mut().filter(|connection| connection.is_introduced()) {
             message::encode(&message, connection.output());
             // An agent whose socket buffer is full sees the end of the connection instead.

@@ -393,7 +393,7 @@ mod tests {
         wait_for(|state| matches!(state, MembershipState::Placed(_)));
         server.thread.send(HostOrder::Panic).expect("it runs");
         let state = wait_for(|state| !matches!(state, MembershipState::Placed(_)));
-        let MembershipState::Closed { text, code: 1 } = state else { panic!("the state is {state:?}") };
+        let MembershipState::Closed { text, code: 1, .. } = state else { panic!("the state is {state:?}") };
         assert_eq!(text, "the agent that hosts the rendezvous has failed: the thread ferro-store panicked: on purpose");
     }
 }

@@ -3,13 +3,17 @@
 use memchr::memmem::Finder;
 use memchr::{memchr, memchr2};
 
+use super::format::{Prefix, escape_json};
+
 /// Maximum length of a line in bytes. Longer lines are broken up, which bounds the memory use for output without line ends.
 pub const MAX_LINE: usize = 1 << 20;
 
 /// Format of the lines of one stream on the console.
 #[derive(Clone, Debug)]
 pub struct LineFormat {
-    prefix: Vec<u8>,
+    prefix: Prefix,
+    /// The text after a line that is the content of a JSON string; `None` for plain text.
+    json_end: Option<&'static [u8]>,
     filters: Vec<Finder<'static>>,
 }
 
@@ -34,12 +38,27 @@ pub struct Formatted {
 }
 
 impl LineFormat {
-    /// Every line gets `prefix`. If `filters` is not empty, only lines that contain one of its strings are kept.
+    /// Every line gets `prefix`, with the time of the line for `${time}`. If `filters` is not empty, only lines that contain one of its
+    /// strings are kept.
     #[must_use]
     pub fn new(prefix: &[u8], filters: &[Vec<u8>]) -> Self {
         Self {
-            prefix: prefix.to_vec(),
+            prefix: Prefix::new(prefix),
+            json_end: None,
             filters: filters.iter().map(|needle| Finder::new(needle).into_owned()).collect(),
+        }
+    }
+
+    /// Every line is the last string of a JSON object that begins with the prefix.
+    #[must_use]
+    pub fn into_json(self) -> Self {
+        Self { json_end: Some(b"\"}"), ..self }
+    }
+
+    /// Sets the time of the next lines.
+    pub fn set_time(&mut self, realtime_ns: impl FnOnce() -> u64) {
+        if self.prefix.has_time() {
+            self.prefix.set_time(realtime_ns());
         }
     }
 
@@ -100,15 +119,15 @@ impl LineFormat {
     /// Appends the new bytes of a line that has no end yet.
     pub fn format_partial(&self, line: &[u8], shown: ShownPart, out: &mut Vec<u8>) {
         if !shown.is_last {
-            out.extend_from_slice(&self.prefix);
+            out.extend_from_slice(self.prefix.text());
         }
         out.extend_from_slice(&line[shown.bytes.min(line.len())..]);
     }
 
-    /// Whether unfinished lines may be shown. A filter needs the whole line.
+    /// Whether unfinished lines may be shown. A filter and a JSON object need the whole line.
     #[must_use]
     pub fn shows_partial_lines(&self) -> bool {
-        self.filters.is_empty()
+        self.filters.is_empty() && self.json_end.is_none()
     }
 
     fn write(&self, line: &[u8], shown: &mut ShownPart, done: &mut Formatted, out: &mut Vec<u8>) {
@@ -120,8 +139,14 @@ impl LineFormat {
         if shown.bytes > 0 && shown.bytes >= line.len() && !shown.is_last {
             return; // the whole line was shown, and other output after it
         }
-        out.reserve(self.prefix.len() + line.len() + 1);
-        self.format_partial(line, shown, out);
+        out.reserve(self.prefix.text().len() + line.len() + 3);
+        if let Some(end) = self.json_end {
+            out.extend_from_slice(self.prefix.text());
+            escape_json(line, out);
+            out.extend_from_slice(end);
+        } else {
+            self.format_partial(line, shown, out);
+        }
         out.push(b'\n');
     }
 }
@@ -181,11 +206,26 @@ mod tests {
         assert_eq!(whole(ShownPart { bytes: 7, is_last: false }), "[r]:next\n");
     }
 
+    #[test]
+    fn a_json_line_is_one_object() {
+        let mut format = LineFormat::new(br#"{"rank":0,"time":"${time}","message":""#, &[]).into_json();
+        format.set_time(|| 1_000_000);
+        let lines = all_at_once(&format, b"loss: \"1\"\r\n\n\xff\xfe\tpart");
+        let lines: Vec<serde_json::Value> = lines
+            .split_inclusive(|byte| *byte == b'\n')
+            .map(|line| serde_json::from_slice(line).expect("JSON"))
+            .collect();
+        let messages: Vec<&str> = lines.iter().filter_map(|line| line["message"].as_str()).collect();
+        assert_eq!(messages, ["loss: \"1\"", "", "\u{fffd}\u{fffd}\tpart"]);
+        assert_eq!(lines[0]["time"], "1970-01-01T00:00:00.001Z");
+    }
+
     proptest! {
         /// The output does not depend on the boundaries of the chunks.
         #[test]
-        fn chunking_does_not_change_the_output(bytes in proptest::collection::vec(prop_oneof![Just(b'\n'), Just(b'\r'), Just(b'a'), any::<u8>()], 0..200), cuts in proptest::collection::vec(0usize..200, 0..8)) {
-            let format = LineFormat::new(b"[0]:", &[]);
+        fn chunking_does_not_change_the_output(bytes in proptest::collection::vec(prop_oneof![Just(b'\n'), Just(b'\r'), Just(b'a'), any::<u8>()], 0..200), cuts in proptest::collection::vec(0usize..200, 0..8), is_json: bool) {
+            let format = LineFormat::new(b"[0]:\"", &[]);
+            let format = if is_json { format.into_json() } else { format };
             let mut cuts: Vec<usize> = cuts.into_iter().map(|cut| cut.min(bytes.len())).chain([bytes.len()]).collect();
             cuts.sort_unstable();
             let (mut start, mut after_cr, mut out) = (0, false, Vec::new());

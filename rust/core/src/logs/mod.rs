@@ -1,13 +1,20 @@
-//! Copies growing log files to a console as whole, prefixed lines.
+//! Copies growing log files to a console as whole, prefixed lines, and searches them for lines that match rules.
 //!
 //! Workers write their streams directly to files, and the engine reads these files. A training loop therefore never waits for the agent or
 //! for the reader of the console, and the files are complete even if the agent is killed. The files are also the buffer: a blocked console
 //! uses no memory and loses no lines.
 
+mod format;
 mod lines;
+mod patterns;
+mod scans;
 mod tail;
 mod tails;
+mod time;
 
 pub use lines::{Formatted, LineFormat, MAX_LINE};
+pub use patterns::{LogRule, LogRules, PatternError};
+pub use scans::ScanFile;
+pub(crate) use scans::{LogMatch, ScanSpec};
 pub use tail::{TailReport, TailSpec};
 pub(crate) use tails::Tails;

@@ -9,12 +9,13 @@ use rustix::fs::{Mode, OFlags};
 
 use super::lines::{LineFormat, MAX_LINE, ShownPart};
 use crate::error::Error;
+use crate::sys::clock::realtime_ns;
 use crate::sys::console::Console;
 
 /// The files to follow and their destination.
 #[derive(Debug)]
 pub struct TailSpec {
-    /// Files and the prefix of their lines. Missing files are created.
+    /// Files and the prefix of their lines, with the time of the line for `${time}`. Missing files are created.
     pub files: Vec<(PathBuf, Vec<u8>)>,
     /// Destination of the lines.
     pub console: OwnedFd,
@@ -22,6 +23,8 @@ pub struct TailSpec {
     pub only_lines_with: Vec<Vec<u8>>,
     /// Never show an unfinished line.
     pub whole_lines_only: bool,
+    /// Each line is a JSON object: the prefix begins it, and its last string is the content of the line.
+    pub is_json: bool,
 }
 
 /// Statistics and errors of a finished tail.
@@ -88,7 +91,7 @@ impl LogStream {
     }
 }
 
-fn open_log(path: &Path) -> io::Result<OwnedFd> {
+pub(super) fn open_log(path: &Path) -> io::Result<OwnedFd> {
     Ok(rustix::fs::open(path, OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC, Mode::from_raw_mode(0o666))?)
 }
 
@@ -96,7 +99,7 @@ fn open_log(path: &Path) -> io::Result<OwnedFd> {
 const PARTIAL_LINE_DELAY: Duration = Duration::from_millis(100);
 
 /// Bytes read from one stream before the next is served. Grows up to [`MAX_LINE`] for a line that does not fit.
-const CHUNK: usize = 256 * 1024;
+pub(super) const CHUNK: usize = 256 * 1024;
 
 /// Identifies a console independent of its descriptor: device and inode of its file.
 pub(super) type ConsoleKey = (u64, u64);
@@ -124,10 +127,11 @@ impl FileTail {
     pub(super) fn open(spec: &TailSpec) -> Result<Self, Error> {
         let console = Console::new(spec.console.as_fd()).map_err(|source| Error::os("open", "the console", source))?;
         let console_key = rustix::fs::fstat(&console).map_or((0, 0), |stat| (stat.st_dev, stat.st_ino));
-        let streams = spec.files.iter();
-        let streams = streams
-            .map(|(path, prefix)| LogStream::open(path, LineFormat::new(prefix, &spec.only_lines_with)))
-            .collect();
+        let format_of = |prefix: &[u8]| {
+            let format = LineFormat::new(prefix, &spec.only_lines_with);
+            if spec.is_json { format.into_json() } else { format }
+        };
+        let streams = spec.files.iter().map(|(path, prefix)| LogStream::open(path, format_of(prefix))).collect();
         Ok(Self {
             console,
             console_key,
@@ -217,6 +221,7 @@ impl FileTail {
             stream.dirty = false;
             return;
         };
+        stream.format.set_time(realtime_ns);
         let mut size = CHUNK;
         loop {
             scratch.resize(size, 0);
@@ -274,6 +279,7 @@ impl FileTail {
             self.pending.push(b'\n');
         }
         let shown = ShownPart { bytes: stream.shown_bytes, is_last };
+        stream.format.set_time(realtime_ns);
         stream.format.format_partial(&scratch[..read], shown, &mut self.pending);
         stream.shown_bytes = read;
         *open = Some(key);
@@ -323,7 +329,7 @@ impl FileTail {
 }
 
 /// Reads until `buffer` is full or the file ends. An error is treated as the end of the file.
-fn read_full(file: &OwnedFd, buffer: &mut [u8], offset: u64) -> usize {
+pub(super) fn read_full(file: &OwnedFd, buffer: &mut [u8], offset: u64) -> usize {
     let mut read = 0;
     while read < buffer.len() {
         match rustix::io::pread(file, &mut buffer[read..], offset + read as u64) {

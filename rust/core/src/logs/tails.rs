@@ -3,8 +3,10 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::os::fd::AsFd;
 use std::os::fd::BorrowedFd;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
+use super::scans::{ScanSpec, Scans};
 use super::tail::{ConsoleKey, FileTail, Finish, OpenLine, Pumped, TailReport, TailSpec};
 use crate::error::Error;
 use crate::sys::notify::Notifier;
@@ -39,6 +41,7 @@ pub(crate) struct Tails {
     poll_at: Option<Instant>,
     /// For each console, the stream whose unfinished line is its last output. Several tails may share a console.
     open_lines: HashMap<ConsoleKey, OpenLine>,
+    pub(crate) scans: Scans,
     scratch: Vec<u8>,
 }
 
@@ -58,6 +61,7 @@ impl Tails {
             watches: HashMap::new(),
             poll_at: None,
             open_lines: HashMap::new(),
+            scans: Scans::default(),
             scratch: Vec::new(),
         }
     }
@@ -66,9 +70,8 @@ impl Tails {
     pub(crate) fn add(&mut self, id: u64, spec: &TailSpec, poller: &Poller) -> Result<(), Error> {
         let mut tail = FileTail::open(spec)?;
         for (index, (path, _)) in spec.files.iter().enumerate() {
-            match self.notifier.as_ref().map(|notifier| notifier.watch(path)) {
-                Some(Ok(watch)) => self.watches.entry(watch).or_default().push((id, index)),
-                Some(Err(_)) | None => tail.set_polled(index),
+            if !self.watch(path, (id, index)) {
+                tail.set_polled(index);
             }
         }
         if tail.mark_polled_dirty() {
@@ -81,15 +84,50 @@ impl Tails {
         Ok(())
     }
 
+    /// Adds a scan of the files of `spec`.
+    pub(crate) fn add_scan(&mut self, id: u64, spec: &ScanSpec, poller: &Poller) {
+        let files = spec.files.iter().enumerate();
+        let is_watched: Vec<bool> = files.map(|(index, file)| self.watch(&file.path, (id, index))).collect();
+        self.scans.add(id, spec, &is_watched);
+        if self.scans.mark_polled_dirty() {
+            self.poll_at.get_or_insert_with(Instant::now);
+        }
+        self.listen(poller, true);
+    }
+
+    /// Searches the rest of the files of a scan, and then sends to `reply`.
+    pub(crate) fn finish_scan(&mut self, id: u64, reply: Reply<()>) {
+        self.scans.finish(id, reply);
+    }
+
+    /// Ends a scan.
+    pub(crate) fn drop_scan(&mut self, id: u64, poller: &Poller) {
+        if self.scans.remove(id) {
+            self.unwatch(id);
+            self.rest(poller);
+        }
+    }
+
+    /// Watches a file for a reader; `false` if it must be polled.
+    fn watch(&mut self, path: &Path, reader: (u64, usize)) -> bool {
+        let watch = self.notifier.as_ref().and_then(|notifier| notifier.watch(path).ok());
+        if let Some(watch) = watch {
+            self.watches.entry(watch).or_default().push(reader);
+        }
+        watch.is_some()
+    }
+
     /// Handles a readable notifier.
     pub(crate) fn notified(&mut self) {
         let Some(notifier) = &self.notifier else { return };
-        let (watches, tails, runnable) = (&self.watches, &mut self.by_id, &mut self.runnable);
+        let (watches, tails, scans, runnable) = (&self.watches, &mut self.by_id, &mut self.scans, &mut self.runnable);
         let complete = notifier.drain(|watch| {
             for (id, stream) in watches.get(&watch).into_iter().flatten() {
                 if let Some(tail) = tails.get_mut(id) {
                     tail.mark_dirty(*stream);
                     runnable.insert(*id);
+                } else {
+                    scans.mark_dirty(*id, *stream);
                 }
             }
         });
@@ -138,6 +176,8 @@ impl Tails {
             self.listen(poller, true);
         }
         self.handle_deadlines(now);
+        let has_scanned = self.scans.is_busy();
+        self.scans.pump(&mut self.scratch);
         let mut ended = Vec::new();
         let turn: Vec<u64> = self.runnable.iter().copied().collect();
         for id in &turn {
@@ -165,7 +205,7 @@ impl Tails {
             finish.and_then(|finish| finish.deadline).is_some_and(|deadline| deadline <= now)
         };
         ended.extend(self.full.iter().filter(|id| self.by_id.get(id).is_some_and(is_timed_out)));
-        if !turn.is_empty() && !self.by_id.is_empty() {
+        if (!turn.is_empty() || has_scanned) && !self.is_empty() {
             self.listen(poller, false);
             self.resume_at = now.checked_add(BATCH_DELAY);
         }
@@ -180,7 +220,7 @@ impl Tails {
 
     /// Whether [`Tails::pump`] has something to do now.
     pub(crate) fn is_busy(&self) -> bool {
-        !self.runnable.is_empty()
+        !self.runnable.is_empty() || self.scans.is_busy()
     }
 
     /// The next deadline of [`Tails::pump`].
@@ -201,6 +241,9 @@ impl Tails {
                 self.runnable.insert(id);
             }
         }
+        if is_poll && self.scans.mark_polled_dirty() {
+            self.poll_at = now.checked_add(POLL_INTERVAL);
+        }
         for (id, tail) in &mut self.by_id {
             let has_polled = is_poll && tail.mark_polled_dirty();
             if has_polled {
@@ -214,6 +257,7 @@ impl Tails {
     }
 
     fn mark_all_dirty(&mut self) {
+        self.scans.mark_all_dirty();
         for (id, tail) in &mut self.by_id {
             tail.mark_all_dirty();
             if !self.full.contains(id) {
@@ -234,11 +278,20 @@ impl Tails {
         if !self.by_id.values().any(|other| other.console_key() == key) {
             self.open_lines.remove(&key);
         }
-        if self.by_id.is_empty() {
+        self.rest(poller);
+        Some(tail.report())
+    }
+
+    fn is_empty(&self) -> bool {
+        self.by_id.is_empty() && self.scans.is_empty()
+    }
+
+    /// Ignores notifications if there is no file to follow.
+    fn rest(&mut self, poller: &Poller) {
+        if self.is_empty() {
             (self.resume_at, self.poll_at) = (None, None);
             self.listen(poller, false);
         }
-        Some(tail.report())
     }
 
     fn unwatch(&mut self, id: u64) {
@@ -294,7 +347,8 @@ mod tests {
         rustix::io::ioctl_fionbio(&writer, false).expect("blocking");
         let (mut tails, poller) = (Tails::new(1), Poller::new().expect("a poller"));
         let files = vec![(path, b"[0]:".to_vec())];
-        let spec = TailSpec { files, console: writer, only_lines_with: Vec::new(), whole_lines_only: false };
+        let spec =
+            TailSpec { files, console: writer, only_lines_with: Vec::new(), whole_lines_only: false, is_json: false };
         tails.add(TOKEN, &spec, &poller).expect("a tail");
         (tails, poller, reader, file)
     }

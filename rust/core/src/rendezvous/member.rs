@@ -7,10 +7,9 @@ use std::time::{Duration, Instant};
 
 use link::Link;
 
-use super::message::{AgentMessage, Cause, HostMessage, Join, MAX_TEXT_BYTES, Place};
+use super::message::{AgentMessage, Cause, HostMessage, Join, MAX_DETAIL_BYTES, MAX_TEXT_BYTES, Place};
 use crate::sys::clock::{ENDLESS, later};
 use crate::text::bounded;
-use crate::vocabulary::RestartCause;
 
 pub use link::Lease;
 
@@ -54,6 +53,8 @@ pub enum Call {
         code: i32,
         /// No restart is left.
         is_final: bool,
+        /// The explanation of the failure. One that is longer than a message allows is not sent.
+        detail: String,
     },
     /// All workers have succeeded.
     Finished,
@@ -137,6 +138,10 @@ pub enum MembershipState {
         text: String,
         /// Exit code of the job; 0 if this node was a spare of a job that has succeeded.
         code: i32,
+        /// The explanation of the worker's failure that ended the job, or empty.
+        detail: String,
+        /// Whether the loss of a node ended the job.
+        is_loss: bool,
     },
     /// It cannot take part.
     Failed(Failure),
@@ -304,9 +309,11 @@ impl Member {
                     Link::Pausing { .. } | Link::Connecting | Link::Entering { .. } => {}
                 }
             }
-            Call::Failed { at_ns, text, code, is_final } => {
+            Call::Failed { at_ns, text, code, is_final, detail } => {
                 if let Some(round) = self.last_round {
-                    self.send(AgentMessage::Failed { round, at_ns, text: bounded_text(&text), code, is_final });
+                    let text = bounded_text(&text);
+                    let detail = if detail.len() > MAX_DETAIL_BYTES { String::new() } else { detail };
+                    self.send(AgentMessage::Failed { round, at_ns, text, code, is_final, detail });
                 }
             }
             Call::Finished => {
@@ -394,8 +401,7 @@ impl Member {
                 self.not_connected(now, text, false);
             }
         } else if let MembershipState::Placed(place) = &self.state {
-            let cause =
-                Cause { kind: RestartCause::Membership, node: String::new(), at_ns: None, text: description, code: 1 };
+            let cause = Cause::loss(String::new(), description);
             self.state = MembershipState::Over(place.clone(), cause);
         } else if let Some(pending_join) = &mut self.pending_join {
             if was_up {
@@ -456,12 +462,12 @@ impl Member {
                     self.state = MembershipState::Released;
                 }
             }
-            HostMessage::Closed { text, code } => {
+            HostMessage::Closed { text, code, detail, is_loss } => {
                 self.pending_join = None;
                 if self.state != MembershipState::Released {
                     // The workers of this node have not succeeded, so this node must not report success.
                     let code = if code == 0 && self.has_running_workers() { 1 } else { code };
-                    self.state = MembershipState::Closed { text, code };
+                    self.state = MembershipState::Closed { text, code, detail, is_loss };
                 }
             }
             HostMessage::Late { text } => {
@@ -551,7 +557,7 @@ pub(crate) fn lapsed_cause(endpoint: &str) -> Cause {
     let text = format!(
         "the host of the rendezvous at {endpoint} has not answered for too long (heartbeat_timeout): this node stops its workers before others take their ranks"
     );
-    Cause { kind: RestartCause::Membership, node: String::new(), at_ns: None, text, code: 1 }
+    Cause::loss(String::new(), text)
 }
 
 /// Shortens a text to the limit of a message.

@@ -14,13 +14,16 @@ use crate::text::printable;
 use crate::vocabulary::RestartCause;
 
 /// Version of the messages. Agents of another version are refused.
-pub const PROTOCOL: u32 = 2;
+pub const PROTOCOL: u32 = 3;
 
-/// Maximum length of a frame. The longest message carries the cause of a failure.
-pub const MAX_FRAME_BYTES: usize = 64 * 1024;
+/// Maximum length of a frame. The longest message carries the cause of a failure. JSON within JSON has twice its length at most.
+pub const MAX_FRAME_BYTES: usize = 128 * 1024;
 
 /// Maximum length of a text from another process within a message.
 pub const MAX_TEXT_BYTES: usize = 8 * 1024;
+
+/// Maximum length of the explanation of a failure within a message.
+pub const MAX_DETAIL_BYTES: usize = 32 * 1024;
 
 /// The identity of an agent, and the settings of its job.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -106,6 +109,9 @@ pub enum AgentMessage {
         code: i32,
         /// No restart is left.
         is_final: bool,
+        /// The explanation of the failure for the report on all nodes. Rust does not interpret it.
+        #[serde(deserialize_with = "bounded_detail")]
+        detail: String,
     },
     /// All workers of this agent have succeeded in this round.
     Finished {
@@ -175,9 +181,33 @@ pub struct Cause {
     pub text: String,
     /// Exit code of the job if this ends it.
     pub code: i32,
+    /// The explanation of a worker's failure, or empty.
+    #[serde(deserialize_with = "bounded_detail")]
+    pub detail: String,
+    /// Whether a node was lost or has left.
+    pub is_loss: bool,
 }
 
 impl Cause {
+    /// A change of the membership, without a time.
+    #[must_use]
+    pub fn membership(node: String, text: String) -> Self {
+        let (at_ns, detail) = (None, String::new());
+        Self { kind: RestartCause::Membership, node, at_ns, text, code: 1, detail, is_loss: false }
+    }
+
+    /// The loss or the departure of a node.
+    #[must_use]
+    pub fn loss(node: String, text: String) -> Self {
+        Self { is_loss: true, ..Self::membership(node, text) }
+    }
+
+    /// A failure without a time and an explanation.
+    #[must_use]
+    pub fn failure(node: String, text: String) -> Self {
+        Self { kind: RestartCause::Failure, ..Self::membership(node, text) }
+    }
+
     /// Whether this cause has a timestamp that precedes `other`'s. A cause without a timestamp counts as later.
     #[must_use]
     pub fn is_before(&self, other: &Self) -> bool {
@@ -220,6 +250,11 @@ pub enum HostMessage {
         text: String,
         /// Exit code of the job; 0 for a spare of a job that has succeeded.
         code: i32,
+        /// The explanation of the worker's failure that ended the job, or empty.
+        #[serde(deserialize_with = "bounded_detail")]
+        detail: String,
+        /// Whether the loss of a node ended the job.
+        is_loss: bool,
     },
     /// The job had ended, or was about to end, when the agent came.
     Late {
@@ -294,6 +329,15 @@ pub fn decode<M: DeserializeOwned>(frames: &mut Vec<u8>) -> Result<Option<M>, In
 /// Makes text of another process printable, because it is shown to the user.
 fn printable_string<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
     String::deserialize(deserializer).map(|text| printable(&text))
+}
+
+/// Drops an explanation that is too long: a part of it is not valid.
+fn bounded_detail<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
+    let mut detail = String::deserialize(deserializer)?;
+    if detail.len() > MAX_DETAIL_BYTES {
+        detail.clear();
+    }
+    Ok(detail)
 }
 
 fn printable_strings<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {

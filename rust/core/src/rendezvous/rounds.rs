@@ -18,7 +18,6 @@ pub use super::seating::Id;
 use super::seating::{self, Candidate, Round};
 use crate::sys::clock::ENDLESS;
 use crate::text::bounded;
-use crate::vocabulary::RestartCause;
 
 /// Maximum number of node names in one message.
 const MAX_NAMES: usize = 32;
@@ -63,6 +62,8 @@ pub enum HostEvent {
         code: i32,
         /// No restart is left.
         is_final: bool,
+        /// The explanation of the failure.
+        detail: String,
     },
     /// All workers of an agent have succeeded in this round.
     Finished(Id, u64),
@@ -209,6 +210,10 @@ enum RoundPhase {
         why: String,
         /// Exit code of the job.
         code: i32,
+        /// The explanation of the worker's failure that ended the job, or empty.
+        detail: String,
+        /// Whether the loss of a node ended the job.
+        is_loss: bool,
     },
 }
 
@@ -279,11 +284,11 @@ impl Rounds {
                 self.note_heard(now, id);
                 self.join(now, id, join);
             }
-            HostEvent::Failed { id, round, at_ns, text, code, is_final } => {
+            HostEvent::Failed { id, round, at_ns, text, code, is_final, detail } => {
                 self.note_heard(now, id);
                 let node = self.members.get(&id).map(|member| member.agent.name.clone()).unwrap_or_default();
                 let text = format!("{} on {node}", bounded(&text, MAX_TEXT_BYTES));
-                let cause = Cause { kind: RestartCause::Failure, node, at_ns: Some(at_ns), text, code };
+                let cause = Cause { at_ns: Some(at_ns), code, detail, ..Cause::failure(node, text) };
                 self.fail(now, id, round, cause, is_final);
             }
             HostEvent::Finished(id, round) => {
@@ -293,7 +298,7 @@ impl Rounds {
             HostEvent::Closed(id, text, code) => {
                 if let Some(member) = self.members.get(&id) {
                     let text = format!("{}: {}", member.label(), bounded(&text, MAX_TEXT_BYTES));
-                    self.close(&text, code);
+                    self.close(Cause { code, ..Cause::failure(String::new(), text) });
                 }
             }
             HostEvent::Left(id, text) => {
@@ -305,7 +310,7 @@ impl Rounds {
                 self.send(id, HostMessage::Beat { number });
             }
             HostEvent::FailureAnnounced { text, grace } => {
-                let cause = Cause { kind: RestartCause::Failure, node: String::new(), at_ns: None, text, code: 1 };
+                let cause = Cause::failure(String::new(), text);
                 self.schedule_round_end(now, now + grace, cause, false);
             }
             HostEvent::ForeignPeer(text) => self.warn_host(&text),
@@ -360,8 +365,7 @@ impl Rounds {
                     return self.close_after_failure(&pending.cause);
                 }
                 let text = format!("{} restarts its workers", member.label());
-                let cause =
-                    Cause { kind: RestartCause::Failure, node: member.agent.name.clone(), at_ns: None, text, code: 1 };
+                let cause = Cause::failure(member.agent.name.clone(), text);
                 self.end_round(now, &cause);
                 self.wait(now, id, join);
             }
@@ -386,7 +390,7 @@ impl Rounds {
             RoundPhase::Running if self.has_room() => {
                 let text = format!("{label} joins");
                 let node = self.members[&id].agent.name.clone();
-                self.end_round(now, &Cause { kind: RestartCause::Membership, node, at_ns: None, text, code: 1 });
+                self.end_round(now, &Cause::membership(node, text));
             }
             RoundPhase::Running => {
                 if let Some(member) = self.members.get_mut(&id) {
@@ -454,8 +458,7 @@ impl Rounds {
                         self.set_seat(id, Seat::Returning);
                     }
                     let text = "its connection ended before its workers".to_owned();
-                    let loss =
-                        Cause { kind: RestartCause::Membership, node: String::new(), at_ns: None, text, code: 1 };
+                    let loss = Cause::loss(String::new(), text);
                     let cause = self.cause.clone().unwrap_or(loss);
                     return self.send(id, HostMessage::Over { round, cause });
                 }
@@ -470,7 +473,7 @@ impl Rounds {
         if !matches!(self.phase, RoundPhase::Running) || self.tally.running > 0 {
             return;
         }
-        self.end("the job has succeeded", 0);
+        self.end(Cause { code: 0, ..Cause::failure(String::new(), "the job has succeeded".into()) });
     }
 
     fn remove(&mut self, now: Instant, id: Id, reason: &str, departure: Departure) {
@@ -479,8 +482,7 @@ impl Rounds {
         };
         self.tally.subtract(&member.seat);
         let text = format!("{} {reason}", member.label());
-        let loss =
-            Cause { kind: RestartCause::Membership, node: member.agent.name.clone(), at_ns: None, text, code: 1 };
+        let loss = Cause::loss(member.agent.name.clone(), text);
         match (&self.phase, member.seat) {
             (RoundPhase::Running, Seat::Running(_)) => self.handle_loss(now, &loss, departure),
             // Its workers have succeeded, so the round goes on without it.
@@ -586,8 +588,8 @@ impl HostEvent {
         match message {
             AgentMessage::Enter(agent) => Self::Entered(id, agent),
             AgentMessage::Join(join) => Self::Joined(id, join),
-            AgentMessage::Failed { round, at_ns, text, code, is_final } => {
-                Self::Failed { id, round, at_ns, text, code, is_final }
+            AgentMessage::Failed { round, at_ns, text, code, is_final, detail } => {
+                Self::Failed { id, round, at_ns, text, code, is_final, detail }
             }
             AgentMessage::Finished { round } => Self::Finished(id, round),
             AgentMessage::Close { text, code } => Self::Closed(id, text, code),

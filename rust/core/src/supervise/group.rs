@@ -16,6 +16,11 @@ pub enum GroupEvent {
     Stop(StopPlan),
     /// Stop the group at the first failure, or now if a worker has already failed.
     StopOnFailure(StopPlan),
+    /// The worker is a failed one, for a reason other than its exit. A running worker gets SIGKILL.
+    Fail {
+        /// The worker.
+        index: usize,
+    },
     /// End the linger time and the grace period of a running stop: send SIGKILL now.
     EndGrace,
     /// The answer to [`GroupAction::CheckMembers`].
@@ -35,6 +40,8 @@ pub struct GroupState {
     ended: Vec<bool>,
     exits: Vec<Exit>,
     on_failure: Option<StopPlan>,
+    /// A worker that has ended without a failure exit is a failed one.
+    has_other_failure: bool,
     teardown: Option<Teardown>,
 }
 
@@ -42,7 +49,13 @@ impl GroupState {
     /// A group of `size` running workers.
     #[must_use]
     pub fn new(size: usize) -> Self {
-        Self { ended: vec![false; size], exits: Vec::with_capacity(size), on_failure: None, teardown: None }
+        Self {
+            ended: vec![false; size],
+            exits: Vec::with_capacity(size),
+            on_failure: None,
+            has_other_failure: false,
+            teardown: None,
+        }
     }
 
     /// The exits so far, in order.
@@ -55,6 +68,18 @@ impl GroupState {
     #[must_use]
     pub fn has_ended(&self, index: usize) -> bool {
         self.ended[index]
+    }
+
+    /// Whether a stop has started.
+    #[must_use]
+    pub fn is_stopping(&self) -> bool {
+        self.teardown.is_some()
+    }
+
+    /// Whether the worker at `index` has failed by itself.
+    #[must_use]
+    pub fn has_failed(&self, index: usize) -> bool {
+        self.exits.iter().any(|exit| exit.index == index && is_failure(exit) && !exit.stopped)
     }
 
     /// When the next [`GroupEvent::Tick`] is due.
@@ -79,6 +104,7 @@ impl GroupState {
                 self.on_failure = Some(plan);
                 self.stop_after_failure(now)
             }
+            GroupEvent::Fail { index } => self.fail(now, index),
             GroupEvent::EndGrace => self.teardown.as_mut().map_or_else(Vec::new, |stop| stop.end_grace(now)),
             GroupEvent::MembersChecked { index, has_members } => {
                 let stop = self.teardown.as_mut();
@@ -108,11 +134,22 @@ impl GroupState {
         actions
     }
 
-    /// Starts the planned stop if a worker has failed. An unknown status is not a failure.
+    /// A running worker is killed, and its exit is the failure. A running stop goes on.
+    fn fail(&mut self, now: Instant, index: usize) -> Vec<GroupAction> {
+        if self.teardown.is_some() {
+            return Vec::new();
+        }
+        if !self.ended[index] {
+            return vec![GroupAction::KillLeader { index }];
+        }
+        self.has_other_failure = true;
+        self.stop_after_failure(now)
+    }
+
+    /// Starts the planned stop if a worker has failed.
     fn stop_after_failure(&mut self, now: Instant) -> Vec<GroupAction> {
-        let is_failure = |exit: &Exit| !exit.status.is_success() && exit.status != ExitStatus::Unknown;
         match self.on_failure {
-            Some(plan) if self.exits.iter().any(is_failure) => self.begin(now, plan),
+            Some(plan) if self.has_other_failure || self.exits.iter().any(is_failure) => self.begin(now, plan),
             _ => Vec::new(),
         }
     }
@@ -126,4 +163,9 @@ impl GroupState {
         self.teardown = Some(teardown);
         actions
     }
+}
+
+/// An unknown status is not a failure.
+fn is_failure(exit: &Exit) -> bool {
+    !exit.status.is_success() && exit.status != ExitStatus::Unknown
 }

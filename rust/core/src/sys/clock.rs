@@ -25,6 +25,12 @@ pub fn monotonic_ns() -> u64 {
     nanoseconds(ClockId::Monotonic)
 }
 
+/// `CLOCK_REALTIME` in nanoseconds since the epoch.
+#[must_use]
+pub fn realtime_ns() -> u64 {
+    nanoseconds(ClockId::Realtime)
+}
+
 fn nanoseconds(clock: ClockId) -> u64 {
     let time = clock_gettime(clock);
     time.tv_sec.cast_unsigned() * 1_000_000_000 + time.tv_nsec.cast_unsigned()
@@ -45,7 +51,7 @@ impl Moment {
     /// The current time.
     #[must_use]
     pub fn now() -> Self {
-        Self { instant: Instant::now(), monotonic_ns: monotonic_ns(), realtime_ns: nanoseconds(ClockId::Realtime) }
+        Self { instant: Instant::now(), monotonic_ns: monotonic_ns(), realtime_ns: realtime_ns() }
     }
 
     /// The wall clock, in seconds since the epoch.

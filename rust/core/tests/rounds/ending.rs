@@ -2,11 +2,11 @@
 
 use std::time::Duration;
 
-use ferroelastic_core::rendezvous::message::{HostMessage, Place};
+use ferroelastic_core::rendezvous::message::Place;
 use ferroelastic_core::rendezvous::rounds::{HostAction, HostEvent};
 use ferroelastic_core::vocabulary::RestartCause;
 
-use crate::table::{LOSS_GRACE, MOMENT, SECOND, SILENCE, Table, begun, introduction, over};
+use crate::table::{LOSS_GRACE, MOMENT, SECOND, SILENCE, Table, begun, closed, detail, introduction, over};
 
 #[test]
 fn a_note_of_a_worker_in_the_store_is_a_failure() {
@@ -202,6 +202,7 @@ fn of_two_last_failures_the_first_is_named_whichever_is_heard_first() {
                 text: format!("rank {id} fell"),
                 code: 7,
                 is_final: true,
+                detail: detail(id),
             });
         }
         table.pass(SECOND, &[1, 2]);
@@ -212,8 +213,7 @@ fn of_two_last_failures_the_first_is_named_whichever_is_heard_first() {
 #[test]
 fn a_job_of_one_node_ends_at_once() {
     let mut table = Table::running(1, 1);
-    let text = "rank 1 exited with 1 on node1, and no restart is left".into();
-    assert_eq!(table.fail_for_good(1, 0), [HostAction::Send(1, HostMessage::Closed { text, code: 7 })]);
+    assert_eq!(table.fail_for_good(1, 0), [HostAction::Send(1, closed("rank 1 exited with 1 on node1", 1))]);
 }
 
 #[test]

@@ -77,6 +77,7 @@ impl Table {
             text: format!("rank {id} exited with 1"),
             code: 7,
             is_final: false,
+            detail: String::new(),
         })
     }
 
@@ -88,6 +89,7 @@ impl Table {
             text: format!("rank {id} exited with 1"),
             code: 7,
             is_final: true,
+            detail: detail(id),
         })
     }
 
@@ -162,4 +164,21 @@ pub(crate) fn refused(actions: &[HostAction]) -> Option<String> {
         HostAction::Send(_, HostMessage::Refused { text }) => Some(text.clone()),
         _ => None,
     })
+}
+
+/// The explanation that an agent sends with its last failure.
+pub(crate) fn detail(id: Id) -> String {
+    format!("{{\"rank\":{id}}}")
+}
+
+/// The end of the job after the last failure of an agent.
+pub(crate) fn closed(failure: &str, id: Id) -> HostMessage {
+    let text = format!("{failure}, and no restart is left");
+    HostMessage::Closed { text, code: 7, detail: detail(id), is_loss: false }
+}
+
+/// The message of the last action.
+pub(crate) fn last_message(actions: &[HostAction]) -> HostMessage {
+    let Some(HostAction::Send(_, message)) = actions.last() else { panic!("{actions:?}") };
+    message.clone()
 }

@@ -349,11 +349,9 @@ impl Job {
                 self.set_work(index, Work::Meeting);
                 self.later(Duration::ZERO, Happening::Start(index));
             }
-            (MembershipState::Closed { .. }, Work::Verdict) => {
-                self.set_work(index, Work::Ended("failed"));
-            }
-            (MembershipState::Closed { .. }, _) => {
-                self.set_work(index, Work::Ended("closed"));
+            (MembershipState::Closed { text, detail, .. }, work) => {
+                invariants::check_end(&text, &detail);
+                self.set_work(index, Work::Ended(if work == Work::Verdict { "failed" } else { "closed" }));
             }
             (MembershipState::Released, _) => {
                 self.set_work(index, Work::Ended("released"));
@@ -585,7 +583,8 @@ impl Job {
         }
         if fails {
             let is_final = self.random.chance(self.faults.last);
-            let call = Call::Failed { at_ns: 1, text: "rank 0 exited with 1".into(), code: 1, is_final };
+            let (text, detail) = (invariants::FAILURE.into(), invariants::DETAIL.into());
+            let call = Call::Failed { at_ns: 1, text, code: 1, is_final, detail };
             self.step_agent(index, member::MemberEvent::Call(call));
             if self.agents[index].is_alive && self.agents[index].turn == turn {
                 self.stop_workers(index, is_final);

@@ -116,7 +116,7 @@ impl Rounds {
         }
         if self.settings.max_membership_changes.is_some_and(|max| self.membership_changes > max) {
             let text = format!("{}, after {} membership changes", cause.text, self.membership_changes - 1);
-            self.close(&text, cause.code);
+            self.close(Cause { text, ..cause });
             return false;
         }
         self.cause = Some(cause);
@@ -124,18 +124,20 @@ impl Rounds {
     }
 
     pub(super) fn close_after_failure(&mut self, cause: &Cause) {
-        self.close(&format!("{}, and no restart is left", cause.text), cause.code);
+        let text = format!("{}, and no restart is left", cause.text);
+        self.close(Cause { text, ..cause.clone() });
     }
 
     /// Ends the job as failed, unless it has ended already. The exit code is never 0.
-    pub(super) fn close(&mut self, text: &str, code: i32) {
+    pub(super) fn close(&mut self, cause: Cause) {
         if self.closed().is_none() {
-            self.end(text, if code == 0 { 1 } else { code });
+            self.end(Cause { code: if cause.code == 0 { 1 } else { cause.code }, ..cause });
         }
     }
 
-    pub(super) fn end(&mut self, text: &str, code: i32) {
-        self.phase = RoundPhase::Closed { why: text.into(), code };
+    pub(super) fn end(&mut self, cause: Cause) {
+        let Cause { text: why, code, detail, is_loss, .. } = cause;
+        self.phase = RoundPhase::Closed { why, code, detail, is_loss };
         self.pending = None;
         self.explain_at = None;
         let messages = self.members.iter().map(|(id, member)| HostAction::Send(*id, self.end_message(member)));
@@ -146,7 +148,7 @@ impl Rounds {
 
     /// The message that tells an agent the end of the job.
     pub(super) fn end_message(&self, member: &Participant) -> HostMessage {
-        let RoundPhase::Closed { why, code } = &self.phase else { return HostMessage::Released };
+        let RoundPhase::Closed { why, code, detail, is_loss } = &self.phase else { return HostMessage::Released };
         let membership = member.agent.membership;
         let has_finished = matches!(member.seat, Seat::Finished(_)) || self.finished_departed.contains_key(&membership);
         if *code == 0 && has_finished {
@@ -155,7 +157,7 @@ impl Rounds {
         if member.is_late || !self.ever_waited.contains(&membership) {
             return HostMessage::Late { text: why.clone() };
         }
-        HostMessage::Closed { text: why.clone(), code: *code }
+        HostMessage::Closed { text: why.clone(), code: *code, detail: detail.clone(), is_loss: *is_loss }
     }
 
     /// A node is lost from a round that has just ended. If a worker's failure ended the round, the loss is its cause.

@@ -1,0 +1,313 @@
+//! Searches growing log files for lines that match rules.
+//!
+//! A scan reads its files again, independent of the tails: a blocked console delays no match.
+
+use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use memchr::{memchr2, memrchr2};
+
+use super::lines::MAX_LINE;
+use super::patterns::{LogRule, LogRules};
+use super::tail::{CHUNK, open_log, read_full};
+use crate::thread::Reply;
+
+/// The files of a group of workers and the rules for their lines.
+#[derive(Debug)]
+pub(crate) struct ScanSpec {
+    /// The id of the group.
+    pub(crate) group: u64,
+    /// The files. Missing ones are created.
+    pub(crate) files: Vec<ScanFile>,
+    /// The rules.
+    pub(crate) rules: Arc<LogRules>,
+}
+
+/// A file that is searched.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ScanFile {
+    /// Its path.
+    pub path: PathBuf,
+    /// Index of the worker in its group.
+    pub worker: usize,
+    /// Description of the stream, for people: `stderr of rank 3`.
+    pub label: String,
+}
+
+/// Lines of one file that match a rule.
+#[derive(Debug)]
+pub(crate) struct LogMatch {
+    /// The id of the group.
+    pub(crate) group: u64,
+    /// Its file.
+    pub(crate) file: ScanFile,
+    /// The rule.
+    pub(crate) rule: LogRule,
+    /// Number of lines.
+    pub(crate) lines: u64,
+    /// The beginning of the first one.
+    pub(crate) first: Vec<u8>,
+}
+
+/// Lines of one chunk that match one rule.
+struct MatchedLines {
+    rule: usize,
+    lines: u64,
+    first: Vec<u8>,
+}
+
+/// Bytes of a matching line that are kept.
+const KEPT_LINE: usize = 512;
+
+#[derive(Debug)]
+struct ScanStream {
+    file: Option<OwnedFd>,
+    spec: ScanFile,
+    offset: u64,
+    dirty: bool,
+    is_polled: bool,
+}
+
+#[derive(Debug)]
+struct Scan {
+    group: u64,
+    streams: Vec<ScanStream>,
+    rules: Arc<LogRules>,
+    /// Waiters for the end of the files.
+    finishing: Vec<Reply<()>>,
+}
+
+/// The scans of an engine.
+#[derive(Debug, Default)]
+pub(crate) struct Scans {
+    by_id: BTreeMap<u64, Scan>,
+    matches: Vec<LogMatch>,
+    /// Waiters for scans that have reached the end of their files.
+    finished: Vec<Reply<()>>,
+}
+
+impl Scans {
+    pub(super) fn add(&mut self, id: u64, spec: &ScanSpec, is_watched: &[bool]) {
+        let streams = spec.files.iter().zip(is_watched);
+        let streams = streams
+            .map(|(file, is_watched)| ScanStream {
+                file: open_log(&file.path).ok(),
+                spec: file.clone(),
+                offset: 0,
+                dirty: true,
+                is_polled: !is_watched,
+            })
+            .collect();
+        self.by_id
+            .insert(id, Scan { group: spec.group, streams, rules: Arc::clone(&spec.rules), finishing: Vec::new() });
+    }
+
+    pub(super) fn remove(&mut self, id: u64) -> bool {
+        self.by_id.remove(&id).is_some()
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.by_id.is_empty()
+    }
+
+    pub(super) fn mark_dirty(&mut self, id: u64, stream: usize) {
+        if let Some(scan) = self.by_id.get_mut(&id) {
+            scan.streams[stream].dirty = true;
+        }
+    }
+
+    pub(super) fn mark_all_dirty(&mut self) {
+        self.streams().for_each(|stream| stream.dirty = true);
+    }
+
+    /// Marks the files without a watch. `false` if there are none.
+    pub(super) fn mark_polled_dirty(&mut self) -> bool {
+        let mut has_polled = false;
+        for stream in self.streams().filter(|stream| stream.is_polled || stream.file.is_none()) {
+            stream.dirty = true;
+            has_polled = true;
+        }
+        has_polled
+    }
+
+    fn streams(&mut self) -> impl Iterator<Item = &mut ScanStream> {
+        self.by_id.values_mut().flat_map(|scan| scan.streams.iter_mut())
+    }
+
+    /// Sends to `reply` when the scan has searched all that its files contain now, unfinished lines included.
+    pub(super) fn finish(&mut self, id: u64, reply: Reply<()>) {
+        match self.by_id.get_mut(&id) {
+            Some(scan) => {
+                scan.streams.iter_mut().for_each(|stream| stream.dirty = true);
+                scan.finishing.push(reply);
+            }
+            None => {
+                let _ = reply.send(());
+            }
+        }
+    }
+
+    pub(super) fn is_busy(&self) -> bool {
+        self.by_id.values().any(Scan::is_busy)
+    }
+
+    /// Searches one chunk of each file that has grown.
+    pub(super) fn pump(&mut self, scratch: &mut Vec<u8>) {
+        for scan in self.by_id.values_mut() {
+            if !scan.is_busy() {
+                continue;
+            }
+            let (is_final, rules) = (!scan.finishing.is_empty(), &scan.rules);
+            for stream in scan.streams.iter_mut().filter(|stream| stream.dirty) {
+                for MatchedLines { rule, lines, first } in stream.search_chunk(rules, is_final, scratch) {
+                    let (file, rule) = (stream.spec.clone(), rules.rules()[rule].clone());
+                    self.matches.push(LogMatch { group: scan.group, file, rule, lines, first });
+                }
+            }
+            if !scan.streams.iter().any(|stream| stream.dirty) {
+                self.finished.append(&mut scan.finishing);
+            }
+        }
+    }
+
+    /// The matches since the last call.
+    pub(crate) fn take_matches(&mut self) -> Vec<LogMatch> {
+        std::mem::take(&mut self.matches)
+    }
+
+    /// Wakes the waiters for scans that have reached the end of their files. Their matches must have been handled.
+    pub(crate) fn wake_waiters(&mut self) {
+        for reply in self.finished.drain(..) {
+            let _ = reply.send(());
+        }
+    }
+}
+
+impl Scan {
+    fn is_busy(&self) -> bool {
+        self.streams.iter().any(|stream| stream.dirty)
+    }
+}
+
+impl ScanStream {
+    fn search_chunk(&mut self, rules: &LogRules, is_final: bool, scratch: &mut Vec<u8>) -> Vec<MatchedLines> {
+        if self.file.is_none() {
+            self.file = open_log(&self.spec.path).ok();
+        }
+        let Some(file) = &self.file else {
+            self.dirty = false;
+            return Vec::new();
+        };
+        let mut size = CHUNK;
+        loop {
+            scratch.resize(size, 0);
+            let read = read_full(file, scratch, self.offset);
+            let at_end = read < size;
+            if read == 0 && rustix::fs::fstat(file).is_ok_and(|stat| stat.st_size.cast_unsigned() < self.offset) {
+                self.offset = 0; // the file was truncated
+            }
+            let text = &scratch[..read];
+            let whole = match memrchr2(b'\n', b'\r', text) {
+                Some(end) => end + 1,
+                None if read >= MAX_LINE => MAX_LINE,
+                None => 0,
+            };
+            let whole = if is_final && at_end { read } else { whole };
+            if whole == 0 && !at_end {
+                size *= 2;
+                continue;
+            }
+            self.offset += whole as u64;
+            self.dirty = !at_end;
+            return search(rules, &text[..whole]);
+        }
+    }
+}
+
+/// Searches the lines of `text`.
+fn search(rules: &LogRules, text: &[u8]) -> Vec<MatchedLines> {
+    let mut found: Vec<MatchedLines> = Vec::new();
+    if text.is_empty() || !rules.may_match(text) {
+        return found;
+    }
+    let mut rest = text;
+    while !rest.is_empty() {
+        let end = memchr2(b'\n', b'\r', rest).unwrap_or(rest.len());
+        let line = &rest[..end];
+        if rules.may_match(line) {
+            for rule in rules.matches(line) {
+                match found.iter_mut().find(|found| found.rule == rule) {
+                    Some(found) => found.lines += 1,
+                    None => found.push(MatchedLines { rule, lines: 1, first: line[..end.min(KEPT_LINE)].to_vec() }),
+                }
+            }
+        }
+        let is_crlf = rest[end..].starts_with(b"\r\n");
+        rest = rest.get(end + 1 + usize::from(is_crlf)..).unwrap_or_default();
+    }
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::sync::mpsc::sync_channel;
+
+    use super::*;
+    use crate::logs::patterns::LogRule;
+    use crate::vocabulary::LogEffect;
+
+    fn rules(patterns: &[&str]) -> Arc<LogRules> {
+        let rule = |pattern: &&str| LogRule {
+            effect: LogEffect::Warn,
+            pattern: (*pattern).to_owned(),
+            reason: "why".to_owned(),
+        };
+        Arc::new(LogRules::compile(patterns.iter().map(rule).collect()).expect("valid patterns"))
+    }
+
+    #[test]
+    fn lines_are_counted_for_each_rule_and_the_first_is_kept() {
+        let long = [b"nan ".as_slice(), &[b'x'; 2 * KEPT_LINE]].concat();
+        let text = [b"ok\r\nnan 1\rnan 2\n\nlast of all\n", long.as_slice()].concat();
+        let found = search(&rules(&["nan", "all$", "absent", "^$"]), &text);
+        let summary: Vec<_> = found.iter().map(|found| (found.rule, found.lines, found.first.as_slice())).collect();
+        assert_eq!(summary, [(0, 3, b"nan 1".as_slice()), (3, 1, b""), (1, 1, b"last of all")]);
+        assert_eq!(search(&rules(&["nan x"]), &long)[0].first.len(), KEPT_LINE);
+    }
+
+    #[test]
+    fn a_growing_file_is_searched_once_and_its_last_line_at_the_end() {
+        let file = rustix::fs::memfd_create("log", rustix::fs::MemfdFlags::CLOEXEC).expect("a file");
+        let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&file)).into();
+        let mut file = std::fs::File::from(file);
+        let spec = ScanSpec {
+            group: 1,
+            files: vec![ScanFile { path, worker: 2, label: "stderr of rank 5".to_owned() }],
+            rules: rules(&["nan"]),
+        };
+        let (mut scans, mut scratch) = (Scans::default(), Vec::new());
+        scans.add(7, &spec, &[true]);
+        let mut lines = |scans: &mut Scans, text: &[u8]| {
+            file.write_all(text).expect("written");
+            scans.mark_dirty(7, 0);
+            while scans.is_busy() {
+                scans.pump(&mut scratch);
+            }
+            scans.take_matches().iter().map(|found| found.lines).sum::<u64>()
+        };
+        assert_eq!(lines(&mut scans, b"ok\nnan"), 0);
+        assert_eq!(lines(&mut scans, b" 1\n"), 1);
+        assert_eq!(lines(&mut scans, &[b"nan\n".repeat(CHUNK).as_slice(), b"the last nan"].concat()), CHUNK as u64);
+        let endless = vec![b'x'; 3 * MAX_LINE];
+        assert_eq!(lines(&mut scans, &endless), 1, "a line without end is searched in parts");
+        let (reply, end) = sync_channel(1);
+        scans.finish(7, reply);
+        assert_eq!(lines(&mut scans, b" nan"), 1);
+        assert!(end.try_recv().is_err(), "the matches come first");
+        scans.wake_waiters();
+        end.try_recv().expect("finished");
+    }
+}
