@@ -54,7 +54,7 @@ from ferroelastic.events import Event, EventSource, record
 from ferroelastic.metrics import prof, put_metric
 from ferroelastic.multiprocessing.errors import ProcessFailure
 from ferroelastic.numa.binding import NumaOptions
-from ferroelastic.rendezvous import JobFailedError, RendezvousGracefulExitError
+from ferroelastic.rendezvous import RendezvousGracefulExitError
 from ferroelastic.rendezvous._notifying import PlacedRendezvousInfo, notifier_of
 from ferroelastic.rendezvous._worker_store import RenewedRendezvousInfo, next_rendezvous
 from ferroelastic.utils._hostname import begin_look_up
@@ -551,8 +551,7 @@ class SimpleElasticAgent(ElasticAgent):
         role = self._worker_group.spec.role
         self._note_decision(interruption.decision, interruption.text)
         if interruption.is_final:
-            text = f"the job has ended: {interruption.text}"
-            raise JobFailedError(text, interruption.exit_code, detail=interruption.detail, is_loss=interruption.is_loss)
+            raise interruption.as_error()
         cause: Literal["failure", "membership"] = "failure" if interruption.is_failure else "membership"
         self._begin_stop(signal.SIGTERM, cause, interruption.stop_within_s)
         logger.warning("[%s] %s; will restart worker group", role, interruption.text)
