@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ferroelastic._compat import newer
+from ferroelastic.agent.server import _early_exit
 from ferroelastic.agent.server._activity import cause_of, first_failure
 from ferroelastic.agent.server._policy import NO_RESTART_EXIT_CODE, FailedRound, RestartSettings, Verdict, ask
 from ferroelastic.agent.server._progress import ProgressFiles
@@ -16,10 +17,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from ferroelastic import _rust
+    from ferroelastic.agent.server._activity import Activity
     from ferroelastic.agent.server._policy import RestartPolicy
-    from ferroelastic.agent.server._workers import RunResult, WorkerSpec
+    from ferroelastic.agent.server._workers import RunResult, WorkerGroup, WorkerSpec
+    from ferroelastic.rendezvous._notifying import NotifyingRendezvous
 
-__all__ = ["Restarts", "log_decision"]
+__all__ = ["Restarts"]
 
 logger = get_logger("ferroelastic.agent.server.api")
 
@@ -30,23 +33,12 @@ _QUIET = ("at_once", "max_restarts")
 """Rules of torch, which need no attention."""
 
 
-def log_decision(role: str, decision: _rust.Decision, cause: str) -> None:
-    """Log a decision of the restart policy.
-
-    Args:
-        role: role of the workers.
-        decision: the decision.
-        cause: description of the failure.
-    """
-    text = cause if cause.endswith(decision.text) else f"{cause}: {decision.text}"
-    logger.log(logging.INFO if decision.reason in _QUIET else logging.WARNING, "[%s] %s", role, text)
-
-
 class Restarts:
     """The restart policy at one agent.
 
     Args:
         spec: specification of the workers.
+        activity: counts the decisions.
         explain: function that returns the kind and the known causes of a failure.
 
     Attributes:
@@ -55,8 +47,8 @@ class Restarts:
         given_back: number of restarts that a healthy round has given back.
     """
 
-    def __init__(self, spec: WorkerSpec, explain: Callable[[RunResult], list[str]]) -> None:
-        self._spec = spec
+    def __init__(self, spec: WorkerSpec, activity: Activity, explain: Callable[[RunResult], list[str]]) -> None:
+        self._spec, self._activity = spec, activity
         self._explain = explain
         self.may_be_final = False
         self.have_beaten: Callable[[], bool] = lambda: False
@@ -68,12 +60,15 @@ class Restarts:
         self._round_began = time.monotonic()
         self._verdict: Verdict | None = None
         self._has_progressed = False
-        self._has_reported_progress = False
+        self._has_found_progress = False
         self._next_look = 0.0
+        self._delay_s = 0.0
+        self._noted: str | None = None
         self.given_back = 0
 
     def begin_run(self) -> None:
         """Forget the previous run."""
+        self._noted = None
         self._local = None
         self.given_back = 0
 
@@ -85,7 +80,7 @@ class Restarts:
         """Note that the workers were started."""
         self._round_began = time.monotonic()
         self._verdict = None
-        self._has_progressed = self._has_reported_progress = False
+        self._has_progressed = self._has_found_progress = False
         self._next_look = self._round_began + _PROGRESS_INTERVAL_S
         if self._files is not None:
             self._files.begin_round()
@@ -130,7 +125,7 @@ class Restarts:
             return self._explain(result)
         return ["exit" if failure[1].exitcode >= 0 else "signal"]
 
-    def text_of(self, decision: _rust.Decision) -> str:
+    def _text_of(self, decision: _rust.Decision) -> str:
         """Return the reason of a decision for the report of the job."""
         if decision.reason != "max_restarts":
             return decision.text
@@ -159,7 +154,33 @@ class Restarts:
             options = self.options() if self.settings.healthy_window else {**self.options(), "--max-restarts": "none"}
             self._local = _rust.RestartPolicy(options, str(self._spec.rdzv_handler.get_run_id()))
             self._local.begin_round(time.monotonic() - self._round_began)
-        return self._local.decide(facts)
+        decision = self._local.decide(facts)
+        self._delay_s = decision.delay_s or 0.0
+        return decision
+
+    def wait(self) -> None:
+        """Wait until the delay of a local decision has passed. The host of the native rendezvous waits for all its nodes."""
+        delay_s, self._delay_s = self._delay_s, 0.0
+        if delay_s:
+            time.sleep(delay_s)
+
+    def note(self, decision: _rust.Decision | None, cause: str) -> str | None:
+        """Log and count a decision.
+
+        Args:
+            decision: the decision; ``None`` for an event that needs none.
+            cause: description of the failure.
+
+        Returns:
+            The reason of the last decision, for the report of the job.
+        """
+        if decision is not None:
+            text = cause if cause.endswith(decision.text) else f"{cause}: {decision.text}"
+            level = logging.INFO if decision.reason in _QUIET else logging.WARNING
+            logger.log(level, "[%s] %s", self._spec.role, text)
+            self._activity.note_decision(decision)
+            self._noted = self._text_of(decision)
+        return self._noted
 
     def remaining(self, remaining: int) -> int:
         """Return the number of remaining restarts after a local decision to restart; before it there were ``remaining``."""
@@ -181,24 +202,32 @@ class Restarts:
         )
         return self._has_progressed
 
-    def report_progress(self, notifier: Any) -> None:
-        """Report the first progress of a round to the host. Looks for it every 5 seconds.
+    def look_for_progress(self, notifier: NotifyingRendezvous | None) -> None:
+        """Look for the first progress of a round, every 5 seconds, and report it to the host.
 
         Args:
-            notifier: the rendezvous handler.
+            notifier: the rendezvous handler; ``None`` if it decides on no restarts.
         """
-        if not self._has_reported_progress and time.monotonic() >= self._next_look:
+        if not self._has_found_progress and time.monotonic() >= self._next_look:
             self._next_look = time.monotonic() + _PROGRESS_INTERVAL_S
             if self.has_progressed():
-                self._has_reported_progress = True
-                notifier.report_progress()
+                self._has_found_progress = True
+                if notifier is not None:
+                    notifier.report_progress()
 
-    def next_look_s(self, *, has_watchdog: bool) -> float | None:
-        """Return the seconds until the next call of :meth:`report_progress`; ``None`` if none is needed.
+    def early_exit(self, worker_group: WorkerGroup, group: _rust.Group | None) -> RunResult | None:
+        """Return a failed result if workers have run on for too long after another one has ended with exit code 0."""
+        return _early_exit.check(worker_group, group, self.settings.early_exit_timeout)
+
+    def timeout_s(self, group: _rust.Group, polling_s: float | None, watchdog: object) -> float | None:
+        """Return the seconds until the next check of running workers; ``None`` if none is needed.
 
         Args:
-            has_watchdog: whether the workers can send heartbeats.
+            group: the workers.
+            polling_s: seconds until the next check for other reasons; ``None`` if none is needed.
+            watchdog: server of the workers' heartbeats; ``None`` without one.
         """
-        if self._has_reported_progress or not (has_watchdog or self._files is not None):
-            return None
-        return max(0.0, self._next_look - time.monotonic())
+        looks_for_progress = not self._has_found_progress and (watchdog is not None or self._files is not None)
+        look_s = max(0.0, self._next_look - time.monotonic()) if looks_for_progress else None
+        limits_s = (polling_s, look_s, _early_exit.left_s(group, self.settings.early_exit_timeout))
+        return min((limit_s for limit_s in limits_s if limit_s is not None), default=None)

@@ -40,7 +40,7 @@ from ferroelastic.agent.server._exit_barrier import wait_in_store
 from ferroelastic.agent.server._explaining import Explainer
 from ferroelastic.agent.server._ranks import assign_ranks
 from ferroelastic.agent.server._reports import AgentReports
-from ferroelastic.agent.server._restarts import Restarts, log_decision
+from ferroelastic.agent.server._restarts import Restarts
 from ferroelastic.agent.server._shutdown import shut_down
 from ferroelastic.agent.server._workers import (
     RunResult,
@@ -124,9 +124,8 @@ class SimpleElasticAgent(ElasticAgent):
         self._has_run = False
         self._activity = Activity()
         self._explainer = Explainer(self._worker_group, self._activity)
-        self._restarts = Restarts(spec, self._explainer.causes)
+        self._restarts = Restarts(spec, self._activity, self._explainer.causes)
         self.restart_decision: str | None = None
-        self._restart_delay_s = 0.0
         # Keeps the workers' store alive if this node hosts one outside of the handler.
         self._rdzv_info: RendezvousInfo | None = None
 
@@ -262,10 +261,8 @@ class SimpleElasticAgent(ElasticAgent):
         with self._activity.stopping():
             self._stop_workers(worker_group)
         worker_group.state = WorkerState.STOPPED
-        delay_s, self._restart_delay_s = self._restart_delay_s, 0.0
-        if delay_s:
-            with self._activity.waiting():
-                time.sleep(delay_s)
+        with self._activity.waiting():
+            self._restarts.wait()
         self._initialize_workers(worker_group)
 
     @prof
@@ -486,7 +483,9 @@ class SimpleElasticAgent(ElasticAgent):
         # The host decides for all nodes. Workers of another node may have failed earlier.
         decision = interruption.decision if interruption is not None else self._restarts.decide(facts)
         is_final = interruption.is_final if interruption is not None else decision is None or decision.delay_s is None
-        self._note_decision(decision, cause_of(result) if interruption is None else interruption.text)
+        self.restart_decision = self._restarts.note(
+            decision, cause_of(result) if interruption is None else interruption.text
+        )
         if is_final:
             self._activity.busy("stopping")
             self._stop_workers(group)
@@ -502,29 +501,19 @@ class SimpleElasticAgent(ElasticAgent):
         )
         self._remaining_restarts = self._restarts.remaining(self._remaining_restarts)
         self._activity.restarting("failure", cause_of(result))
-        if interruption is None and decision is not None:
-            self._restart_delay_s = decision.delay_s or 0.0
         self._restart_workers(group)
         return True
-
-    def _note_decision(self, decision: _rust.Decision | None, cause: str) -> None:
-        """Log and count a decision of the restart policy."""
-        if decision is not None:
-            self.restart_decision = self._restarts.text_of(decision)
-            log_decision(self._worker_group.spec.role, decision, cause)
-            self._activity.note_decision(decision)
 
     def _check_other_nodes(self) -> None:
         """Restart the running workers if another node reports an event. Such a restart does not count."""
         group = self._worker_group
         spec = group.spec
         notifier = self._notifier()
+        self._restarts.look_for_progress(notifier)
         if notifier is not None:
             interruption = notifier.interruption()
             if interruption is not None:
                 self._restart_because_of(interruption)
-            else:
-                self._restarts.report_progress(notifier)
             return
         waiting = spec.rdzv_handler.num_nodes_waiting()
         if waiting > 0:
@@ -549,7 +538,7 @@ class SimpleElasticAgent(ElasticAgent):
             JobFailedError: the job has ended, or no restart is left.
         """
         role = self._worker_group.spec.role
-        self._note_decision(interruption.decision, interruption.text)
+        self.restart_decision = self._restarts.note(interruption.decision, interruption.text)
         if interruption.is_final:
             raise interruption.as_error()
         cause: Literal["failure", "membership"] = "failure" if interruption.is_failure else "membership"

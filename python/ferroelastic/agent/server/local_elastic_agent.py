@@ -24,7 +24,7 @@ from ferroelastic._checks import check_logs_specs, check_signal_target
 from ferroelastic._compat import newer
 from ferroelastic._wait import wait_for_event
 from ferroelastic._warm import warm_workers_of
-from ferroelastic.agent.server import _early_exit, _environment, _stuck, _watchdog
+from ferroelastic.agent.server import _environment, _stuck, _watchdog
 from ferroelastic.agent.server._detached import handle_helpers
 from ferroelastic.agent.server._events import event_log_handler_of, watchdog_event
 from ferroelastic.agent.server._progress import Heartbeats
@@ -545,8 +545,7 @@ class LocalElasticAgent(SimpleElasticAgent):
                 stuck = self._check_uninterruptible_state_timeout(worker_group, self._uninterruptible_state_timeout)
                 if stuck is not None:
                     return stuck
-            early = _early_exit.check(worker_group, group, self._restarts.settings.early_exit_timeout)
-            return early or RunResult(state=WorkerState.HEALTHY)
+            return self._restarts.early_exit(worker_group, group) or RunResult(state=WorkerState.HEALTHY)
         ranks = {worker.local_rank: worker.global_rank for worker in worker_group.workers}
         if result.is_failed():
             failures = {ranks[local_rank]: failure for local_rank, failure in result.failures.items()}
@@ -592,13 +591,8 @@ class LocalElasticAgent(SimpleElasticAgent):
             super()._wait_for_event(timeout_s)
         else:
             needs_polling = self._uninterruptible_state_timeout > 0 or may_grow(self._rdzv_handler)
-            limits_s = [
-                timeout_s if needs_polling else None,
-                self._restarts.next_look_s(has_watchdog=self._worker_watchdog is not None),
-                _early_exit.left_s(group, self._restarts.settings.early_exit_timeout),
-            ]
-            timeout = min((limit for limit in limits_s if limit is not None), default=None)
-            wait_for_event(group, seen, timeout, self._news_fd())
+            limit_s = self._restarts.timeout_s(group, timeout_s if needs_polling else None, self._worker_watchdog)
+            wait_for_event(group, seen, limit_s, self._news_fd())
 
     def _news_fd(self) -> int | None:
         """Return a descriptor that is readable while the rendezvous has an event to report; ``None`` if it reports none."""
