@@ -123,7 +123,7 @@ class TestHook:
             (7, 1, 2),
             (7, 2, 2),
         ]
-        assert agent.restart_decision == "no restart is left"
+        assert agent.restart_decision == "no restart is left (--max-restarts=2)"
 
     def test_it_ends_the_run(self) -> None:
         agent = Agent(spec(max_restarts=2, restart_policy=Answers("the data is gone")), failed(7))

@@ -11,6 +11,7 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
+from ferroelastic._checks import check_type
 from ferroelastic.utils import _threads
 from ferroelastic.utils.logging import get_logger
 
@@ -141,6 +142,17 @@ class RestartPolicy(Protocol):
             ``None`` to apply the settings, a number for the delay of the restart in seconds, or a reason for which the job ends. A delay
             adds no restarts: the limits apply.
         """
+
+
+def check_restart_policy(settings: Any, policy: Any) -> None:
+    """Check the types of the settings and of a program's policy.
+
+    Raises:
+        TypeError: ``settings`` are no :class:`RestartSettings`, or ``policy`` has no method ``decide``.
+    """
+    check_type("restart_settings", settings, (RestartSettings, type(None)), "RestartSettings or None")
+    if policy is not None and not callable(getattr(policy, "decide", None)):
+        raise TypeError(f"restart_policy must have a method decide(), got {_text(policy)}")
 
 
 class Verdict(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ferroelastic._compat import newer
@@ -54,6 +55,11 @@ class Restarts:
         self.have_beaten: Callable[[], bool] = lambda: False
         settings: RestartSettings | None = newer(spec, "restart_settings", None)
         self.settings = RestartSettings() if settings is None else settings
+        # Compared without the settings that end no job.
+        default = RestartSettings()
+        backoff, longest = default.restart_backoff, default.restart_backoff_max
+        plain = replace(self.settings, restart_backoff=backoff, restart_backoff_max=longest, on_node_failure="restart")
+        self._has_final_failures = plain != default
         self._hook: RestartPolicy | None = newer(spec, "restart_policy", None)
         self._files = None if self.settings.progress_file is None else ProgressFiles(self.settings.progress_file)
         self._local: _rust.RestartPolicy | None = None
@@ -101,9 +107,9 @@ class Restarts:
         if self._verdict is None:
             failed = self._failed_round(result, remaining, causes)
             self._verdict = Verdict() if self._hook is None else ask(self._hook, failed)
-        is_default = self.settings == RestartSettings() and self._verdict.final_reason is None
-        is_kept = is_default and result.state.value == "FAILED" and remaining > 0
-        self.may_be_final = not is_kept or (failure is not None and failure[1].exitcode == NO_RESTART_EXIT_CODE)
+        is_declared_final = self._verdict.final_reason is not None or result.state.value != "FAILED"
+        forbids_restart = failure is not None and failure[1].exitcode == NO_RESTART_EXIT_CODE
+        self.may_be_final = self._has_final_failures or is_declared_final or forbids_restart or remaining <= 0
         return _rust.FailureFacts(
             None if failure is None else failure[1].exitcode,
             causes,

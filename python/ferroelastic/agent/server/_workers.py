@@ -18,11 +18,11 @@ from ferroelastic._checks import (
 )
 from ferroelastic._compat import TorchCompatible
 from ferroelastic._text import entrypoint_name
+from ferroelastic.agent.server._policy import RestartPolicy, RestartSettings, check_restart_policy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from ferroelastic.agent.server._policy import RestartPolicy, RestartSettings
     from ferroelastic.multiprocessing.errors import ProcessFailure
     from ferroelastic.numa.binding import NumaOptions
     from ferroelastic.rendezvous import RendezvousHandler
@@ -107,6 +107,7 @@ class WorkerSpec(TorchCompatible):
                 f"max_restarts of role {self.role!r} must not be negative, got {self.max_restarts}: use 0 for no restarts"
             )
         check_warm_workers(self.warm_workers, self.warm_imports)
+        check_restart_policy(self.restart_settings, self.restart_policy)
         if self.fn is not None:
             warnings.warn(
                 "WorkerSpec.fn will be deprecated, please use WorkerSpec.entrypoint instead",

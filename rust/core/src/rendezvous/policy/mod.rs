@@ -103,6 +103,13 @@ impl Decision {
     pub fn is_final(&self) -> bool {
         self.after.is_none()
     }
+
+    /// Whether the counters decided, and not the facts of the failure: any failure of the round would have ended the job.
+    #[must_use]
+    pub fn is_by_counters(&self) -> bool {
+        use RestartReason::{MaxRestarts, MinUptime, NoProgress, RestartRate};
+        matches!(self.reason, MaxRestarts | MinUptime | NoProgress | RestartRate)
+    }
 }
 
 /// The counters of a policy.

@@ -38,12 +38,12 @@ impl Rounds {
             return;
         }
         if member.is_in_round() {
-            match &self.pending {
-                Some(pending) if pending.is_final() => {
-                    let decision = pending.decision.clone();
-                    self.schedule_round_end(now, now + LOSS_GRACE, cause, decision);
+            match self.pending.as_ref().and_then(|pending| pending.decision.clone()) {
+                Some(decision) if decision.is_by_counters() => {
+                    self.schedule_round_end(now, now + LOSS_GRACE, cause, Some(decision));
                 }
-                _ => self.settle(now, cause, facts),
+                Some(_) => {}
+                None => self.settle(now, cause, facts),
             }
         } else if let Some(known) = &mut self.cause
             && known.kind == RestartCause::Failure
