@@ -125,8 +125,9 @@ class Restarts:
         failure = first_failure(result)
         if failure is None:
             return ["agent"]
-        if result.state.value == "UNHEALTHY":
-            return ["stuck"]
+        declared: str | None = newer(failure[1], "declared_kind", None)
+        if declared is not None:
+            return [declared]
         if self._hook is not None or self.settings.fatal_causes != RestartSettings().fatal_causes:
             return self._explain(result)
         return ["exit" if failure[1].exitcode >= 0 else "signal"]
