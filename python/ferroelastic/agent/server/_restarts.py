@@ -53,14 +53,16 @@ class Restarts:
         self._explain = explain
         self.may_be_final = False
         self.have_beaten: Callable[[], bool] = lambda: False
-        settings: RestartSettings | None = newer(spec, "restart_settings", None)
-        self.settings = RestartSettings() if settings is None else settings
+        settings: object = newer(spec, "restart_settings", None)
+        self.settings = settings if isinstance(settings, RestartSettings) else RestartSettings()
         # Compared without the settings that end no job.
         default = RestartSettings()
         backoff, longest = default.restart_backoff, default.restart_backoff_max
         plain = replace(self.settings, restart_backoff=backoff, restart_backoff_max=longest, on_node_failure="restart")
         self._has_final_failures = plain != default
-        self._hook: RestartPolicy | None = newer(spec, "restart_policy", None)
+        # A mock of a specification has every attribute.
+        is_real = settings is None or isinstance(settings, RestartSettings)
+        self._hook: RestartPolicy | None = newer(spec, "restart_policy", None) if is_real else None
         self._files = None if self.settings.progress_file is None else ProgressFiles(self.settings.progress_file)
         self._local: _rust.RestartPolicy | None = None
         self._round_began = time.monotonic()
