@@ -81,7 +81,8 @@ class Command:
     Args:
         argv: program and arguments. A program without ``/`` is looked up in ``PATH`` of ``env``.
         env: the complete environment of the process (nothing is inherited).
-        stdout: path of the file for standard output, created or truncated. ``None`` inherits the agent's standard output.
+        stdout: path of the file for standard output, created or truncated, or an end of a relay. ``None`` inherits the agent's standard
+            output.
         stderr: same for standard error.
         cwd: working directory. ``None`` inherits the agent's.
         cpus: logical CPUs the process may run on (``sched_setaffinity(2)``, set before exec). ``None`` inherits the agent's.
@@ -96,8 +97,8 @@ class Command:
         argv: Sequence[str],
         env: Mapping[str, str],
         *,
-        stdout: str | None = None,
-        stderr: str | None = None,
+        stdout: str | WorkerEnd | None = None,
+        stderr: str | WorkerEnd | None = None,
         cwd: str | None = None,
         cpus: Sequence[int] | None = None,
         open_files: int | None = None,
@@ -367,6 +368,59 @@ class Tail:
         """
 
 @final
+class RelayReport:
+    """Outcome of a finished relay."""
+
+    bytes: int
+    """Bytes written to the console."""
+    dropped_bytes: int
+    """Bytes that were not written to the console because it failed, or accepted nothing until the timeout."""
+    console_error: str | None
+    """The last error of the console: its reader closed it, or the disk is full."""
+
+@final
+class WorkerEnd:
+    """The worker's end of a stream: the write end of a pipe, or a pseudo-terminal in raw mode."""
+
+    def fileno(self) -> int:
+        """Return the descriptor. It is closed when this object, the relay and the commands that use it are gone."""
+
+@final
+class Relay:
+    """Copies streams of workers to a console, and keeps the last 64 KiB of each.
+
+    The bytes are copied unchanged and at once. The bytes of one write of up to ``PIPE_BUF`` bytes stay together. A stream is read only when
+    the console has taken the former bytes: a full console blocks the workers that write to it. A console that fails discards the bytes.
+    """
+
+    is_terminal: bool
+    """Whether the console is a terminal. The streams are pseudo-terminals then, and have its window size."""
+    def worker_end(self, index: int) -> WorkerEnd:
+        """Return the worker's end of a stream.
+
+        Raises:
+            IndexError: there is no such stream, or :meth:`finish` was called.
+        """
+
+    def last(self, index: int) -> bytes:
+        """Return the last bytes of a stream that were read, at most 65536."""
+
+    def flush(self, timeout_s: float) -> None:
+        """Copy the bytes that the workers have written, unless the console is full. Wait for at most ``timeout_s`` seconds."""
+
+    def finish(self, timeout_s: float) -> RelayReport:
+        """Copy the rest of the streams. Call this when the workers have ended.
+
+        Output of processes that have left their worker is copied until they close the stream, or until the engine ends.
+
+        Args:
+            timeout_s: give up if the console accepts nothing for this many seconds. The bytes are dropped, and the last ones are kept.
+
+        Returns:
+            The outcome so far.
+        """
+
+@final
 class Engine:
     """Owner of the supervision thread (named ``ferro-sup``), which runs until :meth:`close`.
 
@@ -453,6 +507,17 @@ class Engine:
 
         Raises:
             OSError: the console cannot be opened.
+        """
+
+    def relay(self, streams: int, *, console_fd: int) -> Relay:
+        """Create streams for workers, and copy them to a console on a thread of their own (named ``ferro-log``).
+
+        Args:
+            streams: number of streams.
+            console_fd: descriptor that the bytes are written to. It is duplicated.
+
+        Raises:
+            OSError: a stream cannot be created.
         """
 
     def watchdog(self, path: str, *, evidence_s: float = 0.0, py_spy: str | None = None) -> Watchdog:

@@ -167,6 +167,7 @@ HARMLESS = {
     "Group": {"pids", "warm"},
     "Guard": {"pid", "forked"},
     "HealthServer": {"host", "port", "close"},
+    "Relay": {"is_terminal"},
     "StoreServer": {"port"},
     "Watchdog": {"path"},
 }
@@ -186,7 +187,14 @@ USES: dict[str, dict[str, Callable[[Any], Any]]] = {
     },
     "Tail": {"finish": lambda tail: tail.finish(1.0)},
     "LogScan": {"finish": lambda scan: scan.finish(1.0)},
+    "Relay": {
+        "worker_end": lambda relay: relay.worker_end(0),
+        "last": lambda relay: relay.last(0),
+        "flush": lambda relay: relay.flush(1.0),
+        "finish": lambda relay: relay.finish(1.0),
+    },
     "Engine": {
+        "relay": lambda engine: engine.relay(1, console_fd=2),
         "spawn": lambda engine: engine.spawn([]),
         "observe": lambda engine: engine.observe([os.getpid()]),
         "tail": lambda engine: engine.tail([("/dev/null", "")], console_fd=1),
@@ -292,6 +300,7 @@ def test_a_forked_child_cannot_use_objects_of_its_parent(tmp_path: Path) -> None
             "Group": parent.group,
             "Tail": parent.tail,
             "LogScan": parent.group.scan_logs([], LogRules()),
+            "Relay": parent.engine.relay(1, console_fd=2),
             **pools,
             "StoreServer": server,
             "StoreClient": StoreClient("127.0.0.1", server.port, 60.0),

@@ -32,7 +32,7 @@ from ferroelastic._failure.model import (
 )
 from ferroelastic._failure.save import run_folder, save
 from ferroelastic._failure.text import head_and_tail, last_lines, shortened
-from ferroelastic.multiprocessing._stderr_tail import read_end
+from ferroelastic.multiprocessing._stderr import end_of_file
 from ferroelastic.multiprocessing.errors import ProcessFailure
 
 TRACEBACK = (
@@ -400,10 +400,10 @@ def test_an_error_file_of_a_third_user(tmp_path: Path, monkeypatch: pytest.Monke
 def test_the_end_of_a_log(tmp_path: Path) -> None:
     path = tmp_path / "stderr.log"
     path.write_bytes(b"a" * 100_000 + b"end")
-    assert read_end(str(path)) == b"a" * 65_533 + b"end"
+    assert end_of_file(str(path)) == b"a" * 65_533 + b"end"
     os.mkfifo(tmp_path / "fifo")
     for other in ("", os.devnull, str(tmp_path), str(tmp_path / "fifo"), str(tmp_path / "absent")):
-        assert read_end(other) == b""
+        assert end_of_file(other) == b""
 
 
 class Specs:

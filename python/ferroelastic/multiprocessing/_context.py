@@ -21,7 +21,7 @@ from ferroelastic.multiprocessing._line_heads import global_ranks, json_heads, w
 from ferroelastic.multiprocessing._log_options import LogOptions
 from ferroelastic.multiprocessing._log_rules import LogWatch, describe
 from ferroelastic.multiprocessing._std import _validate_full_rank
-from ferroelastic.multiprocessing._stderr_tail import read_end
+from ferroelastic.multiprocessing._stderr import ConsoleStreams, end_of_file
 from ferroelastic.multiprocessing._stopping import kill_wait_s, make_stop_file, stop_group
 from ferroelastic.multiprocessing.errors import ProcessFailure
 from ferroelastic.multiprocessing.errors._failures import NOT_AVAILABLE, failed_at_ns
@@ -155,6 +155,7 @@ class PContext(_compat.TorchVirtual, ABC):
         self._log_watch: LogWatch | None = None
         self._log_line_prefixes = log_line_prefixes
         self._stop_file: _rust.StopFile | None = None
+        self._console_streams: ConsoleStreams | None = None
         self._tail_logs = [
             TailLog(name, logs_dest.tee_stdouts, sys.stdout, log_line_prefixes),
             TailLog(name, logs_dest.tee_stderrs, sys.stderr, log_line_prefixes),
@@ -269,17 +270,6 @@ class PContext(_compat.TorchVirtual, ABC):
     def _close(self, death_sig: signal.Signals, timeout: float = 30) -> None:
         """Stop the workers that still run."""
 
-    def stderr_tail(self, local_rank: int) -> bytes:
-        """Return the last bytes, up to 64 KiB, of a worker's standard error in this round. Not in torch.
-
-        Args:
-            local_rank: local rank of the worker.
-
-        Returns:
-            The bytes; ``b""`` if there are none, or if the stream does not go to a file.
-        """
-        return read_end(self.stderrs.get(local_rank, ""))
-
     def wait(self, timeout: float = -1, period: float = 1) -> RunProcsResult | None:
         """Wait until all workers have succeeded or one has failed. After a failure the other workers are stopped.
 
@@ -345,6 +335,7 @@ class PContext(_compat.TorchVirtual, ABC):
                     stack.callback(self._log_watch.close)
                 for tail_log in self._tail_logs:
                     stack.callback(self._stop_tail, tail_log)
+                stack.callback(self._finish_console_streams)
                 if self._terminal is not None:
                     stack.callback(self._terminal.close)
                 self._close(death_sig or signal.SIGTERM, timeout)
@@ -359,6 +350,25 @@ class PContext(_compat.TorchVirtual, ABC):
         if not self._failures:
             self._linger_s = self.shutdown_timeout
         self.close(timeout=self.shutdown_timeout)
+
+    def stderr_tail(self, local_rank: int) -> bytes:
+        """Return the last bytes of a worker's standard error, at most 64 KiB. Not in torch.
+
+        Args:
+            local_rank: local rank of the worker.
+
+        Returns:
+            The bytes that the worker has written so far. After :meth:`close` they are complete. ``b""`` before the start, for the interactive
+            rank, and if standard error of this process is closed or the null device. On a terminal they include standard output.
+        """
+        path = self.stderrs.get(local_rank, "")
+        if path:
+            return end_of_file(path)
+        return b"" if self._console_streams is None else self._console_streams.last(local_rank)
+
+    def _open_console_streams(self) -> ConsoleStreams:
+        self._console_streams = ConsoleStreams(self.stdouts, self.stderrs, self.interactive_rank)
+        return self._console_streams
 
     def _terminal_of(self, local_rank: int) -> Terminal | None:
         return self._terminal if local_rank == self.interactive_rank else None
@@ -382,11 +392,18 @@ class PContext(_compat.TorchVirtual, ABC):
             target = self.grace_signal_target
             self.native_group.stop(death_sig, timeout, kill_wait_s(timeout), target=target, reason=reason)
 
-    def _stop_tail(self, tail_log: TailLog) -> None:
-        """Let a tail write its remaining lines. All tails share one deadline for a stalled console."""
+    def _console_timeout_s(self) -> float:
+        """Return the remaining time for a stalled console. All streams share one deadline."""
         if self._tails_deadline is None:
             self._tails_deadline = time.monotonic() + _CONSOLE_TIMEOUT_S
-        tail_log.stop(max(_MIN_CONSOLE_TIMEOUT_S, self._tails_deadline - time.monotonic()))
+        return max(_MIN_CONSOLE_TIMEOUT_S, self._tails_deadline - time.monotonic())
+
+    def _stop_tail(self, tail_log: TailLog) -> None:
+        tail_log.stop(self._console_timeout_s())
+
+    def _finish_console_streams(self) -> None:
+        if self._console_streams is not None:
+            self._console_streams.finish(self._console_timeout_s())
 
     def _end_grace(self) -> None:
         if self.native_group is not None:
@@ -487,6 +504,8 @@ class PContext(_compat.TorchVirtual, ABC):
         return min(self._failures.values(), key=failed_at_ns)
 
     def _notify_first_failure(self) -> None:
+        if self._console_streams is not None:
+            self._console_streams.flush()  # the log lines about a failure follow the worker's traceback
         callback, self.on_first_failure = self.on_first_failure, None
         if callback is not None and self._failures:
             callback(self._first_failure())

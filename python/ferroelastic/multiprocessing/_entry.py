@@ -36,6 +36,8 @@ class Task:
     hold: Hold
     terminal: tuple[str, list[int]] | None
     """Path of the worker's controlling terminal, and the standard streams to open on it."""
+    console: tuple[str, list[int]]
+    """Path of the worker's end of a relay to the console, and the standard streams to open on it; an empty list for no relay."""
     parent_pid: int | None
     """Pid of the worker's parent; ``None`` if a fork server creates the worker."""
     cpus: Sequence[int] | None
@@ -107,6 +109,7 @@ def _become_worker(task: Task) -> None:
 
     if os.getsid(0) != os.getpid():  # a warm process has a session already
         os.setsid()
+    _open_streams(*task.console)
     agent = multiprocessing.parent_process()
     if task.parent_pid is not None:
         arm_parent_death_signal(signal.SIGKILL)
@@ -135,6 +138,25 @@ def _become_worker(task: Task) -> None:
         for thread in os.listdir("/proc/self/task"):  # imported libraries may have started threads
             with suppress(OSError):  # the thread has ended
                 os.sched_setaffinity(int(thread), task.cpus)
+
+
+def _open_streams(path: str, descriptors: list[int]) -> None:
+    """Open standard streams on the worker's end of a relay. Where the path cannot be opened, they stay those of the agent."""
+    import fcntl
+
+    if not descriptors:
+        return
+    try:
+        # Without O_NOCTTY, a terminal would become the controlling terminal of this session.
+        end = os.open(path, os.O_WRONLY | os.O_NOCTTY)
+    except OSError:
+        return
+    with suppress(OSError):  # a terminal, or a kernel whose pipes do not keep the bytes of one write together
+        fcntl.fcntl(end, fcntl.F_SETFL, os.O_WRONLY | os.O_DIRECT)
+    for descriptor in descriptors:
+        os.dup2(end, descriptor)
+    if end not in descriptors:
+        os.close(end)
 
 
 def _die_at_hangup(sentinel: int) -> None:

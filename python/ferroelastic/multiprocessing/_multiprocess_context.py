@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ferroelastic import _rust
     from ferroelastic._stop_notice import StopReason
     from ferroelastic.multiprocessing._logs import LogsSpecs
+    from ferroelastic.multiprocessing._stderr import ConsoleStreams
     from ferroelastic.numa.binding import NumaOptions
 
 __all__ = ["MultiprocessContext"]
@@ -114,12 +115,13 @@ class MultiprocessContext(PContext):
         context = multiprocessing.get_context(self.start_method)
         self._return_folder = tempfile.mkdtemp(prefix="ferroelastic_")
         self._hold = hold = Hold(self.nprocs)
-        self._pc = _ProcessSet([self._make_process(context, rank, hold) for rank in range(self.nprocs)])
+        streams = self._open_console_streams()
+        self._pc = _ProcessSet([self._make_process(context, rank, hold, streams) for rank in range(self.nprocs)])
         with as_worker():
             self._start_processes(self._pc.processes)
         self._observe(self._pc.processes)
 
-    def _make_process(self, context: BaseContext, rank: int, hold: Hold) -> BaseProcess:
+    def _make_process(self, context: BaseContext, rank: int, hold: Hold, streams: ConsoleStreams) -> BaseProcess:
         terminal = self._terminal_of(rank)
         task = Task(
             fn=self.entrypoint,
@@ -130,6 +132,7 @@ class MultiprocessContext(PContext):
             return_file=os.path.join(str(self._return_folder), f"{rank}.pickle"),
             hold=hold,
             terminal=None if terminal is None else (terminal.path, terminal.descriptors),
+            console=streams.path_of(rank),
             parent_pid=None if self.start_method == "forkserver" else os.getpid(),
             cpus=cpus_for(rank, self._numa_options),
             forked=self.start_method == "fork",

@@ -41,8 +41,8 @@ def make_command(
     entrypoint: str,
     args: Sequence[Any],
     env: Mapping[str, str],
-    stdout: str | None,
-    stderr: str | None,
+    stdout: str | _rust.WorkerEnd | None,
+    stderr: str | _rust.WorkerEnd | None,
     local_rank: int,
     numa_options: NumaOptions | None,
     terminal: Terminal | None = None,
@@ -53,7 +53,7 @@ def make_command(
         entrypoint: program.
         args: arguments, converted to strings.
         env: environment variables, added to the environment of this process.
-        stdout: path of a file for standard output; empty or ``None`` inherits the stream of this process.
+        stdout: path of a file for standard output, or an end of a relay; empty or ``None`` inherits the stream of this process.
         stderr: the same for standard error.
         local_rank: local rank of the worker.
         numa_options: NUMA binding; ``None`` does not bind the worker.

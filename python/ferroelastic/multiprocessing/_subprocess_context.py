@@ -12,6 +12,7 @@ from ferroelastic.utils.logging import get_logger
 if TYPE_CHECKING:
     import signal
 
+    from ferroelastic import _rust
     from ferroelastic.multiprocessing._logs import LogsSpecs
     from ferroelastic.numa.binding import NumaOptions
 
@@ -77,28 +78,28 @@ class SubprocessContext(PContext):
         if not self.nprocs:
             return
         ranks = range(self.nprocs)
-        argvs, commands = zip(
-            *(
-                make_command(
-                    self.entrypoint,
-                    self.args[rank],
-                    self._env_of(rank),
-                    self.stdouts[rank],
-                    self.stderrs[rank],
-                    rank,
-                    self._numa_options,
-                    self._terminal_of(rank),
-                )
-                for rank in ranks
-            ),
-            strict=True,
-        )
+        streams = self._open_console_streams()
+        argvs, commands = zip(*(self._make_command(rank, *streams.of(rank)) for rank in ranks), strict=True)
         # The context outlives the workers, and the pool has descriptors.
         pool, self.warm_pool = self.warm_pool, None
         spawn(commands, self._groups, pool, self._stop_file)
         group = self._groups[0]
         self._arm(group)
         self.subprocess_handlers = {rank: SubprocessHandler.of_group(group, rank, argvs[rank]) for rank in ranks}
+
+    def _make_command(
+        self, rank: int, stdout: _rust.WorkerEnd | None, stderr: _rust.WorkerEnd | None
+    ) -> tuple[tuple[str, ...], _rust.Command]:
+        return make_command(
+            self.entrypoint,
+            self.args[rank],
+            self._env_of(rank),
+            stdout or self.stdouts[rank],
+            stderr or self.stderrs[rank],
+            rank,
+            self._numa_options,
+            self._terminal_of(rank),
+        )
 
     def _capture_process_failures(self, done_local_ranks: set[int]) -> None:
         if self.native_group is not None:

@@ -1,8 +1,9 @@
 //! `Engine` and `Command`.
 
 use std::collections::HashMap;
-use std::os::fd::{OwnedFd, RawFd};
+use std::os::fd::{AsFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use ferroelastic_core::logs::TailSpec;
 use ferroelastic_core::sys::fd;
@@ -18,10 +19,29 @@ use crate::errors::{detached, os, to_python};
 use crate::group::{Group, StopFile};
 use crate::guard::Guard;
 use crate::health::HealthServer;
+use crate::relay::{Relay, WorkerEnd};
 use crate::rendezvous::RendezvousClient;
 use crate::tail::Tail;
 use crate::warm::WarmPool;
 use crate::watchdog::Watchdog;
+
+/// Destination of a standard stream.
+#[derive(FromPyObject)]
+enum Destination {
+    #[pyo3(transparent, annotation = "WorkerEnd")]
+    WorkerEnd(Py<WorkerEnd>),
+    #[pyo3(transparent, annotation = "path")]
+    File(PathBuf),
+}
+
+impl From<Destination> for Stdio {
+    fn from(destination: Destination) -> Self {
+        match destination {
+            Destination::File(path) => Self::File(path),
+            Destination::WorkerEnd(end) => Self::Fd(Arc::clone(&end.get().0)),
+        }
+    }
+}
 
 /// The specification of a process to start.
 #[pyclass(frozen, module = "ferroelastic._rust")]
@@ -34,8 +54,8 @@ impl Command {
     fn new(
         argv: Vec<PathBuf>,
         env: HashMap<PathBuf, PathBuf>,
-        stdout: Option<PathBuf>,
-        stderr: Option<PathBuf>,
+        stdout: Option<Destination>,
+        stderr: Option<Destination>,
         cwd: Option<PathBuf>,
         cpus: Option<Vec<usize>>,
         open_files: Option<u64>,
@@ -46,7 +66,7 @@ impl Command {
         if cpus.as_ref().is_some_and(Vec::is_empty) {
             return Err(PyValueError::new_err("cpus must name a CPU or be None, got an empty sequence"));
         }
-        let stdio = |path: Option<PathBuf>| path.map_or(Stdio::Inherit, Stdio::File);
+        let stdio = |destination: Option<Destination>| destination.map_or(Stdio::Inherit, Stdio::from);
         Ok(Self(spawn::Command {
             argv: argv.into_iter().map(|word| c_string("argv", word)).collect::<PyResult<_>>()?,
             env: environment(env)?,
@@ -148,6 +168,12 @@ impl Engine {
             is_json,
         };
         detached(py, || self.0.tail(spec)).map(Tail::new)
+    }
+
+    #[pyo3(signature = (streams, *, console_fd))]
+    fn relay(&self, py: Python<'_>, streams: usize, console_fd: RawFd) -> PyResult<Relay> {
+        let console = duplicate(py, "console_fd", console_fd)?;
+        detached(py, || self.0.relay(console.as_fd(), streams)).map(Relay::new)
     }
 
     #[pyo3(signature = (path, *, evidence_s=0.0, py_spy=None))]

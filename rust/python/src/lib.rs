@@ -10,6 +10,7 @@ mod group;
 mod guard;
 mod health;
 mod log_rules;
+mod relay;
 mod rendezvous;
 mod store;
 mod sys;
@@ -53,6 +54,8 @@ mod _rust {
     use super::health::HealthServer;
     #[pymodule_export]
     use super::log_rules::{LogFailure, LogRules, LogScan};
+    #[pymodule_export]
+    use super::relay::{Relay, RelayReport, WorkerEnd};
     #[pymodule_export]
     use super::rendezvous::{Cause, Membership, Place, RendezvousClient};
     #[pymodule_export]

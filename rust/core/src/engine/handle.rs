@@ -1,6 +1,6 @@
 //! The handle of the engine.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,7 +14,7 @@ use super::warm::WarmPool;
 use super::warnings::Warnings;
 use super::watchdog::Watchdog;
 use crate::error::{Error, Result};
-use crate::logs::TailSpec;
+use crate::logs::{LogThread, Relay, TailSpec};
 use crate::sys::cgroup;
 use crate::sys::guard::{Guard, Program};
 use crate::sys::lease::LeasePage;
@@ -34,6 +34,7 @@ pub struct Engine {
     line: Arc<Line>,
     support: Support,
     warnings: Warnings,
+    log_thread: Arc<LogThread>,
 }
 
 impl Engine {
@@ -47,7 +48,8 @@ impl Engine {
         let warnings = Warnings::default();
         let thread_warnings = warnings.clone();
         let line = NativeThread::start("ferro-sup", |inbox| EventLoop::new(inbox, support, thread_warnings))?;
-        Ok(Self { line: Arc::new(line), support, warnings })
+        let log_thread = Arc::new(LogThread::start()?);
+        Ok(Self { line: Arc::new(line), support, warnings, log_thread })
     }
 
     /// The kernel features that the engine uses.
@@ -99,6 +101,11 @@ impl Engine {
         Tail::open(&self.line, spec)
     }
 
+    /// Copies streams of workers to a console. Workers get their ends of the streams with [`Stdio::Fd`](crate::sys::spawn::Stdio::Fd).
+    pub fn relay(&self, console: BorrowedFd<'_>, streams: usize) -> Result<Relay> {
+        Relay::open(&self.log_thread, console, streams)
+    }
+
     /// Creates the named pipe of a watchdog. Requests are served after [`Watchdog::start`].
     pub fn watchdog(&self, config: Config) -> Result<Watchdog> {
         Watchdog::create(&self.line, config)
@@ -147,6 +154,8 @@ impl Engine {
     /// Ends the thread; running workers get SIGKILL. `false` if the thread has not ended within `timeout`. Idempotent.
     pub fn close(&self, timeout: Duration) -> Result<bool> {
         let ended = self.line.close(EngineOrder::Close { kill_wait: timeout }, Some(timeout + CLOSE_MARGIN))?;
+        // Last, because the workers may write until they are killed.
+        self.log_thread.close(CLOSE_MARGIN)?;
         // The waiters already have the error of a failed thread.
         Ok(matches!(ended, CloseOutcome::Ended(_)))
     }

@@ -492,6 +492,7 @@ fn streams_of(command: &Command) -> io::Result<[OwnedFd; 3]> {
     let open = |stdio: &Stdio, own: BorrowedFd<'_>| match stdio {
         Stdio::Inherit => own.try_clone_to_owned(),
         Stdio::File(path) => open_log(path),
+        Stdio::Fd(fd) => fd.try_clone(),
     };
     let stdin = match &command.stdin {
         Some(stdin) => stdin.try_clone()?,

@@ -5,15 +5,23 @@
 //! uses no memory and loses no lines.
 
 mod format;
+mod last;
 mod lines;
+mod log_thread;
 mod patterns;
+mod relay;
+mod relay_handle;
 mod scans;
 mod tail;
 mod tails;
 mod time;
 
+pub use last::KEPT;
 pub use lines::{Formatted, LineFormat, MAX_LINE};
+pub(crate) use log_thread::LogThread;
 pub use patterns::{LogRule, LogRules, PatternError};
+pub use relay::RelayReport;
+pub use relay_handle::Relay;
 pub use scans::ScanFile;
 pub(crate) use scans::{LogMatch, ScanSpec};
 pub use tail::{TailReport, TailSpec};

@@ -18,6 +18,7 @@ pub mod poller;
 pub mod probe;
 pub mod process;
 pub mod procfs;
+pub mod pty;
 pub mod resolve;
 pub mod sigmask;
 pub mod spawn;

@@ -17,13 +17,15 @@ use super::sigmask;
 use crate::error::SpawnError;
 
 /// Destination of a standard stream of a process.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default)]
 pub enum Stdio {
     /// The agent's stream.
     #[default]
     Inherit,
     /// This file, created or truncated.
     File(PathBuf),
+    /// This descriptor, for instance the end of a pipe. Its number is 3 or higher.
+    Fd(Arc<OwnedFd>),
 }
 
 /// How to start one process.
@@ -170,7 +172,10 @@ pub fn spawn(
     let program_name = OsStr::from_bytes(program.to_bytes());
     let open = |stage, stdio: &Stdio| match stdio {
         Stdio::Inherit => Ok(None),
-        Stdio::File(path) => open_log(path).map(Some).map_err(|source| fail(stage, path.as_os_str(), source)),
+        Stdio::File(path) => {
+            open_log(path).map(|file| Some(Arc::new(file))).map_err(|source| fail(stage, path.as_os_str(), source))
+        }
+        Stdio::Fd(fd) => Ok(Some(Arc::clone(fd))),
     };
     let stdout = open("open stdout", &command.stdout)?;
     let stderr = open("open stderr", &command.stderr)?;

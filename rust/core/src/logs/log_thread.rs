@@ -1,0 +1,159 @@
+//! The thread that copies the workers' output (`ferro-log`). Supervision does not wait for it.
+
+use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use super::relay::{RelayReport, RelayState, unpack_token};
+use crate::error::{Error, Result};
+use crate::sys::poller::{Interest, Poller};
+use crate::sys::timer::Timer;
+use crate::thread::{CloseOutcome, Inbox, NativeThread, Reply, Service, ThreadOrder};
+
+const WAKE: u64 = u64::MAX;
+const TIMER: u64 = u64::MAX - 1;
+
+/// An order to the thread.
+pub(super) enum LogOrder {
+    Relay {
+        id: u64,
+        relay: Box<RelayState>,
+    },
+    FlushRelay {
+        id: u64,
+        reply: Reply<()>,
+    },
+    /// The worker's ends are closed when the order is handled. Before, the streams have no end.
+    FinishRelay {
+        id: u64,
+        worker_ends: Vec<Arc<OwnedFd>>,
+        timeout: Duration,
+        reply: Reply<RelayReport>,
+    },
+    Close,
+}
+
+impl ThreadOrder for LogOrder {
+    fn close() -> Self {
+        Self::Close
+    }
+}
+
+/// The handle of the thread.
+#[derive(Debug)]
+pub(crate) struct LogThread {
+    pub(super) line: NativeThread<LogOrder>,
+    last_id: AtomicU64,
+}
+
+impl LogThread {
+    /// Starts the thread.
+    pub(crate) fn start() -> Result<Self> {
+        Ok(Self { line: NativeThread::start("ferro-log", LogService::new)?, last_id: AtomicU64::new(0) })
+    }
+
+    /// Copies the available bytes and ends the thread. `false` if it has not ended within `timeout`.
+    pub(crate) fn close(&self, timeout: Duration) -> Result<bool> {
+        let ended = self.line.close(LogOrder::Close, Some(timeout))?;
+        Ok(matches!(ended, CloseOutcome::Ended(_)))
+    }
+
+    pub(super) fn next_id(&self) -> u64 {
+        self.last_id.fetch_add(1, Ordering::Relaxed) + 1
+    }
+}
+
+/// The state of the thread.
+struct LogService {
+    inbox: Inbox<LogOrder>,
+    poller: Poller,
+    timer: Timer,
+    relays: BTreeMap<u64, RelayState>,
+    is_closing: bool,
+}
+
+impl LogService {
+    fn new(inbox: Inbox<LogOrder>) -> Result<Self> {
+        let poller = Poller::new().map_err(|source| Error::os("create", "an epoll instance", source))?;
+        let timer = Timer::new().map_err(|source| Error::os("create", "a timerfd", source))?;
+        poller
+            .add(inbox.wake(), WAKE, Interest::Readable)
+            .and_then(|()| poller.add(&timer, TIMER, Interest::Readable))
+            .map_err(|source| Error::os("watch", "the descriptors of the thread ferro-log", source))?;
+        Ok(Self { inbox, poller, timer, relays: BTreeMap::new(), is_closing: false })
+    }
+
+    fn handle(&mut self, order: LogOrder) {
+        match order {
+            LogOrder::Relay { id, relay } => {
+                self.relays.entry(id).or_insert(*relay).watch(&self.poller);
+            }
+            LogOrder::FlushRelay { id, reply } => {
+                if let Some(relay) = self.relays.get_mut(&id) {
+                    relay.copy_all(&self.poller);
+                }
+                let _ = reply.send(());
+            }
+            LogOrder::FinishRelay { id, worker_ends, timeout, reply } => {
+                drop(worker_ends);
+                match self.relays.get_mut(&id) {
+                    Some(relay) => relay.finish(timeout, Instant::now(), reply),
+                    None => drop(reply.send(RelayReport::default())),
+                }
+            }
+            LogOrder::Close => self.is_closing = true,
+        }
+    }
+}
+
+impl Service for LogService {
+    type Order = LogOrder;
+
+    fn serve(&mut self) -> Result<()> {
+        let poll_failed = |source| Error::os("wait for", "the output of workers", source);
+        let mut ready = Vec::new();
+        while !self.is_closing {
+            let next = self.relays.values().filter_map(RelayState::next_tick).min();
+            self.timer.set(next).map_err(poll_failed)?;
+            let is_busy = self.relays.values().any(RelayState::is_busy);
+            ready.clear();
+            self.poller.wait(!is_busy, &mut ready).map_err(poll_failed)?;
+            for token in ready.drain(..) {
+                match token {
+                    WAKE => {
+                        self.inbox.wake().drain();
+                        while let Some(order) = self.inbox.next() {
+                            self.handle(order);
+                        }
+                    }
+                    TIMER => self.timer.drain(),
+                    token => {
+                        let (id, slot) = unpack_token(token);
+                        if let Some(relay) = self.relays.get_mut(&id) {
+                            relay.handle_ready(slot, &self.poller);
+                        }
+                    }
+                }
+            }
+            let now = Instant::now();
+            let poller = &self.poller;
+            self.relays.retain(|_, relay| {
+                relay.tick(now, poller);
+                let is_over = relay.is_over();
+                if is_over {
+                    relay.close(poller);
+                }
+                !is_over
+            });
+        }
+        Ok(())
+    }
+
+    fn finish(&mut self, _outcome: &Result<()>) {
+        for relay in self.relays.values_mut() {
+            relay.close(&self.poller);
+        }
+    }
+}
