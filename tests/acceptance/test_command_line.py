@@ -48,7 +48,7 @@ def run(launch: Launcher, *arguments: str, nproc: int = 2, **env: str) -> None:
 
 def run_folder(launch: Launcher) -> Path:
     """The folder that the only run has made under ``--log-dir``."""
-    (folder,) = (launch.folder / "logs").iterdir()
+    (folder,) = (path for path in (launch.folder / "logs").iterdir() if not path.is_symlink())
     return folder
 
 
