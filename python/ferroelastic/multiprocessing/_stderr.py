@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import stat
+import sys
 from typing import TYPE_CHECKING
 
 from ferroelastic._engine import get_engine
@@ -26,6 +27,7 @@ KEPT_BYTES = 64 * 1024
 """Upper bound of the bytes that are kept of each worker."""
 
 _FLUSH_TIMEOUT_S = 0.05
+_COPY = "import os\ntry:\n while data := os.read(0, 4096): os.write(2, data)\nexcept OSError: pass"
 
 
 class ConsoleStreams:
@@ -50,7 +52,7 @@ class ConsoleStreams:
         if not ranks or _is_discarded(2):
             return
         try:
-            self._relay = get_engine().relay(len(ranks), console_fd=2)
+            self._relay = get_engine().relay(len(ranks), console_fd=2, successor=_successor())
         except OSError as error:
             logger.info("workers write to standard error directly, and its last lines are not kept: %s", error)
             return
@@ -125,9 +127,20 @@ def end_of_file(path: str) -> bytes:
         os.close(descriptor)
 
 
+def _successor() -> _rust.Command:
+    """Return a program that copies standard input to standard error, for processes that outlive this one."""
+    from ferroelastic import _rust
+
+    environment = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
+    return _rust.Command([sys.executable, "-I", "-S", "-c", _COPY], environment, stdout=os.devnull)
+
+
 def _is_discarded(descriptor: int) -> bool:
-    """Whether a descriptor is closed, or the null device."""
+    """Whether a standard stream is closed, or the null device."""
     try:
+        # After a start with a closed stream, another file of this process may have its number. Such a file is closed on exec.
+        if not os.get_inheritable(descriptor):
+            return True
         status = os.fstat(descriptor)
         return stat.S_ISCHR(status.st_mode) and status.st_rdev == os.stat(os.devnull).st_rdev
     except OSError:
