@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -145,3 +147,21 @@ def test_much_output_takes_bounded_memory(tmp_path: Path) -> None:
 def test_a_log_file_that_is_no_file_has_no_tail(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     assert [end_of_file(str(tmp_path / name)) for name in ("fifo", "missing", ".")] == [b"", b"", b""]
+
+
+def test_a_disk_that_hangs_delays_the_agent_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "stderr.log"
+    path.write_bytes(b"the cause\n")
+    is_mended = threading.Event()
+
+    def read(descriptor: int, size: int, offset: int, pread: Any = os.pread) -> bytes:
+        is_mended.wait()
+        found: bytes = pread(descriptor, size, offset)
+        return found
+
+    monkeypatch.setattr(os, "pread", read)
+    began = time.monotonic()
+    assert [end_of_file(str(path)) for _ in range(5)] == [b""] * 5
+    assert time.monotonic() - began < 4
+    is_mended.set()
+    assert eventually(lambda: end_of_file(str(path)) == b"the cause\n")

@@ -9,9 +9,11 @@ from __future__ import annotations
 import os
 import stat
 import sys
+import threading
 from typing import TYPE_CHECKING
 
 from ferroelastic._engine import get_engine
+from ferroelastic.utils import _threads
 from ferroelastic.utils.logging import get_logger
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ KEPT_BYTES = 64 * 1024
 """Upper bound of the bytes that are kept of each worker."""
 
 _FLUSH_TIMEOUT_S = 0.05
+_READ_TIMEOUT_S = 1.0
 _COPY = "import os\ntry:\n while data := os.read(0, 4096): os.write(2, data)\nexcept OSError: pass"
 
 
@@ -110,8 +113,29 @@ class ConsoleStreams:
             )
 
 
+_blocked_read: threading.Thread | None = None
+
+
 def end_of_file(path: str) -> bytes:
-    """Return the last bytes of a log file, ``b""`` if it cannot be read."""
+    """Return the last bytes of a log file, ``b""`` if it cannot be read within a second.
+
+    A thread reads the file, because the disk may hang. While a read hangs, further calls return ``b""`` at once.
+    """
+    global _blocked_read  # noqa: PLW0603 - the disks belong to the host, not to a caller
+    if _blocked_read is not None and _blocked_read.is_alive():
+        return b""
+    found: list[bytes] = []
+    reader = threading.Thread(target=lambda: found.append(_read_end(path)), name="ferro-read", daemon=True)
+    try:
+        _threads.start(reader)
+    except RuntimeError:  # the limit of threads is reached
+        return b""
+    reader.join(_READ_TIMEOUT_S)
+    _blocked_read = reader if reader.is_alive() else None
+    return found[0] if found else b""
+
+
+def _read_end(path: str) -> bytes:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError:
