@@ -90,6 +90,31 @@ def test_functions_have_tails(
     assert ("function 1\n" in capfd.readouterr().err) == (redirects is Std.NONE)
 
 
+def explode() -> None:
+    raise ValueError("not loaded")
+
+
+class Unloadable:
+    """Raises when it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return explode, ()
+
+
+@pytest.mark.parametrize("start_method", ["spawn", "forkserver"])
+def test_a_failure_to_unpickle_is_in_the_tail(tmp_path: Path, start_method: str) -> None:
+    context = start_processes(
+        name="worker",
+        entrypoint=complain,
+        args={0: (0, Unloadable())},
+        envs={0: {}},
+        logs_specs=DefaultLogsSpecs(str(tmp_path / "logs")),
+        start_method=start_method,
+    )
+    assert context.wait(LONG_S) is not None
+    assert context.stderr_tail(0).endswith(b"ValueError: not loaded\n")
+
+
 def test_ranks_that_are_filtered_out_have_no_tail(tmp_path: Path) -> None:
     context = start(tmp_path, "echo error of $RANK >&2", local_ranks_filter={1})
     assert context.wait(LONG_S) is not None
