@@ -134,7 +134,7 @@ def test_workers_have_the_environment_that_torchrun_gives_them(launch: Launcher)
         assert job.end() == 0, job.story
         environments.append(facts(launch, 1)["env"])
     theirs, ours = environments
-    assert set(ours) - set(theirs) == {"FERROELASTIC_RUN"}
+    assert set(ours) - set(theirs) == {"FERROELASTIC_RUN", "FERROELASTIC_STOP_FILE"}
     assert set(theirs) - set(ours) == set()
     differing = {name for name in theirs if theirs[name] != ours[name]}
     assert differing <= {

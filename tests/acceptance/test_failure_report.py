@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -194,6 +195,50 @@ def test_a_worker_that_the_oom_killer_ends(launch: Launcher, memory_cgroup: Path
     assert failure["advice"]["cause"] == "oom_killer"
     assert "train.py FAILED: rank 1 was killed by the kernel's OOM killer" in shown(job)
     assert failure["job"]["exit_code"] == 137
+
+
+def is_written_here() -> bool:
+    """Whether the kernel writes cores to the working directory of the process."""
+    pattern = Path("/proc/sys/kernel/core_pattern").read_text()
+    return "/" not in pattern and not pattern.startswith(("|", "@"))
+
+
+@pytest.mark.skipif(not is_written_here(), reason="kernel.core_pattern sends cores elsewhere")
+def test_a_core_and_the_sender_that_it_records(launch: Launcher) -> None:
+    with_cores = ("sh", "-c", f'ulimit -c unlimited; cd {launch.folder}; exec "$@"', "sh", *FERRORUN, "--standalone")
+    body = "import os, time\nos.write(1, b'%d\\n' % os.getpid())\ntime.sleep(1000)"
+    job = launch(f"--log-dir={launch.folder}/logs", launch.write("train.py", body), nproc=1, launcher=with_cores)
+    (pid,) = map(int, job.lines(1))
+    os.kill(pid, signal.SIGQUIT)
+    assert job.end() == 128 + signal.SIGQUIT, job.story
+    first = report(launch, job)["first"]
+    if first["core"] is None:
+        pytest.skip("the hard limit allows no core")
+    assert Path(first["core"]).parent == launch.folder
+    assert first["sender"]["kind"] == "process", first
+    assert first["sender"]["pid"] == os.getpid()
+    assert f"  core      : {first['core']}\n" in shown(job)
+
+
+def test_a_library_gets_the_report(launch: Launcher) -> None:
+    program = f"""
+import json
+from ferroelastic.launcher.api import LaunchConfig, launch_agent
+from ferroelastic.multiprocessing import DefaultLogsSpecs, Std
+config = LaunchConfig(
+    min_nodes=1, max_nodes=1, nproc_per_node=1, rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id="demo", max_restarts=0,
+    logs_specs=DefaultLogsSpecs({str(launch.folder / "logs")!r}, redirects=Std.ERR),
+)
+try:
+    launch_agent(config, "/bin/sh", ["-c", "echo no data >&2; exit 9"])
+except Exception as error:
+    first = error.job_failure.first
+    print(type(error).__name__, first.exit_code, first.stderr, "Root Cause" in str(error))
+"""
+    job = launch.start(sys.executable, launch.write("program.py", program))
+    assert job.end() == 0, job.story
+    assert job.output == b"ChildFailedError 9 ['no data'] True\n"
+    assert len(list(launch.folder.glob("logs/*/failure.json"))) == 1
 
 
 # ---- two nodes

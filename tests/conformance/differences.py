@@ -153,6 +153,12 @@ DIFFERENCES: dict[str, Difference] = {
         "they have the durations of all phases, the causes of restarts and the exit of each worker in each round",
     ),
     # ---- stopping and restarting workers
+    "stop-file": Difference(
+        "a worker's environment",
+        "has no deadline of a stop",
+        "has FERROELASTIC_STOP_FILE, the file that ferroelastic.stop_deadline() reads",
+        "a worker needs the deadline to decide whether it can still save",
+    ),
     "grace-everywhere": Difference(
         "LocalElasticAgent._stop_workers",
         "gives workers 30 s on a failure and on a restart, independent of the shutdown timeout",

@@ -81,7 +81,7 @@ _SOMETIMES = {
 _OF_EACH = {"randomness"}
 """Results that other tests compare."""
 
-_OF_ATTEMPT = {"MASTER_PORT", "TORCHELASTIC_ERROR_FILE", "TORCHELASTIC_RESTART_COUNT"}
+_OF_ATTEMPT = {"FERROELASTIC_STOP_FILE", "MASTER_PORT", "TORCHELASTIC_ERROR_FILE", "TORCHELASTIC_RESTART_COUNT"}
 """Environment variables that differ between the attempts of a worker."""
 _OF_JOB = _OF_ATTEMPT | {"FERROELASTIC_RUN", "TORCHELASTIC_MAX_RESTARTS", "TORCHELASTIC_RUN_ID"}
 

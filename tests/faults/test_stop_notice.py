@@ -163,6 +163,23 @@ def test_a_trainer_saves_if_its_data_loaders_go_on(launch: Launcher, target: str
     assert all(loader.is_gone() for loader in loaders)
 
 
+def test_a_trainer_saves_when_a_peer_fails(launch: Launcher) -> None:
+    gate = launch.gate()
+    failing = """
+import os, sys
+if os.environ["RANK"] == "1":
+    with open(os.environ["DIR"] + "/gate", "rb", buffering=0) as gate:
+        gate.read(1)
+    sys.exit(3)
+"""
+    job = launch("--grace-signal-target=leader", *launch.python(failing + TRAINER), launcher=ALONE)
+    (loader,) = [job.watch(int(line)) for line in job.lines(1)]
+    gate.let_pass()
+    assert job.end() == 3
+    assert [path.name for path in launch.folder.glob("saved.*")] == ["saved.0"]
+    assert loader.is_gone()
+
+
 def test_the_children_of_a_trainer_that_does_not_end_are_killed_with_it(launch: Launcher) -> None:
     script = TRAINER.replace("while not stopping", "while True")
     job = launch("--grace-signal-target=leader", "--shutdown-timeout=1", *launch.python(script), launcher=ALONE)

@@ -218,3 +218,18 @@ def test_both_kinds_are_counted_side_by_side(job: Job) -> None:
     job.let_end(0, code=4)
     assert host.ends().state == WorkerState.FAILED
     assert "exited with code 4 on 127.0.0.1, and no restart is left" in str(guest.ends())
+
+
+def test_a_node_that_has_succeeded_waits_for_the_others_only_until_its_timeout(job: Job) -> None:
+    host, guest = job.node(), job.node()
+    for node in (host, guest):
+        node.runs_round(1)
+    guest.agent._exit_barrier_timeout = 0.2
+    ranks = [[worker.global_rank for worker in node.agent.get_worker_group().workers] for node in (host, guest)]
+    for rank in ranks[1]:
+        job.let_end(rank, 0)
+    assert guest.ends().state == WorkerState.SUCCEEDED
+    assert host.thread.is_alive()
+    for rank in ranks[0]:
+        job.let_end(rank, 0)
+    assert host.ends().state == WorkerState.SUCCEEDED

@@ -174,8 +174,10 @@ class TestRun:
     def test_a_new_node_restarts_without_using_up_a_restart(self) -> None:
         agent = Agent(spec(max_restarts=1), S.HEALTHY, S.HEALTHY, S.SUCCEEDED)
         agent._worker_group.spec.rdzv_handler.waiting.extend((1, 0))  # type: ignore[attr-defined]
-        assert agent.run().state == S.SUCCEEDED
+        with mock.patch.object(agent, "_begin_stop") as begin_stop:
+            assert agent.run().state == S.SUCCEEDED
         assert (agent.started, agent._remaining_restarts) == (2, 1)
+        begin_stop.assert_called_once_with(signal.SIGTERM, "membership")
 
     def test_an_unknown_state_ends_the_run(self) -> None:
         agent = Agent(spec(), S.UNKNOWN)

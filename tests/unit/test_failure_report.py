@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ferroelastic._failure.advice import SHM_FULL, advice_for
+from ferroelastic._failure.advice import HELPERS_KILLED, SHM_FULL, advice_for
 from ferroelastic._failure.box import render
 from ferroelastic._failure.error_file import MAX_BYTES, read_error_file
 from ferroelastic._failure.model import (
@@ -237,7 +237,7 @@ def test_an_expired_timer() -> None:
     [
         ("lost_node", "FAILED: a node was lost"),
         ("stuck", "FAILED: rank 3 is stuck in the kernel"),
-        ("early_exit", "FAILED: rank 3 ended before the other workers"),
+        ("early_exit", "FAILED: rank 3 ended early, while other workers ran on"),
         ("log_pattern", "FAILED: rank 3 wrote a line that fails the job"),
     ],
 )
@@ -322,6 +322,13 @@ def raised(kind: str, message: str) -> FirstFailure:
         ),
         (replace(FIRST, exception=None, stderr=["/usr/bin/python3: No module named trainer"]), "missing_module"),
         (killed(Sender("oom_killer", scope="cgroup")).first, "oom_killer"),
+        (
+            replace(
+                raised("RuntimeError", "DataLoader worker (pid 4712) is killed by signal: Killed. "),
+                reason=f"{HELPERS_KILLED} 1 process of the workers' cgroup",
+            ),
+            "oom_killer",
+        ),
     ],
 )
 def test_a_known_cause_has_one_line_of_advice(first: FirstFailure, cause: str) -> None:
@@ -336,6 +343,7 @@ def test_a_known_cause_has_one_line_of_advice(first: FirstFailure, cause: str) -
     [
         FIRST,
         raised("ValueError", "Address already in use"),
+        raised("RuntimeError", "DataLoader worker (pid 4712) is killed by signal: Killed. "),
         raised("OSError", "[Errno 28] No space left on device: '/data/x'"),
         raised("ImportError", "cannot import name 'x'"),
         raised("MyOutOfMemoryError", "CUDA out of memory"),

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import pty
 import signal
 import socket
 import subprocess
@@ -14,6 +15,8 @@ import pytest
 from tests.support.fake_launch import Launch
 
 from ferroelastic import _ports, _report, rendezvous, run
+from ferroelastic._failure.box import render
+from ferroelastic._failure.model import Failure, FirstFailure, Job
 from ferroelastic.multiprocessing import SignalException
 from ferroelastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
@@ -53,6 +56,42 @@ def test_a_workers_end_is_the_exit_code(
     assert err.count("train.py FAILED") == 1
     assert "Traceback" not in err
     assert err == str(launch.error).strip("\n") + "\n"
+
+
+def _explained(exitcode: int, job_exit_code: int) -> ChildFailedError:
+    error = _failed(exitcode)
+    first = FirstFailure(rank=3, exit_code=job_exit_code, kind="exit")
+    error.job_failure = Failure(job=Job(name="train.py", exit_code=job_exit_code), first=first)  # type: ignore[attr-defined]
+    return error
+
+
+@pytest.mark.parametrize("form", ["full", "short", "json"])
+def test_the_report_is_written_in_the_chosen_form(
+    launch: Launch, script: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], form: str
+) -> None:
+    launch.error = error = _explained(1, 9)
+
+    assert run.cli(["--log-dir", str(tmp_path), f"--summary={form}", script]) == 9
+
+    assert capfd.readouterr() == ("", render(error.job_failure, form) + "\n")  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("variable", "value"), [("NO_COLOR", ""), ("NO_COLOR", "1"), ("TERM", "dumb")])
+def test_colours_on_a_terminal(
+    launch: Launch, script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+) -> None:
+    launch.error = _explained(1, 1)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv(variable, value)
+    master, terminal = pty.openpty()
+    with os.fdopen(terminal, "w") as stream, monkeypatch.context() as patched:
+        patched.setattr(sys, "stderr", stream)
+        assert run.cli(["--log-dir", str(tmp_path), script]) == 1
+    text = os.read(master, 1 << 16).decode()
+    os.close(master)
+    assert "train.py FAILED: rank 3 exited with code 1" in text
+    assert ("\x1b[" in text) == (value == "")
 
 
 def test_no_handler_of_ours_is_left(launch: Launch, script: str, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from ferroelastic._failure.model import Advice
 if TYPE_CHECKING:
     from ferroelastic._failure.model import FirstFailure
 
-__all__ = ["SHM_FULL", "advice_for"]
+__all__ = ["HELPERS_KILLED", "SHM_FULL", "advice_for"]
 
 _PORT = re.compile(r"(?:EADDRINUSE|[Aa]ddress already in use)")
 _PORT_NUMBER = re.compile(r"port[: ]+(\d{2,5})\b")
@@ -22,9 +22,13 @@ _SHM_FULL = re.compile(
 )
 _NCCL_TIMEOUT = re.compile(r"Watchdog caught collective operation timeout: WorkNCCL\([^)\n]*\)")
 _NCCL_OPERATION = re.compile(r"OpType=(\w+)")
+# torch's exception for a process of a data loader.
+_LOADER_KILLED = re.compile(r"DataLoader worker \(pid\S* [\d, ]+\)[^\n]*killed by signal: Killed")
 _MISSING = re.compile(r"No module named '?([\w.]+)'?")
 _RUNPY_MISSING = re.compile(r"^\S+: No module named (\S+)$", re.MULTILINE)
 
+HELPERS_KILLED = "the kernel's OOM killer has ended"
+"""Start of the reason of a failure while the OOM killer ended other processes of the workers."""
 SHM_FULL = f"{_SHM} is full"
 """Reason of a failure by SIGBUS while the file system of shared memory has no space."""
 _SHM_ADVICE = Advice(
@@ -42,14 +46,10 @@ def advice_for(first: FirstFailure) -> Advice | None:
     sender = first.sender
     if sender is not None and sender.kind == "oom_killer":
         limit = "of the cgroup" if sender.scope == "cgroup" else "of the host"
-        return Advice(
-            "oom_killer",
-            f"the memory {limit} was used up: use fewer workers or data-loader processes, or smaller batches"
-            + (", or raise the limit" if sender.scope == "cgroup" else ""),
-        )
+        return _out_of_memory(limit, ", or raise the limit" if sender.scope == "cgroup" else "")
     exception = first.exception
     if exception is not None:
-        found = _for_exception(exception.type.rpartition(".")[2], exception.message)
+        found = _for_exception(exception.type.rpartition(".")[2], exception.message, first.reason or "")
         if found is not None:
             return found
     output = "\n".join(first.stderr)
@@ -69,7 +69,7 @@ def advice_for(first: FirstFailure) -> Advice | None:
     return None
 
 
-def _for_exception(name: str, message: str) -> Advice | None:
+def _for_exception(name: str, message: str, reason: str) -> Advice | None:
     if name in ("ModuleNotFoundError", "ImportError"):
         missing = _MISSING.match(message)
         return _missing_module(missing[1]) if missing else None
@@ -80,6 +80,8 @@ def _for_exception(name: str, message: str) -> Advice | None:
             "cuda_out_of_memory",
             "the GPU's memory was used up: use a smaller batch, or check with nvidia-smi whether another process uses this GPU",
         )
+    if _LOADER_KILLED.search(message) and reason.startswith(HELPERS_KILLED):
+        return _out_of_memory("of the workers", "")
     if name in ("RuntimeError", "OSError") and _SHM_FULL.search(message):
         return _SHM_ADVICE
     if _PORT.search(message) and name in ("OSError", "RuntimeError", "DistNetworkError", "DistStoreError"):
@@ -87,6 +89,13 @@ def _for_exception(name: str, message: str) -> Advice | None:
         which = f"port {port[1]}" if port else "the port"
         return Advice("port_in_use", f"{which} is in use by another process: end that process, or choose another port")
     return None
+
+
+def _out_of_memory(limit: str, more: str) -> Advice:
+    return Advice(
+        "oom_killer",
+        f"the memory {limit} was used up: use fewer workers or data-loader processes, or smaller batches{more}",
+    )
 
 
 def _missing_module(name: str) -> Advice:

@@ -24,7 +24,7 @@ _MAX_RESTARTS = 5
 _MAX_RANKS = 16
 _JUDGED = {
     "stuck": "is stuck in the kernel",
-    "early_exit": "ended before the other workers",
+    "early_exit": "ended early, while other workers ran on",
     "log_pattern": "wrote a line that fails the job",
 }
 _FAULTS = ("SIGSEGV", "SIGBUS", "SIGABRT", "SIGFPE", "SIGILL", "SIGTRAP", "SIGSYS")

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ferroelastic._failure import oom, sender
-from ferroelastic._failure.advice import SHM_FULL
+from ferroelastic._failure.advice import HELPERS_KILLED, SHM_FULL
 from ferroelastic._failure.core import find_core, signal_origin
 from ferroelastic._failure.exception import find_exception, find_fatal_dump, without_rank
 from ferroelastic._failure.kmsg import KernelLog, oom_victims, xid_line
 from ferroelastic._failure.model import ExceptionReport, FirstFailure, Kind, Sender, WatchdogReport
 from ferroelastic._failure.text import clean, head_and_tail, last_lines, shortened
+from ferroelastic.multiprocessing.errors._failures import exit_of
 
 if TYPE_CHECKING:
     from ferroelastic.multiprocessing.errors._failures import ProcessFailure
@@ -116,7 +117,7 @@ def collect(failure: ProcessFailure, facts: Facts, observation: Observation, roo
     number = -failure.exitcode if failure.exitcode < 0 else None
     output = clean(facts.stderr)
     by_signal: Kind = "exit" if number is None else "signal"
-    ended = failure.exit
+    ended = exit_of(failure)
     has_core = number is not None and ended is not None and ended.core_dumped
     core = find_core(failure.pid, facts.time_ns / 1e9, os.getcwd(), root) if has_core else None
     reason = facts.reason
@@ -124,6 +125,8 @@ def collect(failure: ProcessFailure, facts: Facts, observation: Observation, roo
         reason = reason or SHM_FULL
     if number == signal.SIGKILL and facts.kind is None and facts.watchdog is None and not observation.has_counters():
         reason = reason or NO_COUNTERS
+    if number != signal.SIGKILL:
+        reason = reason or _killed_helpers(observation)
     return FirstFailure(
         time_ns=facts.time_ns,
         time=iso_time(facts.time_ns),
@@ -157,12 +160,23 @@ def _sender(
         return Sender("agent")
     found: Sender | None = None
     if number == signal.SIGKILL:
-        peak = None if failure.exit is None else failure.exit.max_rss_bytes
+        ended = exit_of(failure)
+        peak = None if ended is None else ended.max_rss_bytes
         victims = oom_victims(observation.kernel_lines())
         found = sender.from_oom(observation.kills(), victims, failure.pid, peak, root)
     if found is None and core is not None:
         found = sender.from_core(signal_origin(core), failure.pid)
     return found or sender.from_trace(failure.pid, number, root) or Sender("unknown")
+
+
+def _killed_helpers(observation: Observation) -> str | None:
+    """Return a line about kills by the OOM killer, if this worker itself was not killed but processes of its cgroup were."""
+    kill = observation.kills()
+    if kill is None or not kill.is_of_workers:
+        return None
+    processes = "1 process" if kill.number == 1 else f"{kill.number} processes"
+    limit = "" if kill.limit_bytes is None else f" (limit of the {kill.scope}: {kill.limit_bytes >> 20} MiB)"
+    return f"{HELPERS_KILLED} {processes} of the workers' cgroup{limit}"
 
 
 def exception_of(failure: ProcessFailure, output: str) -> ExceptionReport | None:

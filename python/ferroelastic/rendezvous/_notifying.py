@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, cast
 
 from ferroelastic._compat import newer
-from ferroelastic.rendezvous.api import RendezvousInfo, RendezvousStoreInfo
+from ferroelastic.rendezvous.api import JobFailedError, RendezvousInfo, RendezvousStoreInfo
 
 if TYPE_CHECKING:
     from ferroelastic import _rust
@@ -34,6 +34,15 @@ class Interruption(NamedTuple):
     """Explanation of a worker's failure that ends the job, as :meth:`NotifyingRendezvous.report_failure` got it on its node."""
     is_loss: bool = False
     """True if a node was lost or has left."""
+
+    def as_error(self, more: str = "") -> JobFailedError:
+        """Return the error of a job that this event has ended.
+
+        Args:
+            more: appended to the text.
+        """
+        text = f"the job has ended: {self.text}{more}"
+        return JobFailedError(text, self.exit_code, detail=self.detail, is_loss=self.is_loss)
 
 
 class PlacedRendezvousInfo(RendezvousInfo):

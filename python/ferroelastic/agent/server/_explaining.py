@@ -93,7 +93,10 @@ class Explainer:
             info: the outcome of the rendezvous.
         """
         try:
-            from ferroelastic._failure import box  # noqa: F401 - loaded here, because a failure must be shown at once
+            # Loaded here, because a failure must be shown at once. ChildFailedError needs datetime.
+            import datetime as dt  # noqa: F401
+
+            from ferroelastic._failure import box, save  # noqa: F401
             from ferroelastic._failure.collect import Observation
 
             self._context = _no_context if context is None else weakref.ref(context)

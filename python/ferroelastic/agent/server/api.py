@@ -53,7 +53,7 @@ from ferroelastic.events import Event, EventSource, record
 from ferroelastic.metrics import prof, put_metric
 from ferroelastic.multiprocessing.errors import ProcessFailure
 from ferroelastic.numa.binding import NumaOptions
-from ferroelastic.rendezvous import JobFailedError, RendezvousGracefulExitError
+from ferroelastic.rendezvous import RendezvousGracefulExitError
 from ferroelastic.rendezvous._notifying import PlacedRendezvousInfo, notifier_of
 from ferroelastic.rendezvous._worker_store import RenewedRendezvousInfo, next_rendezvous
 from ferroelastic.utils._hostname import begin_look_up
@@ -535,11 +535,9 @@ class SimpleElasticAgent(ElasticAgent):
         """
         role = self._worker_group.spec.role
         if interruption.is_final:
-            text = f"the job has ended: {interruption.text}"
-            raise JobFailedError(text, interruption.exit_code, detail=interruption.detail, is_loss=interruption.is_loss)
+            raise interruption.as_error()
         if interruption.is_failure and self._remaining_restarts <= 0:
-            text = f"the job has ended: {interruption.text}, and no restart is left"
-            raise JobFailedError(text, interruption.exit_code, detail=interruption.detail)
+            raise interruption.as_error(", and no restart is left")
         cause: Literal["failure", "membership"] = "failure" if interruption.is_failure else "membership"
         self._begin_stop(signal.SIGTERM, cause, interruption.stop_within_s)
         logger.warning("[%s] %s; will restart worker group", role, interruption.text)

@@ -25,7 +25,7 @@ from ferroelastic._compat import newer
 from ferroelastic._wait import wait_for_event
 from ferroelastic._warm import warm_workers_of
 from ferroelastic.agent.server import _environment, _stuck, _watchdog
-from ferroelastic.agent.server._detached import end_helpers, report_helpers
+from ferroelastic.agent.server._detached import handle_helpers
 from ferroelastic.agent.server._events import event_log_handler_of, watchdog_event
 from ferroelastic.agent.server.api import (
     DEFAULT_ROLE,
@@ -452,16 +452,11 @@ class LocalElasticAgent(SimpleElasticAgent):
         run = _leftovers.current()
         if run is None or run.keep_detached or self._pcontext is None or not self._may_have_detached:
             return
-        sessions = list(self._pcontext.pids().values())
-        are_native = isinstance(self._worker_group.spec.entrypoint, str)
-        if has_succeeded and not run.end_detached:
-            self._may_have_detached = False
-            report_helpers(run, sessions, are_native=are_native)
-            return
-        end_helpers(
+        handle_helpers(
             run,
-            sessions,
-            are_native=are_native,
+            list(self._pcontext.pids().values()),
+            are_native=isinstance(self._worker_group.spec.entrypoint, str),
+            has_succeeded=has_succeeded,
             grace_s=self._shutdown_timeout,
             elapsed_s=self._stopped_within_s() or 0.0,
             activity=self._activity,
