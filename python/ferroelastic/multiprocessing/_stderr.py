@@ -155,7 +155,8 @@ def _successor() -> _rust.Command:
     """Return a program that copies standard input to standard error, for processes that outlive this one."""
     from ferroelastic import _rust
 
-    environment = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
+    # With the mark of the run, the guard process would end the program.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("FERROELASTIC_")}
     return _rust.Command([sys.executable, "-I", "-S", "-c", _COPY], environment, stdout=os.devnull)
 
 
