@@ -92,7 +92,13 @@ fn tee(engine: &Engine, folder: &Path, with_tails: bool) -> Duration {
     let commands = files.iter().map(|path| Command { stdout: Stdio::File(path.clone()), ..flood() });
     let group = engine.spawn(commands.collect()).expect("started");
     let files_with_prefixes = files.iter().map(|path| (path.clone(), Vec::new())).collect();
-    let spec = TailSpec { files: files_with_prefixes, console, only_lines_with: Vec::new(), whole_lines_only: false };
+    let spec = TailSpec {
+        files: files_with_prefixes,
+        console,
+        only_lines_with: Vec::new(),
+        whole_lines_only: false,
+        is_json: false,
+    };
     let tail = engine.tail(spec).expect("a tail");
     wait(&group);
     assert_eq!(tail.finish(TIMEOUT).expect("finished").dropped_bytes, 0);
@@ -130,6 +136,7 @@ fn spawn(engine: &Engine, console: &OwnedFd, with_relay: bool) -> Duration {
     elapsed
 }
 
+#[allow(clippy::cast_precision_loss, reason = "a number of megabytes")]
 fn throughput(samples: &mut [Duration]) -> f64 {
     samples.sort_unstable();
     (WORKERS * LINES * WIDTH) as f64 / 1e6 / samples[samples.len() / 2].as_secs_f64()
