@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 LAUNCHERS = {"torchrun": [str(BIN / "torchrun")], "ferrorun": [str(BIN / "ferrorun")]}
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+# The workers fail several times right after their start. torchrun ignores the second variable.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PET_RESTART_BACKOFF": "0"}
 
 
 def zoo() -> str:

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use ferroelastic_benches::print_percentiles;
 use ferroelastic_core::host::StoreServer;
 use ferroelastic_core::rendezvous::message::{AgentMessage, HostMessage, Introduction, Join, decode, encode};
+use ferroelastic_core::rendezvous::policy::FailureFacts;
 use ferroelastic_core::rendezvous::rounds::HostSettings;
 use ferroelastic_core::store::wire::UPGRADE;
 use ferroelastic_core::store::wire::{Limits, MAGIC};
@@ -99,14 +100,8 @@ fn restart(nodes: u32, rounds: u64) {
     for round in 0..rounds {
         let failed = Instant::now();
         let text = "rank 0 exited with code 1".into();
-        agents[0].send(&AgentMessage::Failed {
-            round,
-            at_ns: 1,
-            text,
-            code: 1,
-            is_final: false,
-            detail: String::new(),
-        });
+        let (facts, detail) = (FailureFacts::default(), String::new());
+        agents[0].send(&AgentMessage::Failed { round, at_ns: 1, text, code: 1, facts, detail });
         for agent in &mut agents {
             assert!(matches!(agent.receive(), HostMessage::Over { round: ended, .. } if ended == round));
         }

@@ -14,6 +14,10 @@ EXEC = "--exec"
 """The option of ``ferrorun`` that runs a program with the hook."""
 
 
+_NOT_TORCHS = "Not in torchrun."
+"""Part of the help of each option that torchrun has not."""
+
+
 class _OptionalValue(env):
     """Option whose value is optional and always follows ``=``, because the next argument may be the script."""
 
@@ -141,6 +145,12 @@ class _Parser(ArgumentParser):
         action: Action | None = self._option_string_actions.get(text)
         return f"{text}={action.const}" if isinstance(action, _OptionalValue) else text
 
+    def _get_option_tuples(self, option_string: str) -> Any:
+        """Return the options that a text abbreviates. An abbreviation that torchrun accepts means torchrun's option."""
+        found = super()._get_option_tuples(option_string)
+        theirs = [match for match in found if _NOT_TORCHS not in (match[0].help or "")]
+        return theirs if len(theirs) == 1 else found
+
     def _last_of_short(self, text: str) -> Action | None:
         """Return the option in ``-r``, ``-mr`` that takes the next argument. ``None`` if its value is in the same argument (``-r3``)."""
         for position, letter in enumerate(text[1:], 1):
@@ -233,6 +243,98 @@ def get_args_parser() -> ArgumentParser:  # noqa: PLR0915 - one statement per op
 
     # What the agent does.
     option("--max-restarts", type=int, default=0, help="Number of restarts of failed workers before the job fails.")
+    option(
+        "--restart-backoff",
+        type=float,
+        default=0.25,
+        metavar="SECONDS",
+        help="Delay of the restart after the second failure in a row within 10 seconds of the start and without progress. Each further "
+        "one doubles it. Default 0.25, 0 for no delay. Not in torchrun.",
+    )
+    option(
+        "--restart-backoff-max",
+        type=float,
+        default=5.0,
+        metavar="SECONDS",
+        help="The longest delay of --restart-backoff. Default 5. Not in torchrun.",
+    )
+    option(
+        "--healthy-window",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="Workers that ran for this time give all restarts back. Default 0: never. Not in torchrun.",
+    )
+    option(
+        "--restart-rate",
+        type=str,
+        default="none",
+        metavar="RESTARTS/SECONDS",
+        help="The job fails with the next failure after this many restarts within this time, e.g. 5/3600. Not in torchrun.",
+    )
+    option(
+        "--fatal-exit-codes",
+        type=str,
+        default="none",
+        metavar="LIST",
+        help="Exit codes and signals of a worker after which there is no restart, e.g. 2,10-12,SIGSEGV. Exit code 97 always prevents it. "
+        "Not in torchrun.",
+    )
+    option(
+        "--fatal-causes",
+        type=str,
+        default="stuck",
+        metavar="LIST",
+        help="Kinds and causes of failures after which there is no restart, e.g. stuck,watchdog,early_exit. Default stuck. "
+        "Not in torchrun.",
+    )
+    option(
+        "--min-uptime",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="There is no restart after a failure while no workers of the job have run for this time or made progress. Default 0. "
+        "Not in torchrun.",
+    )
+    option(
+        "--restarts-without-progress",
+        type=int,
+        default=None,
+        metavar="N",
+        help="The job fails with the next failure after N restarts without progress: a changed file of --progress-file, or a heartbeat. "
+        "Not in torchrun.",
+    )
+    option(
+        "--progress-file",
+        type=str,
+        default=None,
+        metavar="GLOB",
+        help="Files whose change is progress of the training, e.g. 'checkpoints/*.pt'. Not in torchrun.",
+    )
+    option(
+        "--on-node-failure",
+        type=str,
+        default="restart",
+        choices=["restart", "wait", "exit"],
+        help="When a node leaves or is lost: restart with the other nodes if they are enough, wait for another node up to the join timeout, "
+        "or end the job. Not in torchrun.",
+    )
+    option(
+        "--early-exit-timeout",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="The workers have failed if one of them has ended with exit code 0 and others still run after this time. Default 0: never. "
+        "Not in torchrun.",
+    )
+    option(
+        "--restart-policy",
+        type=str,
+        default=None,
+        metavar="MODULE:NAME",
+        help="An object or class with the method decide() of ferroelastic.agent.server.RestartPolicy, which decides on failures of this "
+        "node's workers. Not in torchrun.",
+    )
     option(
         "--monitor-interval",
         type=float,

@@ -23,9 +23,11 @@ __all__ = [
     "Cause",
     "Command",
     "Console",
+    "Decision",
     "Engine",
     "Exit",
     "Expiry",
+    "FailureFacts",
     "ForkedError",
     "Group",
     "Guard",
@@ -34,6 +36,7 @@ __all__ = [
     "Membership",
     "Place",
     "RendezvousClient",
+    "RestartPolicy",
     "SpawnError",
     "StopFile",
     "StopReport",
@@ -764,6 +767,14 @@ class HealthServer:
             workers: local rank, global rank and pid of each worker. Replaces the previous list.
         """
 
+    def note_decision(self, reason: str, text: str) -> None:
+        """Count a decision of the restart policy.
+
+        Args:
+            reason: the rule that decided, as :attr:`Decision.reason`.
+            text: the reason, for people.
+        """
+
     def note_restart(self, cause: str, reason: str) -> None:
         """Record that the workers will be restarted.
 
@@ -921,6 +932,65 @@ class StoreClient:
         """
 
 @final
+class FailureFacts:
+    """The facts of a failure, for a restart policy.
+
+    Args:
+        status: exit code of the worker that failed first, or minus the signal that ended it. ``None`` if no worker has ended.
+        causes: kind of the failure and its known causes.
+        has_progressed: whether the workers of this node have made progress in this round.
+        is_exhausted: whether the agent has no restart left.
+        final_reason: the reason why the failure ends the job, if the program decides so.
+        delay_s: delay of the restart in seconds, if the program decides so.
+    """
+
+    def __new__(
+        cls,
+        status: int | None = None,
+        causes: list[str] = ...,
+        *,
+        has_progressed: bool = False,
+        is_exhausted: bool = False,
+        final_reason: str | None = None,
+        delay_s: float | None = None,
+    ) -> FailureFacts: ...
+
+@final
+class Decision:
+    """A decision of a restart policy on a failure."""
+
+    reason: str
+    """Name of the rule that decided."""
+    text: str
+    """The reason as text. It continues the description of the failure."""
+    delay_s: float | None
+    """Delay of the restart in seconds; ``None`` if the failure ends the job."""
+
+@final
+class RestartPolicy:
+    """A restart policy with the clock of this machine, for agents whose rendezvous has none.
+
+    Args:
+        settings: the settings, by the name of their option. Missing ones have their defaults, others are ignored.
+        seed: determines the jitter of the delays.
+
+    Raises:
+        ValueError: a setting is not valid.
+    """
+
+    used: int
+    """Number of restarts that count against the limit."""
+    def __new__(cls, settings: dict[str, str], seed: str) -> RestartPolicy: ...
+    def begin_round(self, elapsed_s: float = 0.0) -> None:
+        """Note that the workers were started ``elapsed_s`` seconds ago."""
+
+    def note_membership_change(self) -> None:
+        """Note that the round has ended, but not by a failure."""
+
+    def decide(self, facts: FailureFacts) -> Decision:
+        """Decide on the failure that ended the round."""
+
+@final
 class RendezvousClient:
     """An agent's membership in a rendezvous that a :class:`StoreServer` hosts, on its own thread ``ferro-rdzv``.
 
@@ -973,17 +1043,20 @@ class RendezvousClient:
             timeout_s: seconds to wait for the start of the round.
         """
 
-    def fail(self, at_ns: int, text: str, exit_code: int, is_final: bool, *, detail: str = "") -> None:
-        """Report a failed worker. This ends the round on all nodes.
+    def fail(self, at_ns: int, text: str, exit_code: int, facts: FailureFacts, *, detail: str = "") -> None:
+        """Report a failed worker. This ends the round on all nodes. The restart policy of the host decides on a restart.
 
         Args:
             at_ns: time of the failure in nanoseconds since the epoch.
             text: the failure: worker and exit status.
             exit_code: exit code of the job if this failure ends it.
-            is_final: whether the failure ends the job.
+            facts: facts for the restart policy.
             detail: the explanation of the failure for the report on all nodes, up to 32 KiB. A longer one is not sent. It is not
                 interpreted.
         """
+
+    def progress(self) -> None:
+        """Report that the workers of this node have made progress in this round."""
 
     def finish(self) -> None:
         """Report that all workers of this node have succeeded."""
@@ -1055,6 +1128,8 @@ class Membership:
     """The reason as text. If ``timed out``: the joined nodes, as far as they are known, and the end of the previous round."""
     exit_code: int | None
     """Exit code of the job if the state is ``closed`` or ``spare``."""
+    decision: Decision | None
+    """Decision of the restart policy, if a failure has ended the round or the job."""
     detail: str
     """Explanation of the failure that ended the job or the round, as :meth:`RendezvousClient.fail` got it on its node. Empty without one."""
     is_loss: bool
@@ -1082,6 +1157,8 @@ class Place:
     """Address of the workers' store, if the host has set one."""
     failures: int
     """Number of rounds that ended because a worker failed."""
+    restarts_used: int
+    """Number of restarts that count against the limit."""
     membership_changes: int
     """Number of rounds that ended because a node joined, left or was lost."""
     cause: Cause | None

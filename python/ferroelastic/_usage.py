@@ -4,6 +4,7 @@ import math
 import os
 import sys
 from argparse import Namespace
+from importlib import import_module
 from typing import Any
 
 from ferroelastic._checks import check_warm_workers
@@ -174,6 +175,63 @@ def parse_warm_workers(args: Namespace, nproc_per_node: int) -> dict[str, Any]:
 
 
 _AUTO = "auto"
+
+_RESTART_DEFAULTS: dict[str, Any] = {
+    "restart_backoff": 0.25,
+    "restart_backoff_max": 5.0,
+    "healthy_window": 0.0,
+    "restart_rate": "none",
+    "fatal_exit_codes": "none",
+    "fatal_causes": "stuck",
+    "min_uptime": 0.0,
+    "restarts_without_progress": None,
+    "progress_file": None,
+    "on_node_failure": "restart",
+    "early_exit_timeout": 0.0,
+}
+
+
+def parse_restart_settings(args: Namespace) -> dict[str, Any]:
+    """Parse the options of the restart policy.
+
+    Args:
+        args: the parsed command line. A command line of torch's parser has none of the options.
+
+    Returns:
+        The fields of a ``LaunchConfig``. Empty for the default policy: the class may be replaced by torch's.
+
+    Raises:
+        UsageError: a value is invalid.
+    """
+    fields: dict[str, Any] = {}
+    values = {name: getattr(args, name, default) for name, default in _RESTART_DEFAULTS.items()}
+    if values != _RESTART_DEFAULTS:
+        from ferroelastic.agent.server import RestartSettings
+
+        try:
+            fields["restart_settings"] = RestartSettings(**values)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+    path = getattr(args, "restart_policy", None)
+    if path is not None:
+        fields["restart_policy"] = _load_policy(path)
+    return fields
+
+
+def _load_policy(path: str) -> Any:
+    """Import the restart policy ``MODULE:NAME``. A class is instantiated."""
+    module, _, name = path.partition(":")
+    if not module or not name:
+        raise UsageError(f"{named('restart_policy', path)} is not of the form MODULE:NAME")
+    try:
+        policy = getattr(import_module(module), name)
+        policy = policy() if isinstance(policy, type) else policy
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UsageError(f"{named('restart_policy', path)} cannot be loaded: {reason}") from error
+    if not callable(getattr(policy, "decide", None)):
+        raise UsageError(f"{named('restart_policy', path)} has no method decide()")
+    return policy
 
 
 def parse_std(dest: str, text: str, std: Any) -> Any:

@@ -287,6 +287,7 @@ def config_from_args(args: Namespace) -> tuple["LaunchConfig", Callable[..., Any
         interactive_rank=args.interactive_rank,
         **_usage.parse_warm_workers(args, nproc_per_node),
         **_usage_logs.log_settings(log_options),
+        **_usage.parse_restart_settings(args),
     )
     if nproc_per_node > 1 and "OMP_NUM_THREADS" not in os.environ:
         # Workers inherit it. One thread per CPU in each of several workers would be slower than one thread per worker.

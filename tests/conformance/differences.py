@@ -36,6 +36,18 @@ DIFFERENCES: dict[str, Difference] = {
         "exits with the code of the worker that failed first, 128+n for signal n",
         "schedulers decide by the exit code",
     ),
+    "no-restart-code": Difference(
+        "SimpleElasticAgent.run, after a worker's exit code 97",
+        "restarts the workers",
+        "ends the run, although a restart is left",
+        "a script can say that a restart is useless",
+    ),
+    "restart-backoff": Difference(
+        "SimpleElasticAgent.run, when workers fail twice right after their start",
+        "restarts them at once",
+        "delays the second restart by 0.25 s, and further ones up to 5 s",
+        "a port, a mount or a driver needs time to come back",
+    ),
     "failure-everywhere": Difference(
         "run, on a node whose own workers succeeded while another node's failed for good",
         "exits with 0",

@@ -285,6 +285,7 @@ def as_data(module: Any, line: list[str]) -> Any:
     assert fields.pop("log_options", None) is None
     assert fields.pop("exit_barrier_timeout", 300) == 300  # not in torch yet
     assert fields.pop("grace_signal_target", "group") == "group"  # not in torch
+    assert (fields.pop("restart_settings", None), fields.pop("restart_policy", None)) == (None, None)
     options = fields.get("numa_options")
     fields["numa_options"] = options and (options.affinity_mode.value, options.should_fall_back_if_binding_fails)
     return fields, getattr(entrypoint, "__name__", entrypoint), arguments

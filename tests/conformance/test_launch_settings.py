@@ -31,6 +31,7 @@ class TestLaunchConfig:
         assert values.pop("log_options", None) is None
         assert values.pop("exit_barrier_timeout", 300) == 300  # not in torch yet
         assert values.pop("grace_signal_target", "group") == "group"  # not in torch
+        assert (values.pop("restart_settings", None), values.pop("restart_policy", None)) == (None, None)
         assert values == {
             "min_nodes": 1,
             "max_nodes": 2,

@@ -81,6 +81,7 @@ class TestLaunchAgent:
         assert not values.pop("warm_workers", 0)  # not in torch, nor the next two
         assert values.pop("warm_imports", ("torch",)) == ("torch",)
         assert not values.pop("preload", False)
+        assert (values.pop("restart_settings", None), values.pop("restart_policy", None)) == (None, None)
         assert values == {
             "role": "trainer",
             "local_world_size": 4,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import signal
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -100,6 +101,19 @@ def test_restarts_run_out(impl: Implementation, make: Callable[..., Any], state:
     assert agent.calls[:-1] == ["start", "stop", "start", "stop", "start", "stop"]
     assert agent._remaining_restarts == 0
     assert agent.get_worker_group().state == impl.agent.WorkerState.FAILED
+
+
+def test_an_exit_code_that_forbids_a_restart(impl: Implementation, make: Callable[..., Any]) -> None:
+    agent = make([failed(impl, rank_0=failure(impl, exitcode=97)), succeeded(impl, None)], max_restarts=1)
+    agent.run()
+    assert agent.calls.count("start") == impl.expect("no-restart-code", torch=2, ours=1)
+
+
+def test_failures_right_after_the_start_are_delayed(impl: Implementation, make: Callable[..., Any]) -> None:
+    agent = make([failed(impl, rank_0=failure(impl))] * 2 + [succeeded(impl, None)], max_restarts=2)
+    start = time.monotonic()
+    agent.run()
+    assert (time.monotonic() - start > 0.19) is impl.expect("restart-backoff", torch=False, ours=True)
 
 
 def test_the_group_is_stopped_while_it_restarts(impl: Implementation, make: Callable[..., Any]) -> None:

@@ -15,7 +15,7 @@ from tests.support.ports import free_port
 from tests.support.sizes import Size, measure
 from tests.support.waiting import eventually
 
-from ferroelastic.agent.server import LocalElasticAgent, WorkerSpec, WorkerState
+from ferroelastic.agent.server import LocalElasticAgent, RestartSettings, WorkerSpec, WorkerState
 from ferroelastic.multiprocessing import DefaultLogsSpecs, Std
 from ferroelastic.rendezvous import RendezvousParameters
 from ferroelastic.rendezvous._native import NativeRendezvous
@@ -107,6 +107,7 @@ def test_many_restarts_leave_nothing_in_the_agent(tmp_path: Path, zoo: str, tee:
         # The last rank fails, the others are stopped; one leaves a child in its group.
         args=("-c", f"case $RANK in 3) exit 1;; 2) {zoo} orphan 0 > /dev/null;; esac; exec {zoo} sleep"),
         max_restarts=RESTARTS,
+        restart_settings=RestartSettings(restart_backoff=0),
     )
     agent = CountingAgent(spec, DefaultLogsSpecs(str(tmp_path / "logs"), tee=tee))
     try:
@@ -141,7 +142,14 @@ def test_many_restarts_leave_nothing_in_the_launcher(launch: Launcher, count: in
     options = ("--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{free_port()}", "--rdzv-id=job", f"--nnodes={count}")
     script = launch.shell(FAIL_IN_TURN)
     agents = [
-        launch(f"--max-restarts={RESTARTS}", "--tee=1", *script, launcher=(*FERRORUN, *options), nproc=NPROC)
+        launch(
+            f"--max-restarts={RESTARTS}",
+            "--restart-backoff=0",
+            "--tee=1",
+            *script,
+            launcher=(*FERRORUN, *options),
+            nproc=NPROC,
+        )
         for _ in range(count)
     ]
     before: list[Size] = []

@@ -183,6 +183,7 @@ def test_a_signal_at_any_moment_is_neither_lost_nor_leaves_a_worker(launch: Laun
         *ALONE,
         "--nproc-per-node=4",
         "--max-restarts=1000000",
+        "--restart-backoff=0",
         f"--shutdown-timeout={grace_s}",
         NEVER_LOOKS,
         *launch.shell(script),

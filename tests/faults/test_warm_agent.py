@@ -13,7 +13,7 @@ from tests.support.rendezvous_handlers import AloneRendezvous
 from tests.support.sizes import Size, measure
 from tests.support.waiting import LONG_S, eventually
 
-from ferroelastic.agent.server import LocalElasticAgent, WorkerSpec, WorkerState
+from ferroelastic.agent.server import LocalElasticAgent, RestartSettings, WorkerSpec, WorkerState
 from ferroelastic.multiprocessing import DefaultLogsSpecs
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ def spec_of(folder: Path, script: str, restarts: int) -> WorkerSpec:
         entrypoint=sys.executable,
         args=("-u", str(folder / "worker.py")),
         max_restarts=restarts,
+        restart_settings=RestartSettings(restart_backoff=0),
         warm_workers=1,
         warm_imports=("light",),
     )

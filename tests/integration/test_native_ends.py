@@ -11,6 +11,7 @@ from tests.support.forking import fork
 from tests.support.native_nodes import Nodes, told
 from tests.support.waiting import LONG_S, eventually
 
+from ferroelastic._rust import FailureFacts
 from ferroelastic.rendezvous import (
     RendezvousClosedError,
     RendezvousTimeoutError,
@@ -32,7 +33,7 @@ class TestTheEnd:
         guest = nodes.guest(host)
         nodes.meet(host, guest)
         finished = nodes.pool.submit(host.wait_for_others, LONG_S)
-        guest.report_failure(time.time_ns(), "rank 1 exited with code 7", is_final=False)
+        guest.report_failure(time.time_ns(), "rank 1 exited with code 7", facts=FailureFacts(1))
         assert not finished.result(LONG_S)
         interruption = host.interruption()
         assert interruption is not None
@@ -102,7 +103,7 @@ class TestTheEnd:
         host = nodes.host()
         guest = nodes.guest(host)
         nodes.meet(host, guest)
-        guest.report_failure(time.time_ns(), "rank 1 exited with code 7", is_final=True)
+        guest.report_failure(time.time_ns(), "rank 1 exited with code 7", facts=FailureFacts(1, is_exhausted=True))
         verdict = guest.verdict()
         assert verdict is not None
         assert (verdict.is_failure, verdict.is_final) == (True, True)
@@ -111,7 +112,7 @@ class TestTheEnd:
         host = nodes.host((2, 3), last_call_timeout=60)
         guest, lost = nodes.guest(host, (2, 3)), nodes.guest(host, (2, 3))
         nodes.meet(host, guest, lost)
-        guest.report_failure(time.time_ns(), "rank 1 exited with code 7", is_final=True)
+        guest.report_failure(time.time_ns(), "rank 1 exited with code 7", facts=FailureFacts(1, is_exhausted=True))
         lost._get_client().close()  # as the end of its process does
         lost._client = None
         verdict = guest.verdict()

@@ -18,6 +18,7 @@ from tests.support.ports import free_port
 from tests.support.waiting import LONG_S, eventually
 
 from ferroelastic import _rust
+from ferroelastic._rust import FailureFacts
 from ferroelastic.rendezvous import (
     RendezvousClosedError,
     RendezvousConnectionError,
@@ -179,7 +180,7 @@ class TestTwoNodes:
             handler.introduce("trainer", 2, 3)
         first, _ = nodes.meet(host, guest)
         first.store.set("old", "")
-        guest.report_failure(time.time_ns(), "rank 3 exited with code 7", is_final=False)
+        guest.report_failure(time.time_ns(), "rank 3 exited with code 7", facts=FailureFacts(1))
         for handler in (host, guest):
             assert is_told(handler)
             interruption = handler.interruption()
@@ -200,7 +201,7 @@ class TestTwoNodes:
         host = nodes.host()
         guest = nodes.guest(host)
         nodes.meet(host, guest)
-        guest.report_failure(time.time_ns(), "rank 1 exited with code 7", is_final=True)
+        guest.report_failure(time.time_ns(), "rank 1 exited with code 7", facts=FailureFacts(1, is_exhausted=True))
         interruption = told(host)
         assert interruption.is_final
         assert "rank 1 exited with code 7" in interruption.text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import signal
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from tests.support.waiting import eventually
 
-from ferroelastic.agent.server import LocalElasticAgent, WorkerSpec, WorkerState
+from ferroelastic.agent.server import LocalElasticAgent, RestartSettings, WorkerSpec, WorkerState
 from ferroelastic.multiprocessing import DefaultLogsSpecs, Std
 from ferroelastic.rendezvous import RendezvousParameters
 from ferroelastic.rendezvous._native import NativeRendezvous
@@ -37,7 +38,7 @@ class Node:
     """An agent that runs in a thread, with two workers that end when they are told to, with the exit code that they are told."""
 
     def __init__(
-        self, folder: Path, endpoint: str, *, is_host: bool, nodes: tuple[int, int], max_restarts: int
+        self, folder: Path, endpoint: str, *, is_host: bool, nodes: tuple[int, int], max_restarts: int, **more: Any
     ) -> None:
         parameters = RendezvousParameters(
             "c10d", endpoint, "the-job", *nodes, is_host=is_host, last_call_timeout=1, heartbeat_timeout=60
@@ -51,6 +52,7 @@ class Node:
             args=("-c", WORKER, "worker", str(folder)),
             max_restarts=max_restarts,
             monitor_interval=600,
+            **more,
         )
         logs = DefaultLogsSpecs(str(folder / f"logs.{is_host}"), redirects=Std.NONE)
         self.agent = LocalElasticAgent(spec, logs, exit_barrier_timeout=PATIENCE_S, shutdown_timeout=int(PATIENCE_S))
@@ -93,6 +95,12 @@ class Node:
         found = re.findall(r'^ferroelastic_restarts_total\{cause="(\w+)"\} (\d+)$', self._ask("/metrics"), re.MULTILINE)
         return {cause: int(count) for cause, count in found}
 
+    def decisions(self) -> dict[str, int]:
+        """By reason, from the metrics."""
+        text = self._ask("/metrics")
+        found = re.findall(r'^ferroelastic_restart_decisions_total\{reason="(\w+)"\} ([1-9]\d*)$', text, re.MULTILINE)
+        return {reason: int(count) for reason, count in found}
+
     def ends(self) -> Any:
         self.thread.join(PATIENCE_S)
         assert not self.thread.is_alive()
@@ -109,11 +117,11 @@ class Job:
             # For reading too: so it opens without a worker.
             self.gates.append(os.open(folder / f"gate.{rank}", os.O_RDWR | os.O_CLOEXEC))
 
-    def node(self, nodes: tuple[int, int] = (2, 2), max_restarts: int = 3) -> Node:
-        """Start the next agent; the first one hosts."""
+    def node(self, nodes: tuple[int, int] = (2, 2), max_restarts: int = 3, **more: Any) -> Node:
+        """Start the next agent; the first one hosts. Further arguments are those of the specification."""
         endpoint = f"localhost:{self.nodes[0].handler._port}" if self.nodes else "localhost:0"
         is_host = not self.nodes
-        self.nodes.append(Node(self.folder, endpoint, is_host=is_host, nodes=nodes, max_restarts=max_restarts))
+        self.nodes.append(Node(self.folder, endpoint, is_host=is_host, nodes=nodes, max_restarts=max_restarts, **more))
         return self.nodes[-1]
 
     def let_end(self, rank: int, code: int) -> None:
@@ -187,7 +195,7 @@ def test_a_node_that_comes_and_one_that_goes_are_no_failures(job: Job) -> None:
     assert re.fullmatch(r"127\.0\.0\.1 \(agent \d+\) joins", restarts["last"]["reason"])
     assert host.restarts() == {"failure": 0, "membership": 1}
     # To the newcomer it is the first round.
-    assert guest.runs_round(1)["restarts"] == {"failure": 0, "membership": 0, "last": None}
+    assert guest.runs_round(1)["restarts"] == {"failure": 0, "membership": 0, "last": None, "last_decision": None}
     assert guest.restarts() == {"failure": 0, "membership": 0}
 
     guest.handler.leave("its machine is needed")
@@ -220,7 +228,11 @@ def test_both_kinds_are_counted_side_by_side(job: Job) -> None:
     assert "exited with code 4 on 127.0.0.1, and no restart is left" in str(guest.ends())
 
 
-def test_a_node_that_has_succeeded_waits_for_the_others_only_until_its_timeout(job: Job) -> None:
+def test_a_node_that_has_succeeded_waits_for_the_others_only_until_its_timeout(
+    job: Job, caplog: pytest.LogCaptureFixture
+) -> None:
+    # The record of the exception would keep the rendezvous alive.
+    caplog.set_level(logging.CRITICAL, "ferroelastic.agent.server.api")
     host, guest = job.node(), job.node()
     for node in (host, guest):
         node.runs_round(1)
@@ -233,3 +245,53 @@ def test_a_node_that_has_succeeded_waits_for_the_others_only_until_its_timeout(j
     for rank in ranks[0]:
         job.let_end(rank, 0)
     assert host.ends().state == WorkerState.SUCCEEDED
+
+
+def test_all_nodes_have_the_same_decisions(job: Job) -> None:
+    host, guest = job.node(), job.node()
+    for round_, code in ((1, 7), (2, 8)):
+        for node in (host, guest):
+            node.runs_round(round_)
+        job.let_end(2, code=code)
+    for node in (host, guest):
+        status = node.runs_round(3)["restarts"]
+        assert node.decisions() == {"at_once": 1, "backoff": 1}
+        text = (
+            r"restart 2 of 3 follows after 0\.2\d s: 2 failures in a row within 10 s of the start \(--restart-backoff\)"
+        )
+        assert re.fullmatch(text, status["last_decision"]["text"])
+        assert (node.agent._remaining_restarts, node.agent._restart_count()) == (1, 2)
+    job.let_end(3, code=97)
+    ended = [node.ends() for node in (host, guest)]
+    assert [node.agent.restart_decision for node in (host, guest)] == ["exit code 97 forbids a restart"] * 2
+    assert ended[0].exit_code == guest.agent.job_exit_code == 97
+
+
+def test_a_node_with_another_policy_is_refused_with_both_values(job: Job) -> None:
+    host = job.node(restart_settings=RestartSettings(fatal_exit_codes="3"))
+    assert eventually(lambda: host.handler._client is not None and bool(host.handler._client.address), PATIENCE_S)
+    error = job.node(restart_settings=RestartSettings(fatal_exit_codes="4")).ends()
+    assert "the job has --fatal-exit-codes=3, this node was started with --fatal-exit-codes=4" in str(error)
+
+
+def test_a_worker_that_runs_on_after_another_one_has_succeeded(job: Job) -> None:
+    host = job.node((1, 1), max_restarts=1, restart_settings=RestartSettings(early_exit_timeout=0.3))
+    host.runs_round(1)
+    job.let_end(0, code=0)
+    assert host.runs_round(2)["restarts"]["failure"] == 1
+    assert host.decisions() == {"at_once": 1}
+    for rank in range(2):
+        job.let_end(rank, code=0)
+    assert host.ends().state == WorkerState.SUCCEEDED
+
+
+def test_nodes_that_run_on_after_another_one_has_succeeded(job: Job) -> None:
+    settings = RestartSettings(early_exit_timeout=0.3, fatal_causes="early_exit")
+    host, guest = job.node(restart_settings=settings), job.node(restart_settings=settings)
+    for node in (host, guest):
+        node.runs_round(1)
+    for rank in (2, 3):
+        job.let_end(rank, code=0)
+    for node in (host, guest):
+        node.ends()
+        assert node.agent.restart_decision == "the cause early_exit is final (--fatal-causes)"

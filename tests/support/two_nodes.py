@@ -171,6 +171,8 @@ class Training:
         flags = (f"--nproc-per-node={WORKERS}", "--max-restarts=1000", "--event-log-handler=null")
         arguments = (WORKER, self._disturbance.way, self._disturbance.victim, str(self._number))
         env = {"GLOO_SOCKET_IFNAME": LINK} if self._commands[node][0] == "ip" else {}
+        # As a variable, because torchrun ignores it. Each restart follows soon after the last one.
+        env["PET_RESTART_BACKOFF"] = "0"
         return self._launcher.start(*self._commands[node], *flags, *arguments, env=env)
 
     def _eventually(self, condition: Callable[[], bool]) -> bool:

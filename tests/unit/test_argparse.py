@@ -79,6 +79,18 @@ ADDED: dict[str, Any] = {
     "warm_workers": "0",
     "warm_imports": ["torch"],
     "preload": False,
+    "restart_backoff": 0.25,
+    "restart_backoff_max": 5.0,
+    "healthy_window": 0.0,
+    "restart_rate": "none",
+    "fatal_exit_codes": "none",
+    "fatal_causes": "stuck",
+    "min_uptime": 0.0,
+    "restarts_without_progress": None,
+    "progress_file": None,
+    "on_node_failure": "restart",
+    "early_exit_timeout": 0.0,
+    "restart_policy": None,
     "ranks_filter": "",
     "log_format": "text",
     "fail_on_log": [],
@@ -90,7 +102,7 @@ ADDED: dict[str, Any] = {
     "no_scheduler": False,
     "exec": False,
 }
-"""Options that torch has not. Each is off by default."""
+"""Options that torch has not. Each is off by default, except the back-off."""
 
 
 @pytest.fixture(autouse=True)

@@ -124,7 +124,7 @@ def cycles(edges: Graph) -> list[set[str]]:
     ids=str,
 )
 def test_there_are_no_other_cycles_than_the_known_ones(kind: str, kinds: tuple[str, ...]) -> None:
-    assert cycles(graph(*kinds)) == KNOWN[kind]
+    assert sorted(cycles(graph(*kinds)), key=min) == sorted(KNOWN[kind], key=min)
 
 
 def test_a_cycle_is_found() -> None:

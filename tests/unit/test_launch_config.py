@@ -62,6 +62,8 @@ def test_the_fields_are_torchs() -> None:
         "log_options",
         "exit_barrier_timeout",
         "grace_signal_target",
+        "restart_settings",
+        "restart_policy",
     ]
 
 

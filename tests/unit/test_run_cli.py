@@ -89,6 +89,7 @@ def _comparable(config: Any, logs: Any) -> dict[str, Any]:
     assert fields.pop("log_options", None) is None
     assert fields.pop("exit_barrier_timeout", 300) == 300  # not in torch yet
     assert fields.pop("grace_signal_target", "group") == "group"  # not in torch
+    assert (fields.pop("restart_settings", None), fields.pop("restart_policy", None)) == (None, None)
     numa = fields.pop("numa_options", None)
     fields["numa"] = numa and (numa.affinity_mode.value, numa.should_fall_back_if_binding_fails)
     fields["logs"] = (logs._root_log_dir, logs._redirects, logs._tee, logs._local_ranks_filter)

@@ -23,7 +23,10 @@ class TestSpec:
 
     def test_the_fields_are_torchs(self) -> None:
         theirs = pytest.importorskip("torch.distributed.elastic.agent.server")
-        for name, added in (("WorkerSpec", ["warm_workers", "warm_imports", "preload"]), ("RunResult", [])):
+        for name, added in (
+            ("WorkerSpec", ["warm_workers", "warm_imports", "preload", "restart_settings", "restart_policy"]),
+            ("RunResult", []),
+        ):
             expected = [field.name for field in fields(getattr(theirs, name))] + added
             assert [field.name for field in fields(getattr(server, name))] == expected
         assert isinstance(spec(), theirs.WorkerSpec)

@@ -35,6 +35,7 @@ from ferroelastic._stop_notice import SignalTarget
 from ferroelastic._text import launched_name
 from ferroelastic._timeouts import exit_barrier_timeout_s, shutdown_timeout_s
 from ferroelastic.agent.server._events import event_log_handler_of
+from ferroelastic.agent.server._policy import RestartPolicy, RestartSettings
 from ferroelastic.agent.server.api import RunResult, WorkerSpec
 from ferroelastic.agent.server.health_check_server import HealthCheckServer, create_healthcheck_server
 from ferroelastic.agent.server.local_elastic_agent import LocalElasticAgent
@@ -95,6 +96,8 @@ class LaunchConfig:
             ``$TORCH_ELASTIC_EXIT_BARRIER_TIMEOUT``, else 300. As planned for torch.
         grace_signal_target: receivers of the stop signal: ``"group"`` for the worker's process group, as in torch, or ``"leader"`` for the
             worker alone. The rest of the group then gets SIGTERM after the worker has ended. Not in torch.
+        restart_settings: see :class:`ferroelastic.agent.server.WorkerSpec`. Not in torch.
+        restart_policy: see :class:`ferroelastic.agent.server.WorkerSpec`. Not in torch.
 
     Raises:
         ValueError: ``interactive_rank`` is not a local rank, a timeout (argument or variable) is negative or not a number, or
@@ -133,6 +136,8 @@ class LaunchConfig:
     log_options: LogOptions | None = None
     exit_barrier_timeout: float | None = None
     grace_signal_target: SignalTarget = "group"
+    restart_settings: RestartSettings | None = None
+    restart_policy: RestartPolicy | None = None
 
     def __post_init__(self) -> None:
         """Check the values and set defaults that depend on other fields or on the environment."""
@@ -184,6 +189,12 @@ def _warm_settings(config: Any) -> dict[str, Any]:
     if not newer(config, "warm_workers", 0) and not newer(config, "preload", False):
         return {}
     return {name: getattr(config, name) for name in names}
+
+
+def _restart_settings(config: Any) -> dict[str, Any]:
+    """Return the restart policy for a ``WorkerSpec``. Empty for the default: the class may be replaced by torch's."""
+    values = {name: newer(config, name, None) for name in ("restart_settings", "restart_policy")}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 class elastic_launch:  # noqa: N801 - torch's name
@@ -322,6 +333,7 @@ def _launch(
         duplicate_stderr_filters=newer(config, "duplicate_stderr_filters", None),
         virtual_local_rank=newer(config, "virtual_local_rank", False),
         **_warm_settings(config),
+        **_restart_settings(config),
     )
     # Only if set: a class that replaces the agent may have torch's parameters.
     added = {

@@ -150,10 +150,13 @@ class NativeRendezvous(RendezvousHandler):
         """
         return self._backend == "static" or os.environ.get(_OWN_STORE_ENV, "0") != "1"
 
-    def introduce(self, role: str, local_world_size: int, max_restarts: int) -> None:
-        """See :meth:`NotifyingRendezvous.introduce`. The host rejects nodes with another ``max_restarts``."""
+    def introduce(
+        self, role: str, local_world_size: int, max_restarts: int, options: dict[str, str] | None = None
+    ) -> None:
+        """See :meth:`NotifyingRendezvous.introduce`. The host rejects nodes with other settings."""
         self._role = (role, local_world_size)
         self._common_settings["--max-restarts"] = str(max_restarts)
+        self._common_settings.update(options or {})
         self._is_introduced = True
 
     def begin(self) -> None:
@@ -310,23 +313,41 @@ class NativeRendezvous(RendezvousHandler):
         membership = client.membership()
         if membership.state == "over" and membership.cause is not None:
             is_failure, exit_code = membership.cause.kind == "failure", membership.cause.exit_code
-            within_s, is_loss = client.stop_within_s, membership.is_loss
-            return Interruption(is_failure, False, membership.text, exit_code, within_s, membership.detail, is_loss)
+            within_s = client.stop_within_s
+            return Interruption(
+                is_failure,
+                False,
+                membership.text,
+                exit_code,
+                within_s,
+                membership.detail,
+                membership.is_loss,
+                membership.decision,
+            )
         if membership.state == "closed":
             code, is_loss = membership.exit_code or 1, membership.is_loss
-            return Interruption(True, True, membership.text, code, None, membership.detail, is_loss)
+            return Interruption(
+                True, True, membership.text, code, None, membership.detail, is_loss, membership.decision
+            )
         return None
 
-    def report_failure(self, at_ns: int, text: str, *, exit_code: int = 1, is_final: bool, detail: str = "") -> None:
+    def report_failure(
+        self, at_ns: int, text: str, *, exit_code: int = 1, facts: _rust.FailureFacts, detail: str = ""
+    ) -> None:
         """See :meth:`NotifyingRendezvous.report_failure`."""
         if self._client is not None:
-            self._client.fail(at_ns, text, exit_code, is_final, detail=detail)
+            self._client.fail(at_ns, text, exit_code, facts, detail=detail)
+
+    def report_progress(self) -> None:
+        """See :meth:`NotifyingRendezvous.report_progress`."""
+        if self._client is not None:
+            self._client.progress()
 
     def verdict(self) -> Interruption | None:
         """See :meth:`NotifyingRendezvous.verdict`.
 
-        A final failure ends the job, unless a lost node is its cause. The host decides within a fraction of a second. A host that does not
-        answer is lost after the heartbeat timeout.
+        The host decides on a restart at once. A final failure ends the job within a fraction of a second, unless a lost node is its cause.
+        A host that does not answer is lost after the heartbeat timeout.
         """
         client = self._client
         while client is not None:

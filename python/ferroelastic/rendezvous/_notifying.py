@@ -34,6 +34,8 @@ class Interruption(NamedTuple):
     """Explanation of a worker's failure that ends the job, as :meth:`NotifyingRendezvous.report_failure` got it on its node."""
     is_loss: bool = False
     """True if a node was lost or has left."""
+    decision: _rust.Decision | None = None
+    """Decision of the restart policy on a failure. ``None`` for other events."""
 
     def as_error(self, more: str = "") -> JobFailedError:
         """Return the error of a job that this event has ended.
@@ -76,31 +78,39 @@ class NotifyingRendezvous(Protocol):
             RendezvousConnectionError: this node hosts the rendezvous and cannot listen on its port.
         """
 
-    def introduce(self, role: str, local_world_size: int, max_restarts: int) -> None:
+    def introduce(
+        self, role: str, local_world_size: int, max_restarts: int, options: dict[str, str] | None = None
+    ) -> None:
         """Set the properties of this node's workers that the assignment of ranks uses.
 
         Args:
             role: role of the workers.
             local_world_size: number of workers.
             max_restarts: number of restarts, the same on all nodes.
+            options: settings of the restart policy by the name of their option, the same on all nodes.
         """
 
     def interruption(self) -> Interruption | None:
         """Return the event that ended the round; ``None`` while the round lasts."""
 
-    def report_failure(self, at_ns: int, text: str, *, exit_code: int = 1, is_final: bool, detail: str = "") -> None:
+    def report_failure(
+        self, at_ns: int, text: str, *, exit_code: int = 1, facts: _rust.FailureFacts, detail: str = ""
+    ) -> None:
         """Report a failed worker to all agents.
 
         Args:
             at_ns: time of the failure in nanoseconds since the epoch.
             text: description of the worker and its failure.
             exit_code: exit code of the job if this failure ends it.
-            is_final: true if this agent has no restart left.
-            detail: explanation of a final failure, for the report on all nodes.
+            facts: facts for the restart policy of the job.
+            detail: explanation of a failure that may be final, for the report on all nodes.
         """
 
+    def report_progress(self) -> None:
+        """Report that the workers of this node have made progress in this round."""
+
     def verdict(self) -> Interruption | None:
-        """Wait for the decision whether a final failure ends the job.
+        """Wait for the decision on a reported failure.
 
         Returns:
             The event that ended the round; ``None`` if this node is not in a round.

@@ -320,6 +320,14 @@ class FileTimerServer:
             self._watchdog_thread = None
         self._warn_of_dropped_requests()
 
+    def last_request_age_s(self, pid: int) -> float | None:
+        """Return the seconds since the last request or heartbeat of a process; ``None`` without one. Not in torch.
+
+        Args:
+            pid: process id.
+        """
+        return self._query(lambda: self._native.last_request_age_s(pid), None)
+
     @staticmethod
     def is_process_running(pid: int) -> bool:
         """Return whether a process exists and this process may signal it.

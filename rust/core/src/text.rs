@@ -1,5 +1,7 @@
 //! Makes untrusted text safe to display.
 
+use serde::{Deserialize, Deserializer};
+
 /// The beginning of `text`: at most `max_bytes` bytes, cut at a character boundary.
 #[must_use]
 pub fn bounded(text: &str, max_bytes: usize) -> &str {
@@ -21,6 +23,11 @@ pub fn printable(text: &str) -> String {
         if is_unsafe(c) { shown.extend(c.escape_default()) } else { shown.push(c) }
     }
     shown
+}
+
+/// Deserializes text of another process and makes it printable, because it is shown to the user.
+pub(crate) fn printable_string<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
+    String::deserialize(deserializer).map(|text| printable(&text))
 }
 
 #[cfg(test)]

@@ -92,6 +92,34 @@ named_values! {
 }
 
 named_values! {
+    /// The rule that decided whether a failure is followed by a restart.
+    #[derive(serde::Serialize, serde::Deserialize)]
+    RestartReason, "reason of a restart decision":
+    /// Restart without a delay.
+    AtOnce = "at_once",
+    /// Restart after a back-off, because the workers fail again and again right after their start.
+    Backoff = "backoff",
+    /// The program's own restart policy decided.
+    Program = "program",
+    /// End: no restart is left.
+    MaxRestarts = "max_restarts",
+    /// End: too many restarts within the period.
+    RestartRate = "restart_rate",
+    /// End: the script forbids a restart by its exit code.
+    NoRestartCode = "no_restart_code",
+    /// End: the exit code or signal is final.
+    FatalExitCode = "fatal_exit_code",
+    /// End: the cause is final.
+    FatalCause = "fatal_cause",
+    /// End: the first start failed too early.
+    MinUptime = "min_uptime",
+    /// End: restarts without progress.
+    NoProgress = "no_progress",
+    /// End: a node was lost or has left.
+    NodeFailure = "node_failure",
+}
+
+named_values! {
     /// A phase of a restart. Its duration is measured.
     RestartPhase, "phase of a restart":
     /// From the time at which the engine noticed the first failure to the agent's reaction.

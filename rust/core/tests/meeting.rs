@@ -9,6 +9,7 @@ use ferroelastic_core::membership::RendezvousClient;
 use ferroelastic_core::published::Wake;
 use ferroelastic_core::rendezvous::member::{self, Call, Failure, MembershipState};
 use ferroelastic_core::rendezvous::message::{AgentMessage, Introduction, Join, Place, encode};
+use ferroelastic_core::rendezvous::policy::FailureFacts;
 use ferroelastic_core::rendezvous::rounds::HostSettings;
 use ferroelastic_core::store::wire::{Limits, MAGIC};
 use ferroelastic_core::vocabulary::RestartCause;
@@ -139,8 +140,13 @@ fn a_restart_finds_an_empty_store_and_a_new_round() {
     let mut former = worker(port);
     former.write_all(&[&[1][..], &sized(b"/key"), &sized(b"value")].concat()).expect("write");
     assert_eq!(keys(&mut former), 1);
-    let failed =
-        Call::Failed { at_ns: 7, text: "rank 1 exited with 1".into(), code: 1, is_final: false, detail: String::new() };
+    let failed = Call::Failed {
+        at_ns: 7,
+        text: "rank 1 exited with 1".into(),
+        code: 1,
+        facts: FailureFacts::default(),
+        detail: String::new(),
+    };
     agents[1].call(failed).expect("call");
     for agent in &agents {
         assert_eq!(over(agent), (RestartCause::Failure, "rank 1 exited with 1 on b".into()));

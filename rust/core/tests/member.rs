@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use ferroelastic_core::rendezvous::member::{self, Call, Failure, Member, MemberAction, MemberEvent, MembershipState};
 use ferroelastic_core::rendezvous::message::{self, AgentMessage, Cause, HostMessage, MAX_DETAIL_BYTES, Place, encode};
+use ferroelastic_core::rendezvous::policy::{FailureFacts, RestartVerdict};
 use ferroelastic_core::vocabulary::RestartCause;
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -72,10 +73,18 @@ fn the_reason_of_an_earlier_attempt_stays_if_the_last_one_has_no_time() {
 #[test]
 fn texts_of_an_agent_fit_into_a_message() {
     let long = "x".repeat(1 << 20);
+    let (causes, verdict) = (vec![long.clone(); 100], RestartVerdict::Final(long.clone()));
+    let facts = FailureFacts { causes, verdict, ..FailureFacts::default() };
     let calls = [
         // Text within text needs an escape for each quotation mark.
-        Call::Failed { at_ns: 1, text: long.clone(), code: 1, is_final: true, detail: "\"".repeat(MAX_DETAIL_BYTES) },
-        Call::Failed { at_ns: 1, text: long.clone(), code: 1, is_final: true, detail: long.clone() },
+        Call::Failed {
+            at_ns: 1,
+            text: long.clone(),
+            code: 1,
+            facts: facts.clone(),
+            detail: "\"".repeat(MAX_DETAIL_BYTES),
+        },
+        Call::Failed { at_ns: 1, text: long.clone(), code: 1, facts, detail: long.clone() },
         Call::Close { text: long.clone(), code: 1 },
         Call::Leave(long),
     ];
@@ -101,6 +110,7 @@ fn place() -> Place {
         role_world_size: 2,
         address: None,
         failures: 0,
+        restarts_used: 0,
         membership_changes: 0,
         cause: None,
     }
@@ -156,10 +166,8 @@ fn the_lease_goes_on_while_the_agent_is_suspended() {
         let now = start + pause * SECOND;
         // Its workers were killed meanwhile: that is no failure.
         let text = "rank 0 was killed".into();
-        let actions = member.step(
-            now,
-            MemberEvent::Call(Call::Failed { at_ns: 1, text, code: 137, is_final: true, detail: String::new() }),
-        );
+        let (facts, detail) = (FailureFacts::default(), String::new());
+        let actions = member.step(now, MemberEvent::Call(Call::Failed { at_ns: 1, text, code: 137, facts, detail }));
         let has_told = actions.iter().any(|action| matches!(action, MemberAction::Send(AgentMessage::Failed { .. })));
         assert_eq!((has_told, matches!(member.state(), MembershipState::Over(..))), (!is_over, is_over), "{pause}");
     }
@@ -293,16 +301,10 @@ fn only_an_agent_that_has_finished_is_released() {
     member.step(now, MemberEvent::Received(HostMessage::Released));
     assert!(matches!(member.state(), MembershipState::Placed(_)));
     let text = String::from("the job has succeeded");
-    member.step(
-        now,
-        MemberEvent::Received(HostMessage::Closed {
-            text: text.clone(),
-            code: 0,
-            detail: String::new(),
-            is_loss: false,
-        }),
-    );
-    assert_eq!(*member.state(), MembershipState::Closed { text, code: 1, detail: String::new(), is_loss: false });
+    let (detail, is_loss, decision) = (String::new(), false, None);
+    let end = HostMessage::Closed { text: text.clone(), code: 0, detail: detail.clone(), is_loss, decision };
+    member.step(now, MemberEvent::Received(end));
+    assert_eq!(*member.state(), MembershipState::Closed { text, code: 1, detail, is_loss, decision: None });
 }
 
 #[test]

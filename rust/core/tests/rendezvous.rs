@@ -42,10 +42,22 @@ fn spares_wait_and_leave_in_peace() {
     assert_eq!(job.begun.len(), 1);
 }
 
+/// Options of the restart policy.
+const POLICIES: [&[(&str, &str)]; 7] = [
+    &[],
+    &[("--restart-backoff", "0")],
+    &[("--max-restarts", "0")],
+    &[("--max-restarts", "3"), ("--restart-backoff", "2"), ("--restart-backoff-max", "30")],
+    &[("--restart-rate", "2/60"), ("--on-node-failure", "wait")],
+    &[("--on-node-failure", "exit"), ("--restarts-without-progress", "2")],
+    &[("--early-exit-timeout", "5"), ("--max-restarts", "3"), ("--min-uptime", "1")],
+];
+
 /// Thousands of schedules; the assertions are in the simulation.
 #[test]
 fn under_random_faults_rounds_do_not_mix_and_everything_ends() {
     let mut ends: BTreeMap<String, usize> = BTreeMap::new();
+    let mut longest_delay = Duration::ZERO;
     for seed in 0..1500 {
         let mut random = Random::new(seed);
         let max_nodes = u32::try_from(1 + random.below(6)).expect("small");
@@ -58,6 +70,7 @@ fn under_random_faults_rounds_do_not_mix_and_everything_ends() {
             doubled: [0, 10][usize::try_from(random.below(2)).expect("small")],
             disturbed: [0, 30, 80][usize::try_from(random.below(3)).expect("small")],
             longest_delay: [MS, MS * 30, MS * 400][usize::try_from(random.below(3)).expect("small")],
+            policy: POLICIES[usize::try_from(random.below(POLICIES.len() as u64)).expect("small")],
         };
         let mut job = Job::new(seed, min_nodes, max_nodes, agents, faults);
         let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| job.run()));
@@ -65,7 +78,9 @@ fn under_random_faults_rounds_do_not_mix_and_everything_ends() {
         for (_, end) in job.ends() {
             *ends.entry(format!("{end:?}")).or_default() += 1;
         }
+        longest_delay = longest_delay.max(job.longest_delay());
     }
+    assert!(longest_delay >= SECOND, "{longest_delay:?}");
     // That the schedules are not all of one kind.
     for how in ["released", "closed", "failed", "timed out", "killed", "left", "late"] {
         assert!(ends.get(&format!("Ended({how:?})")).is_some_and(|count| *count > 30), "{ends:?}");

@@ -67,6 +67,10 @@ impl HealthServer {
         self.update(py, Update::Restart { cause: named_value(cause)?, reason })
     }
 
+    fn note_decision(&self, py: Python<'_>, reason: &str, text: String) -> PyResult<()> {
+        self.update(py, Update::Decision { reason: named_value(reason)?, text })
+    }
+
     fn note_warm_refusal(&self, py: Python<'_>, reason: String) -> PyResult<()> {
         self.update(py, Update::WarmRefusal(reason))
     }

@@ -10,6 +10,7 @@ mod group;
 mod guard;
 mod health;
 mod log_rules;
+mod policy;
 mod relay;
 mod rendezvous;
 mod store;
@@ -54,6 +55,8 @@ mod _rust {
     use super::health::HealthServer;
     #[pymodule_export]
     use super::log_rules::{LogFailure, LogRules, LogScan};
+    #[pymodule_export]
+    use super::policy::{Decision, FailureFacts, RestartPolicy};
     #[pymodule_export]
     use super::relay::{Relay, RelayReport, WorkerEnd};
     #[pymodule_export]

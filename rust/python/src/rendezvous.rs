@@ -14,6 +14,7 @@ use pyo3::prelude::*;
 use crate::convert::span;
 use crate::errors::{detached, to_python};
 use crate::group::wait_detached;
+use crate::policy::{Decision, FailureFacts};
 
 /// A place in a round.
 #[pyclass(frozen, get_all, module = "ferroelastic._rust")]
@@ -28,6 +29,7 @@ pub(crate) struct Place {
     role_world_size: u64,
     address: Option<String>,
     failures: u64,
+    restarts_used: u64,
     membership_changes: u64,
     cause: Option<Cause>,
 }
@@ -44,6 +46,7 @@ impl From<message::Place> for Place {
             role_world_size: place.role_world_size,
             address: place.address,
             failures: place.failures,
+            restarts_used: place.restarts_used,
             membership_changes: place.membership_changes,
             cause: place.cause.map(Cause::from),
         }
@@ -77,6 +80,7 @@ pub(crate) struct Membership {
     cause: Option<Cause>,
     text: String,
     exit_code: Option<i32>,
+    decision: Option<Decision>,
     detail: String,
     is_loss: bool,
 }
@@ -90,11 +94,14 @@ impl From<member::MembershipState> for Membership {
             S::Over(place, cause) => (Some(place.clone()), Some(cause.clone())),
             _ => (None, None),
         };
-        let (exit_code, detail, is_loss) = match &state {
-            S::Closed { code, detail, is_loss, .. } => (Some(*code), detail.clone(), *is_loss),
-            S::Over(_, cause) => (None, cause.detail.clone(), cause.is_loss),
-            _ => (None, String::new(), false),
+        let (exit_code, decision, detail, is_loss) = match &state {
+            S::Closed { code, decision, detail, is_loss, .. } => {
+                (Some(*code), decision.as_deref(), detail.clone(), *is_loss)
+            }
+            S::Over(_, cause) => (None, cause.decision.as_deref(), cause.detail.clone(), cause.is_loss),
+            _ => (None, None, String::new(), false),
         };
+        let decision = decision.cloned().map(Decision::from);
         let (state, text) = match state {
             S::Idle => ("idle", String::new()),
             S::Joining => ("joining", String::new()),
@@ -109,7 +116,7 @@ impl From<member::MembershipState> for Membership {
             S::Failed(Failure::Late(text)) => ("late", text),
         };
         let (place, cause) = (place.map(Place::from), cause.map(Cause::from));
-        Self { state, place, cause, text, exit_code, detail, is_loss }
+        Self { state, place, cause, text, exit_code, decision, detail, is_loss }
     }
 }
 
@@ -148,17 +155,21 @@ impl RendezvousClient {
         self.call(py, Call::Join { role, local_world_size, timeout })
     }
 
-    #[pyo3(signature = (at_ns, text, exit_code, is_final, *, detail=String::new()))]
+    #[pyo3(signature = (at_ns, text, exit_code, facts, *, detail=String::new()))]
     fn fail(
         &self,
         py: Python<'_>,
         at_ns: u64,
         text: String,
         exit_code: i32,
-        is_final: bool,
+        facts: Bound<'_, FailureFacts>,
         detail: String,
     ) -> PyResult<()> {
-        self.call(py, Call::Failed { at_ns, text, code: exit_code, is_final, detail })
+        self.call(py, Call::Failed { at_ns, text, code: exit_code, facts: facts.get().0.clone(), detail })
+    }
+
+    fn progress(&self, py: Python<'_>) -> PyResult<()> {
+        self.call(py, Call::Progressed)
     }
 
     fn finish(&self, py: Python<'_>) -> PyResult<()> {

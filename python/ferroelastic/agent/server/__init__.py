@@ -3,6 +3,7 @@
 Intended difference: this package exports all public names of its modules. torch's exports some of them.
 """
 
+from ferroelastic.agent.server._policy import NO_RESTART_EXIT_CODE, FailedRound, RestartPolicy, RestartSettings
 from ferroelastic.agent.server.api import (
     ElasticAgent,
     RunResult,
@@ -22,13 +23,17 @@ from ferroelastic.agent.server.local_elastic_agent import (
 )
 
 __all__ = [
+    "NO_RESTART_EXIT_CODE",
     "TORCHELASTIC_ENABLE_FILE_TIMER",
     "TORCHELASTIC_HEALTH_CHECK_PORT",
     "TORCHELASTIC_TIMER_FILE",
     "TORCHELASTIC_UNINTERRUPTIBLE_STATE_TIMEOUT",
     "ElasticAgent",
+    "FailedRound",
     "HealthCheckServer",
     "LocalElasticAgent",
+    "RestartPolicy",
+    "RestartSettings",
     "RunResult",
     "SimpleElasticAgent",
     "Worker",

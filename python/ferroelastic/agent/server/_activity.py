@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 
     from ferroelastic import _rust
     from ferroelastic.agent.server._workers import RunResult, Worker, WorkerSpec
+    from ferroelastic.multiprocessing.errors import ProcessFailure
 
-__all__ = ["Activity", "Observer", "cause_of", "exit_code_of", "failed_first_at_ns"]
+__all__ = ["Activity", "Observer", "cause_of", "exit_code_of", "failed_first_at_ns", "first_failure"]
 
 _WAITING = None
 
@@ -142,6 +143,10 @@ class Activity:
         self._detect_s = max(0.0, latency_s)
         self.took("detect", self._detect_s)
 
+    def note_decision(self, decision: _rust.Decision) -> None:
+        """Report a decision of the restart policy."""
+        self._report("note_decision", decision.reason, decision.text)
+
     def restarting(self, cause: Literal["failure", "membership"], reason: str) -> None:
         """Report the start of a restart.
 
@@ -223,6 +228,13 @@ class Activity:
                 self._server = None
 
 
+def first_failure(result: RunResult) -> tuple[int, ProcessFailure] | None:
+    """Return the global rank and the failure of the worker that failed first; ``None`` without a failed worker."""
+    from ferroelastic.multiprocessing.errors._failures import failed_at_ns
+
+    return min(result.failures.items(), key=lambda item: failed_at_ns(item[1]), default=None)
+
+
 def failed_first_at_ns(result: RunResult) -> int | None:
     """Return the time of the first failure in nanoseconds since the epoch, or ``None`` without a failure."""
     from ferroelastic.multiprocessing.errors._failures import failed_at_ns
@@ -233,11 +245,10 @@ def failed_first_at_ns(result: RunResult) -> int | None:
 
 def cause_of(result: RunResult) -> str:
     """Return the cause of a failed or unhealthy run in one line: the first failed worker and how it ended."""
-    if not result.failures:
+    first = first_failure(result)
+    if first is None:
         return f"workers are {result.state.value}"
-    from ferroelastic.multiprocessing.errors._failures import failed_at_ns
-
-    rank, failure = min(result.failures.items(), key=lambda item: failed_at_ns(item[1]))
+    rank, failure = first
     how = f"exited with code {failure.exitcode}" if failure.exitcode >= 0 else f"was ended by {failure.signal_name()}"
     more = f", and {len(result.failures) - 1} more failed" if len(result.failures) > 1 else ""
     return f"rank {rank} (pid {failure.pid}) {how}{more}"
@@ -245,8 +256,5 @@ def cause_of(result: RunResult) -> str:
 
 def exit_code_of(result: RunResult) -> int:
     """Return the exit code of a job that ends with this result: the code of the first failed worker, 128+n for signal n."""
-    if not result.failures:
-        return 1
-    from ferroelastic.multiprocessing.errors._failures import failed_at_ns
-
-    return exit_code(min(result.failures.values(), key=failed_at_ns).exitcode)
+    first = first_failure(result)
+    return 1 if first is None else exit_code(first[1].exitcode)

@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any
 from ferroelastic._compat import newer
 from ferroelastic.events import Event, EventSource
 from ferroelastic.events._record import has_listener
+from ferroelastic.utils.logging import get_logger
 
 if TYPE_CHECKING:
     from ferroelastic._failure.model import Failure
     from ferroelastic.agent.server._workers import Worker, WorkerGroup
 
-__all__ = ["event_log_handler_of", "is_read", "status_event", "watchdog_event"]
+__all__ = ["event_log_handler_of", "is_read", "log_round", "status_event", "watchdog_event"]
+
+logger = get_logger("ferroelastic.agent.server.api")
 
 
 def event_log_handler_of(settings: Any) -> str:
@@ -36,6 +39,34 @@ def is_read(destination: str) -> bool:
         return has_listener(destination)
     except KeyError:
         return True  # recording the event raises the error
+
+
+def log_round(group: WorkerGroup, restart_count: int) -> None:
+    """Log the result of a rendezvous.
+
+    Args:
+        group: the workers of this node, with their ranks.
+        restart_count: number of restarts after failures.
+    """
+    workers = group.workers
+    logger.info(
+        "[%s] Rendezvous complete for workers. Result:\n"
+        "  restart_count=%s\n  master_addr=%s\n  master_port=%s\n  group_rank=%s\n  group_world_size=%s\n"
+        "  local_ranks=%s\n  role_ranks=%s\n  global_ranks=%s\n  role_world_sizes=%s\n  global_world_sizes=%s\n"
+        "  event_log_handler=%s\n",
+        group.spec.role,
+        restart_count,
+        group.master_addr,
+        group.master_port,
+        group.group_rank,
+        group.group_world_size,
+        [worker.local_rank for worker in workers],
+        [worker.role_rank for worker in workers],
+        [worker.global_rank for worker in workers],
+        [worker.role_world_size for worker in workers],
+        [worker.world_size for worker in workers],
+        event_log_handler_of(group.spec),
+    )
 
 
 def status_event(

@@ -126,6 +126,19 @@ class Explainer:
         first = self._first(rank, failure, result)
         return encode_detail(first)
 
+    def causes(self, result: RunResult) -> list[str]:
+        """Return the kind and the known causes of the first failure, for the restart policy.
+
+        Args:
+            result: a failed result with a failed worker.
+        """
+        from ferroelastic._failure.advice import advice_for
+
+        rank, failure = min(result.failures.items(), key=lambda item: failed_at_ns(item[1]))
+        first = self._first(rank, failure, result)
+        advice = advice_for(first)
+        return [first.kind] if advice is None else [first.kind, advice.cause]
+
     def judged(self, interruption: Interruption | None) -> None:
         """Note the event that has ended the job: a worker of another node may have failed first.
 
@@ -148,7 +161,7 @@ class Explainer:
             reported = self._reported(self._verdict)
             if reported is not None and (reported.host, reported.pid) != (first.host, first.pid):
                 first, others = reported, replace(others, failed=len(result.failures), same_failure=[])
-        decision = self._decision()
+        decision = newer(agent, "restart_decision", None) or self._decision()
         if result.state.value == "UNHEALTHY":
             decision = "no restart, because a stuck worker keeps its device or mount"
         return self._conclude(first, others, agent.job_exit_code or code, decision, agent)
@@ -177,7 +190,7 @@ class Explainer:
 
         now = time.time_ns()
         first = self._reported(newer(error, "detail", ""))
-        decision = None if first is None else self._decision()
+        decision = None if first is None else newer(agent, "restart_decision", None) or self._decision()
         if first is None:
             kind: Kind = "lost_node" if is_loss else "agent"
             first = FirstFailure(now, iso_time(now), round=self._round, kind=kind, reason=str(error))
@@ -205,7 +218,7 @@ class Explainer:
             advice=advice_for(first),
             others=others,
             restarts=[Restart(*one) for one in self._activity.restarts],
-            decision=newer(agent, "restart_decision", None) or decision,
+            decision=decision,
             logs=folder,
         )
         save(failure, folder)
@@ -256,6 +269,9 @@ class Explainer:
         matched: dict[int, str] = newer(self._context(), "log_failures", {})
         if failure.local_rank in matched:
             return "log_pattern", matched[failure.local_rank]
+        declared: Kind | None = newer(failure, "declared_kind", None)
+        if declared is not None:
+            return declared, str(failure.message)
         if result.state.value == "UNHEALTHY":
             return "stuck", str(failure.message)
         return None, None

@@ -67,6 +67,7 @@ def failure_of(local_rank: int, pid: int, slept_s: float, timeout_s: float, wait
         f"Worker pid={pid} stuck in uninterruptible sleep (D-state) for {slept_s:.1f}s (>= {timeout_s:.1f}s),"
         f" waiting in {wait_channel}"
     )
+    failure.declared_kind = "stuck"  # type: ignore[attr-defined]
     return failure
 
 

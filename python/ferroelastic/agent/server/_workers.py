@@ -18,6 +18,7 @@ from ferroelastic._checks import (
 )
 from ferroelastic._compat import TorchCompatible
 from ferroelastic._text import entrypoint_name
+from ferroelastic.agent.server._policy import RestartPolicy, RestartSettings, check_restart_policy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -55,6 +56,8 @@ class WorkerSpec(TorchCompatible):
         warm_imports: modules that parked workers have imported, and functions that they have called as ``package.module:function``. Not in
             torch.
         preload: whether the first start also waits for the imports and uses parked workers. Not in torch.
+        restart_settings: settings of the restart policy, equal on all nodes; ``None`` for the defaults. Not in torch.
+        restart_policy: the program's own restart policy. Not in torch.
 
     Raises:
         AssertionError: a number is out of range, or the entrypoint is missing.
@@ -81,6 +84,8 @@ class WorkerSpec(TorchCompatible):
     warm_workers: int = field(default=0, repr=False)
     warm_imports: Sequence[str] = field(default=("torch",), repr=False)
     preload: bool = field(default=False, repr=False)
+    restart_settings: RestartSettings | None = field(default=None, repr=False)
+    restart_policy: RestartPolicy | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -102,6 +107,7 @@ class WorkerSpec(TorchCompatible):
                 f"max_restarts of role {self.role!r} must not be negative, got {self.max_restarts}: use 0 for no restarts"
             )
         check_warm_workers(self.warm_workers, self.warm_imports)
+        check_restart_policy(self.restart_settings, self.restart_policy)
         if self.fn is not None:
             warnings.warn(
                 "WorkerSpec.fn will be deprecated, please use WorkerSpec.entrypoint instead",

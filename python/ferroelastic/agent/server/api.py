@@ -35,11 +35,12 @@ from ferroelastic._text import format_current_traceback
 from ferroelastic._timeouts import exit_barrier_timeout_s
 from ferroelastic.agent.server._activity import Activity, cause_of, exit_code_of, failed_first_at_ns
 from ferroelastic.agent.server._elastic_agent import DEFAULT_ROLE, ElasticAgent
-from ferroelastic.agent.server._events import event_log_handler_of, is_read, status_event
+from ferroelastic.agent.server._events import event_log_handler_of, is_read, log_round, status_event
 from ferroelastic.agent.server._exit_barrier import wait_in_store
 from ferroelastic.agent.server._explaining import Explainer
 from ferroelastic.agent.server._ranks import assign_ranks
 from ferroelastic.agent.server._reports import AgentReports
+from ferroelastic.agent.server._restarts import Restarts
 from ferroelastic.agent.server._shutdown import shut_down
 from ferroelastic.agent.server._workers import (
     RunResult,
@@ -63,6 +64,7 @@ from ferroelastic.utils.logging import get_logger
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from ferroelastic import _rust
     from ferroelastic._failure.model import Failure
     from ferroelastic._stop_notice import StopReason
     from ferroelastic.rendezvous import RendezvousInfo
@@ -103,6 +105,7 @@ class SimpleElasticAgent(ElasticAgent):
     Attributes:
         job_exit_code: exit code of the job, equal on all nodes, after a failure without a restart left. ``None`` if the rendezvous reports
             none. Not in torch.
+        restart_decision: reason of the last decision of the restart policy; ``None`` before a failure. Not in torch.
         job_failure: the explained failure of the job; ``None`` if it has not failed. Not in torch.
     """
 
@@ -121,6 +124,8 @@ class SimpleElasticAgent(ElasticAgent):
         self._has_run = False
         self._activity = Activity()
         self._explainer = Explainer(self._worker_group, self._activity)
+        self._restarts = Restarts(spec, self._activity, self._explainer.causes)
+        self.restart_decision: str | None = None
         # Keeps the workers' store alive if this node hosts one outside of the handler.
         self._rdzv_info: RendezvousInfo | None = None
 
@@ -183,7 +188,7 @@ class SimpleElasticAgent(ElasticAgent):
         self._store = info.store
         if isinstance(info, PlacedRendezvousInfo):
             # Failures are counted for the whole job, so all nodes have the same restart count.
-            self._remaining_restarts = max(0, spec.max_restarts - info.place.failures)
+            self._remaining_restarts = max(0, spec.max_restarts - info.place.restarts_used)
 
         with self.record_duration("ASSIGN_WORKER_RANKS"):
             workers = self._assign_worker_ranks(info.store, info.rank, info.world_size, spec)
@@ -194,24 +199,13 @@ class SimpleElasticAgent(ElasticAgent):
         worker_group.master_addr = master_addr
         worker_group.master_port = master_port
 
-        logger.info(
-            "[%s] Rendezvous complete for workers. Result:\n"
-            "  restart_count=%s\n  master_addr=%s\n  master_port=%s\n  group_rank=%s\n  group_world_size=%s\n"
-            "  local_ranks=%s\n  role_ranks=%s\n  global_ranks=%s\n  role_world_sizes=%s\n  global_world_sizes=%s\n"
-            "  event_log_handler=%s\n",
-            spec.role,
-            spec.max_restarts - self._remaining_restarts,
-            master_addr,
-            master_port,
-            info.rank,
-            info.world_size,
-            [worker.local_rank for worker in workers],
-            [worker.role_rank for worker in workers],
-            [worker.global_rank for worker in workers],
-            [worker.role_world_size for worker in workers],
-            [worker.world_size for worker in workers],
-            event_log_handler_of(spec),
-        )
+        log_round(worker_group, self._restart_count())
+
+    def _restart_count(self) -> int:
+        """Return the number of restarts after failures, for the whole job if the rendezvous counts them."""
+        if isinstance(self._rdzv_info, PlacedRendezvousInfo):
+            return self._rdzv_info.place.failures
+        return self._worker_group.spec.max_restarts - self._remaining_restarts + self._restarts.given_back
 
     def _notifier(self) -> NotifyingRendezvous | None:
         """Return the rendezvous handler if it reports events of other nodes, else ``None``: torch's handlers are polled."""
@@ -220,7 +214,7 @@ class SimpleElasticAgent(ElasticAgent):
     def _next_rendezvous(self, spec: WorkerSpec) -> RendezvousInfo:
         notifier = self._notifier()
         if notifier is not None:
-            notifier.introduce(spec.role, spec.local_world_size, spec.max_restarts)
+            notifier.introduce(spec.role, spec.local_world_size, spec.max_restarts, self._restarts.options())
         if "torch.distributed" in sys.modules:
             self._rdzv_info = next_rendezvous(spec.rdzv_handler, self._rdzv_info, local_addr=spec.local_addr)
         else:
@@ -257,6 +251,7 @@ class SimpleElasticAgent(ElasticAgent):
             worker.id = worker_id
             record(self._construct_event("START", EventSource.WORKER, worker), event_log_handler_of(spec))
         worker_group.state = WorkerState.HEALTHY
+        self._restarts.begin_round()
         self._activity.started(worker_group.workers)
 
     @prof
@@ -266,6 +261,8 @@ class SimpleElasticAgent(ElasticAgent):
         with self._activity.stopping():
             self._stop_workers(worker_group)
         worker_group.state = WorkerState.STOPPED
+        with self._activity.waiting():
+            self._restarts.wait()
         self._initialize_workers(worker_group)
 
     @prof
@@ -326,8 +323,9 @@ class SimpleElasticAgent(ElasticAgent):
         if self._has_run:
             self._worker_group.state = WorkerState.INIT
             self._remaining_restarts = self._worker_group.spec.max_restarts
-            self.job_exit_code = None
+            self.job_exit_code = self.restart_decision = None
             self._has_left_exit_barrier = False
+            self._restarts.begin_run()
         self._has_run = True
         notifier = self._notifier()
         if notifier is not None:
@@ -446,8 +444,7 @@ class SimpleElasticAgent(ElasticAgent):
             if state == WorkerState.SUCCEEDED:
                 logger.info(
                     "[%s] worker group successfully finished. Waiting %s seconds for other agents to finish.",
-                    role,
-                    self._exit_barrier_timeout,
+                    *(role, self._exit_barrier_timeout),
                 )
                 if _signals.received() is not None:
                     _signals.conclude()  # the workers had already succeeded
@@ -473,17 +470,26 @@ class SimpleElasticAgent(ElasticAgent):
             # The workers failed because another node was lost.
             self._restart_because_of(interruption)
             return True
-        self._report_failure(result)
-        if self._remaining_restarts <= 0:
-            with self._activity.stopping():
-                self._stop_workers(group)
-            _signals.conclude()  # the outcome is final: signals do not change it
-            notifier = self._notifier()
-            interruption = None if notifier is None else notifier.verdict()
+        facts = self._restarts.facts(result, self._remaining_restarts)
+        if (notifier := self._notifier()) is not None:
+            self._report_failure(result, facts)
+            self._begin_stop(signal.SIGTERM, "failure")
+            if self._remaining_restarts <= 0:
+                _signals.conclude()  # very likely final
+            interruption = notifier.verdict()
             if interruption is not None and not interruption.is_failure:
                 self._restart_because_of(interruption)
                 return True
-            # Workers of another node may have failed earlier.
+        # The host decides for all nodes. Workers of another node may have failed earlier.
+        decision = interruption.decision if interruption is not None else self._restarts.decide(facts)
+        is_final = interruption.is_final if interruption is not None else decision is None or decision.delay_s is None
+        self.restart_decision = self._restarts.note(
+            decision, cause_of(result) if interruption is None else interruption.text
+        )
+        if is_final:
+            self._activity.busy("stopping")
+            self._stop_workers(group)
+            _signals.conclude()  # the outcome is final: signals do not change it
             self.job_exit_code = None if interruption is None else interruption.exit_code
             self._explainer.judged(interruption)
             self._activity.giving_up(cause_of(result))
@@ -491,12 +497,9 @@ class SimpleElasticAgent(ElasticAgent):
             return False
         logger.info(
             "[%s] Worker group %s. %s/%s attempts left; will restart worker group",
-            spec.role,
-            result.state.name,
-            self._remaining_restarts,
-            spec.max_restarts,
+            *(spec.role, result.state.name, self._remaining_restarts, spec.max_restarts),
         )
-        self._remaining_restarts -= 1
+        self._remaining_restarts = self._restarts.remaining(self._remaining_restarts)
         self._activity.restarting("failure", cause_of(result))
         self._restart_workers(group)
         return True
@@ -505,8 +508,10 @@ class SimpleElasticAgent(ElasticAgent):
         """Restart the running workers if another node reports an event. Such a restart does not count."""
         group = self._worker_group
         spec = group.spec
-        if self._notifier() is not None:
-            interruption = self._interruption()
+        notifier = self._notifier()
+        self._restarts.look_for_progress(notifier)
+        if notifier is not None:
+            interruption = notifier.interruption()
             if interruption is not None:
                 self._restart_because_of(interruption)
             return
@@ -515,10 +520,9 @@ class SimpleElasticAgent(ElasticAgent):
             self._begin_stop(signal.SIGTERM, "membership")
             logger.info(
                 "[%s] Detected %s new nodes from group_rank=%s; will restart worker group",
-                spec.role,
-                waiting,
-                group.group_rank,
+                *(spec.role, waiting, group.group_rank),
             )
+            self._restarts.note_membership_change()
             self._activity.restarting("membership", f"{waiting} waiting to join")
             self._restart_workers(group)
 
@@ -534,29 +538,21 @@ class SimpleElasticAgent(ElasticAgent):
             JobFailedError: the job has ended, or no restart is left.
         """
         role = self._worker_group.spec.role
+        self.restart_decision = self._restarts.note(interruption.decision, interruption.text)
         if interruption.is_final:
             raise interruption.as_error()
-        if interruption.is_failure and self._remaining_restarts <= 0:
-            raise interruption.as_error(", and no restart is left")
         cause: Literal["failure", "membership"] = "failure" if interruption.is_failure else "membership"
         self._begin_stop(signal.SIGTERM, cause, interruption.stop_within_s)
         logger.warning("[%s] %s; will restart worker group", role, interruption.text)
         self._activity.restarting(cause, interruption.text)
         self._restart_workers(self._worker_group)
 
-    def _report_failure(self, result: RunResult) -> None:
+    def _report_failure(self, result: RunResult, facts: _rust.FailureFacts) -> None:
         """Report failed workers of this node to the other nodes, if the rendezvous supports it."""
-        is_final = self._remaining_restarts <= 0
-        detail = self._explainer.detail(result) if is_final else ""
-        notifier = self._notifier()
-        if notifier is not None:
-            notifier.report_failure(
-                failed_first_at_ns(result) or time.time_ns(),
-                cause_of(result),
-                exit_code=exit_code_of(result),
-                is_final=is_final,
-                detail=detail,
-            )
+        if (notifier := self._notifier()) is not None:
+            at_ns, cause = failed_first_at_ns(result) or time.time_ns(), cause_of(result)
+            detail = self._explainer.detail(result) if self._restarts.may_be_final else ""
+            notifier.report_failure(at_ns, cause, exit_code=exit_code_of(result), facts=facts, detail=detail)
 
     def _exit_barrier(self) -> None:
         """Wait until the agents of all nodes have reached the barrier, or the timeout has passed.

@@ -27,6 +27,7 @@ from ferroelastic._warm import warm_workers_of
 from ferroelastic.agent.server import _environment, _stuck, _watchdog
 from ferroelastic.agent.server._detached import handle_helpers
 from ferroelastic.agent.server._events import event_log_handler_of, watchdog_event
+from ferroelastic.agent.server._progress import Heartbeats
 from ferroelastic.agent.server.api import (
     DEFAULT_ROLE,
     RunResult,
@@ -158,6 +159,7 @@ class LocalElasticAgent(SimpleElasticAgent):
         self._may_have_detached = False
         self._warm = warm_workers_of(spec, self._activity.refused_warm)
         self._uninterruptible_state_timeout = _resolve_uninterruptible_state_timeout(uninterruptible_state_timeout)
+        self._restarts.have_beaten = Heartbeats(weakref.ref(self)).have_come
         # By pid: monotonic time of the first check that found the worker in uninterruptible sleep.
         self._uninterruptible_state_first_seen: dict[int, float] = {}
 
@@ -422,7 +424,7 @@ class LocalElasticAgent(SimpleElasticAgent):
     def _worker_env(self, worker_group: WorkerGroup, worker: Worker) -> dict[str, str]:
         """Return the environment variables of one worker."""
         spec = worker_group.spec
-        env = _environment.worker_environment(worker_group, worker, spec.max_restarts - self._remaining_restarts)
+        env = _environment.worker_environment(worker_group, worker, self._restart_count())
         self._set_local_rank_env(env, worker.local_rank, spec)
         return env
 
@@ -542,7 +544,7 @@ class LocalElasticAgent(SimpleElasticAgent):
                 stuck = self._check_uninterruptible_state_timeout(worker_group, self._uninterruptible_state_timeout)
                 if stuck is not None:
                     return stuck
-            return RunResult(state=WorkerState.HEALTHY)
+            return self._restarts.early_exit(worker_group, group) or RunResult(state=WorkerState.HEALTHY)
         ranks = {worker.local_rank: worker.global_rank for worker in worker_group.workers}
         if result.is_failed():
             failures = {ranks[local_rank]: failure for local_rank, failure in result.failures.items()}
@@ -560,7 +562,8 @@ class LocalElasticAgent(SimpleElasticAgent):
         if interruption is None or interruption.is_failure:
             workers = self._worker_group.workers
             rank = next(worker.global_rank for worker in workers if worker.local_rank == failure.local_rank)
-            self._report_failure(RunResult(state=WorkerState.FAILED, failures={rank: failure}))
+            result = RunResult(state=WorkerState.FAILED, failures={rank: failure})
+            self._report_failure(result, self._restarts.facts(result, self._remaining_restarts))
 
     def _explain_expiries(self, role: str, failures: dict[int, ProcessFailure]) -> None:
         """Add the expired timer to the failures of workers that the watchdog ended."""
@@ -585,10 +588,10 @@ class LocalElasticAgent(SimpleElasticAgent):
             return  # check a new context at once: a worker may have ended before the engine observed it
         if group is None:
             super()._wait_for_event(timeout_s)
-        elif self._uninterruptible_state_timeout > 0 or may_grow(self._rdzv_handler):
-            wait_for_event(group, seen, timeout_s, self._news_fd())
         else:
-            wait_for_event(group, seen, None, self._news_fd())
+            needs_polling = self._uninterruptible_state_timeout > 0 or may_grow(self._rdzv_handler)
+            limit_s = self._restarts.timeout_s(group, timeout_s if needs_polling else None, self._worker_watchdog)
+            wait_for_event(group, seen, limit_s, self._news_fd())
 
     def _news_fd(self) -> int | None:
         """Return a descriptor that is readable while the rendezvous has an event to report; ``None`` if it reports none."""

@@ -13,7 +13,7 @@ use prometheus_client::registry::{Registry, Unit};
 use super::http::HttpStatus;
 use super::status::{EngineFigures, JobStatus, WarmFigures, WatchdogFigures};
 use crate::sys::usage::RunningUsage;
-use crate::vocabulary::{AgentState, DropReason, RestartCause, RestartPhase, WorkerState};
+use crate::vocabulary::{AgentState, DropReason, RestartCause, RestartPhase, RestartReason, WorkerState};
 
 /// Content type of [`encode`].
 pub const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -65,6 +65,7 @@ struct Snapshot {
     state: AgentState,
     rounds: u64,
     restarts: [u64; RestartCause::ALL.len()],
+    decisions: [u64; RestartReason::ALL.len()],
     workers: [u64; WorkerState::ALL.len()],
     exits: [u64; WorkerState::ALL.len()],
     running: Vec<Running>,
@@ -98,6 +99,7 @@ pub fn encode(
         state: job.state(),
         rounds: job.rounds(),
         restarts: RestartCause::ALL.map(|cause| job.restarts(cause)),
+        decisions: RestartReason::ALL.map(|reason| job.decisions(reason)),
         workers,
         exits: WorkerState::ALL.map(|outcome| job.exits(outcome)),
         running: running
@@ -193,6 +195,11 @@ impl Snapshot {
         for (cause, count) in RestartCause::ALL.iter().zip(self.restarts) {
             encode_count(&mut restarts.encode_family(&[("cause", cause.name())])?, &count)?;
         }
+        let help = "Decisions of the restart policy after failures, by the rule that decided.";
+        let mut decisions = counter(encoder, "restart_decisions", help, None)?;
+        for (reason, count) in RestartReason::ALL.iter().zip(self.decisions) {
+            encode_count(&mut decisions.encode_family(&[("reason", reason.name())])?, &count)?;
+        }
         Ok(())
     }
 
@@ -285,6 +292,7 @@ mod tests {
         let mut job = JobStatus::new(Instant::now());
         job.apply(Instant::now(), Update::State(AgentState::Running));
         job.apply(Instant::now(), Update::Workers(vec![Started { local_rank: 0, rank: 3, pid: 1 }]));
+        job.apply(Instant::now(), Update::Decision { reason: RestartReason::Backoff, text: "again".into() });
         let phases = Phases::default();
         phases.observe(RestartPhase::Stop, Duration::from_micros(200));
         let counts =
@@ -297,6 +305,8 @@ mod tests {
             "ferroelastic_state{state=\"exit barrier\"} 0",
             "ferroelastic_rounds_total 1",
             "ferroelastic_restarts_total{cause=\"failure\"} 0",
+            "ferroelastic_restart_decisions_total{reason=\"backoff\"} 1",
+            "ferroelastic_restart_decisions_total{reason=\"max_restarts\"} 0",
             "ferroelastic_workers{state=\"running\"} 1",
             "ferroelastic_worker_exits_total{outcome=\"failed\"} 0",
             "ferroelastic_worker_resident_memory_bytes{rank=\"3\"} 4096",

@@ -9,7 +9,7 @@ use serde::Serialize;
 use crate::supervise::Exit;
 use crate::sys::usage::RunningUsage;
 use crate::sys::wait::ExitStatus;
-use crate::vocabulary::{AgentState, RestartCause, RestartPhase, WorkerState};
+use crate::vocabulary::{AgentState, RestartCause, RestartPhase, RestartReason, WorkerState};
 
 /// A report of the agent.
 #[derive(Clone, Debug, PartialEq)]
@@ -31,6 +31,13 @@ pub enum Update {
         cause: RestartCause,
         /// Description of the event, for people.
         reason: String,
+    },
+    /// The restart policy has decided on a failure.
+    Decision {
+        /// The rule that decided.
+        reason: RestartReason,
+        /// The reason, for people.
+        text: String,
     },
     /// Workers start cold although warm workers were requested, for this reason.
     WarmRefusal(String),
@@ -132,6 +139,8 @@ pub struct JobStatus {
     rounds: u64,
     restarts: [u64; RestartCause::ALL.len()],
     last_restart: Option<(RestartCause, String, Instant)>,
+    decisions: [u64; RestartReason::ALL.len()],
+    last_decision: Option<(RestartReason, String, Instant)>,
     workers: Vec<Worker>,
     exits: [u64; WorkerState::ALL.len()],
     warm_refusals: u64,
@@ -150,6 +159,8 @@ impl JobStatus {
             rounds: 0,
             restarts: [0; RestartCause::ALL.len()],
             last_restart: None,
+            decisions: [0; RestartReason::ALL.len()],
+            last_decision: None,
             workers: Vec::new(),
             exits: [0; WorkerState::ALL.len()],
             warm_refusals: 0,
@@ -173,6 +184,10 @@ impl JobStatus {
             Update::Restart { cause, reason } => {
                 self.restarts[cause as usize] += 1;
                 self.last_restart = Some((cause, reason, now));
+            }
+            Update::Decision { reason, text } => {
+                self.decisions[reason as usize] += 1;
+                self.last_decision = Some((reason, text, now));
             }
             Update::WarmRefusal(reason) => {
                 self.warm_refusals += 1;
@@ -219,6 +234,12 @@ impl JobStatus {
     #[must_use]
     pub fn restarts(&self, cause: RestartCause) -> u64 {
         self.restarts[cause as usize]
+    }
+
+    /// The number of decisions of the restart policy by this rule.
+    #[must_use]
+    pub fn decisions(&self, reason: RestartReason) -> u64 {
+        self.decisions[reason as usize]
     }
 
     /// The number of workers of all rounds that ended in this state.
@@ -278,6 +299,11 @@ impl JobStatus {
                 failure: self.restarts(RestartCause::Failure),
                 membership: self.restarts(RestartCause::Membership),
                 last: last.map(|(cause, reason, at)| RestartJson { cause: cause.name(), reason, age_s: since(*at) }),
+                last_decision: self.last_decision.as_ref().map(|(reason, text, at)| DecisionJson {
+                    reason: reason.name(),
+                    text,
+                    age_s: since(*at),
+                }),
             },
             watchdog: WatchdogJson {
                 requests: watchdog.requests,
@@ -349,6 +375,14 @@ struct RestartsJson<'a> {
     failure: u64,
     membership: u64,
     last: Option<RestartJson<'a>>,
+    last_decision: Option<DecisionJson<'a>>,
+}
+
+#[derive(Serialize)]
+struct DecisionJson<'a> {
+    reason: &'static str,
+    text: &'a str,
+    age_s: f64,
 }
 
 #[derive(Serialize)]

@@ -122,7 +122,7 @@ impl HostThread {
     /// Tells all agents that the rendezvous has ended with this node.
     pub(super) fn announce_end(&mut self, text: &str) {
         let (text, detail) = (bounded(text, MAX_TEXT_BYTES).to_owned(), String::new());
-        let message = HostMessage::Closed { text, code: 1, detail, is_loss: true };
+        let message = HostMessage::Closed { text, code: 1, detail, is_loss: true, decision: None };
         for connection in self.connections.values_mut().filter(|connection| connection.is_introduced()) {
             message::encode(&message, connection.output());
             // An agent whose socket buffer is full sees the end of the connection instead.

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use link::Link;
 
 use super::message::{AgentMessage, Cause, HostMessage, Join, MAX_DETAIL_BYTES, MAX_TEXT_BYTES, Place};
+use super::policy::{Decision, FailureFacts};
 use crate::sys::clock::{ENDLESS, later};
 use crate::text::bounded;
 
@@ -51,11 +52,13 @@ pub enum Call {
         text: String,
         /// Exit code of the job if this failure ends it.
         code: i32,
-        /// No restart is left.
-        is_final: bool,
+        /// The facts for the restart policy.
+        facts: FailureFacts,
         /// The explanation of the failure. One that is longer than a message allows is not sent.
         detail: String,
     },
+    /// The workers have made progress in this round.
+    Progressed,
     /// All workers have succeeded.
     Finished,
     /// End the job: no further round begins.
@@ -138,6 +141,8 @@ pub enum MembershipState {
         text: String,
         /// Exit code of the job; 0 if this node was a spare of a job that has succeeded.
         code: i32,
+        /// The decision of the restart policy, if a failure ended the job.
+        decision: Option<Box<Decision>>,
         /// The explanation of the worker's failure that ended the job, or empty.
         detail: String,
         /// Whether the loss of a node ended the job.
@@ -309,11 +314,16 @@ impl Member {
                     Link::Pausing { .. } | Link::Connecting | Link::Entering { .. } => {}
                 }
             }
-            Call::Failed { at_ns, text, code, is_final, detail } => {
+            Call::Failed { at_ns, text, code, facts, detail } => {
                 if let Some(round) = self.last_round {
-                    let text = bounded_text(&text);
+                    let (text, facts) = (bounded_text(&text), facts.shortened());
                     let detail = if detail.len() > MAX_DETAIL_BYTES { String::new() } else { detail };
-                    self.send(AgentMessage::Failed { round, at_ns, text, code, is_final, detail });
+                    self.send(AgentMessage::Failed { round, at_ns, text, code, facts, detail });
+                }
+            }
+            Call::Progressed => {
+                if let Some(round) = self.last_round {
+                    self.send(AgentMessage::Progressed { round });
                 }
             }
             Call::Finished => {
@@ -462,12 +472,12 @@ impl Member {
                     self.state = MembershipState::Released;
                 }
             }
-            HostMessage::Closed { text, code, detail, is_loss } => {
+            HostMessage::Closed { text, code, decision, detail, is_loss } => {
                 self.pending_join = None;
                 if self.state != MembershipState::Released {
                     // The workers of this node have not succeeded, so this node must not report success.
                     let code = if code == 0 && self.has_running_workers() { 1 } else { code };
-                    self.state = MembershipState::Closed { text, code, detail, is_loss };
+                    self.state = MembershipState::Closed { text, code, decision, detail, is_loss };
                 }
             }
             HostMessage::Late { text } => {

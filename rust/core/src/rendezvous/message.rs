@@ -10,7 +10,8 @@ use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Deserializer, Serialize, de::DeserializeOwned};
 
-use crate::text::printable;
+use super::policy::{Decision, FailureFacts};
+use crate::text::{printable, printable_string};
 use crate::vocabulary::RestartCause;
 
 /// Version of the messages. Agents of another version are refused.
@@ -107,11 +108,16 @@ pub enum AgentMessage {
         text: String,
         /// Exit code of the job if this failure ends it.
         code: i32,
-        /// No restart is left.
-        is_final: bool,
+        /// The facts for the restart policy.
+        facts: FailureFacts,
         /// The explanation of the failure for the report on all nodes. Rust does not interpret it.
         #[serde(deserialize_with = "bounded_detail")]
         detail: String,
+    },
+    /// The workers of this agent have made progress in this round.
+    Progressed {
+        /// The round.
+        round: u64,
     },
     /// All workers of this agent have succeeded in this round.
     Finished {
@@ -160,6 +166,8 @@ pub struct Place {
     pub address: Option<String>,
     /// Number of rounds that ended because a worker failed.
     pub failures: u64,
+    /// Number of restarts that count against the limit.
+    pub restarts_used: u64,
     /// Number of rounds that ended because nodes joined, left or were lost.
     pub membership_changes: u64,
     /// Why the round before this one ended.
@@ -181,6 +189,8 @@ pub struct Cause {
     pub text: String,
     /// Exit code of the job if this ends it.
     pub code: i32,
+    /// The decision of the restart policy on a failure.
+    pub decision: Option<Box<Decision>>,
     /// The explanation of a worker's failure, or empty.
     #[serde(deserialize_with = "bounded_detail")]
     pub detail: String,
@@ -192,8 +202,8 @@ impl Cause {
     /// A change of the membership, without a time.
     #[must_use]
     pub fn membership(node: String, text: String) -> Self {
-        let (at_ns, detail) = (None, String::new());
-        Self { kind: RestartCause::Membership, node, at_ns, text, code: 1, detail, is_loss: false }
+        let (at_ns, decision, detail) = (None, None, String::new());
+        Self { kind: RestartCause::Membership, node, at_ns, text, code: 1, decision, detail, is_loss: false }
     }
 
     /// The loss or the departure of a node.
@@ -250,6 +260,8 @@ pub enum HostMessage {
         text: String,
         /// Exit code of the job; 0 for a spare of a job that has succeeded.
         code: i32,
+        /// The decision of the restart policy, if a failure ended the job.
+        decision: Option<Box<Decision>>,
         /// The explanation of the worker's failure that ended the job, or empty.
         #[serde(deserialize_with = "bounded_detail")]
         detail: String,
@@ -324,11 +336,6 @@ pub fn decode<M: DeserializeOwned>(frames: &mut Vec<u8>) -> Result<Option<M>, In
     let message = serde_json::from_slice(frame)?;
     frames.drain(..4 + length);
     Ok(Some(message))
-}
-
-/// Makes text of another process printable, because it is shown to the user.
-fn printable_string<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
-    String::deserialize(deserializer).map(|text| printable(&text))
 }
 
 /// Drops an explanation that is too long: a part of it is not valid.

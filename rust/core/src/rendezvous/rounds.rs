@@ -5,15 +5,18 @@
 
 mod clock;
 mod entry;
+mod events;
 mod reasons;
 mod round_end;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
+pub use events::{HostAction, HostEvent, HostSettings};
 use round_end::PendingEnd;
 
-use super::message::{AgentMessage, Cause, HostMessage, Introduction, Join, MAX_TEXT_BYTES, Place};
+use super::message::{Cause, HostMessage, Introduction, Join, MAX_TEXT_BYTES, Place};
+use super::policy::{Decision, FailureFacts, OnNodeFailure, PolicySettings, RestartPolicy};
 pub use super::seating::Id;
 use super::seating::{self, Candidate, Round};
 use crate::sys::clock::ENDLESS;
@@ -21,87 +24,6 @@ use crate::text::bounded;
 
 /// Maximum number of node names in one message.
 const MAX_NAMES: usize = 32;
-
-/// Settings of the rendezvous on the host.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct HostSettings {
-    /// Id of the job.
-    pub run_id: String,
-    /// Minimum number of nodes of a round.
-    pub min_nodes: u32,
-    /// Maximum number of nodes of a round. Further nodes wait as spares.
-    pub max_nodes: u32,
-    /// How long a round with the minimum number of nodes waits for further nodes.
-    pub last_call: Duration,
-    /// A node is lost after this time without a message.
-    pub silence: Duration,
-    /// Address of the host for workers. If `None`, workers use the endpoint address that their agent was given.
-    pub address: Option<String>,
-    /// Maximum number of membership changes; `None` means no limit.
-    pub max_membership_changes: Option<u64>,
-}
-
-/// An event at the host.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum HostEvent {
-    /// An agent has connected and introduced itself.
-    Entered(Id, Introduction),
-    /// An agent is ready for a round.
-    Joined(Id, Join),
-    /// A worker of an agent has failed.
-    Failed {
-        /// The agent.
-        id: Id,
-        /// The round.
-        round: u64,
-        /// Time of the failure in nanoseconds of the wall clock.
-        at_ns: u64,
-        /// The worker and its exit status, as text.
-        text: String,
-        /// Exit code of the job if this failure ends it.
-        code: i32,
-        /// No restart is left.
-        is_final: bool,
-        /// The explanation of the failure.
-        detail: String,
-    },
-    /// All workers of an agent have succeeded in this round.
-    Finished(Id, u64),
-    /// An agent ends the job with this text and exit code.
-    Closed(Id, String, i32),
-    /// An agent leaves; the text is its reason.
-    Left(Id, String),
-    /// The connection of an agent has ended; the text is the reason.
-    Lost(Id, String),
-    /// A heartbeat of an agent, with its number.
-    Beat(Id, u64),
-    /// A worker has announced a failure through a key of the store.
-    FailureAnnounced {
-        /// Description of the announcement.
-        text: String,
-        /// How long the worker has to exit by itself.
-        grace: Duration,
-    },
-    /// A peer that is not an agent of ferrorun connected to the endpoint.
-    ForeignPeer(String),
-    /// The result of [`HostAction::CheckProbe`]: whether the agent's machine has acknowledged all bytes sent to it.
-    ProbeChecked(Id, bool),
-    /// A deadline may have passed.
-    Tick,
-}
-
-/// An action for the caller to carry out.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum HostAction {
-    /// Empty the workers' store. Precedes the `Begin` messages of a round.
-    RenewStore,
-    /// Send a message to an agent.
-    Send(Id, HostMessage),
-    /// Check whether the agent's machine has acknowledged the probe, and report it with [`HostEvent::ProbeChecked`].
-    CheckProbe(Id),
-    /// Close the connection.
-    Disconnect(Id),
-}
 
 /// The seat of an agent.
 #[derive(Clone, Debug)]
@@ -202,6 +124,8 @@ enum Suspicion {
 enum RoundPhase {
     Gathering {
         since: Instant,
+        /// The round does not begin earlier: the end of the restart's delay.
+        opens_at: Instant,
         /// When the last call ends. `None` while fewer than the minimum number of nodes wait.
         last_call: Option<Instant>,
     },
@@ -210,6 +134,8 @@ enum RoundPhase {
         why: String,
         /// Exit code of the job.
         code: i32,
+        /// The decision of the restart policy, if a failure ended the job.
+        decision: Option<Box<Decision>>,
         /// The explanation of the worker's failure that ended the job, or empty.
         detail: String,
         /// Whether the loss of a node ended the job.
@@ -227,8 +153,13 @@ pub struct Rounds {
     begun: u64,
     failures: u64,
     membership_changes: u64,
+    /// Number of nodes of the last round.
+    size: usize,
+    policy: RestartPolicy,
     cause: Option<Cause>,
     pending: Option<PendingEnd>,
+    /// When the round has failed because the workers of some nodes have succeeded and the others run on.
+    early_exit_at: Option<Instant>,
     /// Agents whose workers have succeeded in this round and whose connection has ended, by membership. They may reconnect to learn the
     /// outcome.
     finished_departed: HashMap<u64, Place>,
@@ -252,15 +183,19 @@ impl Rounds {
     #[must_use]
     pub fn new(settings: HostSettings, now: Instant) -> Self {
         let (last_call, silence) = (settings.last_call.min(ENDLESS), settings.silence.min(ENDLESS));
+        let policy = RestartPolicy::new(PolicySettings::default(), &settings.run_id);
         Self {
             settings: HostSettings { last_call, silence, ..settings },
             members: BTreeMap::new(),
-            phase: RoundPhase::Gathering { since: now, last_call: None },
+            phase: RoundPhase::Gathering { since: now, opens_at: now, last_call: None },
             begun: 0,
             failures: 0,
             membership_changes: 0,
+            size: 0,
+            policy,
             cause: None,
             pending: None,
+            early_exit_at: None,
             finished_departed: HashMap::new(),
             ever_waited: HashSet::new(),
             contenders: Vec::new(),
@@ -284,12 +219,12 @@ impl Rounds {
                 self.note_heard(now, id);
                 self.join(now, id, join);
             }
-            HostEvent::Failed { id, round, at_ns, text, code, is_final, detail } => {
+            HostEvent::Failed { id, round, at_ns, text, code, facts, detail } => {
                 self.note_heard(now, id);
                 let node = self.members.get(&id).map(|member| member.agent.name.clone()).unwrap_or_default();
                 let text = format!("{} on {node}", bounded(&text, MAX_TEXT_BYTES));
                 let cause = Cause { at_ns: Some(at_ns), code, detail, ..Cause::failure(node, text) };
-                self.fail(now, id, round, cause, is_final);
+                self.fail(now, id, round, cause, &facts);
             }
             HostEvent::Finished(id, round) => {
                 self.note_heard(now, id);
@@ -310,11 +245,16 @@ impl Rounds {
                 self.send(id, HostMessage::Beat { number });
             }
             HostEvent::FailureAnnounced { text, grace } => {
-                let cause = Cause::failure(String::new(), text);
-                self.schedule_round_end(now, now + grace, cause, false);
+                self.schedule_round_end(now, now + grace, Cause::failure(String::new(), text), None);
             }
             HostEvent::ForeignPeer(text) => self.warn_host(&text),
             HostEvent::ProbeChecked(id, is_acknowledged) => self.probe_checked(now, id, is_acknowledged),
+            HostEvent::Progressed(id, round) => {
+                self.note_heard(now, id);
+                if self.begun == round + 1 && matches!(self.phase, RoundPhase::Running) {
+                    self.policy.note_progress();
+                }
+            }
             HostEvent::Tick => {}
         }
         self.handle_deadlines(now);
@@ -361,13 +301,16 @@ impl Rounds {
                 self.send(id, HostMessage::Begin(place));
             }
             Seat::Running(_) | Seat::Finished(_) => {
-                if let Some(pending) = self.pending.take_if(|pending| pending.is_final) {
-                    return self.close_after_failure(&pending.cause);
-                }
                 let text = format!("{} restarts its workers", member.label());
                 let cause = Cause::failure(member.agent.name.clone(), text);
-                self.end_round(now, &cause);
-                self.wait(now, id, join);
+                let (cause, decision) = match self.pending.take() {
+                    Some(PendingEnd { cause, decision: Some(decision), .. }) => (cause, decision),
+                    _ => (cause, self.policy.decide(now, &FailureFacts::of_agent())),
+                };
+                self.apply(now, cause, decision);
+                if self.closed().is_none() {
+                    self.wait(now, id, join);
+                }
             }
             Seat::Waiting { since, .. } => {
                 let since = *since;
@@ -470,10 +413,16 @@ impl Rounds {
     }
 
     fn release_if_all_finished(&mut self) {
-        if !matches!(self.phase, RoundPhase::Running) || self.tally.running > 0 {
+        if !matches!(self.phase, RoundPhase::Running) {
             return;
         }
-        self.end(Cause { code: 0, ..Cause::failure(String::new(), "the job has succeeded".into()) });
+        if self.tally.running == 0 {
+            return self.end(Cause { code: 0, ..Cause::failure(String::new(), "the job has succeeded".into()) });
+        }
+        if let Some(timeout) = self.policy.settings().early_exit {
+            let at = *self.early_exit_at.get_or_insert(self.last_step + timeout);
+            self.schedule(at);
+        }
     }
 
     fn remove(&mut self, now: Instant, id: Id, reason: &str, departure: Departure) {
@@ -489,6 +438,9 @@ impl Rounds {
             (RoundPhase::Running, Seat::Finished(place)) => {
                 self.finished_departed.insert(member.agent.membership, place);
                 self.release_if_all_finished();
+            }
+            (RoundPhase::Gathering { .. }, Seat::Returning) if self.ends_job_with_a_node() => {
+                self.close_after_node_failure(&loss);
             }
             (RoundPhase::Gathering { since, .. }, Seat::Returning) => {
                 if departure.explains(*since) {
@@ -523,33 +475,44 @@ impl Rounds {
     /// Begins the round unless it has to wait for further nodes.
     fn try_begin(&mut self, now: Instant) {
         let (waiting, minimum) = (self.tally.waiting, self.min_nodes());
-        let RoundPhase::Gathering { last_call, .. } = &mut self.phase else { return };
+        let RoundPhase::Gathering { last_call, opens_at, .. } = &mut self.phase else { return };
         if waiting < minimum {
             *last_call = None;
             return;
         }
-        let last_call = *last_call.get_or_insert(now + self.settings.last_call);
+        let (last_call, opens_at) = (*last_call.get_or_insert(now + self.settings.last_call), *opens_at);
         // Nodes that stop their workers are known to return.
-        if self.tally.returning > 0 {
+        if self.tally.returning > 0 || self.waits_for_replacement() {
             return;
+        }
+        if now < opens_at {
+            return self.schedule(opens_at);
         }
         self.schedule(last_call);
         let returned = self.waiting().filter(|member| self.is_of_last_round(member)).count();
         if waiting >= self.max_nodes() || returned >= self.min_nodes() || now >= last_call {
-            self.begin();
+            self.begin(now);
         }
     }
 
-    fn begin(&mut self) {
+    /// Whether the next round waits for a node in the place of a lost one.
+    fn waits_for_replacement(&self) -> bool {
+        let wanted = self.size.min(self.max_nodes());
+        self.policy.settings().on_node_failure == OnNodeFailure::Wait && self.tally.waiting < wanted
+    }
+
+    fn begin(&mut self, now: Instant) {
         let waiting = self.members.iter().filter_map(|(id, member)| self.candidate(*id, member)).collect();
         let chosen = seating::choose(waiting, self.max_nodes());
         let round = Round {
             number: self.begun,
             address: self.settings.address.clone(),
             failures: self.failures,
+            restarts_used: self.policy.used(),
             membership_changes: self.membership_changes,
             cause: self.cause.clone(),
         };
+        self.size = chosen.len();
         let places = seating::places(&chosen, &round);
         self.actions.push(HostAction::RenewStore);
         for (id, place) in places {
@@ -560,7 +523,9 @@ impl Rounds {
             self.set_seat(id, Seat::Running(place));
         }
         self.begun += 1;
+        self.policy.begin_round(now);
         self.cause = None;
+        self.early_exit_at = None;
         self.phase = RoundPhase::Running;
         self.explain_at = None;
         let spares: Vec<Id> =
@@ -578,23 +543,5 @@ impl Rounds {
 
     fn send(&mut self, id: Id, message: HostMessage) {
         self.actions.push(HostAction::Send(id, message));
-    }
-}
-
-impl HostEvent {
-    /// The event for a message of an agent.
-    #[must_use]
-    pub fn from_message(id: Id, message: AgentMessage) -> Self {
-        match message {
-            AgentMessage::Enter(agent) => Self::Entered(id, agent),
-            AgentMessage::Join(join) => Self::Joined(id, join),
-            AgentMessage::Failed { round, at_ns, text, code, is_final, detail } => {
-                Self::Failed { id, round, at_ns, text, code, is_final, detail }
-            }
-            AgentMessage::Finished { round } => Self::Finished(id, round),
-            AgentMessage::Close { text, code } => Self::Closed(id, text, code),
-            AgentMessage::Leave { text } => Self::Left(id, text),
-            AgentMessage::Beat { number } => Self::Beat(id, number),
-        }
     }
 }

@@ -23,6 +23,7 @@ pub(super) struct Round {
     pub(super) number: u64,
     pub(super) address: Option<String>,
     pub(super) failures: u64,
+    pub(super) restarts_used: u64,
     pub(super) membership_changes: u64,
     pub(super) cause: Option<Cause>,
 }
@@ -63,6 +64,7 @@ pub(super) fn places(chosen: &[Candidate<'_>], round: &Round) -> Vec<(Id, Place)
             role_world_size: role_sizes[candidate.join.role.as_str()],
             address: round.address.clone(),
             failures: round.failures,
+            restarts_used: round.restarts_used,
             membership_changes: round.membership_changes,
             cause: round.cause.clone(),
         };

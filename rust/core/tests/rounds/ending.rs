@@ -3,10 +3,12 @@
 use std::time::Duration;
 
 use ferroelastic_core::rendezvous::message::Place;
-use ferroelastic_core::rendezvous::rounds::{HostAction, HostEvent};
+use ferroelastic_core::rendezvous::rounds::HostEvent;
 use ferroelastic_core::vocabulary::RestartCause;
 
-use crate::table::{LOSS_GRACE, MOMENT, SECOND, SILENCE, Table, begun, closed, detail, introduction, over};
+use crate::table::{
+    LOSS_GRACE, MOMENT, SECOND, SILENCE, Table, begun, detail, end, explained, introduction, last, over,
+};
 
 #[test]
 fn a_note_of_a_worker_in_the_store_is_a_failure() {
@@ -201,7 +203,7 @@ fn of_two_last_failures_the_first_is_named_whichever_is_heard_first() {
                 at_ns: id,
                 text: format!("rank {id} fell"),
                 code: 7,
-                is_final: true,
+                facts: last(),
                 detail: detail(id),
             });
         }
@@ -213,7 +215,7 @@ fn of_two_last_failures_the_first_is_named_whichever_is_heard_first() {
 #[test]
 fn a_job_of_one_node_ends_at_once() {
     let mut table = Table::running(1, 1);
-    assert_eq!(table.fail_for_good(1, 0), [HostAction::Send(1, closed("rank 1 exited with 1 on node1", 1))]);
+    assert_eq!(explained(&table.fail_for_good(1, 0)), [end(1, "rank 1 exited with 1 on node1", 1)]);
 }
 
 #[test]

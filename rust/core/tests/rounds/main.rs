@@ -1,6 +1,7 @@
 //! Single decisions of the host of a rendezvous, under a clock that is moved by hand: who takes part, and when a round begins and ends.
 
 mod ending;
+mod restarts;
 mod table;
 
 use std::time::Duration;
@@ -9,8 +10,8 @@ use ferroelastic_core::rendezvous::message::{HostMessage, Introduction, Join};
 use ferroelastic_core::rendezvous::rounds::{HostAction, HostEvent, HostSettings, Id};
 use ferroelastic_core::vocabulary::RestartCause;
 use table::{
-    JOIN_TIMEOUT, LOSS_GRACE, MOMENT, SECOND, SILENCE, Table, begun, closed, introduction, last_message, over, refused,
-    remarks, settings,
+    JOIN_TIMEOUT, LOSS_GRACE, MOMENT, SECOND, SILENCE, Table, begun, closed, end, explained, introduction, over,
+    refused, remarks, settings,
 };
 
 #[test]
@@ -228,8 +229,7 @@ fn a_failure_without_a_restart_left_closes_the_job_for_all() {
     // It might be explained by a node that is lost.
     assert_eq!(table.fail_for_good(2, 0), []);
     let actions = table.pass(LOSS_GRACE, &[1, 2]);
-    let message = closed("rank 2 exited with 1 on node2", 2);
-    assert_eq!(actions, [1, 2].map(|id| HostAction::Send(id, message.clone())));
+    assert_eq!(explained(&actions), [1, 2].map(|id| end(id, "rank 2 exited with 1 on node2", 2)));
 }
 
 #[test]
@@ -407,10 +407,7 @@ fn an_agent_that_comes_after_the_end_was_no_spare() {
         // An agent that was there before, and whose connection broke, hears how the job has ended.
         table.step(HostEvent::Lost(3, "gone".into()));
         let code = if is_success { 0 } else { 7 };
-        let HostMessage::Closed { text: told, code: told_code, .. } = last_message(&table.enter(3, (2, 2))) else {
-            panic!("no end")
-        };
-        assert_eq!((told, told_code), (text, code));
+        assert_eq!(closed(&table.enter(3, (2, 2))), [(3, text, code)]);
     }
 }
 
@@ -422,9 +419,8 @@ fn all_nodes_hear_of_the_failure_and_its_exit_code() {
     // Its workers have succeeded, which changes nothing.
     table.step(HostEvent::Finished(1, 0));
     table.fail_for_good(2, 0);
-    let message = closed("rank 2 exited with 1 on node2", 2);
-    let told = [1, 2, 3, 4].map(|id| HostAction::Send(id, message.clone()));
-    assert_eq!(table.pass(LOSS_GRACE, &[1, 2, 3, 4]), told);
+    let told = [1, 2, 3, 4].map(|id| end(id, "rank 2 exited with 1 on node2", 2));
+    assert_eq!(explained(&table.pass(LOSS_GRACE, &[1, 2, 3, 4])), told);
 }
 
 #[test]

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use ferroelastic_core::rendezvous::message::{HostMessage, Introduction, Join, PROTOCOL, Place};
+use ferroelastic_core::rendezvous::policy::{FailureFacts, RestartVerdict};
 use ferroelastic_core::rendezvous::rounds::{HostAction, HostEvent, HostSettings, Id, Rounds};
 use ferroelastic_core::vocabulary::RestartCause;
 
@@ -25,6 +26,11 @@ pub(crate) fn settings(min_nodes: u32, max_nodes: u32) -> HostSettings {
     }
 }
 
+/// The facts of a failure after which no restart is left.
+pub(crate) fn last() -> FailureFacts {
+    FailureFacts { verdict: RestartVerdict::Exhausted, ..FailureFacts::default() }
+}
+
 pub(crate) fn introduction(id: Id) -> Introduction {
     Introduction {
         protocol: PROTOCOL,
@@ -36,7 +42,7 @@ pub(crate) fn introduction(id: Id) -> Introduction {
         is_host: id == 1,
         nodes: (2, 2),
         node_rank: None,
-        settings: BTreeMap::new(),
+        settings: BTreeMap::from([("--restart-backoff".into(), "0".into())]),
     }
 }
 
@@ -76,7 +82,7 @@ impl Table {
             at_ns,
             text: format!("rank {id} exited with 1"),
             code: 7,
-            is_final: false,
+            facts: FailureFacts::default(),
             detail: String::new(),
         })
     }
@@ -88,16 +94,23 @@ impl Table {
             at_ns: 1,
             text: format!("rank {id} exited with 1"),
             code: 7,
-            is_final: true,
+            facts: last(),
             detail: detail(id),
         })
     }
 
     /// So many agents in their first round.
     pub(crate) fn running(min_nodes: u32, max_nodes: u32) -> Self {
+        Self::running_with(min_nodes, max_nodes, &[("--restart-backoff", "0")])
+    }
+
+    /// As [`Table::running`], with these options of the restart policy.
+    pub(crate) fn running_with(min_nodes: u32, max_nodes: u32, options: &[(&str, &str)]) -> Self {
         let mut table = Self::new(settings(min_nodes, max_nodes));
         for id in 1..=u64::from(max_nodes) {
-            table.enter(id, (min_nodes, max_nodes));
+            let settings = options.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+            let agent = Introduction { nodes: (min_nodes, max_nodes), settings, ..introduction(id) };
+            table.step(HostEvent::Entered(id, agent));
         }
         let last: Vec<_> = (1..=u64::from(max_nodes)).map(|id| table.join(id, None)).collect();
         assert_eq!(begun(last.last().expect("one")).len(), max_nodes as usize);
@@ -159,6 +172,15 @@ pub(crate) fn over(actions: &[HostAction]) -> Vec<(Id, RestartCause, String)> {
     over.collect()
 }
 
+/// The agents that are told the end of the job, with its reason and its exit code.
+pub(crate) fn closed(actions: &[HostAction]) -> Vec<(Id, String, i32)> {
+    let closed = actions.iter().filter_map(|action| match action {
+        HostAction::Send(id, HostMessage::Closed { text, code, .. }) => Some((*id, text.clone(), *code)),
+        _ => None,
+    });
+    closed.collect()
+}
+
 pub(crate) fn refused(actions: &[HostAction]) -> Option<String> {
     actions.iter().find_map(|action| match action {
         HostAction::Send(_, HostMessage::Refused { text }) => Some(text.clone()),
@@ -171,14 +193,18 @@ pub(crate) fn detail(id: Id) -> String {
     format!("{{\"rank\":{id}}}")
 }
 
-/// The end of the job after the last failure of an agent.
-pub(crate) fn closed(failure: &str, id: Id) -> HostMessage {
-    let text = format!("{failure}, and no restart is left");
-    HostMessage::Closed { text, code: 7, detail: detail(id), is_loss: false }
+/// As [`closed`], with the explanation.
+pub(crate) fn explained(actions: &[HostAction]) -> Vec<(Id, String, i32, String)> {
+    let closed = actions.iter().filter_map(|action| match action {
+        HostAction::Send(id, HostMessage::Closed { text, code, detail, .. }) => {
+            Some((*id, text.clone(), *code, detail.clone()))
+        }
+        _ => None,
+    });
+    closed.collect()
 }
 
-/// The message of the last action.
-pub(crate) fn last_message(actions: &[HostAction]) -> HostMessage {
-    let Some(HostAction::Send(_, message)) = actions.last() else { panic!("{actions:?}") };
-    message.clone()
+/// The end of the job at agent `id` after the last failure of agent `failed`.
+pub(crate) fn end(id: Id, failure: &str, failed: Id) -> (Id, String, i32, String) {
+    (id, format!("{failure}, and no restart is left"), 7, detail(failed))
 }

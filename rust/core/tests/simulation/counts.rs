@@ -51,7 +51,7 @@ impl Job {
         }
         let (failures, changes) = (place.failures - before.failures, place.membership_changes - before.changes);
         assert_eq!(failures + changes, 1, "{before:?}");
-        if before.is_unclear {
+        if before.is_unclear || self.has_early_exits() {
             return;
         }
         match before.failed_at {

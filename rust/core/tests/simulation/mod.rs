@@ -1,6 +1,7 @@
 //! A job under a virtual clock and a virtual network: the host's decisions, every agent's, and what goes wrong between them.
 
 mod counts;
+mod decisions;
 mod invariants;
 mod random;
 mod running;
@@ -11,10 +12,11 @@ use std::time::{Duration, Instant};
 
 use ferroelastic_core::rendezvous::member::{self, Call, Failure, Member, MembershipState};
 use ferroelastic_core::rendezvous::message::{AgentMessage, HostMessage, Introduction, PROTOCOL, Place};
+use ferroelastic_core::rendezvous::policy::{FailureFacts, RestartVerdict};
 use ferroelastic_core::rendezvous::rounds::{self, Rounds};
-use ferroelastic_core::vocabulary::RestartCause;
 
 use counts::Counts;
+use decisions::Decisions;
 pub(crate) use random::Random;
 
 pub(crate) const MS: Duration = Duration::from_millis(1);
@@ -42,21 +44,23 @@ pub(crate) struct Faults {
     /// Percent of the agents that are killed, lose their link for a while, or stop for a while, once each.
     pub(crate) disturbed: u64,
     pub(crate) longest_delay: Duration,
+    /// Options of the restart policy.
+    pub(crate) policy: &'static [(&'static str, &'static str)],
 }
 
 pub(crate) const NO_FAULTS: Faults =
-    Faults { failing: 0, last: 0, breaking: 0, doubled: 0, disturbed: 0, longest_delay: Duration::ZERO };
+    Faults { failing: 0, last: 0, breaking: 0, doubled: 0, disturbed: 0, longest_delay: Duration::ZERO, policy: &[] };
 
 /// What an agent does besides its membership.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Work {
     Meeting,
     Running(Place),
-    /// Its workers are stopped; after a last failure, for good.
+    /// Its workers are stopped. After a failure of its own it waits for the host's decision.
     Stopping {
-        is_last: bool,
+        has_failed: bool,
     },
-    /// What becomes of the job after its last failure is the host's to say.
+    /// Whether there is a restart after its failure is the host's to say.
     Verdict,
     /// Its workers have succeeded, and it waits for the others.
     Barrier(Place),
@@ -124,6 +128,7 @@ pub(crate) struct Job {
     /// When the last agent ended that was not killed.
     pub(crate) finished_at: Instant,
     counts: Counts,
+    decisions: Decisions,
 }
 
 impl Job {
@@ -158,6 +163,7 @@ impl Job {
             begun: Vec::new(),
             finished_at: start,
             counts: Counts::default(),
+            decisions: Decisions::default(),
         };
         for index in 0..agents {
             job.add_agent(Duration::ZERO);
@@ -333,13 +339,6 @@ impl Job {
                 self.later(length, Happening::WorkersEnd(index, turn, fails));
             }
             (MembershipState::Over(..), Work::Running(_)) => self.stop_workers(index, false),
-            (MembershipState::Over(_, cause), Work::Verdict) if cause.kind == RestartCause::Failure => {
-                self.set_work(index, Work::Ended("failed"));
-                self.step_agent(
-                    index,
-                    member::MemberEvent::Call(Call::Close { text: "no restart is left".into(), code: 1 }),
-                );
-            }
             (MembershipState::Over(..), Work::Verdict) => {
                 self.set_work(index, Work::Meeting);
                 self.later(Duration::ZERO, Happening::Start(index));
@@ -393,8 +392,8 @@ impl Job {
         agent.turn
     }
 
-    fn stop_workers(&mut self, index: usize, is_last: bool) {
-        let turn = self.set_work(index, Work::Stopping { is_last });
+    fn stop_workers(&mut self, index: usize, has_failed: bool) {
+        let turn = self.set_work(index, Work::Stopping { has_failed });
         let grace = self.random.between(Duration::ZERO, self.faults.longest_delay * 100);
         self.later(grace, Happening::WorkersAreGone(index, turn));
     }
@@ -419,6 +418,7 @@ impl Job {
                         // It has been silent since then, at the latest.
                         self.note_loss(self.now.checked_sub(SILENCE).expect("it has been silent"));
                     }
+                    self.note_decision(&notice);
                     if let HostMessage::Begin(place) = &notice {
                         let (_, places) = begun.get_or_insert((place.round, Vec::new()));
                         places.push(place.clone());
@@ -442,6 +442,7 @@ impl Job {
             && self.begun.last().is_none_or(|(last, _)| *last < round)
         {
             self.check_places(&places);
+            self.check_decision(&places[0]);
             self.check_counts(&places[0]);
             self.begun.push((round, places));
         }
@@ -485,7 +486,12 @@ impl Job {
                     is_host: index == 0,
                     nodes: (self.min_nodes, self.max_nodes),
                     node_rank: None,
-                    settings: BTreeMap::new(),
+                    settings: self
+                        .faults
+                        .policy
+                        .iter()
+                        .map(|(name, value)| ((*name).into(), (*value).into()))
+                        .collect(),
                 };
                 self.send_to_host(index, AgentMessage::Enter(who));
             }
@@ -542,7 +548,7 @@ impl Job {
         if self.agents[index].turn != turn || !self.agents[index].is_alive {
             return;
         }
-        if let Work::Stopping { is_last: true } = self.agents[index].work {
+        if let Work::Stopping { has_failed: true } = self.agents[index].work {
             self.set_work(index, Work::Verdict);
             // It looks at how it stands.
             self.step_agent(index, member::MemberEvent::Tick);
@@ -583,11 +589,13 @@ impl Job {
         }
         if fails {
             let is_final = self.random.chance(self.faults.last);
+            let verdict = if is_final { RestartVerdict::Exhausted } else { RestartVerdict::Default };
+            let facts = FailureFacts { status: Some(1), verdict, ..FailureFacts::default() };
             let (text, detail) = (invariants::FAILURE.into(), invariants::DETAIL.into());
-            let call = Call::Failed { at_ns: 1, text, code: 1, is_final, detail };
+            let call = Call::Failed { at_ns: 1, text, code: 1, facts, detail };
             self.step_agent(index, member::MemberEvent::Call(call));
             if self.agents[index].is_alive && self.agents[index].turn == turn {
-                self.stop_workers(index, is_final);
+                self.stop_workers(index, true);
             }
         } else {
             self.set_work(index, Work::Barrier(place));

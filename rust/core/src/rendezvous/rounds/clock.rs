@@ -27,16 +27,18 @@ impl Rounds {
     fn earliest_deadline(&self) -> Option<Instant> {
         let silences = self.members.values().filter(|member| !member.agent.is_host);
         let silences = silences.map(|member| member.last_heard + self.silence_limit(member));
-        let last_call = match self.phase {
-            RoundPhase::Gathering { last_call, .. } => last_call.filter(|_| self.tally.returning == 0),
+        let begin = match self.phase {
+            RoundPhase::Gathering { .. } if self.tally.returning > 0 || self.waits_for_replacement() => None,
+            RoundPhase::Gathering { last_call: Some(_), opens_at, .. } if self.last_step < opens_at => Some(opens_at),
+            RoundPhase::Gathering { last_call, .. } => last_call,
             _ => None,
         };
         let waits = self.members.values().filter_map(|member| self.join_deadline(member));
         let pending = self.pending.as_ref().map(|pending| match self.silent_until() {
-            Some(until) if pending.is_final => until.max(pending.at),
+            Some(until) if pending.is_final() => until.max(pending.at),
             _ => pending.at,
         });
-        silences.chain(waits).chain(last_call).chain(pending).chain(self.explain_at).min()
+        silences.chain(waits).chain(begin).chain(pending).chain(self.early_exit_at).chain(self.explain_at).min()
     }
 
     /// How long an agent may be silent before the next step of its check.
@@ -50,7 +52,7 @@ impl Rounds {
     }
 
     /// The time at which all running nodes that are silent now would have been declared lost; `None` if none is silent.
-    fn silent_until(&self) -> Option<Instant> {
+    pub(super) fn silent_until(&self) -> Option<Instant> {
         let silent = self.members.values().filter(|member| {
             matches!(member.seat, Seat::Running(_)) && member.suspicion != Suspicion::None && !member.agent.is_host
         });
@@ -98,9 +100,9 @@ impl Rounds {
 
     /// When a waiting agent times out. Spares have no deadline while a round runs.
     pub(super) fn join_deadline(&self, member: &Participant) -> Option<Instant> {
-        let RoundPhase::Gathering { since: gathering, .. } = self.phase else { return None };
+        let RoundPhase::Gathering { opens_at, .. } = self.phase else { return None };
         match &member.seat {
-            Seat::Waiting { join, since } => gathering.max(*since).checked_add(join.timeout),
+            Seat::Waiting { join, since } => opens_at.max(*since).checked_add(join.timeout),
             _ => None,
         }
     }
@@ -136,15 +138,7 @@ impl Rounds {
             self.remove(now, id, &format!("was lost: {text}"), Departure::Lost(last_heard));
         }
         self.check_silent(now);
-        // If a silent node turns out to be lost, that may explain a final failure, so wait for it. Other failures can be explained later.
-        let is_silent = self.silent_until().is_some();
-        if let Some(pending) = self.pending.take_if(|pending| now >= pending.at && !(pending.is_final && is_silent)) {
-            if pending.is_final {
-                self.close_after_failure(&pending.cause);
-            } else {
-                self.end_round(now, &pending.cause);
-            }
-        }
+        self.end_if_due(now);
         self.try_begin(now);
         self.explain(now);
         let is_late = |member: &Participant| self.join_deadline(member).is_some_and(|deadline| now >= deadline);
@@ -154,7 +148,7 @@ impl Rounds {
         }
         if self.tally.waiting >= self.min_nodes() {
             // The returning nodes take longer than the waiting nodes allow: begin without them.
-            return self.begin();
+            return self.begin(now);
         }
         let waiting = names(self.waiting());
         let cause = self.cause.as_ref().map(|cause| cause.text.clone());

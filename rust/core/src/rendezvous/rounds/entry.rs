@@ -4,6 +4,7 @@ use std::time::Instant;
 
 use super::{Departure, HostAction, Id, Participant, RoundPhase, Rounds, Seat, Suspicion};
 use crate::rendezvous::message::{HostMessage, Introduction, MAX_TEXT_BYTES, PROTOCOL};
+use crate::rendezvous::policy::PolicySettings;
 use crate::text::{bounded, printable};
 
 /// Maximum length of a node name.
@@ -64,6 +65,11 @@ impl Rounds {
             suspicion: Suspicion::None,
             last_warning: None,
         };
+        if (host.is_some() || self.members.is_empty())
+            && let Ok(settings) = PolicySettings::parse(&member.agent.settings)
+        {
+            self.policy.set_settings(settings);
+        }
         let end = matches!(self.phase, RoundPhase::Closed { .. }).then(|| self.end_message(&member));
         if let Some(message @ HostMessage::Late { .. }) = end {
             self.warn_host(&format!("{} came after the end of the job and was turned away", member.label()));
@@ -163,6 +169,9 @@ impl Rounds {
                 "the job has --nnodes={}:{}, this node was started with --nnodes={}:{}: give all nodes the same",
                 settings.min_nodes, settings.max_nodes, agent.nodes.0, agent.nodes.1
             ));
+        }
+        if let Err(invalid) = PolicySettings::parse(&agent.settings) {
+            return Some(printable(bounded(&invalid.to_string(), MAX_TEXT_BYTES)));
         }
         let host = self.members.values().find(|member| member.agent.is_host);
         if let Some(reference) = host.or_else(|| self.members.values().next()).filter(|_| !agent.is_host)

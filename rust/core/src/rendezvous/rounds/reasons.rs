@@ -55,6 +55,16 @@ impl Rounds {
                 "waiting for nodes that are stopping their workers: {}",
                 names(self.members.values().filter(returning)).join(", ")
             )
+        } else if let RoundPhase::Gathering { opens_at, .. } = self.phase
+            && self.last_step < opens_at
+        {
+            let left_s = (opens_at - self.last_step).as_secs_f64();
+            format!("waiting for {left_s:.1} s: the delay of the restart")
+        } else if waiting >= min && self.waits_for_replacement() {
+            let (size, names) = (self.size, names(self.waiting()).join(", "));
+            format!(
+                "waiting for nodes: {waiting} of {size} have joined ({names}), and --on-node-failure=wait waits for a replacement"
+            )
         } else if waiting < min {
             format!("waiting for nodes: {waiting} of at least {min} have joined ({})", names(self.waiting()).join(", "))
         } else {
