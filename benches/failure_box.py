@@ -52,7 +52,7 @@ def measure(how: str, workers: int, form: str) -> float:
         command = [*FERRORUN, *options, f"--log-dir={name}/logs", str(script), name]
         job = subprocess.Popen(command, stderr=subprocess.PIPE, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
         try:
-            pids = [_pid(folder / f"{rank}.pid") for rank in range(workers)]
+            pids = [_pid(folder / f"{rank}.pid", job) for rank in range(workers)]
             ends = [os.pidfd_open(pid) for pid in pids]
             time.sleep(SETTLE_S)
             with open(folder / "gate.0", "w"):
@@ -63,9 +63,11 @@ def measure(how: str, workers: int, form: str) -> float:
             job.wait()
 
 
-def _pid(path: Path) -> int:
+def _pid(path: Path, job: subprocess.Popen[bytes]) -> int:
     deadline = time.monotonic() + TIMEOUT_S
     while not path.exists():
+        if job.poll() is not None and job.stderr is not None:
+            raise RuntimeError(f"the job has ended early:\n{job.stderr.read().decode(errors='replace')}")
         if time.monotonic() > deadline:
             raise TimeoutError(f"no worker has written {path}")
         time.sleep(0.01)
