@@ -7,6 +7,7 @@ use std::fs::File;
 use std::io::Read;
 use std::os::unix::process::CommandExt;
 use std::process::{Command as StdCommand, Stdio as StdStdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ferroelastic_benches::print_percentiles;
@@ -17,6 +18,7 @@ use ferroelastic_core::supervise::StopPlan;
 use ferroelastic_core::sys::clock::Moment;
 use ferroelastic_core::sys::probe::Support;
 use ferroelastic_core::sys::spawn::Command;
+use ferroelastic_core::sys::stop_file::StopFile;
 use ferroelastic_core::sys::wait::ExitStatus;
 use ferroelastic_core::vocabulary::{SignalTarget, StopReason};
 
@@ -65,13 +67,47 @@ fn exit_to_peers(engine: &Engine, label: &str, size: usize, rounds: usize) {
     print_percentiles(&format!("{label}: exit noticed to {size} workers being signalled"), reacted);
 }
 
+/// Time of a whole stop. Every second group announces its deadline in a stop file first.
 fn stop(engine: &Engine, label: &str, size: usize, rounds: usize) {
-    let samples = (0..rounds).map(|_| {
-        let group = engine.spawn(vec![sleeper(); size]).expect("spawn");
+    let (mut silent, mut announced) = (Vec::new(), Vec::new());
+    for round in 0..2 * rounds {
+        let (file, samples) = if round % 2 == 0 {
+            (None, &mut silent)
+        } else {
+            (Some(Arc::new(StopFile::create().expect("a file"))), &mut announced)
+        };
+        let group = engine.start_group(vec![sleeper(); size], None, file).expect("spawn");
         group.stop(PLAN).expect("stop");
-        wait_for_stop(&group).elapsed
-    });
-    print_percentiles(&format!("{label}: SIGTERM to {size} groups verified empty"), samples.collect());
+        samples.push(wait_for_stop(&group).elapsed);
+    }
+    print_percentiles(&format!("{label}: SIGTERM to {size} groups verified empty"), silent);
+    print_percentiles(&format!("{label}: the same, with the deadline announced"), announced);
+}
+
+/// Time from the order of a stop to the exit of a worker, which SIGTERM ends.
+fn order_to_signal(engine: &Engine, rounds: usize) {
+    let (mut silent, mut announced) = (Vec::new(), Vec::new());
+    for round in 0..2 * rounds {
+        let (file, samples) = if round % 2 == 0 {
+            (None, &mut silent)
+        } else {
+            (Some(Arc::new(StopFile::create().expect("a file"))), &mut announced)
+        };
+        let group = engine.start_group(vec![sleeper()], None, file).expect("spawn");
+        let start = Instant::now();
+        group.stop(PLAN).expect("stop");
+        let exited = loop {
+            let generation = group.generation().expect("own process");
+            if let Some(exit) = group.exits(0).expect("own process").first() {
+                break exit.at.instant;
+            }
+            group.wait(generation, Some(TIMEOUT), [None; 2]).expect("engine");
+        };
+        samples.push(exited.saturating_duration_since(start));
+        wait_for_stop(&group);
+    }
+    print_percentiles("order of a stop to the exit of the worker by SIGTERM", silent);
+    print_percentiles("the same, with the deadline announced", announced);
 }
 
 /// Time for a call that starts one worker, by the size of the process, compared with `std` with a `pre_exec` hook.
@@ -155,6 +191,7 @@ fn main() {
         exit_to_peers(&engine, "pidfd", size, rounds);
         stop(&engine, "pidfd", size, rounds);
     }
+    order_to_signal(&engine, 10 * rounds);
     spawn(&engine, rounds);
     tail(&engine, rounds.div_ceil(10));
     let fallback = Engine::start_with(Support::NONE).expect("engine");

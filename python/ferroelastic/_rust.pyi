@@ -414,7 +414,7 @@ class Relay:
     def finish(self, timeout_s: float) -> RelayReport:
         """Copy the rest of the streams. Call this when the workers have ended.
 
-        Output of processes that have left their worker is copied until they close the stream, or until the engine ends.
+        Output of processes that have left their worker is copied until they close the stream, after the end of the engine by the successor.
 
         Args:
             timeout_s: give up if the console accepts nothing for this many seconds. The bytes are dropped, and the last ones are kept.
@@ -512,12 +512,14 @@ class Engine:
             OSError: the console cannot be opened.
         """
 
-    def relay(self, streams: int, *, console_fd: int) -> Relay:
+    def relay(self, streams: int, *, console_fd: int, successor: Command | None = None) -> Relay:
         """Create streams for workers, and copy them to a console on a thread of their own (named ``ferro-log``).
 
         Args:
             streams: number of streams.
             console_fd: descriptor that the bytes are written to. It is duplicated.
+            successor: program that copies standard input to standard error. It is started at the end of the engine for each stream that
+                processes still use, and outlives this process. ``None``: writes to such a stream fail.
 
         Raises:
             OSError: a stream cannot be created.

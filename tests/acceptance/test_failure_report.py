@@ -26,9 +26,14 @@ if TYPE_CHECKING:
 MIB = 1 << 20
 
 
+def saved_reports(launch: Launcher, folder: str) -> list[Path]:
+    # The link to the latest run leads to the same file.
+    return sorted({path.resolve() for path in launch.folder.glob(f"{folder}/*/failure.json")})
+
+
 def report(launch: Launcher, job: Job) -> dict[str, Any]:
     """The report in the log folder, which is that of ``--summary=json`` too."""
-    (path,) = launch.folder.glob("logs/*/failure.json")
+    (path,) = saved_reports(launch, "logs")
     saved: dict[str, Any] = json.loads(path.read_text())
     assert saved["logs"] == str(path.parent), job.story
     return saved
@@ -238,7 +243,7 @@ except Exception as error:
     job = launch.start(sys.executable, launch.write("program.py", program))
     assert job.end() == 0, job.story
     assert job.output == b"ChildFailedError 9 ['no data'] True\n"
-    assert len(list(launch.folder.glob("logs/*/failure.json"))) == 1
+    assert len(saved_reports(launch, "logs")) == 1
 
 
 # ---- two nodes
@@ -262,7 +267,7 @@ def on_two_nodes(launch: Launcher, script: str, *options: str, conf: str = "") -
 
 
 def reports(launch: Launcher) -> list[dict[str, Any]]:
-    paths = [*launch.folder.glob("logs0/*/failure.json"), *launch.folder.glob("logs1/*/failure.json")]
+    paths = [*saved_reports(launch, "logs0"), *saved_reports(launch, "logs1")]
     return [json.loads(path.read_text()) for path in paths]
 
 

@@ -30,7 +30,7 @@ def run(launch: Launcher, code: int, *options: str, env: Mapping[str, str] | Non
     options = (*options, f"--log-dir={launch.folder}/logs", "--event-log-handler=jsonl")
     job = launch(*options, *launch.python(TRAINING), launcher=ALONE, env=env)
     assert job.end() == code, job.story
-    found = [*launch.folder.glob("logs/*/events.jsonl"), *launch.folder.glob("events")]
+    found = [*launch.folder.glob("logs/latest/events.jsonl"), *launch.folder.glob("events")]
     events: list[dict[str, Any]] = [json.loads(line) for file in found for line in file.read_text().splitlines()]
     return [{"event": event["name"], **event["metadata"]} for event in events]
 
@@ -80,8 +80,7 @@ def test_a_job_that_a_signal_ends(launch: Launcher) -> None:
     options = (f"--log-dir={launch.folder}/logs", "--event-log-handler=jsonl")
     job = launch(*options, "--no-python", launch.zoo, "sleep", nproc=1, launcher=ALONE)
     assert job.lines(1) == ["ready"]
-    (folder,) = launch.folder.glob("logs/*")
-    file = folder / "events.jsonl"
+    file = launch.folder / "logs/latest/events.jsonl"
     assert eventually(lambda: file.exists() and '"START"' in file.read_text())
     job.send(signal.SIGTERM)
     assert job.end() == 128 + signal.SIGTERM

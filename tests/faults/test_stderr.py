@@ -8,14 +8,11 @@ import re
 import signal
 import subprocess
 import threading
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 from tests.support.harness import FERRORUN, Launcher
 from tests.support.waiting import LONG_S, eventually, is_alive
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 pytestmark = pytest.mark.engine
 
@@ -67,6 +64,21 @@ def test_a_helper_with_the_descriptor_does_not_delay_the_end(launch: Launcher) -
     assert {"worker 0", "worker 1"} <= set(job.errors.splitlines())
     for helper in launch.pids("helper.*"):
         os.kill(helper, signal.SIGKILL)
+
+
+def test_a_helper_that_outlives_the_agent_keeps_its_console(launch: Launcher) -> None:
+    gate = launch.folder / "gate"
+    script = f'setsid sh -c "until [ -e {gate} ]; do sleep 0.02; done; echo late >&2; echo still >&2; touch {gate}.done" & echo early >&2'
+    console = launch.folder / "console"
+    job = launch.start(
+        "/bin/sh", "-c", f'exec "$@" 2>{console}', "sh", *FERRORUN, "--standalone", *launch.shell(script)
+    )
+    assert job.end(timeout_s=20) == 0
+    assert "early" in console.read_text()
+    assert "late" not in console.read_text()
+    gate.touch()
+    assert eventually(Path(f"{gate}.done").exists)
+    assert eventually(lambda: console.read_text().endswith("late\nstill\n"))
 
 
 BOTH = """

@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -88,6 +90,31 @@ def test_functions_have_tails(
     assert ("function 1\n" in capfd.readouterr().err) == (redirects is Std.NONE)
 
 
+def explode() -> None:
+    raise ValueError("not loaded")
+
+
+class Unloadable:
+    """Raises when it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return explode, ()
+
+
+@pytest.mark.parametrize("start_method", ["spawn", "forkserver"])
+def test_a_failure_to_unpickle_is_in_the_tail(tmp_path: Path, start_method: str) -> None:
+    context = start_processes(
+        name="worker",
+        entrypoint=complain,
+        args={0: (0, Unloadable())},
+        envs={0: {}},
+        logs_specs=DefaultLogsSpecs(str(tmp_path / "logs")),
+        start_method=start_method,
+    )
+    assert context.wait(LONG_S) is not None
+    assert context.stderr_tail(0).endswith(b"ValueError: not loaded\n")
+
+
 def test_ranks_that_are_filtered_out_have_no_tail(tmp_path: Path) -> None:
     context = start(tmp_path, "echo error of $RANK >&2", local_ranks_filter={1})
     assert context.wait(LONG_S) is not None
@@ -145,3 +172,21 @@ def test_much_output_takes_bounded_memory(tmp_path: Path) -> None:
 def test_a_log_file_that_is_no_file_has_no_tail(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     assert [end_of_file(str(tmp_path / name)) for name in ("fifo", "missing", ".")] == [b"", b"", b""]
+
+
+def test_a_disk_that_hangs_delays_the_agent_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "stderr.log"
+    path.write_bytes(b"the cause\n")
+    is_mended = threading.Event()
+
+    def read(descriptor: int, size: int, offset: int, pread: Any = os.pread) -> bytes:
+        is_mended.wait()
+        found: bytes = pread(descriptor, size, offset)
+        return found
+
+    monkeypatch.setattr(os, "pread", read)
+    began = time.monotonic()
+    assert [end_of_file(str(path)) for _ in range(5)] == [b""] * 5
+    assert time.monotonic() - began < 4
+    is_mended.set()
+    assert eventually(lambda: end_of_file(str(path)) == b"the cause\n")

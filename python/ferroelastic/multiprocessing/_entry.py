@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from ferroelastic import _install
@@ -46,6 +46,21 @@ class Task:
     """Soft limit of open descriptors; ``None`` keeps the limit of the agent."""
     keeps_install: bool = False
     """Whether ``ferroelastic.install()`` stays in effect in the worker."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        from multiprocessing.reduction import ForkingPickler
+
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values["console"] = "", []
+        return _load_task, (self.console, bytes(ForkingPickler.dumps(values)))
+
+
+def _load_task(console: tuple[str, list[int]], values: bytes) -> Task:
+    """Open the streams of the worker before the function is unpickled, which may fail."""
+    import pickle
+
+    _open_streams(*console)
+    return Task(**pickle.loads(values))  # noqa: S301 - pickled by the agent
 
 
 def _wrap(task: Task) -> None:

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import os
 import stat
+import sys
+import threading
 from typing import TYPE_CHECKING
 
 from ferroelastic._engine import get_engine
+from ferroelastic.utils import _threads
 from ferroelastic.utils.logging import get_logger
 
 if TYPE_CHECKING:
@@ -26,6 +29,8 @@ KEPT_BYTES = 64 * 1024
 """Upper bound of the bytes that are kept of each worker."""
 
 _FLUSH_TIMEOUT_S = 0.05
+_READ_TIMEOUT_S = 1.0
+_COPY = "import os\ntry:\n while data := os.read(0, 4096): os.write(2, data)\nexcept OSError: pass"
 
 
 class ConsoleStreams:
@@ -50,7 +55,7 @@ class ConsoleStreams:
         if not ranks or _is_discarded(2):
             return
         try:
-            self._relay = get_engine().relay(len(ranks), console_fd=2)
+            self._relay = get_engine().relay(len(ranks), console_fd=2, successor=_successor())
         except OSError as error:
             logger.info("workers write to standard error directly, and its last lines are not kept: %s", error)
             return
@@ -108,8 +113,29 @@ class ConsoleStreams:
             )
 
 
+_blocked_read: threading.Thread | None = None
+
+
 def end_of_file(path: str) -> bytes:
-    """Return the last bytes of a log file, ``b""`` if it cannot be read."""
+    """Return the last bytes of a log file, ``b""`` if it cannot be read within a second.
+
+    A thread reads the file, because the disk may hang. While a read hangs, further calls return ``b""`` at once.
+    """
+    global _blocked_read  # noqa: PLW0603 - the disks belong to the host, not to a caller
+    if _blocked_read is not None and _blocked_read.is_alive():
+        return b""
+    found: list[bytes] = []
+    reader = threading.Thread(target=lambda: found.append(_read_end(path)), name="ferro-read", daemon=True)
+    try:
+        _threads.start(reader)
+    except RuntimeError:  # the limit of threads is reached
+        return b""
+    reader.join(_READ_TIMEOUT_S)
+    _blocked_read = reader if reader.is_alive() else None
+    return found[0] if found else b""
+
+
+def _read_end(path: str) -> bytes:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError:
@@ -125,9 +151,21 @@ def end_of_file(path: str) -> bytes:
         os.close(descriptor)
 
 
+def _successor() -> _rust.Command:
+    """Return a program that copies standard input to standard error, for processes that outlive this one."""
+    from ferroelastic import _rust
+
+    # With the mark of the run, the guard process would end the program.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("FERROELASTIC_")}
+    return _rust.Command([sys.executable, "-I", "-S", "-c", _COPY], environment, stdout=os.devnull)
+
+
 def _is_discarded(descriptor: int) -> bool:
-    """Whether a descriptor is closed, or the null device."""
+    """Whether a standard stream is closed, or the null device."""
     try:
+        # After a start with a closed stream, another file of this process may have its number. Such a file is closed on exec.
+        if not os.get_inheritable(descriptor):
+            return True
         status = os.fstat(descriptor)
         return stat.S_ISCHR(status.st_mode) and status.st_rdev == os.stat(os.devnull).st_rdev
     except OSError:

@@ -170,10 +170,11 @@ impl Engine {
         detached(py, || self.0.tail(spec)).map(Tail::new)
     }
 
-    #[pyo3(signature = (streams, *, console_fd))]
-    fn relay(&self, py: Python<'_>, streams: usize, console_fd: RawFd) -> PyResult<Relay> {
+    #[pyo3(signature = (streams, *, console_fd, successor=None))]
+    fn relay(&self, py: Python<'_>, streams: usize, console_fd: RawFd, successor: Option<&Command>) -> PyResult<Relay> {
         let console = duplicate(py, "console_fd", console_fd)?;
-        detached(py, || self.0.relay(console.as_fd(), streams)).map(Relay::new)
+        let successor = successor.map(|command| command.0.clone());
+        detached(py, || self.0.relay(console.as_fd(), streams, successor)).map(Relay::new)
     }
 
     #[pyo3(signature = (path, *, evidence_s=0.0, py_spy=None))]

@@ -32,7 +32,7 @@ fn shell(relay: &Relay, index: usize, script: &str) -> Command {
 
 fn relay(engine: &Engine, streams: usize) -> (Relay, OwnedFd) {
     let (reader, writer) = rustix::pipe::pipe().expect("a pipe");
-    (engine.relay(writer.as_fd(), streams).expect("a relay"), reader)
+    (engine.relay(writer.as_fd(), streams, None).expect("a relay"), reader)
 }
 
 fn run(engine: &Engine, relay: &Relay, scripts: &[&str]) -> Group {
@@ -199,7 +199,7 @@ fn a_helper_that_never_stops_writing_does_not_delay_the_end() {
 fn terminal_relay(engine: &Engine) -> (Relay, Pty) {
     let console = Pty::open().expect("a terminal");
     rustix::io::ioctl_fionbio(&console.agent_end, false).expect("blocking");
-    (engine.relay(console.worker_end.as_fd(), 1).expect("a relay"), console)
+    (engine.relay(console.worker_end.as_fd(), 1, None).expect("a relay"), console)
 }
 
 fn line_of(console: &mut BufReader<File>) -> String {
@@ -260,7 +260,7 @@ fn a_file_gets_the_bytes_of_all_workers_and_of_other_writers() {
     let path = folder.path().join("log");
     let mut file = File::create(&path).expect("created");
     file.write_all(b"before\n").expect("written");
-    let relay = engine.relay(file.as_fd(), 2).expect("a relay");
+    let relay = engine.relay(file.as_fd(), 2, None).expect("a relay");
     let group = run(&engine, &relay, &["echo one >&2", "sleep 0.1; echo two >&2"]);
     all_exits(&group);
     relay.finish(PATIENCE).expect("finished");

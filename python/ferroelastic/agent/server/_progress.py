@@ -6,13 +6,15 @@ import glob
 import os
 import time
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ferroelastic._compat import newer
 from ferroelastic.agent.server._policy import TimedOut, call_with_timeout
 from ferroelastic.utils.logging import get_logger
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ferroelastic import _rust
 
 __all__ = ["Heartbeats", "ProgressFiles"]
@@ -25,19 +27,21 @@ _LATER_S = 1.0
 
 
 class Heartbeats:
-    """The heartbeats and timers of the workers: one that is later than the first of its process is progress."""
+    """The heartbeats and timers of the workers: one that is later than the first of its process is progress.
 
-    def __init__(self) -> None:
+    Args:
+        agent: weak reference to the ``LocalElasticAgent`` of the workers.
+    """
+
+    def __init__(self, agent: Callable[[], Any]) -> None:
+        self._agent = agent
         self._first: dict[int, float] = {}
 
-    def have_come(self, group: _rust.Group | None, watchdog: object) -> bool:
-        """Return whether a worker has sent a heartbeat, or set a timer, after its first one.
-
-        Args:
-            group: the workers; ``None`` without workers.
-            watchdog: the server of their timers; ``None`` without one.
-        """
-        age_s = newer(watchdog, "last_request_age_s", None)
+    def have_come(self) -> bool:
+        """Return whether a worker has sent a heartbeat, or set a timer, after its first one."""
+        agent = self._agent()
+        age_s = None if agent is None else newer(agent._worker_watchdog, "last_request_age_s", None)  # noqa: SLF001
+        group: _rust.Group | None = None if agent is None else agent._native_group()  # noqa: SLF001 - of this agent
         if group is None or age_s is None:
             return False
         now = time.monotonic()

@@ -159,8 +159,7 @@ class LocalElasticAgent(SimpleElasticAgent):
         self._may_have_detached = False
         self._warm = warm_workers_of(spec, self._activity.refused_warm)
         self._uninterruptible_state_timeout = _resolve_uninterruptible_state_timeout(uninterruptible_state_timeout)
-        heartbeats = Heartbeats()
-        self._restarts.have_beaten = lambda: heartbeats.have_come(self._native_group(), self._worker_watchdog)
+        self._restarts.have_beaten = Heartbeats(weakref.ref(self)).have_come
         # By pid: monotonic time of the first check that found the worker in uninterruptible sleep.
         self._uninterruptible_state_first_seen: dict[int, float] = {}
 

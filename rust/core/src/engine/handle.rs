@@ -102,8 +102,11 @@ impl Engine {
     }
 
     /// Copies streams of workers to a console. Workers get their ends of the streams with [`Stdio::Fd`](crate::sys::spawn::Stdio::Fd).
-    pub fn relay(&self, console: BorrowedFd<'_>, streams: usize) -> Result<Relay> {
-        Relay::open(&self.log_thread, console, streams)
+    ///
+    /// `successor` copies its standard input to standard error. It is started at the end of the engine for each stream that processes still
+    /// use, and outlives this process. Without it, writes to such a stream fail.
+    pub fn relay(&self, console: BorrowedFd<'_>, streams: usize, successor: Option<Command>) -> Result<Relay> {
+        Relay::open(&self.log_thread, console, streams, successor)
     }
 
     /// Creates the named pipe of a watchdog. Requests are served after [`Watchdog::start`].

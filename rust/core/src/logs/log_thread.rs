@@ -154,6 +154,7 @@ impl Service for LogService {
     fn finish(&mut self, _outcome: &Result<()>) {
         for relay in self.relays.values_mut() {
             relay.close(&self.poller);
+            relay.hand_over();
         }
     }
 }

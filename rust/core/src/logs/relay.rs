@@ -11,6 +11,7 @@ use super::last::LastBytes;
 use crate::sys::console::Console;
 use crate::sys::poller::{Interest, Poller};
 use crate::sys::pty::{self, Pty};
+use crate::sys::spawn::{Command, SpawnStack, spawn};
 use crate::thread::Reply;
 
 /// Requested capacity of a worker's pipe. A write takes at least one page of it, see [`pipe`].
@@ -123,11 +124,19 @@ pub(super) struct RelayState {
     poll_at: Option<Instant>,
     finish: Option<RelayFinish>,
     report: RelayReport,
+    /// A program that copies standard input to standard error until its end.
+    successor: Option<Command>,
 }
 
 impl RelayState {
     /// A relay of streams to a console. `id` is unique among the relays of a poller, which reports [`token`]s.
-    pub(super) fn new(id: u64, console: Console, is_terminal: bool, sources: Vec<(OwnedFd, SharedLast)>) -> Self {
+    pub(super) fn new(
+        id: u64,
+        console: Console,
+        is_terminal: bool,
+        sources: Vec<(OwnedFd, SharedLast)>,
+        successor: Option<Command>,
+    ) -> Self {
         let stream = |(source, last)| RelayStream { source: Some(source), last, is_watched: false, left: 0 };
         Self {
             id,
@@ -141,6 +150,7 @@ impl RelayState {
             poll_at: is_terminal.then(Instant::now),
             finish: None,
             report: RelayReport::default(),
+            successor,
         }
     }
 
@@ -236,6 +246,17 @@ impl RelayState {
     pub(super) fn close(&mut self, poller: &Poller) {
         self.copy_all(poller);
         let _ = poller.remove(&self.console);
+    }
+
+    /// Lets the successor copy the streams that have not ended: a process that has left its worker goes on after this one.
+    pub(super) fn hand_over(&mut self) {
+        let Some(successor) = &self.successor else { return };
+        for source in self.streams.iter_mut().filter_map(|stream| stream.source.take()) {
+            let _ = rustix::io::ioctl_fionbio(&source, false);
+            let command = Command { stdin: Some(Arc::new(source)), outlives_agent: true, ..successor.clone() };
+            // On failure, writes to the stream fail.
+            let _ = spawn(&command, 0, false, None, &mut SpawnStack::new());
+        }
     }
 
     /// Copies bytes of a stream until it is empty, the console is full, or `BATCH` is reached. Returns the number of bytes, and whether

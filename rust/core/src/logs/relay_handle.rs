@@ -8,6 +8,7 @@ use super::log_thread::{LogOrder, LogThread};
 use super::relay::{RelayReport, RelayState, SharedLast, open_stream};
 use crate::error::{Error, Result};
 use crate::sys::console::Console;
+use crate::sys::spawn::Command;
 
 /// Time for the thread to reply after the timeout of a finish. The thread may be blocked in a write to a disk that hangs, or the console may
 /// be slow.
@@ -28,7 +29,12 @@ pub struct Relay {
 }
 
 impl Relay {
-    pub(crate) fn open(thread: &Arc<LogThread>, console: BorrowedFd<'_>, streams: usize) -> Result<Self> {
+    pub(crate) fn open(
+        thread: &Arc<LogThread>,
+        console: BorrowedFd<'_>,
+        streams: usize,
+        successor: Option<Command>,
+    ) -> Result<Self> {
         thread.line.check_owner()?;
         let is_terminal = rustix::termios::isatty(console);
         let console = Console::new(console).map_err(|source| Error::os("open", "the console", source))?;
@@ -42,7 +48,7 @@ impl Relay {
             last.push(kept);
         }
         let id = thread.next_id();
-        let relay = Box::new(RelayState::new(id, console, is_terminal, sources));
+        let relay = Box::new(RelayState::new(id, console, is_terminal, sources, successor));
         thread.line.send(LogOrder::Relay { id, relay })?;
         Ok(Self { thread: Arc::clone(thread), id, is_terminal, worker_ends: Mutex::new(worker_ends), last })
     }
@@ -75,8 +81,8 @@ impl Relay {
 
     /// Copies the rest of the streams. Call it when the workers have ended. Gives up when the console has accepted no bytes for `timeout`.
     ///
-    /// Bytes of processes that have left their workers are copied until these processes close the stream. A further call may return an empty
-    /// report.
+    /// Bytes of processes that have left their workers are copied until these processes close the stream, after the end of the engine by the
+    /// successor. A further call may return an empty report.
     pub fn finish(&self, timeout: Duration) -> Result<RelayReport> {
         self.thread.line.check_owner()?;
         let worker_ends = std::mem::take(&mut *self.worker_ends.lock().unwrap_or_else(PoisonError::into_inner));
