@@ -59,6 +59,7 @@ pub(crate) struct RestartPolicy(Mutex<policy::RestartPolicy>);
 #[pymethods]
 impl RestartPolicy {
     #[new]
+    #[expect(clippy::needless_pass_by_value, reason = "extracted from a Python object")]
     fn new(settings: BTreeMap<String, String>, seed: &str) -> PyResult<Self> {
         let settings =
             PolicySettings::parse(&settings).map_err(|invalid| PyValueError::new_err(invalid.to_string()))?;

@@ -162,7 +162,7 @@ impl RendezvousClient {
         at_ns: u64,
         text: String,
         exit_code: i32,
-        facts: Bound<'_, FailureFacts>,
+        facts: &Bound<'_, FailureFacts>,
         detail: String,
     ) -> PyResult<()> {
         self.call(py, Call::Failed { at_ns, text, code: exit_code, facts: facts.get().0.clone(), detail })

@@ -267,7 +267,7 @@ mod tests {
     #[test]
     fn lines_that_would_be_deleted_at_once_are_not_copied() {
         let mut place = Place::new("burst");
-        let text: String = (0..100_000).map(|number| format!("line {number}\n")).collect();
+        let text = (0..100_000).fold(String::new(), |text, number| text + "line " + &number.to_string() + "\n");
         place.writer.write_all(text.as_bytes()).expect("written");
         place.rotation.rotate().expect("rotated");
         let all = place.all();

@@ -77,6 +77,7 @@ pub enum HostEvent {
 }
 
 /// An action for the caller to carry out.
+#[expect(clippy::large_enum_variant, reason = "few actions exist at a time, and most of them are messages")]
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum HostAction {
     /// Empty the workers' store. Precedes the `Begin` messages of a round.
