@@ -137,7 +137,8 @@ def collect(failure: ProcessFailure, facts: Facts, observation: Observation, roo
         pid=failure.pid,
         round=facts.round,
         kind=facts.kind or ("watchdog" if facts.watchdog else by_signal),
-        exit_code=None if number is not None else failure.exitcode,
+        # The code of an early exit is 0. The failure has the exit code of the job.
+        exit_code=None if number is not None else 0 if facts.kind == "early_exit" else failure.exitcode,
         signal=None if number is None else sender.name_of(number),
         sender=None
         if number is None
