@@ -108,6 +108,10 @@ stops *options: setup
 failures-table *options: setup
     {{ bin }}/python -m tests.acceptance.gallery {{ options }}
 
+# Tee with patterns and rotation against plain tee
+bench-log-options *options: setup
+    {{ bin }}/python benches/log_options.py {{ options }}
+
 # restarts of real trainings that come back, under both launchers
 bench-restarts *options: setup
     {{ bin }}/python benches/restarts.py {{ options }}

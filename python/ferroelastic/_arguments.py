@@ -424,6 +424,21 @@ def get_args_parser() -> ArgumentParser:  # noqa: PLR0915 - one statement per op
         help="As --fail-on-log, but log a warning, at most one per minute and pattern. Not in torchrun.",
     )
     option(
+        "--log-max-size",
+        type=str,
+        default="",
+        metavar="SIZE",
+        help="Size of a log file from which its lines move to a numbered file, e.g. 100M: stdout.log.1 is newer than stdout.log.2. "
+        "By default there is no limit. Not in torchrun.",
+    )
+    option(
+        "--log-max-files",
+        type=int,
+        default=5,
+        metavar="N",
+        help="Number of numbered files of each log file with --log-max-size. Older ones are deleted. Not in torchrun.",
+    )
+    option(
         "--duplicate-stdout-filters",
         type=comma_separated_list,
         default=[],

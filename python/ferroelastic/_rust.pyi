@@ -293,6 +293,17 @@ class Group:
         """Return the outcome of the stop. ``None`` while it is in progress or if there was none."""
 
 @final
+class LogRotation:
+    """Keeps log files within their limits until it is closed or dropped. See :meth:`Engine.rotate_logs`."""
+
+    def close(self, timeout_s: float) -> bool:
+        """End the rotation and its thread. Idempotent.
+
+        Returns:
+            ``False`` if it has not ended within ``timeout_s`` seconds, for instance because a disk does not respond.
+        """
+
+@final
 class LogRules:
     """Compiled rules for log lines. Immutable.
 
@@ -481,6 +492,19 @@ class Engine:
 
         Raises:
             OSError: a pid does not exist.
+        """
+
+    def rotate_logs(self, files: Sequence[str], *, max_size: int, max_files: int) -> LogRotation:
+        """Keep log files within limits while workers append to them. Call it before :meth:`tail` and :meth:`Group.scan_logs`.
+
+        A file of ``max_size`` bytes loses its complete lines to ``FILE.1``, which was ``FILE.2`` before, and so on. Lines that a tail or a
+        scan has not read yet stay. A thread of its own (``ferro-rotate``) does so. The first error of each file is in
+        :meth:`take_warnings`.
+
+        Args:
+            files: paths of the files. The writers append (``O_APPEND``).
+            max_size: size in bytes from which the lines move. The file is larger until the thread has checked it, every 200 ms.
+            max_files: number of numbered files that are kept.
         """
 
     def tail(

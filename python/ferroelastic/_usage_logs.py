@@ -43,14 +43,24 @@ def parse_log_options(args: Namespace) -> LogOptions | None:
     Raises:
         UsageError: a value is invalid.
     """
-    if not (args.ranks_filter or args.log_format != "text" or args.fail_on_log or args.warn_on_log):
+    is_set = (args.ranks_filter, args.log_format != "text", args.fail_on_log, args.warn_on_log, args.log_max_size)
+    if not any(is_set):
         return None
     from ferroelastic.multiprocessing._log_options import LogOptions
 
     ranks = parse_rank_ranges(args.ranks_filter)
     rules = {name: _parse_rules(f"{name}_log", getattr(args, f"{name}_log")) for name in ("fail_on", "warn_on")}
     try:
-        return LogOptions(ranks=ranks, format=args.log_format, fail_on=rules["fail_on"], warn_on=rules["warn_on"])
+        return LogOptions(
+            ranks=ranks,
+            format=args.log_format,
+            fail_on=rules["fail_on"],
+            warn_on=rules["warn_on"],
+            max_size=_parse_size(args.log_max_size) if args.log_max_size else None,
+            max_files=_checked_files(args.log_max_files),
+        )
+    except UsageError:
+        raise
     except ValueError as error:
         fault, pattern = error.args
         dest, reason = next(
@@ -71,6 +81,25 @@ def _parse_rules(dest: str, texts: list[str]) -> tuple[tuple[str, str], ...]:
             raise UsageError(f"{named(dest, text)}: the reason has a control character; write plain text")
         rules.append((pattern, reason.strip()))
     return tuple(rules)
+
+
+def _parse_size(text: str) -> int:
+    from ferroelastic.multiprocessing._log_options import MIN_LOG_SIZE
+
+    number, unit = text[:-1], text[-1:].upper()
+    number, power = (number, "KMGT".index(unit) + 1) if unit and unit in "KMGT" else (text, 0)
+    size = int(number) << 10 * power if number.isdecimal() else 0
+    if size < MIN_LOG_SIZE:
+        raise UsageError(
+            f"{named('log_max_size', text)} is not a size of at least {MIN_LOG_SIZE >> 10}K; give bytes, or a number with K, M, G or T"
+        )
+    return size
+
+
+def _checked_files(number: int) -> int:
+    if number < 1:
+        raise UsageError(f"{named('log_max_files', number)} must be at least 1; give the number of files to keep")
+    return number
 
 
 def log_settings(options: LogOptions | None) -> dict[str, Any]:

@@ -52,7 +52,7 @@ The same rules count for both launchers. The true cause of each script is data i
 """
 
 _AFTER_COUNTS = """
-- A signal without a line about its sender is not a correct cause, because the OOM killer, a user and a program all send SIGKILL. SIGSEGV is the cause itself.
+- A signal without a line about its sender is not a correct cause, because the OOM killer, a user and a program all send SIGKILL. SIGSEGV is the cause itself. Linux does not report the sender of SIGKILL and SIGTERM: after a kill by a user or a program, the report of `ferrorun` has a line that the sender is unknown and not the agent, and for SIGKILL that the kernel has counted no OOM kill. This line counts as correct.
 - torchrun has no report if its watchdog expires, if the error file is broken, or if a rank ends early with 0. The last one never ends by itself: the run is stopped after {limit} s.
 - `@record` of torch writes an exception into the error file, and the report of torchrun has its traceback. `ferrorun` reads the exception from the standard error and needs no decorator.
 

@@ -187,6 +187,7 @@ USES: dict[str, dict[str, Callable[[Any], Any]]] = {
         "stop_report": lambda group: group.stop_report(),
     },
     "Tail": {"finish": lambda tail: tail.finish(1.0)},
+    "LogRotation": {"close": lambda rotation: rotation.close(1.0)},
     "LogScan": {"finish": lambda scan: scan.finish(1.0)},
     "Relay": {
         "worker_end": lambda relay: relay.worker_end(0),
@@ -198,6 +199,7 @@ USES: dict[str, dict[str, Callable[[Any], Any]]] = {
         "relay": lambda engine: engine.relay(1, console_fd=2),
         "spawn": lambda engine: engine.spawn([]),
         "observe": lambda engine: engine.observe([os.getpid()]),
+        "rotate_logs": lambda engine: engine.rotate_logs([], max_size=1, max_files=1),
         "tail": lambda engine: engine.tail([("/dev/null", "")], console_fd=1),
         "watchdog": lambda engine: engine.watchdog("/nowhere/pipe"),
         "health_server": lambda engine: engine.health_server("127.0.0.1", 0, 1.0),
@@ -302,6 +304,7 @@ def test_a_forked_child_cannot_use_objects_of_its_parent(tmp_path: Path) -> None
             "Engine": parent.engine,
             "Group": parent.group,
             "Tail": parent.tail,
+            "LogRotation": parent.engine.rotate_logs([], max_size=1, max_files=1),
             "LogScan": parent.group.scan_logs([], LogRules()),
             "Relay": parent.engine.relay(1, console_fd=2),
             **pools,

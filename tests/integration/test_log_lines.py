@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ def test_a_pattern_fails_the_worker_that_hangs_after_the_line(tmp_path: Path, st
     job = Ended(tmp_path, *filter(None, [stream]), rule, "--max-restarts=0", "train.py", "newline", "stderr")
     assert job.code == 128 + 9
     assert "rank 1 has failed because of a log line: loss is NaN (stderr of rank 1: 'loss=nan')" in job.errors
-    assert "loss is NaN (stderr of rank 1: 'loss=nan')" in job.errors.partition("Root Cause")[2]
+    assert "loss is NaN" in job.errors.partition("Root Cause")[2]
     assert (b"says" in job.output) == (stream != "--redirects=3")
 
 
@@ -213,3 +214,54 @@ def test_a_line_explains_the_exit_that_follows_at_once(tmp_path: Path) -> None:
     assert result is not None
     assert {rank: failure.exitcode for rank, failure in result.failures.items()} == {1: 3}
     assert context.log_failures == {1: "loss is NaN"}
+
+
+BAR = """
+import os, time
+for percent in range(0, 101, 20):
+    os.write(1, b"\\r%d%%" % percent)
+    time.sleep(0.15)
+os.write(1, b"\\nend\\n")
+"""
+
+
+def bar_on(folder: Path, console_fd: int) -> subprocess.Popen[bytes]:
+    (folder / "bar.py").write_text(BAR)
+    return subprocess.Popen(
+        [sys.executable, "-m", "ferroelastic.run", "--standalone", "--tee=1", "--log-dir=logs", "bar.py"],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": FOLDER},
+        stdout=console_fd,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def test_a_progress_bar_is_redrawn_in_its_row_of_a_terminal(tmp_path: Path) -> None:
+    terminal_fd, console_fd = os.openpty()
+    job = bar_on(tmp_path, console_fd)
+    os.close(console_fd)
+    output = b""
+    with suppress(OSError):  # the end of a terminal is an error
+        while chunk := os.read(terminal_fd, 1 << 16):
+            output += chunk
+    os.close(terminal_fd)
+    assert job.wait(60) == 0
+    bar, end, rest = output.replace(b"\x1b[?7l", b"").replace(b"\x1b[?7h", b"").split(b"\r\n")
+    states = bar.split(b"\r\x1b[K")
+    assert (states[-1], end, rest) == (b"[default0]:100%", b"[default0]:end", b"")
+    assert len(states) > 2
+    assert all(re.fullmatch(rb"\[default0\]:\d+%", state) for state in states if state), states
+    (log,) = tmp_path.glob("logs/latest/attempt_0/0/stdout.log")
+    assert log.read_bytes() == b"\r0%\r20%\r40%\r60%\r80%\r100%\nend\n"
+
+
+def test_each_state_of_a_progress_bar_is_a_line_in_a_pipe(tmp_path: Path) -> None:
+    read_fd, write_fd = os.pipe()
+    job = bar_on(tmp_path, write_fd)
+    os.close(write_fd)
+    with open(read_fd, "rb") as console:
+        lines = console.read().splitlines()
+    assert job.wait(60) == 0
+    assert [line for line in lines if line != b"[default0]:"] == [
+        b"[default0]:" + text for text in (b"0%", b"20%", b"40%", b"60%", b"80%", b"100%", b"end")
+    ]

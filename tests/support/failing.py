@@ -338,13 +338,14 @@ CASES: dict[str, Case] = {
         1,
         uses_torch=True,
         nodes=2,
+        options=("--on-node-failure=exit",),
         disturb=_lose_a_node,
     ),
     "early-exit": Case(
         "Rank 1 ends with 0 and rank 0 waits for it",
         "early_exit.py",
-        Cause("early_exit", 1, 0, texts=(r"(?i)ended early|\"early_exit\"",)),
+        Cause("early_exit", 1, 0, texts=(r"(?i)ended early|ended with exit code 0",)),
         1,
-        options=(),
+        options=("--early-exit-timeout=1",),
     ),
 }

@@ -53,8 +53,9 @@ def judge(cause: Cause, console: str, everything: str) -> Verdict:
         everything: the output of all nodes.
     """
     report = report_of(console)
-    # The report of torchrun lists the other failures first.
-    first = report[report.index(_ROOT_CAUSE) :] if _ROOT_CAUSE in report else report
+    # The report of torchrun lists the other failures between its title and the first failure.
+    title, _, rest = report.partition("\n---")
+    first = title + rest[max(rest.find(_ROOT_CAUSE), 0) :]
     rank = _RANK.search(first)
     has_rank = bool(first) and (cause.rank is None or (rank is not None and int(rank[1]) == cause.rank))
     named = {int(number) for number in (*_RANK.findall(everything), *_PREFIX.findall(everything))}

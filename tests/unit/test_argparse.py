@@ -95,6 +95,8 @@ ADDED: dict[str, Any] = {
     "log_format": "text",
     "fail_on_log": [],
     "warn_on_log": [],
+    "log_max_size": "",
+    "log_max_files": 5,
     "exit_barrier_timeout": None,
     "grace_signal_target": "group",
     "keep_detached": False,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from ferroelastic._failure import oom, sender
+from ferroelastic._failure.collect import Observation
 from ferroelastic._failure.core import find_core, signal_origin
 from ferroelastic._failure.kmsg import KernelLog, oom_victims, xid_line
 from ferroelastic._failure.model import Sender
@@ -93,6 +94,33 @@ def test_v1(tmp_path: Path, mount: str) -> None:
     write(tmp_path, {f"{folder}/memory.oom_control": "oom_kill_disable 0\nunder_oom 0\noom_kill 5\n"})
     kill = oom.kills_between(before, oom.count(cgroup, str(tmp_path)), cgroup, str(tmp_path))
     assert kill == OomKill(1, "cgroup", GIB, GIB - 4096, is_of_workers=True)
+
+
+def test_v1_a_worker_that_was_killed_during_the_start(tmp_path: Path) -> None:
+    top = "sys/fs/cgroup/memory"
+
+    def after_kills(number: int) -> tuple[oom.MemoryCgroup | None, oom.OomCounts]:
+        write(
+            tmp_path,
+            {
+                "proc/self/mountinfo": V1_MOUNT,
+                "proc/self/cgroup": "4:memory:/job\n",
+                "proc/7/cgroup": "4:memory:/\n",  # the kernel's text for a zombie
+                f"{top}/memory.oom_control": "oom_kill 0\n",
+                f"{top}/job/memory.oom_control": f"oom_kill {number}\n",
+                f"{top}/job/memory.limit_in_bytes": GIB,
+                f"{top}/job/memory.max_usage_in_bytes": GIB,
+            },
+        )
+        cgroup = oom.find_cgroup("self", str(tmp_path))
+        return cgroup, oom.count(cgroup, str(tmp_path))
+
+    before = after_kills(2)
+    after_kills(3)
+    observation = Observation(str(tmp_path))
+    observation.begin(7, before)
+    assert observation.kills() == OomKill(1, "cgroup", GIB, GIB, is_of_workers=True)
+    observation.close()
 
 
 def test_without_a_cgroup_only_the_host_counts(tmp_path: Path) -> None:

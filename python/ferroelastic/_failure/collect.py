@@ -43,14 +43,19 @@ class Observation:
         self._kernel_log: KernelLog | None = None
         self._lines: list[str] = []
 
-    def begin(self, pid: int | None) -> None:
+    def begin(self, pid: int | None, earlier: tuple[oom.MemoryCgroup | None, oom.OomCounts] | None = None) -> None:
         """Start an observation. It ends the former one.
 
         Args:
             pid: process id of a worker, whose cgroup is observed.
+            earlier: a cgroup and its counters before the start of the worker. They count if it is the worker's cgroup.
         """
-        self._cgroup = oom.find_cgroup(pid or "self", self._root) or oom.find_cgroup("self", self._root)
-        self._before = oom.count(self._cgroup, self._root)
+        found = None if pid is None else oom.find_cgroup(pid, self._root)
+        # In v1 the path of a worker that has ended already is the root.
+        is_known = found is not None and found.folder != found.top
+        self._cgroup = found if is_known else oom.find_cgroup("self", self._root)
+        is_same = earlier is not None and earlier[0] == self._cgroup
+        self._before = earlier[1] if earlier is not None and is_same else oom.count(self._cgroup, self._root)
         self._lines = []
         if self._kernel_log is None:
             self._kernel_log = KernelLog(os.path.join(self._root, "dev/kmsg"))
@@ -137,7 +142,7 @@ def collect(failure: ProcessFailure, facts: Facts, observation: Observation, roo
         pid=failure.pid,
         round=facts.round,
         kind=facts.kind or ("watchdog" if facts.watchdog else by_signal),
-        # The code of an early exit is 0. The failure has the exit code of the job.
+        # 1 is the code of the job after an early exit.
         exit_code=None if number is not None else 0 if facts.kind == "early_exit" else failure.exitcode,
         signal=None if number is None else sender.name_of(number),
         sender=None

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TextIO
 
 from ferroelastic import _compat, _signals
+from ferroelastic._engine import get_engine
 from ferroelastic._signals import SignalException
 from ferroelastic._stop_notice import STOP_FILE_ENV
 from ferroelastic._wait import wait_for_event
@@ -43,6 +44,7 @@ logger = get_logger(__name__)
 _MAX_OVERDUE_GRACE_S = 5.0
 _CONSOLE_TIMEOUT_S = 0.5
 _MIN_CONSOLE_TIMEOUT_S = 0.05
+_ROTATION_TIMEOUT_S = 5.0
 _EXPLANATION_TIMEOUT_S = 0.1
 """Time for the search of the last log lines before the first failure is reported."""
 _LOG_FAILURE_CODE = 1
@@ -153,6 +155,7 @@ class PContext(_compat.TorchVirtual, ABC):
         self._tails_deadline: float | None = None
         self._terminal: Terminal | None = None
         self._log_watch: LogWatch | None = None
+        self._log_rotation: _rust.LogRotation | None = None
         self._log_line_prefixes = log_line_prefixes
         self._stop_file: _rust.StopFile | None = None
         self._console_streams: ConsoleStreams | None = None
@@ -231,6 +234,9 @@ class PContext(_compat.TorchVirtual, ABC):
         if options.format == "json":
             for stream, tail_log in zip(("stdout", "stderr"), self._tail_logs, strict=False):
                 tail_log.set_headers(json_heads(stream, self.envs), is_json=True)
+        if options.max_size is not None:
+            files = [path for path in (*self.stdouts.values(), *self.stderrs.values()) if path and path != os.devnull]
+            self._log_rotation = get_engine().rotate_logs(files, max_size=options.max_size, max_files=options.max_files)
         for tail_log in self._tail_logs:
             tail_log.start()
         rules = options.rules()
@@ -336,6 +342,9 @@ class PContext(_compat.TorchVirtual, ABC):
                 for tail_log in self._tail_logs:
                     stack.callback(self._stop_tail, tail_log)
                 stack.callback(self._finish_console_streams)
+                if self._log_rotation is not None:
+                    # A file may be locked while its beginning is removed. The tails then would end too early.
+                    stack.callback(self._log_rotation.close, _ROTATION_TIMEOUT_S)
                 if self._terminal is not None:
                     stack.callback(self._terminal.close)
                 self._close(death_sig or signal.SIGTERM, timeout)

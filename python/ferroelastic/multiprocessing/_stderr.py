@@ -10,6 +10,7 @@ import os
 import stat
 import sys
 import threading
+from functools import cache
 from typing import TYPE_CHECKING
 
 from ferroelastic._engine import get_engine
@@ -151,6 +152,7 @@ def _read_end(path: str) -> bytes:
         os.close(descriptor)
 
 
+@cache
 def _successor() -> _rust.Command:
     """Return a program that copies standard input to standard error, for processes that outlive this one."""
     from ferroelastic import _rust

@@ -63,7 +63,8 @@ def redirect(std: str, to_file: str) -> Iterator[None]:
     """
     if std not in _DESCRIPTORS:
         raise ValueError(f"unknown standard stream <{std}>, must be one of {set(_DESCRIPTORS)}")
-    with open(to_file, mode="w+b") as target:
+    # As the files of script workers: the agent may remove the beginning of a log file.
+    with open(to_file, mode="w+b", opener=lambda path, flags: os.open(path, flags | os.O_APPEND, 0o666)) as target:
         saved = {number: os.dup(number) for number in _descriptors(std)}
         try:
             _flush(std)

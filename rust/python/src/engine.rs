@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use ferroelastic_core::logs::TailSpec;
+use ferroelastic_core::logs::{RotationLimits, TailSpec};
 use ferroelastic_core::sys::fd;
 use ferroelastic_core::sys::probe::Support;
 use ferroelastic_core::sys::spawn::{self, Stdio};
@@ -19,6 +19,7 @@ use crate::errors::{detached, os, to_python};
 use crate::group::{Group, StopFile};
 use crate::guard::Guard;
 use crate::health::HealthServer;
+use crate::log_rules::LogRotation;
 use crate::relay::{Relay, WorkerEnd};
 use crate::rendezvous::RendezvousClient;
 use crate::tail::Tail;
@@ -175,6 +176,18 @@ impl Engine {
         let console = duplicate(py, "console_fd", console_fd)?;
         let successor = successor.map(|command| command.0.clone());
         detached(py, || self.0.relay(console.as_fd(), streams, successor)).map(Relay::new)
+    }
+
+    #[pyo3(signature = (files, *, max_size, max_files))]
+    fn rotate_logs(
+        &self,
+        py: Python<'_>,
+        files: Vec<PathBuf>,
+        max_size: u64,
+        max_files: usize,
+    ) -> PyResult<LogRotation> {
+        let limits = RotationLimits { max_size, max_files };
+        detached(py, || self.0.rotate_logs(files, limits)).map(LogRotation)
     }
 
     #[pyo3(signature = (path, *, evidence_s=0.0, py_spy=None))]

@@ -54,7 +54,7 @@ mod _rust {
     #[pymodule_export]
     use super::health::HealthServer;
     #[pymodule_export]
-    use super::log_rules::{LogFailure, LogRules, LogScan};
+    use super::log_rules::{LogFailure, LogRotation, LogRules, LogScan};
     #[pymodule_export]
     use super::policy::{Decision, FailureFacts, RestartPolicy};
     #[pymodule_export]

@@ -1,4 +1,4 @@
-//! `LogRules` and its results.
+//! `LogRules` and its results, and `LogRotation`.
 
 use std::sync::Arc;
 
@@ -58,5 +58,17 @@ impl LogScan {
     fn finish(&self, py: Python<'_>, timeout_s: f64) -> PyResult<bool> {
         let timeout = span("timeout_s", timeout_s)?;
         detached(py, || self.0.finish(timeout))
+    }
+}
+
+/// Size limits of log files.
+#[pyclass(frozen, module = "ferroelastic._rust")]
+pub(crate) struct LogRotation(pub(crate) engine::LogRotation);
+
+#[pymethods]
+impl LogRotation {
+    fn close(&self, py: Python<'_>, timeout_s: f64) -> PyResult<bool> {
+        let timeout = span("timeout_s", timeout_s)?;
+        detached(py, || self.0.close(timeout))
     }
 }

@@ -17,7 +17,7 @@ __all__ = ["check", "left_s"]
 
 logger = get_logger("ferroelastic.agent.server.local_elastic_agent")
 
-_EXIT_CODE = 1
+_EXIT_CODE = 1  # the job must not end with 0
 
 
 def left_s(group: _rust.Group, timeout_s: float) -> float | None:
@@ -53,12 +53,12 @@ def check(worker_group: WorkerGroup, group: _rust.Group | None, timeout_s: float
 
 
 def _failure_of(group: _rust.Group, timeout_s: float) -> ProcessFailure:
-    """Return the failure of the worker that has ended first. It has ended with 0, and the job must not."""
+    """Return the failure of the first worker that ended with 0."""
     exits = group.exits()
     first = min((ended for ended in exits if ended.returncode == 0), key=lambda ended: ended.order)
     ended_pids = {ended.pid for ended in exits}
     running = next(pid for pid in group.pids if pid not in ended_pids)
-    failure = ProcessFailure(first.index, first.pid, _EXIT_CODE, error_file="", exit=first)
-    failure.message = f"Worker pid={first.pid} ended early with exit code 0, and worker pid={running} ran on for {timeout_s:g} s after that (--early-exit-timeout)"
+    failure = ProcessFailure(first.index, first.pid, _EXIT_CODE, error_file="")
+    failure.message = f"Worker pid={first.pid} ended with exit code 0, and worker pid={running} ran on for {timeout_s:g} s (--early-exit-timeout)"
     failure.declared_kind = "early_exit"  # type: ignore[attr-defined]
     return failure

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from ferroelastic._failure.collect import Observation
     from ferroelastic._failure.model import Failure, FirstFailure, Kind, Others, WatchdogReport
+    from ferroelastic._failure.oom import MemoryCgroup, OomCounts
     from ferroelastic.agent.server._activity import Activity
     from ferroelastic.agent.server._workers import RunResult, WorkerGroup
     from ferroelastic.multiprocessing import PContext, ProcessFailure
@@ -53,6 +54,7 @@ class Explainer:
         self._watchdog: Any = None
         self._round: int | None = None
         self._observation: Observation | None = None
+        self._before_start: tuple[MemoryCgroup | None, OomCounts] | None = None
         # The explained failure of a worker, by its process id: it is collected once.
         self._explained: tuple[int, FirstFailure] | None = None
         # The explanation of the failure that has ended the job, from the node of that failure.
@@ -84,6 +86,16 @@ class Explainer:
             if observation is not None:
                 observation.close()
 
+    def starting(self) -> None:
+        """Note the counters of the OOM killer before a start of workers: it may kill one at once."""
+        try:
+            from ferroelastic._failure.oom import count, find_cgroup
+
+            cgroup = find_cgroup()
+            self._before_start = cgroup, count(cgroup)
+        except Exception:
+            logger.debug("the counters of the OOM killer cannot be read", exc_info=True)
+
     def started(self, context: PContext | None, watchdog: object, info: RendezvousInfo | None) -> None:
         """Observe workers that have just been started.
 
@@ -106,7 +118,7 @@ class Explainer:
             if self._observation is None:
                 self._observation = Observation()
             pids = [] if context is None else list(context.pids().values())
-            self._observation.begin(pids[0] if pids else None)
+            self._observation.begin(pids[0] if pids else None, self._before_start)
         except Exception:
             logger.debug("the workers cannot be observed for the report of a failure", exc_info=True)
 

@@ -343,6 +343,7 @@ class LocalElasticAgent(SimpleElasticAgent):
         self._setup_local_watchdog(envs=envs)
         self._setup_healthcheck()
         self._may_have_detached = True
+        self._explainer.starting()
         pool = self._warm_pool(spec, args, envs)
         self._pcontext = start_processes(
             name=spec.role,

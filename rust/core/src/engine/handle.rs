@@ -1,7 +1,7 @@
 //! The handle of the engine.
 
 use std::os::fd::{BorrowedFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,12 +9,13 @@ use super::event_loop::EventLoop;
 use super::group::Group;
 use super::health::HealthServer;
 use super::order::{EngineOrder, Line, Observed};
+use super::rotation::LogRotation;
 use super::tail::Tail;
 use super::warm::WarmPool;
 use super::warnings::Warnings;
 use super::watchdog::Watchdog;
 use crate::error::{Error, Result};
-use crate::logs::{LogThread, Relay, TailSpec};
+use crate::logs::{LogThread, Relay, RotationLimits, TailSpec};
 use crate::sys::cgroup;
 use crate::sys::guard::{Guard, Program};
 use crate::sys::lease::LeasePage;
@@ -107,6 +108,11 @@ impl Engine {
     /// use, and outlives this process. Without it, writes to such a stream fail.
     pub fn relay(&self, console: BorrowedFd<'_>, streams: usize, successor: Option<Command>) -> Result<Relay> {
         Relay::open(&self.log_thread, console, streams, successor)
+    }
+
+    /// Keeps log files within `limits`, while workers append to them. Call it before the files are followed.
+    pub fn rotate_logs(&self, files: Vec<PathBuf>, limits: RotationLimits) -> Result<LogRotation> {
+        LogRotation::open(&self.line, files, limits, &self.warnings)
     }
 
     /// Creates the named pipe of a watchdog. Requests are served after [`Watchdog::start`].

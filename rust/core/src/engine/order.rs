@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::{OwnedFd, RawFd};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -9,7 +10,7 @@ use super::processes::SharedFile;
 use super::progress::GroupProgress;
 use crate::error::Result;
 use crate::health::HealthOrder;
-use crate::logs::{ScanSpec, TailReport, TailSpec, Tails};
+use crate::logs::{RotatedFile, ScanSpec, TailReport, TailSpec, Tails};
 use crate::supervise::GroupEvent;
 use crate::sys::beats::BeatPage;
 use crate::sys::clock::Moment;
@@ -74,6 +75,8 @@ pub(super) enum TailOrder {
     OpenScan { spec: ScanSpec, reply: Reply<u64> },
     FinishScan { scan: u64, reply: Reply<()> },
     DropScan { scan: u64 },
+    Rotate { files: Vec<(PathBuf, Arc<RotatedFile>)>, reply: Reply<()> },
+    EndRotation { files: Vec<PathBuf> },
 }
 
 impl TailOrder {
@@ -91,6 +94,11 @@ impl TailOrder {
             }
             Self::FinishScan { scan, reply } => tails.finish_scan(scan, reply),
             Self::DropScan { scan } => tails.drop_scan(scan, poller),
+            Self::Rotate { files, reply } => {
+                tails.rotations.extend(files);
+                let _ = reply.send(());
+            }
+            Self::EndRotation { files } => tails.rotations.retain(|path, _| !files.contains(path)),
         }
     }
 }

@@ -130,7 +130,7 @@ impl LineFormat {
         self.filters.is_empty() && self.json_end.is_none()
     }
 
-    fn write(&self, line: &[u8], shown: &mut ShownPart, done: &mut Formatted, out: &mut Vec<u8>) {
+    pub(super) fn write(&self, line: &[u8], shown: &mut ShownPart, done: &mut Formatted, out: &mut Vec<u8>) {
         let shown = std::mem::take(shown);
         if !self.filters.is_empty() && !self.filters.iter().any(|needle| needle.find(line).is_some()) {
             return;

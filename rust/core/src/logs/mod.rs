@@ -7,10 +7,14 @@
 mod format;
 mod last;
 mod lines;
+mod live;
+mod log_file;
 mod log_thread;
 mod patterns;
 mod relay;
 mod relay_handle;
+mod rotation;
+mod rotation_thread;
 mod scans;
 mod tail;
 mod tails;
@@ -18,10 +22,13 @@ mod time;
 
 pub use last::KEPT;
 pub use lines::{Formatted, LineFormat, MAX_LINE};
+pub(crate) use log_file::RotatedFile;
 pub(crate) use log_thread::LogThread;
 pub use patterns::{LogRule, LogRules, PatternError};
 pub use relay::RelayReport;
 pub use relay_handle::Relay;
+pub use rotation::RotationLimits;
+pub(crate) use rotation_thread::{RotationOrder, start_rotation};
 pub use scans::ScanFile;
 pub(crate) use scans::{LogMatch, ScanSpec};
 pub use tail::{TailReport, TailSpec};

@@ -3,15 +3,15 @@
 //! A scan reads its files again, independent of the tails: a blocked console delays no match.
 
 use std::collections::BTreeMap;
-use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use memchr::{memchr2, memrchr2};
 
 use super::lines::MAX_LINE;
+use super::log_file::{LogFile, Rotations};
 use super::patterns::{LogRule, LogRules};
-use super::tail::{CHUNK, open_log, read_full};
+use super::tail::CHUNK;
 use crate::thread::Reply;
 
 /// The files of a group of workers and the rules for their lines.
@@ -63,7 +63,7 @@ const KEPT_LINE: usize = 512;
 
 #[derive(Debug)]
 struct ScanStream {
-    file: Option<OwnedFd>,
+    file: Option<LogFile>,
     spec: ScanFile,
     offset: u64,
     dirty: bool,
@@ -89,15 +89,13 @@ pub(crate) struct Scans {
 }
 
 impl Scans {
-    pub(super) fn add(&mut self, id: u64, spec: &ScanSpec, is_watched: &[bool]) {
+    pub(super) fn add(&mut self, id: u64, spec: &ScanSpec, is_watched: &[bool], rotations: &Rotations) {
         let streams = spec.files.iter().zip(is_watched);
         let streams = streams
-            .map(|(file, is_watched)| ScanStream {
-                file: open_log(&file.path).ok(),
-                spec: file.clone(),
-                offset: 0,
-                dirty: true,
-                is_polled: !is_watched,
+            .map(|(spec, is_watched)| {
+                let file = LogFile::open(&spec.path, rotations.get(&spec.path)).ok();
+                let offset = file.as_ref().map_or(0, LogFile::base);
+                ScanStream { file, spec: spec.clone(), offset, dirty: true, is_polled: !is_watched }
             })
             .collect();
         self.by_id
@@ -156,7 +154,7 @@ impl Scans {
     /// Searches one chunk of each file that has grown.
     pub(super) fn pump(&mut self, scratch: &mut Vec<u8>) {
         for scan in self.by_id.values_mut() {
-            if !scan.is_busy() {
+            if !scan.is_busy() && scan.finishing.is_empty() {
                 continue;
             }
             let (is_final, rules) = (!scan.finishing.is_empty(), &scan.rules);
@@ -194,7 +192,7 @@ impl Scan {
 impl ScanStream {
     fn search_chunk(&mut self, rules: &LogRules, is_final: bool, scratch: &mut Vec<u8>) -> Vec<MatchedLines> {
         if self.file.is_none() {
-            self.file = open_log(&self.spec.path).ok();
+            self.file = LogFile::open(&self.spec.path, None).ok();
         }
         let Some(file) = &self.file else {
             self.dirty = false;
@@ -203,10 +201,13 @@ impl ScanStream {
         let mut size = CHUNK;
         loop {
             scratch.resize(size, 0);
-            let read = read_full(file, scratch, self.offset);
+            let Some(read) = file.read(scratch, self.offset) else {
+                self.dirty = is_final;
+                return Vec::new();
+            };
             let at_end = read < size;
-            if read == 0 && rustix::fs::fstat(file).is_ok_and(|stat| stat.st_size.cast_unsigned() < self.offset) {
-                self.offset = 0; // the file was truncated
+            if read == 0 && file.end().is_some_and(|end| end < self.offset) {
+                self.offset = file.base(); // the file was truncated
             }
             let text = &scratch[..read];
             let whole = match memrchr2(b'\n', b'\r', text) {
@@ -220,6 +221,7 @@ impl ScanStream {
                 continue;
             }
             self.offset += whole as u64;
+            file.publish(self.offset);
             self.dirty = !at_end;
             return search(rules, &text[..whole]);
         }
@@ -289,7 +291,7 @@ mod tests {
             rules: rules(&["nan"]),
         };
         let (mut scans, mut scratch) = (Scans::default(), Vec::new());
-        scans.add(7, &spec, &[true]);
+        scans.add(7, &spec, &[true], &Rotations::new());
         let mut lines = |scans: &mut Scans, text: &[u8]| {
             file.write_all(text).expect("written");
             scans.mark_dirty(7, 0);

@@ -1,13 +1,13 @@
 //! One tail: growing files and their console.
 
-use std::io;
+use std::io::{self, IsTerminal};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use rustix::fs::{Mode, OFlags};
-
 use super::lines::{LineFormat, MAX_LINE, ShownPart};
+use super::live::LiveLine;
+use super::log_file::{LogFile, Rotations};
 use crate::error::Error;
 use crate::sys::clock::realtime_ns;
 use crate::sys::console::Console;
@@ -62,7 +62,7 @@ pub(super) type OpenLine = Option<(u64, usize)>;
 struct LogStream {
     path: PathBuf,
     /// `Err` if it could not be opened. Opening is retried.
-    file: Result<OwnedFd, io::Error>,
+    file: Result<LogFile, io::Error>,
     format: LineFormat,
     offset: u64,
     after_cr: bool,
@@ -73,15 +73,19 @@ struct LogStream {
     shown_bytes: usize,
     /// When the rest of the unfinished line is shown.
     partial_due: Option<Instant>,
+    /// Progress bars are redrawn in place.
+    live: Option<LiveLine>,
 }
 
 impl LogStream {
-    fn open(path: &Path, format: LineFormat) -> Self {
+    fn open(path: &Path, format: LineFormat, is_live: bool, rotations: &Rotations) -> Self {
+        let file = LogFile::open(path, rotations.get(path));
         Self {
+            live: (is_live && format.shows_partial_lines()).then(LiveLine::default),
             path: path.to_owned(),
-            file: open_log(path),
+            offset: file.as_ref().map_or(0, LogFile::base),
+            file,
             format,
-            offset: 0,
             after_cr: false,
             dirty: true,
             is_polled: false,
@@ -91,12 +95,11 @@ impl LogStream {
     }
 }
 
-pub(super) fn open_log(path: &Path) -> io::Result<OwnedFd> {
-    Ok(rustix::fs::open(path, OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC, Mode::from_raw_mode(0o666))?)
-}
-
 /// From the first byte of an unfinished line that is not shown to showing it.
 const PARTIAL_LINE_DELAY: Duration = Duration::from_millis(100);
+
+/// The same for a progress bar, if other output followed its last row on the console.
+const BAR_ROW_DELAY: Duration = Duration::from_secs(1);
 
 /// Bytes read from one stream before the next is served. Grows up to [`MAX_LINE`] for a line that does not fit.
 pub(super) const CHUNK: usize = 256 * 1024;
@@ -124,14 +127,19 @@ pub(super) struct Finish {
 }
 
 impl FileTail {
-    pub(super) fn open(spec: &TailSpec) -> Result<Self, Error> {
+    pub(super) fn open(spec: &TailSpec, rotations: &Rotations) -> Result<Self, Error> {
         let console = Console::new(spec.console.as_fd()).map_err(|source| Error::os("open", "the console", source))?;
         let console_key = rustix::fs::fstat(&console).map_or((0, 0), |stat| (stat.st_dev, stat.st_ino));
+        let is_live = spec.console.is_terminal() && !spec.whole_lines_only;
         let format_of = |prefix: &[u8]| {
             let format = LineFormat::new(prefix, &spec.only_lines_with);
             if spec.is_json { format.into_json() } else { format }
         };
-        let streams = spec.files.iter().map(|(path, prefix)| LogStream::open(path, format_of(prefix))).collect();
+        let streams = spec
+            .files
+            .iter()
+            .map(|(path, prefix)| LogStream::open(path, format_of(prefix), is_live, rotations))
+            .collect();
         Ok(Self {
             console,
             console_key,
@@ -215,7 +223,7 @@ impl FileTail {
     ) {
         let stream = &mut self.streams[key.1];
         if stream.file.is_err() {
-            stream.file = open_log(&stream.path);
+            stream.file = LogFile::open(&stream.path, None);
         }
         let Ok(file) = &stream.file else {
             stream.dirty = false;
@@ -225,11 +233,14 @@ impl FileTail {
         let mut size = CHUNK;
         loop {
             scratch.resize(size, 0);
-            let read = read_full(file, scratch, stream.offset);
+            let Some(read) = file.read(scratch, stream.offset) else {
+                stream.dirty = is_final;
+                return;
+            };
             let at_end = read < size;
-            if read == 0 && rustix::fs::fstat(file).is_ok_and(|stat| stat.st_size.cast_unsigned() < stream.offset) {
+            if read == 0 && file.end().is_some_and(|end| end < stream.offset) {
                 // The file was truncated: continue at its beginning.
-                (stream.offset, stream.shown_bytes) = (0, 0);
+                (stream.offset, stream.shown_bytes) = (file.base(), 0);
             }
             let is_last = *open == Some(key);
             let before = self.pending.len();
@@ -239,7 +250,11 @@ impl FileTail {
             let begin = self.pending.len();
             let shown = ShownPart { bytes: stream.shown_bytes, is_last };
             let (after_cr, is_final) = (&mut stream.after_cr, is_final && at_end);
-            let done = stream.format.format(&scratch[..read], is_final, after_cr, shown, &mut self.pending);
+            let (text, out) = (&scratch[..read], &mut self.pending);
+            let done = match &mut stream.live {
+                Some(live) => live.format(&stream.format, text, is_final, shown, out),
+                None => stream.format.format(text, is_final, after_cr, shown, out),
+            };
             if self.pending.len() == begin {
                 self.pending.truncate(before);
             } else {
@@ -249,13 +264,18 @@ impl FileTail {
                 stream.shown_bytes = 0;
             }
             stream.offset += done.consumed as u64;
+            file.publish(stream.offset);
             stream.dirty = !at_end;
             self.report.lines += done.lines;
             self.report.broken_lines += done.broken;
             if at_end || done.consumed > 0 || size > MAX_LINE {
-                let has_hidden = read - done.consumed > stream.shown_bytes;
+                let has_hidden_bar = stream.live.as_ref().is_some_and(LiveLine::is_hidden);
+                let has_hidden = has_hidden_bar || read - done.consumed > stream.shown_bytes;
                 let may_show = at_end && has_hidden && !self.whole_lines_only && stream.format.shows_partial_lines();
-                let due = stream.partial_due.or(now.checked_add(PARTIAL_LINE_DELAY));
+                // A bar that is not the last output begins a new row each time.
+                let begins_row = has_hidden_bar && open.is_some() && *open != Some(key);
+                let delay = if begins_row { BAR_ROW_DELAY } else { PARTIAL_LINE_DELAY };
+                let due = stream.partial_due.or(now.checked_add(delay));
                 stream.partial_due = if may_show { due } else { None };
                 return;
             }
@@ -269,9 +289,10 @@ impl FileTail {
         stream.partial_due = None;
         let Ok(file) = &stream.file else { return };
         scratch.resize(MAX_LINE, 0);
-        let read = read_full(file, scratch, stream.offset);
+        let Some(read) = file.read(scratch, stream.offset) else { return };
         let line_end = memchr::memchr2(b'\n', b'\r', &scratch[..read]);
-        if read <= stream.shown_bytes || line_end.is_some() {
+        let has_hidden_bar = stream.live.as_ref().is_some_and(LiveLine::is_hidden);
+        if (read <= stream.shown_bytes && !has_hidden_bar) || line_end.is_some() {
             return; // the file has grown, which is notified separately
         }
         let is_last = *open == Some(key);
@@ -280,7 +301,10 @@ impl FileTail {
         }
         let shown = ShownPart { bytes: stream.shown_bytes, is_last };
         stream.format.set_time(realtime_ns);
-        stream.format.format_partial(&scratch[..read], shown, &mut self.pending);
+        match &mut stream.live {
+            Some(live) => live.draw(&stream.format, &scratch[..read], shown, &mut self.pending),
+            None => stream.format.format_partial(&scratch[..read], shown, &mut self.pending),
+        }
         stream.shown_bytes = read;
         *open = Some(key);
     }
@@ -317,7 +341,7 @@ impl FileTail {
         for stream in self.streams {
             match stream.file {
                 Ok(file) => {
-                    let size = rustix::fs::fstat(&file).map_or(0, |stat| stat.st_size.cast_unsigned());
+                    let size = file.end().unwrap_or_default();
                     let shown = stream.offset + stream.shown_bytes as u64;
                     self.report.dropped_bytes += size.saturating_sub(shown);
                 }
@@ -326,18 +350,4 @@ impl FileTail {
         }
         self.report
     }
-}
-
-/// Reads until `buffer` is full or the file ends. An error is treated as the end of the file.
-pub(super) fn read_full(file: &OwnedFd, buffer: &mut [u8], offset: u64) -> usize {
-    let mut read = 0;
-    while read < buffer.len() {
-        match rustix::io::pread(file, &mut buffer[read..], offset + read as u64) {
-            Ok(0) => break,
-            Ok(count) => read += count,
-            Err(rustix::io::Errno::INTR) => {}
-            Err(_) => break,
-        }
-    }
-    read
 }

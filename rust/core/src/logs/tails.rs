@@ -6,6 +6,7 @@ use std::os::fd::BorrowedFd;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use super::log_file::Rotations;
 use super::scans::{ScanSpec, Scans};
 use super::tail::{ConsoleKey, FileTail, Finish, OpenLine, Pumped, TailReport, TailSpec};
 use crate::error::Error;
@@ -42,6 +43,8 @@ pub(crate) struct Tails {
     /// For each console, the stream whose unfinished line is its last output. Several tails may share a console.
     open_lines: HashMap<ConsoleKey, OpenLine>,
     pub(crate) scans: Scans,
+    /// Files with a size limit that later readers follow.
+    pub(crate) rotations: Rotations,
     scratch: Vec<u8>,
 }
 
@@ -62,13 +65,14 @@ impl Tails {
             poll_at: None,
             open_lines: HashMap::new(),
             scans: Scans::default(),
+            rotations: Rotations::new(),
             scratch: Vec::new(),
         }
     }
 
     /// Adds a tail for the files of `spec`.
     pub(crate) fn add(&mut self, id: u64, spec: &TailSpec, poller: &Poller) -> Result<(), Error> {
-        let mut tail = FileTail::open(spec)?;
+        let mut tail = FileTail::open(spec, &self.rotations)?;
         for (index, (path, _)) in spec.files.iter().enumerate() {
             if !self.watch(path, (id, index)) {
                 tail.set_polled(index);
@@ -88,7 +92,7 @@ impl Tails {
     pub(crate) fn add_scan(&mut self, id: u64, spec: &ScanSpec, poller: &Poller) {
         let files = spec.files.iter().enumerate();
         let is_watched: Vec<bool> = files.map(|(index, file)| self.watch(&file.path, (id, index))).collect();
-        self.scans.add(id, spec, &is_watched);
+        self.scans.add(id, spec, &is_watched, &self.rotations);
         if self.scans.mark_polled_dirty() {
             self.poll_at.get_or_insert_with(Instant::now);
         }
