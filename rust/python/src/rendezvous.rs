@@ -155,7 +155,7 @@ impl RendezvousClient {
         self.call(py, Call::Join { role, local_world_size, timeout })
     }
 
-    #[pyo3(signature = (at_ns, text, exit_code, facts, *, detail=String::new()))]
+    #[pyo3(signature = (at_ns, text, exit_code, facts, *, detail=""))]
     fn fail(
         &self,
         py: Python<'_>,
@@ -163,9 +163,9 @@ impl RendezvousClient {
         text: String,
         exit_code: i32,
         facts: &Bound<'_, FailureFacts>,
-        detail: String,
+        detail: &str,
     ) -> PyResult<()> {
-        self.call(py, Call::Failed { at_ns, text, code: exit_code, facts: facts.get().0.clone(), detail })
+        self.call(py, Call::Failed { at_ns, text, code: exit_code, facts: facts.get().0.clone(), detail: detail.into() })
     }
 
     fn progress(&self, py: Python<'_>) -> PyResult<()> {
