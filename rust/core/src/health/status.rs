@@ -505,7 +505,8 @@ mod tests {
             "run_id": "r\n", "role": "trainer", "state": "running", "state_age_s": 1.5, "round": 1, "uptime_s": 1.5,
             "restarts": {
                 "failure": 0, "membership": 1,
-                "last": {"cause": "membership", "reason": "1 node waits", "age_s": 1.5}
+                "last": {"cause": "membership", "reason": "1 node waits", "age_s": 1.5},
+                "last_decision": null
             },
             "watchdog": {"requests": 5, "broken_requests": 1, "expiries": 2},
             "warm": {
