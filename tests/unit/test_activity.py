@@ -209,3 +209,10 @@ def test_the_cause_is_the_first_failure() -> None:
     assert cause_of(result) == "rank 5 (pid 101) was ended by SIGKILL, and 1 more failed"
     assert cause_of(RunResult(WorkerState.FAILED, failures={4: second})) == "rank 4 (pid 100) exited with code 7"
     assert cause_of(RunResult(WorkerState.UNHEALTHY)) == "workers are UNHEALTHY"
+
+
+def test_the_report_has_the_last_restarts_of_many() -> None:
+    activity = Activity()
+    for number in range(100):
+        activity.restarting("failure", f"cause {number}")
+    assert [(index, cause) for index, cause, _ in activity.restarts] == [(n, f"cause {n}") for n in range(80, 100)]

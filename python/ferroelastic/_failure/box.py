@@ -112,7 +112,7 @@ def _full(failure: Failure, file: str | None, has_colour: bool) -> Iterator[str]
         yield row(key, value)
     yield from _blocks(failure.first, row)
     if failure.restarts:
-        yield row("restarts", str(len(failure.restarts)))
+        yield row("restarts", str(failure.restarts[-1].round + 1))
         yield from _indented([f"after round {one.round}: {one.cause}" for one in failure.restarts[-_MAX_RESTARTS:]])
     for key, value in _job_rows(failure):
         yield row(key, value)

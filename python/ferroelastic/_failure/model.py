@@ -199,7 +199,7 @@ class Failure:
         first: its first failure.
         advice: advice, if the cause is certain.
         others: the other workers of this node.
-        restarts: the restarts before the failure.
+        restarts: the last restarts before the failure, up to 20.
         decision: why there was no further restart.
         logs: log folder of this run on this node.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["Activity", "Observer", "cause_of", "exit_code_of", "failed_first_at_ns", "first_failure"]
 
 _WAITING = None
+_MAX_RESTARTS = 20
 
 
 class Observer(Protocol):
@@ -57,8 +59,8 @@ class Activity:
         self._has_released = False
         self._detect_s: float | None = None
         self._observer: Observer | None = None
-        # Index, cause and time (nanoseconds since the epoch) of each restart, for the report of a failure.
-        self.restarts: list[tuple[int, str, int]] = []
+        # Index, cause and time (nanoseconds since the epoch) of the last restarts, for the report of a failure.
+        self.restarts: deque[tuple[int, str, int]] = deque(maxlen=_MAX_RESTARTS)
 
     @contextmanager
     def observed_by(self, observer: Observer) -> Iterator[None]:
@@ -154,7 +156,8 @@ class Activity:
             cause: a failed worker, or a change of the membership.
             reason: the event, as text.
         """
-        self.restarts.append((len(self.restarts), reason, time.time_ns()))
+        index = self.restarts[-1][0] + 1 if self.restarts else 0
+        self.restarts.append((index, reason, time.time_ns()))
         self._report("note_restart", cause, reason)
         if self._observer is not None:
             self._observer.decided(cause, reason, restarts=True)
