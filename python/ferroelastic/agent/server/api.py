@@ -487,8 +487,8 @@ class SimpleElasticAgent(ElasticAgent):
             decision, cause_of(result) if interruption is None else interruption.text
         )
         if is_final:
-            self._activity.busy("stopping")
-            self._stop_workers(group)
+            with self._activity.stopping():
+                self._stop_workers(group)
             _signals.conclude()  # the outcome is final: signals do not change it
             self.job_exit_code = None if interruption is None else interruption.exit_code
             self._explainer.judged(interruption)
