@@ -51,6 +51,9 @@ _WARM = frozenset({"warm", "preload"})
 DIFFERENCES: dict[str, Difference] = {
     "process.parent": Difference(_ALL, "the agent has started the worker, not a shell"),
     "process.prctl.death signal": Difference(_ALL, "a worker does not outlive its agent"),
+    "descriptors.2": Difference(
+        _ALL, "the agent keeps the last lines of standard error, through a pipe in packet mode"
+    ),
     "process.proc.cgroup": Difference(
         _ALL, "the agent counts the resources of the workers, where it may create a cgroup"
     ),

@@ -355,6 +355,7 @@ def test_metrics_are_read_by_prometheus(make: Callable[..., LocalElasticAgent]) 
         ("ferroelastic_warm_used", "counter", ""),
         ("ferroelastic_warm_refused", "counter", ""),
         ("ferroelastic_log_matches", "counter", ""),
+        ("ferroelastic_restart_decisions", "counter", ""),
         ("ferroelastic_restart_phase_seconds", "histogram", "seconds"),
     }
     assert all(family.documentation.endswith(".") for family in families.values())

@@ -46,7 +46,8 @@ class Heartbeats:
             return False
         now = time.monotonic()
         ages_s = {pid: age_s(pid) for pid in group.pids}
-        times = {pid: now - age_s for pid, age_s in ages_s.items() if age_s is not None}
+        # A watchdog of a program may return anything.
+        times = {pid: now - age_s for pid, age_s in ages_s.items() if isinstance(age_s, float)}
         self._first = {pid: self._first.get(pid, at) for pid, at in times.items()}
         return any(at - self._first[pid] >= _LATER_S for pid, at in times.items())
 

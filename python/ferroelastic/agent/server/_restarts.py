@@ -34,6 +34,10 @@ _QUIET = ("at_once", "max_restarts")
 """Rules of torch, which need no attention."""
 
 
+def _never() -> bool:
+    return False
+
+
 class Restarts:
     """The restart policy at one agent.
 
@@ -52,7 +56,7 @@ class Restarts:
         self._spec, self._activity = spec, activity
         self._explain = explain
         self.may_be_final = False
-        self.have_beaten: Callable[[], bool] = lambda: False
+        self.have_beaten: Callable[[], bool] = _never
         settings: object = newer(spec, "restart_settings", None)
         self.settings = settings if isinstance(settings, RestartSettings) else RestartSettings()
         # Compared without the settings that end no job.

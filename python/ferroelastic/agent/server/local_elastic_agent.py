@@ -159,7 +159,6 @@ class LocalElasticAgent(SimpleElasticAgent):
         self._may_have_detached = False
         self._warm = warm_workers_of(spec, self._activity.refused_warm)
         self._uninterruptible_state_timeout = _resolve_uninterruptible_state_timeout(uninterruptible_state_timeout)
-        self._restarts.have_beaten = Heartbeats(weakref.ref(self)).have_come
         # By pid: monotonic time of the first check that found the worker in uninterruptible sleep.
         self._uninterruptible_state_first_seen: dict[int, float] = {}
 
@@ -169,6 +168,7 @@ class LocalElasticAgent(SimpleElasticAgent):
             # Before the rendezvous, which can take longer than the timeout of a probe.
             self._setup_healthcheck()
             self._activity.attach(self._health_check_server, self._worker_group.spec)
+            self._restarts.have_beaten = Heartbeats(weakref.ref(self)).have_come
             with _leftovers.guarding():
                 return super().run(role)
         finally:
