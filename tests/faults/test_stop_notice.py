@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import time
@@ -90,6 +91,7 @@ def test_the_deadline_after_a_failure_is_gone_in_the_next_attempt(launch: Launch
     assert {notice_of(launch, 1, rank)[0][0] for rank in (0, 1)} == {"signal"}
 
 
+@pytest.mark.skipif(os.environ.get("FERROELASTIC_PIDFD") == "0", reason="warm workers need pidfds")
 def test_warm_workers_read_it_too(launch: Launcher) -> None:
     light = launch.write("light.py", "")
     job = launch(

@@ -277,7 +277,8 @@ class Launcher:
 
     def pids(self, pattern: str) -> list[int]:
         """The numbers in files that workers have left."""
-        return [int(path.read_text()) for path in sorted(self.folder.glob(pattern))]
+        texts = [path.read_text().strip() for path in sorted(self.folder.glob(pattern))]
+        return [int(text) for text in texts if text]  # a shell creates the file before it writes
 
     def clean_up(self) -> None:
         for process in self.survivors:

@@ -165,7 +165,10 @@ impl RendezvousClient {
         facts: &Bound<'_, FailureFacts>,
         detail: &str,
     ) -> PyResult<()> {
-        self.call(py, Call::Failed { at_ns, text, code: exit_code, facts: facts.get().0.clone(), detail: detail.into() })
+        self.call(
+            py,
+            Call::Failed { at_ns, text, code: exit_code, facts: facts.get().0.clone(), detail: detail.into() },
+        )
     }
 
     fn progress(&self, py: Python<'_>) -> PyResult<()> {

@@ -1,8 +1,6 @@
 //! The thread that copies the workers' output (`ferro-log`). Supervision does not wait for it.
 
 use std::collections::BTreeMap;
-use std::os::fd::OwnedFd;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -28,7 +26,6 @@ pub(super) enum LogOrder {
     /// The worker's ends are closed when the order is handled. Before, the streams have no end.
     FinishRelay {
         id: u64,
-        worker_ends: Vec<Arc<OwnedFd>>,
         timeout: Duration,
         reply: Reply<RelayReport>,
     },
@@ -96,13 +93,10 @@ impl LogService {
                 }
                 let _ = reply.send(());
             }
-            LogOrder::FinishRelay { id, worker_ends, timeout, reply } => {
-                drop(worker_ends);
-                match self.relays.get_mut(&id) {
-                    Some(relay) => relay.finish(timeout, Instant::now(), reply),
-                    None => drop(reply.send(RelayReport::default())),
-                }
-            }
+            LogOrder::FinishRelay { id, timeout, reply } => match self.relays.get_mut(&id) {
+                Some(relay) => relay.finish(timeout, Instant::now(), reply),
+                None => drop(reply.send(RelayReport::default())),
+            },
             LogOrder::Close => self.is_closing = true,
         }
     }
@@ -153,6 +147,7 @@ impl Service for LogService {
 
     fn finish(&mut self, _outcome: &Result<()>) {
         for relay in self.relays.values_mut() {
+            relay.close_worker_ends();
             relay.close(&self.poller);
             relay.hand_over();
         }

@@ -5,10 +5,12 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::pipe::{PIPE_BUF, PipeFlags};
 
 use super::last::LastBytes;
 use crate::sys::console::Console;
+use crate::sys::fd::discard;
 use crate::sys::poller::{Interest, Poller};
 use crate::sys::pty::{self, Pty};
 use crate::sys::spawn::{Command, SpawnStack, spawn};
@@ -36,6 +38,13 @@ pub(super) fn open_stream(is_terminal: bool) -> io::Result<(OwnedFd, OwnedFd)> {
     Ok((agent_end, rustix::io::fcntl_dupfd_cloexec(&worker_end, 3)?))
 }
 
+/// Whether a process has the other end of a stream open.
+fn has_writer(source: &OwnedFd) -> bool {
+    let mut polled = [PollFd::new(source, PollFlags::empty())];
+    let at_once = Timespec { tv_sec: 0, tv_nsec: 0 };
+    poll(&mut polled, Some(&at_once)).is_ok() && !polled[0].revents().contains(PollFlags::HUP)
+}
+
 /// A pipe whose reads return the bytes of one write (`O_DIRECT`). The bytes of a write then stay together on the console, as if the worker
 /// wrote there itself.
 fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
@@ -57,6 +66,9 @@ pub struct RelayReport {
     /// The last error of the console.
     pub console_error: Option<String>,
 }
+
+/// The workers' ends of the streams of a relay. Open until the workers have ended, so the streams do not end when a worker closes its end.
+pub(super) type WorkerEnds = Arc<Mutex<Vec<Arc<OwnedFd>>>>;
 
 /// The last bytes of a stream, shared with the handle.
 pub(super) type SharedLast = Arc<Mutex<LastBytes>>;
@@ -124,6 +136,7 @@ pub(super) struct RelayState {
     poll_at: Option<Instant>,
     finish: Option<RelayFinish>,
     report: RelayReport,
+    worker_ends: WorkerEnds,
     /// A program that copies standard input to standard error until its end.
     successor: Option<Command>,
 }
@@ -135,6 +148,7 @@ impl RelayState {
         console: Console,
         is_terminal: bool,
         sources: Vec<(OwnedFd, SharedLast)>,
+        worker_ends: WorkerEnds,
         successor: Option<Command>,
     ) -> Self {
         let stream = |(source, last)| RelayStream { source: Some(source), last, is_watched: false, left: 0 };
@@ -150,6 +164,7 @@ impl RelayState {
             poll_at: is_terminal.then(Instant::now),
             finish: None,
             report: RelayReport::default(),
+            worker_ends,
             successor,
         }
     }
@@ -179,6 +194,7 @@ impl RelayState {
 
     /// Copies the rest of the streams and then replies. Gives up when the console has been blocked for `timeout`.
     pub(super) fn finish(&mut self, timeout: Duration, now: Instant, reply: Reply<RelayReport>) {
+        self.close_worker_ends();
         self.streams.iter_mut().for_each(|stream| stream.left = MAX_LEFT);
         self.finish = Some(RelayFinish { timeout, deadline: now.checked_add(timeout), reply });
     }
@@ -248,10 +264,18 @@ impl RelayState {
         let _ = poller.remove(&self.console);
     }
 
-    /// Lets the successor copy the streams that have not ended: a process that has left its worker goes on after this one.
+    /// Closes the workers' ends in this process, also those that a caller still owns.
+    pub(super) fn close_worker_ends(&self) {
+        for end in std::mem::take(&mut *self.worker_ends.lock().unwrap_or_else(PoisonError::into_inner)) {
+            // On failure the stream ends later, with the last owner.
+            let _ = discard(&end);
+        }
+    }
+
+    /// Lets the successor copy the streams that another process holds open: one that has left its worker goes on after this process.
     pub(super) fn hand_over(&mut self) {
         let Some(successor) = &self.successor else { return };
-        for source in self.streams.iter_mut().filter_map(|stream| stream.source.take()) {
+        for source in self.streams.iter_mut().filter_map(|stream| stream.source.take()).filter(has_writer) {
             let _ = rustix::io::ioctl_fionbio(&source, false);
             let command = Command { stdin: Some(Arc::new(source)), outlives_agent: true, ..successor.clone() };
             // On failure, writes to the stream fail.

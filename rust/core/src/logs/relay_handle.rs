@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use super::log_thread::{LogOrder, LogThread};
-use super::relay::{RelayReport, RelayState, SharedLast, open_stream};
+use super::relay::{RelayReport, RelayState, SharedLast, WorkerEnds, open_stream};
 use crate::error::{Error, Result};
 use crate::sys::console::Console;
 use crate::sys::spawn::Command;
@@ -23,8 +23,7 @@ pub struct Relay {
     thread: Arc<LogThread>,
     id: u64,
     is_terminal: bool,
-    /// Open until the workers have ended, so the streams do not end when a worker closes its end.
-    worker_ends: Mutex<Vec<Arc<OwnedFd>>>,
+    worker_ends: WorkerEnds,
     last: Vec<SharedLast>,
 }
 
@@ -48,9 +47,11 @@ impl Relay {
             last.push(kept);
         }
         let id = thread.next_id();
-        let relay = Box::new(RelayState::new(id, console, is_terminal, sources, successor));
+        let worker_ends: WorkerEnds = Arc::new(Mutex::new(worker_ends));
+        let relay = RelayState::new(id, console, is_terminal, sources, Arc::clone(&worker_ends), successor);
+        let relay = Box::new(relay);
         thread.line.send(LogOrder::Relay { id, relay })?;
-        Ok(Self { thread: Arc::clone(thread), id, is_terminal, worker_ends: Mutex::new(worker_ends), last })
+        Ok(Self { thread: Arc::clone(thread), id, is_terminal, worker_ends, last })
     }
 
     /// Whether the workers' streams are terminals.
@@ -85,9 +86,8 @@ impl Relay {
     /// successor. A further call may return an empty report.
     pub fn finish(&self, timeout: Duration) -> Result<RelayReport> {
         self.thread.line.check_owner()?;
-        let worker_ends = std::mem::take(&mut *self.worker_ends.lock().unwrap_or_else(PoisonError::into_inner));
         let id = self.id;
-        let order = |reply| LogOrder::FinishRelay { id, worker_ends, timeout, reply };
+        let order = |reply| LogOrder::FinishRelay { id, timeout, reply };
         Ok(self.thread.line.ask_within(timeout + REPLY_MARGIN, order)?.unwrap_or_default())
     }
 }

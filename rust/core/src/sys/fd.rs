@@ -13,6 +13,16 @@ pub fn duplicate(number: RawFd) -> io::Result<OwnedFd> {
     borrowed.try_clone_to_owned()
 }
 
+/// Closes the file of a descriptor that others still own: the number stays open on `/dev/null`.
+pub fn discard(fd: &OwnedFd) -> io::Result<()> {
+    let null = std::fs::OpenOptions::new().read(true).write(true).open("/dev/null")?;
+    // SAFETY: takes integers. The number belongs to `fd` and stays open.
+    if unsafe { libc::dup3(null.as_raw_fd(), fd.as_raw_fd(), libc::O_CLOEXEC) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
 /// Whether a descriptor has this number.
 fn is_open(number: RawFd) -> bool {
     // SAFETY: takes integers.
@@ -56,6 +66,14 @@ mod tests {
         let moved = other.try_clone().expect("duplicated");
         let error = move_to(vec![moved], &[other.as_raw_fd()]).expect_err("in use");
         assert_eq!(error.raw_os_error(), Some(libc::EBUSY));
+    }
+
+    #[test]
+    fn a_discarded_pipe_has_no_writer() {
+        let (reader, writer) = rustix::pipe::pipe().expect("a pipe");
+        discard(&writer).expect("discarded");
+        assert_eq!(rustix::io::read(&reader, &mut [0; 1]), Ok(0));
+        assert_eq!(rustix::io::write(&writer, b"unread"), Ok(6));
     }
 
     #[test]
