@@ -222,7 +222,9 @@ def _load_policy(path: str) -> Any:
     """Import the restart policy ``MODULE:NAME``. A class is instantiated."""
     module, _, name = path.partition(":")
     if not module or not name:
-        raise UsageError(f"{named('restart_policy', path)} is not of the form MODULE:NAME")
+        raise UsageError(
+            f"{named('restart_policy', path)} is not of the form MODULE:NAME; give a module that can be imported and the name of a policy in it"
+        )
     try:
         policy = getattr(import_module(module), name)
         policy = policy() if isinstance(policy, type) else policy
@@ -230,7 +232,7 @@ def _load_policy(path: str) -> Any:
         reason = f"{type(error).__name__}: {error}"
         raise UsageError(f"{named('restart_policy', path)} cannot be loaded: {reason}") from error
     if not callable(getattr(policy, "decide", None)):
-        raise UsageError(f"{named('restart_policy', path)} has no method decide()")
+        raise UsageError(f"{named('restart_policy', path)} has no method decide(); add it, or name another object")
     return policy
 
 

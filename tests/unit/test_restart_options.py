@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import TYPE_CHECKING
 
 import pytest
 
-from ferroelastic._usage import UsageError, parse_restart_settings
+from ferroelastic._usage import _RESTART_DEFAULTS, UsageError, parse_restart_settings
 from ferroelastic.agent.server import RestartSettings
 from ferroelastic.run import get_args_parser
 
@@ -76,3 +76,11 @@ def test_a_policy_of_a_program(name: str, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.syspath_prepend(tmp_path)
     policy = parse_restart_settings(parsed(f"--restart-policy=my_policy:{name}"))["restart_policy"]
     assert type(policy).__name__ == "Policy"
+
+
+def test_the_command_line_has_the_defaults_of_the_settings() -> None:
+    """The settings are not imported for them: ``--help`` loads no native module."""
+    settings = asdict(RestartSettings())
+    options = vars(parsed())
+    assert settings == _RESTART_DEFAULTS
+    assert {name: options[name] for name in settings} == settings
