@@ -272,14 +272,34 @@ fn a_file_gets_the_bytes_of_all_workers_and_of_other_writers() {
 fn a_relay_leaves_no_descriptor_open() {
     let engine = best_engine();
     let count = || std::fs::read_dir(Path::new("/proc/self/fd")).expect("listed").count();
-    let once = || {
+    let once = |is_finished: bool| {
         let (relay, _reader) = relay(&engine, 2);
         let group = run(&engine, &relay, &["echo one >&2", "exit 1"]);
         all_exits(&group);
-        relay.finish(PATIENCE).expect("finished");
+        if is_finished {
+            relay.finish(PATIENCE).expect("finished");
+        }
     };
-    once();
+    once(true);
     let before = count();
-    once();
-    eventually(|| count() <= before);
+    for is_finished in [true, false] {
+        once(is_finished);
+        eventually(|| count() <= before);
+    }
+}
+
+#[test]
+fn a_relay_without_a_handle_copies_until_the_worker_has_ended() {
+    let engine = best_engine();
+    let (relay, reader) = relay(&engine, 1);
+    let script = "trap 'echo late >&2; exit' TERM; echo ready >&2; while :; do sleep 0.01; done";
+    let group = run(&engine, &relay, &[script]);
+    let mut console = BufReader::new(File::from(reader));
+    assert_eq!(line_of(&mut console), "ready");
+    drop(relay);
+    group.signal(0, libc::SIGTERM, false).expect("signalled");
+    all_exits(&group);
+    let mut bytes = Vec::new();
+    console.read_to_end(&mut bytes).expect("read");
+    assert_eq!(bytes, b"late\n");
 }

@@ -29,6 +29,10 @@ pub(super) enum LogOrder {
         timeout: Duration,
         reply: Reply<RelayReport>,
     },
+    /// The handle is dropped.
+    ReleaseRelay {
+        id: u64,
+    },
     Close,
 }
 
@@ -97,6 +101,11 @@ impl LogService {
                 Some(relay) => relay.finish(timeout, Instant::now(), reply),
                 None => drop(reply.send(RelayReport::default())),
             },
+            LogOrder::ReleaseRelay { id } => {
+                if let Some(relay) = self.relays.get(&id) {
+                    relay.release_worker_ends();
+                }
+            }
             LogOrder::Close => self.is_closing = true,
         }
     }

@@ -266,10 +266,19 @@ impl RelayState {
 
     /// Closes the workers' ends in this process, also those that a caller still owns.
     pub(super) fn close_worker_ends(&self) {
-        for end in std::mem::take(&mut *self.worker_ends.lock().unwrap_or_else(PoisonError::into_inner)) {
+        for end in self.take_worker_ends() {
             // On failure the stream ends later, with the last owner.
             let _ = discard(&end);
         }
+    }
+
+    /// Closes the workers' ends that no caller owns.
+    pub(super) fn release_worker_ends(&self) {
+        drop(self.take_worker_ends());
+    }
+
+    fn take_worker_ends(&self) -> Vec<Arc<OwnedFd>> {
+        std::mem::take(&mut *self.worker_ends.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Lets the successor copy the streams that another process holds open: one that has left its worker goes on after this process.

@@ -91,3 +91,10 @@ impl Relay {
         Ok(self.thread.line.ask_within(timeout + REPLY_MARGIN, order)?.unwrap_or_default())
     }
 }
+
+/// Without a [`Relay::finish`], the streams are copied until all processes have closed them.
+impl Drop for Relay {
+    fn drop(&mut self) {
+        let _ = self.thread.line.send(LogOrder::ReleaseRelay { id: self.id });
+    }
+}
