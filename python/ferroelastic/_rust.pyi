@@ -220,6 +220,9 @@ class Group:
         Args:
             files: path, index of the worker, and a description of the stream for messages. Missing files are created.
             rules: the rules.
+
+        Raises:
+            TimeoutError: the disk of a file has not responded for 10 s.
         """
 
     def log_failures(self) -> list[LogFailure]:
@@ -350,7 +353,8 @@ class LogScan:
         """Search the rest of the files, last lines without an end included. Failures are known before the return.
 
         Returns:
-            Whether the search was complete within ``timeout_s`` seconds.
+            Whether the search was complete within ``timeout_s`` seconds. ``False`` also if the thread ``ferro-tee`` has failed or was
+            closed.
         """
 
 @final
@@ -368,7 +372,7 @@ class TailReport:
     console_error: str | None
     """Why the console failed: its reader closed it, or the disk is full."""
     unread: list[tuple[str, str]]
-    """Files that could not be opened, each with the reason."""
+    """Files that could not be opened or read to their end, each with the reason."""
 
 @final
 class Tail:
@@ -382,7 +386,8 @@ class Tail:
         """Copy the rest of the files, including a last line without newline, and close.
 
         Args:
-            timeout_s: give up if the console accepts nothing for this many seconds.
+            timeout_s: give up if the console accepts nothing for this many seconds, or if the disk of the log files does not respond for
+                this many seconds and two more.
 
         Returns:
             The outcome. Later calls return the same report.
@@ -523,7 +528,7 @@ class Engine:
         whole_lines_only: bool = False,
         is_json: bool = False,
     ) -> Tail:
-        """Follow ``files`` (path, line prefix) from their start. Missing files are created.
+        """Follow ``files`` (path, line prefix) from their start, on a thread of its own (named ``ferro-tee``). Missing files are created.
 
         ``${time}`` in a prefix becomes the time at which the engine read the line: ISO 8601 in UTC with milliseconds.
 
@@ -541,6 +546,7 @@ class Engine:
 
         Raises:
             OSError: the console cannot be opened.
+            TimeoutError: the disk of a log file has not responded for 10 s.
         """
 
     def relay(self, streams: int, *, console_fd: int, successor: Command | None = None) -> Relay:

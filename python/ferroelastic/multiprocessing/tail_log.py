@@ -187,7 +187,8 @@ class TailLog:
             )
         for path, reason in report.unread:
             logger.warning(
-                "failed to open the log file %s of %s, so it was not shown on the console: %s", path, self._name, reason
+                "failed to read the log file %s of %s, so the console does not show all of it: %s",
+                *(path, self._name, reason),
             )
 
     def stopped(self) -> bool:

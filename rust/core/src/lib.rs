@@ -38,6 +38,6 @@ pub mod vocabulary;
 pub mod warm;
 pub mod watchdog;
 
-pub use engine::{Engine, Group, Tail};
+pub use engine::{Engine, Group};
 pub use error::{Error, Result, SpawnError};
 pub use owner::Owner;

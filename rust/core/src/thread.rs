@@ -191,6 +191,11 @@ impl<O: ThreadOrder> NativeThread<O> {
         self.parts.as_ref().ok_or(Error::Closed)
     }
 
+    /// A sender for other threads of the crate. It does not keep the thread running.
+    pub(crate) fn remote(&self) -> Result<Remote<O>> {
+        Ok(self.parts()?.remote.clone())
+    }
+
     /// Sends an order. Fails if the thread has ended.
     pub(crate) fn send(&self, order: O) -> Result<()> {
         if self.parts()?.remote.send(order) { Ok(()) } else { Err(Error::Closed) }

@@ -51,7 +51,7 @@ impl From<engine::LogFailure> for LogFailure {
 
 /// A search of log files.
 #[pyclass(frozen, module = "ferroelastic._rust")]
-pub(crate) struct LogScan(pub(crate) engine::LogScan);
+pub(crate) struct LogScan(pub(crate) logs::LogScan);
 
 #[pymethods]
 impl LogScan {

@@ -1,6 +1,6 @@
 //! `Tail`.
 
-use ferroelastic_core::{engine, logs};
+use ferroelastic_core::logs;
 use pyo3::prelude::*;
 
 use crate::convert::span;
@@ -32,10 +32,10 @@ impl From<logs::TailReport> for TailReport {
 
 /// Follows growing log files.
 #[pyclass(frozen, module = "ferroelastic._rust")]
-pub(crate) struct Tail(engine::Tail);
+pub(crate) struct Tail(logs::Tail);
 
 impl Tail {
-    pub(crate) fn new(tail: engine::Tail) -> Self {
+    pub(crate) fn new(tail: logs::Tail) -> Self {
         Self(tail)
     }
 }

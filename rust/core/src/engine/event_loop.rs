@@ -16,7 +16,7 @@ use super::processes::{GroupEntry, Process, Reaper, SharedFile};
 use super::warnings::Warnings;
 use crate::error::{Error, Result};
 use crate::health;
-use crate::logs::Tails;
+use crate::logs::TeeEvent;
 use crate::supervise::{Exit, GroupEvent, StopPlan};
 use crate::sys::clock::Moment;
 use crate::sys::poller::{Interest, Poller};
@@ -34,9 +34,7 @@ use crate::watchdog::{WatchdogServer, WatchdogTokens};
 enum Token {
     Wake,
     Timer,
-    Notifier,
     Process(u64),
-    Console(u64),
     Fifo(u64),
     TimerClient { watchdog: u64, pid: u64 },
     HealthListener(u64),
@@ -55,16 +53,14 @@ impl Token {
         let (kind, id) = match self {
             Self::Wake => (0, 0),
             Self::Timer => (1, 0),
-            Self::Notifier => (2, 0),
-            Self::Process(id) => (3, id),
-            Self::Console(id) => (4, id),
-            Self::Fifo(id) => (5, id),
-            Self::TimerClient { watchdog, pid } => (6, watchdog << Self::PID_BITS | pid),
-            Self::HealthListener(id) => (7, id),
-            Self::HealthConnection(id) => (8, id),
-            Self::Guard => (9, 0),
-            Self::WarmChannel(id) => (10, id),
-            Self::WarmProcess(pid) => (11, pid),
+            Self::Process(id) => (2, id),
+            Self::Fifo(id) => (3, id),
+            Self::TimerClient { watchdog, pid } => (4, watchdog << Self::PID_BITS | pid),
+            Self::HealthListener(id) => (5, id),
+            Self::HealthConnection(id) => (6, id),
+            Self::Guard => (7, 0),
+            Self::WarmChannel(id) => (8, id),
+            Self::WarmProcess(pid) => (9, pid),
         };
         kind << Self::KIND_SHIFT | id
     }
@@ -74,15 +70,13 @@ impl Token {
         match packed >> Self::KIND_SHIFT {
             0 => Self::Wake,
             1 => Self::Timer,
-            2 => Self::Notifier,
-            3 => Self::Process(id),
-            4 => Self::Console(id),
-            5 => Self::Fifo(id),
-            7 => Self::HealthListener(id),
-            8 => Self::HealthConnection(id),
-            9 => Self::Guard,
-            10 => Self::WarmChannel(id),
-            11 => Self::WarmProcess(id),
+            2 => Self::Process(id),
+            3 => Self::Fifo(id),
+            5 => Self::HealthListener(id),
+            6 => Self::HealthConnection(id),
+            7 => Self::Guard,
+            8 => Self::WarmChannel(id),
+            9 => Self::WarmProcess(id),
             _ => Self::TimerClient { watchdog: id >> Self::PID_BITS, pid: id & ((1 << Self::PID_BITS) - 1) },
         }
     }
@@ -100,7 +94,6 @@ pub(super) struct EventLoop {
     groups: BTreeMap<u64, GroupEntry>,
     /// Group and index of each process, by its id in this engine (not its pid).
     processes: HashMap<u64, (u64, usize)>,
-    tails: Tails,
     log_matches: LogMatches,
     watchdogs: BTreeMap<u64, WatchdogServer>,
     health: health::Servers,
@@ -131,7 +124,6 @@ impl EventLoop {
             stack: SpawnStack::new(),
             groups: BTreeMap::new(),
             processes: HashMap::new(),
-            tails: Tails::new(Token::Notifier.pack()),
             log_matches: LogMatches::default(),
             watchdogs: BTreeMap::new(),
             health: health::Servers::new(health::HealthTokens {
@@ -233,12 +225,7 @@ impl EventLoop {
         let groups = self.groups.values().filter_map(|group| group.state.next_tick());
         let watchdogs = self.watchdogs.values_mut().filter_map(WatchdogServer::next_tick);
         let others = [self.orphans.next_tick(), self.warm.next_tick()];
-        groups
-            .chain(others.into_iter().flatten())
-            .chain(self.tails.next_tick())
-            .chain(self.health.next_tick())
-            .chain(watchdogs)
-            .min()
+        groups.chain(others.into_iter().flatten()).chain(self.health.next_tick()).chain(watchdogs).min()
     }
 
     /// Handles expired timers.
@@ -304,10 +291,7 @@ impl EventLoop {
                     self.record_exits(group, vec![ended]);
                 }
             }
-            EngineOrder::Tail(order) => {
-                let id = self.next_id();
-                order.handle(&mut self.tails, &self.poller, id);
-            }
+            EngineOrder::Logs(event) => self.handle_log_event(event),
             EngineOrder::CreateWatchdog { config, files, reports, reply } => {
                 let id = self.next_id();
                 let clients = Token::TimerClient { watchdog: id, pid: 0 }.pack();
@@ -360,6 +344,23 @@ impl EventLoop {
                 self.closing = true;
                 self.kill_all(kill_wait);
             }
+        }
+    }
+
+    fn handle_log_event(&mut self, event: TeeEvent) {
+        match event {
+            TeeEvent::Found { matches, waiters } => {
+                let now = Instant::now();
+                for found in matches {
+                    self.log_matches.handle(found, &mut self.groups, &self.warnings, now);
+                }
+                for waiter in waiters {
+                    let _ = waiter.send(());
+                }
+            }
+            TeeEvent::Failed(error) => self.warnings.add(format!(
+                "{error}; log files are no longer copied to the console or searched for patterns; the workers go on, and their files are complete"
+            )),
         }
     }
 
@@ -516,7 +517,7 @@ impl Service for EventLoop {
             let next = self.next_tick();
             self.timer.set(next).map_err(poll_failed)?;
             ready.clear();
-            self.poller.wait(!self.tails.is_busy() && !self.health.is_busy(), &mut ready).map_err(poll_failed)?;
+            self.poller.wait(!self.health.is_busy(), &mut ready).map_err(poll_failed)?;
             self.handle_exits(&mut ready)?;
             for token in ready.drain(..) {
                 match Token::unpack(token) {
@@ -525,8 +526,6 @@ impl Service for EventLoop {
                         self.handle_orders();
                     }
                     Token::Timer => self.timer.drain(),
-                    Token::Notifier => self.tails.notified(),
-                    Token::Console(tail) => self.tails.console_ready(tail, &self.poller),
                     Token::Fifo(id) => {
                         if let Some(watchdog) = self.watchdogs.get_mut(&id) {
                             watchdog.read_pipe(&self.poller);
@@ -564,11 +563,6 @@ impl Service for EventLoop {
             if self.warnings.announce() {
                 self.groups.values().for_each(|group| group.progress.wake_waiters());
             }
-            self.tails.pump(now, &self.poller, |tail| Token::Console(tail).pack());
-            for found in self.tails.scans.take_matches() {
-                self.log_matches.handle(found, &mut self.groups, &self.warnings, now);
-            }
-            self.tails.scans.wake_waiters();
             self.reap_orphans(now);
             // Probes come last, so they do not delay signals, deadlines or log lines.
             self.answer_probes();

@@ -5,9 +5,8 @@ use std::time::Duration;
 
 use super::order::{EngineOrder, Line, StartedGroup};
 use super::progress::{GroupProgress, LogFailure, StopReport};
-use super::tail::LogScan;
 use crate::error::{Error, Result};
-use crate::logs::{LogRules, ScanFile, ScanSpec};
+use crate::logs::{LogRules, LogScan, ScanFile, ScanSpec, TeeThread};
 use crate::published::{CallerFds, Wake};
 use crate::supervise::{Exit, GroupEvent, StopPlan};
 
@@ -15,6 +14,7 @@ use crate::supervise::{Exit, GroupEvent, StopPlan};
 #[derive(Debug)]
 pub struct Group {
     line: Arc<Line>,
+    tee_thread: Arc<TeeThread>,
     id: u64,
     pids: Vec<i32>,
     progress: Arc<GroupProgress>,
@@ -22,9 +22,10 @@ pub struct Group {
 }
 
 impl Group {
-    pub(super) fn new(line: &Arc<Line>, started: StartedGroup) -> Self {
+    pub(super) fn new(line: &Arc<Line>, tee_thread: &Arc<TeeThread>, started: StartedGroup) -> Self {
         Self {
             line: Arc::clone(line),
+            tee_thread: Arc::clone(tee_thread),
             id: started.id,
             pids: started.pids,
             progress: started.progress,
@@ -58,7 +59,7 @@ impl Group {
 
     /// Searches log files of the workers for lines that match `rules`.
     pub fn scan_logs(&self, files: Vec<ScanFile>, rules: Arc<LogRules>) -> Result<LogScan> {
-        LogScan::open(&self.line, ScanSpec { group: self.id, files, rules })
+        LogScan::open(&self.tee_thread, ScanSpec { group: self.id, files, rules })
     }
 
     /// The workers that have failed because of a line in their log, in the order of detection.

@@ -10,12 +10,11 @@ use super::group::Group;
 use super::health::HealthServer;
 use super::order::{EngineOrder, Line, Observed};
 use super::rotation::LogRotation;
-use super::tail::Tail;
 use super::warm::WarmPool;
 use super::warnings::Warnings;
 use super::watchdog::Watchdog;
 use crate::error::{Error, Result};
-use crate::logs::{LogThread, Relay, RotationLimits, TailSpec};
+use crate::logs::{LogThread, Relay, RotationLimits, Tail, TailSpec, TeeThread};
 use crate::sys::cgroup;
 use crate::sys::guard::{Guard, Program};
 use crate::sys::lease::LeasePage;
@@ -36,6 +35,7 @@ pub struct Engine {
     support: Support,
     warnings: Warnings,
     log_thread: Arc<LogThread>,
+    tee_thread: Arc<TeeThread>,
 }
 
 impl Engine {
@@ -49,8 +49,13 @@ impl Engine {
         let warnings = Warnings::default();
         let thread_warnings = warnings.clone();
         let line = NativeThread::start("ferro-sup", |inbox| EventLoop::new(inbox, support, thread_warnings))?;
-        let log_thread = Arc::new(LogThread::start()?);
-        Ok(Self { line: Arc::new(line), support, warnings, log_thread })
+        let engine = line.remote()?;
+        let report = move |event| {
+            // The engine may have ended.
+            let _ = engine.send(EngineOrder::Logs(event));
+        };
+        let (log_thread, tee_thread) = (Arc::new(LogThread::start()?), Arc::new(TeeThread::start(report)?));
+        Ok(Self { line: Arc::new(line), support, warnings, log_thread, tee_thread })
     }
 
     /// The kernel features that the engine uses.
@@ -78,7 +83,7 @@ impl Engine {
     ) -> Result<Group> {
         let pool = pool.map(WarmPool::id);
         let started = self.line.ask(|reply| EngineOrder::Spawn { commands, pool, stop_file, reply })??;
-        Ok(Group::new(&self.line, started))
+        Ok(Group::new(&self.line, &self.tee_thread, started))
     }
 
     /// Supervises processes that the caller started and reaps. The engine observes their exits and does not reap them.
@@ -89,7 +94,7 @@ impl Engine {
     pub fn observe(&self, processes: Vec<(i32, Option<OwnedFd>)>, stop_file: Option<Arc<StopFile>>) -> Result<Group> {
         let processes = processes.into_iter().map(|(pid, sentinel)| Observed { pid, sentinel }).collect();
         let started = self.line.ask(|reply| EngineOrder::Observe { processes, stop_file, reply })??;
-        Ok(Group::new(&self.line, started))
+        Ok(Group::new(&self.line, &self.tee_thread, started))
     }
 
     /// Starts a zygote that forks warm workers. Needs pidfds.
@@ -99,7 +104,7 @@ impl Engine {
 
     /// Follows growing files.
     pub fn tail(&self, spec: TailSpec) -> Result<Tail> {
-        Tail::open(&self.line, spec)
+        Tail::open(&self.tee_thread, spec)
     }
 
     /// Copies streams of workers to a console. Workers get their ends of the streams with [`Stdio::Fd`](crate::sys::spawn::Stdio::Fd).
@@ -112,7 +117,7 @@ impl Engine {
 
     /// Keeps log files within `limits`, while workers append to them. Call it before the files are followed.
     pub fn rotate_logs(&self, files: Vec<PathBuf>, limits: RotationLimits) -> Result<LogRotation> {
-        LogRotation::open(&self.line, files, limits, &self.warnings)
+        LogRotation::open(&self.tee_thread, files, limits, &self.warnings)
     }
 
     /// Creates the named pipe of a watchdog. Requests are served after [`Watchdog::start`].
@@ -165,6 +170,7 @@ impl Engine {
         let ended = self.line.close(EngineOrder::Close { kill_wait: timeout }, Some(timeout + CLOSE_MARGIN))?;
         // Last, because the workers may write until they are killed.
         self.log_thread.close(CLOSE_MARGIN)?;
+        self.tee_thread.close(CLOSE_MARGIN)?;
         // The waiters already have the error of a failed thread.
         Ok(matches!(ended, CloseOutcome::Ended(_)))
     }

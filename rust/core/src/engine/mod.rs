@@ -3,7 +3,7 @@
 //! The thread (`ferro-sup`) blocks in epoll until an event or a deadline. It feeds events to the state machines in [`crate::supervise`] and
 //! carries out their actions. Handles send orders and read the progress that the thread publishes. No lock is held across a wait.
 //!
-//! Imports go one way: `handle` -> `event_loop`, `group`, `tail`, `watchdog` and `health` -> `order` -> `progress`.
+//! Imports go one way: `handle` -> `event_loop`, `group`, `watchdog` and `health` -> `order` -> `progress`.
 
 mod event_loop;
 mod figures;
@@ -20,7 +20,6 @@ mod pools;
 mod processes;
 mod progress;
 mod rotation;
-mod tail;
 mod warm;
 mod warnings;
 mod watchdog;
@@ -30,6 +29,5 @@ pub use handle::Engine;
 pub use health::HealthServer;
 pub use progress::{Leftover, LogFailure, StopReport, Survivor};
 pub use rotation::LogRotation;
-pub use tail::{LogScan, Tail};
 pub use warm::WarmPool;
 pub use watchdog::Watchdog;

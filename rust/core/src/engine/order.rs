@@ -2,22 +2,20 @@
 
 use std::io;
 use std::os::fd::{OwnedFd, RawFd};
-use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::processes::SharedFile;
 use super::progress::GroupProgress;
 use crate::error::Result;
 use crate::health::HealthOrder;
-use crate::logs::{RotatedFile, ScanSpec, TailReport, TailSpec, Tails};
+use crate::logs::TeeEvent;
 use crate::supervise::GroupEvent;
 use crate::sys::beats::BeatPage;
 use crate::sys::clock::Moment;
 use crate::sys::fifo::Fifo;
 use crate::sys::guard::{Guard, Program};
 use crate::sys::lease::LeasePage;
-use crate::sys::poller::Poller;
 use crate::sys::spawn::Command;
 use crate::sys::wait::{ExitStatus, Usage};
 use crate::thread::{NativeThread, Reply, ThreadOrder};
@@ -67,42 +65,6 @@ pub(super) enum PoolOrder {
     },
 }
 
-/// An order to the readers of log files.
-pub(super) enum TailOrder {
-    Open { spec: TailSpec, reply: Reply<Result<u64>> },
-    Finish { tail: u64, timeout: Duration, reply: Reply<TailReport> },
-    Drop { tail: u64 },
-    OpenScan { spec: ScanSpec, reply: Reply<u64> },
-    FinishScan { scan: u64, reply: Reply<()> },
-    DropScan { scan: u64 },
-    Rotate { files: Vec<(PathBuf, Arc<RotatedFile>)>, reply: Reply<()> },
-    EndRotation { files: Vec<PathBuf> },
-}
-
-impl TailOrder {
-    /// Carries out the order. `id` becomes the id of a new reader.
-    pub(super) fn handle(self, tails: &mut Tails, poller: &Poller, id: u64) {
-        match self {
-            Self::Open { spec, reply } => {
-                let _ = reply.send(tails.add(id, &spec, poller).map(|()| id));
-            }
-            Self::Finish { tail, timeout, reply } => tails.finish(tail, timeout, Instant::now(), reply),
-            Self::Drop { tail } => tails.drop_tail(tail, poller),
-            Self::OpenScan { spec, reply } => {
-                tails.add_scan(id, &spec, poller);
-                let _ = reply.send(id);
-            }
-            Self::FinishScan { scan, reply } => tails.finish_scan(scan, reply),
-            Self::DropScan { scan } => tails.drop_scan(scan, poller),
-            Self::Rotate { files, reply } => {
-                tails.rotations.extend(files);
-                let _ = reply.send(());
-            }
-            Self::EndRotation { files } => tails.rotations.retain(|path, _| !files.contains(path)),
-        }
-    }
-}
-
 /// An order to the engine thread.
 pub(super) enum EngineOrder {
     Spawn {
@@ -139,7 +101,7 @@ pub(super) enum EngineOrder {
         usage: Usage,
         at: Moment,
     },
-    Tail(TailOrder),
+    Logs(TeeEvent),
     /// Adds a watchdog whose pipe and heartbeat page exist.
     CreateWatchdog {
         config: Config,

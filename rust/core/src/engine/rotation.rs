@@ -4,23 +4,22 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::order::{EngineOrder, Line, TailOrder};
 use super::warnings::Warnings;
 use crate::error::Result;
-use crate::logs::{RotatedFile, RotationLimits, RotationOrder, start_rotation};
+use crate::logs::{RotatedFile, RotationLimits, RotationOrder, TeeThread, start_rotation};
 use crate::thread::{CloseOutcome, NativeThread};
 
 /// Keeps log files within their limits until it is closed or dropped.
 #[derive(Debug)]
 pub struct LogRotation {
-    line: Arc<Line>,
+    readers: Arc<TeeThread>,
     thread: NativeThread<RotationOrder>,
     files: Vec<PathBuf>,
 }
 
 impl LogRotation {
     pub(super) fn open(
-        line: &Arc<Line>,
+        readers: &Arc<TeeThread>,
         files: Vec<PathBuf>,
         limits: RotationLimits,
         warnings: &Warnings,
@@ -29,9 +28,9 @@ impl LogRotation {
         let rotated: Vec<_> = rotated.collect();
         let warnings = warnings.clone();
         // The readers are told first: a tail that is opened later follows the file while it is rotated.
-        line.ask(|reply| EngineOrder::Tail(TailOrder::Rotate { files: rotated.clone(), reply }))?;
+        readers.rotate(rotated.clone())?;
         let thread = start_rotation(rotated, limits, move |text| warnings.add(text))?;
-        Ok(Self { line: Arc::clone(line), thread, files })
+        Ok(Self { readers: Arc::clone(readers), thread, files })
     }
 
     /// Ends the rotation. `false` if it has not ended within `timeout`, for instance because a disk does not respond. Idempotent.
@@ -48,6 +47,6 @@ impl LogRotation {
 
 impl Drop for LogRotation {
     fn drop(&mut self) {
-        let _ = self.line.send(EngineOrder::Tail(TailOrder::EndRotation { files: std::mem::take(&mut self.files) }));
+        self.readers.end_rotation(std::mem::take(&mut self.files));
     }
 }

@@ -1,6 +1,6 @@
 //! Copies growing log files to a console as whole, prefixed lines, and searches them for lines that match rules.
 //!
-//! Workers write their streams directly to files, and the engine reads these files. A training loop therefore never waits for the agent or
+//! Workers write their streams directly to files, and a thread of the engine reads these files. A training loop therefore never waits for the agent or
 //! for the reader of the console, and the files are complete even if the agent is killed. The files are also the buffer: a blocked console
 //! uses no memory and loses no lines.
 
@@ -17,7 +17,9 @@ mod rotation;
 mod rotation_thread;
 mod scans;
 mod tail;
+mod tail_handle;
 mod tails;
+mod tee_thread;
 mod time;
 
 pub use last::KEPT;
@@ -32,4 +34,5 @@ pub(crate) use rotation_thread::{RotationOrder, start_rotation};
 pub use scans::ScanFile;
 pub(crate) use scans::{LogMatch, ScanSpec};
 pub use tail::{TailReport, TailSpec};
-pub(crate) use tails::Tails;
+pub use tail_handle::{LogScan, Tail};
+pub(crate) use tee_thread::{TeeEvent, TeeThread};

@@ -81,7 +81,7 @@ struct Scan {
 
 /// The scans of an engine.
 #[derive(Debug, Default)]
-pub(crate) struct Scans {
+pub(super) struct Scans {
     by_id: BTreeMap<u64, Scan>,
     matches: Vec<LogMatch>,
     /// Waiters for scans that have reached the end of their files.
@@ -170,16 +170,10 @@ impl Scans {
         }
     }
 
-    /// The matches since the last call.
-    pub(crate) fn take_matches(&mut self) -> Vec<LogMatch> {
-        std::mem::take(&mut self.matches)
-    }
-
-    /// Wakes the waiters for scans that have reached the end of their files. Their matches must have been handled.
-    pub(crate) fn wake_waiters(&mut self) {
-        for reply in self.finished.drain(..) {
-            let _ = reply.send(());
-        }
+    /// The matches since the last call, and the waiters for scans that have reached the end of their files. They are woken when their
+    /// matches have been handled.
+    pub(super) fn take_found(&mut self) -> (Vec<LogMatch>, Vec<Reply<()>>) {
+        (std::mem::take(&mut self.matches), std::mem::take(&mut self.finished))
     }
 }
 
@@ -298,18 +292,17 @@ mod tests {
             while scans.is_busy() {
                 scans.pump(&mut scratch);
             }
-            scans.take_matches().iter().map(|found| found.lines).sum::<u64>()
+            let (found, waiters) = scans.take_found();
+            (found.iter().map(|found| found.lines).sum::<u64>(), waiters.len())
         };
-        assert_eq!(lines(&mut scans, b"ok\nnan"), 0);
-        assert_eq!(lines(&mut scans, b" 1\n"), 1);
-        assert_eq!(lines(&mut scans, &[b"nan\n".repeat(CHUNK).as_slice(), b"the last nan"].concat()), CHUNK as u64);
+        assert_eq!(lines(&mut scans, b"ok\nnan"), (0, 0));
+        assert_eq!(lines(&mut scans, b" 1\n"), (1, 0));
+        let many = [b"nan\n".repeat(CHUNK).as_slice(), b"the last nan"].concat();
+        assert_eq!(lines(&mut scans, &many), (CHUNK as u64, 0));
         let endless = vec![b'x'; 3 * MAX_LINE];
-        assert_eq!(lines(&mut scans, &endless), 1, "a line without end is searched in parts");
-        let (reply, end) = sync_channel(1);
+        assert_eq!(lines(&mut scans, &endless), (1, 0), "a line without end is searched in parts");
+        let (reply, _end) = sync_channel(1);
         scans.finish(7, reply);
-        assert_eq!(lines(&mut scans, b" nan"), 1);
-        assert!(end.try_recv().is_err(), "the matches come first");
-        scans.wake_waiters();
-        end.try_recv().expect("finished");
+        assert_eq!(lines(&mut scans, b" nan"), (1, 1), "the waiter comes with the last matches");
     }
 }

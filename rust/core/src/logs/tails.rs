@@ -22,7 +22,7 @@ const POLL_INTERVAL: Duration = Duration::from_millis(20);
 const BATCH_DELAY: Duration = Duration::from_millis(2);
 
 /// The tails of an engine.
-pub(crate) struct Tails {
+pub(super) struct Tails {
     notifier: Option<Notifier>,
     notifier_token: u64,
     listening: bool,
@@ -42,14 +42,14 @@ pub(crate) struct Tails {
     poll_at: Option<Instant>,
     /// For each console, the stream whose unfinished line is its last output. Several tails may share a console.
     open_lines: HashMap<ConsoleKey, OpenLine>,
-    pub(crate) scans: Scans,
+    pub(super) scans: Scans,
     /// Files with a size limit that later readers follow.
-    pub(crate) rotations: Rotations,
+    pub(super) rotations: Rotations,
     scratch: Vec<u8>,
 }
 
 impl Tails {
-    pub(crate) fn new(notifier_token: u64) -> Self {
+    pub(super) fn new(notifier_token: u64) -> Self {
         Self {
             notifier: Notifier::new().ok(),
             notifier_token,
@@ -71,7 +71,7 @@ impl Tails {
     }
 
     /// Adds a tail for the files of `spec`.
-    pub(crate) fn add(&mut self, id: u64, spec: &TailSpec, poller: &Poller) -> Result<(), Error> {
+    pub(super) fn add(&mut self, id: u64, spec: &TailSpec, poller: &Poller) -> Result<(), Error> {
         let mut tail = FileTail::open(spec, &self.rotations)?;
         for (index, (path, _)) in spec.files.iter().enumerate() {
             if !self.watch(path, (id, index)) {
@@ -89,7 +89,7 @@ impl Tails {
     }
 
     /// Adds a scan of the files of `spec`.
-    pub(crate) fn add_scan(&mut self, id: u64, spec: &ScanSpec, poller: &Poller) {
+    pub(super) fn add_scan(&mut self, id: u64, spec: &ScanSpec, poller: &Poller) {
         let files = spec.files.iter().enumerate();
         let is_watched: Vec<bool> = files.map(|(index, file)| self.watch(&file.path, (id, index))).collect();
         self.scans.add(id, spec, &is_watched, &self.rotations);
@@ -100,12 +100,12 @@ impl Tails {
     }
 
     /// Searches the rest of the files of a scan, and then sends to `reply`.
-    pub(crate) fn finish_scan(&mut self, id: u64, reply: Reply<()>) {
+    pub(super) fn finish_scan(&mut self, id: u64, reply: Reply<()>) {
         self.scans.finish(id, reply);
     }
 
     /// Ends a scan.
-    pub(crate) fn drop_scan(&mut self, id: u64, poller: &Poller) {
+    pub(super) fn drop_scan(&mut self, id: u64, poller: &Poller) {
         if self.scans.remove(id) {
             self.unwatch(id);
             self.rest(poller);
@@ -122,7 +122,7 @@ impl Tails {
     }
 
     /// Handles a readable notifier.
-    pub(crate) fn notified(&mut self) {
+    pub(super) fn notified(&mut self) {
         let Some(notifier) = &self.notifier else { return };
         let (watches, tails, scans, runnable) = (&self.watches, &mut self.by_id, &mut self.scans, &mut self.runnable);
         let complete = notifier.drain(|watch| {
@@ -141,7 +141,7 @@ impl Tails {
     }
 
     /// Handles a console that has room again.
-    pub(crate) fn console_ready(&mut self, id: u64, poller: &Poller) {
+    pub(super) fn console_ready(&mut self, id: u64, poller: &Poller) {
         if self.full.remove(&id) {
             if let Some(tail) = self.by_id.get(&id) {
                 let _ = poller.remove(tail.console_fd());
@@ -153,7 +153,7 @@ impl Tails {
     /// Copies the rest of the files and then ends the tail. Gives up when the console has been blocked for `timeout`.
     ///
     /// Sends the report to `reply`. A further call gets the same report and does not change the timeout.
-    pub(crate) fn finish(&mut self, id: u64, timeout: Duration, now: Instant, reply: Reply<TailReport>) {
+    pub(super) fn finish(&mut self, id: u64, timeout: Duration, now: Instant, reply: Reply<TailReport>) {
         if let Some(report) = self.finished.get(&id) {
             let _ = reply.send(report.clone());
         } else if let Some(tail) = self.by_id.get_mut(&id) {
@@ -167,14 +167,14 @@ impl Tails {
     }
 
     /// Ends a tail whose handle was dropped.
-    pub(crate) fn drop_tail(&mut self, id: u64, poller: &Poller) {
+    pub(super) fn drop_tail(&mut self, id: u64, poller: &Poller) {
         self.end(id, poller);
         self.waiting.remove(&id);
         self.finished.remove(&id);
     }
 
-    /// Copies one chunk of each stream that has grown. Ends finishing tails that have reached the end of their files or their deadline.
-    pub(crate) fn pump(&mut self, now: Instant, poller: &Poller, console_token: impl Fn(u64) -> u64) {
+    /// Copies one chunk of each stream that has grown. A full console is added to the poller with the id of its tail as token. Ends finishing tails that have reached the end of their files or their deadline.
+    pub(super) fn pump(&mut self, now: Instant, poller: &Poller) {
         if self.resume_at.is_some_and(|at| at <= now) {
             self.resume_at = None;
             self.listen(poller, true);
@@ -196,7 +196,7 @@ impl Tails {
                 Pumped::ConsoleFull => {
                     self.runnable.remove(id);
                     self.full.insert(*id);
-                    if poller.add(tail.console_fd(), console_token(*id), Interest::Writable).is_err() {
+                    if poller.add(tail.console_fd(), *id, Interest::Writable).is_err() {
                         // The poller cannot report when the console has room. Retry after a pause.
                         self.polled_consoles.insert(*id);
                         self.poll_at = self.poll_at.or(now.checked_add(POLL_INTERVAL));
@@ -223,12 +223,12 @@ impl Tails {
     }
 
     /// Whether [`Tails::pump`] has something to do now.
-    pub(crate) fn is_busy(&self) -> bool {
+    pub(super) fn is_busy(&self) -> bool {
         !self.runnable.is_empty() || self.scans.is_busy()
     }
 
     /// The next deadline of [`Tails::pump`].
-    pub(crate) fn next_tick(&self) -> Option<Instant> {
+    pub(super) fn next_tick(&self) -> Option<Instant> {
         let finish_deadline = |id| self.by_id.get(id)?.finishing.as_ref()?.deadline;
         // Unfinished lines cannot be shown on a full console.
         let not_full = self.by_id.iter().filter(|(id, _)| !self.full.contains(id));
@@ -370,14 +370,14 @@ mod tests {
         poller.add(tails.by_id[&TOKEN].console_fd(), 99, Interest::Writable).expect("added");
         let report = finish(&mut tails);
         let now = Instant::now();
-        tails.pump(now, &poller, |id| id);
+        tails.pump(now, &poller);
         assert!(!tails.is_busy(), "the console is full");
         assert_eq!(report.try_recv().ok(), None);
         let mut room = vec![0; 1 << 20];
         rustix::io::read(&reader, &mut room).expect("read");
         while let Some(next) = tails.next_tick() {
             assert!(next <= now + 2 * POLL_INTERVAL, "the console is not polled before the timeout of the finish");
-            tails.pump(next, &poller, |id| id);
+            tails.pump(next, &poller);
         }
         assert_eq!(report.try_recv().expect("finished").lines, 1);
     }
@@ -388,7 +388,7 @@ mod tests {
         rustix::io::read(&reader, &mut vec![0; 1 << 20]).expect("read");
         let reports = [finish(&mut tails), finish(&mut tails)];
         for _ in 0..2 {
-            tails.pump(Instant::now(), &poller, |id| id);
+            tails.pump(Instant::now(), &poller);
         }
         let late = finish(&mut tails);
         for report in reports.into_iter().chain([late]) {

@@ -1,0 +1,217 @@
+//! The thread that reads log files (`ferro-tee`): it copies their lines to consoles and searches them. It may wait for a disk; supervision
+//! does not wait for it.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{RecvTimeoutError, sync_channel};
+use std::time::{Duration, Instant};
+
+use super::log_file::RotatedFile;
+use super::scans::{LogMatch, ScanSpec};
+use super::tail::{TailReport, TailSpec};
+use super::tails::Tails;
+use crate::error::{Error, Result};
+use crate::sys::poller::{Interest, Poller};
+use crate::sys::timer::Timer;
+use crate::thread::{CloseOutcome, Inbox, NativeThread, Reply, Service, ThreadOrder};
+
+const WAKE: u64 = u64::MAX;
+const TIMER: u64 = u64::MAX - 1;
+const NOTIFIER: u64 = u64::MAX - 2;
+
+/// An order to the thread.
+pub(super) enum TeeOrder {
+    Open { id: u64, spec: TailSpec, reply: Reply<Result<()>> },
+    Finish { tail: u64, timeout: Duration, reply: Reply<TailReport> },
+    Drop { tail: u64 },
+    OpenScan { id: u64, spec: ScanSpec, reply: Reply<()> },
+    FinishScan { scan: u64, reply: Reply<()> },
+    DropScan { scan: u64 },
+    Rotate { files: Vec<(PathBuf, Arc<RotatedFile>)>, reply: Reply<()> },
+    EndRotation { files: Vec<PathBuf> },
+    Close,
+}
+
+impl ThreadOrder for TeeOrder {
+    fn close() -> Self {
+        Self::Close
+    }
+}
+
+/// A report of the thread to the engine.
+pub(crate) enum TeeEvent {
+    /// Lines that match rules. The waiters are woken when the engine has handled them.
+    Found { matches: Vec<LogMatch>, waiters: Vec<Reply<()>> },
+    /// The thread has failed, and reads no more.
+    Failed(String),
+}
+
+/// The handle of the thread.
+pub(crate) struct TeeThread {
+    line: NativeThread<TeeOrder>,
+    last_id: AtomicU64,
+    /// Turns of the thread's loop. The number stands still while the thread waits for a disk.
+    turns: Arc<AtomicU64>,
+    /// One more than the turns at which the thread did not answer in time.
+    stuck_at: AtomicU64,
+}
+
+impl TeeThread {
+    /// Starts the thread. It calls `report` with its events.
+    pub(crate) fn start(report: impl Fn(TeeEvent) + Send + 'static) -> Result<Self> {
+        let turns = Arc::<AtomicU64>::default();
+        let (thread_turns, report) = (Arc::clone(&turns), Box::new(report));
+        let line = NativeThread::start("ferro-tee", |inbox| TeeService::new(inbox, thread_turns, report))?;
+        Ok(Self { line, last_id: AtomicU64::new(0), turns, stuck_at: AtomicU64::new(0) })
+    }
+
+    /// Ends the thread. `false` if it has not ended within `timeout`.
+    pub(crate) fn close(&self, timeout: Duration) -> Result<bool> {
+        let ended = self.line.close(TeeOrder::Close, Some(timeout))?;
+        Ok(matches!(ended, CloseOutcome::Ended(_)))
+    }
+
+    /// Readers that are added later follow the files while their beginnings are removed.
+    pub(crate) fn rotate(&self, files: Vec<(PathBuf, Arc<RotatedFile>)>) -> Result<()> {
+        self.open("rotate", |reply| TeeOrder::Rotate { files, reply })
+    }
+
+    /// Ends [`TeeThread::rotate`].
+    pub(crate) fn end_rotation(&self, files: Vec<PathBuf>) {
+        let _ = self.line.send(TeeOrder::EndRotation { files });
+    }
+
+    pub(super) fn next_id(&self) -> u64 {
+        self.last_id.fetch_add(1, Ordering::Relaxed) + 1
+    }
+
+    pub(super) fn line(&self) -> &NativeThread<TeeOrder> {
+        &self.line
+    }
+
+    /// Sends an order that opens files, and waits for the reply. Fails if the thread waits for a disk.
+    pub(super) fn open<T>(&self, operation: &'static str, order: impl FnOnce(Reply<T>) -> TeeOrder) -> Result<T> {
+        const TIMEOUT: Duration = Duration::from_secs(10);
+        self.ask_while_it_turns(TIMEOUT, order)?.ok_or_else(|| {
+            let text = format!("the disk has not responded for {} s", TIMEOUT.as_secs());
+            Error::os(operation, "log files", std::io::Error::new(std::io::ErrorKind::TimedOut, text))
+        })
+    }
+
+    /// Sends an order and waits for the reply. Returns `None` if the thread has made no turn of its loop for `timeout`, and then at once until
+    /// it makes one.
+    pub(super) fn ask_while_it_turns<T>(
+        &self,
+        timeout: Duration,
+        order: impl FnOnce(Reply<T>) -> TeeOrder,
+    ) -> Result<Option<T>> {
+        let (reply, answer) = sync_channel(1);
+        self.line.send(order(reply))?;
+        loop {
+            let turns = self.turns.load(Ordering::Relaxed);
+            let is_stuck = self.stuck_at.load(Ordering::Relaxed) == turns + 1;
+            match answer.recv_timeout(if is_stuck { Duration::ZERO } else { timeout }) {
+                Ok(answer) => return Ok(Some(answer)),
+                Err(RecvTimeoutError::Disconnected) => return Err(Error::Closed),
+                Err(RecvTimeoutError::Timeout) if self.turns.load(Ordering::Relaxed) == turns => {
+                    self.stuck_at.store(turns + 1, Ordering::Relaxed);
+                    return Ok(None);
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+        }
+    }
+}
+
+impl std::fmt::Debug for TeeThread {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.debug_struct("TeeThread").field("line", &self.line).finish_non_exhaustive()
+    }
+}
+
+/// The state of the thread.
+struct TeeService {
+    inbox: Inbox<TeeOrder>,
+    poller: Poller,
+    timer: Timer,
+    tails: Tails,
+    turns: Arc<AtomicU64>,
+    report: Box<dyn Fn(TeeEvent) + Send>,
+    is_closing: bool,
+}
+
+impl TeeService {
+    fn new(inbox: Inbox<TeeOrder>, turns: Arc<AtomicU64>, report: Box<dyn Fn(TeeEvent) + Send>) -> Result<Self> {
+        let poller = Poller::new().map_err(|source| Error::os("create", "an epoll instance", source))?;
+        let timer = Timer::new().map_err(|source| Error::os("create", "a timerfd", source))?;
+        poller
+            .add(inbox.wake(), WAKE, Interest::Readable)
+            .and_then(|()| poller.add(&timer, TIMER, Interest::Readable))
+            .map_err(|source| Error::os("watch", "the descriptors of the thread ferro-tee", source))?;
+        Ok(Self { inbox, poller, timer, tails: Tails::new(NOTIFIER), turns, report, is_closing: false })
+    }
+
+    fn handle(&mut self, order: TeeOrder) {
+        let (tails, poller) = (&mut self.tails, &self.poller);
+        match order {
+            TeeOrder::Open { id, spec, reply } => {
+                let _ = reply.send(tails.add(id, &spec, poller));
+            }
+            TeeOrder::Finish { tail, timeout, reply } => tails.finish(tail, timeout, Instant::now(), reply),
+            TeeOrder::Drop { tail } => tails.drop_tail(tail, poller),
+            TeeOrder::OpenScan { id, spec, reply } => {
+                tails.add_scan(id, &spec, poller);
+                let _ = reply.send(());
+            }
+            TeeOrder::FinishScan { scan, reply } => tails.finish_scan(scan, reply),
+            TeeOrder::DropScan { scan } => tails.drop_scan(scan, poller),
+            TeeOrder::Rotate { files, reply } => {
+                tails.rotations.extend(files);
+                let _ = reply.send(());
+            }
+            TeeOrder::EndRotation { files } => tails.rotations.retain(|path, _| !files.contains(path)),
+            TeeOrder::Close => self.is_closing = true,
+        }
+    }
+}
+
+impl Service for TeeService {
+    type Order = TeeOrder;
+
+    fn serve(&mut self) -> Result<()> {
+        let poll_failed = |source| Error::os("wait for", "lines of log files", source);
+        let mut ready = Vec::new();
+        while !self.is_closing {
+            self.timer.set(self.tails.next_tick()).map_err(poll_failed)?;
+            ready.clear();
+            self.poller.wait(!self.tails.is_busy(), &mut ready).map_err(poll_failed)?;
+            for token in ready.drain(..) {
+                match token {
+                    WAKE => {
+                        self.inbox.wake().drain();
+                        while let Some(order) = self.inbox.next() {
+                            self.handle(order);
+                        }
+                    }
+                    TIMER => self.timer.drain(),
+                    NOTIFIER => self.tails.notified(),
+                    tail => self.tails.console_ready(tail, &self.poller),
+                }
+            }
+            self.tails.pump(Instant::now(), &self.poller);
+            let (matches, waiters) = self.tails.scans.take_found();
+            if !matches.is_empty() || !waiters.is_empty() {
+                (self.report)(TeeEvent::Found { matches, waiters });
+            }
+            self.turns.fetch_add(1, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    fn finish(&mut self, outcome: &Result<()>) {
+        if let Err(error) = outcome {
+            (self.report)(TeeEvent::Failed(error.to_string()));
+        }
+    }
+}
