@@ -39,7 +39,7 @@ OPTIONS = (
     "--fail-on-log=loss=nan=loss is NaN",
     r"--warn-on-log=(?i)nccl (warn|error).*timeout=collective",
     "--warn-on-log=^slow step: \\d{4,} ms$=slow input",
-    "--log-max-size=16M",
+    "--log-max-size=8M",
     "--log-max-files=99",
 )
 
@@ -124,7 +124,7 @@ def main() -> None:
     """Print the figures."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--baseline", default=str(ROOT / "python"), help="folder of the package for plain tee")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--lines", type=int, default=1_000_000, help="lines of each of 8 workers for the slow reader")
     args = parser.parse_args()
     here = str(ROOT / "python")

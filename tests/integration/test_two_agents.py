@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from tests.support.waiting import eventually
 
-from ferroelastic.agent.server import LocalElasticAgent, RestartSettings, WorkerSpec, WorkerState
+from ferroelastic.agent.server import LocalElasticAgent, RestartSettings, WorkerSpec, WorkerState, _restarts
 from ferroelastic.multiprocessing import DefaultLogsSpecs, Std
 from ferroelastic.rendezvous import RendezvousParameters
 from ferroelastic.rendezvous._native import NativeRendezvous
@@ -27,9 +27,11 @@ if TYPE_CHECKING:
 PATIENCE_S = 60.0
 MOST_RANKS = 4
 
-# Ends when it is told to, with the exit code that it is told; does not mind SIGTERM if it is to be stubborn.
+# Ends when it is told to, with the exit code that it is told. At SIGTERM it writes its stop notice, if it is to; it does not mind SIGTERM if
+# it is to be stubborn.
 WORKER = """
 [ -e "$1/stubborn.$RANK" ] && { trap '' TERM; : > "$1/is-stubborn.$RANK"; }
+[ -e "$1/reads-notice" ] && { trap 'cat "$FERROELASTIC_STOP_FILE" > "$1/notice.$RANK"; exit' TERM; : > "$1/ready.$RANK"; }
 read code < "$1/gate.$RANK"; exit "$code"
 """
 
@@ -209,6 +211,21 @@ def test_a_node_that_comes_and_one_that_goes_are_no_failures(job: Job) -> None:
     assert host.ends().state == WorkerState.SUCCEEDED
 
 
+def test_workers_are_told_that_a_node_that_joins_is_the_reason_of_their_stop(job: Job) -> None:
+    (job.folder / "reads-notice").touch()
+    host = job.node((1, 2), max_restarts=0)
+    host.runs_round(1)
+    assert eventually(lambda: all((job.folder / f"ready.{rank}").exists() for rank in (0, 1)), PATIENCE_S)
+    guest = job.node((1, 2), max_restarts=0)
+    host.runs_round(2)
+    guest.runs_round(1)
+    notices = [json.loads((job.folder / f"notice.{rank}").read_text()) for rank in (0, 1)]
+    assert [(notice["reason"], notice["signal"]) for notice in notices] == [("membership", signal.SIGTERM)] * 2
+    for rank in range(4):
+        job.let_end(rank, code=0)
+    assert [node.ends().state for node in (host, guest)] == [WorkerState.SUCCEEDED] * 2
+
+
 def test_both_kinds_are_counted_side_by_side(job: Job) -> None:
     host = job.node((1, 2), max_restarts=1)
     host.runs_round(1)
@@ -272,6 +289,27 @@ def test_a_node_with_another_policy_is_refused_with_both_values(job: Job) -> Non
     assert eventually(lambda: host.handler._client is not None and bool(host.handler._client.address), PATIENCE_S)
     error = job.node(restart_settings=RestartSettings(fatal_exit_codes="4")).ends()
     assert "the job has --fatal-exit-codes=3, this node was started with --fatal-exit-codes=4" in str(error)
+
+
+def test_progress_of_one_node_counts_for_the_job(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host's workers fail, and a file of the other node changes. At the end no file changes."""
+    limit, rounds = 3, 7
+    monkeypatch.setattr(_restarts, "_PROGRESS_INTERVAL_S", 0.02)
+    files = [job.folder / name for name in ("host", "guest")]
+    nodes = []
+    for file in files:
+        settings = RestartSettings(restarts_without_progress=limit, progress_file=str(file), restart_backoff=0.0)
+        nodes.append(job.node(max_restarts=2 * rounds, restart_settings=settings))
+    for round_ in range(1, rounds + limit):
+        for node in nodes:
+            node.runs_round(round_)
+        if round_ < rounds:
+            files[1].write_text(str(round_))
+            assert eventually(lambda: nodes[1].agent._restarts._has_found_progress, PATIENCE_S)
+        job.let_end(0, code=7)
+    for node in nodes:
+        node.ends()
+        assert node.agent.restart_decision == f"{limit} restarts made no progress (--restarts-without-progress)"
 
 
 def test_a_worker_that_runs_on_after_another_one_has_succeeded(job: Job) -> None:
