@@ -215,3 +215,50 @@ impl Service for TeeService {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsRawFd;
+    use std::sync::mpsc::channel;
+
+    use rustix::fs::{MemfdFlags, memfd_create};
+
+    use super::*;
+    use crate::logs::{LogRule, LogRules, LogScan, ScanFile, Tail};
+    use crate::vocabulary::LogEffect;
+
+    const PATIENCE: Duration = Duration::from_secs(20);
+
+    #[test]
+    fn a_failed_thread_is_reported_and_blocks_no_caller() {
+        let (sender, failures) = channel();
+        let thread = TeeThread::start(move |event| match event {
+            TeeEvent::Found { matches, .. } => panic!("on purpose, after {} match", matches.len()),
+            TeeEvent::Failed(error) => sender.send(error).expect("the test waits"),
+        });
+        let thread = Arc::new(thread.expect("started"));
+        let file = memfd_create("log", MemfdFlags::CLOEXEC).expect("a file");
+        rustix::io::write(&file, b"nan\n").expect("written");
+        let path = format!("/proc/self/fd/{}", file.as_raw_fd()).into();
+        let rule = LogRule { effect: LogEffect::Warn, pattern: "nan".to_owned(), reason: "why".to_owned() };
+        let spec = ScanSpec {
+            group: 1,
+            files: vec![ScanFile { path, worker: 0, label: "stdout of rank 0".to_owned() }],
+            rules: Arc::new(LogRules::compile(vec![rule]).expect("valid")),
+        };
+        let scan = LogScan::open(&thread, spec).expect("opened");
+        let error = failures.recv_timeout(PATIENCE).expect("a report");
+        assert_eq!(error, "the thread ferro-tee panicked: on purpose, after 1 match");
+        assert!(!scan.finish(PATIENCE).expect("no error"));
+        let console = memfd_create("console", MemfdFlags::CLOEXEC).expect("a file");
+        let spec = TailSpec {
+            files: Vec::new(),
+            console,
+            only_lines_with: Vec::new(),
+            whole_lines_only: false,
+            is_json: false,
+        };
+        assert!(matches!(Tail::open(&thread, spec), Err(Error::Closed)));
+        assert!(thread.close(PATIENCE).expect("own process"));
+    }
+}
