@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 __all__ = ["MemoryCgroup", "OomCounts", "OomKill", "count", "find_cgroup", "kills_between"]
 
@@ -12,8 +11,7 @@ _UNLIMITED = 1 << 60  # v1 shows the largest page-aligned number
 _MAX_BYTES = 1 << 16
 
 
-@dataclass(frozen=True)
-class MemoryCgroup:
+class MemoryCgroup(NamedTuple):
     """The memory cgroup of the workers.
 
     Attributes:
@@ -27,8 +25,7 @@ class MemoryCgroup:
     version: Literal[1, 2]
 
 
-@dataclass(frozen=True)
-class OomCounts:
+class OomCounts(NamedTuple):
     """Counters at one moment. ``None`` is a counter that cannot be read.
 
     Attributes:
@@ -42,8 +39,7 @@ class OomCounts:
     host: int | None = None
 
 
-@dataclass(frozen=True)
-class OomKill:
+class OomKill(NamedTuple):
     """Kills by the OOM killer between two moments.
 
     Attributes:
