@@ -191,7 +191,7 @@ class StopFile:
     Other processes cannot delete or shorten the file. It disappears with this object and the groups that use it.
 
     Raises:
-        OSError: the kernel refuses a ``memfd_create(2)``.
+        OSError: the kernel refuses ``memfd_create(2)``.
     """
 
     path: str
@@ -321,7 +321,7 @@ class LogRules:
     ``^`` and ``$`` match at the ends of a line. A pattern matches a part of a line.
 
     Args:
-        fail: pairs of a pattern and a reason. A line with the pattern makes its worker a failed one.
+        fail: pairs of a pattern and a reason. A worker that writes a line with the pattern has failed.
         warn: pairs of a pattern and a reason. A line with the pattern causes a warning.
 
     Raises:
@@ -350,11 +350,13 @@ class LogScan:
     """Searches the log files of a group until it is dropped. See :meth:`Group.scan_logs`."""
 
     def finish(self, timeout_s: float) -> bool:
-        """Search the rest of the files, last lines without an end included. Failures are known before the return.
+        """Search the rest of the files, last lines without an end included. Then :meth:`Group.log_failures` has all failures.
+
+        Args:
+            timeout_s: timeout in seconds.
 
         Returns:
-            Whether the search was complete within ``timeout_s`` seconds. ``False`` also if the thread ``ferro-tee`` has failed or was
-            closed.
+            Whether the search was completed in time. ``False`` also if the thread ``ferro-tee`` has failed or was closed.
         """
 
 @final
@@ -366,7 +368,7 @@ class TailReport:
     bytes: int
     """Bytes written to the console, prefixes included."""
     broken_lines: int
-    """Lines longer than 1 MiB that were split."""
+    """Number of splits in lines longer than 1 MiB."""
     dropped_bytes: int
     """Bytes that were not written to the console because it failed, or accepted nothing until the timeout. The log files have them."""
     console_error: str | None
@@ -387,7 +389,7 @@ class Tail:
 
         Args:
             timeout_s: give up if the console accepts nothing for this many seconds, or if the disk of the log files does not respond for
-                this many seconds and two more.
+                2 s longer than that.
 
         Returns:
             The outcome. Later calls return the same report.
@@ -416,7 +418,8 @@ class Relay:
     """Copies streams of workers to a console, and keeps the last 64 KiB of each.
 
     The bytes are copied unchanged and at once. The bytes of one write of up to ``PIPE_BUF`` bytes stay together. A stream is read only when
-    the console has taken the former bytes: a full console blocks the workers that write to it. A console that fails discards the bytes.
+    the console has taken the former bytes: a full console blocks the workers that write to it. If the console fails, the bytes are
+    discarded.
     """
 
     is_terminal: bool
@@ -432,12 +435,13 @@ class Relay:
         """Return the last bytes of a stream that were read, at most 65536."""
 
     def flush(self, timeout_s: float) -> None:
-        """Copy the bytes that the workers have written, unless the console is full. Wait for at most ``timeout_s`` seconds."""
+        """Copy the bytes that the workers have written, unless the console is full. Waits for up to ``timeout_s`` seconds."""
 
     def finish(self, timeout_s: float) -> RelayReport:
         """Copy the rest of the streams. Call this when the workers have ended.
 
-        Output of processes that have left their worker is copied until they close the stream, after the end of the engine by the successor.
+        Processes that have left their worker may write further. Their output is copied until they close the stream: by this object, and
+        after the end of the engine by the successor of :meth:`Engine.relay`.
 
         Args:
             timeout_s: give up if the console accepts nothing for this many seconds. The bytes are dropped, and the last ones are kept.
@@ -977,8 +981,8 @@ class FailureFacts:
         causes: kind of the failure and its known causes.
         has_progressed: whether the workers of this node have made progress in this round.
         is_exhausted: whether the agent has no restart left.
-        final_reason: the reason why the failure ends the job, if the program decides so.
-        delay_s: delay of the restart in seconds, if the program decides so.
+        final_reason: the reason for the end of the job, if the program's policy ends it.
+        delay_s: delay of the restart in seconds, if the program's policy gives one.
     """
 
     def __new__(
@@ -1005,10 +1009,10 @@ class Decision:
 
 @final
 class RestartPolicy:
-    """A restart policy with the clock of this machine, for agents whose rendezvous has none.
+    """A restart policy with the clock of this machine, for agents whose rendezvous makes no decisions.
 
     Args:
-        settings: the settings, by the name of their option. Missing ones have their defaults, others are ignored.
+        settings: the settings, by the name of their option. Missing settings have their defaults. Unknown names are ignored.
         seed: determines the jitter of the delays.
 
     Raises:
@@ -1022,7 +1026,7 @@ class RestartPolicy:
         """Note that the workers were started ``elapsed_s`` seconds ago."""
 
     def note_membership_change(self) -> None:
-        """Note that the round has ended, but not by a failure."""
+        """Note that the round has ended by a change of membership."""
 
     def decide(self, facts: FailureFacts) -> Decision:
         """Decide on the failure that ended the round."""

@@ -1,4 +1,4 @@
-"""The deadline of a stop, for the code of workers. Imports little, because training scripts import it."""
+"""The deadline of a stop, for training scripts. Imports little, because workers import it."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def stop_deadline() -> StopNotice | None:
     some microseconds. It needs no rank and no process group. Call it again to see a deadline that has moved.
 
     Returns:
-        The notice. ``None`` also in a process that is no worker of this agent, and where the file of ``$FERROELASTIC_STOP_FILE`` cannot
-        be read: in another PID namespace, or by another user.
+        The notice. ``None`` also in a process that is no worker of an agent, and if the process cannot read the file of
+        ``$FERROELASTIC_STOP_FILE``: in another PID namespace, or as another user.
     """
     path = os.environ.get(STOP_FILE_ENV)
     if not path:

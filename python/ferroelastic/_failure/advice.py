@@ -28,7 +28,7 @@ _MISSING = re.compile(r"No module named '?([\w.]+)'?")
 _RUNPY_MISSING = re.compile(r"^\S+: No module named (\S+)$", re.MULTILINE)
 
 HELPERS_KILLED = "the kernel's OOM killer has ended"
-"""Start of the reason of a failure while the OOM killer ended other processes of the workers."""
+"""Beginning of the reason of a failure if the OOM killer has ended other processes of the workers in the same round."""
 SHM_FULL = f"{_SHM} is full"
 """Reason of a failure by SIGBUS while the file system of shared memory has no space."""
 _SHM_ADVICE = Advice(

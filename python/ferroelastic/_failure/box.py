@@ -33,13 +33,13 @@ _RED, _BOLD, _YELLOW, _END = "\x1b[1;31m", "\x1b[1m", "\x1b[33m", "\x1b[0m"
 
 
 def render(failure: Failure, form: str, *, has_colour: bool = False, file: str | None = None) -> str:
-    """Return the report.
+    """Return the report of a failure, without a newline at its end.
 
     Args:
         failure: the failure.
         form: ``full``, ``short`` or ``json``.
         has_colour: whether to use colours.
-        file: path of the report as JSON.
+        file: path of the report as JSON, which the full form shows; ``None`` shows none.
     """
     if form == "json":
         return to_json(failure)
@@ -140,7 +140,7 @@ def _rows(first: FirstFailure) -> Iterator[tuple[str, str]]:
 
 
 def _causes(first: FirstFailure) -> Iterator[tuple[str, str]]:
-    """Yield the lines about the cause of the first failure that have one value."""
+    """Yield the lines about the cause of the first failure that are one line each."""
     if first.sender is not None:
         yield "sender", _sender(first.sender, first)
     if first.reason is not None and first.reason not in _event(first):
@@ -183,7 +183,7 @@ def _bytes(number: int) -> str:
 
 
 def _blocks(first: FirstFailure, row: Callable[[str, str], str]) -> Iterator[str]:
-    """Yield the lines about the first failure that have several lines of text each."""
+    """Yield the entries about the first failure that have several lines each."""
     if first.watchdog is not None and first.watchdog.stack:
         yield row("stack", "where the worker was at the deadline")
         yield from _indented(first.watchdog.stack.split("\n"))

@@ -26,7 +26,7 @@ _MAX_STDERR_LINES = 20
 _MAX_RECORDED = 16_000
 _FULL_BYTES = 1 << 20
 NO_COUNTERS = "the counters of the kernel's OOM killer cannot be read"
-"""Reason of a failure by SIGKILL if it cannot be known whether the OOM killer sent it."""
+"""Reason of a failure by SIGKILL if the sender may be the OOM killer, whose counters cannot be read."""
 
 
 class Observation:
@@ -44,11 +44,11 @@ class Observation:
         self._lines: list[str] = []
 
     def begin(self, pid: int | None, earlier: tuple[oom.MemoryCgroup | None, oom.OomCounts] | None = None) -> None:
-        """Start an observation. It ends the former one.
+        """Start an observation, and end the former one.
 
         Args:
             pid: process id of a worker, whose cgroup is observed.
-            earlier: a cgroup and its counters before the start of the worker. They count if it is the worker's cgroup.
+            earlier: a cgroup and its counters before the start of the worker. They are used if it is the cgroup of the worker.
         """
         found = None if pid is None else oom.find_cgroup(pid, self._root)
         # In v1 the path of a worker that has ended already is the root.
@@ -93,9 +93,9 @@ class Facts:
         host: name of the host.
         round: number of the round.
         time_ns: time of the failure in nanoseconds since the epoch.
-        stderr: last part of its standard error.
-        watchdog: the timer whose expiry ended it.
-        reason: why the agent ended it, or why it counts as failed.
+        stderr: last part of the worker's standard error.
+        watchdog: the timer for whose expiry the watchdog ended the worker; ``None`` without one.
+        reason: why the agent ended the worker, or why the worker counts as failed.
         kind: kind of the failure; ``None`` derives it from the exit.
     """
 
@@ -111,11 +111,11 @@ class Facts:
 
 
 def collect(failure: ProcessFailure, facts: Facts, observation: Observation, root: str = "/") -> FirstFailure:
-    """Return the explained failure of a worker.
+    """Return the failure of a worker with the facts that explain it.
 
     Args:
         failure: the failure.
-        facts: further facts.
+        facts: the facts that the agent knows.
         observation: the observation that began with the start of the workers.
         root: root of the file system, for tests.
     """
@@ -176,7 +176,7 @@ def _sender(
 
 
 def _killed_helpers(observation: Observation) -> str | None:
-    """Return a line about kills by the OOM killer, if this worker itself was not killed but processes of its cgroup were."""
+    """Return a line about the processes of the workers' cgroup that the OOM killer has ended; ``None`` if it has ended none."""
     kill = observation.kills()
     if kill is None or not kill.is_of_workers:
         return None

@@ -24,7 +24,7 @@ class CoreFile:
 
     Attributes:
         text: its path, or the way to it, for the report.
-        path: its path; ``None`` if a program has received it, or it was not found.
+        path: its path; ``None`` if a program has received the core, or the file was not found.
     """
 
     def __init__(self, text: str, path: str | None = None) -> None:
@@ -33,7 +33,7 @@ class CoreFile:
 
 
 def find_core(pid: int, died_at_s: float, folder: str, root: str = "/") -> CoreFile:
-    """Return where the core of a process is. The kernel has reported that it was written.
+    """Return where the core of a process is. Call this only if the kernel has reported that it wrote one.
 
     Args:
         pid: process id.

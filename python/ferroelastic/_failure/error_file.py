@@ -14,7 +14,7 @@ _ROOT = 0
 
 
 def read_error_file(path: str) -> tuple[dict[str, Any] | None, str]:
-    """Return the content of an error file, and why it cannot be used. The second value is empty if it can, or if there is no file.
+    """Return the content of an error file, or ``None`` and the reason why the file cannot be used. The reason is empty if there is no file.
 
     Args:
         path: path of the file.
@@ -41,7 +41,7 @@ def read_json(path: str) -> Any:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: the file is not one of JSON, is too long, is not a regular file or belongs to another user.
+        ValueError: the file contains no valid JSON, is too long, is not a regular file or belongs to another user.
         RecursionError: the JSON is nested too deeply.
     """
     if path == os.devnull:

@@ -64,7 +64,7 @@ class KernelLog:
 
 
 def xid_line(lines: list[str], pid: int | None) -> str | None:
-    """Return the first line about an error of a GPU: of the worker, else of a process that the line does not name.
+    """Return the first line about an error of a GPU that names the worker, else the first one that names no process; ``None`` without one.
 
     Args:
         lines: lines of the kernel log.

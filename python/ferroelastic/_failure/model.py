@@ -65,7 +65,7 @@ class Sender:
         kind: the agent, the kernel's OOM killer, another process, or unknown.
         pid: process id of another process.
         name: name of another process.
-        scope: limit that the OOM killer enforced: of a cgroup or of the host.
+        scope: the OOM killer enforced the limit of a cgroup or of the host.
         limit_bytes: this limit.
         peak_bytes: peak memory of the cgroup; for the host, of the worker.
     """
@@ -127,7 +127,7 @@ class FirstFailure:
         xid: line of the kernel log about a GPU's error.
         error_file_problem: why the worker's error file could not be used.
         stderr: last lines of the worker's standard error.
-        reason: text for kinds without an exit code or signal.
+        reason: a fact about the cause that the other fields do not contain, as text.
     """
 
     time_ns: int = 0
@@ -154,7 +154,12 @@ class FirstFailure:
 
 @dataclass(frozen=True)
 class Advice:
-    """One line of advice for a cause that is certain."""
+    """One line of advice for a cause that is certain.
+
+    Attributes:
+        cause: name of the cause, for programs.
+        text: the advice.
+    """
 
     cause: str = ""
     text: str = ""
@@ -180,8 +185,8 @@ class Restart:
     """A restart of the workers.
 
     Attributes:
-        round: number of the round that it ended, counted on this node.
-        cause: the cause as text.
+        round: number of the round that the restart ended, counted on this node from 0.
+        cause: the failure or the change of membership, as text.
         time_ns: time in nanoseconds since the epoch.
     """
 

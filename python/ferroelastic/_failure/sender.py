@@ -1,4 +1,4 @@
-"""The sender of the signal that ended a worker, as far as the kernel tells it.
+"""The sender of the signal that ended a worker, if the kernel has recorded it.
 
 Linux does not report the sender of a signal to the parent of the process. Sources are: the agent's own record, the counters and the log of
 the OOM killer, the core file, and the trace of the kernel if an administrator has enabled the event ``signal_generate``.

@@ -1,6 +1,6 @@
 """The event handler ``jsonl``: events as lines of a file.
 
-A thread writes the file. The agent never waits for a disk, except for half a second at the end of a run. Lines that a file does not take
+A thread writes the file. The agent waits for the disk only at the end of a run, for up to half a second. Lines that the file does not take
 are lost, and a warning gives their number.
 """
 
@@ -33,8 +33,8 @@ logger = get_logger(__name__)
 class JsonLinesHandler(logging.Handler):
     """Appends each event to a file as one line of JSON, in one write.
 
-    A line is the event with one field more, ``time_ns``: the time in nanoseconds since the epoch. Events before the start of the workers
-    are kept in memory until the log folder of the run exists. Not in torch.
+    A line is the event with one more field, ``time_ns``: the time in nanoseconds since the epoch. Events before the start of the workers
+    are kept in memory until the log folder of the run exists, up to 16 MiB. Not in torch.
     """
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ class JsonLinesHandler(logging.Handler):
         self._pid = os.getpid()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Hand an event to the thread. Returns at once."""
+        """Hand an event to the thread, and return at once."""
         text = record.getMessage()
         if text.startswith("{"):
             text = f'{{"time_ns": {time.time_ns()}, {text[1:]}'
@@ -65,7 +65,11 @@ class JsonLinesHandler(logging.Handler):
             self._early_bytes += len(line)
 
     def use_folder(self, folder: str | None) -> None:
-        """Write to a file in this folder, unless the environment names a file. ``None`` and later calls have no effect."""
+        """Write the events to ``events.jsonl`` in a folder, unless the environment names a file. Calls with ``None`` have no effect.
+
+        Args:
+            folder: log folder of the run. A file that is already in use stays.
+        """
         self.acquire()
         try:
             if folder and self._writer is None and self._early:
@@ -75,7 +79,7 @@ class JsonLinesHandler(logging.Handler):
             self.release()
 
     def finish(self) -> None:
-        """Write the remaining events and close the file, within half a second. Later events open it again."""
+        """Write the remaining events and close the file. Waits for up to half a second. A later event opens the file again."""
         self.acquire()
         try:
             writer, self._writer = self._writer, None

@@ -23,7 +23,7 @@ MACROS = ("role_name", "rank", "local_rank", "hostname", "pid", "round", "time")
 
 
 def unknown_macros(template: str) -> list[str]:
-    """Return the parts of a template that look like a macro and stay unchanged, in order."""
+    """Return the parts of a template that look like a macro but are none, in order. They stay unchanged in the prefix."""
     return [
         template[found.start() : found.start() + 20] if found["invalid"] is not None else found[0]
         for found in re.finditer(Template.pattern, template)

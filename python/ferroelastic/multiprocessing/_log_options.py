@@ -65,5 +65,5 @@ class LogOptions:
         return _rust.LogRules(fail=self.fail_on, warn=self.warn_on)
 
     def needs_files(self) -> bool:
-        """Return whether the options apply only to streams that are written to files."""
+        """Return whether the options need streams that are written to files."""
         return self.format != "text" or bool(self.fail_on or self.warn_on)

@@ -64,7 +64,7 @@ class LogWatch:
         """Search the rest of the files and end the search.
 
         Args:
-            timeout_s: timeout in seconds. The rest is not searched then.
+            timeout_s: timeout in seconds. At its end the rest is not searched, and a warning is logged.
 
         Returns:
             All failures by local rank.
@@ -78,7 +78,7 @@ class LogWatch:
         return self.update()
 
     def close(self) -> None:
-        """End the search."""
+        """End the search. The rest of the files is not searched."""
         self._scan = None
 
 

@@ -27,7 +27,7 @@ __all__ = ["KEPT_BYTES", "ConsoleStreams", "end_of_file"]
 logger = get_logger(__name__)
 
 KEPT_BYTES = 64 * 1024
-"""Upper bound of the bytes that are kept of each worker."""
+"""Maximum number of bytes that are kept of each worker."""
 
 _FLUSH_TIMEOUT_S = 0.05
 _READ_TIMEOUT_S = 1.0
@@ -37,8 +37,8 @@ _COPY = "import os\ntry:\n while data := os.read(0, 4096): os.write(2, data)\nex
 class ConsoleStreams:
     """The relay of the workers whose standard error is not redirected.
 
-    On a terminal, standard output and standard error of a worker share a pseudo-terminal, so their order stays. The kept bytes are those of
-    both then.
+    On a terminal, standard output and standard error of a worker share a pseudo-terminal, so their order stays, and the kept bytes are
+    those of both.
 
     Args:
         stdouts: log file of each worker's standard output by local rank, ``""`` if it is not redirected.
@@ -71,9 +71,9 @@ class ConsoleStreams:
         return end if self._shares_stdout and not self._stdouts[local_rank] else None, end
 
     def path_of(self, local_rank: int) -> tuple[str, list[int]]:
-        """Return a path of the worker's end, and the standard streams to open on it; an empty list without a relay.
+        """Return the path of the worker's end, and the standard streams to open on it. Without a relay, both are empty.
 
-        For processes that this process does not start by itself. The path is valid until :meth:`finish`.
+        Processes that this process does not start itself open the path. It is valid until :meth:`finish`.
         """
         stdout, stderr = self.of(local_rank)
         if stderr is None:
@@ -91,7 +91,7 @@ class ConsoleStreams:
             self._relay.flush(_FLUSH_TIMEOUT_S)
 
     def finish(self, timeout_s: float) -> None:
-        """Copy the rest of the streams. Call it when the workers have ended. Idempotent.
+        """Copy the rest of the streams. Call this when the workers have ended. Idempotent.
 
         Args:
             timeout_s: give up if the console accepts nothing for this many seconds.

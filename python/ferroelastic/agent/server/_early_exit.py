@@ -21,7 +21,9 @@ _EXIT_CODE = 1  # the job must not end with 0
 
 
 def left_s(group: _rust.Group, timeout_s: float) -> float | None:
-    """Return the seconds until the workers that still run have failed; ``None`` if no worker has ended with 0, or all have ended.
+    """Return the seconds until the round has failed, because workers run on after one has ended with exit code 0.
+
+    ``None`` if there is no limit, if no worker has ended with 0, or if all have ended.
 
     Args:
         group: the workers.
@@ -37,7 +39,7 @@ def left_s(group: _rust.Group, timeout_s: float) -> float | None:
 
 
 def check(worker_group: WorkerGroup, group: _rust.Group | None, timeout_s: float) -> RunResult | None:
-    """Return a failed result if workers have run on for too long; ``None`` if they have not.
+    """Return a failed result if workers have run on for longer than the timeout; ``None`` if they have not. A failure is logged.
 
     Args:
         worker_group: the workers of this node.
@@ -53,7 +55,7 @@ def check(worker_group: WorkerGroup, group: _rust.Group | None, timeout_s: float
 
 
 def _failure_of(group: _rust.Group, timeout_s: float) -> ProcessFailure:
-    """Return the failure of the first worker that ended with 0."""
+    """Return a failure of the worker that was the first to end with exit code 0."""
     exits = group.exits()
     first = min((ended for ended in exits if ended.returncode == 0), key=lambda ended: ended.order)
     ended_pids = {ended.pid for ended in exits}

@@ -1,6 +1,6 @@
 """The explanation of a failed run, for the report, the other nodes and the events.
 
-The modules of the explanation are loaded at the first start of workers, while the workers start, and not at a failure.
+The modules of the explanation are loaded while the workers start for the first time, and not at a failure.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Explainer:
 
     Args:
         group: the workers of this node.
-        activity: has the restarts of the run.
+        activity: record of the restarts of the run.
     """
 
     def __init__(self, group: WorkerGroup, activity: Activity) -> None:
@@ -63,11 +63,15 @@ class Explainer:
     def explained(self, agent: Any, run: Callable[[], RunResult]) -> RunResult:
         """Run an agent, and explain the failure of its workers in ``agent.job_failure``.
 
-        An exception of the run has the explanation as its attribute ``job_failure``.
-
         Args:
             agent: the agent.
-            run: runs it.
+            run: function that runs the agent.
+
+        Returns:
+            The result of the run.
+
+        Raises:
+            Exception: the exception of the run, with the explanation as its attribute ``job_failure``.
         """
         agent.job_failure = self._explained = self._round = None
         self._verdict = ""
@@ -87,7 +91,7 @@ class Explainer:
                 observation.close()
 
     def starting(self) -> None:
-        """Note the counters of the OOM killer before a start of workers: it may kill one at once."""
+        """Note the counters of the OOM killer before a start of workers, because it may kill a worker at once."""
         try:
             from ferroelastic._failure.oom import count, find_cgroup
 
@@ -125,7 +129,7 @@ class Explainer:
     def detail(self, result: RunResult) -> str:
         """Return the explanation of the first failed worker for the other nodes; ``""`` if no worker has failed.
 
-        Call it before the watchdog is stopped, which has the facts about an expired timer.
+        Call this before the watchdog is stopped: the watchdog has the facts about an expired timer.
 
         Args:
             result: a failed result.
@@ -289,7 +293,7 @@ class Explainer:
         return None, None
 
     def _expired(self, pid: int) -> tuple[WatchdogReport | None, str | None]:
-        """Return the timer for which the watchdog ended a process, and its description."""
+        """Return the timer for whose expiry the watchdog ended a process, and its description."""
         from ferroelastic._failure.model import WatchdogReport
         from ferroelastic.agent.server import _watchdog
 

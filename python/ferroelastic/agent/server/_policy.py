@@ -1,7 +1,7 @@
 """The restart policy of a job: its settings, and the hook for policies of a program. Not in torch.
 
-The settings apply to the whole job and must be the same on all nodes. The native rendezvous decides once for all nodes. With other rendezvous
-handlers each agent decides for its node.
+The settings apply to the whole job and must be the same on all nodes, except ``progress_file``. The native rendezvous decides once for all
+nodes. With other rendezvous handlers each agent decides for its node.
 """
 
 from __future__ import annotations
@@ -37,21 +37,24 @@ _MAX_TEXT = 200
 
 @dataclass(frozen=True)
 class RestartSettings:
-    """Settings of the restart policy, equal on all nodes of a job. Each field has the name and the values of an option of ``ferrorun``.
+    """Settings of the restart policy. Each field has the name and the values of an option of ``ferrorun``.
+
+    All fields except ``progress_file`` must be equal on all nodes of a job.
 
     Args:
         restart_backoff: delay in seconds of the restart after the second failure in a row right after the start. Each further failure
             doubles it. 0 for no delay.
         restart_backoff_max: the longest delay in seconds.
         healthy_window: seconds after which a round gives all restarts back. 0 means never.
-        restart_rate: limit of the restarts as ``"RESTARTS/SECONDS"``, or ``"none"``.
+        restart_rate: maximum number of restarts within a period, as ``"RESTARTS/SECONDS"``, or ``"none"``.
         fatal_exit_codes: exit codes, ranges and names of signals that end the job, separated by commas.
         fatal_causes: kinds and causes of failures that end the job, separated by commas.
-        min_uptime: seconds. A failure ends the job while no round has run for this time or made progress.
+        min_uptime: minimum uptime in seconds. A failure ends the job while no round has run for this time or made progress.
         restarts_without_progress: limit of restarts without progress in between; ``None`` for no limit.
         progress_file: pattern of the files whose change is progress; ``None`` for no files.
         on_node_failure: reaction to a node that leaves or is lost: ``"restart"``, ``"wait"`` or ``"exit"``.
-        early_exit_timeout: seconds after which the round has failed if a worker has ended with 0 and others run on. 0 means never.
+        early_exit_timeout: seconds for which other workers may run on after a worker has ended with exit code 0. Then the round has
+            failed. 0 means no limit.
 
     Raises:
         ValueError: a value is not valid.
@@ -109,10 +112,10 @@ class FailedRound:
         text: description of the failure.
         exit_code: exit code of the worker that failed first, or minus the signal that ended it. ``None`` if no worker has ended.
         causes: the kind of the failure and its known causes.
-        rank: global rank of that worker; ``None`` without one.
+        rank: global rank of the worker that failed first; ``None`` without one.
         uptime_s: seconds since the workers were started.
-        restarts: number of restarts that count against the limit.
-        max_restarts: the limit.
+        restarts: number of former restarts that count against the limit.
+        max_restarts: maximum number of restarts.
         has_progressed: whether the workers of this node have made progress since their start.
     """
 
@@ -139,8 +142,8 @@ class RestartPolicy(Protocol):
             failure: the failure.
 
         Returns:
-            ``None`` to apply the settings, a number for the delay of the restart in seconds, or a reason for which the job ends. A delay
-            adds no restarts: the limits apply.
+            ``None`` to apply the settings, a number for the delay of the restart in seconds, or the reason for the end of the job, as text.
+            With a delay the limits of the settings still apply.
         """
 
 
@@ -167,15 +170,19 @@ class TimedOut(Exception):  # noqa: N818 - an outcome
 
 
 def call_with_timeout(function: Callable[[], T], name: str, timeout_s: float) -> T:
-    """Call a function that may block in a daemon thread.
+    """Call a function that may block, in a daemon thread.
 
     Args:
         function: the function.
         name: name of the thread.
         timeout_s: timeout in seconds.
 
+    Returns:
+        The value of the function.
+
     Raises:
-        TimedOut: it did not return in time. It keeps its thread.
+        TimedOut: the function did not return in time. It keeps its thread.
+        RuntimeError: the function raised an exception that is no :class:`Exception`, such as ``SystemExit``.
         Exception: the function raised it.
     """
     results: list[T] = []
@@ -200,7 +207,7 @@ def call_with_timeout(function: Callable[[], T], name: str, timeout_s: float) ->
 
 
 def ask(policy: RestartPolicy, failure: FailedRound, timeout_s: float = _HOOK_TIMEOUT_S) -> Verdict:
-    """Ask a program's policy for its verdict. If there is no valid one, log the reason; the settings apply.
+    """Ask a program's policy for its verdict. Without a valid verdict, log a warning; the settings apply.
 
     Args:
         policy: the policy.

@@ -27,7 +27,7 @@ _LATER_S = 1.0
 
 
 class Heartbeats:
-    """The heartbeats and timers of the workers: one that is later than the first of its process is progress.
+    """The heartbeats and timers of the workers: one that comes at least 1 s after the first one of its process is progress.
 
     Args:
         agent: weak reference to the ``LocalElasticAgent`` of the workers.
@@ -38,7 +38,7 @@ class Heartbeats:
         self._first: dict[int, float] = {}
 
     def have_come(self) -> bool:
-        """Return whether a worker has sent a heartbeat, or set a timer, after its first one."""
+        """Return whether a worker has sent a heartbeat or a timer request at least 1 s after its first one."""
         agent = self._agent()
         age_s = None if agent is None else newer(agent._worker_watchdog, "last_request_age_s", None)  # noqa: SLF001
         group: _rust.Group | None = None if agent is None else agent._native_group()  # noqa: SLF001 - of this agent
@@ -46,7 +46,7 @@ class Heartbeats:
             return False
         now = time.monotonic()
         ages_s = {pid: age_s(pid) for pid in group.pids}
-        # A watchdog of a program may return anything.
+        # The watchdog of a program may return any value.
         times = {pid: now - age_s for pid, age_s in ages_s.items() if isinstance(age_s, float)}
         self._first = {pid: self._first.get(pid, at) for pid, at in times.items()}
         return any(at - self._first[pid] >= _LATER_S for pid, at in times.items())

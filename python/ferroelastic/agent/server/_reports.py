@@ -25,8 +25,8 @@ _PREFIX = "ferroelastic"
 class AgentReports:
     """Records the measurements of one run as events and metrics.
 
-    The events have the fields of torch's events about an agent, and further fields in their metadata: ``round``, the number of the round on
-    this node from 1 on, and those of the event.
+    The events have the fields of torch's events about an agent. Their metadata also has ``round``, the number of the round on this node,
+    counted from 1, and the fields of the event.
 
     Args:
         agent: the ``SimpleElasticAgent`` of the run.

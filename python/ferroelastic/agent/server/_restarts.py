@@ -1,4 +1,4 @@
-"""The facts that an agent reports about a failure, and its own decisions for rendezvous handlers that make none."""
+"""The facts that an agent reports about a failure, and its own decisions if the rendezvous handler makes none."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _PROGRESS_INTERVAL_S = 5.0
 
 
 _QUIET = ("at_once", "max_restarts")
-"""Rules of torch, which need no attention."""
+"""Reasons of decisions that torch makes too. They are logged as information, others as warnings."""
 
 
 def _never() -> bool:
@@ -47,9 +47,9 @@ class Restarts:
         explain: function that returns the kind and the known causes of a failure.
 
     Attributes:
-        have_beaten: function that returns whether a worker has sent a heartbeat in this round.
+        have_beaten: function that returns whether a heartbeat or timer of a worker shows progress in this round.
         may_be_final: whether the last failure may end the job.
-        given_back: number of restarts that a healthy round has given back.
+        given_back: number of restarts that healthy rounds have given back.
     """
 
     def __init__(self, spec: WorkerSpec, activity: Activity, explain: Callable[[RunResult], list[str]]) -> None:
@@ -127,7 +127,10 @@ class Restarts:
         )
 
     def _causes(self, result: RunResult) -> list[str]:
-        """Return the kind and the known causes of a failure. The search for causes takes time, so they are only read if they matter."""
+        """Return the kind and the known causes of a failure.
+
+        The search for causes takes time. It is left out if neither a setting nor the program's policy uses them.
+        """
         failure = first_failure(result)
         if failure is None:
             return ["agent"]
@@ -159,7 +162,7 @@ class Restarts:
         )
 
     def decide(self, facts: _rust.FailureFacts) -> _rust.Decision:
-        """Decide on a failure, for a rendezvous handler that does not."""
+        """Decide on a failure, for a rendezvous handler that makes no decisions."""
         if self._local is None:
             from ferroelastic import _rust
 
@@ -196,7 +199,11 @@ class Restarts:
         return self._noted
 
     def remaining(self, remaining: int) -> int:
-        """Return the number of remaining restarts after a local decision to restart; before it there were ``remaining``."""
+        """Return the number of remaining restarts after a decision to restart.
+
+        Args:
+            remaining: the number before the decision.
+        """
         after = remaining - 1
         if self._local is not None and self.settings.healthy_window:
             after = max(0, self._spec.max_restarts - self._local.used)
@@ -219,7 +226,7 @@ class Restarts:
         """Look for the first progress of a round, every 5 seconds, and report it to the host.
 
         Args:
-            notifier: the rendezvous handler; ``None`` if it decides on no restarts.
+            notifier: the rendezvous handler; ``None`` if it makes no decisions.
         """
         if not self._has_found_progress and time.monotonic() >= self._next_look:
             self._next_look = time.monotonic() + _PROGRESS_INTERVAL_S

@@ -3,7 +3,7 @@
 /// Maximum number of bytes that are kept of each stream.
 pub const KEPT: usize = 64 * 1024;
 
-/// The last [`KEPT`] bytes of a stream, in at most twice as much memory.
+/// The last [`KEPT`] bytes of a stream. Uses at most twice as much memory.
 #[derive(Debug, Default)]
 pub(super) struct LastBytes(Vec<u8>);
 

@@ -31,9 +31,9 @@ pub struct ShownPart {
 pub struct Formatted {
     /// Number of processed bytes of the chunk.
     pub consumed: usize,
-    /// Lines written.
+    /// Number of lines written.
     pub lines: u64,
-    /// Lines that were broken up because they are longer than [`MAX_LINE`].
+    /// Number of breaks in lines that are longer than [`MAX_LINE`].
     pub broken: u64,
 }
 
@@ -65,7 +65,7 @@ impl LineFormat {
     /// Appends the whole lines of `chunk` to `out`. Lines end in `\n`, `\r\n` or `\r`; the output has `\n`.
     ///
     /// The bytes after the last line end are not consumed, unless `is_final` says that no chunk follows. `after_cr` is state between the
-    /// chunks of a stream: the previous chunk ended in `\r`, so a `\n` at the start of this one belongs to the same line end.
+    /// chunks of a stream: whether the previous chunk ended in `\r`, so that a `\n` at the start of this one belongs to the same line end.
     /// `shown` is the part of the first line that is already on the console.
     pub fn format(
         &self,
@@ -137,7 +137,7 @@ impl LineFormat {
         }
         done.lines += 1;
         if shown.bytes > 0 && shown.bytes >= line.len() && !shown.is_last {
-            return; // the whole line was shown, and other output after it
+            return; // the whole line was shown, and other output followed it
         }
         out.reserve(self.prefix.text().len() + line.len() + 3);
         if let Some(end) = self.json_end {

@@ -1,7 +1,7 @@
 //! Lines of a stream on a terminal, where progress bars are redrawn in place.
 //!
-//! A program that redraws a line writes a carriage return and the new text. Here the text before a carriage return is replaced by the text
-//! after it, and is written only while it is the newest. On other consoles a carriage return ends a line.
+//! A program that redraws a line writes a carriage return and the new text. On a terminal the new text replaces the text before the
+//! carriage return, and only the newest text is written. On other consoles a carriage return ends a line.
 
 use memchr::memchr2;
 
@@ -28,8 +28,8 @@ pub(super) struct LiveLine {
 }
 
 impl LiveLine {
-    /// Appends the lines of `chunk` that are complete to `out`, as [`LineFormat::format`] does. All bytes up to the last carriage return are
-    /// consumed.
+    /// Appends the complete lines of `chunk` to `out`, as [`LineFormat::format`] does. Consumes all bytes up to the last line end or
+    /// carriage return.
     pub(super) fn format(
         &mut self,
         format: &LineFormat,
@@ -78,7 +78,7 @@ impl LiveLine {
         }
     }
 
-    /// Writes a complete line. Without new text it is the bar.
+    /// Writes a complete line. If `text` is empty, the line is the bar.
     fn write(
         &mut self,
         format: &LineFormat,

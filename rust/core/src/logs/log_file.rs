@@ -12,10 +12,10 @@ use rustix::fs::{Mode, OFlags};
 /// The files with a size limit, by path.
 pub(super) type Rotations = HashMap<PathBuf, Arc<RotatedFile>>;
 
-/// A log file whose beginning is removed, as its readers see it. Their positions count the removed bytes.
+/// A log file whose beginning is removed from time to time. The positions of its readers include the removed bytes.
 #[derive(Debug, Default)]
 pub(crate) struct RotatedFile {
-    /// Bytes removed from the file so far. Locked while they change.
+    /// Number of bytes removed from the file so far. Locked while it changes.
     removed: Mutex<u64>,
     /// Positions of the readers.
     readers: Mutex<Vec<Weak<AtomicU64>>>,
@@ -68,7 +68,8 @@ impl LogFile {
         self.rotation.as_ref().and_then(|(rotated, _)| rotated.try_lock()).map_or(0, |removed| *removed)
     }
 
-    /// Reads until `buffer` is full or the file ends. `None` while bytes are removed from the file; a notification follows.
+    /// Reads until `buffer` is full or the file ends. `None` while bytes are removed from the file; the end of the removal notifies
+    /// readers.
     pub(super) fn read(&self, buffer: &mut [u8], position: u64) -> Option<usize> {
         let Some((rotated, _)) = &self.rotation else { return Some(read_full(&self.fd, buffer, position)) };
         let removed = rotated.try_lock()?;

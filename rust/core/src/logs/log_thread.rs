@@ -1,4 +1,4 @@
-//! The thread that copies the workers' output (`ferro-log`). Supervision does not wait for it.
+//! The thread that copies the workers' streams that are not redirected (`ferro-log`). Supervision does not wait for it.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -23,7 +23,7 @@ pub(super) enum LogOrder {
         id: u64,
         reply: Reply<()>,
     },
-    /// The worker's ends are closed when the order is handled. Before, the streams have no end.
+    /// Handling the order closes the workers' ends. Until then the streams do not end.
     FinishRelay {
         id: u64,
         timeout: Duration,
@@ -55,7 +55,7 @@ impl LogThread {
         Ok(Self { line: NativeThread::start("ferro-log", LogService::new)?, last_id: AtomicU64::new(0) })
     }
 
-    /// Copies the available bytes and ends the thread. `false` if it has not ended within `timeout`.
+    /// Copies the available bytes and ends the thread. `false` if the thread has not ended within `timeout`.
     pub(crate) fn close(&self, timeout: Duration) -> Result<bool> {
         let ended = self.line.close(LogOrder::Close, Some(timeout))?;
         Ok(matches!(ended, CloseOutcome::Ended(_)))

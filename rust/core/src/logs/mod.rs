@@ -1,8 +1,10 @@
-//! Copies growing log files to a console as whole, prefixed lines, and searches them for lines that match rules.
+//! The output of workers: copies growing log files to a console as whole, prefixed lines, and searches them for lines that match rules.
 //!
-//! Workers write their streams directly to files, and a thread of the engine reads these files. A training loop therefore never waits for the agent or
-//! for the reader of the console, and the files are complete even if the agent is killed. The files are also the buffer: a blocked console
-//! uses no memory and loses no lines.
+//! Workers write their streams directly to files, and the thread `ferro-tee` reads these files. A training loop therefore never waits for
+//! the agent or for the reader of the console, and the files are complete even if the agent is killed. The files are also the buffer: a
+//! blocked console uses no memory and loses no lines. The thread `ferro-rotate` keeps the files within their limits.
+//!
+//! A stream that is not redirected passes through a relay on the thread `ferro-log`. Here a blocked console blocks the worker.
 
 mod format;
 mod last;

@@ -20,10 +20,11 @@ use crate::thread::Reply;
 const PIPE_SIZE: usize = 256 * 1024;
 /// Bytes read from one stream before the next is served.
 const BATCH: usize = 64 * 1024;
-/// Bytes that a stream can hold at the end of its worker. A helper that goes on writing does not delay [`RelayFinish`] further.
+/// Upper bound of the bytes that a stream holds when its worker has ended. Further bytes come from a helper that goes on writing:
+/// [`RelayFinish`] does not wait for them.
 const MAX_LEFT: usize = 1 << 20;
 
-/// Interval for checking the window size of a terminal, and a console that the poller refuses.
+/// Interval between checks of the window size of a terminal, and of a console that the poller refuses.
 const POLL_INTERVAL: Duration = Duration::from_millis(250);
 
 /// The agent's and the worker's end of a new stream.
@@ -67,7 +68,8 @@ pub struct RelayReport {
     pub console_error: Option<String>,
 }
 
-/// The workers' ends of the streams of a relay. Open until the workers have ended, so the streams do not end when a worker closes its end.
+/// The workers' ends of the streams of a relay. This process keeps them open until the workers have ended, so that a stream does not end
+/// when a worker closes its end.
 pub(super) type WorkerEnds = Arc<Mutex<Vec<Arc<OwnedFd>>>>;
 
 /// The last bytes of a stream, shared with the handle.
@@ -129,10 +131,10 @@ pub(super) struct RelayState {
     /// Bytes for the console. Streams are read when the console has taken all of them.
     pending: Vec<u8>,
     written: usize,
-    /// Boundary of two writes in `pending`, both of which have at most `PIPE_BUF` bytes.
+    /// Where `pending` is split into two writes of at most `PIPE_BUF` bytes each.
     boundary: usize,
     is_full: bool,
-    /// When the window size is checked, and a full console that the poller refuses.
+    /// When the window size, or a full console that the poller refuses, is checked next.
     poll_at: Option<Instant>,
     finish: Option<RelayFinish>,
     report: RelayReport,
@@ -264,7 +266,7 @@ impl RelayState {
         let _ = poller.remove(&self.console);
     }
 
-    /// Closes the workers' ends in this process, also those that a caller still owns.
+    /// Closes the workers' ends in this process, those that a caller still owns included.
     pub(super) fn close_worker_ends(&self) {
         for end in self.take_worker_ends() {
             // On failure the stream ends later, with the last owner.
@@ -281,7 +283,7 @@ impl RelayState {
         std::mem::take(&mut *self.worker_ends.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Lets the successor copy the streams that another process holds open: one that has left its worker goes on after this process.
+    /// Starts a successor for each stream that another process holds open. Such a process has left its worker and outlives this process.
     pub(super) fn hand_over(&mut self) {
         let Some(successor) = &self.successor else { return };
         for source in self.streams.iter_mut().filter_map(|stream| stream.source.take()).filter(has_writer) {
@@ -364,7 +366,7 @@ impl RelayState {
         }
     }
 
-    /// Drops the bytes that the console has not taken. Keeps the last ones of each stream.
+    /// Drops the bytes that the console has not taken. The last bytes of each stream are still kept.
     fn give_up(&mut self) {
         self.report.dropped_bytes += (self.pending.len() - self.written) as u64;
         self.pending.clear();

@@ -10,14 +10,14 @@ use crate::error::{Error, Result};
 use crate::sys::console::Console;
 use crate::sys::spawn::Command;
 
-/// Time for the thread to reply after the timeout of a finish. The thread may be blocked in a write to a disk that hangs, or the console may
-/// be slow.
+/// Time for the thread to reply after the timeout of a finish. The thread may be blocked in a write to a disk that hangs, or the console
+/// may be slow.
 const REPLY_MARGIN: Duration = Duration::from_secs(2);
 
 /// Copies the streams of workers to the agent's console and keeps the last bytes of each.
 ///
-/// A worker has a terminal if the console is one, otherwise a pipe. Bytes are copied unchanged and at once. A full console blocks the workers
-/// that write to it, and no other.
+/// A worker has a terminal if the console is one, otherwise a pipe. Bytes are copied unchanged and at once. A full console blocks only the
+/// workers that write to it.
 #[derive(Debug)]
 pub struct Relay {
     thread: Arc<LogThread>,
@@ -80,10 +80,11 @@ impl Relay {
         self.thread.line.ask_within(timeout, |reply| LogOrder::FlushRelay { id, reply }).map(drop)
     }
 
-    /// Copies the rest of the streams. Call it when the workers have ended. Gives up when the console has accepted no bytes for `timeout`.
+    /// Copies the rest of the streams. Call this when the workers have ended. Gives up when the console has accepted no bytes for
+    /// `timeout`.
     ///
-    /// Bytes of processes that have left their workers are copied until these processes close the stream, after the end of the engine by the
-    /// successor. A further call may return an empty report.
+    /// Processes that have left their workers may write further. Their bytes are copied until they close the stream: by the thread, and
+    /// after the end of the engine by the successor. A further call may return an empty report.
     pub fn finish(&self, timeout: Duration) -> Result<RelayReport> {
         self.thread.line.check_owner()?;
         let id = self.id;

@@ -1,8 +1,9 @@
 //! Size limits of log files: the beginning of a file moves to a numbered file, while its writer and its readers go on.
 //!
 //! The writer holds the file open and appends to it. The complete lines at the beginning are copied to `stdout.log.1`. Then the file system
-//! removes them from `stdout.log` without a copy (`FALLOC_FL_COLLAPSE_RANGE`), or frees their space (`FALLOC_FL_PUNCH_HOLE`). Both are atomic
-//! for writers that append. A range must end at a block of the file system. The rest of the last copied line is overwritten with spaces.
+//! removes them from `stdout.log` without a copy (`FALLOC_FL_COLLAPSE_RANGE`), or frees their space (`FALLOC_FL_PUNCH_HOLE`). Both are
+//! atomic for writers that append. The removed range must end at the end of a block of the file system. Spaces replace the copied bytes
+//! after it.
 
 use std::ffi::OsString;
 use std::fs::{File, OpenOptions, rename};
@@ -52,7 +53,8 @@ impl FileRotation {
     ///
     /// # Errors
     ///
-    /// The failed step, for people, and its error. The file is complete, and a later call tries again.
+    /// The failed step, for people, and its error. The file is complete. A later call tries again, unless the file system can neither
+    /// remove bytes nor free them.
     pub(crate) fn rotate(&mut self) -> Result<(), (&'static str, io::Error)> {
         if self.is_impossible {
             return Ok(());
@@ -77,7 +79,7 @@ impl FileRotation {
         moved.map_err(|error| ("copy the beginning of", error))
     }
 
-    /// Copies the lines before `readable` to numbered files, as long as they fill one.
+    /// Copies the lines before `readable` to numbered files, as long as the lines fill a file.
     fn move_parts(&mut self, readable: u64) -> io::Result<()> {
         let Some(file) = &self.file else { return Ok(()) };
         let max_size = self.limits.max_size;
@@ -88,7 +90,7 @@ impl FileRotation {
             }
             let end = last_line_end(file, self.start + max_size)?;
             let end = if end > self.start { end } else { self.start + max_size };
-            // The oldest lines would be deleted in the same turn.
+            // Lines that would be deleted in the same turn are not copied.
             if left / max_size <= self.limits.max_files as u64 {
                 let newest = numbered(&self.path, "new");
                 copy(file, self.start..end, &newest)
@@ -110,11 +112,11 @@ impl FileRotation {
         rename(newest, numbered(&self.path, 1))
     }
 
-    /// Removes the bytes before `end`, up to the last whole block. Spaces replace the rest of the last line.
+    /// Removes the whole blocks before `end`. Spaces replace the bytes between them and `end`.
     fn remove(&mut self, end: u64) -> io::Result<()> {
         let Some(file) = &self.file else { return Ok(()) };
         let block = file.metadata()?.blksize().max(1);
-        // At least one byte remains: writing it notifies readers that were refused during the removal.
+        // At least one byte remains: the write to it notifies readers that were refused during the removal.
         let whole = (end - 1) / block * block;
         // The removal waits for the disk and blocks the writer. Most bytes are written to the disk before.
         file.sync_data()?;

@@ -1,6 +1,6 @@
 //! Searches growing log files for lines that match rules.
 //!
-//! A scan reads its files again, independent of the tails: a blocked console delays no match.
+//! A scan reads its files independently of the tails, so a blocked console delays no match.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -170,8 +170,8 @@ impl Scans {
         }
     }
 
-    /// The matches since the last call, and the waiters for scans that have reached the end of their files. They are woken when their
-    /// matches have been handled.
+    /// The matches since the last call, and the waiters for scans that have reached the end of their files. The caller wakes the waiters
+    /// when it has handled the matches.
     pub(super) fn take_found(&mut self) -> (Vec<LogMatch>, Vec<Reply<()>>) {
         (std::mem::take(&mut self.matches), std::mem::take(&mut self.finished))
     }

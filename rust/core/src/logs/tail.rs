@@ -34,13 +34,13 @@ pub struct TailReport {
     pub lines: u64,
     /// Bytes written to the console, prefixes included.
     pub bytes: u64,
-    /// Lines broken up because they were longer than [`MAX_LINE`].
+    /// Number of breaks in lines that are longer than [`MAX_LINE`].
     pub broken_lines: u64,
     /// Bytes of the files that were not written to the console.
     pub dropped_bytes: u64,
     /// The error that ended writing to the console, e.g. its reader closed it or the disk is full.
     pub console_error: Option<String>,
-    /// Files that could not be opened, with the errors.
+    /// Files that could not be opened or read to their end, each with the reason.
     pub unread: Vec<(PathBuf, String)>,
 }
 
@@ -95,10 +95,10 @@ impl LogStream {
     }
 }
 
-/// From the first byte of an unfinished line that is not shown to showing it.
+/// Time for which an unfinished line is not shown, from its first hidden byte on.
 const PARTIAL_LINE_DELAY: Duration = Duration::from_millis(100);
 
-/// The same for a progress bar, if other output followed its last row on the console.
+/// The same for a progress bar if other output has followed its last row on the console.
 const BAR_ROW_DELAY: Duration = Duration::from_secs(1);
 
 /// Bytes read from one stream before the next is served. Grows up to [`MAX_LINE`] for a line that does not fit.
@@ -186,7 +186,7 @@ impl FileTail {
         has_polled
     }
 
-    /// When the next unfinished line is shown.
+    /// When the next unfinished line is due to be shown.
     pub(super) fn next_partial(&self) -> Option<Instant> {
         self.streams.iter().filter_map(|stream| stream.partial_due).min()
     }
@@ -293,7 +293,7 @@ impl FileTail {
         let line_end = memchr::memchr2(b'\n', b'\r', &scratch[..read]);
         let has_hidden_bar = stream.live.as_ref().is_some_and(LiveLine::is_hidden);
         if (read <= stream.shown_bytes && !has_hidden_bar) || line_end.is_some() {
-            return; // the file has grown, which is notified separately
+            return; // nothing is hidden, or the line has ended: a notification leads to `read_chunk`
         }
         let is_last = *open == Some(key);
         if open.is_some() && !is_last {

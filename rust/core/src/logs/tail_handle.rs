@@ -28,8 +28,8 @@ impl Tail {
         Ok(Self { thread: Arc::clone(thread), id, paths })
     }
 
-    /// Copies the rest of the files and ends the tail. Gives up when the console has accepted no bytes for `timeout`, or when the disk of the
-    /// files has not responded for that long and two seconds; all files are in [`TailReport::unread`] then.
+    /// Copies the rest of the files and ends the tail. Gives up when the console has accepted no bytes for `timeout`. Also gives up when
+    /// the disk of the files has not responded for 2 s longer than `timeout`: then [`TailReport::unread`] has all files.
     ///
     /// Idempotent: further calls, also from other threads, return the same report.
     pub fn finish(&self, timeout: Duration) -> Result<TailReport> {

@@ -43,7 +43,7 @@ pub(super) struct Tails {
     /// For each console, the stream whose unfinished line is its last output. Several tails may share a console.
     open_lines: HashMap<ConsoleKey, OpenLine>,
     pub(super) scans: Scans,
-    /// Files with a size limit that later readers follow.
+    /// The files with a size limit, for readers that are added later.
     pub(super) rotations: Rotations,
     scratch: Vec<u8>,
 }
@@ -173,7 +173,8 @@ impl Tails {
         self.finished.remove(&id);
     }
 
-    /// Copies one chunk of each stream that has grown. A full console is added to the poller with the id of its tail as token. Ends finishing tails that have reached the end of their files or their deadline.
+    /// Copies one chunk of each stream that has grown. Adds a full console to the poller, with the id of its tail as token. Ends the
+    /// finishing tails that have reached the end of their files or their deadline.
     pub(super) fn pump(&mut self, now: Instant, poller: &Poller) {
         if self.resume_at.is_some_and(|at| at <= now) {
             self.resume_at = None;
@@ -236,7 +237,7 @@ impl Tails {
         self.full.iter().filter_map(finish_deadline).chain(partial).chain(self.resume_at).chain(self.poll_at).min()
     }
 
-    /// Makes the tails runnable whose polled files or consoles are due, or whose unfinished lines are.
+    /// Makes the tails runnable whose polled files, polled consoles or unfinished lines are due.
     fn handle_deadlines(&mut self, now: Instant) {
         let is_poll = self.poll_at.take_if(|at| *at <= now).is_some();
         if is_poll {

@@ -1,5 +1,5 @@
-//! The thread that reads log files (`ferro-tee`): it copies their lines to consoles and searches them. It may wait for a disk; supervision
-//! does not wait for it.
+//! The thread that reads log files (`ferro-tee`): it copies their lines to consoles and searches them. The thread may wait for a disk.
+//! Supervision does not wait for the thread.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -51,9 +51,9 @@ pub(crate) enum TeeEvent {
 pub(crate) struct TeeThread {
     line: NativeThread<TeeOrder>,
     last_id: AtomicU64,
-    /// Turns of the thread's loop. The number stands still while the thread waits for a disk.
+    /// Number of turns of the thread's loop. It stands still while the thread waits for a disk.
     turns: Arc<AtomicU64>,
-    /// One more than the turns at which the thread did not answer in time.
+    /// The number of turns at the last request without an answer in time, plus 1. 0 if there was none.
     stuck_at: AtomicU64,
 }
 
@@ -72,12 +72,12 @@ impl TeeThread {
         Ok(matches!(ended, CloseOutcome::Ended(_)))
     }
 
-    /// Readers that are added later follow the files while their beginnings are removed.
+    /// Registers files with a size limit: readers that are added later keep their position while the beginnings of the files are removed.
     pub(crate) fn rotate(&self, files: Vec<(PathBuf, Arc<RotatedFile>)>) -> Result<()> {
         self.open("rotate", |reply| TeeOrder::Rotate { files, reply })
     }
 
-    /// Ends [`TeeThread::rotate`].
+    /// Takes back [`TeeThread::rotate`].
     pub(crate) fn end_rotation(&self, files: Vec<PathBuf>) {
         let _ = self.line.send(TeeOrder::EndRotation { files });
     }
@@ -99,8 +99,8 @@ impl TeeThread {
         })
     }
 
-    /// Sends an order and waits for the reply. Returns `None` if the thread has made no turn of its loop for `timeout`, and then at once until
-    /// it makes one.
+    /// Sends an order and waits for the reply. Returns `None` if the thread has made no turn of its loop for `timeout`. Further calls then
+    /// return `None` at once, until the thread makes a turn.
     pub(super) fn ask_while_it_turns<T>(
         &self,
         timeout: Duration,

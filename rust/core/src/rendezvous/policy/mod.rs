@@ -1,6 +1,6 @@
 //! Decides whether a job restarts after a failure, and after which delay. Pure: facts and the time in, decisions out.
 //!
-//! The host of the native rendezvous has one policy for the job. With other rendezvous each agent has its own.
+//! The host of the native rendezvous has one policy for the job. With other rendezvous handlers each agent has its own policy.
 
 mod settings;
 
@@ -15,19 +15,19 @@ use crate::text::{bounded, printable_string};
 use crate::vocabulary::RestartReason;
 
 /// A script ends with this exit code to prevent a restart. Shells use 126 to 165 and 255, `sysexits.h` 64 to 78, Python 1, 2 and 120,
-/// `timeout` and `xargs` 123 to 125, Rust 101. Below 128, because schedulers take these codes as permanent failures.
+/// `timeout` and `xargs` 123 to 125, Rust 101. The code is below 128, because some schedulers take such codes as permanent failures.
 pub const NO_RESTART_EXIT_CODE: i32 = 97;
 
-/// A round that failed earlier than this without progress failed right after its start. It is longer than the longest default back-off: a
-/// later failure has already taken more time than the back-off would add.
+/// A round that fails before this time and without progress has failed right after its start. The time is longer than the longest default
+/// back-off: the round of a later failure has already run for longer than the back-off would last.
 pub const EARLY: Duration = Duration::from_secs(10);
 
-/// Maximum number and length of the causes of a failure, and length of a reason.
+/// Maximum number of the causes of a failure, and maximum lengths of a cause and of a reason.
 const MAX_CAUSES: usize = 16;
 const MAX_CAUSE_BYTES: usize = 64;
 const MAX_REASON_BYTES: usize = 1024;
 
-/// The first failure right after the start has no delay.
+/// The number of failures in a row from which restarts are delayed: the first one has no delay.
 const FIRST_DELAYED: u32 = 2;
 
 /// The jitter shortens a delay by up to this many thousandths.
@@ -61,7 +61,7 @@ pub struct FailureFacts {
 }
 
 impl FailureFacts {
-    /// The facts of a failure without an ended worker: an agent or another program has announced it.
+    /// The facts of a failure that an agent or another program has announced, without an ended worker.
     #[must_use]
     pub fn of_agent() -> Self {
         Self { causes: vec!["agent".into()], ..Self::default() }
@@ -84,7 +84,7 @@ impl FailureFacts {
 /// A decision after a failure.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Decision {
-    /// The rule that decided.
+    /// The rule that led to the decision.
     pub reason: RestartReason,
     /// The reason as text, which continues the description of a failure: "rank 0 exited with code 1, and ...".
     #[serde(deserialize_with = "printable_string")]
@@ -104,7 +104,7 @@ impl Decision {
         self.after.is_none()
     }
 
-    /// Whether the counters decided, and not the facts of the failure: any failure of the round would have ended the job.
+    /// Whether the counters led to the decision, and not the facts of the failure. Any failure of the round would then have ended the job.
     #[must_use]
     pub fn is_by_counters(&self) -> bool {
         use RestartReason::{MaxRestarts, MinUptime, NoProgress, RestartRate};
@@ -184,12 +184,12 @@ impl RestartPolicy {
         self.has_progressed = true;
     }
 
-    /// The round has ended, but not by a failure.
+    /// The round has ended by a change of membership.
     pub fn note_membership_change(&mut self, now: Instant) {
         self.note_uptime(now);
     }
 
-    /// Why a failure with these facts ends the job whatever the counters are; `None` if they decide.
+    /// The decision to end the job because of the facts alone; `None` if it depends on the counters.
     #[must_use]
     pub fn fatal(&self, facts: &FailureFacts) -> Option<Decision> {
         let settings = &self.settings;
@@ -240,7 +240,7 @@ impl RestartPolicy {
         self.restart(&facts.verdict)
     }
 
-    /// Takes the last decision of this round back: the round has ended for another reason.
+    /// Takes back the last decision of this round, because the round has ended for another reason.
     pub fn undo(&mut self) {
         if let Some(counters) = self.undecided.take() {
             self.counters = counters;
@@ -261,7 +261,7 @@ impl RestartPolicy {
         uptime
     }
 
-    /// Why no restart is left; `None` if one is.
+    /// The decision to end the job because of the counters; `None` if a restart is left.
     fn exhausted(&self, now: Instant, uptime: Duration) -> Option<Decision> {
         let (settings, counters) = (&self.settings, &self.counters);
         if !counters.has_started {
@@ -311,7 +311,7 @@ impl RestartPolicy {
         Decision { reason: RestartReason::Backoff, text, after: Some(delay) }
     }
 
-    /// The delay after the current number of failures right after the start. Each one doubles it.
+    /// The delay after the current number of failures in a row right after the start. Each further failure doubles the delay.
     fn backoff(&self) -> Duration {
         let Some(doublings) = self.counters.early_failures.checked_sub(FIRST_DELAYED) else { return Duration::ZERO };
         let factor = 1u32.checked_shl(doublings).unwrap_or(u32::MAX);

@@ -1,4 +1,4 @@
-//! The settings of a restart policy, and their text form in the introduction of an agent.
+//! The settings of a restart policy. An agent sends them to the host as text when it introduces itself.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::RangeInclusive;
@@ -13,11 +13,11 @@ const MAX_SECONDS: f64 = 365.0 * 24.0 * 3600.0;
 const NONE: &str = "none";
 
 named_values! {
-    /// What follows when a node of a round leaves or is lost.
+    /// Reaction to a node of the round that leaves or is lost.
     OnNodeFailure, "reaction to a lost node":
     /// The other nodes restart at once if they are enough.
     Restart = "restart",
-    /// The other nodes wait for another node in its place, until the join timeout.
+    /// The other nodes wait for another node in its place, up to the join timeout.
     Wait = "wait",
     /// The job ends.
     Exit = "exit",
@@ -26,9 +26,9 @@ named_values! {
 /// Maximum number of restarts within a period.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RestartRate {
-    /// The number.
+    /// Number of restarts.
     pub restarts: u64,
-    /// The period.
+    /// Length of the period.
     pub period: Duration,
 }
 
@@ -37,7 +37,7 @@ pub struct RestartRate {
 pub struct PolicySettings {
     /// Maximum number of restarts after failures; `None` means no limit.
     pub max_restarts: Option<u64>,
-    /// Delay of the restart after the second failure right after the start. Each further one doubles it. Zero for no delay.
+    /// Delay of the restart after the second failure in a row right after the start. Each further failure doubles it. Zero for no delay.
     pub backoff: Duration,
     /// The longest delay.
     pub max_backoff: Duration,
@@ -53,9 +53,9 @@ pub struct PolicySettings {
     pub min_uptime: Duration,
     /// Maximum number of restarts without progress in between.
     pub max_idle_restarts: Option<u64>,
-    /// What follows when a node of a round leaves or is lost.
+    /// Reaction to a node of the round that leaves or is lost.
     pub on_node_failure: OnNodeFailure,
-    /// The round has failed if a node has succeeded and the others run on for this time.
+    /// The round has failed if other nodes run on for longer than this after a node has succeeded.
     pub early_exit: Option<Duration>,
 }
 
