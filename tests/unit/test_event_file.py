@@ -51,6 +51,16 @@ def test_early_events_wait_for_the_folder(handler: JsonLinesHandler, tmp_path: P
     assert all(before <= one["time_ns"] <= time.time_ns() for one in found)
 
 
+def test_a_folder_that_is_known_before_the_first_event(handler: JsonLinesHandler, tmp_path: Path) -> None:
+    handler.use_folder(str(tmp_path))
+    assert not (tmp_path / "events.jsonl").exists()
+    put(handler, '{"n": 1}')
+    handler.finish()
+    assert [one["n"] for one in lines(tmp_path / "events.jsonl")] == [1]
+    handler.use_folder(str(tmp_path / "next"))
+    assert handler._folder == str(tmp_path / "next"), "the next run has a folder of its own"
+
+
 def test_the_variable_names_the_file_and_events_are_appended(
     handler: JsonLinesHandler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -43,6 +43,7 @@ class JsonLinesHandler(logging.Handler):
         self._early: list[bytes] = []
         self._early_bytes = 0
         self._early_lost = 0
+        self._folder: str | None = None
         self._pid = os.getpid()
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -53,7 +54,7 @@ class JsonLinesHandler(logging.Handler):
         line = text.replace("\n", " ").encode("utf-8", "backslashreplace") + b"\n"
         if self._pid != os.getpid():  # a forked child has no thread
             self._writer, self._pid = None, os.getpid()
-        path = os.environ.get(EVENT_FILE_ENV)
+        path = os.environ.get(EVENT_FILE_ENV) or (self._folder and os.path.join(self._folder, _NAME))
         if self._writer is None and path:
             self._writer = _Writer(path)
         if self._writer is not None:
@@ -72,8 +73,9 @@ class JsonLinesHandler(logging.Handler):
         """
         self.acquire()
         try:
-            if folder and self._writer is None and self._early:
-                self._writer = _Writer(os.path.join(folder, _NAME))
+            self._folder = self._folder or folder
+            if self._folder and self._writer is None and self._early:
+                self._writer = _Writer(os.path.join(self._folder, _NAME))
                 self._hand_over()
         finally:
             self.release()
@@ -82,7 +84,7 @@ class JsonLinesHandler(logging.Handler):
         """Write the remaining events and close the file. Waits for up to half a second. A later event opens the file again."""
         self.acquire()
         try:
-            writer, self._writer = self._writer, None
+            writer, self._writer, self._folder = self._writer, None, None
             unplaced, self._early = len(self._early) + self._early_lost, []
             self._early_bytes = self._early_lost = 0
         finally:

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use memchr::{memchr2, memrchr2};
 
 use super::lines::MAX_LINE;
-use super::log_file::{LogFile, Rotations};
+use super::log_file::{LogFile, RotatedFile, Rotations};
 use super::patterns::{LogRule, LogRules};
 use super::tail::CHUNK;
 use crate::thread::Reply;
@@ -64,6 +64,7 @@ const KEPT_LINE: usize = 512;
 #[derive(Debug)]
 struct ScanStream {
     file: Option<LogFile>,
+    rotation: Option<Arc<RotatedFile>>,
     spec: ScanFile,
     offset: u64,
     dirty: bool,
@@ -93,9 +94,10 @@ impl Scans {
         let streams = spec.files.iter().zip(is_watched);
         let streams = streams
             .map(|(spec, is_watched)| {
-                let file = LogFile::open(&spec.path, rotations.get(&spec.path)).ok();
+                let rotation = rotations.get(&spec.path).cloned();
+                let file = LogFile::open(&spec.path, rotation.as_ref()).ok();
                 let offset = file.as_ref().map_or(0, LogFile::base);
-                ScanStream { file, spec: spec.clone(), offset, dirty: true, is_polled: !is_watched }
+                ScanStream { file, rotation, spec: spec.clone(), offset, dirty: true, is_polled: !is_watched }
             })
             .collect();
         self.by_id
@@ -186,7 +188,8 @@ impl Scan {
 impl ScanStream {
     fn search_chunk(&mut self, rules: &LogRules, is_final: bool, scratch: &mut Vec<u8>) -> Vec<MatchedLines> {
         if self.file.is_none() {
-            self.file = LogFile::open(&self.spec.path, None).ok();
+            self.file = LogFile::open(&self.spec.path, self.rotation.as_ref()).ok();
+            self.offset = self.file.as_ref().map_or(0, LogFile::base);
         }
         let Some(file) = &self.file else {
             self.dirty = false;
@@ -304,5 +307,24 @@ mod tests {
         let (reply, _end) = sync_channel(1);
         scans.finish(7, reply);
         assert_eq!(lines(&mut scans, b" nan"), (1, 1), "the waiter comes with the last matches");
+    }
+
+    #[test]
+    fn a_file_that_is_opened_late_is_not_removed_before_it_is_searched() {
+        let folder = std::env::temp_dir().join(format!("ferro-late-{}", std::process::id()));
+        let path = folder.join("log");
+        let rotated = Arc::<RotatedFile>::default();
+        let rotations = Rotations::from([(path.clone(), Arc::clone(&rotated))]);
+        let file = ScanFile { path: path.clone(), worker: 0, label: "stdout of rank 0".to_owned() };
+        let spec = ScanSpec { group: 1, files: vec![file], rules: rules(&["nan"]) };
+        let (mut scans, mut scratch) = (Scans::default(), Vec::new());
+        scans.add(7, &spec, &[false], &rotations);
+        assert_eq!(rotated.slowest_reader(), None, "the folder is missing");
+        std::fs::create_dir(&folder).expect("created");
+        std::fs::write(&path, "nan\n").expect("written");
+        assert!(scans.mark_polled_dirty());
+        scans.pump(&mut scratch);
+        std::fs::remove_dir_all(&folder).expect("removed");
+        assert_eq!((scans.take_found().0.len(), rotated.slowest_reader()), (1, Some(4)));
     }
 }

@@ -3,11 +3,12 @@
 use std::io::{self, IsTerminal};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::lines::{LineFormat, MAX_LINE, ShownPart};
 use super::live::LiveLine;
-use super::log_file::{LogFile, Rotations};
+use super::log_file::{LogFile, RotatedFile, Rotations};
 use crate::error::Error;
 use crate::sys::clock::realtime_ns;
 use crate::sys::console::Console;
@@ -61,6 +62,7 @@ pub(super) type OpenLine = Option<(u64, usize)>;
 #[derive(Debug)]
 struct LogStream {
     path: PathBuf,
+    rotation: Option<Arc<RotatedFile>>,
     /// `Err` if it could not be opened. Opening is retried.
     file: Result<LogFile, io::Error>,
     format: LineFormat,
@@ -79,10 +81,12 @@ struct LogStream {
 
 impl LogStream {
     fn open(path: &Path, format: LineFormat, is_live: bool, rotations: &Rotations) -> Self {
-        let file = LogFile::open(path, rotations.get(path));
+        let rotation = rotations.get(path).cloned();
+        let file = LogFile::open(path, rotation.as_ref());
         Self {
             live: (is_live && format.shows_partial_lines()).then(LiveLine::default),
             path: path.to_owned(),
+            rotation,
             offset: file.as_ref().map_or(0, LogFile::base),
             file,
             format,
@@ -223,7 +227,8 @@ impl FileTail {
     ) {
         let stream = &mut self.streams[key.1];
         if stream.file.is_err() {
-            stream.file = LogFile::open(&stream.path, None);
+            stream.file = LogFile::open(&stream.path, stream.rotation.as_ref());
+            stream.offset = stream.file.as_ref().map_or(0, LogFile::base);
         }
         let Ok(file) = &stream.file else {
             stream.dirty = false;
