@@ -73,6 +73,33 @@ class Console:
         except OSError:  # the reader closed the stream, or the disk is full
             self._pending.clear()
 
+    def finish(self, stall_timeout_s: float) -> bool:
+        """Write the pending text, and wait for a reader that continues.
+
+        Args:
+            stall_timeout_s: timeout in seconds for a stream that accepts nothing.
+
+        Returns:
+            Whether the stream has accepted all text.
+        """
+        self.flush()
+        if not self._pending or self.stream is None:
+            return True
+        import select
+        import time
+
+        poll = select.poll()
+        poll.register(self.stream.fileno(), select.POLLOUT)
+        size, deadline_s = len(self._pending), time.monotonic() + stall_timeout_s
+        while self._pending and time.monotonic() < deadline_s:
+            poll.poll(max(0.0, deadline_s - time.monotonic()) * 1000)
+            self.flush()
+            if len(self._pending) != size:
+                size, deadline_s = len(self._pending), time.monotonic() + stall_timeout_s
+            else:
+                time.sleep(0.005)  # there is less room than a part of the text needs
+        return not self._pending
+
     def _write_blocking(self, stream: TextIO) -> None:
         text = self._pending.decode(errors="replace")
         self._pending.clear()

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ferroelastic._failure.model import Failure
 
 _USAGE = 2
+_STALL_TIMEOUT_S = 0.5
 
 
 def report(error: BaseException, args: Namespace | None) -> int:
@@ -65,7 +66,12 @@ def _show(failure: "Failure", form: str) -> None:
 def _print(text: str) -> None:
     from ferroelastic._console import stderr
 
-    stderr().write(f"{text}\n")
+    console = stderr()
+    # The last output of this process: a slow reader gets all of it.
+    is_read = console.finish(_STALL_TIMEOUT_S)
+    console.write(f"{text}\n")
+    if is_read:
+        console.finish(_STALL_TIMEOUT_S)
 
 
 def _describe(error: BaseException, args: Namespace | None) -> str:

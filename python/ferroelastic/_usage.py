@@ -86,6 +86,22 @@ def check_interactive_rank(args: Namespace, nproc_per_node: int) -> None:
         raise UsageError(f"{named('interactive_rank', rank)}: {NO_TERMINAL}")
 
 
+def check_texts(args: Namespace) -> None:
+    """Check that options whose text the agent writes or searches are UTF-8. Paths may have any bytes.
+
+    Raises:
+        UsageError: an option is not.
+    """
+    options = ("role", "log_line_prefix_template", "duplicate_stdout_filters", "duplicate_stderr_filters")
+    for dest in (*options, "fail_on_log", "warn_on_log"):
+        value = getattr(args, dest, None) or []
+        for text in [value] if isinstance(value, str) else value:
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                raise UsageError(f"{named(dest, text)} is not UTF-8; give a text in UTF-8") from None
+
+
 def check_signals(handled: str, forwarded: str) -> None:
     """Check ``--signals-to-handle`` and ``--signals-to-forward``.
 

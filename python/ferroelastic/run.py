@@ -214,6 +214,7 @@ def config_from_args(args: Namespace) -> tuple["LaunchConfig", Callable[..., Any
     if not 0 < min_nodes <= max_nodes:
         raise UsageError(f"{named('nnodes', args.nnodes)} must have 0 < MIN <= MAX; give e.g. 1:4")
     _usage.check_numbers(args)
+    _usage.check_texts(args)
     _usage.check_signals(args.signals_to_handle, args.signals_to_forward)
     _usage.check_rendezvous_backend(args.rdzv_backend)
     _usage.check_local_addr(args.local_addr)

@@ -70,6 +70,11 @@ USAGE = [
     (["--tee=9", "train.py"], "--tee='9'"),
     (["--redirects=0:7", "train.py"], "--redirects='0:7'"),
     (["--local-ranks-filter=0,one", "train.py"], "--local-ranks-filter='0,one'"),
+    (["--fail-on-log=h\udcff=x", "train.py"], "--fail-on-log='h\\udcff=x' is not UTF-8"),
+    (["--role=\udcff", "train.py"], "--role='\\udcff' is not UTF-8"),
+    (["--duplicate-stdout-filters=a,\udcff", "train.py"], "--duplicate-stdout-filters='\\udcff' is not UTF-8"),
+    (["--log-line-prefix-template=\udcff", "train.py"], "is not UTF-8"),
+    (["--fatal-causes=oom", "train.py"], '--fatal-causes="oom" is not valid: "oom" is not one of agent, '),
     (["--rdzv-conf=timeout", "train.py"], "--rdzv-conf='timeout'"),
     (["--rdzv-conf==5", "train.py"], "--rdzv-conf='=5'"),
     (

@@ -160,7 +160,7 @@ def test_a_pattern_fails_a_function_worker(tmp_path: Path, function: Any, method
     assert list(result.failures) == [1]
     assert result.failures[1].exitcode == (1 if function is speak_and_return else -9)
     assert result.failures[1].message == "loss is NaN (stdout of rank 7: 'loss=nan')"
-    assert context.log_failures == {1: "loss is NaN"}
+    assert context.log_failures == {1: "loss is NaN (stdout of rank 7: 'loss=nan')"}
 
 
 def test_matches_are_counted_in_the_metrics(tmp_path: Path) -> None:
@@ -213,7 +213,7 @@ def test_a_line_explains_the_exit_that_follows_at_once(tmp_path: Path) -> None:
     result = context.wait(60)
     assert result is not None
     assert {rank: failure.exitcode for rank, failure in result.failures.items()} == {1: 3}
-    assert context.log_failures == {1: "loss is NaN"}
+    assert context.log_failures == {1: "loss is NaN (stdout of rank 7: 'loss=nan')"}
 
 
 BAR = """

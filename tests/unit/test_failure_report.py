@@ -12,6 +12,7 @@ import pytest
 
 from ferroelastic._failure.advice import HELPERS_KILLED, SHM_FULL, advice_for
 from ferroelastic._failure.box import render
+from ferroelastic._failure.collect import exception_of
 from ferroelastic._failure.error_file import MAX_BYTES, read_error_file
 from ferroelastic._failure.model import (
     MAX_DETAIL_BYTES,
@@ -385,6 +386,16 @@ def test_error_files_that_cannot_be_used(tmp_path: Path) -> None:
     for path in (str(tmp_path / "absent"), "", os.devnull):
         assert read_error_file(path) == (None, "")
     assert ProcessFailure(0, 7, 1, error_file=fifo).error_file_problem == f"{fifo}: it is not a regular file"
+
+
+def test_an_error_file_with_a_text_explains_the_failure(tmp_path: Path) -> None:
+    path = tmp_path / "error.json"
+    path.write_text('{"message": "the licence is gone"}')
+    failure = ProcessFailure(0, 7, 5, error_file=str(path))
+    found = exception_of(failure, "")
+    assert found is not None
+    assert (found.message, found.source) == ("the licence is gone", "error_file")
+    assert exception_of(ProcessFailure(0, 7, 5, error_file=str(tmp_path / "absent")), "") is None
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can change the owner of a file")

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import threading
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any, get_args
 from unittest import mock
 
 import pytest
 from tests.support.fake_agent import Agent, S, spec
 
+from ferroelastic import _failure
+from ferroelastic._failure.model import Kind
 from ferroelastic._rust import FailureFacts
 from ferroelastic._rust import RestartPolicy as NativePolicy
 from ferroelastic.agent.server import NO_RESTART_EXIT_CODE, FailedRound, RestartSettings, RunResult
 from ferroelastic.agent.server._policy import Verdict, ask
 from ferroelastic.agent.server._progress import ProgressFiles
 from ferroelastic.multiprocessing.errors import ProcessFailure
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 FAILURE = FailedRound("rank 0 fell", 1, ("exit",), 0, 2.5, 1, 3, has_progressed=False)
 
@@ -51,6 +52,17 @@ class TestSettings:
         )
         assert RestartSettings().options(float("inf"))["--max-restarts"] == "none"
 
+    def test_each_kind_and_cause_of_the_report_may_be_final(self) -> None:
+        kinds = set(get_args(Kind)) - {"lost_node"}  # --on-node-failure decides on it
+        source = Path(_failure.__file__).with_name("advice.py").read_text()
+        causes = set(re.findall(r"\bAdvice\(\s*\"(\w+)\"", source))
+        assert len(causes) == 6
+        text = ",".join(sorted(kinds | causes))
+        assert RestartSettings(fatal_causes=text).fatal_causes == text
+        with pytest.raises(ValueError, match="is not one of ") as refused:
+            RestartSettings(fatal_causes="none,of these")
+        assert str(refused.value).endswith(text.replace(",", ", "))
+
     @pytest.mark.parametrize(
         ("name", "value"),
         [
@@ -58,6 +70,8 @@ class TestSettings:
             ("restart_backoff_max", float("nan")),
             ("restart_rate", "often"),
             ("fatal_exit_codes", "0"),
+            ("fatal_causes", "oom"),
+            ("fatal_causes", "stuck,EXIT"),
             ("restarts_without_progress", -1),
             ("on_node_failure", "panic"),
         ],
@@ -81,6 +95,7 @@ class TestHook:
             (0, Verdict(delay_s=0.0)),
             (2.5, Verdict(delay_s=2.5)),
             ("no\ndata ", Verdict(final_reason="no data")),
+            ("a\udc80", Verdict(final_reason="a\\udc80")),
         ],
     )
     def test_an_answer(self, answer: Any, verdict: Verdict) -> None:
@@ -88,11 +103,14 @@ class TestHook:
         assert ask(policy, FAILURE) == verdict
         assert policy.asked == [FAILURE]
 
-    @pytest.mark.parametrize("answer", [True, -1, float("nan"), float("inf"), " ", b"no", [1]])
+    @pytest.mark.parametrize("answer", [True, -1, float("nan"), float("inf"), 10**400, 1e10, " ", b"no", [1]])
     def test_nonsense_is_reported_with_its_value(self, answer: Any, caplog: pytest.LogCaptureFixture) -> None:
         with mock.patch("ferroelastic.agent.server._policy.logger.propagate", new=True):
             assert ask(Answers(answer), FAILURE) == Verdict()
-        assert f"returned {answer!r}, which is neither None, a delay in seconds nor a reason" in caplog.text
+        assert (
+            f"returned {repr(answer)[:200]}, which is neither None, a delay of up to a year in seconds nor a reason"
+            in caplog.text
+        )
 
     @pytest.mark.parametrize("error", [ValueError("bad"), SystemExit(3)])
     def test_one_that_raises(self, error: BaseException, caplog: pytest.LogCaptureFixture) -> None:

@@ -193,10 +193,12 @@ def exception_of(failure: ProcessFailure, output: str) -> ExceptionReport | None
         output: last part of the worker's standard error, clean.
     """
     message = failure.error_file_data.get("message")
-    if failure.error_file != "<N/A>" and isinstance(message, dict):
-        info = message.get("extraInfo")
+    if failure.error_file != "<N/A>" and message:
+        # A program may write a text instead of torch's object.
+        content = message if isinstance(message, dict) else {"message": message}
+        info = content.get("extraInfo")
         info = info if isinstance(info, dict) else {}
-        name, colon, text = clean(str(message.get("message", ""))).partition(": ")
+        name, colon, text = clean(str(content.get("message", ""))).partition(": ")
         if not colon and " " in name:
             name, text = "", name
         return ExceptionReport(

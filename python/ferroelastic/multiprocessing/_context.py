@@ -246,9 +246,9 @@ class PContext(_compat.TorchVirtual, ABC):
 
     @property
     def log_failures(self) -> dict[int, str]:
-        """Reasons of workers that have failed because of a line in their log, by local rank. Not in torch."""
+        """Workers that have failed because of a line in their log: reason and line by local rank. Not in torch."""
         failures = {} if self._log_watch is None else self._log_watch.update()
-        return {rank: failure.reason for rank, failure in failures.items()}
+        return {rank: describe(failure) for rank, failure in failures.items()}
 
     def _record_log_failures(self) -> None:
         """Record workers as failed that have ended with success and have a line in their log that fails them."""

@@ -32,6 +32,7 @@ are permanent failures for schedulers that distinguish.
 """
 
 _HOOK_TIMEOUT_S = 5.0
+_MAX_DELAY_S = 365 * 24 * 3600.0
 _MAX_TEXT = 200
 
 
@@ -225,11 +226,13 @@ def ask(policy: RestartPolicy, failure: FailedRound, timeout_s: float = _HOOK_TI
     if value is None:
         return Verdict()
     if isinstance(value, str) and value.strip():
-        return Verdict(final_reason=" ".join(value.split()))
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0:
+        reason = " ".join(value.split())
+        return Verdict(final_reason=reason.encode("utf-8", "backslashreplace").decode())
+    # A comparison with an integer of any size is exact, and one with NaN is false.
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= _MAX_DELAY_S:
         return Verdict(delay_s=float(value))
     logger.warning(
-        "the restart policy %s returned %s, which is neither None, a delay in seconds nor a reason: the settings apply",
+        "the restart policy %s returned %s, which is neither None, a delay of up to a year in seconds nor a reason: the settings apply",
         *(_text(policy), _text(value)),
     )
     return Verdict()

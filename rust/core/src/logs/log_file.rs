@@ -43,6 +43,16 @@ impl RotatedFile {
     }
 }
 
+/// Bytes of a file that a reader has not read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Unread {
+    No,
+    /// The file may have grown.
+    Yes,
+    /// The last read was refused, because bytes are removed from the file. It is polled.
+    Refused,
+}
+
 /// A log file open for reading.
 #[derive(Debug)]
 pub(super) struct LogFile {

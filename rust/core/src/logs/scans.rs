@@ -9,7 +9,7 @@ use std::sync::Arc;
 use memchr::{memchr2, memrchr2};
 
 use super::lines::MAX_LINE;
-use super::log_file::{LogFile, RotatedFile, Rotations};
+use super::log_file::{LogFile, RotatedFile, Rotations, Unread};
 use super::patterns::{LogRule, LogRules};
 use super::tail::CHUNK;
 use crate::thread::Reply;
@@ -67,7 +67,7 @@ struct ScanStream {
     rotation: Option<Arc<RotatedFile>>,
     spec: ScanFile,
     offset: u64,
-    dirty: bool,
+    unread: Unread,
     is_polled: bool,
 }
 
@@ -97,7 +97,7 @@ impl Scans {
                 let rotation = rotations.get(&spec.path).cloned();
                 let file = LogFile::open(&spec.path, rotation.as_ref()).ok();
                 let offset = file.as_ref().map_or(0, LogFile::base);
-                ScanStream { file, rotation, spec: spec.clone(), offset, dirty: true, is_polled: !is_watched }
+                ScanStream { file, rotation, spec: spec.clone(), offset, unread: Unread::Yes, is_polled: !is_watched }
             })
             .collect();
         self.by_id
@@ -114,22 +114,29 @@ impl Scans {
 
     pub(super) fn mark_dirty(&mut self, id: u64, stream: usize) {
         if let Some(scan) = self.by_id.get_mut(&id) {
-            scan.streams[stream].dirty = true;
+            scan.streams[stream].unread = Unread::Yes;
         }
     }
 
     pub(super) fn mark_all_dirty(&mut self) {
-        self.streams().for_each(|stream| stream.dirty = true);
+        self.streams().for_each(|stream| stream.unread = Unread::Yes);
     }
 
-    /// Marks the files without a watch. `false` if there are none.
+    /// Marks the files without a watch, and those that could not be opened or read. `false` if there are none.
     pub(super) fn mark_polled_dirty(&mut self) -> bool {
         let mut has_polled = false;
-        for stream in self.streams().filter(|stream| stream.is_polled || stream.file.is_none()) {
-            stream.dirty = true;
+        let is_polled =
+            |stream: &&mut ScanStream| stream.is_polled || stream.unread == Unread::Refused || stream.file.is_none();
+        for stream in self.streams().filter(is_polled) {
+            stream.unread = Unread::Yes;
             has_polled = true;
         }
         has_polled
+    }
+
+    /// Whether bytes are removed from a file, so its rest cannot be read now.
+    pub(super) fn is_refused(&self) -> bool {
+        self.by_id.values().any(Scan::is_refused)
     }
 
     fn streams(&mut self) -> impl Iterator<Item = &mut ScanStream> {
@@ -140,7 +147,7 @@ impl Scans {
     pub(super) fn finish(&mut self, id: u64, reply: Reply<()>) {
         match self.by_id.get_mut(&id) {
             Some(scan) => {
-                scan.streams.iter_mut().for_each(|stream| stream.dirty = true);
+                scan.streams.iter_mut().for_each(|stream| stream.unread = Unread::Yes);
                 scan.finishing.push(reply);
             }
             None => {
@@ -160,13 +167,13 @@ impl Scans {
                 continue;
             }
             let (is_final, rules) = (!scan.finishing.is_empty(), &scan.rules);
-            for stream in scan.streams.iter_mut().filter(|stream| stream.dirty) {
+            for stream in scan.streams.iter_mut().filter(|stream| stream.unread == Unread::Yes) {
                 for MatchedLines { rule, lines, first } in stream.search_chunk(rules, is_final, scratch) {
                     let (file, rule) = (stream.spec.clone(), rules.rules()[rule].clone());
                     self.matches.push(LogMatch { group: scan.group, file, rule, lines, first });
                 }
             }
-            if !scan.streams.iter().any(|stream| stream.dirty) {
+            if !scan.is_busy() && !scan.is_refused() {
                 self.finished.append(&mut scan.finishing);
             }
         }
@@ -180,8 +187,12 @@ impl Scans {
 }
 
 impl Scan {
+    fn is_refused(&self) -> bool {
+        self.streams.iter().any(|stream| stream.unread == Unread::Refused)
+    }
+
     fn is_busy(&self) -> bool {
-        self.streams.iter().any(|stream| stream.dirty)
+        self.streams.iter().any(|stream| stream.unread == Unread::Yes)
     }
 }
 
@@ -192,19 +203,20 @@ impl ScanStream {
             self.offset = self.file.as_ref().map_or(0, LogFile::base);
         }
         let Some(file) = &self.file else {
-            self.dirty = false;
+            self.unread = Unread::No;
             return Vec::new();
         };
         let mut size = CHUNK;
         loop {
             scratch.resize(size, 0);
             let Some(read) = file.read(scratch, self.offset) else {
-                self.dirty = is_final;
+                self.unread = Unread::Refused;
                 return Vec::new();
             };
             let at_end = read < size;
             if read == 0 && file.end().is_some_and(|end| end < self.offset) {
-                self.offset = file.base(); // the file was truncated
+                self.offset = file.base(); // the file was truncated, and may have lines already
+                continue;
             }
             let text = &scratch[..read];
             let whole = match memrchr2(b'\n', b'\r', text) {
@@ -219,7 +231,7 @@ impl ScanStream {
             }
             self.offset += whole as u64;
             file.publish(self.offset);
-            self.dirty = !at_end;
+            self.unread = if at_end { Unread::No } else { Unread::Yes };
             return search(rules, &text[..whole]);
         }
     }
@@ -252,7 +264,10 @@ fn search(rules: &LogRules, text: &[u8]) -> Vec<MatchedLines> {
 #[cfg(test)]
 mod tests {
     use std::io::Write;
+    use std::os::fd::AsRawFd;
     use std::sync::mpsc::sync_channel;
+
+    use rustix::fs::{MemfdFlags, memfd_create};
 
     use super::*;
     use crate::logs::patterns::LogRule;
@@ -279,8 +294,8 @@ mod tests {
 
     #[test]
     fn a_growing_file_is_searched_once_and_its_last_line_at_the_end() {
-        let file = rustix::fs::memfd_create("log", rustix::fs::MemfdFlags::CLOEXEC).expect("a file");
-        let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&file)).into();
+        let file = memfd_create("log", MemfdFlags::CLOEXEC).expect("a file");
+        let path = format!("/proc/self/fd/{}", file.as_raw_fd()).into();
         let mut file = std::fs::File::from(file);
         let spec = ScanSpec {
             group: 1,
@@ -307,6 +322,36 @@ mod tests {
         let (reply, _end) = sync_channel(1);
         scans.finish(7, reply);
         assert_eq!(lines(&mut scans, b" nan"), (1, 1), "the waiter comes with the last matches");
+    }
+
+    #[test]
+    fn the_lines_after_a_truncation_are_searched_in_the_same_turn_and_a_refused_file_is_polled() {
+        let file = memfd_create("log", MemfdFlags::CLOEXEC).expect("a file");
+        rustix::io::write(&file, b"a longer first line\n").expect("written");
+        let path: PathBuf = format!("/proc/self/fd/{}", file.as_raw_fd()).into();
+        let rotated = Arc::<RotatedFile>::default();
+        let rotations = Rotations::from([(path.clone(), Arc::clone(&rotated))]);
+        let spec = ScanSpec {
+            group: 1,
+            files: vec![ScanFile { path, worker: 0, label: "stdout of rank 0".to_owned() }],
+            rules: rules(&["nan"]),
+        };
+        let (mut scans, mut scratch) = (Scans::default(), Vec::new());
+        scans.add(7, &spec, &[true], &rotations);
+        scans.pump(&mut scratch);
+        rustix::fs::ftruncate(&file, 0).expect("truncated");
+        rustix::io::pwrite(&file, b"nan\n", 0).expect("written");
+        let (reply, _end) = sync_channel(1);
+        scans.finish(7, reply);
+        let removal = rotated.lock();
+        scans.pump(&mut scratch);
+        assert!(!scans.is_busy() && scans.is_refused());
+        assert_eq!(scans.take_found().1.len(), 0, "the rest is not searched");
+        drop(removal);
+        assert!(scans.mark_polled_dirty());
+        scans.pump(&mut scratch);
+        let (found, waiters) = scans.take_found();
+        assert_eq!((found.len(), waiters.len()), (1, 1));
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use super::lines::{LineFormat, MAX_LINE, ShownPart};
 use super::live::LiveLine;
-use super::log_file::{LogFile, RotatedFile, Rotations};
+use super::log_file::{LogFile, RotatedFile, Rotations, Unread};
 use crate::error::Error;
 use crate::sys::clock::realtime_ns;
 use crate::sys::console::Console;
@@ -68,7 +68,7 @@ struct LogStream {
     format: LineFormat,
     offset: u64,
     after_cr: bool,
-    dirty: bool,
+    unread: Unread,
     /// There is no inotify watch: the file is polled.
     is_polled: bool,
     /// Number of bytes of the unfinished line at `offset` that are on the console.
@@ -91,7 +91,7 @@ impl LogStream {
             file,
             format,
             after_cr: false,
-            dirty: true,
+            unread: Unread::Yes,
             is_polled: false,
             shown_bytes: 0,
             partial_due: None,
@@ -166,12 +166,12 @@ impl FileTail {
 
     /// Notes that the file of a stream has grown.
     pub(super) fn mark_dirty(&mut self, stream: usize) {
-        self.streams[stream].dirty = true;
+        self.streams[stream].unread = Unread::Yes;
     }
 
     pub(super) fn mark_all_dirty(&mut self) {
         for stream in &mut self.streams {
-            stream.dirty = true;
+            stream.unread = Unread::Yes;
         }
     }
 
@@ -180,14 +180,21 @@ impl FileTail {
         self.streams[stream].is_polled = true;
     }
 
-    /// Marks the polled streams, and those whose file could not be opened. `false` if there are none.
+    /// Marks the polled streams, and those whose file could not be opened or read. `false` if there are none.
     pub(super) fn mark_polled_dirty(&mut self) -> bool {
         let mut has_polled = false;
-        for stream in self.streams.iter_mut().filter(|stream| stream.is_polled || stream.file.is_err()) {
-            stream.dirty = true;
+        let is_polled =
+            |stream: &&mut LogStream| stream.is_polled || stream.unread == Unread::Refused || stream.file.is_err();
+        for stream in self.streams.iter_mut().filter(is_polled) {
+            stream.unread = Unread::Yes;
             has_polled = true;
         }
         has_polled
+    }
+
+    /// Whether bytes are removed from a file, so its rest cannot be read now.
+    pub(super) fn is_refused(&self) -> bool {
+        self.streams.iter().any(|stream| stream.unread == Unread::Refused)
     }
 
     /// When the next unfinished line is due to be shown.
@@ -203,7 +210,7 @@ impl FileTail {
         let is_final = self.finishing.is_some();
         for index in 0..self.streams.len() {
             let stream = &self.streams[index];
-            if stream.dirty {
+            if stream.unread == Unread::Yes {
                 self.read_chunk((id, index), now, is_final, open, scratch);
             } else if stream.partial_due.is_some_and(|due| now >= due) {
                 self.show_partial((id, index), open, scratch);
@@ -214,7 +221,7 @@ impl FileTail {
                 return Pumped::ConsoleFull;
             }
         }
-        if self.streams.iter().any(|stream| stream.dirty) { Pumped::More } else { Pumped::Idle }
+        if self.streams.iter().any(|stream| stream.unread == Unread::Yes) { Pumped::More } else { Pumped::Idle }
     }
 
     fn read_chunk(
@@ -231,7 +238,7 @@ impl FileTail {
             stream.offset = stream.file.as_ref().map_or(0, LogFile::base);
         }
         let Ok(file) = &stream.file else {
-            stream.dirty = false;
+            stream.unread = Unread::No;
             return;
         };
         stream.format.set_time(realtime_ns);
@@ -239,13 +246,14 @@ impl FileTail {
         loop {
             scratch.resize(size, 0);
             let Some(read) = file.read(scratch, stream.offset) else {
-                stream.dirty = is_final;
+                stream.unread = Unread::Refused;
                 return;
             };
             let at_end = read < size;
             if read == 0 && file.end().is_some_and(|end| end < stream.offset) {
-                // The file was truncated: continue at its beginning.
+                // The file was truncated: continue at its beginning, which may have lines already.
                 (stream.offset, stream.shown_bytes) = (file.base(), 0);
+                continue;
             }
             let is_last = *open == Some(key);
             let before = self.pending.len();
@@ -270,7 +278,7 @@ impl FileTail {
             }
             stream.offset += done.consumed as u64;
             file.publish(stream.offset);
-            stream.dirty = !at_end;
+            stream.unread = if at_end { Unread::No } else { Unread::Yes };
             self.report.lines += done.lines;
             self.report.broken_lines += done.broken;
             if at_end || done.consumed > 0 || size > MAX_LINE {
@@ -345,6 +353,9 @@ impl FileTail {
         self.report.dropped_bytes += (self.pending.len() - self.written) as u64;
         for stream in self.streams {
             match stream.file {
+                Ok(_) if stream.unread == Unread::Refused => {
+                    self.report.unread.push((stream.path, "its disk has not responded".to_owned()));
+                }
                 Ok(file) => {
                     let size = file.end().unwrap_or_default();
                     let shown = stream.offset + stream.shown_bytes as u64;

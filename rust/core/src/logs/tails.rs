@@ -124,12 +124,15 @@ impl Tails {
     /// Handles a readable notifier.
     pub(super) fn notified(&mut self) {
         let Some(notifier) = &self.notifier else { return };
-        let (watches, tails, scans, runnable) = (&self.watches, &mut self.by_id, &mut self.scans, &mut self.runnable);
+        let (watches, tails, scans) = (&self.watches, &mut self.by_id, &mut self.scans);
+        let (runnable, full) = (&mut self.runnable, &self.full);
         let complete = notifier.drain(|watch| {
             for (id, stream) in watches.get(&watch).into_iter().flatten() {
                 if let Some(tail) = tails.get_mut(id) {
                     tail.mark_dirty(*stream);
-                    runnable.insert(*id);
+                    if !full.contains(id) {
+                        runnable.insert(*id);
+                    }
                 } else {
                     scans.mark_dirty(*id, *stream);
                 }
@@ -160,7 +163,9 @@ impl Tails {
             if tail.finishing.is_none() {
                 tail.mark_all_dirty();
                 tail.finishing = Some(Finish { timeout, deadline: now.checked_add(timeout) });
-                self.runnable.insert(id);
+                if !self.full.contains(&id) {
+                    self.runnable.insert(id);
+                }
             }
             self.waiting.entry(id).or_default().push(reply);
         }
@@ -190,14 +195,13 @@ impl Tails {
             let open = self.open_lines.entry(tail.console_key()).or_default();
             match tail.pump(*id, now, open, &mut self.scratch) {
                 Pumped::More => {}
-                Pumped::Idle if tail.finishing.is_some() => ended.push(*id),
+                Pumped::Idle if tail.finishing.is_some() && !tail.is_refused() => ended.push(*id),
                 Pumped::Idle => {
                     self.runnable.remove(id);
                 }
                 Pumped::ConsoleFull => {
                     self.runnable.remove(id);
-                    self.full.insert(*id);
-                    if poller.add(tail.console_fd(), *id, Interest::Writable).is_err() {
+                    if self.full.insert(*id) && poller.add(tail.console_fd(), *id, Interest::Writable).is_err() {
                         // The poller cannot report when the console has room. Retry after a pause.
                         self.polled_consoles.insert(*id);
                         self.poll_at = self.poll_at.or(now.checked_add(POLL_INTERVAL));
@@ -209,7 +213,17 @@ impl Tails {
             let finish = tail.finishing.as_ref();
             finish.and_then(|finish| finish.deadline).is_some_and(|deadline| deadline <= now)
         };
-        ended.extend(self.full.iter().filter(|id| self.by_id.get(id).is_some_and(is_timed_out)));
+        for (id, tail) in &self.by_id {
+            if tail.is_refused() {
+                self.poll_at = self.poll_at.or(now.checked_add(POLL_INTERVAL));
+            }
+            if (tail.is_refused() || self.full.contains(id)) && is_timed_out(tail) {
+                ended.push(*id);
+            }
+        }
+        if self.scans.is_refused() {
+            self.poll_at = self.poll_at.or(now.checked_add(POLL_INTERVAL));
+        }
         if (!turn.is_empty() || has_scanned) && !self.is_empty() {
             self.listen(poller, false);
             self.resume_at = now.checked_add(BATCH_DELAY);
@@ -330,11 +344,14 @@ impl Tails {
 #[cfg(test)]
 mod tests {
     use std::os::fd::{AsRawFd, OwnedFd};
+    use std::path::PathBuf;
+    use std::sync::Arc;
     use std::sync::mpsc::{Receiver, sync_channel};
 
     use rustix::fs::{MemfdFlags, memfd_create};
 
     use super::*;
+    use crate::logs::log_file::RotatedFile;
 
     const TOKEN: u64 = 7;
     const TIMEOUT: Duration = Duration::from_secs(600);
@@ -381,6 +398,85 @@ mod tests {
             tails.pump(next, &poller);
         }
         assert_eq!(report.try_recv().expect("finished").lines, 1);
+    }
+
+    #[test]
+    fn a_full_console_is_in_the_poller_once() {
+        let (mut tails, poller, _reader, _file) = full_console();
+        tails.pump(Instant::now(), &poller);
+        let _report = finish(&mut tails);
+        assert!(!tails.is_busy(), "the tail waits for the console");
+        tails.pump(Instant::now(), &poller);
+        assert!(tails.polled_consoles.is_empty());
+    }
+
+    /// A tail of a file with one line. Returns the file, its limit and the console, too.
+    fn rotated_file() -> (Tails, Poller, OwnedFd, Arc<RotatedFile>, OwnedFd) {
+        let file = memfd_create("log", MemfdFlags::CLOEXEC).expect("a file");
+        rustix::io::write(&file, b"a longer first line\n").expect("written");
+        let path: PathBuf = format!("/proc/self/fd/{}", file.as_raw_fd()).into();
+        let console = memfd_create("console", MemfdFlags::CLOEXEC).expect("a file");
+        let (mut tails, poller) = (Tails::new(1), Poller::new().expect("a poller"));
+        let rotated = Arc::<RotatedFile>::default();
+        tails.rotations.insert(path.clone(), Arc::clone(&rotated));
+        let spec = TailSpec {
+            files: vec![(path, b"[0]:".to_vec())],
+            console: console.try_clone().expect("duplicated"),
+            only_lines_with: Vec::new(),
+            whole_lines_only: false,
+            is_json: false,
+        };
+        tails.add(TOKEN, &spec, &poller).expect("a tail");
+        (tails, poller, file, rotated, console)
+    }
+
+    #[test]
+    fn a_finish_waits_for_a_rotation_only_until_its_timeout() {
+        let (mut tails, poller, _file, rotated, _console) = rotated_file();
+        let removal = rotated.lock();
+        let report = finish(&mut tails);
+        tails.pump(Instant::now(), &poller);
+        assert!(!tails.is_busy(), "the tail does not spin");
+        let next = tails.next_tick().expect("the file is polled");
+        assert!(next <= Instant::now() + POLL_INTERVAL);
+        tails.pump(next, &poller);
+        assert_eq!(report.try_recv().ok(), None);
+        tails.pump(Instant::now() + TIMEOUT, &poller);
+        let report = report.try_recv().expect("finished");
+        assert_eq!((report.lines, report.unread.len()), (0, 1));
+        drop(removal);
+    }
+
+    #[test]
+    fn a_finish_copies_the_rest_after_a_rotation() {
+        let (mut tails, poller, _file, rotated, _console) = rotated_file();
+        let removal = rotated.lock();
+        let report = finish(&mut tails);
+        tails.pump(Instant::now(), &poller);
+        drop(removal);
+        while let Some(next) = tails.next_tick() {
+            tails.pump(next, &poller);
+        }
+        let report = report.try_recv().expect("finished");
+        assert_eq!((report.lines, report.unread.len()), (1, 0));
+    }
+
+    #[test]
+    fn the_lines_after_a_truncation_are_copied_in_the_same_turn() {
+        let (mut tails, poller, file, _rotated, console) = rotated_file();
+        while tails.is_busy() {
+            tails.pump(Instant::now(), &poller);
+        }
+        rustix::fs::ftruncate(&file, 0).expect("truncated");
+        rustix::io::pwrite(&file, b"second\n", 0).expect("written");
+        tails.by_id.get_mut(&TOKEN).expect("a tail").mark_dirty(0);
+        tails.runnable.insert(TOKEN);
+        while tails.is_busy() {
+            tails.pump(Instant::now(), &poller);
+        }
+        let mut shown = [0; 100];
+        let length = rustix::io::pread(&console, &mut shown, 0).expect("read");
+        assert_eq!(&shown[..length], b"[0]:a longer first line\n[0]:second\n");
     }
 
     #[test]

@@ -112,7 +112,7 @@ impl PolicySettings {
             "--healthy-window" => self.healthy_window = optional_seconds(value)?,
             "--restart-rate" => self.rate = rate(value)?,
             "--fatal-exit-codes" => self.fatal_exits = exits(value)?,
-            "--fatal-causes" => self.fatal_causes = words(value),
+            "--fatal-causes" => self.fatal_causes = causes(value)?,
             "--min-uptime" => self.min_uptime = seconds(value)?,
             "--restarts-without-progress" => self.max_idle_restarts = whole_number(value)?,
             "--on-node-failure" => self.on_node_failure = value.parse().map_err(|_| "give restart, wait or exit")?,
@@ -192,6 +192,32 @@ fn rate(value: &str) -> Result<Option<RestartRate>, String> {
 fn words(value: &str) -> BTreeSet<String> {
     let words = value.split(',').map(str::trim).filter(|word| !word.is_empty() && *word != NONE);
     words.map(str::to_owned).collect()
+}
+
+/// Kinds and causes of failures that `--fatal-causes` accepts. `python/ferroelastic/_failure` finds them.
+const CAUSES: [&str; 13] = [
+    "agent",
+    "cuda_out_of_memory",
+    "early_exit",
+    "exit",
+    "log_pattern",
+    "missing_module",
+    "nccl_timeout",
+    "oom_killer",
+    "port_in_use",
+    "shm_full",
+    "signal",
+    "stuck",
+    "watchdog",
+];
+
+/// A list of kinds and causes of failures.
+fn causes(value: &str) -> Result<BTreeSet<String>, String> {
+    let causes = words(value);
+    match causes.iter().find(|cause| !CAUSES.contains(&cause.as_str())) {
+        Some(cause) => Err(format!("{cause:?} is not one of {}", CAUSES.join(", "))),
+        None => Ok(causes),
+    }
 }
 
 /// A list of exit codes, ranges of them, and names of signals.
