@@ -96,10 +96,8 @@ def check_texts(args: Namespace) -> None:
     for dest in (*options, "fail_on_log", "warn_on_log"):
         value = getattr(args, dest, None) or []
         for text in [value] if isinstance(value, str) else value:
-            try:
-                text.encode()
-            except UnicodeEncodeError:
-                raise UsageError(f"{named(dest, text)} is not UTF-8; give a text in UTF-8") from None
+            if text != text.encode(errors="ignore").decode():
+                raise UsageError(f"{named(dest, text)} is not UTF-8; give a text in UTF-8")
 
 
 def check_signals(handled: str, forwarded: str) -> None:
