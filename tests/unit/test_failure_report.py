@@ -396,6 +396,8 @@ def test_an_error_file_with_a_text_explains_the_failure(tmp_path: Path) -> None:
     assert found is not None
     assert (found.message, found.source) == ("the licence is gone", "error_file")
     assert exception_of(ProcessFailure(0, 7, 5, error_file=str(tmp_path / "absent")), "") is None
+    (tmp_path / "broken").write_text('{"message": {"mess')
+    assert exception_of(ProcessFailure(0, 7, 5, error_file=str(tmp_path / "broken")), "") is None
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can change the owner of a file")

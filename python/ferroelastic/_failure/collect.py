@@ -193,7 +193,7 @@ def exception_of(failure: ProcessFailure, output: str) -> ExceptionReport | None
         output: last part of the worker's standard error, clean.
     """
     message = failure.error_file_data.get("message")
-    if failure.error_file != "<N/A>" and message:
+    if failure.error_file != "<N/A>" and message and message != "<NONE>":  # torch's texts for no file and no message
         # A program may write a text instead of torch's object.
         content = message if isinstance(message, dict) else {"message": message}
         info = content.get("extraInfo")
