@@ -80,7 +80,7 @@ class Console:
             stall_timeout_s: timeout in seconds for a stream that accepts nothing.
 
         Returns:
-            Whether the stream has accepted all text.
+            Whether no text is left: the stream has accepted it, or has failed.
         """
         self.flush()
         if not self._pending or self.stream is None:

@@ -4,14 +4,10 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use super::events::Events;
 use super::relay::{RelayReport, RelayState, unpack_token};
-use crate::error::{Error, Result};
-use crate::sys::poller::{Interest, Poller};
-use crate::sys::timer::Timer;
+use crate::error::Result;
 use crate::thread::{CloseOutcome, Inbox, NativeThread, Reply, Service, ThreadOrder};
-
-const WAKE: u64 = u64::MAX;
-const TIMER: u64 = u64::MAX - 1;
 
 /// An order to the thread.
 pub(super) enum LogOrder {
@@ -68,32 +64,24 @@ impl LogThread {
 
 /// The state of the thread.
 struct LogService {
-    inbox: Inbox<LogOrder>,
-    poller: Poller,
-    timer: Timer,
+    events: Events<LogOrder>,
     relays: BTreeMap<u64, RelayState>,
     is_closing: bool,
 }
 
 impl LogService {
     fn new(inbox: Inbox<LogOrder>) -> Result<Self> {
-        let poller = Poller::new().map_err(|source| Error::os("create", "an epoll instance", source))?;
-        let timer = Timer::new().map_err(|source| Error::os("create", "a timerfd", source))?;
-        poller
-            .add(inbox.wake(), WAKE, Interest::Readable)
-            .and_then(|()| poller.add(&timer, TIMER, Interest::Readable))
-            .map_err(|source| Error::os("watch", "the descriptors of the thread ferro-log", source))?;
-        Ok(Self { inbox, poller, timer, relays: BTreeMap::new(), is_closing: false })
+        Ok(Self { events: Events::new(inbox, "ferro-log")?, relays: BTreeMap::new(), is_closing: false })
     }
 
     fn handle(&mut self, order: LogOrder) {
         match order {
             LogOrder::Relay { id, relay } => {
-                self.relays.entry(id).or_insert(*relay).watch(&self.poller);
+                self.relays.entry(id).or_insert(*relay).watch(&self.events.poller);
             }
             LogOrder::FlushRelay { id, reply } => {
                 if let Some(relay) = self.relays.get_mut(&id) {
-                    relay.copy_all(&self.poller);
+                    relay.copy_all(&self.events.poller);
                 }
                 let _ = reply.send(());
             }
@@ -115,33 +103,22 @@ impl Service for LogService {
     type Order = LogOrder;
 
     fn serve(&mut self) -> Result<()> {
-        let poll_failed = |source| Error::os("wait for", "the output of workers", source);
         let mut ready = Vec::new();
         while !self.is_closing {
             let next = self.relays.values().filter_map(RelayState::next_tick).min();
-            self.timer.set(next).map_err(poll_failed)?;
             let is_busy = self.relays.values().any(RelayState::is_busy);
-            ready.clear();
-            self.poller.wait(!is_busy, &mut ready).map_err(poll_failed)?;
+            let orders = self.events.wait(next, is_busy, &mut ready)?;
+            for order in orders {
+                self.handle(order);
+            }
             for token in ready.drain(..) {
-                match token {
-                    WAKE => {
-                        self.inbox.wake().drain();
-                        while let Some(order) = self.inbox.next() {
-                            self.handle(order);
-                        }
-                    }
-                    TIMER => self.timer.drain(),
-                    token => {
-                        let (id, slot) = unpack_token(token);
-                        if let Some(relay) = self.relays.get_mut(&id) {
-                            relay.handle_ready(slot, &self.poller);
-                        }
-                    }
+                let (id, slot) = unpack_token(token);
+                if let Some(relay) = self.relays.get_mut(&id) {
+                    relay.handle_ready(slot, &self.events.poller);
                 }
             }
             let now = Instant::now();
-            let poller = &self.poller;
+            let poller = &self.events.poller;
             self.relays.retain(|_, relay| {
                 relay.tick(now, poller);
                 let is_over = relay.is_over();
@@ -157,7 +134,7 @@ impl Service for LogService {
     fn finish(&mut self, _outcome: &Result<()>) {
         for relay in self.relays.values_mut() {
             relay.close_worker_ends();
-            relay.close(&self.poller);
+            relay.close(&self.events.poller);
             relay.hand_over();
         }
     }

@@ -6,6 +6,7 @@
 //!
 //! A stream that is not redirected passes through a relay on the thread `ferro-log`. Here a blocked console blocks the worker.
 
+mod events;
 mod format;
 mod last;
 mod lines;

@@ -112,18 +112,18 @@ impl Scans {
         self.by_id.is_empty()
     }
 
-    pub(super) fn mark_dirty(&mut self, id: u64, stream: usize) {
+    pub(super) fn mark_unread(&mut self, id: u64, stream: usize) {
         if let Some(scan) = self.by_id.get_mut(&id) {
             scan.streams[stream].unread = Unread::Yes;
         }
     }
 
-    pub(super) fn mark_all_dirty(&mut self) {
+    pub(super) fn mark_all_unread(&mut self) {
         self.streams().for_each(|stream| stream.unread = Unread::Yes);
     }
 
     /// Marks the files without a watch, and those that could not be opened or read. `false` if there are none.
-    pub(super) fn mark_polled_dirty(&mut self) -> bool {
+    pub(super) fn mark_polled_unread(&mut self) -> bool {
         let mut has_polled = false;
         let is_polled =
             |stream: &&mut ScanStream| stream.is_polled || stream.unread == Unread::Refused || stream.file.is_none();
@@ -306,7 +306,7 @@ mod tests {
         scans.add(7, &spec, &[true], &Rotations::new());
         let mut lines = |scans: &mut Scans, text: &[u8]| {
             file.write_all(text).expect("written");
-            scans.mark_dirty(7, 0);
+            scans.mark_unread(7, 0);
             while scans.is_busy() {
                 scans.pump(&mut scratch);
             }
@@ -348,7 +348,7 @@ mod tests {
         assert!(!scans.is_busy() && scans.is_refused());
         assert_eq!(scans.take_found().1.len(), 0, "the rest is not searched");
         drop(removal);
-        assert!(scans.mark_polled_dirty());
+        assert!(scans.mark_polled_unread());
         scans.pump(&mut scratch);
         let (found, waiters) = scans.take_found();
         assert_eq!((found.len(), waiters.len()), (1, 1));
@@ -367,7 +367,7 @@ mod tests {
         assert_eq!(rotated.slowest_reader(), None, "the folder is missing");
         std::fs::create_dir(&folder).expect("created");
         std::fs::write(&path, "nan\n").expect("written");
-        assert!(scans.mark_polled_dirty());
+        assert!(scans.mark_polled_unread());
         scans.pump(&mut scratch);
         std::fs::remove_dir_all(&folder).expect("removed");
         assert_eq!((scans.take_found().0.len(), rotated.slowest_reader()), (1, Some(4)));

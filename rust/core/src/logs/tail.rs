@@ -165,11 +165,11 @@ impl FileTail {
     }
 
     /// Notes that the file of a stream has grown.
-    pub(super) fn mark_dirty(&mut self, stream: usize) {
+    pub(super) fn mark_unread(&mut self, stream: usize) {
         self.streams[stream].unread = Unread::Yes;
     }
 
-    pub(super) fn mark_all_dirty(&mut self) {
+    pub(super) fn mark_all_unread(&mut self) {
         for stream in &mut self.streams {
             stream.unread = Unread::Yes;
         }
@@ -181,7 +181,7 @@ impl FileTail {
     }
 
     /// Marks the polled streams, and those whose file could not be opened or read. `false` if there are none.
-    pub(super) fn mark_polled_dirty(&mut self) -> bool {
+    pub(super) fn mark_polled_unread(&mut self) -> bool {
         let mut has_polled = false;
         let is_polled =
             |stream: &&mut LogStream| stream.is_polled || stream.unread == Unread::Refused || stream.file.is_err();

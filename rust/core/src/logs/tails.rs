@@ -78,7 +78,7 @@ impl Tails {
                 tail.set_polled(index);
             }
         }
-        if tail.mark_polled_dirty() {
+        if tail.mark_polled_unread() {
             self.poll_at.get_or_insert_with(Instant::now);
         }
         self.open_lines.entry(tail.console_key()).or_default();
@@ -93,7 +93,7 @@ impl Tails {
         let files = spec.files.iter().enumerate();
         let is_watched: Vec<bool> = files.map(|(index, file)| self.watch(&file.path, (id, index))).collect();
         self.scans.add(id, spec, &is_watched, &self.rotations);
-        if self.scans.mark_polled_dirty() {
+        if self.scans.mark_polled_unread() {
             self.poll_at.get_or_insert_with(Instant::now);
         }
         self.listen(poller, true);
@@ -129,17 +129,17 @@ impl Tails {
         let complete = notifier.drain(|watch| {
             for (id, stream) in watches.get(&watch).into_iter().flatten() {
                 if let Some(tail) = tails.get_mut(id) {
-                    tail.mark_dirty(*stream);
+                    tail.mark_unread(*stream);
                     if !full.contains(id) {
                         runnable.insert(*id);
                     }
                 } else {
-                    scans.mark_dirty(*id, *stream);
+                    scans.mark_unread(*id, *stream);
                 }
             }
         });
         if !complete {
-            self.mark_all_dirty();
+            self.mark_all_unread();
         }
     }
 
@@ -161,7 +161,7 @@ impl Tails {
             let _ = reply.send(report.clone());
         } else if let Some(tail) = self.by_id.get_mut(&id) {
             if tail.finishing.is_none() {
-                tail.mark_all_dirty();
+                tail.mark_all_unread();
                 tail.finishing = Some(Finish { timeout, deadline: now.checked_add(timeout) });
                 if !self.full.contains(&id) {
                     self.runnable.insert(id);
@@ -260,11 +260,11 @@ impl Tails {
                 self.runnable.insert(id);
             }
         }
-        if is_poll && self.scans.mark_polled_dirty() {
+        if is_poll && self.scans.mark_polled_unread() {
             self.poll_at = now.checked_add(POLL_INTERVAL);
         }
         for (id, tail) in &mut self.by_id {
-            let has_polled = is_poll && tail.mark_polled_dirty();
+            let has_polled = is_poll && tail.mark_polled_unread();
             if has_polled {
                 self.poll_at = now.checked_add(POLL_INTERVAL);
             }
@@ -275,10 +275,10 @@ impl Tails {
         }
     }
 
-    fn mark_all_dirty(&mut self) {
-        self.scans.mark_all_dirty();
+    fn mark_all_unread(&mut self) {
+        self.scans.mark_all_unread();
         for (id, tail) in &mut self.by_id {
-            tail.mark_all_dirty();
+            tail.mark_all_unread();
             if !self.full.contains(id) {
                 self.runnable.insert(*id);
             }
@@ -469,7 +469,7 @@ mod tests {
         }
         rustix::fs::ftruncate(&file, 0).expect("truncated");
         rustix::io::pwrite(&file, b"second\n", 0).expect("written");
-        tails.by_id.get_mut(&TOKEN).expect("a tail").mark_dirty(0);
+        tails.by_id.get_mut(&TOKEN).expect("a tail").mark_unread(0);
         tails.runnable.insert(TOKEN);
         while tails.is_busy() {
             tails.pump(Instant::now(), &poller);

@@ -7,18 +7,15 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, sync_channel};
 use std::time::{Duration, Instant};
 
+use super::events::{Events, MAX_TOKEN};
 use super::log_file::RotatedFile;
 use super::scans::{LogMatch, ScanSpec};
 use super::tail::{TailReport, TailSpec};
 use super::tails::Tails;
 use crate::error::{Error, Result};
-use crate::sys::poller::{Interest, Poller};
-use crate::sys::timer::Timer;
 use crate::thread::{CloseOutcome, Inbox, NativeThread, Reply, Service, ThreadOrder};
 
-const WAKE: u64 = u64::MAX;
-const TIMER: u64 = u64::MAX - 1;
-const NOTIFIER: u64 = u64::MAX - 2;
+const NOTIFIER: u64 = MAX_TOKEN;
 
 /// An order to the thread.
 pub(super) enum TeeOrder {
@@ -132,9 +129,7 @@ impl std::fmt::Debug for TeeThread {
 
 /// The state of the thread.
 struct TeeService {
-    inbox: Inbox<TeeOrder>,
-    poller: Poller,
-    timer: Timer,
+    events: Events<TeeOrder>,
     tails: Tails,
     turns: Arc<AtomicU64>,
     report: Box<dyn Fn(TeeEvent) + Send>,
@@ -143,17 +138,12 @@ struct TeeService {
 
 impl TeeService {
     fn new(inbox: Inbox<TeeOrder>, turns: Arc<AtomicU64>, report: Box<dyn Fn(TeeEvent) + Send>) -> Result<Self> {
-        let poller = Poller::new().map_err(|source| Error::os("create", "an epoll instance", source))?;
-        let timer = Timer::new().map_err(|source| Error::os("create", "a timerfd", source))?;
-        poller
-            .add(inbox.wake(), WAKE, Interest::Readable)
-            .and_then(|()| poller.add(&timer, TIMER, Interest::Readable))
-            .map_err(|source| Error::os("watch", "the descriptors of the thread ferro-tee", source))?;
-        Ok(Self { inbox, poller, timer, tails: Tails::new(NOTIFIER), turns, report, is_closing: false })
+        let events = Events::new(inbox, "ferro-tee")?;
+        Ok(Self { events, tails: Tails::new(NOTIFIER), turns, report, is_closing: false })
     }
 
     fn handle(&mut self, order: TeeOrder) {
-        let (tails, poller) = (&mut self.tails, &self.poller);
+        let (tails, poller) = (&mut self.tails, &self.events.poller);
         match order {
             TeeOrder::Open { id, spec, reply } => {
                 let _ = reply.send(tails.add(id, &spec, poller));
@@ -180,26 +170,19 @@ impl Service for TeeService {
     type Order = TeeOrder;
 
     fn serve(&mut self) -> Result<()> {
-        let poll_failed = |source| Error::os("wait for", "lines of log files", source);
         let mut ready = Vec::new();
         while !self.is_closing {
-            self.timer.set(self.tails.next_tick()).map_err(poll_failed)?;
-            ready.clear();
-            self.poller.wait(!self.tails.is_busy(), &mut ready).map_err(poll_failed)?;
+            let orders = self.events.wait(self.tails.next_tick(), self.tails.is_busy(), &mut ready)?;
+            for order in orders {
+                self.handle(order);
+            }
             for token in ready.drain(..) {
                 match token {
-                    WAKE => {
-                        self.inbox.wake().drain();
-                        while let Some(order) = self.inbox.next() {
-                            self.handle(order);
-                        }
-                    }
-                    TIMER => self.timer.drain(),
                     NOTIFIER => self.tails.notified(),
-                    tail => self.tails.console_ready(tail, &self.poller),
+                    tail => self.tails.console_ready(tail, &self.events.poller),
                 }
             }
-            self.tails.pump(Instant::now(), &self.poller);
+            self.tails.pump(Instant::now(), &self.events.poller);
             let (matches, waiters) = self.tails.scans.take_found();
             if !matches.is_empty() || !waiters.is_empty() {
                 (self.report)(TeeEvent::Found { matches, waiters });
