@@ -48,6 +48,7 @@ def start_processes(
     interactive_rank: int | None = None,
     warm_pool: _rust.WarmPool | None = None,
     log_options: LogOptions | None = None,
+    on_created: Callable[[PContext], object] | None = None,
 ) -> PContext:
     """Start one worker for each entry of ``args`` and ``envs``. Mirrors torch's ``start_processes``.
 
@@ -71,6 +72,8 @@ def start_processes(
         warm_pool: for programs and the start method ``spawn``, parked children that become the first workers; ``None`` starts all workers
             anew. Not in torch.
         log_options: options for the lines of the workers. ``None`` for torch's behaviour. Not in torch.
+        on_created: called with the context before its workers start. If a signal handler raises while this function returns, the caller
+            has no other reference to the running workers, and cannot stop them. Not in torch.
 
     Returns:
         The running workers: a ``SubprocessContext`` or a ``MultiprocessContext``.
@@ -91,17 +94,11 @@ def start_processes(
     for rank, arguments in args.items():
         check_iterable(f"args[{rank}]", arguments, "a tuple of arguments")
     check_environments(envs)
-    if log_options is not None and log_options.ranks:
-        logs_specs = FilteredLogsSpecs(logs_specs, log_options)
-    if interactive_rank is not None:
-        if interactive_rank not in args:
-            raise ValueError(f"interactive_rank={interactive_rank} is not a local rank; give 0 to {nprocs - 1}")
-        logs_specs = InteractiveLogsSpecs(logs_specs, interactive_rank)
     common: dict[str, Any] = {
         "name": name,
         "args": args,
         "envs": envs,
-        "logs_specs": logs_specs,
+        "logs_specs": _wrapped(logs_specs, log_options, interactive_rank, nprocs),
         "log_line_prefixes": log_line_prefixes,
         "numa_options": numa_options,
         "duplicate_stdout_filters": duplicate_stdout_filters,
@@ -121,6 +118,8 @@ def start_processes(
     context.grace_signal_target = grace_signal_target
     context.interactive_rank = interactive_rank
     context.log_options = log_options
+    if on_created is not None:
+        on_created(context)
     interrupting: tuple[type[BaseException], ...] = (*family(SignalException), KeyboardInterrupt)
     try:
         context.start()
@@ -137,3 +136,16 @@ def start_processes(
             raise interruption from error
         raise
     return context
+
+
+def _wrapped(
+    logs_specs: LogsSpecs, log_options: LogOptions | None, interactive_rank: int | None, nprocs: int
+) -> LogsSpecs:
+    """Return the destinations of the output with the options for lines and without those of the interactive rank."""
+    if log_options is not None and log_options.ranks:
+        logs_specs = FilteredLogsSpecs(logs_specs, log_options)
+    if interactive_rank is not None:
+        if interactive_rank not in range(nprocs):
+            raise ValueError(f"interactive_rank={interactive_rank} is not a local rank; give 0 to {nprocs - 1}")
+        logs_specs = InteractiveLogsSpecs(logs_specs, interactive_rank)
+    return logs_specs

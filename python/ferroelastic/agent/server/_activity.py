@@ -54,7 +54,8 @@ class Activity:
         self._busy: tuple[float | None, float] = (_WAITING, 0.0)
         self._server: HealthCheckServer | None = None
         self._state = "starting"
-        self._is_restarting = False
+        # From the decision to restart to the start of the new workers.
+        self.is_restarting = False
         self._measured_s: float | None = None
         self._has_released = False
         self._detect_s: float | None = None
@@ -64,8 +65,8 @@ class Activity:
 
     @contextmanager
     def observed_by(self, observer: Observer) -> Iterator[None]:
-        """Report all measurements to an observer in a ``with`` block."""
-        self._observer = observer
+        """Report all measurements of a run to an observer in a ``with`` block."""
+        self._observer, self.is_restarting = observer, False
         try:
             yield
         finally:
@@ -133,7 +134,7 @@ class Activity:
 
     def started(self, workers: list[Worker]) -> None:
         """Report that the workers were started."""
-        self._is_restarting = False
+        self.is_restarting = False
         started = [
             (worker.local_rank, worker.global_rank, worker.id) for worker in workers if isinstance(worker.id, int)
         ]
@@ -161,7 +162,7 @@ class Activity:
         self._report("note_restart", cause, reason)
         if self._observer is not None:
             self._observer.decided(cause, reason, restarts=True)
-        self._is_restarting = True
+        self.is_restarting = True
         detect_s, self._detect_s = self._detect_s, None
         if detect_s is not None and cause == "failure":
             self._report("observe_phase", "detect", detect_s)
@@ -198,7 +199,7 @@ class Activity:
         duration_s = time.monotonic() - start if self._measured_s is None else self._measured_s
         reported = "release" if self._has_released else name
         self.took(reported, duration_s)
-        if self._is_restarting:
+        if self.is_restarting:
             self._report("observe_phase", reported, duration_s)
 
     def measured(self, duration_s: float) -> None:

@@ -1,13 +1,9 @@
-"""Shutdown at the end of an agent's run. Signals cannot skip it."""
+"""Shutdown at the end of an agent's run."""
 
 from __future__ import annotations
 
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
-
-from ferroelastic._compat import family
-from ferroelastic._signals import SignalException
-from ferroelastic.utils.logging import get_logger
 
 if TYPE_CHECKING:
     import signal
@@ -17,15 +13,11 @@ if TYPE_CHECKING:
 
 __all__ = ["shut_down"]
 
-logger = get_logger(__name__)
-
 
 def shut_down(
     shutdown: Callable[..., None], death_sig: signal.Signals | None, timeout: int, activity: Activity
-) -> BaseException | None:
-    """Call an agent's ``_shutdown`` until it completes.
-
-    The agent's own signal handlers do not raise here. Other handlers may raise; the shutdown is then called again and keeps its deadline.
+) -> None:
+    """Call an agent's ``_shutdown``.
 
     Args:
         shutdown: the method.
@@ -33,20 +25,12 @@ def shut_down(
         timeout: grace period in seconds until the workers are killed.
         activity: gets the state ``stopping``.
 
-    Returns:
-        The last :class:`SignalException` that interrupted the shutdown, or ``None``.
+    Raises:
+        SignalException: a signal handler has raised. Call this function again: the shutdown keeps its deadline.
     """
-    interruption: BaseException | None = None
-    while True:
-        try:
-            activity.busy("stopping")
-            with nullcontext() if death_sig is None else activity.phase("stop"):
-                _call(shutdown, death_sig, timeout)
-        except family(SignalException) as error:  # noqa: PERF203 - a loop over interruptions
-            logger.warning("Received %s death signal while shutting down", error.sigval)
-            interruption = error
-        else:
-            return interruption
+    activity.busy("stopping")
+    with nullcontext() if death_sig is None else activity.phase("stop"):
+        _call(shutdown, death_sig, timeout)
 
 
 def _call(shutdown: Callable[..., None], death_sig: signal.Signals | None, timeout: int) -> None:

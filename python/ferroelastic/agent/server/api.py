@@ -280,6 +280,7 @@ class SimpleElasticAgent(ElasticAgent):
         start = time.monotonic()
         signalled: BaseException | None = None
         death_sig: signal.Signals | None = None
+        interruption: BaseException | None
         is_unwinding = True
         try:
             self._begin_run()
@@ -302,7 +303,15 @@ class SimpleElasticAgent(ElasticAgent):
             self._begin_stop(error.sigval, "signal")
             logger.warning("Received %s death signal, shutting down workers", death_sig)
         finally:
-            interruption = shut_down(self._shutdown, death_sig, self._shutdown_timeout, self._activity)
+            interruption, is_over = None, False
+            while not is_over:
+                # Not in a function: the interpreter checks for signals at its entry, and a handler that raises there would skip it.
+                try:
+                    shut_down(self._shutdown, death_sig, self._shutdown_timeout, self._activity)
+                    is_over = True
+                except family(SignalException) as error:  # noqa: PERF203 - a loop over interruptions
+                    logger.warning("Received %s death signal while shutting down", error.sigval)
+                    interruption = error
             self._activity.idle()
             self._activity.took("total", time.monotonic() - start)
             # Also after an exception, whose event contains the time.
@@ -499,8 +508,8 @@ class SimpleElasticAgent(ElasticAgent):
             "[%s] Worker group %s. %s/%s attempts left; will restart worker group",
             *(spec.role, result.state.name, self._remaining_restarts, spec.max_restarts),
         )
-        self._remaining_restarts = self._restarts.remaining(self._remaining_restarts)
         self._activity.restarting("failure", cause_of(result))
+        self._remaining_restarts = self._restarts.remaining(self._remaining_restarts)
         self._restart_workers(group)
         return True
 

@@ -17,6 +17,7 @@ import os
 import signal
 import time
 import weakref
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ferroelastic import _leftovers, _signals
@@ -44,7 +45,7 @@ from ferroelastic.agent.server.health_check_server import (
 )
 from ferroelastic.events import handlers, record
 from ferroelastic.metrics.api import prof
-from ferroelastic.multiprocessing import LogsSpecs, PContext, ProcessFailure, _debuggers, start_processes
+from ferroelastic.multiprocessing import LogsSpecs, PContext, ProcessFailure, _debuggers, _launch, start_processes
 from ferroelastic.multiprocessing._stopping import longest_stop_s
 from ferroelastic.multiprocessing.errors._failures import exit_of
 from ferroelastic.rendezvous._notifying import may_grow
@@ -288,7 +289,7 @@ class LocalElasticAgent(SimpleElasticAgent):
     def _outcome_before_signal(self) -> RunResult | None:
         group = self._native_group()
         worker_group = self._worker_group
-        if group is None or self._has_left_exit_barrier or worker_group.state == WorkerState.STOPPED:
+        if group is None or self._has_left_exit_barrier or self._activity.is_restarting:
             return None
         exits = [one for one in group.exits() if _signals.was_before_signal(one.monotonic_ns, one.returncode)]
         has_failed = any(ended.returncode != 0 and not ended.stopped for ended in exits)
@@ -345,6 +346,8 @@ class LocalElasticAgent(SimpleElasticAgent):
         self._may_have_detached = True
         self._explainer.starting()
         pool = self._warm_pool(spec, args, envs)
+        # A signal handler may raise between the return and the assignment.
+        owner = partial(setattr, self, "_pcontext") if start_processes is _launch.start_processes else None
         self._pcontext = start_processes(
             name=spec.role,
             entrypoint=spec.entrypoint,
@@ -359,6 +362,7 @@ class LocalElasticAgent(SimpleElasticAgent):
             shutdown_timeout=self._shutdown_timeout,
             # Only if set: a program may have replaced the function by one with torch's parameters.
             **_added(
+                on_created=owner,
                 grace_signal_target=self._grace_signal_target,
                 interactive_rank=self._interactive_rank,
                 warm_pool=pool,
