@@ -288,7 +288,11 @@ class _Stop:
 
     def check(self, gone_ns: list[int | None], finish_ns: int) -> None:
         case, wrong = self.case, self.outcome.wrong
-        self.outcome.lost += [f"{name} of {pid}" for name, pid in self.to_save() if not self.has(f"saved.{name}")]
+        self.outcome.lost += [
+            f"{name} of {pid}, {self.times(name, gone_ns, finish_ns)}"
+            for name, pid in self.to_save()
+            if not self.has(f"saved.{name}")
+        ]
         for node, job in enumerate(self.jobs):
             ended_ns = gone_ns[node]
             if ended_ns is None:
@@ -311,6 +315,14 @@ class _Stop:
             if case.state in {"start", "run", "barrier"}:
                 late = {name: (at - self.sent_ns[_node(name)]) / 1e9 for name, at in self.pids("told").items()}
                 wrong += [f"worker {name} told {late_s:.2f} s late" for name, late_s in late.items() if late_s > TOLD_S]
+
+    def times(self, name: str, gone_ns: list[int | None], finish_ns: int) -> str:
+        """What happened to a worker and its agent, in seconds after the signal to the agent."""
+        sent_ns = self.sent_ns[_node(name)]
+        moments = {"told": self.pids("told").get(name), "may finish": finish_ns, "agent gone": gone_ns[_node(name)]}
+        return ", ".join(
+            f"{what}: {'never' if at is None else f'{(at - sent_ns) / 1e9:.3f} s'}" for what, at in moments.items()
+        )
 
     def codes(self, node: int) -> set[int]:
         """Exit codes that an agent may end with."""
