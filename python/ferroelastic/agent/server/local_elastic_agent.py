@@ -289,7 +289,9 @@ class LocalElasticAgent(SimpleElasticAgent):
     def _outcome_before_signal(self) -> RunResult | None:
         group = self._native_group()
         worker_group = self._worker_group
-        if group is None or self._has_left_exit_barrier or self._activity.is_restarting:
+        # A subclass may restart the workers itself.
+        is_restarting = self._activity.is_restarting or worker_group.state == WorkerState.STOPPED
+        if group is None or self._has_left_exit_barrier or is_restarting:
             return None
         exits = [one for one in group.exits() if _signals.was_before_signal(one.monotonic_ns, one.returncode)]
         has_failed = any(ended.returncode != 0 and not ended.stopped for ended in exits)
