@@ -157,12 +157,12 @@ class Activity:
             cause: a failed worker, or a change of the membership.
             reason: the event, as text.
         """
+        self.is_restarting = True
         index = self.restarts[-1][0] + 1 if self.restarts else 0
         self.restarts.append((index, reason, time.time_ns()))
         self._report("note_restart", cause, reason)
         if self._observer is not None:
             self._observer.decided(cause, reason, restarts=True)
-        self.is_restarting = True
         detect_s, self._detect_s = self._detect_s, None
         if detect_s is not None and cause == "failure":
             self._report("observe_phase", "detect", detect_s)

@@ -508,8 +508,10 @@ class SimpleElasticAgent(ElasticAgent):
             "[%s] Worker group %s. %s/%s attempts left; will restart worker group",
             *(spec.role, result.state.name, self._remaining_restarts, spec.max_restarts),
         )
-        self._activity.restarting("failure", cause_of(result))
+        # Before the counter: if a signal finds 0 and no restart, the failure is the outcome of the job.
+        self._activity.is_restarting = True
         self._remaining_restarts = self._restarts.remaining(self._remaining_restarts)
+        self._activity.restarting("failure", cause_of(result))
         self._restart_workers(group)
         return True
 
