@@ -1,7 +1,7 @@
 #!/bin/sh
-# CPython loses a SIGINT that comes while it looks at the path of the script, before it runs it: it prints KeyboardInterrupt, and then runs the
-# script to its end with exit code 0. A supervisor that stops a process right after its start by SIGINT waits for its whole grace period.
-# A path hook of a site sends the signal here, because the time window is small; the signal of another process has the same effect.
+# CPython loses a SIGINT that arrives before it runs the script, while it checks whether the path of the script is an archive. It prints
+# KeyboardInterrupt, then runs the script and ends with exit code 0. A supervisor that stops a process by SIGINT right after its start waits
+# for the whole grace period. Here a path hook sends the signal, because the time window is small. A signal of another process is lost too.
 set -eu
 
 folder=$(mktemp -d)

@@ -23,15 +23,16 @@ open(folder + "/saved", "w").close()
 # The last instructions of a start: it returns the running workers, and the agent assigns them to an attribute.
 START = "_start_workers,start_processes"
 START_INSTRUCTIONS = range(1, 8)
+# The first instructions of the final stop.
 STOP = "shut_down"
 STOP_INSTRUCTIONS = range(1, 6)
-
 
 FAILING_WORKER = """
 import os
 open(os.environ["DIR"] + "/ready", "w").close()
 os._exit(3)
 """
+# The first instruction after the decision to restart.
 RESTART = "_restart_workers"
 
 

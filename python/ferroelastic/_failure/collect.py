@@ -15,7 +15,7 @@ from ferroelastic._failure.exception import find_exception, find_fatal_dump, wit
 from ferroelastic._failure.kmsg import KernelLog, oom_victims, xid_line
 from ferroelastic._failure.model import ExceptionReport, FirstFailure, Kind, Sender, WatchdogReport
 from ferroelastic._failure.text import clean, head_and_tail, last_lines, shortened
-from ferroelastic.multiprocessing.errors._failures import exit_of
+from ferroelastic.multiprocessing.errors._failures import NO_MESSAGE, NOT_AVAILABLE, exit_of
 
 if TYPE_CHECKING:
     from ferroelastic.multiprocessing.errors._failures import ProcessFailure
@@ -193,7 +193,7 @@ def exception_of(failure: ProcessFailure, output: str) -> ExceptionReport | None
         output: last part of the worker's standard error, clean.
     """
     message = failure.error_file_data.get("message")
-    if failure.error_file != "<N/A>" and message and message != "<NONE>":  # torch's texts for no file and no message
+    if failure.error_file != NOT_AVAILABLE and message and message != NO_MESSAGE:
         # A program may write a text instead of torch's object.
         content = message if isinstance(message, dict) else {"message": message}
         info = content.get("extraInfo")

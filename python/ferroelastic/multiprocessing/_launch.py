@@ -72,8 +72,8 @@ def start_processes(
         warm_pool: for programs and the start method ``spawn``, parked children that become the first workers; ``None`` starts all workers
             anew. Not in torch.
         log_options: options for the lines of the workers. ``None`` for torch's behaviour. Not in torch.
-        on_created: called with the context before its workers start. If a signal handler raises while this function returns, the caller
-            has no other reference to the running workers, and cannot stop them. Not in torch.
+        on_created: called with the context before its workers start. A signal handler that raises while this function returns prevents the
+            assignment of its result. Keep the context here to close it in that case. ``None`` calls nothing. Not in torch.
 
     Returns:
         The running workers: a ``SubprocessContext`` or a ``MultiprocessContext``.

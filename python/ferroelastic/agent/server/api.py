@@ -305,7 +305,7 @@ class SimpleElasticAgent(ElasticAgent):
         finally:
             interruption, is_over = None, False
             while not is_over:
-                # Not in a function: the interpreter checks for signals at its entry, and a handler that raises there would skip it.
+                # The loop has no function of its own: a signal handler can raise at the entry of a function, outside its `try`.
                 try:
                     shut_down(self._shutdown, death_sig, self._shutdown_timeout, self._activity)
                     is_over = True

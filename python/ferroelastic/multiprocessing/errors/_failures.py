@@ -20,7 +20,7 @@ JSON: TypeAlias = dict[str, Any]
 GlobalRank: TypeAlias = int
 
 NOT_AVAILABLE = "<N/A>"
-_NO_MESSAGE = "<NONE>"
+NO_MESSAGE = "<NONE>"
 _HOW_TO_GET_A_TRACEBACK = "To enable traceback see: https://pytorch.org/docs/stable/elastic/errors.html"
 _NS_PER_S = 1_000_000_000
 _MAX_BORDER = 60
@@ -61,7 +61,7 @@ class ProcessFailure(TorchCompatible):
 
     def __post_init__(self) -> None:
         """Read the error file, or describe the exit."""
-        self.error_file_data = {"message": _NO_MESSAGE}
+        self.error_file_data = {"message": NO_MESSAGE}
         self.message = ""
         self.timestamp = int(time.time()) if self.exit is None else self.exit.realtime_ns // _NS_PER_S
         self._read_error_file()
